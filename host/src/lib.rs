@@ -1,0 +1,5 @@
+//! Tightfit loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
+#![forbid(unsafe_code)]
+
+pub mod checkpoint;
+pub mod types;
