@@ -2,4 +2,10 @@
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
+pub mod device;
+pub mod memory;
+pub mod plan;
+pub mod policy;
 pub mod types;
+#[cfg(feature = "wit")]
+pub mod wit;
