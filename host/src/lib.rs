@@ -3,9 +3,12 @@
 
 pub mod checkpoint;
 pub mod device;
+pub mod load;
 pub mod memory;
+pub mod model;
 pub mod plan;
 pub mod policy;
+pub mod report;
 pub mod types;
 #[cfg(feature = "wit")]
 pub mod wit;

@@ -136,7 +136,7 @@ pub fn load(
     let mut ring = StagingRing::new(options.staging_bytes, options.threads)?;
     let staging_bytes = ring.bytes();
     let slot_bytes = ring.slot_bytes();
-    let scratch_bytes = work::scratch_budget(plan);
+    let scratch_bytes = plan.scratch_budget();
     let total = placed_bytes(checkpoint, plan);
 
     let places = arena::split(plan, &mut memory)?;
@@ -349,5 +349,3 @@ impl Run<'_, '_> {
     }
 }
 
-#[cfg(test)]
-mod tests;

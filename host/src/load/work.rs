@@ -8,7 +8,7 @@ use tightfit_kernels::{BlockSize, FloatType, KernelError, Kernels, blocks};
 
 use super::arena::Place;
 use crate::checkpoint::Checkpoint;
-use crate::plan::{PartKind, Plan, PlannedTensor, scratch_bytes};
+use crate::plan::{PartKind, Plan, PlannedTensor};
 use crate::types::{DType, Format};
 
 /// Bytes of a plain tensor that are read at once: it needs no staging, so that this only bounds
@@ -99,13 +99,6 @@ impl Finished {
     }
 }
 
-/// Bytes for the f32 scales of double-quantized tensors in flight: two of the largest, so that
-/// one can be read while the scales of another are quantized.
-pub(super) fn scratch_budget(plan: &Plan) -> u64 {
-    let all: u64 = plan.tensors.iter().map(scratch_bytes).sum();
-    all.min(2 * plan.largest_scratch)
-}
-
 /// Hands out chunks.
 pub(super) struct Queue<'m> {
     state: Mutex<State<'m>>,
@@ -167,7 +160,7 @@ impl<'m> Queue<'m> {
                     bytes: info.bytes as usize,
                     kind: kind(info.dtype, planned)?,
                     place,
-                    scratch: scratch_bytes(planned),
+                    scratch: planned.scratch_bytes(),
                 })
             })
             .filter(|tensor| tensor.bytes > 0)

@@ -6,11 +6,13 @@
 //! can serve as staging on a device that needs some.
 
 mod error;
+mod propose;
 mod size;
 
 use std::collections::HashMap;
 
 pub use error::{BadPlan, DeviceTotal, PlanError};
+pub use propose::{Proposed, ProposeError, propose};
 pub use size::{
     BLOCK_SIZES, NESTED_BLOCK_SIZE, PART_ALIGNMENT, PartKind, PartSizes, SizeError, part_sizes,
 };
@@ -46,6 +48,15 @@ impl PlannedTensor {
         self.parts.iter().map(|part| part.bytes).sum()
     }
 
+    /// Bytes of f32 scales that it keeps while it is loaded, until their mean is known; only under
+    /// double quantization.
+    pub(crate) fn scratch_bytes(&self) -> u64 {
+        match self.part(PartKind::NestedAbsmax) {
+            Some(_) => self.part(PartKind::Absmax).map_or(0, |part| 4 * part.bytes),
+            None => 0,
+        }
+    }
+
     /// The part of this kind.
     pub fn part(&self, kind: PartKind) -> Option<PlannedPart> {
         self.parts.iter().copied().find(|part| part.kind == kind)
@@ -72,9 +83,6 @@ pub struct Plan {
     pub devices: Vec<DevicePlan>,
     /// One entry per tensor of the checkpoint, in its order.
     pub tensors: Vec<PlannedTensor>,
-    /// The largest number of bytes of f32 scales that one double-quantized tensor keeps while it
-    /// is loaded, until their mean is known.
-    pub largest_scratch: u64,
 }
 
 impl Plan {
@@ -125,7 +133,6 @@ impl Plan {
             }
         }
         let plan = Plan {
-            largest_scratch: planned.iter().map(scratch_bytes).max().unwrap_or(0),
             tensors: planned,
             devices: arenas
                 .iter()
@@ -141,6 +148,14 @@ impl Plan {
         };
         plan.check_fit(tensors, &arenas)?;
         Ok(plan)
+    }
+
+    /// Host bytes that a load keeps for the f32 scales of double-quantized tensors in flight: two
+    /// of the largest, so that one can be read while the scales of another are quantized.
+    pub fn scratch_budget(&self) -> u64 {
+        let all: u64 = self.tensors.iter().map(PlannedTensor::scratch_bytes).sum();
+        let largest = self.tensors.iter().map(PlannedTensor::scratch_bytes).max();
+        all.min(2 * largest.unwrap_or(0))
     }
 
     fn check_fit(&self, tensors: &[TensorInfo], arenas: &[Arena]) -> Result<(), PlanError> {
@@ -172,17 +187,6 @@ fn is_plain(format: Format) -> bool {
     match format {
         Format::Stored | Format::Cast(_) => true,
         Format::Nf4 { .. } => false,
-    }
-}
-
-/// Bytes of f32 scales that this tensor keeps while it is loaded.
-pub(crate) fn scratch_bytes(tensor: &PlannedTensor) -> u64 {
-    match tensor.placement.format {
-        Format::Nf4 {
-            double_quantized: true,
-            ..
-        } => tensor.part(PartKind::Absmax).map_or(0, |part| 4 * part.bytes),
-        _ => 0,
     }
 }
 
