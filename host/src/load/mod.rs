@@ -349,3 +349,6 @@ impl Run<'_, '_> {
     }
 }
 
+
+#[cfg(test)]
+mod tests;

@@ -32,7 +32,7 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
     let written = synth::write(
         Preset::Demo,
         &model,
-        Options::default(),
+        &Options::default(),
         &mut |written, total| {
             bar.set_length(total);
             bar.set_position(written);

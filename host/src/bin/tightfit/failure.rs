@@ -76,7 +76,7 @@ impl Failure {
                 SynthError::UnknownPreset { .. }
                 | SynthError::NotEmpty { .. }
                 | SynthError::NotADirectory { .. } => USAGE,
-                SynthError::Io { .. } | SynthError::BadShape { .. } => CHECKPOINT,
+                SynthError::Io { .. } | SynthError::Unsupported { .. } => CHECKPOINT,
             },
             Failure::Kernel(_) => USAGE,
             Failure::TemporaryDirectory(_) | Failure::Output(_) => OTHER,

@@ -17,7 +17,7 @@ pub(crate) fn run(options: &SynthOptions, cancel: &CancelToken) -> Result<(), Fa
     let written = synth::write(
         preset,
         &options.directory,
-        Options {
+        &Options {
             headers_only: options.headers_only,
             seed: options.seed,
             ..Options::default()

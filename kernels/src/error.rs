@@ -1,0 +1,54 @@
+//! What can be wrong with a call.
+
+use crate::{FloatType, Isa};
+
+/// A call that cannot be carried out. Nothing has been written when one is returned.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum KernelError {
+    /// The block size is not a power of two from 32 to 4096.
+    #[error("block size {have} is not a power of two from 32 to 4096")]
+    BlockSize {
+        /// The block size asked for, in elements.
+        have: usize,
+    },
+    /// The instruction set is not available on this machine.
+    #[error("instruction set {isa} is not available on this machine")]
+    IsaUnavailable {
+        /// The instruction set asked for.
+        isa: Isa,
+    },
+    /// A source does not hold a whole number of elements.
+    #[error("{have} bytes are not a whole number of {float} elements of {need} bytes")]
+    PartialElement {
+        /// The type of the elements.
+        float: FloatType,
+        /// Bytes per element.
+        need: usize,
+        /// Bytes in the source.
+        have: usize,
+    },
+    /// A slice does not have the length that the other arguments imply.
+    #[error("`{what}` holds {have} elements, {need} are needed")]
+    Length {
+        /// The argument.
+        what: &'static str,
+        /// The length it must have, in elements of the slice.
+        need: usize,
+        /// The length it has, in elements of the slice.
+        have: usize,
+    },
+}
+
+/// Checks the length of one slice.
+pub(crate) fn check_length(
+    what: &'static str,
+    need: usize,
+    have: usize,
+) -> Result<(), KernelError> {
+    if need == have {
+        Ok(())
+    } else {
+        Err(KernelError::Length { what, need, have })
+    }
+}

@@ -1,0 +1,167 @@
+//! Quantizing to NF4 in portable Rust: the definition that the other instruction sets must equal.
+//!
+//! The meaning is that of bitsandbytes' CUDA kernel, which is compiled to flush subnormals. Rust code must not change
+//! the floating-point environment, so every flush is written out. The vector kernels skip them for blocks where they
+//! provably make no difference, and send the others here.
+
+use std::ops::RangeInclusive;
+
+use crate::{FloatType, NF4_THRESHOLDS, float};
+
+/// Bits of the absmax of blocks for which plain IEEE arithmetic gives the same codes, if the block is also finite.
+///
+/// - 2^-100 and more: a subnormal element (below 2^-126) is under 2^-26 of the absmax, so it has code 7 whether flushed
+///   or not, and so has every element whose product is subnormal.
+/// - 2^126 and less: the reciprocal is a normal number.
+pub(crate) const PLAIN_ABSMAX: RangeInclusive<u32> = 0x0d80_0000..=0x7e80_0000;
+
+/// Zero, with its sign, for a subnormal; anything else as it is.
+pub(crate) const fn flush(x: f32) -> f32 {
+    if x.is_subnormal() {
+        f32::from_bits(x.to_bits() & 0x8000_0000)
+    } else {
+        x
+    }
+}
+
+/// The largest magnitude, as the CUDA kernels find it: NaN does not count, and neither does the sign.
+///
+/// In a partial block the absent elements count as zeros. This shows only where all present ones are NaN: absmax is
+/// then 0.0, and -`f32::MAX` for a full block.
+pub(crate) fn absmax(block: impl Iterator<Item = f32>, partial: bool) -> f32 {
+    block.fold(if partial { 0.0 } else { f32::MIN }, |max, x| {
+        max.max(flush(x).abs())
+    })
+}
+
+/// What the elements are multiplied with.
+pub(crate) const fn reciprocal(absmax: f32) -> f32 {
+    flush(1.0 / flush(absmax))
+}
+
+/// The code of an element that has been divided by the absmax: how many thresholds lie strictly below it.
+pub(crate) const fn code(v: f32) -> u8 {
+    // The number of thresholds below `v` is found in four steps; NaN is above none of them.
+    let mut code = 0;
+    let mut step = 8;
+    while step > 0 {
+        if v > NF4_THRESHOLDS[code + step - 1] {
+            code += step;
+        }
+        step /= 2;
+    }
+    code as u8
+}
+
+/// One block, full or partial.
+pub(crate) struct Block {
+    pub(crate) absmax: f32,
+    /// Whether it holds an infinity or a NaN.
+    pub(crate) nonfinite: bool,
+}
+
+/// Quantizes one block. `packed` has one byte for every two elements, rounded up.
+pub(crate) fn quantize_block(
+    source: &[u8],
+    float: FloatType,
+    partial: bool,
+    packed: &mut [u8],
+) -> Block {
+    // One loop for each type, so that the conversion is chosen outside of it.
+    match float {
+        FloatType::F32 => {
+            quantize_elements::<4>(source, |b| float::read(FloatType::F32, b), partial, packed)
+        }
+        FloatType::F16 => {
+            quantize_elements::<2>(source, |b| float::read(FloatType::F16, b), partial, packed)
+        }
+        FloatType::Bf16 => {
+            quantize_elements::<2>(source, |b| float::read(FloatType::Bf16, b), partial, packed)
+        }
+    }
+}
+
+#[inline(always)]
+fn quantize_elements<const BYTES: usize>(
+    source: &[u8],
+    read: impl Fn(&[u8]) -> f32,
+    partial: bool,
+    packed: &mut [u8],
+) -> Block {
+    let elements = || source.chunks_exact(BYTES).map(&read);
+    let absmax = absmax(elements(), partial);
+    let nonfinite = elements().any(|x| !x.is_finite());
+    let reciprocal = reciprocal(absmax);
+    let code = |x: f32| code(flush(x) * reciprocal);
+    for (pair, byte) in source.chunks(2 * BYTES).zip(packed) {
+        let high = read(&pair[..BYTES]);
+        // The spare half of an odd last byte is what CUDA's padding gives: the code of zero times the reciprocal.
+        let low = if pair.len() == 2 * BYTES {
+            read(&pair[BYTES..])
+        } else {
+            0.0
+        };
+        *byte = code(high) << 4 | code(low);
+    }
+    Block { absmax, nonfinite }
+}
+
+/// Quantizes block by block; returns how many blocks hold an infinity or a NaN. Lengths have been checked.
+pub(crate) fn quantize_nf4(
+    source: &[u8],
+    float: FloatType,
+    block_size: usize,
+    packed: &mut [u8],
+    absmax: &mut [f32],
+) -> u64 {
+    let block_bytes = block_size * float.bytes();
+    let mut nonfinite_blocks = 0;
+    for ((source, packed), absmax) in source
+        .chunks(block_bytes)
+        .zip(packed.chunks_mut(block_size / 2))
+        .zip(absmax)
+    {
+        let block = quantize_block(source, float, source.len() < block_bytes, packed);
+        *absmax = block.absmax;
+        nonfinite_blocks += u64::from(block.nonfinite);
+    }
+    nonfinite_blocks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_counts_the_thresholds_below() {
+        let around = NF4_THRESHOLDS
+            .iter()
+            .flat_map(|t| [t.next_down(), *t, t.next_up()]);
+        for v in around.chain([
+            0.0,
+            -0.0,
+            1.0,
+            -1.0,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::NAN,
+            1e-40,
+        ]) {
+            let count = NF4_THRESHOLDS.iter().filter(|t| v > **t).count();
+            assert_eq!(usize::from(code(v)), count, "{v}");
+        }
+    }
+
+    #[test]
+    fn odd_lengths_pad_with_the_code_of_zero() {
+        let quantize = |x: f32| {
+            let mut packed = [0];
+            let block = quantize_block(&x.to_le_bytes(), FloatType::F32, true, &mut packed);
+            (packed[0], block.absmax, block.nonfinite)
+        };
+        assert_eq!(quantize(-2.0), (0x07, 2.0, false));
+        assert_eq!(quantize(0.0), (0x00, 0.0, false));
+        assert_eq!(quantize(f32::INFINITY), (0x07, f32::INFINITY, true));
+        assert_eq!(quantize(f32::NAN), (0x00, 0.0, true));
+    }
+}
