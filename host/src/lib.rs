@@ -2,4 +2,5 @@
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
+pub mod synth;
 pub mod types;
