@@ -244,6 +244,8 @@ mod tests {
             (Preset::Llama31_70b, 723, 70_553_706_496),
             (Preset::Mixtral8x7b, 995, 46_702_792_704),
             (Preset::Qwen3_30bA3b, 18_867, 30_532_122_624),
+            // Published as 35 B.
+            (Preset::Qwen35_35bA3b, 1026, 35_107_181_936),
         ] {
             assert_eq!(preset.parameters(), parameters, "{preset}");
             assert_eq!(preset.tensors().len(), tensors, "{preset}");

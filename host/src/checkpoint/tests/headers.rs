@@ -77,10 +77,37 @@ fn header_not_json_of_the_right_form() {
         r#"{"a":{"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#,
         r#"{"a":{"dtype":["U8"],"shape":[1],"data_offsets":[0,1]}}"#,
         r#"{"__metadata__":{"a":1}}"#,
+        r#"{"__metadata__":[]}"#,
+        r#"{"__metadata__":"x"}"#,
         r#"{"__metadata__":{},"__metadata__":{}}"#,
     ] {
         assert_error!(refused(&file(header, 1)), CheckpointError::Json { .. });
     }
+}
+
+#[test]
+fn header_with_a_flood_of_metadata() {
+    let entries = |n: usize| {
+        let entries: Vec<String> = (0..n).map(|i| format!("\"{i}\":\"\"")).collect();
+        file(
+            &format!("{{\"__metadata__\":{{{}}}}}", entries.join(",")),
+            0,
+        )
+    };
+    assert_error!(
+        refused(&entries(MAX_METADATA + 1)),
+        CheckpointError::TooLarge { limit, .. } if *limit == MAX_METADATA as u64
+    );
+    let dir = dir();
+    write(&dir, "model.safetensors", &entries(MAX_METADATA));
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.metadata().len(), MAX_METADATA);
+    write(
+        &dir,
+        "model.safetensors",
+        &file(r#"{"__metadata__":null}"#, 0),
+    );
+    assert!(Checkpoint::open(dir.path()).unwrap().metadata().is_empty());
 }
 
 #[test]

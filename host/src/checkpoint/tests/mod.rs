@@ -244,3 +244,10 @@ fn two_hundred_thousand_tensors() {
     assert_eq!(checkpoint.tensors().len(), 200_000);
     assert_eq!(checkpoint.find(&names[123_456]), Some(123_456));
 }
+
+#[test]
+fn a_checkpoint_is_shared_between_threads() {
+    fn shared<T: Send + Sync>() {}
+    shared::<Checkpoint>();
+    shared::<CheckpointError>();
+}
