@@ -1,4 +1,7 @@
 //! Tightfit loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
+//!
+//! Data flows one way: [`checkpoint`] -> [`policy`] -> [`plan`] -> [`load`] -> [`model`] ->
+//! [`report`].
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
@@ -9,6 +12,7 @@ pub mod model;
 pub mod plan;
 pub mod policy;
 pub mod report;
+pub mod synth;
 pub mod types;
 #[cfg(feature = "wit")]
 pub mod wit;

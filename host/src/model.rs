@@ -95,10 +95,9 @@ impl Model {
 
     /// The tensor with this name, also under its tied name. `None` for what was not loaded.
     pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
-        self.by_name.get(name).map(|&index| Tensor {
-            model: self,
-            index,
-        })
+        self.by_name
+            .get(name)
+            .map(|&index| Tensor { model: self, index })
     }
 
     /// Every loaded tensor, in checkpoint order.
@@ -152,7 +151,10 @@ impl<'m> Tensor<'m> {
 
     /// Index of its device in the plan.
     pub fn device(&self) -> usize {
-        self.planned().placement.device.map_or(usize::MAX, |device| device as usize)
+        self.planned()
+            .placement
+            .device
+            .map_or(usize::MAX, |device| device as usize)
     }
 
     /// The mean of the scales, which double quantization subtracts from them before it quantizes

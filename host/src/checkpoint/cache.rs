@@ -95,13 +95,15 @@ pub fn resolve_with(
     }
     let Some(entry) = entry_name(model) else {
         // What is spelled as a path was meant as one.
-        return Err(if path.is_absolute() || model.starts_with(['.', '~']) {
-            CheckpointError::NotFound { path: path.into() }
-        } else {
-            CheckpointError::NotAModelName {
-                model: model.into(),
-            }
-        });
+        return Err(
+            if path.is_absolute() || model.starts_with(['.', '~', '/', '\\']) {
+                CheckpointError::NotFound { path: path.into() }
+            } else {
+                CheckpointError::NotAModelName {
+                    model: model.into(),
+                }
+            },
+        );
     };
     let Some(cache) = environment.cache() else {
         return Err(CheckpointError::NoCache {

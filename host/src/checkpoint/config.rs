@@ -11,8 +11,8 @@ use serde_json::{Map, Value};
 use super::CheckpointError;
 use super::file::read_text;
 
-/// Largest `config.json` that is read, in bytes.
-pub const MAX_CONFIG_BYTES: u64 = 16 << 20;
+/// Largest `config.json` that is read, in bytes. Parsed, it can take thirty times as much memory.
+pub const MAX_CONFIG_BYTES: u64 = 4 << 20;
 
 const WHAT: &str = "the configuration";
 

@@ -25,6 +25,9 @@ pub const MAX_NAME_BYTES: usize = 4096;
 /// Most dimensions of a tensor.
 pub const MAX_DIMENSIONS: usize = 16;
 
+/// Most entries of `__metadata__`. Real ones have a handful; training tools write some hundreds.
+pub const MAX_METADATA: usize = 65_536;
+
 /// A tensor as the header of its file describes it, with offsets into the data after the header.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct HeaderTensor {
@@ -294,8 +297,7 @@ impl<'de> Visitor<'de> for HeaderSeed<'_, '_> {
                 if std::mem::replace(&mut metadata, true) {
                     return Err(de::Error::duplicate_field("__metadata__"));
                 }
-                let strings: Option<BTreeMap<String, String>> = map.next_value()?;
-                self.0.header.metadata = strings.unwrap_or_default();
+                map.next_value_seed(MetadataSeed(self.0))?;
                 continue;
             }
             if self.0.header.tensors.len() == MAX_TENSORS {
@@ -309,6 +311,45 @@ impl<'de> Visitor<'de> for HeaderSeed<'_, '_> {
             let name = self.0.name(key)?;
             let entry = map.next_value_seed(EntrySeed)?;
             self.0.push(name, entry)?;
+        }
+        Ok(())
+    }
+}
+
+/// `__metadata__`: texts by name, or null.
+struct MetadataSeed<'a, 'p>(&'a mut Collected<'p>);
+
+impl<'de> DeserializeSeed<'de> for MetadataSeed<'_, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for MetadataSeed<'_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map of texts")
+    }
+
+    fn visit_unit<E: de::Error>(self) -> Result<(), E> {
+        Ok(())
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some((key, value)) = map.next_entry::<String, String>()? {
+            // Tiny entries take ten times as much memory as they take in the file.
+            if self.0.header.metadata.len() == MAX_METADATA {
+                return Err(self.0.stop(CheckpointError::TooLarge {
+                    path: self.0.path.into(),
+                    what: "a number of metadata entries",
+                    have: MAX_METADATA as u64 + 1,
+                    limit: MAX_METADATA as u64,
+                }));
+            }
+            self.0.header.metadata.insert(key, value);
         }
         Ok(())
     }

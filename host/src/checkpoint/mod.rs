@@ -26,7 +26,7 @@ pub use cache::{CacheEnvironment, resolve, resolve_with};
 pub use config::{Config, LayerType, MAX_CONFIG_BYTES};
 pub use error::CheckpointError;
 pub use file::Shard;
-pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_NAME_BYTES, MAX_TENSORS};
+pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES, MAX_TENSORS};
 pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
 pub use ties::Tie;
 
@@ -123,6 +123,14 @@ impl Checkpoint {
             source_bytes -= data;
             for (key, value) in header.metadata {
                 metadata.entry(key).or_insert(value);
+            }
+            if metadata.len() > MAX_METADATA {
+                return Err(CheckpointError::TooLarge {
+                    path: path.clone(),
+                    what: "a number of metadata entries in this and earlier files",
+                    have: metadata.len() as u64,
+                    limit: MAX_METADATA as u64,
+                });
             }
             tensors.extend(header.tensors.into_iter().map(|tensor| TensorInfo {
                 bytes: tensor.end - tensor.begin,

@@ -29,7 +29,9 @@ pub enum DeviceSpec {
 
 /// A device that cannot be understood.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("'{spec}' is not a device: {reason} (examples: cuda:0, cuda:0:20GiB, sim:32GiB, cpu, cpu:16GiB)")]
+#[error(
+    "'{spec}' is not a device: {reason} (examples: cuda:0, cuda:0:20GiB, sim:32GiB, cpu, cpu:16GiB)"
+)]
 pub struct SpecError {
     spec: String,
     reason: String,
@@ -124,7 +126,9 @@ mod tests {
                 capacity: Some(20 << 30)
             }
         );
-        for bad in ["", "gpu:0", "sim", "sim:", "cuda", "cuda:x", "cuda:0:y", "cpu:1:2", "cuda:-1"] {
+        for bad in [
+            "", "gpu:0", "sim", "sim:", "cuda", "cuda:x", "cuda:0:y", "cpu:1:2", "cuda:-1",
+        ] {
             assert!(bad.parse::<DeviceSpec>().is_err(), "{bad}");
         }
     }
@@ -141,7 +145,10 @@ mod tests {
             .map(|device| device.info().name)
             .collect();
         assert_eq!(names, ["sim:0", "sim:1", "cpu"]);
-        let twice = [DeviceSpec::Cpu { capacity: None }, DeviceSpec::Cpu { capacity: Some(1) }];
+        let twice = [
+            DeviceSpec::Cpu { capacity: None },
+            DeviceSpec::Cpu { capacity: Some(1) },
+        ];
         assert!(matches!(
             open_devices(&twice),
             Err(DeviceError::Unavailable { .. })

@@ -44,8 +44,7 @@ pub(super) fn split<'m>(
             }
         };
         let mut position = 0;
-        while let Some((_, part, tensor)) =
-            parts.next_if(|&(device, ..)| device as usize == number)
+        while let Some((_, part, tensor)) = parts.next_if(|&(device, ..)| device as usize == number)
         {
             let gap = part.offset.checked_sub(position);
             let cut = gap.and_then(|gap| usize::try_from(gap).ok());

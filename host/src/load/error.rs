@@ -16,7 +16,9 @@ pub enum LoadError {
     #[error(transparent)]
     Device(DeviceError),
     /// A quantized tensor has infinities or NaN, and the load was to be strict.
-    #[error("tensor '{tensor}' has infinities or NaN (in at least {blocks} blocks), which NF4 cannot hold")]
+    #[error(
+        "tensor '{tensor}' has infinities or NaN (in at least {blocks} blocks), which NF4 cannot hold"
+    )]
     NonFinite {
         /// The tensor.
         tensor: String,

@@ -176,7 +176,9 @@ pub fn load(
     if let Some(error) = error.into_inner().unwrap_or_else(PoisonError::into_inner) {
         return Err(error);
     }
-    let finished = finished.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let finished = finished
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
     let count = |quantized: bool| {
         plan.tensors
             .iter()
@@ -348,7 +350,6 @@ impl Run<'_, '_> {
         Ok(())
     }
 }
-
 
 #[cfg(test)]
 mod tests;

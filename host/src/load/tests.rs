@@ -21,7 +21,9 @@ struct Source {
 
 fn source(name: &'static str, dtype: DType, shape: &[u64]) -> Source {
     let elements: u64 = shape.iter().product();
-    let mut state = name.bytes().fold(7u64, |h, b| h.wrapping_mul(31) + u64::from(b));
+    let mut state = name
+        .bytes()
+        .fold(7u64, |h, b| h.wrapping_mul(31) + u64::from(b));
     let values: Vec<u8> = (0..elements)
         .flat_map(|_| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
@@ -36,7 +38,10 @@ fn source(name: &'static str, dtype: DType, shape: &[u64]) -> Source {
                 .unwrap();
             bytes
         }
-        None => values[..dtype.tensor_bytes(shape).unwrap() as usize].to_vec(),
+        None => {
+            let length = dtype.tensor_bytes(shape).unwrap() as usize;
+            values.into_iter().cycle().take(length).collect()
+        }
     };
     Source {
         name,
@@ -80,13 +85,22 @@ fn cases() -> Vec<(Source, Format)> {
     vec![
         (source("plain", DType::Bf16, &[300, 70]), Format::Stored),
         (source("ids", DType::I64, &[13]), Format::Stored),
-        (source("cast", DType::F32, &[123, 457]), Format::Cast(DType::Bf16)),
+        (
+            source("cast", DType::F32, &[123, 457]),
+            Format::Cast(DType::Bf16),
+        ),
         (source("nf4", DType::Bf16, &[517, 331]), nf4(64, false)),
         (source("half", DType::F16, &[99, 801]), nf4(128, false)),
         (source("single", DType::F32, &[64, 1031]), nf4(32, false)),
-        (source("wide blocks", DType::Bf16, &[257, 513]), nf4(4096, false)),
+        (
+            source("wide blocks", DType::Bf16, &[257, 513]),
+            nf4(4096, false),
+        ),
         (source("double", DType::Bf16, &[1025, 257]), nf4(64, true)),
-        (source("double single", DType::F32, &[3, 50_021]), nf4(256, true)),
+        (
+            source("double single", DType::F32, &[3, 50_021]),
+            nf4(256, true),
+        ),
         (source("odd", DType::Bf16, &[65]), nf4(64, true)),
         (source("empty", DType::Bf16, &[0, 64]), nf4(64, true)),
         (source("scalar", DType::F32, &[]), nf4(64, false)),
@@ -153,13 +167,22 @@ impl Fixture {
 /// What the tensor must hold, from the kernels run over the whole of it.
 fn check(source: &Source, format: Format, tensor: Tensor<'_>) {
     let kernels = Kernels::new(Isa::Portable).unwrap();
-    let part = |kind| tensor.part(kind).unwrap_or_else(|| panic!("{} has no {kind:?}", source.name));
+    let part = |kind| {
+        tensor
+            .part(kind)
+            .unwrap_or_else(|| panic!("{} has no {kind:?}", source.name))
+    };
     match format {
         Format::Stored => assert_eq!(part(PartKind::Data), source.bytes, "{}", source.name),
         Format::Cast(target) => {
-            let (from, to) = (float_type(source.dtype).unwrap(), float_type(target).unwrap());
+            let (from, to) = (
+                float_type(source.dtype).unwrap(),
+                float_type(target).unwrap(),
+            );
             let mut expected = vec![0; source.bytes.len() / from.bytes() * to.bytes()];
-            kernels.cast(&source.bytes, from, to, &mut expected).unwrap();
+            kernels
+                .cast(&source.bytes, from, to, &mut expected)
+                .unwrap();
             assert_eq!(part(PartKind::Data), expected, "{}", source.name);
         }
         Format::Nf4 {
@@ -207,7 +230,8 @@ fn the_bytes_do_not_depend_on_threads_staging_or_instruction_set() {
     let cases = cases();
     let fixture = Fixture::new(&cases);
     for isa in Isa::available() {
-        for (threads, staging_bytes) in [(1, 64 << 10), (2, 200_000), (3, 64 << 20), (16, 1 << 20)] {
+        for (threads, staging_bytes) in [(1, 64 << 10), (2, 200_000), (3, 64 << 20), (16, 1 << 20)]
+        {
             let model = fixture
                 .load(&LoadOptions {
                     threads,
@@ -225,7 +249,11 @@ fn the_bytes_do_not_depend_on_threads_staging_or_instruction_set() {
             assert_eq!((stats.quantized, stats.stored), (9, 3));
             for (device, plan) in fixture.devices.iter().zip(&fixture.plan.devices) {
                 assert_eq!(device.usage().reserved.now, plan.size.reserved);
-                assert_eq!(device.usage().reserved.peak, plan.size.reserved, "the plan is the ceiling");
+                assert_eq!(
+                    device.usage().reserved.peak,
+                    plan.size.reserved,
+                    "the plan is the ceiling"
+                );
             }
             drop(model);
             assert_eq!(fixture.reserved_now(), 0);
@@ -257,7 +285,11 @@ fn dequantized_tensors_are_close_to_what_they_were() {
         // Half the widest gap between two NF4 values, for weights within [-1, 1].
         let tolerance = if *format == Format::Stored { 0.0 } else { 0.16 };
         for (found, expected) in pairs {
-            assert!((found - expected).abs() <= tolerance, "{}: {found} {expected}", source.name);
+            assert!(
+                (found - expected).abs() <= tolerance,
+                "{}: {found} {expected}",
+                source.name
+            );
         }
     }
 }
@@ -290,7 +322,10 @@ fn a_cancelled_load_stops_and_gives_everything_back() {
 fn a_file_cut_short_while_loading_is_an_error_and_not_a_signal() {
     let cases = cases();
     let fixture = Fixture::new(&cases);
-    let file = std::fs::OpenOptions::new().write(true).open(&fixture.path).unwrap();
+    let file = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&fixture.path)
+        .unwrap();
     let cut = std::sync::Once::new();
     let result = fixture.load(&LoadOptions {
         threads: 2,

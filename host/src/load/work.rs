@@ -125,7 +125,10 @@ struct Tensor<'m> {
 #[derive(Clone, Copy)]
 enum Kind {
     Copy,
-    Cast { from: FloatType, to: FloatType },
+    Cast {
+        from: FloatType,
+        to: FloatType,
+    },
     Nf4 {
         float: FloatType,
         block_size: BlockSize,

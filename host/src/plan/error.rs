@@ -77,7 +77,9 @@ pub enum BadPlan {
         source: SizeError,
     },
     /// A stored alias placed elsewhere, or in another format, than the tensor it is tied to.
-    #[error("it tore apart '{tensor}' and '{alias}', which are one parameter: same device and format, or leave '{alias}' out")]
+    #[error(
+        "it tore apart '{tensor}' and '{alias}', which are one parameter: same device and format, or leave '{alias}' out"
+    )]
     TornTie {
         /// The tensor that holds the data.
         tensor: String,

@@ -12,7 +12,7 @@ mod size;
 use std::collections::HashMap;
 
 pub use error::{BadPlan, DeviceTotal, PlanError};
-pub use propose::{Proposed, ProposeError, propose};
+pub use propose::{ProposeError, Proposed, propose};
 pub use size::{
     BLOCK_SIZES, NESTED_BLOCK_SIZE, PART_ALIGNMENT, PartKind, PartSizes, SizeError, part_sizes,
 };
@@ -127,8 +127,12 @@ impl Plan {
                     continue;
                 };
                 if plain == is_plain(placement.format) {
-                    planned[index].parts =
-                        arenas[device as usize].add(index, &sizes, &devices[device as usize], headroom[device as usize]);
+                    planned[index].parts = arenas[device as usize].add(
+                        index,
+                        &sizes,
+                        &devices[device as usize],
+                        headroom[device as usize],
+                    );
                 }
             }
         }

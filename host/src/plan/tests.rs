@@ -173,7 +173,14 @@ fn rounding_to_the_granularity_counts() {
 fn an_unused_device_costs_nothing_whatever_its_headroom() {
     let tensors = [tensor("a", DType::Bf16, &[128])];
     let devices = [device("d", 4096, 4096), device("full", 0, 4096)];
-    let plan = Plan::new(&tensors, &[], &devices, &[on(0, Format::Stored)], &[0, 1 << 30]).unwrap();
+    let plan = Plan::new(
+        &tensors,
+        &[],
+        &devices,
+        &[on(0, Format::Stored)],
+        &[0, 1 << 30],
+    )
+    .unwrap();
     assert_eq!(plan.devices[1].size, ReservationSize::default());
 }
 
@@ -191,12 +198,12 @@ fn contradictions_are_the_placements_fault() {
         alias_tensor: Some(1),
     }];
     let stored = on(0, Format::Stored);
-    let make = |placements: &[Placement], headroom: &[u64]| {
-        match Plan::new(&tensors, &tie, &devices, placements, headroom) {
-            Err(PlanError::Bad(bad)) => Some(bad),
-            Err(other) => panic!("{other}"),
-            Ok(_) => None,
-        }
+    let make = |placements: &[Placement], headroom: &[u64]| match Plan::new(
+        &tensors, &tie, &devices, placements, headroom,
+    ) {
+        Err(PlanError::Bad(bad)) => Some(bad),
+        Err(other) => panic!("{other}"),
+        Ok(_) => None,
     };
     assert!(matches!(
         make(&[stored; 2], &[0; 2]),
@@ -208,7 +215,11 @@ fn contradictions_are_the_placements_fault() {
     ));
     assert!(matches!(
         make(&[stored, stored, on(2, Format::Stored)], &[0; 2]),
-        Some(BadPlan::NoSuchDevice { device: 2, devices: 2, .. })
+        Some(BadPlan::NoSuchDevice {
+            device: 2,
+            devices: 2,
+            ..
+        })
     ));
     assert!(matches!(
         make(&[stored, stored, on(0, NF4)], &[0; 2]),

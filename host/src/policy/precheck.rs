@@ -51,7 +51,11 @@ fn check_functions(bytes: &[u8], limits: &Limits) -> Result<(), Failure> {
         match payload {
             Ok(Payload::CodeSectionEntry(body)) => {
                 let range = body.range();
-                check_size("largest function", (range.end - range.start) as u64, limits.function)?;
+                check_size(
+                    "largest function",
+                    (range.end - range.start) as u64,
+                    limits.function,
+                )?;
             }
             Ok(_) => {}
             Err(error) => {

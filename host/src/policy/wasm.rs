@@ -244,9 +244,7 @@ impl Policy for WasmPolicy {
     fn plan(&self, request: &Request<'_>) -> Result<Answer, PolicyError> {
         let converted = wit::convert::request(request);
         let (answer, fuel) = self.run(request.tensors.len(), |policy, store| {
-            policy
-                .tightfit_host_planner()
-                .call_plan(store, &converted)
+            policy.tightfit_host_planner().call_plan(store, &converted)
         })?;
         match answer {
             Ok(proposal) => Ok(Answer {

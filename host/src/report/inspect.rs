@@ -70,7 +70,10 @@ impl Inspection {
                 placement if placement.device.is_none() => "not loaded".to_owned(),
                 placement => placement.format.to_string(),
             };
-            formats.entry(format).or_default().add(n, planned.requested());
+            formats
+                .entry(format)
+                .or_default()
+                .add(n, planned.requested());
         }
         Inspection {
             schema: 1,

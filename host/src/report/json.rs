@@ -168,7 +168,12 @@ impl Report {
     }
 
     /// Adds what a load did. `usage` is that of each device, measured while the model is loaded.
-    pub fn with_load(mut self, checkpoint: &Checkpoint, stats: &LoadStats, usage: &[Usage]) -> Report {
+    pub fn with_load(
+        mut self,
+        checkpoint: &Checkpoint,
+        stats: &LoadStats,
+        usage: &[Usage],
+    ) -> Report {
         for (device, usage) in self.devices.iter_mut().zip(usage) {
             device.allocated = usage.requested.now;
             device.padded = usage.padded.now;

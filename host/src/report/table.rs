@@ -56,7 +56,8 @@ impl fmt::Display for Table {
 pub fn printable(text: &str) -> Cow<'_, str> {
     // Unicode's direction overrides hide text as well as control characters do.
     let hidden = |c: char| {
-        c.is_control() || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
+        c.is_control()
+            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
     };
     if !text.contains(hidden) {
         return Cow::Borrowed(text);
@@ -90,6 +91,9 @@ mod tests {
     #[test]
     fn what_could_control_a_terminal_is_escaped() {
         assert_eq!(printable("plain – text"), "plain – text");
-        assert_eq!(printable("a\x1b[2Jb\r\u{202e}c"), "a\\u{1b}[2Jb\\u{d}\\u{202e}c");
+        assert_eq!(
+            printable("a\x1b[2Jb\r\u{202e}c"),
+            "a\\u{1b}[2Jb\\u{d}\\u{202e}c"
+        );
     }
 }

@@ -47,9 +47,7 @@ mod policy {
     use super::{format, wit_dtype};
     use crate::checkpoint::{TensorInfo, Tie};
     use crate::device::{DeviceInfo, DeviceKind};
-    use crate::policy::{
-        Description, Proposal, Refusal, RefusalReason, Request, Setting,
-    };
+    use crate::policy::{Description, Proposal, Refusal, RefusalReason, Request, Setting};
     use crate::types::Placement;
 
     /// Tensor counts are bounded by the checkpoint reader, far below 2^32.

@@ -12,7 +12,9 @@ use crate::failure::Failure;
 use crate::{load, output, progress, session};
 
 /// An accelerator on which the model fits in 4 bits and not in 16.
-const DEVICE: DeviceSpec = DeviceSpec::Sim { capacity: 128 << 20 };
+const DEVICE: DeviceSpec = DeviceSpec::Sim {
+    capacity: 128 << 20,
+};
 
 pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Failure> {
     let quiet = options.output.quiet;
@@ -41,7 +43,11 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
     );
     bar.finish_and_clear();
     let written = written?;
-    say(format!("   {} tensors, {}\n\n", written.tensors, Bytes(written.bytes)))?;
+    say(format!(
+        "   {} tensors, {}\n\n",
+        written.tensors,
+        Bytes(written.bytes)
+    ))?;
 
     let checkpoint = Checkpoint::open(&model)?;
     let specs = match options.placement.devices.as_slice() {
@@ -57,7 +63,12 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
         &options.placement.policy.settings,
     )?;
     drop(policy);
-    let planned: u64 = proposed.plan.devices.iter().map(|device| device.size.reserved).sum();
+    let planned: u64 = proposed
+        .plan
+        .devices
+        .iter()
+        .map(|device| device.size.reserved)
+        .sum();
     say(format!(
         "2. A plan, made by the policy '{}' in its sandbox before any weight is read\n   {} bytes ({}) will be reserved\n\n",
         proposed.policy,
@@ -65,9 +76,19 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
         Bytes(planned),
     ))?;
 
-    let (loaded, report) =
-        load::carry_out(&checkpoint, &proposed, &devices, &options.engine, quiet, cancel)?;
-    let peak: u64 = report.devices.iter().map(|device| device.peak_reserved).sum();
+    let (loaded, report) = load::carry_out(
+        &checkpoint,
+        &proposed,
+        &devices,
+        &options.engine,
+        quiet,
+        cancel,
+    )?;
+    let peak: u64 = report
+        .devices
+        .iter()
+        .map(|device| device.peak_reserved)
+        .sum();
     say(format!(
         "3. The load, quantized to NF4 on the way\n   {peak} bytes were reserved at the peak: {}\n\n",
         match peak.cmp(&planned) {
@@ -82,6 +103,9 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
         say(load::text(&report))?;
     }
     drop(loaded);
-    let left: u64 = devices.iter().map(|device| device.usage().reserved.now).sum();
+    let left: u64 = devices
+        .iter()
+        .map(|device| device.usage().reserved.now)
+        .sum();
     say(format!("\n4. Unloaded: {} still reserved\n", Bytes(left)))
 }

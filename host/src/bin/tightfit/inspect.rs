@@ -77,7 +77,11 @@ fn count(n: u64) -> String {
     for (unit, size) in [("B", 1e9), ("M", 1e6), ("K", 1e3)] {
         let value = n as f64 / size;
         if value >= 1.0 {
-            let decimals = if value < 10.0 { 2 } else { usize::from(value < 100.0) };
+            let decimals = if value < 10.0 {
+                2
+            } else {
+                usize::from(value < 100.0)
+            };
             return format!("{value:.decimals$} {unit}");
         }
     }

@@ -27,7 +27,13 @@ pub(crate) fn plan(options: &PlanOptions) -> Result<(), Failure> {
     )?;
     let staging = options.staging.unwrap_or(DEFAULT_STAGING);
     let report = Report::of_plan(&checkpoint, &proposed, staging);
-    show(&checkpoint, &proposed.plan, report, &options.output, options.placements)
+    show(
+        &checkpoint,
+        &proposed.plan,
+        report,
+        &options.output,
+        options.placements,
+    )
 }
 
 /// `tightfit load`.
@@ -44,8 +50,21 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
     // Compiled code is not needed any more, and its memory would count in the peak.
     drop(policy);
     let quiet = options.output.quiet;
-    let (model, report) = carry_out(&checkpoint, &proposed, &devices, &options.engine, quiet, cancel)?;
-    show(&checkpoint, model.plan(), report, &options.output, options.placements)
+    let (model, report) = carry_out(
+        &checkpoint,
+        &proposed,
+        &devices,
+        &options.engine,
+        quiet,
+        cancel,
+    )?;
+    show(
+        &checkpoint,
+        model.plan(),
+        report,
+        &options.output,
+        options.placements,
+    )
 }
 
 /// Loads with a progress bar. Gives the model and the report made while it is loaded.
@@ -77,8 +96,11 @@ pub(crate) fn carry_out(
     bar.finish_and_clear();
     let model = result?;
     let usage: Vec<_> = devices.iter().map(|device| device.usage()).collect();
-    let report = Report::of_plan(checkpoint, proposed, options.staging_bytes)
-        .with_load(checkpoint, model.stats(), &usage);
+    let report = Report::of_plan(checkpoint, proposed, options.staging_bytes).with_load(
+        checkpoint,
+        model.stats(),
+        &usage,
+    );
     Ok((model, report))
 }
 
@@ -118,7 +140,14 @@ pub(crate) fn text(report: &Report) -> String {
         report.policy.seconds,
     );
     let mut table = Table::new([
-        "device", "tensors", "allocated", "reserved", "peak", "headroom", "capacity", "used",
+        "device",
+        "tensors",
+        "allocated",
+        "reserved",
+        "peak",
+        "headroom",
+        "capacity",
+        "used",
     ]);
     for device in &report.devices {
         let used = device.reserved.saturating_add(device.headroom) as f64;
@@ -153,7 +182,11 @@ pub(crate) fn text(report: &Report) -> String {
             text += &format!(
                 "warning: {} blocks with infinities or NaN, in {}\n",
                 load.nonfinite_blocks,
-                load.nonfinite.keys().cloned().collect::<Vec<_>>().join(", "),
+                load.nonfinite
+                    .keys()
+                    .cloned()
+                    .collect::<Vec<_>>()
+                    .join(", "),
             );
         }
         text += &format!("host: staging {}", Bytes(report.host.staging_bytes));

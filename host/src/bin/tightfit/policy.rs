@@ -65,7 +65,10 @@ fn text(shown: &Shown) -> String {
             "" => "none",
             default => default,
         };
-        text += &format!("  {} (default: {default})\n      {}\n", setting.name, setting.help);
+        text += &format!(
+            "  {} (default: {default})\n      {}\n",
+            setting.name, setting.help
+        );
     }
     text += "\nimports:\n";
     for import in &shown.imports {
