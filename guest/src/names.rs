@@ -177,6 +177,17 @@ pub fn kind_of(tensor: &Tensor) -> TensorKind {
     }
 }
 
+/// What the weight of a module would be for, by the module's name alone. A name that says nothing
+/// is a [`TensorKind::Linear`].
+pub fn kind_of_module(module: &str) -> TensorKind {
+    kind_of(&Tensor {
+        name: format!("{}.weight", module_of(module)),
+        dtype: DType::Bf16,
+        shape: vec![1, 1],
+        bytes: 2,
+    })
+}
+
 fn is_head(module: &str, parent: &str, last: &str) -> bool {
     match last {
         // DeepSeek's multi-token prediction keeps a copy of the output head in its layer.

@@ -48,10 +48,11 @@ impl Bin {
     }
 }
 
-/// Fills one bin after the other to the brim, items in order. `None` when something is left over.
-pub fn fill(items: &[Item], bins: &[Bin]) -> Option<Vec<usize>> {
+/// Fills one bin after the other to the brim, items in order. The answer is as long as the longest
+/// beginning of the sequence that fits.
+pub fn fill(items: &[Item], bins: &[Bin]) -> Vec<usize> {
     let brim: Vec<u64> = bins.iter().map(|bin| bin.capacity).collect();
-    fill_to(items, bins, &brim)
+    fill_prefix(items, bins, &brim)
 }
 
 /// Spreads items over bins, in order, so that the fullest bin (relative to its capacity) is as
@@ -59,7 +60,8 @@ pub fn fill(items: &[Item], bins: &[Bin]) -> Option<Vec<usize>> {
 /// to [`BALANCE_UP_TO`] items, it is one that leaves the fewest bins empty, and among these one
 /// with the smallest sum of squares of fullness. `None` when no partition fits.
 pub fn balance(items: &[Item], bins: &[Bin]) -> Option<Vec<usize>> {
-    let mut best = fill(items, bins)?;
+    let brim: Vec<u64> = bins.iter().map(|bin| bin.capacity).collect();
+    let mut best = fill_to(items, bins, &brim)?;
     // Bisection comes close. Then only what is strictly better counts, until nothing is.
     let limits_at = |level: u64| -> Vec<u64> {
         let share = |bin: &Bin| ((u128::from(bin.capacity) * u128::from(level)) >> 48) as u64;
@@ -127,13 +129,18 @@ fn plus(a: Item, b: Item) -> Option<Item> {
 /// Fills each bin up to a limit. For fixed limits taking as much as possible is as good as
 /// anything, so this decides whether there is a partition within them.
 fn fill_to(items: &[Item], bins: &[Bin], limits: &[u64]) -> Option<Vec<usize>> {
+    let owners = fill_prefix(items, bins, limits);
+    (owners.len() == items.len()).then_some(owners)
+}
+
+fn fill_prefix(items: &[Item], bins: &[Bin], limits: &[u64]) -> Vec<usize> {
     let mut owners = Vec::with_capacity(items.len());
     let mut load = Item::default();
     let mut bin = 0;
     for &item in items {
         loop {
             if bin == bins.len() {
-                return None;
+                return owners;
             }
             if let Some(more) = plus(load, item)
                 && bins[bin].holds(more, limits[bin])
@@ -146,7 +153,7 @@ fn fill_to(items: &[Item], bins: &[Bin], limits: &[u64]) -> Option<Vec<usize>> {
         }
         owners.push(bin);
     }
-    Some(owners)
+    owners
 }
 
 /// A level of fullness, as a fraction.
