@@ -23,9 +23,12 @@ pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
     let proposed = propose(&checkpoint, &policy, &[device], &options.policy.settings)?;
     let inspection = Inspection::new(&checkpoint, &proposed.plan);
     if options.output.json {
-        return output::print_json(&inspection);
+        output::print_json(&inspection)
+    } else if options.output.quiet {
+        Ok(())
+    } else {
+        output::print(&text(&inspection))
     }
-    output::print(&text(&inspection))
 }
 
 fn text(inspection: &Inspection) -> String {

@@ -48,6 +48,8 @@ pub(crate) fn run(command: &PolicyCommand) -> Result<(), Failure> {
             };
             if options.json {
                 output::print_json(&shown)
+            } else if options.quiet {
+                Ok(())
             } else {
                 output::print(&printable(&text(&shown)))
             }
