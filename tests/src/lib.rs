@@ -1,1 +1,7 @@
-//! Helpers for the end-to-end tests.
+//! Helpers for the end-to-end tests. They panic instead of returning errors: a test has nothing
+//! better to do.
+#![forbid(unsafe_code)]
+
+pub mod command;
+pub mod guests;
+pub mod models;
