@@ -1,1 +1,8 @@
-//! Helpers for the end-to-end tests.
+//! Helpers for the end-to-end tests. They panic instead of returning errors: a test has nothing
+//! better to do.
+#![forbid(unsafe_code)]
+
+pub mod double_quant;
+pub mod golden;
+pub mod loading;
+pub mod tensors;
