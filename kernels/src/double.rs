@@ -35,29 +35,33 @@ fn tree_sum(values: &[f32], group_sum: impl Fn(&[f32]) -> f64 + Copy) -> f64 {
     for (sum, part) in sums.iter_mut().zip(values.chunks(part)) {
         *sum = tree_sum(part, group_sum);
     }
-    halve(&mut sums)
+    halve(&|sum: f64| sum, &sums)
 }
 
 /// The sum of up to 256 values, padded with zeros.
 #[inline(always)]
 pub(crate) fn group_sum(values: &[f32]) -> f64 {
-    let mut sums = [0.0; GROUP];
-    for (sum, value) in sums.iter_mut().zip(values) {
-        *sum = f64::from(*value);
+    match values.try_into() {
+        Ok(values) => halve(&f32::into, values),
+        Err(_) => {
+            let mut padded = [0.0; GROUP];
+            padded[..values.len()].copy_from_slice(values);
+            halve(&f32::into, &padded)
+        }
     }
-    halve(&mut sums)
 }
 
+/// The sum of 256 values, by halving: value `i` plus value `i + 128`, and so on.
 #[inline(always)]
-fn halve(sums: &mut [f64; GROUP]) -> f64 {
-    let mut stride = GROUP / 2;
-    while stride > 0 {
-        let (low, high) = sums.split_at_mut(stride);
-        for (low, high) in low.iter_mut().zip(high) {
-            *low += *high;
-        }
-        stride /= 2;
+fn halve<T: Copy>(to_f64: &impl Fn(T) -> f64, values: &[T; GROUP]) -> f64 {
+    // One array per step, so that all lengths are known when compiling.
+    macro_rules! halve {
+        ($sums:ident, $($stride:literal)*) => {
+            $(let $sums: [f64; $stride] = std::array::from_fn(|i| $sums[i] + $sums[i + $stride]);)*
+        };
     }
+    let sums: [f64; 128] = std::array::from_fn(|i| to_f64(values[i]) + to_f64(values[i + 128]));
+    halve!(sums, 64 32 16 8 4 2 1);
     sums[0]
 }
 

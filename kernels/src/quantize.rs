@@ -70,40 +70,75 @@ pub(crate) fn quantize_block(
     // One loop for each type, so that the conversion is chosen outside of it.
     match float {
         FloatType::F32 => {
-            quantize_elements::<4>(source, |b| float::read(FloatType::F32, b), partial, packed)
+            quantize_elements::<4>(source, |b| f32::from_le_bytes(*b), partial, packed)
         }
-        FloatType::F16 => {
-            quantize_elements::<2>(source, |b| float::read(FloatType::F16, b), partial, packed)
-        }
-        FloatType::Bf16 => {
-            quantize_elements::<2>(source, |b| float::read(FloatType::Bf16, b), partial, packed)
-        }
+        FloatType::F16 => quantize_elements::<2>(
+            source,
+            |b| float::f16_to_f32(u16::from_le_bytes(*b)),
+            partial,
+            packed,
+        ),
+        FloatType::Bf16 => quantize_elements::<2>(
+            source,
+            |b| float::bf16_to_f32(u16::from_le_bytes(*b)),
+            partial,
+            packed,
+        ),
     }
 }
 
 #[inline(always)]
 fn quantize_elements<const BYTES: usize>(
     source: &[u8],
-    read: impl Fn(&[u8]) -> f32,
+    read: impl Fn(&[u8; BYTES]) -> f32,
     partial: bool,
     packed: &mut [u8],
 ) -> Block {
-    let elements = || source.chunks_exact(BYTES).map(&read);
-    let absmax = absmax(elements(), partial);
-    let nonfinite = elements().any(|x| !x.is_finite());
+    let (elements, _) = source.as_chunks::<BYTES>();
+    let values = || elements.iter().map(&read);
+    // Infinities and NaN have the largest magnitudes as integers, so one maximum finds them too.
+    let bits = values().fold(0, |max: i32, x| max.max((x.to_bits() & 0x7fff_ffff) as i32)) as u32;
+    let plain = PLAIN_ABSMAX.contains(&bits);
+    let nonfinite = bits >= f32::INFINITY.to_bits();
+    let absmax = if plain {
+        f32::from_bits(bits)
+    } else {
+        absmax(values(), partial)
+    };
     let reciprocal = reciprocal(absmax);
-    let code = |x: f32| code(flush(x) * reciprocal);
-    for (pair, byte) in source.chunks(2 * BYTES).zip(packed) {
-        let high = read(&pair[..BYTES]);
-        // The spare half of an odd last byte is what CUDA's padding gives: the code of zero times the reciprocal.
-        let low = if pair.len() == 2 * BYTES {
-            read(&pair[BYTES..])
+
+    let (groups, rest) = elements.as_chunks::<GROUP>();
+    let (outs, outs_rest) = packed.split_at_mut(groups.len() * GROUP / 2);
+    for (group, out) in groups.iter().zip(outs.as_chunks_mut::<{ GROUP / 2 }>().0) {
+        *out = if plain {
+            encode(group.each_ref().map(|x| read(x) * reciprocal))
         } else {
-            0.0
+            encode(group.each_ref().map(|x| flush(read(x)) * reciprocal))
         };
-        *byte = code(high) << 4 | code(low);
     }
+    // The spare half of an odd last byte is what CUDA's padding gives: the code of zero times the
+    // reciprocal.
+    let mut padded = [0.0 * reciprocal; GROUP];
+    for (v, x) in padded.iter_mut().zip(rest) {
+        *v = flush(read(x)) * reciprocal;
+    }
+    outs_rest.copy_from_slice(&encode(padded)[..outs_rest.len()]);
     Block { absmax, nonfinite }
+}
+
+/// How many elements [`encode`] takes: enough for any compiler to find vectors in them.
+const GROUP: usize = 32;
+
+/// The packed codes of elements that have been divided by the absmax, as [`code`] gives them.
+#[inline(always)]
+fn encode(group: [f32; GROUP]) -> [u8; GROUP / 2] {
+    let mut codes = [0; GROUP];
+    for threshold in NF4_THRESHOLDS {
+        for (code, v) in codes.iter_mut().zip(group) {
+            *code += i32::from(v > threshold);
+        }
+    }
+    std::array::from_fn(|i| (codes[2 * i] << 4 | codes[2 * i + 1]) as u8)
 }
 
 /// Quantizes block by block; returns how many blocks hold an infinity or a NaN. Lengths have been checked.
@@ -149,6 +184,11 @@ mod tests {
         ]) {
             let count = NF4_THRESHOLDS.iter().filter(|t| v > **t).count();
             assert_eq!(usize::from(code(v)), count, "{v}");
+            assert_eq!(
+                encode([v; GROUP]),
+                [code(v) << 4 | code(v); GROUP / 2],
+                "{v}"
+            );
         }
     }
 

@@ -6,7 +6,7 @@
 use std::arch::x86_64::*;
 
 use crate::{
-    DYNAMIC_MAP, FloatType, NF4_THRESHOLDS,
+    FloatType, NF4_THRESHOLDS,
     buckets::{Bf16Buckets, DynamicBuckets},
     double, float,
     quantize::{self, PLAIN_ABSMAX},
@@ -194,10 +194,10 @@ mod f16 {
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
     #[inline]
     fn widen(half: &[u8; HALF]) -> [__m512; 2] {
-        let x = load512(half);
+        let (quarters, _) = half.as_chunks::<32>();
         [
-            _mm512_cvtph_ps(_mm512_castsi512_si256(x)),
-            _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(x)),
+            _mm512_cvtph_ps(load256(&quarters[0])),
+            _mm512_cvtph_ps(load256(&quarters[1])),
         ]
     }
 }
@@ -479,7 +479,6 @@ fn plain_absmax_codes(absmax: &[f32], offset: f32, reciprocal: f32, codes: &mut 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
 #[inline]
 pub(crate) fn dequantize_absmax(codes: &[u8], nested_absmax: &[f32], offset: f32, out: &mut [f32]) {
-    let _ = DYNAMIC_MAP;
     double::dequantize(codes, nested_absmax, offset, out);
 }
 
