@@ -80,7 +80,7 @@ fn main() {
                 .collect();
             let mut codes = vec![0; absmax.len()];
             let mut nested = vec![0.0; absmax.len().div_ceil(NESTED_BLOCK_SIZE)];
-            let mut run = |name: &str, function: &mut dyn FnMut()| {
+            let run = |name: &str, function: &mut dyn FnMut()| {
                 let name = format!("{place} {isa} {name}");
                 if words.iter().all(|word| name.contains(word.as_str())) {
                     print(&name, bytes, seconds(bytes, function), copy);

@@ -149,7 +149,7 @@ impl DynamicBuckets {
                 f32::from_bits(first | place)
             ));
             entries[Self::SIDE + bucket] = entry!(DynamicBuckets::PLACE_BITS, |place| {
-                double::search(-f32::from_bits(first | DynamicBuckets::PLACE - place))
+                double::search(-f32::from_bits(first | (DynamicBuckets::PLACE - place)))
             });
             bucket += 1;
         }

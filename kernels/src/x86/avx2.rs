@@ -5,6 +5,7 @@
 
 use std::arch::x86_64::*;
 
+use super::{GROUP_BLOCKS, group_blocks};
 use crate::{
     FloatType, NF4_THRESHOLDS, double, float,
     quantize::{self, PLAIN_ABSMAX},
@@ -45,29 +46,39 @@ macro_rules! block_loop {
             absmax: &mut [f32],
         ) -> u64 {
             let per_block = if N == 0 { block_size / 32 } else { N };
-            let chunks = source.as_chunks::<CHUNK>().0.chunks_exact(per_block);
-            let full = chunks.len();
+            let chunks = source.as_chunks::<CHUNK>().0;
+            let full = chunks.len() / per_block;
             let (packed, packed_rest) = packed.split_at_mut(full * block_size / 2);
             let (absmax, absmax_rest) = absmax.split_at_mut(full);
             let mut nonfinite = 0;
-            let outs = packed.as_chunks_mut::<16>().0.chunks_exact_mut(per_block);
-            for ((block, out), absmax) in chunks.zip(outs).zip(absmax) {
-                let bits = max_bits(block);
-                if PLAIN_ABSMAX.contains(&bits) {
-                    *absmax = f32::from_bits(bits);
-                    let reciprocal = _mm256_set1_ps(1.0 / *absmax);
-                    for (chunk, out) in block.iter().zip(out) {
-                        store128(out, encode(chunk, reciprocal));
+            let group = group_blocks(per_block * CHUNK);
+            let mut reciprocals = [0.0; GROUP_BLOCKS];
+            let groups = chunks[..full * per_block]
+                .chunks(group * per_block)
+                .zip(packed.as_chunks_mut::<16>().0.chunks_mut(group * per_block))
+                .zip(absmax.chunks_mut(group));
+            for ((blocks, outs), absmax) in groups {
+                for (block, absmax) in blocks.chunks_exact(per_block).zip(&mut *absmax) {
+                    *absmax = f32::from_bits(max_bits(block));
+                }
+                for (reciprocal, absmax) in reciprocals.iter_mut().zip(&*absmax) {
+                    *reciprocal = 1.0 / absmax;
+                }
+                let blocks = blocks
+                    .chunks_exact(per_block)
+                    .zip(outs.chunks_exact_mut(per_block));
+                for (((block, out), absmax), reciprocal) in blocks.zip(absmax).zip(reciprocals) {
+                    if PLAIN_ABSMAX.contains(&absmax.to_bits()) {
+                        let reciprocal = _mm256_set1_ps(reciprocal);
+                        for (chunk, out) in block.iter().zip(out) {
+                            store128(out, encode(chunk, reciprocal));
+                        }
+                    } else {
+                        let (source, out) = (block.as_flattened(), out.as_flattened_mut());
+                        let block = quantize::quantize_block(source, FLOAT, false, out);
+                        *absmax = block.absmax;
+                        nonfinite += u64::from(block.nonfinite);
                     }
-                } else {
-                    let block = quantize::quantize_block(
-                        block.as_flattened(),
-                        FLOAT,
-                        false,
-                        out.as_flattened_mut(),
-                    );
-                    *absmax = block.absmax;
-                    nonfinite += u64::from(block.nonfinite);
                 }
             }
             let rest = &source[full * per_block * CHUNK..];
@@ -356,7 +367,7 @@ pub(crate) fn dequantize(
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
 pub(crate) fn absmax_mean(absmax: &[f32]) -> f32 {
-    double::mean(absmax, |values| double::group_sum(values))
+    double::mean(absmax, double::group_sum)
 }
 
 #[target_feature(enable = "avx2,f16c")]

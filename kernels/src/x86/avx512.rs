@@ -5,6 +5,7 @@
 
 use std::arch::x86_64::*;
 
+use super::{GROUP_BLOCKS, group_blocks};
 use crate::{
     FloatType, NF4_THRESHOLDS,
     buckets::{Bf16Buckets, DynamicBuckets},
@@ -37,7 +38,7 @@ pub(crate) fn quantize_nf4(
 /// The loops over blocks for one float type. They need, for that type,
 /// - `HALF`, the bytes of 32 elements, and `FLOAT`;
 /// - `max_bits(&[[u8; HALF]]) -> u32`: the largest magnitude, as `f32` bits;
-/// - `Scale` and `scale(u32) -> Scale`: what is needed of a plain absmax;
+/// - `Scale` and `scale(f32, f32) -> Scale`: what is needed of a plain absmax and its reciprocal;
 /// - `encode(&[[u8; HALF]; 2], &Scale, &Scale) -> __m256i`: the packed codes of 64 elements, with a scale per half.
 macro_rules! block_loops {
     () => {
@@ -51,31 +52,40 @@ macro_rules! block_loops {
             absmax: &mut [f32],
         ) -> u64 {
             let per_block = if N == 0 { block_size / 64 } else { N };
-            let chunks = source
-                .as_chunks::<HALF>()
-                .0
-                .as_chunks::<2>()
-                .0
-                .chunks_exact(per_block);
-            let full = chunks.len();
+            let chunks = source.as_chunks::<HALF>().0.as_chunks::<2>().0;
+            let full = chunks.len() / per_block;
             let (packed, packed_rest) = packed.split_at_mut(full * block_size / 2);
             let (absmax, absmax_rest) = absmax.split_at_mut(full);
             let mut nonfinite = 0;
-            let outs = packed.as_chunks_mut::<32>().0.chunks_exact_mut(per_block);
-            for ((block, out), absmax) in chunks.zip(outs).zip(absmax) {
-                let bits = max_bits(block.as_flattened());
-                if PLAIN_ABSMAX.contains(&bits) {
-                    *absmax = f32::from_bits(bits);
-                    let scale = scale(bits);
-                    for (chunk, out) in block.iter().zip(out) {
-                        store256(out, encode(chunk, &scale, &scale));
+            let group = group_blocks(per_block * 2 * HALF);
+            let mut reciprocals = [0.0; GROUP_BLOCKS];
+            let groups = chunks[..full * per_block]
+                .chunks(group * per_block)
+                .zip(packed.as_chunks_mut::<32>().0.chunks_mut(group * per_block))
+                .zip(absmax.chunks_mut(group));
+            for ((blocks, outs), absmax) in groups {
+                for (block, absmax) in blocks.chunks_exact(per_block).zip(&mut *absmax) {
+                    *absmax = f32::from_bits(max_bits(block.as_flattened()));
+                }
+                for (reciprocal, absmax) in reciprocals.iter_mut().zip(&*absmax) {
+                    *reciprocal = 1.0 / absmax;
+                }
+                let blocks = blocks
+                    .chunks_exact(per_block)
+                    .zip(outs.chunks_exact_mut(per_block));
+                for (((block, out), absmax), reciprocal) in blocks.zip(absmax).zip(reciprocals) {
+                    if PLAIN_ABSMAX.contains(&absmax.to_bits()) {
+                        let scale = scale(*absmax, reciprocal);
+                        for (chunk, out) in block.iter().zip(out) {
+                            store256(out, encode(chunk, &scale, &scale));
+                        }
+                    } else {
+                        let source = block.as_flattened().as_flattened();
+                        let out = out.as_flattened_mut();
+                        let block = quantize::quantize_block(source, FLOAT, false, out);
+                        *absmax = block.absmax;
+                        nonfinite += u64::from(block.nonfinite);
                     }
-                } else {
-                    let source = block.as_flattened().as_flattened();
-                    let block =
-                        quantize::quantize_block(source, FLOAT, false, out.as_flattened_mut());
-                    *absmax = block.absmax;
-                    nonfinite += u64::from(block.nonfinite);
                 }
             }
             let rest = &source[full * per_block * 2 * HALF..];
@@ -90,16 +100,34 @@ macro_rules! block_loops {
             let (packed, packed_rest) = packed.split_at_mut(chunks.len() * 32);
             let (absmax, absmax_rest) = absmax.split_at_mut(chunks.len() * 2);
             let mut nonfinite = 0;
-            let outs = packed.as_chunks_mut::<32>().0;
-            for ((chunk, out), absmax) in chunks.iter().zip(outs).zip(absmax.as_chunks_mut::<2>().0)
-            {
-                let bits = [max_bits(&chunk[..1]), max_bits(&chunk[1..])];
-                if bits.iter().all(|bits| PLAIN_ABSMAX.contains(bits)) {
-                    *absmax = bits.map(f32::from_bits);
-                    store256(out, encode(chunk, &scale(bits[0]), &scale(bits[1])));
-                } else {
-                    nonfinite +=
-                        quantize::quantize_nf4(chunk.as_flattened(), FLOAT, 32, out, absmax);
+            let group = group_blocks(HALF) / 2;
+            let mut reciprocals = [0.0; GROUP_BLOCKS];
+            let groups = chunks
+                .chunks(group)
+                .zip(packed.as_chunks_mut::<32>().0.chunks_mut(group))
+                .zip(absmax.as_chunks_mut::<2>().0.chunks_mut(group));
+            for ((chunks, outs), absmax) in groups {
+                let halves = chunks.as_flattened().iter();
+                for (half, absmax) in halves.zip(absmax.as_flattened_mut()) {
+                    *absmax = f32::from_bits(max_bits(std::slice::from_ref(half)));
+                }
+                for (reciprocal, absmax) in reciprocals.iter_mut().zip(absmax.as_flattened()) {
+                    *reciprocal = 1.0 / absmax;
+                }
+                let reciprocals = reciprocals.as_chunks::<2>().0;
+                let chunks = chunks.iter().zip(outs).zip(absmax).zip(reciprocals);
+                for (((chunk, out), absmax), reciprocals) in chunks {
+                    if absmax
+                        .iter()
+                        .all(|absmax| PLAIN_ABSMAX.contains(&absmax.to_bits()))
+                    {
+                        let low = scale(absmax[0], reciprocals[0]);
+                        let high = scale(absmax[1], reciprocals[1]);
+                        store256(out, encode(chunk, &low, &high));
+                    } else {
+                        let source = chunk.as_flattened();
+                        nonfinite += quantize::quantize_nf4(source, FLOAT, 32, out, absmax);
+                    }
                 }
             }
             let rest = &source[chunks.len() * 2 * HALF..];
@@ -131,8 +159,8 @@ mod bf16 {
 
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
     #[inline]
-    fn scale(bits: u32) -> Scale {
-        let absmax = (bits >> 16) as u16;
+    fn scale(absmax: f32, _reciprocal: f32) -> Scale {
+        let absmax = (absmax.to_bits() >> 16) as u16;
         let entries = Bf16Buckets::TABLE.of_absmax(absmax);
         Scale {
             begin: _mm512_set1_epi16((absmax - Bf16Buckets::REACH) as i16),
@@ -281,8 +309,7 @@ const LINEAR_BUCKETS: ([f32; 32], [i32; 32]) = {
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
 #[inline]
-fn scale(bits: u32) -> Scale {
-    let reciprocal = 1.0 / f32::from_bits(bits);
+fn scale(_absmax: f32, reciprocal: f32) -> Scale {
     Scale {
         reciprocal: _mm512_set1_ps(reciprocal),
         buckets: _mm512_set1_ps(reciprocal * LINEAR),
@@ -304,8 +331,12 @@ fn codes(x: __m512, scale: &Scale) -> __m512i {
         load512_f32(&thresholds[1]),
     );
     let base = _mm512_permutex2var_epi32(load512_i32(&bases[0]), bucket, load512_i32(&bases[1]));
-    let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(_mm512_mul_ps(x, scale.reciprocal), threshold);
-    _mm512_mask_add_epi32(base, above, base, _mm512_set1_epi32(1))
+    // The sign of the difference says which is larger: it is exact enough never to round to zero.
+    let difference = _mm512_sub_ps(threshold, _mm512_mul_ps(x, scale.reciprocal));
+    _mm512_add_epi32(
+        base,
+        _mm512_srli_epi32::<31>(_mm512_castps_si512(difference)),
+    )
 }
 
 /// 64 codes in 32-bit lanes to 32 bytes.
@@ -426,7 +457,7 @@ pub(crate) fn dequantize(
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
 #[inline]
 pub(crate) fn absmax_mean(absmax: &[f32]) -> f32 {
-    double::mean(absmax, |values| double::group_sum(values))
+    double::mean(absmax, double::group_sum)
 }
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
