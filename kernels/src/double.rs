@@ -21,8 +21,8 @@ pub(crate) fn mean(absmax: &[f32], group_sum: impl Fn(&[f32]) -> f64 + Copy) -> 
     }
 }
 
-/// The sum of up to 256^n values, as the sum of one group of sums of up to 256^(n-1) values. A part of the tree that
-/// is all padding adds zeros, so it can be left out.
+/// The sum of up to 256^n values, as the sum of one group of sums of up to 256^(n-1) values. A part
+/// of the tree that is all padding adds zeros, so it can be left out.
 fn tree_sum(values: &[f32], group_sum: impl Fn(&[f32]) -> f64 + Copy) -> f64 {
     if values.len() <= GROUP {
         return group_sum(values);
@@ -65,8 +65,8 @@ fn halve<T: Copy>(to_f64: &impl Fn(T) -> f64, values: &[T; GROUP]) -> f64 {
     sums[0]
 }
 
-/// The code that the CUDA kernel's search gives: of the two neighbours the nearer one, by their `f32` midpoint; on the
-/// midpoint itself the one at which the search ended. NaN has code 0.
+/// The code that the CUDA kernel's search gives: of the two neighbours the nearer one, by their
+/// `f32` midpoint; on the midpoint itself the one at which the search ended. NaN has code 0.
 pub(crate) const fn search(x: f32) -> u8 {
     let (mut lower, mut pivot, mut upper) = (0, 127, 255);
     let mut stride = 64;
@@ -95,8 +95,8 @@ pub(crate) const fn search(x: f32) -> u8 {
     nearest as u8
 }
 
-/// Quantizes absmax values. Lengths have been checked. `plain_codes` quantizes one block whose reciprocal is given and
-/// for which flushing makes no difference.
+/// Quantizes absmax values. Lengths have been checked. `plain_codes` quantizes one block whose
+/// reciprocal is given and for which flushing makes no difference.
 #[inline(always)]
 pub(crate) fn quantize(
     absmax: &[f32],
@@ -109,7 +109,8 @@ pub(crate) fn quantize(
         .chunks(NESTED_BLOCK_SIZE)
         .zip(codes.chunks_mut(NESTED_BLOCK_SIZE));
     for ((absmax, codes), nested) in blocks.zip(nested_absmax) {
-        // Infinities and NaN have the largest magnitudes as integers, so one maximum finds them too.
+        // Infinities and NaN have the largest magnitudes as integers, so one maximum finds them
+        // too.
         let bits = absmax
             .iter()
             .fold(0, |max, x| max.max((x - offset).to_bits() & 0x7fff_ffff));

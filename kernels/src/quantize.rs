@@ -1,17 +1,18 @@
 //! Quantizing to NF4 in portable Rust: the definition that the other instruction sets must equal.
 //!
-//! The meaning is that of bitsandbytes' CUDA kernel, which is compiled to flush subnormals. Rust code must not change
-//! the floating-point environment, so every flush is written out. The vector kernels skip them for blocks where they
-//! provably make no difference, and send the others here.
+//! The meaning is that of bitsandbytes' CUDA kernel, which is compiled to flush subnormals. Rust
+//! code must not change the floating-point environment, so every flush is written out. The vector
+//! kernels skip them for blocks where they provably make no difference, and send the others here.
 
 use std::ops::RangeInclusive;
 
 use crate::{FloatType, NF4_THRESHOLDS, float};
 
-/// Bits of the absmax of blocks for which plain IEEE arithmetic gives the same codes, if the block is also finite.
+/// Bits of the absmax of blocks for which plain IEEE arithmetic gives the same codes, if the block
+/// is also finite.
 ///
-/// - 2^-100 and more: a subnormal element (below 2^-126) is under 2^-26 of the absmax, so it has code 7 whether flushed
-///   or not, and so has every element whose product is subnormal.
+/// - 2^-100 and more: a subnormal element (below 2^-126) is under 2^-26 of the absmax, so it has
+///   code 7 whether flushed or not, and so has every element whose product is subnormal.
 /// - 2^126 and less: the reciprocal is a normal number.
 pub(crate) const PLAIN_ABSMAX: RangeInclusive<u32> = 0x0d80_0000..=0x7e80_0000;
 
@@ -24,10 +25,11 @@ pub(crate) const fn flush(x: f32) -> f32 {
     }
 }
 
-/// The largest magnitude, as the CUDA kernels find it: NaN does not count, and neither does the sign.
+/// The largest magnitude, as the CUDA kernels find it: NaN does not count, and neither does the
+/// sign.
 ///
-/// In a partial block the absent elements count as zeros. This shows only where all present ones are NaN: absmax is
-/// then 0.0, and -`f32::MAX` for a full block.
+/// In a partial block the absent elements count as zeros. This shows only where all present ones
+/// are NaN: absmax is then 0.0, and -`f32::MAX` for a full block.
 pub(crate) fn absmax(block: impl Iterator<Item = f32>, partial: bool) -> f32 {
     block.fold(if partial { 0.0 } else { f32::MIN }, |max, x| {
         max.max(flush(x).abs())
@@ -39,7 +41,9 @@ pub(crate) const fn reciprocal(absmax: f32) -> f32 {
     flush(1.0 / flush(absmax))
 }
 
-/// The code of an element that has been divided by the absmax: how many thresholds lie strictly below it.
+/// The code of an element that has been divided by the absmax: how many thresholds lie strictly
+/// below it.
+#[cfg(any(test, target_arch = "x86_64"))]
 pub(crate) const fn code(v: f32) -> u8 {
     // The number of thresholds below `v` is found in four steps; NaN is above none of them.
     let mut code = 0;
@@ -141,7 +145,8 @@ fn encode(group: [f32; GROUP]) -> [u8; GROUP / 2] {
     std::array::from_fn(|i| (codes[2 * i] << 4 | codes[2 * i + 1]) as u8)
 }
 
-/// Quantizes block by block; returns how many blocks hold an infinity or a NaN. Lengths have been checked.
+/// Quantizes block by block; returns how many blocks hold an infinity or a NaN. Lengths have been
+/// checked.
 pub(crate) fn quantize_nf4(
     source: &[u8],
     float: FloatType,

@@ -1,4 +1,5 @@
-//! All instruction sets give the bytes of the definition, which is written out here once more, one element at a time.
+//! All instruction sets give the bytes of the definition, which is written out here once more, one
+//! element at a time.
 
 use tightfit_kernels::{
     BlockSize, DYNAMIC_MAP, FloatType, Isa, KernelError, Kernels, NESTED_BLOCK_SIZE,
@@ -150,7 +151,8 @@ fn assert_quantizes(source: &[u8], float: FloatType, block_size: BlockSize, what
     }
 }
 
-/// Every bit pattern of a 16-bit type, with steps between neighbours that put many magnitudes into each block.
+/// Every bit pattern of a 16-bit type, with steps between neighbours that put many magnitudes into
+/// each block.
 fn every_pattern(step: usize) -> Vec<u8> {
     (0..1 << 16)
         .flat_map(|i: usize| ((i * step) as u16).to_le_bytes())

@@ -1,7 +1,8 @@
 //! AVX2 and F16C.
 //!
-//! Quantizing works on chunks of 32 elements. Blocks that are not plain (see [`PLAIN_ABSMAX`]) and the partial block at
-//! the end go to the portable code. Dequantizing looks the results of a block up: there are only 16.
+//! Quantizing works on chunks of 32 elements. Blocks that are not plain (see [`PLAIN_ABSMAX`]) and
+//! the partial block at the end go to the portable code. Dequantizing looks the results of a block
+//! up: there are only 16.
 
 use std::arch::x86_64::*;
 
@@ -33,7 +34,8 @@ pub(crate) fn quantize_nf4(
 /// The loop over blocks for one float type. It needs, for that type,
 /// - `CHUNK`, the bytes of 32 elements, and `FLOAT`;
 /// - `max_bits(&[[u8; CHUNK]]) -> u32`: the largest magnitude, as `f32` bits;
-/// - `encode(&[u8; CHUNK], __m256) -> __m128i`: the packed codes of 32 elements, given the reciprocal.
+/// - `encode(&[u8; CHUNK], __m256) -> __m128i`: the packed codes of 32 elements, given the
+///   reciprocal.
 macro_rules! block_loop {
     () => {
         /// Blocks of `N` chunks, or of any number of chunks if `N` is 0.
@@ -87,7 +89,8 @@ macro_rules! block_loop {
     };
 }
 
-/// bfloat16: of every two elements the even one is the lower half of 32 bits, so that they are split by shift and mask.
+/// bfloat16: of every two elements the even one is the lower half of 32 bits, so that they are
+/// split by shift and mask.
 mod bf16 {
     use super::*;
 
@@ -108,7 +111,8 @@ mod bf16 {
         let (halves, _) = chunk.as_chunks::<32>();
         let words =
             _mm256_packus_epi32(pairs(&halves[0], reciprocal), pairs(&halves[1], reciprocal));
-        // Packing works in lanes of 128 bits: of every lane the first half belongs to the first vector.
+        // Packing works in lanes of 128 bits: of every lane the first half belongs to the first
+        // vector.
         pack_words(_mm256_permute4x64_epi64::<0b11_01_10_00>(words))
     }
 
@@ -188,8 +192,9 @@ mod f32 {
     }
 }
 
-/// The thresholds as a tree, searched with comparisons that give -1. After each level the index is minus the number of
-/// thresholds known to lie below, in units of that level; of it the lowest three bits select.
+/// The thresholds as a tree, searched with comparisons that give -1. After each level the index is
+/// minus the number of thresholds known to lie below, in units of that level; of it the lowest
+/// three bits select.
 const LEVEL_1: [f32; 8] = {
     let mut level = [0.0; 8];
     let mut i = 0;
@@ -328,7 +333,8 @@ pub(crate) fn dequantize(
                 } else {
                     (narrow_to_bf16(low), narrow_to_bf16(high))
                 };
-                // A table of the low bytes of the 16 results, and one of the high bytes, in both lanes.
+                // A table of the low bytes of the 16 results, and one of the high bytes, in both
+                // lanes.
                 let low_byte = _mm_set1_epi16(0x00ff);
                 let low_bytes =
                     _mm_packus_epi16(_mm_and_si128(low, low_byte), _mm_and_si128(high, low_byte));

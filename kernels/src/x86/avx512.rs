@@ -1,7 +1,8 @@
 //! AVX-512 F, BW, DQ and VL.
 //!
-//! Quantizing works on chunks of 64 elements. Blocks that are not plain (see [`PLAIN_ABSMAX`]) and the partial block at
-//! the end go to the portable code. Dequantizing looks the results of a block up: there are only 16.
+//! Quantizing works on chunks of 64 elements. Blocks that are not plain (see [`PLAIN_ABSMAX`]) and
+//! the partial block at the end go to the portable code. Dequantizing looks the results of a block
+//! up: there are only 16.
 
 use std::arch::x86_64::*;
 
@@ -39,7 +40,8 @@ pub(crate) fn quantize_nf4(
 /// - `HALF`, the bytes of 32 elements, and `FLOAT`;
 /// - `max_bits(&[[u8; HALF]]) -> u32`: the largest magnitude, as `f32` bits;
 /// - `Scale` and `scale(f32, f32) -> Scale`: what is needed of a plain absmax and its reciprocal;
-/// - `encode(&[[u8; HALF]; 2], &Scale, &Scale) -> __m256i`: the packed codes of 64 elements, with a scale per half.
+/// - `encode(&[[u8; HALF]; 2], &Scale, &Scale) -> __m256i`: the packed codes of 64 elements, with a
+///   scale per half.
 macro_rules! block_loops {
     () => {
         /// Blocks of `N` chunks, or of any number of whole chunks if `N` is 0.
@@ -172,7 +174,8 @@ mod bf16 {
     #[inline]
     fn encode(chunk: &[[u8; HALF]; 2], low: &Scale, high: &Scale) -> __m256i {
         let codes = _mm512_packus_epi16(codes(&chunk[0], low), codes(&chunk[1], high));
-        // Packing works in lanes of 128 bits: of every lane the first half belongs to the first vector.
+        // Packing works in lanes of 128 bits: of every lane the first half belongs to the first
+        // vector.
         pack_nibbles(_mm512_permutexvar_epi64(
             _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7),
             codes,
@@ -276,8 +279,9 @@ struct Scale {
     buckets: __m512,
 }
 
-/// From -1 to 1 there are 31 buckets of width 1/15, each centred on a multiple of it, and no two thresholds fall in the
-/// same one. No threshold is within 1e-3 of the border of a bucket, so that rounding does not matter in finding it.
+/// From -1 to 1 there are 31 buckets of width 1/15, each centred on a multiple of it, and no two
+/// thresholds fall in the same one. No threshold is within 1e-3 of the border of a bucket, so that
+/// rounding does not matter in finding it.
 const LINEAR: f32 = 15.0;
 
 /// Adding this leaves the number of the bucket, plus 16, in the low bits of the sum.
@@ -431,7 +435,8 @@ pub(crate) fn dequantize(
                 } else {
                     narrow_to_bf16(results)
                 };
-                // Twice, because five bits of the index count: four of the code and one of whatever is above it.
+                // Twice, because five bits of the index count: four of the code and one of whatever
+                // is above it.
                 let results = _mm512_broadcast_i64x4(results);
                 for (packed, out) in packed.iter().zip(out) {
                     let bytes = _mm512_cvtepu8_epi32(load128(packed));
