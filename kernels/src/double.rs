@@ -166,6 +166,18 @@ mod tests {
     }
 
     #[test]
+    fn search_decides_at_the_midpoint_and_ends_at_even_codes() {
+        // From 127, strides of 64 to 1 end at an even code, whichever way they go.
+        for (i, pair) in DYNAMIC_MAP.windows(2).enumerate() {
+            let midpoint = (pair[0] + pair[1]) * 0.5;
+            assert!(pair[0] < midpoint && midpoint < pair[1]);
+            assert_eq!(usize::from(search(midpoint.next_down())), i);
+            assert_eq!(usize::from(search(midpoint)), i.next_multiple_of(2));
+            assert_eq!(usize::from(search(midpoint.next_up())), i + 1);
+        }
+    }
+
+    #[test]
     fn sum_is_the_tree_of_the_definition() {
         // The definition, list by list.
         fn sum(mut list: Vec<f64>) -> f64 {
