@@ -1,5 +1,18 @@
 //! Tightfit loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
+//!
+//! Data flows one way: [`checkpoint`] -> [`policy`] -> [`plan`] -> [`load`] -> [`model`] ->
+//! [`report`].
 #![forbid(unsafe_code)]
 
 pub mod checkpoint;
+pub mod device;
+pub mod load;
+pub mod memory;
+pub mod model;
+pub mod plan;
+pub mod policy;
+pub mod report;
+pub mod synth;
 pub mod types;
+#[cfg(feature = "wit")]
+pub mod wit;

@@ -1,1 +1,354 @@
-//! What is on disk.
+//! What is on disk: checkpoints in the safetensors format, found, opened and checked.
+//!
+//! Everything read here is treated as written by an attacker: sizes are checked before they are
+//! allocated, names before they become paths, and the tensors of an opened [`Checkpoint`] are
+//! known to lie inside of their files without touching each other. Files are read at positions
+//! ([`Checkpoint::read_at`]) and never mapped, so that a file cut short while loading is an error
+//! and not a signal.
+#![forbid(unsafe_code)]
+
+mod cache;
+mod config;
+mod error;
+mod file;
+mod header;
+mod index;
+mod locate;
+#[cfg(test)]
+mod tests;
+mod ties;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+pub use cache::{CacheEnvironment, resolve, resolve_with};
+pub use config::{Config, LayerType, MAX_CONFIG_BYTES};
+pub use error::CheckpointError;
+pub use file::Shard;
+pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES, MAX_TENSORS};
+pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
+pub use ties::Tie;
+
+use file::ReadFailure;
+use header::Header;
+
+use crate::types::DType;
+
+/// Most headers of a checkpoint in all, in bytes; the largest real ones have a tenth of this.
+const MAX_ALL_HEADERS_BYTES: u64 = 4 * MAX_HEADER_BYTES;
+/// Shards that stay open. Those beyond are opened for each read, so that a checkpoint of thousands
+/// of shards does not use up the process's descriptors.
+const MAX_OPEN_SHARDS: usize = 128;
+
+/// A tensor of a checkpoint and where it lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Its key, for example `model.layers.0.mlp.up_proj.weight`. Without control characters.
+    pub name: String,
+    /// Type of its elements.
+    pub dtype: DType,
+    /// Row-major; empty for a scalar.
+    pub shape: Vec<u64>,
+    /// Bytes it occupies: what `dtype` and `shape` give.
+    pub bytes: u64,
+    /// Index of its file in [`Checkpoint::shards`].
+    pub shard: usize,
+    /// Its first byte, counted from the start of the file.
+    pub offset: u64,
+}
+
+impl TensorInfo {
+    /// Its bytes in the file.
+    pub fn range(&self) -> Range<u64> {
+        self.offset..self.offset + self.bytes
+    }
+}
+
+/// A checkpoint whose files are open and whose headers have been checked.
+///
+/// Shareable between threads: reads take no lock and no position.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    shards: Vec<Shard>,
+    tensors: Vec<TensorInfo>,
+    /// Indices of `tensors`, sorted by name.
+    by_name: Vec<u32>,
+    source_bytes: u64,
+    config: Option<Config>,
+    ties: Vec<Tie>,
+    metadata: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens a `.safetensors` file, an index, or a directory and reads what is in it, without
+    /// reading weights.
+    ///
+    /// In a directory, `model.safetensors.index.json` names the files; else `model.safetensors`
+    /// is the file; else a complete set of `*-0000i-of-0000N.safetensors`; else the only
+    /// `.safetensors` file. `config.json` is read from beside the files.
+    ///
+    /// # Errors
+    /// A [`CheckpointError`] that names the file and the part of it that is wrong.
+    pub fn open(path: &Path) -> Result<Checkpoint, CheckpointError> {
+        let located = locate::locate(path)?;
+        // First, because it is small and most likely to be what is broken in an edited model.
+        let config = Config::read(&located.directory)?;
+        let mut shards = Vec::with_capacity(located.shards.len());
+        let mut tensors = Vec::new();
+        let mut metadata = BTreeMap::new();
+        let mut header_bytes = 0;
+        let mut source_bytes: u64 = 0;
+        for path in &located.shards {
+            let mut shard = Shard::open(path)?;
+            let (header, data) = read_header(&shard, &mut header_bytes)?;
+            if tensors.len() + header.tensors.len() > MAX_TENSORS {
+                return Err(CheckpointError::TooLarge {
+                    path: path.clone(),
+                    what: "a number of tensors in this and earlier files",
+                    have: (tensors.len() + header.tensors.len()) as u64,
+                    limit: MAX_TENSORS as u64,
+                });
+            }
+            // Sparse files can be of any length, so that even this sum needs care.
+            source_bytes = source_bytes.checked_add(shard.length()).ok_or_else(|| {
+                CheckpointError::TooLarge {
+                    path: path.clone(),
+                    what: "the length of this and earlier files (bytes)",
+                    have: u64::MAX,
+                    limit: u64::MAX,
+                }
+            })?;
+            source_bytes -= data;
+            for (key, value) in header.metadata {
+                metadata.entry(key).or_insert(value);
+            }
+            if metadata.len() > MAX_METADATA {
+                return Err(CheckpointError::TooLarge {
+                    path: path.clone(),
+                    what: "a number of metadata entries in this and earlier files",
+                    have: metadata.len() as u64,
+                    limit: MAX_METADATA as u64,
+                });
+            }
+            tensors.extend(header.tensors.into_iter().map(|tensor| TensorInfo {
+                bytes: tensor.end - tensor.begin,
+                offset: data + tensor.begin,
+                shard: shards.len(),
+                name: tensor.name,
+                dtype: tensor.dtype,
+                shape: tensor.shape,
+            }));
+            if shards.len() >= MAX_OPEN_SHARDS {
+                shard.close();
+            }
+            shards.push(shard);
+        }
+        let by_name = sorted_by_name(&tensors, &shards)?;
+        let named: Vec<ties::Named<'_>> = tensors
+            .iter()
+            .map(|tensor| ties::Named {
+                name: &tensor.name,
+                shape: &tensor.shape,
+            })
+            .collect();
+        let checkpoint = Checkpoint {
+            path: path.into(),
+            ties: ties::find(&named, config.as_ref()),
+            source_bytes,
+            shards,
+            tensors,
+            by_name,
+            config,
+            metadata,
+        };
+        if let Some(index) = located.index {
+            checkpoint.check_index(&index)?;
+        }
+        Ok(checkpoint)
+    }
+
+    /// What was opened: the path as it was given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The files, in order of their names.
+    pub fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    /// Every tensor, file by file and in a file by offset. A tensor's index here is its identity.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// Index of the tensor with this name.
+    pub fn find(&self, name: &str) -> Option<usize> {
+        let position = self
+            .by_name
+            .binary_search_by(|&i| self.tensors[i as usize].name.as_str().cmp(name))
+            .ok()?;
+        Some(self.by_name[position] as usize)
+    }
+
+    /// Bytes of all tensors, without headers.
+    pub fn source_bytes(&self) -> u64 {
+        self.source_bytes
+    }
+
+    /// The model's configuration, where there is one beside the files.
+    pub fn config(&self) -> Option<&Config> {
+        self.config.as_ref()
+    }
+
+    /// Tensors that the model uses under a second name.
+    pub fn ties(&self) -> &[Tie] {
+        &self.ties
+    }
+
+    /// `__metadata__` of the files; of equal keys that of the first file.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Fills the buffer with the bytes of a file from `offset` on.
+    ///
+    /// # Errors
+    /// [`CheckpointError::CutShort`] when the file ends before, [`CheckpointError::Changed`] when
+    /// it is not the file that was opened any more, [`CheckpointError::Io`] when reading fails.
+    ///
+    /// # Panics
+    /// When there is no such shard.
+    pub fn read_at(
+        &self,
+        shard: usize,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        let file = &self.shards[shard];
+        match file.read_at(offset, buffer) {
+            Ok(()) => Ok(()),
+            Err(ReadFailure::Other(error)) => Err(error),
+            Err(ReadFailure::CutShort(have)) => {
+                let next = self.tensors.partition_point(|tensor| {
+                    (tensor.shard, tensor.range().end) <= (shard, offset)
+                });
+                let tensor = self
+                    .tensors
+                    .get(next)
+                    .filter(|tensor| tensor.shard == shard);
+                Err(CheckpointError::CutShort {
+                    path: file.path().into(),
+                    tensor: tensor.map_or_else(|| "header".into(), |tensor| tensor.name.clone()),
+                    start: offset,
+                    end: offset.saturating_add(buffer.len() as u64),
+                    have,
+                })
+            }
+        }
+    }
+
+    /// Fills the buffer with the bytes of a tensor from its byte `start` on.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OutsideTensor`] when the tensor ends before, and those of
+    /// [`Checkpoint::read_at`].
+    ///
+    /// # Panics
+    /// When there is no such tensor.
+    pub fn read_tensor(
+        &self,
+        tensor: usize,
+        start: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        let info = &self.tensors[tensor];
+        match start.checked_add(buffer.len() as u64) {
+            Some(end) if end <= info.bytes => self.read_at(info.shard, info.offset + start, buffer),
+            end => Err(CheckpointError::OutsideTensor {
+                tensor: info.name.clone(),
+                start,
+                end: end.unwrap_or(u64::MAX),
+                have: info.bytes,
+            }),
+        }
+    }
+
+    /// Every entry of the index is in the shard that it names. Tensors that the index does not
+    /// list are tensors like all others: transformers loads them too.
+    fn check_index(&self, index: &index::Index) -> Result<(), CheckpointError> {
+        for (name, shard) in &index.entries {
+            let found = self.find(name).map(|i| self.tensors[i].shard);
+            if found != Some(*shard) {
+                return Err(CheckpointError::NotInShard {
+                    path: self.shards[*shard].path().into(),
+                    tensor: name.clone(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads and checks the header of a file; gives also the offset of the data.
+fn read_header(shard: &Shard, total: &mut u64) -> Result<(Header, u64), CheckpointError> {
+    let path = shard.path();
+    // What was long enough a moment ago.
+    let cut = |failure, need| match failure {
+        ReadFailure::Other(error) => error,
+        ReadFailure::CutShort(have) => CheckpointError::HeaderPastEnd {
+            path: path.into(),
+            need,
+            have,
+        },
+    };
+    if shard.length() < 8 {
+        return Err(CheckpointError::NoHeader {
+            path: path.into(),
+            have: shard.length(),
+        });
+    }
+    let mut first = [0; 8];
+    shard
+        .read_at(0, &mut first)
+        .map_err(|failure| cut(failure, 8))?;
+    let length = header::header_length(path, first, shard.length())?;
+    *total += length as u64;
+    if *total > MAX_ALL_HEADERS_BYTES {
+        return Err(CheckpointError::TooLarge {
+            path: path.into(),
+            what: "the headers of this and earlier files (bytes)",
+            have: *total,
+            limit: MAX_ALL_HEADERS_BYTES,
+        });
+    }
+    let data = length as u64 + 8;
+    let mut text = vec![0; length];
+    shard
+        .read_at(8, &mut text)
+        .map_err(|failure| cut(failure, data))?;
+    Ok((header::parse(path, &text, shard.length())?, data))
+}
+
+/// Indices of the tensors, sorted by name, no name twice.
+fn sorted_by_name(tensors: &[TensorInfo], shards: &[Shard]) -> Result<Vec<u32>, CheckpointError> {
+    // MAX_TENSORS fits.
+    let mut by_name: Vec<u32> = (0..tensors.len() as u32).collect();
+    by_name.sort_unstable_by(|&a, &b| {
+        let key = |i: u32| (&tensors[i as usize].name, i);
+        key(a).cmp(&key(b))
+    });
+    for pair in by_name.windows(2) {
+        let (first, second) = (&tensors[pair[0] as usize], &tensors[pair[1] as usize]);
+        if first.name == second.name {
+            return Err(CheckpointError::DuplicateTensor {
+                tensor: first.name.clone(),
+                first: shards[first.shard].path().into(),
+                second: shards[second.shard].path().into(),
+            });
+        }
+    }
+    Ok(by_name)
+}

@@ -1,0 +1,223 @@
+//! What can be typed.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use tightfit::device::DeviceSpec;
+use tightfit::types::parse_bytes;
+use tightfit_kernels::Isa;
+
+/// Loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
+///
+/// MODEL is a directory, a .safetensors file, or a Hugging Face id (org/name) that is in the local
+/// cache. Exit status: 0 done, 2 usage, 3 checkpoint invalid or unreadable, 4 does not fit or
+/// refused by the policy, 5 the policy itself failed, 6 device failure, 130 interrupted.
+#[derive(Debug, Parser)]
+#[command(version, max_term_width = 100)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+
+    /// Show everything that policies log, not only warnings
+    #[arg(long, short, global = true)]
+    pub(crate) verbose: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// A whole run on a model that it makes itself, in under a minute
+    Demo(DemoOptions),
+    /// Write a checkpoint of real shape with seeded random weights
+    Synth(SynthOptions),
+    /// What is in a checkpoint, and what would be quantized
+    Inspect(InspectOptions),
+    /// Where everything would go, to the byte, for devices you need not have
+    Plan(PlanOptions),
+    /// Load a checkpoint and report
+    Load(LoadOptions),
+    /// Look at policies
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// What devices there are
+    Devices(DevicesOptions),
+}
+
+/// Where tensors go.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct PlacementOptions {
+    /// A device: cuda:0, cuda:0:20GiB, sim:32GiB (simulated, in host memory), cpu, cpu:16GiB.
+    /// Repeatable; by default all CUDA devices, else cpu
+    #[arg(long = "device", value_name = "SPEC")]
+    pub(crate) devices: Vec<DeviceSpec>,
+
+    #[command(flatten)]
+    pub(crate) policy: PolicyOptions,
+}
+
+/// Who decides.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct PolicyOptions {
+    /// A built-in policy, or a wasm file
+    #[arg(long, value_name = "NAME|FILE.wasm", default_value = "auto")]
+    pub(crate) policy: String,
+
+    /// A setting of the policy, as `tightfit policy show` lists them. Repeatable
+    #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
+    pub(crate) settings: Vec<(String, String)>,
+}
+
+impl Default for PolicyOptions {
+    fn default() -> Self {
+        PolicyOptions {
+            policy: "auto".to_owned(),
+            settings: Vec::new(),
+        }
+    }
+}
+
+/// How results are printed.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct OutputOptions {
+    /// Print the result as JSON, sizes in bytes
+    #[arg(long)]
+    pub(crate) json: bool,
+
+    /// No progress, no table: only errors and what --json prints
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+/// How loading is done.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct EngineOptions {
+    /// Worker threads; by default one per core
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+
+    /// Host memory for staging in all, for example 64MiB
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) staging: Option<u64>,
+
+    /// Fail when a tensor to be quantized has infinities or NaN
+    #[arg(long)]
+    pub(crate) strict: bool,
+
+    /// Quantize with this instruction set (portable, avx2, avx512) instead of the best one
+    #[arg(long, value_name = "ISA", value_parser = isa, hide_short_help = true)]
+    pub(crate) isa: Option<Isa>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoOptions {
+    #[command(flatten)]
+    pub(crate) placement: PlacementOptions,
+    #[command(flatten)]
+    pub(crate) engine: EngineOptions,
+    #[command(flatten)]
+    pub(crate) output: OutputOptions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SynthOptions {
+    /// Which model's shape
+    pub(crate) preset: String,
+    /// Where to: an empty directory, or one that does not exist yet
+    pub(crate) directory: PathBuf,
+    /// Sparse files of full length that cost no disk; every weight reads as zero
+    #[arg(long)]
+    pub(crate) headers_only: bool,
+    /// Seed of the weights
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// No progress, no summary
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectOptions {
+    /// A directory, a .safetensors file, or a Hugging Face id in the local cache
+    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) policy: PolicyOptions,
+    #[command(flatten)]
+    pub(crate) output: OutputOptions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct PlanOptions {
+    /// A directory, a .safetensors file, or a Hugging Face id in the local cache
+    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) placement: PlacementOptions,
+    #[command(flatten)]
+    pub(crate) output: OutputOptions,
+    /// List every tensor's device, format and bytes
+    #[arg(long)]
+    pub(crate) placements: bool,
+    /// Host memory for staging in all, for example 64MiB
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) staging: Option<u64>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct LoadOptions {
+    /// A directory, a .safetensors file, or a Hugging Face id in the local cache
+    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) placement: PlacementOptions,
+    #[command(flatten)]
+    pub(crate) engine: EngineOptions,
+    #[command(flatten)]
+    pub(crate) output: OutputOptions,
+    /// List every tensor's device, format and bytes
+    #[arg(long)]
+    pub(crate) placements: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PolicyCommand {
+    /// Name, version, settings and imports of a policy
+    Show {
+        /// A built-in policy, or a wasm file
+        policy: String,
+        #[command(flatten)]
+        output: OutputOptions,
+    },
+    /// The built-in policies
+    List,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DevicesOptions {
+    /// Devices to look at; by default all there are
+    #[arg(long = "device", value_name = "SPEC")]
+    pub(crate) devices: Vec<DeviceSpec>,
+    #[command(flatten)]
+    pub(crate) output: OutputOptions,
+}
+
+fn key_value(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
+        _ => Err("expected KEY=VALUE".to_owned()),
+    }
+}
+
+fn isa(text: &str) -> Result<Isa, String> {
+    [Isa::Portable, Isa::Avx2, Isa::Avx512]
+        .into_iter()
+        .find(|isa| isa.to_string() == text)
+        .ok_or_else(|| "it is portable, avx2 or avx512".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        use clap::CommandFactory;
+        Arguments::command().debug_assert();
+    }
+}

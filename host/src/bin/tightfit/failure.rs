@@ -1,0 +1,85 @@
+//! What ends the command early, and with which exit status.
+
+use tightfit::checkpoint::CheckpointError;
+use tightfit::device::DeviceError;
+use tightfit::load::LoadError;
+use tightfit::plan::ProposeError;
+use tightfit::policy::{PolicyError, RefusalReason};
+use tightfit::synth::SynthError;
+use tightfit_kernels::KernelError;
+
+/// What ends the command early.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Propose(#[from] ProposeError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    Synth(#[from] SynthError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error("cannot make a temporary directory: {0}")]
+    TemporaryDirectory(std::io::Error),
+    #[error("cannot write the result: {0}")]
+    Output(std::io::Error),
+}
+
+impl From<PolicyError> for Failure {
+    fn from(error: PolicyError) -> Failure {
+        Failure::Propose(ProposeError::Policy(error))
+    }
+}
+
+const OTHER: u8 = 1;
+const USAGE: u8 = 2;
+const CHECKPOINT: u8 = 3;
+const DOES_NOT_FIT: u8 = 4;
+const POLICY: u8 = 5;
+const DEVICE: u8 = 6;
+const INTERRUPTED: u8 = 130;
+
+impl Failure {
+    /// The exit status, as `tightfit --help` lists them.
+    pub(crate) fn status(&self) -> u8 {
+        match self {
+            Failure::Checkpoint(_) => CHECKPOINT,
+            Failure::Propose(error) => match error {
+                ProposeError::Policy(error) => match error {
+                    PolicyError::Refused { refusal, .. } => match refusal.reason {
+                        RefusalReason::BadSetting => USAGE,
+                        RefusalReason::DoesNotFit | RefusalReason::Unsupported => DOES_NOT_FIT,
+                    },
+                    PolicyError::Failed { .. } => POLICY,
+                    PolicyError::UnknownSetting { .. }
+                    | PolicyError::RepeatedSetting { .. }
+                    | PolicyError::Unknown { .. }
+                    | PolicyError::Unreadable { .. } => USAGE,
+                },
+                ProposeError::BadPlan { .. } => POLICY,
+                ProposeError::DoesNotFit { .. } => DOES_NOT_FIT,
+            },
+            Failure::Load(error) => match error {
+                LoadError::Checkpoint(_) | LoadError::NonFinite { .. } => CHECKPOINT,
+                LoadError::Device(_) | LoadError::NoTransfer { .. } => DEVICE,
+                LoadError::Staging(_) => USAGE,
+                LoadError::OtherPlan | LoadError::Kernel(_) => OTHER,
+                LoadError::Cancelled => INTERRUPTED,
+            },
+            Failure::Device(_) => DEVICE,
+            Failure::Synth(error) => match error {
+                SynthError::Cancelled => INTERRUPTED,
+                SynthError::UnknownPreset { .. }
+                | SynthError::NotEmpty { .. }
+                | SynthError::NotADirectory { .. } => USAGE,
+                SynthError::Io { .. } | SynthError::Unsupported { .. } => CHECKPOINT,
+            },
+            Failure::Kernel(_) => USAGE,
+            Failure::TemporaryDirectory(_) | Failure::Output(_) => OTHER,
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! `tightfit inspect`.
+
+use tightfit::device::{DeviceInfo, DeviceKind};
+use tightfit::plan::propose;
+use tightfit::report::{Inspection, Table};
+use tightfit::types::Bytes;
+
+use crate::args::InspectOptions;
+use crate::failure::Failure;
+use crate::{output, session};
+
+pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
+    let checkpoint = session::open_checkpoint(&options.model)?;
+    let policy = session::open_policy(&options.policy)?;
+    // Formats are asked for, not places: a device on which everything fits.
+    let device = DeviceInfo {
+        name: "any".to_owned(),
+        kind: DeviceKind::Sim,
+        capacity: 1 << 60,
+        available: 1 << 60,
+        granularity: 1,
+    };
+    let proposed = propose(&checkpoint, &policy, &[device], &options.policy.settings)?;
+    let inspection = Inspection::new(&checkpoint, &proposed.plan);
+    if options.output.json {
+        return output::print_json(&inspection);
+    }
+    output::print(&text(&inspection))
+}
+
+fn text(inspection: &Inspection) -> String {
+    let mut text = format!(
+        "{}{}: {} tensors in {} file{}, {} parameters, {}\n",
+        inspection.path,
+        match &inspection.architecture {
+            Some(architecture) => format!(" ({architecture})"),
+            None => String::new(),
+        },
+        inspection.tensors,
+        inspection.shards,
+        if inspection.shards == 1 { "" } else { "s" },
+        count(inspection.parameters),
+        Bytes(inspection.source_bytes),
+    );
+    if let Some(layers) = inspection.layers {
+        text += &format!("{layers} layers\n");
+    }
+    for (tensor, alias) in &inspection.ties {
+        text += &format!("tied: {alias} = {tensor}\n");
+    }
+    for (head, shares) in [
+        ("in the files", &inspection.dtypes),
+        ("stored as", &inspection.formats),
+    ] {
+        let mut table = Table::new([head, "tensors", "parameters", "bytes"]);
+        for (name, share) in shares {
+            table.row([
+                name.clone(),
+                share.tensors.to_string(),
+                count(share.elements),
+                Bytes(share.bytes).to_string(),
+            ]);
+        }
+        text += &format!("\n{table}");
+    }
+    text += &format!(
+        "\n{} of {} parameters quantized; {} to store\n",
+        count(inspection.quantized_elements()),
+        count(inspection.parameters),
+        Bytes(inspection.stored_bytes),
+    );
+    tightfit::report::printable(&text).into_owned()
+}
+
+/// A count as people say it: 7.62 B, 494 M.
+fn count(n: u64) -> String {
+    for (unit, size) in [("B", 1e9), ("M", 1e6), ("K", 1e3)] {
+        let value = n as f64 / size;
+        if value >= 1.0 {
+            let decimals = if value < 10.0 {
+                2
+            } else {
+                usize::from(value < 100.0)
+            };
+            return format!("{value:.decimals$} {unit}");
+        }
+    }
+    n.to_string()
+}

@@ -1,0 +1,214 @@
+//! `tightfit plan` and `tightfit load`.
+
+use tightfit::checkpoint::Checkpoint;
+use tightfit::device::{Device, open_devices};
+use tightfit::load::{self, CancelToken, Progress};
+use tightfit::memory::DEFAULT_STAGING;
+use tightfit::model::Model;
+use tightfit::plan::{Plan, Proposed, propose};
+use tightfit::report::{Report, Table, printable};
+use tightfit::types::Bytes;
+use tightfit_kernels::Kernels;
+
+use crate::args::{EngineOptions, LoadOptions, OutputOptions, PlanOptions};
+use crate::failure::Failure;
+use crate::{output, progress, session};
+
+/// `tightfit plan`.
+pub(crate) fn plan(options: &PlanOptions) -> Result<(), Failure> {
+    let checkpoint = session::open_checkpoint(&options.model)?;
+    let devices = open_devices(&options.placement.devices)?;
+    let policy = session::open_policy(&options.placement.policy)?;
+    let proposed = propose(
+        &checkpoint,
+        &policy,
+        &session::infos(&devices),
+        &options.placement.policy.settings,
+    )?;
+    let staging = options.staging.unwrap_or(DEFAULT_STAGING);
+    let report = Report::of_plan(&checkpoint, &proposed, staging);
+    show(
+        &checkpoint,
+        &proposed.plan,
+        report,
+        &options.output,
+        options.placements,
+    )
+}
+
+/// `tightfit load`.
+pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Failure> {
+    let checkpoint = session::open_checkpoint(&options.model)?;
+    let devices = open_devices(&options.placement.devices)?;
+    let policy = session::open_policy(&options.placement.policy)?;
+    let proposed = propose(
+        &checkpoint,
+        &policy,
+        &session::infos(&devices),
+        &options.placement.policy.settings,
+    )?;
+    // Compiled code is not needed any more, and its memory would count in the peak.
+    drop(policy);
+    let quiet = options.output.quiet;
+    let (model, report) = carry_out(
+        &checkpoint,
+        &proposed,
+        &devices,
+        &options.engine,
+        quiet,
+        cancel,
+    )?;
+    show(
+        &checkpoint,
+        model.plan(),
+        report,
+        &options.output,
+        options.placements,
+    )
+}
+
+/// Loads with a progress bar. Gives the model and the report made while it is loaded.
+pub(crate) fn carry_out(
+    checkpoint: &Checkpoint,
+    proposed: &Proposed,
+    devices: &[Box<dyn Device>],
+    engine: &EngineOptions,
+    quiet: bool,
+    cancel: CancelToken,
+) -> Result<(Model, Report), Failure> {
+    let bar = progress::bytes("loading", quiet);
+    let defaults = load::LoadOptions::default();
+    let options = load::LoadOptions {
+        threads: engine.threads.map_or(defaults.threads, usize::from),
+        staging_bytes: engine.staging.unwrap_or(defaults.staging_bytes),
+        strict: engine.strict,
+        kernels: match engine.isa {
+            Some(isa) => Kernels::new(isa)?,
+            None => defaults.kernels,
+        },
+        progress: &|progress: Progress| {
+            bar.set_length(progress.bytes_total);
+            bar.set_position(progress.bytes_read);
+        },
+        cancel,
+    };
+    let result = load::load(checkpoint, &proposed.plan, devices, &options);
+    bar.finish_and_clear();
+    let model = result?;
+    let usage: Vec<_> = devices.iter().map(|device| device.usage()).collect();
+    let report = Report::of_plan(checkpoint, proposed, options.staging_bytes).with_load(
+        checkpoint,
+        model.stats(),
+        &usage,
+    );
+    Ok((model, report))
+}
+
+fn show(
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+    mut report: Report,
+    options: &OutputOptions,
+    placements: bool,
+) -> Result<(), Failure> {
+    if placements {
+        report = report.with_placements(checkpoint, plan);
+    }
+    if options.json {
+        output::print_json(&report)
+    } else if options.quiet {
+        Ok(())
+    } else {
+        output::print(&text(&report))
+    }
+}
+
+/// The report for people.
+pub(crate) fn text(report: &Report) -> String {
+    let model = &report.model;
+    let mut text = format!(
+        "{}{}: {} tensors, {}\npolicy {} {}, {:.3} s\n\n",
+        model.path,
+        match &model.architecture {
+            Some(architecture) => format!(" ({architecture})"),
+            None => String::new(),
+        },
+        model.tensors,
+        Bytes(model.source_bytes),
+        report.policy.name,
+        report.policy.version,
+        report.policy.seconds,
+    );
+    let mut table = Table::new([
+        "device",
+        "tensors",
+        "allocated",
+        "reserved",
+        "peak",
+        "headroom",
+        "capacity",
+        "used",
+    ]);
+    for device in &report.devices {
+        let used = device.reserved.saturating_add(device.headroom) as f64;
+        table.row([
+            device.name.clone(),
+            device.tensors.to_string(),
+            Bytes(device.allocated).to_string(),
+            Bytes(device.reserved).to_string(),
+            Bytes(device.peak_reserved).to_string(),
+            Bytes(device.headroom).to_string(),
+            Bytes(device.capacity).to_string(),
+            format!("{:.1} %", 100.0 * used / device.capacity.max(1) as f64),
+        ]);
+    }
+    text += &table.to_string();
+    let allocated: u64 = report.devices.iter().map(|device| device.allocated).sum();
+    text += &format!(
+        "\n{} in the checkpoint, {} as stored ({:.2} x smaller)\n",
+        Bytes(model.source_bytes),
+        Bytes(allocated),
+        model.source_bytes as f64 / allocated.max(1) as f64,
+    );
+    if let Some(load) = &report.load {
+        text += &format!(
+            "loaded in {:.2} s ({:.2} GB/s): {} tensors quantized, {} stored\n",
+            load.seconds,
+            load.bytes_read as f64 / 1e9 / load.seconds.max(1e-9),
+            load.quantized,
+            load.stored,
+        );
+        if load.nonfinite_blocks > 0 {
+            text += &format!(
+                "warning: {} blocks with infinities or NaN, in {}\n",
+                load.nonfinite_blocks,
+                load.nonfinite
+                    .keys()
+                    .cloned()
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            );
+        }
+        text += &format!("host: staging {}", Bytes(report.host.staging_bytes));
+        if report.host.scratch_bytes > 0 {
+            text += &format!(", scratch {}", Bytes(report.host.scratch_bytes));
+        }
+        if let Some(peak) = report.host.peak_rss_bytes {
+            text += &format!(", peak resident {}", Bytes(peak));
+        }
+        text += "\n";
+    }
+    if let Some(placements) = &report.placements {
+        let mut table = Table::new(["tensor", "device", "format", "bytes"]);
+        for placement in placements {
+            table.row([
+                placement.tensor.clone(),
+                placement.device.clone().unwrap_or_else(|| "-".to_owned()),
+                placement.format.clone(),
+                placement.bytes.to_string(),
+            ]);
+        }
+        text += &format!("\n{table}");
+    }
+    printable(&text).into_owned()
+}

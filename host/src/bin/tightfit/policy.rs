@@ -1,0 +1,78 @@
+//! `tightfit policy`.
+
+use serde::Serialize;
+use tightfit::policy::{BUILTIN_POLICIES, Limits, Policy, WasmPolicy};
+use tightfit::report::printable;
+
+use crate::args::PolicyCommand;
+use crate::failure::Failure;
+use crate::output;
+
+#[derive(Serialize)]
+struct Shown {
+    name: String,
+    version: String,
+    settings: Vec<ShownSetting>,
+    imports: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct ShownSetting {
+    name: String,
+    default: String,
+    help: String,
+}
+
+pub(crate) fn run(command: &PolicyCommand) -> Result<(), Failure> {
+    match command {
+        PolicyCommand::List => output::print(&(BUILTIN_POLICIES.join("\n") + "\n")),
+        PolicyCommand::Show {
+            policy,
+            output: options,
+        } => {
+            let policy = WasmPolicy::open(policy, Limits::default())?;
+            let description = policy.describe()?;
+            let shown = Shown {
+                name: description.name,
+                version: description.version,
+                settings: description
+                    .settings
+                    .into_iter()
+                    .map(|setting| ShownSetting {
+                        name: setting.name,
+                        default: setting.default,
+                        help: setting.help,
+                    })
+                    .collect(),
+                imports: policy.imports(),
+            };
+            if options.json {
+                output::print_json(&shown)
+            } else {
+                output::print(&printable(&text(&shown)))
+            }
+        }
+    }
+}
+
+fn text(shown: &Shown) -> String {
+    let mut text = format!("{} {}\n", shown.name, shown.version);
+    if !shown.settings.is_empty() {
+        text += "\nsettings (--set NAME=VALUE):\n";
+    }
+    for setting in &shown.settings {
+        let default = match setting.default.as_str() {
+            "" => "none",
+            default => default,
+        };
+        text += &format!(
+            "  {} (default: {default})\n      {}\n",
+            setting.name, setting.help
+        );
+    }
+    text += "\nimports:\n";
+    for import in &shown.imports {
+        text += &format!("  {import}\n");
+    }
+    text
+}

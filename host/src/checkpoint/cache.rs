@@ -1,0 +1,317 @@
+//! Names of models: paths, and ids that the local Hugging Face cache may know.
+//!
+//! Layout of the cache: <https://huggingface.co/docs/huggingface_hub/guides/manage-cache>. A model
+//! `org/name` is the directory `models--org--name`, with `refs/main` holding a commit and
+//! `snapshots/<commit>` its files, mostly links into `blobs`.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use super::CheckpointError;
+use super::error::shown;
+use super::file::{io_error, is_plain_file_name, read_text};
+
+/// The variables that say where the cache is, apart from the process, so that tests and embedding
+/// applications can give their own.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CacheEnvironment {
+    /// `HF_HUB_CACHE`, or its old name `HUGGINGFACE_HUB_CACHE`: the cache itself.
+    pub hf_hub_cache: Option<PathBuf>,
+    /// `HF_HOME`: the cache is its subdirectory `hub`.
+    pub hf_home: Option<PathBuf>,
+    /// `XDG_CACHE_HOME`: the cache is its subdirectory `huggingface/hub`.
+    pub xdg_cache_home: Option<PathBuf>,
+    /// The home directory: the cache is its subdirectory `.cache/huggingface/hub`.
+    pub home: Option<PathBuf>,
+}
+
+impl CacheEnvironment {
+    /// What the environment of this process says.
+    pub fn from_process() -> CacheEnvironment {
+        CacheEnvironment::from_variables(|name| std::env::var_os(name))
+    }
+
+    fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> CacheEnvironment {
+        let path = |name: &str| {
+            let value = variable(name).filter(|value| !value.is_empty())?;
+            Some(PathBuf::from(value))
+        };
+        CacheEnvironment {
+            hf_hub_cache: path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE")),
+            hf_home: path("HF_HOME"),
+            xdg_cache_home: path("XDG_CACHE_HOME"),
+            home: path("HOME").or_else(|| path("USERPROFILE")),
+        }
+    }
+
+    /// The directory with one `models--*` for every model, existing or not.
+    pub fn cache(&self) -> Option<PathBuf> {
+        // huggingface_hub expands a leading `~` in all of them.
+        let expanded = |path: &PathBuf| match (path.strip_prefix("~"), &self.home) {
+            (Ok(rest), Some(home)) => home.join(rest),
+            _ => path.clone(),
+        };
+        if let Some(cache) = &self.hf_hub_cache {
+            return Some(expanded(cache));
+        }
+        if let Some(home) = &self.hf_home {
+            return Some(expanded(home).join("hub"));
+        }
+        let caches = match (&self.xdg_cache_home, &self.home) {
+            (Some(xdg), _) => expanded(xdg),
+            (None, Some(home)) => home.join(".cache"),
+            (None, None) => return None,
+        };
+        Some(caches.join("huggingface").join("hub"))
+    }
+}
+
+/// The path of a model: the name itself where it exists, else what the local Hugging Face cache
+/// of this process's environment holds under the name. The network is never asked.
+///
+/// # Errors
+/// A [`CheckpointError`] that says what was looked for and where.
+pub fn resolve(model: &str) -> Result<PathBuf, CheckpointError> {
+    resolve_with(model, &CacheEnvironment::from_process())
+}
+
+/// The same as [`resolve`] with an environment that the caller gives.
+///
+/// # Errors
+/// As for [`resolve`].
+pub fn resolve_with(
+    model: &str,
+    environment: &CacheEnvironment,
+) -> Result<PathBuf, CheckpointError> {
+    let path = Path::new(model);
+    if !model.is_empty() && path.exists() {
+        return if is_cache_entry(path) {
+            snapshot(path)
+        } else {
+            Ok(path.into())
+        };
+    }
+    let Some(entry) = entry_name(model) else {
+        // What is spelled as a path was meant as one.
+        return Err(
+            if path.is_absolute() || model.starts_with(['.', '~', '/', '\\']) {
+                CheckpointError::NotFound { path: path.into() }
+            } else {
+                CheckpointError::NotAModelName {
+                    model: model.into(),
+                }
+            },
+        );
+    };
+    let Some(cache) = environment.cache() else {
+        return Err(CheckpointError::NoCache {
+            model: model.into(),
+        });
+    };
+    let entry = cache.join(entry);
+    if !entry.is_dir() {
+        return Err(CheckpointError::NotInCache {
+            model: model.into(),
+            looked_for: entry,
+        });
+    }
+    snapshot(&entry)
+}
+
+/// Name of the cache's directory for a model id; `None` for what cannot be an id.
+/// Rules: huggingface_hub `validate_repo_id`.
+fn entry_name(model: &str) -> Option<String> {
+    let part = |part: &str| {
+        !part.is_empty()
+            && !part.starts_with(['.', '-'])
+            && !part.ends_with(['.', '-'])
+            && !part.contains("--")
+            && !part.contains("..")
+            && part
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+    };
+    if model.len() > 96 {
+        return None;
+    }
+    match model.split_once('/') {
+        Some((organization, name)) => {
+            (part(organization) && part(name)).then(|| format!("models--{organization}--{name}"))
+        }
+        None => part(model).then(|| format!("models--{model}")),
+    }
+}
+
+/// Whether the directory is a model's entry in a cache, rather than a model.
+fn is_cache_entry(path: &Path) -> bool {
+    let named = path
+        .file_name()
+        .is_some_and(|name| name.to_string_lossy().starts_with("models--"));
+    named && path.join("snapshots").is_dir()
+}
+
+/// The snapshot of an entry: that of `refs/main`, else the only one.
+fn snapshot(entry: &Path) -> Result<PathBuf, CheckpointError> {
+    let bad = |problem: String| CheckpointError::BadCacheEntry {
+        path: entry.into(),
+        problem,
+    };
+    let snapshots = entry.join("snapshots");
+    let reference = entry.join("refs").join("main");
+    if let Some(text) = read_text(&reference, "a reference (bytes)", 1024)? {
+        let commit = text.trim();
+        if !is_plain_file_name(commit) {
+            return Err(bad(format!("refs/main holds '{}'", shown(commit))));
+        }
+        let snapshot = snapshots.join(commit);
+        return if snapshot.is_dir() {
+            Ok(snapshot)
+        } else {
+            Err(bad(format!(
+                "refs/main names the snapshot {commit}, which is not there"
+            )))
+        };
+    }
+    let mut found = Vec::new();
+    match fs::read_dir(&snapshots) {
+        Err(error) if error.kind() == ErrorKind::NotFound => {}
+        Err(error) => return Err(io_error("list", &snapshots)(error)),
+        Ok(list) => {
+            for item in list.take(1000) {
+                let path = item.map_err(io_error("list", &snapshots))?.path();
+                if path.is_dir() {
+                    found.push(path);
+                }
+            }
+        }
+    }
+    match found.len() {
+        1 => Ok(found.remove(0)),
+        0 => Err(bad("it holds no snapshot; download the model again".into())),
+        n => Err(bad(format!(
+            "it holds {n} snapshots and no refs/main; give the path of one of them"
+        ))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tempfile::TempDir;
+
+    use super::*;
+
+    /// A cache with `org/name`, its snapshots and what refs/main holds.
+    fn cache(snapshots: &[&str], main: Option<&str>) -> (TempDir, CacheEnvironment, PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let entry = dir.path().join("hub").join("models--org--name");
+        fs::create_dir_all(entry.join("snapshots")).unwrap();
+        for snapshot in snapshots {
+            fs::create_dir_all(entry.join("snapshots").join(snapshot)).unwrap();
+        }
+        if let Some(main) = main {
+            fs::create_dir_all(entry.join("refs")).unwrap();
+            fs::write(entry.join("refs").join("main"), main).unwrap();
+        }
+        let environment = CacheEnvironment {
+            hf_home: Some(dir.path().into()),
+            ..CacheEnvironment::default()
+        };
+        (dir, environment, entry)
+    }
+
+    #[test]
+    fn the_cache_is_where_huggingface_hub_would_have_it() {
+        let mut environment = CacheEnvironment::default();
+        assert_eq!(environment.cache(), None);
+        environment.home = Some("/home/u".into());
+        assert_eq!(
+            environment.cache(),
+            Some("/home/u/.cache/huggingface/hub".into())
+        );
+        environment.xdg_cache_home = Some("/x".into());
+        assert_eq!(environment.cache(), Some("/x/huggingface/hub".into()));
+        environment.hf_home = Some("~/hf".into());
+        assert_eq!(environment.cache(), Some("/home/u/hf/hub".into()));
+        environment.hf_hub_cache = Some("/c".into());
+        assert_eq!(environment.cache(), Some("/c".into()));
+    }
+
+    #[test]
+    fn variables_are_read_by_their_names() {
+        let environment = CacheEnvironment::from_variables(|name| match name {
+            "HUGGINGFACE_HUB_CACHE" => Some("/old".into()),
+            "HF_HOME" => Some("".into()),
+            "HOME" => Some("/home/u".into()),
+            _ => None,
+        });
+        assert_eq!(environment.hf_hub_cache, Some("/old".into()));
+        assert_eq!(environment.hf_home, None);
+        assert_eq!(environment.home, Some("/home/u".into()));
+    }
+
+    #[test]
+    fn an_id_leads_to_the_snapshot_of_main() {
+        let (_dir, environment, entry) = cache(&["abc", "def"], Some("def\n"));
+        let expected = entry.join("snapshots").join("def");
+        assert_eq!(resolve_with("org/name", &environment).unwrap(), expected);
+        // The entry and the snapshot can be given as paths too.
+        let path = entry.to_str().unwrap();
+        assert_eq!(resolve_with(path, &environment).unwrap(), expected);
+        let path = expected.to_str().unwrap();
+        assert_eq!(resolve_with(path, &environment).unwrap(), expected);
+    }
+
+    #[test]
+    fn without_main_the_only_snapshot_is_taken_and_several_are_an_error() {
+        let (_dir, environment, entry) = cache(&["abc"], None);
+        assert_eq!(
+            resolve_with("org/name", &environment).unwrap(),
+            entry.join("snapshots").join("abc")
+        );
+        for (snapshots, main) in [
+            (&["abc", "def"][..], None),
+            (&[], None),
+            (&["abc"], Some("gone")),
+            (&["abc"], Some("../../..")),
+            (&["abc"], Some("")),
+        ] {
+            let (_dir, environment, _) = cache(snapshots, main);
+            let error = resolve_with("org/name", &environment).unwrap_err();
+            assert!(
+                matches!(error, CheckpointError::BadCacheEntry { .. }),
+                "{snapshots:?} {main:?}: {error:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_is_not_found_is_named_with_where_it_was_looked_for() {
+        let (_dir, environment, entry) = cache(&["abc"], Some("abc"));
+        let error = resolve_with("org/other", &environment).unwrap_err();
+        let expected = entry.with_file_name("models--org--other");
+        assert!(
+            matches!(&error, CheckpointError::NotInCache { looked_for, .. } if *looked_for == expected),
+            "{error:?}"
+        );
+        assert!(error.to_string().contains("models--org--other"), "{error}");
+        assert!(matches!(
+            resolve_with("org/name", &CacheEnvironment::default()),
+            Err(CheckpointError::NoCache { .. })
+        ));
+        assert!(matches!(
+            resolve_with("/no/such/path", &environment),
+            Err(CheckpointError::NotFound { .. })
+        ));
+        for model in ["", "a/b/c", "a/..", "org/na me", "org/x--y", "a\u{1b}[2J"] {
+            assert!(
+                matches!(
+                    resolve_with(model, &environment),
+                    Err(CheckpointError::NotAModelName { .. })
+                ),
+                "{model:?}"
+            );
+        }
+    }
+}

@@ -1,0 +1,213 @@
+//! Opening and reading single files whose sizes and kinds nobody vouches for.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use super::CheckpointError;
+
+/// A file of weights. It is either kept open, or opened anew for every read; in both cases the
+/// bytes come from the file that was checked when the checkpoint was opened, or there is an error.
+#[derive(Debug)]
+pub struct Shard {
+    path: PathBuf,
+    state: State,
+    file: Option<File>,
+}
+
+/// What tells whether a file is still the one that was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct State {
+    length: u64,
+    modified: Option<SystemTime>,
+    identity: Option<(u64, u64)>,
+}
+
+impl State {
+    fn of(metadata: &fs::Metadata) -> State {
+        State {
+            length: metadata.len(),
+            modified: metadata.modified().ok(),
+            identity: identity(metadata),
+        }
+    }
+}
+
+/// Device and inode, where the system has them.
+#[cfg(unix)]
+fn identity(metadata: &fs::Metadata) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+#[cfg(not(unix))]
+fn identity(_: &fs::Metadata) -> Option<(u64, u64)> {
+    None
+}
+
+/// Why a positioned read gave less than was asked for.
+#[derive(Debug)]
+pub(crate) enum ReadFailure {
+    /// The file ended here.
+    CutShort(u64),
+    /// Everything else.
+    Other(CheckpointError),
+}
+
+impl Shard {
+    /// Opens a regular file for positioned reads.
+    pub(crate) fn open(path: &Path) -> Result<Shard, CheckpointError> {
+        let file = open_regular(path)?;
+        let metadata = file
+            .metadata()
+            .map_err(io_error("read the size of", path))?;
+        Ok(Shard {
+            path: path.into(),
+            state: State::of(&metadata),
+            file: Some(file),
+        })
+    }
+
+    /// Gives the descriptor back; later reads open the file again and check that it is the same.
+    pub(crate) fn close(&mut self) {
+        self.file = None;
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its length in bytes when it was opened.
+    pub fn length(&self) -> u64 {
+        self.state.length
+    }
+
+    /// Fills the buffer from the bytes at `offset`.
+    pub(crate) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ReadFailure> {
+        let reopened;
+        let file = match &self.file {
+            Some(file) => file,
+            None => {
+                reopened = open_regular(&self.path).map_err(ReadFailure::Other)?;
+                &reopened
+            }
+        };
+        let read = read_full(file, offset, buffer)
+            .map_err(io_error("read", &self.path))
+            .map_err(ReadFailure::Other)?;
+        if read < buffer.len() {
+            return Err(ReadFailure::CutShort(offset.saturating_add(read as u64)));
+        }
+        // After the read, so that no write can come between the check and the bytes.
+        let metadata = file
+            .metadata()
+            .map_err(io_error("read the size of", &self.path))
+            .map_err(ReadFailure::Other)?;
+        if State::of(&metadata) != self.state {
+            return Err(ReadFailure::Other(CheckpointError::Changed {
+                path: self.path.clone(),
+            }));
+        }
+        Ok(())
+    }
+}
+
+/// Reads until the buffer is full or the file ends; gives the number of bytes read.
+fn read_full(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match read_once(file, offset + filled as u64, &mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+#[cfg(unix)]
+fn read_once(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, buffer, offset)
+}
+
+#[cfg(windows)]
+fn read_once(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    std::os::windows::fs::FileExt::seek_read(file, buffer, offset)
+}
+
+/// Opens a file that is no pipe, device or directory: opening or reading one of these may block
+/// for ever.
+fn open_regular(path: &Path) -> Result<File, CheckpointError> {
+    let regular = |metadata: fs::Metadata| {
+        if metadata.is_file() {
+            Ok(())
+        } else {
+            Err(CheckpointError::NotAFile { path: path.into() })
+        }
+    };
+    regular(fs::metadata(path).map_err(io_error("open", path))?)?;
+    let file = File::open(path).map_err(io_error("open", path))?;
+    regular(file.metadata().map_err(io_error("open", path))?)?;
+    Ok(file)
+}
+
+/// The whole text of a regular file of at most `limit` bytes; `None` where there is none.
+pub(crate) fn read_text(
+    path: &Path,
+    what: &'static str,
+    limit: u64,
+) -> Result<Option<String>, CheckpointError> {
+    let file = match open_regular(path) {
+        Err(CheckpointError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            return Ok(None);
+        }
+        other => other?,
+    };
+    let mut bytes = Vec::new();
+    // One byte more than is legal, so that a longer file is seen whatever its size said.
+    let mut reader = file.take(limit + 1);
+    reader
+        .read_to_end(&mut bytes)
+        .map_err(io_error("read", path))?;
+    if bytes.len() as u64 > limit {
+        let have = fs::metadata(path).map_or(bytes.len() as u64, |metadata| metadata.len());
+        return Err(CheckpointError::TooLarge {
+            path: path.into(),
+            what,
+            have,
+            limit,
+        });
+    }
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok(Some(text)),
+        Err(_) => Err(CheckpointError::NotUtf8 {
+            path: path.into(),
+            what,
+        }),
+    }
+}
+
+/// Turns a system error into ours, for `map_err`.
+pub(crate) fn io_error(
+    action: &'static str,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> CheckpointError {
+    move |source| CheckpointError::Io {
+        action,
+        path: path.into(),
+        source,
+    }
+}
+
+/// Whether the text names a file in a directory and nothing outside of it, on any system.
+pub(crate) fn is_plain_file_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 255
+        && name != "."
+        && name != ".."
+        && !name.contains(['/', '\\', ':'])
+        && !name.chars().any(char::is_control)
+}

@@ -1,0 +1,281 @@
+//! `model.safetensors.index.json`: which shard holds which tensor.
+//!
+//! Written by transformers and huggingface_hub as `{"metadata": {..}, "weight_map": {tensor: file}}`.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::path::Path;
+
+use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+
+use super::CheckpointError;
+use super::error::shortened;
+use super::file::is_plain_file_name;
+use super::header::{MAX_NAME_BYTES, MAX_TENSORS};
+
+/// Largest index that is read, in bytes.
+pub const MAX_INDEX_BYTES: u64 = 256_000_000;
+/// Most shards of a checkpoint.
+pub const MAX_SHARDS: usize = 10_000;
+
+const WHAT: &str = "the index";
+
+/// Which shard holds which tensor. Every shard is named by at least one entry.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Index {
+    /// Plain file names beside the index, sorted.
+    pub(crate) shards: Vec<String>,
+    /// Tensor and position of its shard in `shards`, sorted by tensor, no tensor twice.
+    pub(crate) entries: Vec<(String, usize)>,
+}
+
+/// Parses the text of the index at `path` (named in errors only).
+pub(crate) fn parse(path: &Path, text: &str) -> Result<Index, CheckpointError> {
+    if !text.trim_start().starts_with('{') {
+        return Err(CheckpointError::NotAnObject {
+            path: path.into(),
+            what: WHAT,
+        });
+    }
+    let mut collected = Collected {
+        path,
+        shards: HashMap::new(),
+        entries: Vec::new(),
+        seen: false,
+        failure: None,
+    };
+    let mut json = serde_json::Deserializer::from_str(text);
+    let outcome = IndexSeed(&mut collected)
+        .deserialize(&mut json)
+        .and_then(|()| json.end());
+    if let Some(failure) = collected.failure {
+        return Err(failure);
+    }
+    outcome.map_err(|source| CheckpointError::Json {
+        path: path.into(),
+        what: WHAT,
+        source,
+    })?;
+    if collected.entries.is_empty() {
+        return Err(CheckpointError::EmptyIndex { path: path.into() });
+    }
+    let mut entries = collected.entries;
+    entries.sort_unstable();
+    if let Some(pair) = entries.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+        return Err(CheckpointError::DuplicateEntry {
+            path: path.into(),
+            tensor: pair[0].0.clone(),
+        });
+    }
+    // Positions in order of appearance become positions in order of name.
+    let mut shards: Vec<(String, usize)> = collected.shards.into_iter().collect();
+    shards.sort_unstable();
+    let mut position = vec![0; shards.len()];
+    for (sorted, (_, appeared)) in shards.iter().enumerate() {
+        position[*appeared] = sorted;
+    }
+    for (_, shard) in &mut entries {
+        *shard = position[*shard];
+    }
+    Ok(Index {
+        shards: shards.into_iter().map(|(name, _)| name).collect(),
+        entries,
+    })
+}
+
+struct Collected<'p> {
+    path: &'p Path,
+    /// Names of the shards, with the order in which they appeared.
+    shards: HashMap<String, usize>,
+    entries: Vec<(String, usize)>,
+    seen: bool,
+    failure: Option<CheckpointError>,
+}
+
+impl Collected<'_> {
+    fn stop<E: de::Error>(&mut self, failure: CheckpointError) -> E {
+        let error = E::custom(&failure);
+        self.failure = Some(failure);
+        error
+    }
+
+    fn too_large<E: de::Error>(&mut self, what: &'static str, limit: usize) -> E {
+        self.stop(CheckpointError::TooLarge {
+            path: self.path.into(),
+            what,
+            have: limit as u64 + 1,
+            limit: limit as u64,
+        })
+    }
+
+    fn push<E: de::Error>(&mut self, tensor: String, shard: String) -> Result<(), E> {
+        if tensor.len() > MAX_NAME_BYTES {
+            return Err(self.stop(CheckpointError::BadTensorName {
+                path: self.path.into(),
+                tensor: shortened(&tensor),
+                problem: "is too long",
+            }));
+        }
+        if !is_plain_file_name(&shard) {
+            return Err(self.stop(CheckpointError::UnsafeShardName {
+                path: self.path.into(),
+                tensor,
+                shard: shortened(&shard),
+            }));
+        }
+        if self.entries.len() == MAX_TENSORS {
+            return Err(self.too_large("a number of tensors", MAX_TENSORS));
+        }
+        let position = match self.shards.get(&shard) {
+            Some(&position) => position,
+            None if self.shards.len() == MAX_SHARDS => {
+                return Err(self.too_large("a number of shards", MAX_SHARDS));
+            }
+            None => {
+                let position = self.shards.len();
+                self.shards.insert(shard, position);
+                position
+            }
+        };
+        self.entries.push((tensor, position));
+        Ok(())
+    }
+}
+
+struct IndexSeed<'a, 'p>(&'a mut Collected<'p>);
+
+impl<'de> DeserializeSeed<'de> for IndexSeed<'_, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for IndexSeed<'_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map with weight_map")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some(key) = map.next_key::<String>()? {
+            if key != "weight_map" {
+                map.next_value::<IgnoredAny>()?;
+                continue;
+            }
+            if std::mem::replace(&mut self.0.seen, true) {
+                return Err(de::Error::duplicate_field("weight_map"));
+            }
+            map.next_value_seed(WeightMapSeed(self.0))?;
+        }
+        if !self.0.seen {
+            return Err(de::Error::missing_field("weight_map"));
+        }
+        Ok(())
+    }
+}
+
+struct WeightMapSeed<'a, 'p>(&'a mut Collected<'p>);
+
+impl<'de> DeserializeSeed<'de> for WeightMapSeed<'_, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for WeightMapSeed<'_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a map of tensors to shards")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        while let Some((tensor, shard)) = map.next_entry::<String, String>()? {
+            self.0.push(tensor, shard)?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn index(text: &str) -> Result<Index, CheckpointError> {
+        parse(Path::new("model.safetensors.index.json"), text)
+    }
+
+    #[test]
+    fn shards_are_sorted_by_name_and_entries_follow() {
+        let index = index(
+            r#"{"metadata":{"total_size":6},"weight_map":{"a":"s2","c":"s1","b":"s2","d":"s3"}}"#,
+        )
+        .unwrap();
+        assert_eq!(index.shards, ["s1", "s2", "s3"]);
+        let expected = [("a", 1), ("b", 1), ("c", 0), ("d", 2)];
+        assert_eq!(index.entries, expected.map(|(t, s)| (t.to_owned(), s)));
+    }
+
+    #[test]
+    fn shards_outside_of_the_directory_are_refused_by_entry() {
+        for bad in [
+            "../../etc/passwd",
+            "/etc/passwd",
+            "..",
+            ".",
+            "",
+            "a/b.safetensors",
+            "..\\\\x",
+            "C:x",
+            "x\\u0000y",
+        ] {
+            let text = format!(r#"{{"weight_map":{{"fine":"x","bad":"{bad}"}}}}"#);
+            match index(&text) {
+                Err(CheckpointError::UnsafeShardName { tensor, .. }) => assert_eq!(tensor, "bad"),
+                other => panic!("{bad}: {other:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_no_index_is_an_error() {
+        type Check = fn(&CheckpointError) -> bool;
+        let json: Check = |e| matches!(e, CheckpointError::Json { .. });
+        let cases: [(&str, Check); 9] = [
+            ("", |e| matches!(e, CheckpointError::NotAnObject { .. })),
+            ("[]", |e| matches!(e, CheckpointError::NotAnObject { .. })),
+            ("{", json),
+            ("{}", json),
+            (r#"{"weight_map":[]}"#, json),
+            (r#"{"weight_map":{"a":1}}"#, json),
+            (r#"{"weight_map":{"a":"x"},"weight_map":{}}"#, json),
+            (r#"{"weight_map":{}}"#, |e| {
+                matches!(e, CheckpointError::EmptyIndex { .. })
+            }),
+            (
+                r#"{"weight_map":{"a":"x","b":"x","a":"y"}}"#,
+                |e| matches!(e, CheckpointError::DuplicateEntry { tensor, .. } if tensor == "a"),
+            ),
+        ];
+        for (text, check) in cases {
+            let error = index(text).unwrap_err();
+            assert!(check(&error), "{text}: {error:?}");
+        }
+    }
+
+    #[test]
+    fn deep_nesting_does_not_overflow_the_stack() {
+        let deep = format!(
+            r#"{{"metadata":{}1{},"weight_map":{{"a":"x"}}}}"#,
+            "[".repeat(1_000_000),
+            "]".repeat(1_000_000)
+        );
+        // Skipped or refused: either way without recursion.
+        let _ = index(&deep);
+    }
+}

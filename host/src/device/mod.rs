@@ -1,0 +1,145 @@
+//! Where tensors can be put: the trait that every device implements, and the devices there are.
+
+mod host;
+mod host_memory;
+mod spec;
+
+use std::fmt;
+
+pub use host::HostDevice;
+pub use spec::{DeviceSpec, SpecError, open_devices};
+
+use crate::memory::{ReservationSize, Usage};
+use crate::types::Bytes;
+
+/// What kind of memory a device has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// An NVIDIA GPU.
+    Cuda,
+    /// An accelerator that policies see as one, backed by host memory when loaded.
+    Sim,
+    /// Host memory.
+    Cpu,
+}
+
+impl DeviceKind {
+    /// Whether policies treat it as an accelerator, to be filled before host memory.
+    pub const fn is_accelerator(self) -> bool {
+        matches!(self, DeviceKind::Cuda | DeviceKind::Sim)
+    }
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DeviceKind::Cuda => "cuda",
+            DeviceKind::Sim => "sim",
+            DeviceKind::Cpu => "cpu",
+        })
+    }
+}
+
+/// What a plan has to know of a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// For example `cuda:0`, `sim:1`, `cpu`.
+    pub name: String,
+    /// What kind of memory it has.
+    pub kind: DeviceKind,
+    /// Bytes that may be used in all.
+    pub capacity: u64,
+    /// Bytes that are free now.
+    pub available: u64,
+    /// A reservation is a multiple of this many bytes.
+    pub granularity: u64,
+}
+
+/// A place that can hold tensors.
+///
+/// Implementations keep a ledger: [`Device::usage`] says at any time what is reserved and what
+/// was at most, and after the last reservation is dropped nothing is.
+pub trait Device: Send + Sync + fmt::Debug {
+    /// The device as it is now.
+    fn info(&self) -> DeviceInfo;
+
+    /// Takes memory in one piece. It is returned when the reservation is dropped.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] when there is too little, with nothing taken.
+    fn reserve(&self, size: ReservationSize) -> Result<Box<dyn Reservation>, DeviceError>;
+
+    /// What is in use now, and what was at most.
+    fn usage(&self) -> Usage;
+}
+
+/// Memory taken from a device in one piece; returned when dropped.
+pub trait Reservation: Send + Sync + fmt::Debug {
+    /// Its length in bytes.
+    fn len(&self) -> u64;
+
+    /// Whether nothing is reserved.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The memory itself where the processor can write it, so that kernels put their results
+    /// straight into their final place.
+    fn host_memory_mut(&mut self) -> Option<&mut [u8]>;
+
+    /// The memory itself where the processor can read it.
+    fn host_memory(&self) -> Option<&[u8]>;
+
+    /// Copies `out.len()` bytes from `offset`.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfBounds`] when the range is not inside the reservation.
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DeviceError>;
+}
+
+/// Why a device could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// Less memory than needed.
+    #[error("{device} has too little memory: need {}, have {}", Bytes(*need), Bytes(*have))]
+    OutOfMemory {
+        /// The device's name.
+        device: String,
+        /// Bytes asked for.
+        need: u64,
+        /// Bytes that were free.
+        have: u64,
+    },
+    /// The operating system or driver refused.
+    #[error("{device}: {call} of {} failed: {source}", Bytes(*bytes))]
+    Refused {
+        /// The device's name.
+        device: String,
+        /// What was called.
+        call: &'static str,
+        /// Bytes that the call was about.
+        bytes: u64,
+        /// What it answered.
+        source: std::io::Error,
+    },
+    /// A range outside a reservation.
+    #[error("{device}: bytes {offset}..{end} lie outside a reservation of {len} bytes")]
+    OutOfBounds {
+        /// The device's name.
+        device: String,
+        /// First byte asked for.
+        offset: u64,
+        /// End of the range asked for.
+        end: u64,
+        /// Length of the reservation.
+        len: u64,
+    },
+    /// A kind of device that is not there.
+    #[error("{device}: {reason}")]
+    Unavailable {
+        /// The device's name.
+        device: String,
+        /// Why.
+        reason: String,
+    },
+}

@@ -1,0 +1,157 @@
+//! Devices as users name them: `cuda:0`, `cuda:0:20GiB`, `sim:32GiB`, `cpu`, `cpu:16GiB`.
+
+use std::str::FromStr;
+
+use super::{Device, DeviceError, HostDevice};
+use crate::types::parse_bytes;
+
+/// One device as it was asked for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum DeviceSpec {
+    /// `cuda:<index>` with at most this many bytes.
+    Cuda {
+        /// The driver's index.
+        index: u32,
+        /// Bytes that may be used; by default what is free.
+        capacity: Option<u64>,
+    },
+    /// `sim:<capacity>`.
+    Sim {
+        /// Bytes.
+        capacity: u64,
+    },
+    /// `cpu` with at most this many bytes.
+    Cpu {
+        /// Bytes that may be used; by default what is free.
+        capacity: Option<u64>,
+    },
+}
+
+/// A device that cannot be understood.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "'{spec}' is not a device: {reason} (examples: cuda:0, cuda:0:20GiB, sim:32GiB, cpu, cpu:16GiB)"
+)]
+pub struct SpecError {
+    spec: String,
+    reason: String,
+}
+
+impl FromStr for DeviceSpec {
+    type Err = SpecError;
+
+    fn from_str(text: &str) -> Result<DeviceSpec, SpecError> {
+        let error = |reason: String| SpecError {
+            spec: text.to_owned(),
+            reason,
+        };
+        let bytes = |part: &str| parse_bytes(part).map_err(&error);
+        let parts: Vec<&str> = text.split(':').collect();
+        match parts[..] {
+            ["cpu"] => Ok(DeviceSpec::Cpu { capacity: None }),
+            ["cpu", capacity] => Ok(DeviceSpec::Cpu {
+                capacity: Some(bytes(capacity)?),
+            }),
+            ["sim", capacity] => Ok(DeviceSpec::Sim {
+                capacity: bytes(capacity)?,
+            }),
+            ["sim"] => Err(error("a simulated device needs a capacity".to_owned())),
+            ["cuda", index] | ["cuda", index, _] => {
+                let index = index
+                    .parse()
+                    .map_err(|_| error(format!("'{index}' is not a device number")))?;
+                let capacity = parts.get(2).map(|part| bytes(part)).transpose()?;
+                Ok(DeviceSpec::Cuda { index, capacity })
+            }
+            _ => Err(error("it starts with cuda, sim or cpu".to_owned())),
+        }
+    }
+}
+
+/// Opens devices in the given order; without any, the host's memory.
+///
+/// # Errors
+/// [`DeviceError::Unavailable`] for a device that is not there or is named twice.
+pub fn open_devices(specs: &[DeviceSpec]) -> Result<Vec<Box<dyn Device>>, DeviceError> {
+    if specs.is_empty() {
+        return Ok(vec![Box::new(HostDevice::cpu(None))]);
+    }
+    let mut devices: Vec<Box<dyn Device>> = Vec::new();
+    let mut sims = 0;
+    for spec in specs {
+        let device = match *spec {
+            DeviceSpec::Sim { capacity } => {
+                sims += 1;
+                HostDevice::sim(sims - 1, capacity)
+            }
+            DeviceSpec::Cpu { capacity } => HostDevice::cpu(capacity),
+            DeviceSpec::Cuda { index, .. } => {
+                return Err(DeviceError::Unavailable {
+                    device: format!("cuda:{index}"),
+                    reason: "this version of tightfit has no CUDA support yet".to_owned(),
+                });
+            }
+        };
+        let name = device.info().name;
+        if devices.iter().any(|other| other.info().name == name) {
+            return Err(DeviceError::Unavailable {
+                device: name,
+                reason: "it is named twice".to_owned(),
+            });
+        }
+        devices.push(Box::new(device));
+    }
+    Ok(devices)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_read_as_users_name_them() {
+        let read = |text: &str| text.parse::<DeviceSpec>().unwrap();
+        assert_eq!(read("cpu"), DeviceSpec::Cpu { capacity: None });
+        assert_eq!(
+            read("cpu:16GiB"),
+            DeviceSpec::Cpu {
+                capacity: Some(16 << 30)
+            }
+        );
+        assert_eq!(read("sim:32GiB"), DeviceSpec::Sim { capacity: 32 << 30 });
+        assert_eq!(
+            read("cuda:1:20GiB"),
+            DeviceSpec::Cuda {
+                index: 1,
+                capacity: Some(20 << 30)
+            }
+        );
+        for bad in [
+            "", "gpu:0", "sim", "sim:", "cuda", "cuda:x", "cuda:0:y", "cpu:1:2", "cuda:-1",
+        ] {
+            assert!(bad.parse::<DeviceSpec>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn simulated_devices_are_numbered_and_the_cpu_is_there_once() {
+        let specs: Vec<DeviceSpec> = ["sim:1GiB", "sim:2GiB", "cpu"]
+            .iter()
+            .map(|text| text.parse().unwrap())
+            .collect();
+        let names: Vec<String> = open_devices(&specs)
+            .unwrap()
+            .iter()
+            .map(|device| device.info().name)
+            .collect();
+        assert_eq!(names, ["sim:0", "sim:1", "cpu"]);
+        let twice = [
+            DeviceSpec::Cpu { capacity: None },
+            DeviceSpec::Cpu { capacity: Some(1) },
+        ];
+        assert!(matches!(
+            open_devices(&twice),
+            Err(DeviceError::Unavailable { .. })
+        ));
+    }
+}

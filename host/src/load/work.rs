@@ -1,0 +1,359 @@
+//! What there is to do: one chunk after the other, in the order of the files.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use tightfit_kernels::{BlockSize, FloatType, KernelError, Kernels, blocks};
+
+use super::arena::Place;
+use crate::checkpoint::Checkpoint;
+use crate::plan::{PartKind, Plan, PlannedTensor};
+use crate::types::{DType, Format};
+
+/// Bytes of a plain tensor that are read at once: it needs no staging, so that this only bounds
+/// how long a cancelled load goes on and how evenly the workers share a large tensor.
+const COPY_CHUNK: usize = 4 << 20;
+
+/// A piece of one tensor.
+pub(super) struct Chunk<'m> {
+    /// Index of the tensor.
+    pub(super) tensor: usize,
+    /// Its first byte, counted from the tensor's.
+    pub(super) start: u64,
+    /// Its length in bytes in the checkpoint.
+    pub(super) bytes: usize,
+    pub(super) task: Task<'m>,
+}
+
+/// What is to be done with a chunk, and where the result goes.
+pub(super) enum Task<'m> {
+    Copy {
+        data: &'m mut [u8],
+    },
+    Cast {
+        from: FloatType,
+        to: FloatType,
+        data: &'m mut [u8],
+    },
+    Quantize {
+        float: FloatType,
+        block_size: BlockSize,
+        codes: &'m mut [u8],
+        absmax: &'m mut [f32],
+    },
+    QuantizeDouble {
+        float: FloatType,
+        block_size: BlockSize,
+        codes: &'m mut [u8],
+        first_block: usize,
+        state: Arc<DoubleState<'m>>,
+    },
+}
+
+/// A tensor of which the scales are quantized once all of them are known.
+pub(super) struct DoubleState<'m> {
+    scratch: Mutex<Vec<f32>>,
+    chunks_left: AtomicUsize,
+    targets: Mutex<Option<(&'m mut [u8], &'m mut [f32])>>,
+}
+
+impl DoubleState<'_> {
+    /// Takes the scales of one chunk. Whoever brings the last ones gets all of them.
+    pub(super) fn finish_chunk(&self, first_block: usize, scales: &[f32]) -> Option<Vec<f32>> {
+        let mut scratch = lock(&self.scratch);
+        scratch[first_block..first_block + scales.len()].copy_from_slice(scales);
+        // Under the lock, so that the last one sees what all others have written.
+        let left = self.chunks_left.fetch_sub(1, Ordering::Relaxed) - 1;
+        (left == 0).then(|| std::mem::take(&mut *scratch))
+    }
+
+    /// Quantizes all scales into their place. Gives their mean.
+    pub(super) fn quantize_scales(
+        &self,
+        kernels: Kernels,
+        scales: &[f32],
+    ) -> Result<f32, KernelError> {
+        let offset = kernels.absmax_mean(scales);
+        if let Some((codes, nested)) = lock(&self.targets).take() {
+            kernels.quantize_absmax(scales, offset, codes, nested)?;
+        }
+        Ok(offset)
+    }
+}
+
+/// What is known of tensors only after they were read.
+pub(super) struct Finished {
+    /// The offset of every double-quantized tensor.
+    pub(super) nested_offsets: Vec<f32>,
+    /// Blocks with infinities or NaN, by tensor.
+    pub(super) nonfinite: BTreeMap<usize, u64>,
+}
+
+impl Finished {
+    pub(super) fn new(tensors: usize) -> Finished {
+        Finished {
+            nested_offsets: vec![0.0; tensors],
+            nonfinite: BTreeMap::new(),
+        }
+    }
+}
+
+/// Hands out chunks.
+pub(super) struct Queue<'m> {
+    state: Mutex<State<'m>>,
+    scratch_returned: Condvar,
+    slot_bytes: usize,
+}
+
+struct State<'m> {
+    /// Tensors of which no chunk has been handed out.
+    waiting: VecDeque<Tensor<'m>>,
+    current: Option<Cursor<'m>>,
+    scratch_left: u64,
+}
+
+/// A tensor to be loaded.
+struct Tensor<'m> {
+    index: usize,
+    bytes: usize,
+    kind: Kind,
+    place: Place<'m>,
+    scratch: u64,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Copy,
+    Cast {
+        from: FloatType,
+        to: FloatType,
+    },
+    Nf4 {
+        float: FloatType,
+        block_size: BlockSize,
+        double_quantized: bool,
+    },
+}
+
+/// The tensor that chunks are being cut from.
+struct Cursor<'m> {
+    tensor: Tensor<'m>,
+    start: usize,
+    state: Option<Arc<DoubleState<'m>>>,
+}
+
+impl<'m> Queue<'m> {
+    pub(super) fn new(
+        checkpoint: &Checkpoint,
+        plan: &Plan,
+        places: Vec<Place<'m>>,
+        slot_bytes: usize,
+        scratch: u64,
+    ) -> Queue<'m> {
+        let waiting = places
+            .into_iter()
+            .enumerate()
+            .filter_map(|(index, place)| {
+                let (info, planned) = (&checkpoint.tensors()[index], &plan.tensors[index]);
+                planned.placement.device?;
+                Some(Tensor {
+                    index,
+                    // Parts of a tensor that is placed fit in memory, and this is at most 8 times as much.
+                    bytes: info.bytes as usize,
+                    kind: kind(info.dtype, planned)?,
+                    place,
+                    scratch: planned.scratch_bytes(),
+                })
+            })
+            .filter(|tensor| tensor.bytes > 0)
+            .collect();
+        Queue {
+            state: Mutex::new(State {
+                waiting,
+                current: None,
+                scratch_left: scratch,
+            }),
+            scratch_returned: Condvar::new(),
+            slot_bytes,
+        }
+    }
+
+    /// The next chunk. Waits while the next tensor needs more scratch than is left; gives `None`
+    /// when nothing is left to do, or `stop` is set.
+    pub(super) fn next(&self, stop: &AtomicBool) -> Option<Chunk<'m>> {
+        let mut state = lock(&self.state);
+        loop {
+            if let Some(cursor) = &mut state.current {
+                if let Some(chunk) = cursor.next(self.slot_bytes) {
+                    return Some(chunk);
+                }
+                state.current = None;
+            }
+            let scratch = state.waiting.front()?.scratch;
+            if scratch > state.scratch_left {
+                if stop.load(Ordering::Relaxed) {
+                    return None;
+                }
+                state = self
+                    .scratch_returned
+                    .wait(state)
+                    .unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            state.scratch_left -= scratch;
+            state.current = state
+                .waiting
+                .pop_front()
+                .map(|tensor| Cursor::new(tensor, self.slot_bytes));
+        }
+    }
+
+    /// Gives back scratch of a tensor that is done.
+    pub(super) fn return_scratch(&self, bytes: u64) {
+        lock(&self.state).scratch_left += bytes;
+        self.wake();
+    }
+
+    /// Wakes whoever waits for scratch.
+    pub(super) fn wake(&self) {
+        // Taking the lock first: a worker between its check of `stop` and its wait must not miss it.
+        drop(lock(&self.state));
+        self.scratch_returned.notify_all();
+    }
+}
+
+impl<'m> Cursor<'m> {
+    fn new(mut tensor: Tensor<'m>, slot_bytes: usize) -> Cursor<'m> {
+        let state = match tensor.kind {
+            Kind::Nf4 {
+                double_quantized: true,
+                ..
+            } => {
+                let scales = (tensor.scratch / 4) as usize;
+                let codes = std::mem::take(&mut tensor.place.absmax);
+                let nested = as_f32(std::mem::take(&mut tensor.place.nested_absmax));
+                let chunk = chunk_bytes(tensor.kind, slot_bytes);
+                Some(Arc::new(DoubleState {
+                    scratch: Mutex::new(vec![0.0; scales]),
+                    chunks_left: AtomicUsize::new(tensor.bytes.div_ceil(chunk)),
+                    targets: Mutex::new(Some((codes, nested))),
+                }))
+            }
+            _ => None,
+        };
+        Cursor {
+            tensor,
+            start: 0,
+            state,
+        }
+    }
+
+    fn next(&mut self, slot_bytes: usize) -> Option<Chunk<'m>> {
+        let left = self.tensor.bytes - self.start;
+        if left == 0 {
+            return None;
+        }
+        let bytes = left.min(chunk_bytes(self.tensor.kind, slot_bytes));
+        let place = &mut self.tensor.place;
+        let task = match self.tensor.kind {
+            Kind::Copy => Task::Copy {
+                data: take(&mut place.data, bytes),
+            },
+            Kind::Cast { from, to } => Task::Cast {
+                from,
+                to,
+                data: take(&mut place.data, bytes / from.bytes() * to.bytes()),
+            },
+            Kind::Nf4 {
+                float, block_size, ..
+            } => {
+                let elements = bytes / float.bytes();
+                let codes = take(&mut place.codes, tightfit_kernels::packed_bytes(elements));
+                match &self.state {
+                    None => Task::Quantize {
+                        float,
+                        block_size,
+                        codes,
+                        absmax: as_f32(take(&mut place.absmax, 4 * blocks(elements, block_size))),
+                    },
+                    Some(state) => Task::QuantizeDouble {
+                        float,
+                        block_size,
+                        codes,
+                        first_block: blocks(self.start / float.bytes(), block_size),
+                        state: Arc::clone(state),
+                    },
+                }
+            }
+        };
+        let start = self.start as u64;
+        self.start += bytes;
+        Some(Chunk {
+            tensor: self.tensor.index,
+            start,
+            bytes,
+            task,
+        })
+    }
+}
+
+/// Bytes of the checkpoint in one chunk. Quantized tensors are cut at block boundaries (a slot
+/// holds several of the largest blocks), so that a cut changes no scale.
+fn chunk_bytes(kind: Kind, slot_bytes: usize) -> usize {
+    match kind {
+        Kind::Copy => COPY_CHUNK,
+        Kind::Cast { from, .. } => slot_bytes / from.bytes() * from.bytes(),
+        Kind::Nf4 {
+            float, block_size, ..
+        } => {
+            let block = block_size.elements() * float.bytes();
+            slot_bytes / block * block
+        }
+    }
+}
+
+/// How a tensor is stored; `None` for what plans do not contain.
+fn kind(dtype: DType, planned: &PlannedTensor) -> Option<Kind> {
+    Some(match planned.placement.format {
+        Format::Stored => Kind::Copy,
+        Format::Cast(target) => Kind::Cast {
+            from: float_type(dtype)?,
+            to: float_type(target)?,
+        },
+        Format::Nf4 {
+            block_size,
+            double_quantized,
+        } => Kind::Nf4 {
+            float: float_type(dtype)?,
+            block_size: BlockSize::new(block_size as usize).ok()?,
+            double_quantized: double_quantized && planned.part(PartKind::NestedAbsmax).is_some(),
+        },
+    })
+}
+
+/// The kernels' name of an element type that can be quantized.
+pub(crate) fn float_type(dtype: DType) -> Option<FloatType> {
+    match dtype {
+        DType::F32 => Some(FloatType::F32),
+        DType::F16 => Some(FloatType::F16),
+        DType::Bf16 => Some(FloatType::Bf16),
+        _ => None,
+    }
+}
+
+/// Cuts the first `length` bytes off.
+fn take<'m>(rest: &mut &'m mut [u8], length: usize) -> &'m mut [u8] {
+    let (first, others) = std::mem::take(rest).split_at_mut(length);
+    *rest = others;
+    first
+}
+
+/// Scales in device memory: parts are aligned to 256 bytes and scales are cut at whole ones.
+fn as_f32(bytes: &mut [u8]) -> &mut [f32] {
+    bytemuck::cast_slice_mut(bytes)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -1,0 +1,88 @@
+//! Host memory through which weights pass on their way from disk to a device: a fixed amount,
+//! whatever the model's size.
+
+use crate::types::Bytes;
+
+/// Staging in all, unless the user says otherwise.
+pub const DEFAULT_STAGING: u64 = 64 << 20;
+
+/// A slot holds at least the largest block of the widest type (4096 elements of 4 bytes), and
+/// enough that a read is worth its system call.
+const SMALLEST_SLOT: u64 = 64 << 10;
+
+/// Larger slots would fall out of a core's second-level cache between being read and quantized.
+const LARGEST_SLOT: u64 = 512 << 10;
+
+/// One slot per worker thread, in one allocation.
+#[derive(Debug)]
+pub struct StagingRing {
+    memory: Vec<u8>,
+    slot: usize,
+}
+
+/// Staging that cannot work.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("staging of {} is too small: need at least {}", Bytes(*have), Bytes(*need))]
+pub struct StagingError {
+    /// Bytes needed for one worker.
+    pub need: u64,
+    /// Bytes allowed.
+    pub have: u64,
+}
+
+impl StagingRing {
+    /// Slots for up to `workers` threads within `limit` bytes. Where the limit is too small for
+    /// all of them there are fewer slots, and the caller starts fewer workers.
+    ///
+    /// # Errors
+    /// [`StagingError`] when not even one slot fits.
+    pub fn new(limit: u64, workers: usize) -> Result<StagingRing, StagingError> {
+        if limit < SMALLEST_SLOT {
+            return Err(StagingError {
+                need: SMALLEST_SLOT,
+                have: limit,
+            });
+        }
+        let workers = (workers.max(1) as u64).min(limit / SMALLEST_SLOT);
+        // Multiples of the page, so that a slot's reads start on one.
+        let slot = (limit / workers).min(LARGEST_SLOT) / 4096 * 4096;
+        Ok(StagingRing {
+            memory: vec![0; (slot * workers) as usize],
+            slot: slot as usize,
+        })
+    }
+
+    /// Bytes taken in all.
+    pub fn bytes(&self) -> u64 {
+        self.memory.len() as u64
+    }
+
+    /// Bytes of one slot.
+    pub fn slot_bytes(&self) -> usize {
+        self.slot
+    }
+
+    /// The slots, one for each worker.
+    pub fn slots(&mut self) -> impl ExactSizeIterator<Item = &mut [u8]> {
+        self.memory.chunks_exact_mut(self.slot)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn staging_never_exceeds_its_limit() {
+        for limit in [SMALLEST_SLOT, 100_000, 1 << 20, DEFAULT_STAGING, 1 << 30] {
+            for workers in [0, 1, 2, 3, 16, 500] {
+                let mut ring = StagingRing::new(limit, workers).unwrap();
+                assert!(ring.bytes() <= limit);
+                assert!(ring.slot_bytes() as u64 >= SMALLEST_SLOT);
+                let slots = ring.slots().len();
+                assert!(slots >= 1 && slots <= workers.max(1));
+            }
+        }
+        assert!(StagingRing::new(SMALLEST_SLOT - 1, 1).is_err());
+    }
+}

@@ -1,0 +1,260 @@
+//! What has been loaded: look it up, use it, unload it.
+
+use std::collections::HashMap;
+
+use tightfit_kernels::{BlockSize, FloatType, KernelError, Kernels, QuantType};
+
+use crate::checkpoint::Checkpoint;
+use crate::device::{DeviceError, Reservation};
+use crate::load::{LoadStats, float_type};
+use crate::plan::{PartKind, Plan, PlannedTensor};
+use crate::types::{DType, Format, elements};
+
+/// A loaded model. Dropping it gives its memory back.
+#[derive(Debug)]
+pub struct Model {
+    plan: Plan,
+    tensors: Vec<Stored>,
+    by_name: HashMap<String, usize>,
+    memory: Vec<Option<Box<dyn Reservation>>>,
+    stats: LoadStats,
+}
+
+#[derive(Debug)]
+struct Stored {
+    name: String,
+    dtype: DType,
+    shape: Vec<u64>,
+    nested_offset: f32,
+}
+
+/// Why a tensor cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The device could not be read.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The elements are not floating-point numbers that can be converted.
+    #[error("tensor '{tensor}' holds {dtype} elements, which are not converted")]
+    NotFloat {
+        /// The tensor.
+        tensor: String,
+        /// Its element type.
+        dtype: DType,
+    },
+    /// A kernel was called with lengths that do not belong together: a fault of ours.
+    #[error("internal error: {0}")]
+    Kernel(#[from] KernelError),
+}
+
+impl Model {
+    pub(crate) fn new(
+        checkpoint: &Checkpoint,
+        plan: Plan,
+        memory: Vec<Option<Box<dyn Reservation>>>,
+        nested_offsets: Vec<f32>,
+        stats: LoadStats,
+    ) -> Model {
+        let tensors: Vec<Stored> = checkpoint
+            .tensors()
+            .iter()
+            .zip(nested_offsets)
+            .map(|(tensor, nested_offset)| Stored {
+                name: tensor.name.clone(),
+                dtype: tensor.dtype,
+                shape: tensor.shape.clone(),
+                nested_offset,
+            })
+            .collect();
+        let loaded = |index: usize| plan.tensors[index].placement.device.is_some();
+        let mut by_name: HashMap<String, usize> = (0..tensors.len())
+            .filter(|&index| loaded(index))
+            .map(|index| (tensors[index].name.clone(), index))
+            .collect();
+        for tie in checkpoint.ties().iter().filter(|tie| loaded(tie.tensor)) {
+            by_name.entry(tie.alias.clone()).or_insert(tie.tensor);
+        }
+        Model {
+            plan,
+            tensors,
+            by_name,
+            memory,
+            stats,
+        }
+    }
+
+    /// The plan that was carried out.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// What loading took.
+    pub fn stats(&self) -> &LoadStats {
+        &self.stats
+    }
+
+    /// The tensor with this name, also under its tied name. `None` for what was not loaded.
+    pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
+        self.by_name
+            .get(name)
+            .map(|&index| Tensor { model: self, index })
+    }
+
+    /// Every loaded tensor, in checkpoint order.
+    pub fn tensors(&self) -> impl Iterator<Item = Tensor<'_>> {
+        (0..self.tensors.len())
+            .filter(|&index| self.plan.tensors[index].placement.device.is_some())
+            .map(|index| Tensor { model: self, index })
+    }
+}
+
+/// One loaded tensor.
+#[derive(Debug, Clone, Copy)]
+pub struct Tensor<'m> {
+    model: &'m Model,
+    index: usize,
+}
+
+impl<'m> Tensor<'m> {
+    fn stored(&self) -> &'m Stored {
+        &self.model.tensors[self.index]
+    }
+
+    fn planned(&self) -> &'m PlannedTensor {
+        &self.model.plan.tensors[self.index]
+    }
+
+    fn reservation(&self) -> Option<&'m dyn Reservation> {
+        let device = self.planned().placement.device? as usize;
+        self.model.memory.get(device)?.as_deref()
+    }
+
+    /// Its key in the checkpoint.
+    pub fn name(&self) -> &'m str {
+        &self.stored().name
+    }
+
+    /// Type of the elements in the checkpoint.
+    pub fn dtype(&self) -> DType {
+        self.stored().dtype
+    }
+
+    /// Row-major shape in elements.
+    pub fn shape(&self) -> &'m [u64] {
+        &self.stored().shape
+    }
+
+    /// How it is stored.
+    pub fn format(&self) -> Format {
+        self.planned().placement.format
+    }
+
+    /// Index of its device in the plan.
+    pub fn device(&self) -> usize {
+        self.planned()
+            .placement
+            .device
+            .map_or(usize::MAX, |device| device as usize)
+    }
+
+    /// The mean of the scales, which double quantization subtracts from them before it quantizes
+    /// them; `None` in other formats.
+    pub fn nested_offset(&self) -> Option<f32> {
+        match self.format() {
+            Format::Nf4 {
+                double_quantized: true,
+                ..
+            } => Some(self.stored().nested_offset),
+            _ => None,
+        }
+    }
+
+    /// A part in place, where the processor can read the device's memory.
+    pub fn part(&self, kind: PartKind) -> Option<&'m [u8]> {
+        let part = self.planned().part(kind)?;
+        let memory = match self.reservation() {
+            Some(reservation) => reservation.host_memory()?,
+            // An empty tensor on a device that holds nothing else.
+            None => &[],
+        };
+        let start = usize::try_from(part.offset).ok()?;
+        memory.get(start..start.checked_add(usize::try_from(part.bytes).ok()?)?)
+    }
+
+    /// A copy of a part, wherever it is; `None` when the format has no such part.
+    ///
+    /// # Errors
+    /// When the device cannot be read.
+    pub fn read_part(&self, kind: PartKind) -> Result<Option<Vec<u8>>, DeviceError> {
+        let Some(part) = self.planned().part(kind) else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0; part.bytes as usize];
+        if let Some(reservation) = self.reservation() {
+            reservation.read(part.offset, &mut bytes)?;
+        }
+        Ok(Some(bytes))
+    }
+
+    /// The elements as numbers of type `to`, little-endian and row-major: NF4 weights are
+    /// dequantized (one f32 product, rounded once), others converted.
+    ///
+    /// # Errors
+    /// [`ModelError`] when the elements are not floating-point numbers or cannot be read.
+    pub fn to_float(&self, to: FloatType) -> Result<Vec<u8>, ModelError> {
+        let not_float = || ModelError::NotFloat {
+            tensor: self.name().to_owned(),
+            dtype: self.dtype(),
+        };
+        let kernels = Kernels::detect();
+        let elements = elements(self.shape()).unwrap_or(0) as usize;
+        let mut out = vec![0; elements * to.bytes()];
+        let part = |kind| self.read_part(kind).map(Option::unwrap_or_default);
+        match self.format() {
+            Format::Stored => {
+                let from = float_type(self.dtype()).ok_or_else(not_float)?;
+                kernels.cast(&part(PartKind::Data)?, from, to, &mut out)?;
+            }
+            Format::Cast(target) => {
+                let from = float_type(target).ok_or_else(not_float)?;
+                kernels.cast(&part(PartKind::Data)?, from, to, &mut out)?;
+            }
+            Format::Nf4 {
+                block_size,
+                double_quantized,
+            } => {
+                let block_size = BlockSize::new(block_size as usize)?;
+                let stored = part(PartKind::Absmax)?;
+                let absmax: Vec<f32> = if double_quantized {
+                    let nested = floats(&part(PartKind::NestedAbsmax)?);
+                    let mut absmax = vec![0.0; stored.len()];
+                    kernels.dequantize_absmax(
+                        &stored,
+                        &nested,
+                        self.stored().nested_offset,
+                        &mut absmax,
+                    )?;
+                    absmax
+                } else {
+                    floats(&stored)
+                };
+                kernels.dequantize(
+                    QuantType::Nf4,
+                    &part(PartKind::Codes)?,
+                    &absmax,
+                    block_size,
+                    elements,
+                    to,
+                    &mut out,
+                )?;
+            }
+        }
+        Ok(out)
+    }
+}
+
+/// Little-endian bytes as numbers.
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    let (chunks, _) = bytes.as_chunks::<4>();
+    chunks.iter().copied().map(f32::from_le_bytes).collect()
+}

@@ -1,0 +1,308 @@
+//! From placements to an exact layout. Pure: no files, no devices, the same input gives the same
+//! plan.
+//!
+//! Every stored part gets an offset in one arena per device. Quantized tensors come first, plain
+//! ones last: plain tensors are transferred last, so that their still unwritten end of the arena
+//! can serve as staging on a device that needs some.
+
+mod error;
+mod propose;
+mod size;
+
+use std::collections::HashMap;
+
+pub use error::{BadPlan, DeviceTotal, PlanError};
+pub use propose::{ProposeError, Proposed, propose};
+pub use size::{
+    BLOCK_SIZES, NESTED_BLOCK_SIZE, PART_ALIGNMENT, PartKind, PartSizes, SizeError, part_sizes,
+};
+
+use crate::checkpoint::{TensorInfo, Tie};
+use crate::device::DeviceInfo;
+use crate::memory::ReservationSize;
+use crate::types::{Format, Placement};
+
+/// Where one part of a tensor lies in its device's arena.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PlannedPart {
+    /// What it holds.
+    pub kind: PartKind,
+    /// First byte, a multiple of [`PART_ALIGNMENT`].
+    pub offset: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+/// What becomes of one tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PlannedTensor {
+    /// Its device and format.
+    pub placement: Placement,
+    /// Its parts; none when it is not loaded.
+    pub parts: Vec<PlannedPart>,
+}
+
+impl PlannedTensor {
+    /// Bytes of all its parts.
+    pub fn requested(&self) -> u64 {
+        self.parts.iter().map(|part| part.bytes).sum()
+    }
+
+    /// Bytes of f32 scales that it keeps while it is loaded, until their mean is known; only under
+    /// double quantization.
+    pub(crate) fn scratch_bytes(&self) -> u64 {
+        match self.part(PartKind::NestedAbsmax) {
+            Some(_) => self.part(PartKind::Absmax).map_or(0, |part| 4 * part.bytes),
+            None => 0,
+        }
+    }
+
+    /// The part of this kind.
+    pub fn part(&self, kind: PartKind) -> Option<PlannedPart> {
+        self.parts.iter().copied().find(|part| part.kind == kind)
+    }
+}
+
+/// What one device will hold.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DevicePlan {
+    /// The device as it was when the plan was made.
+    pub device: DeviceInfo,
+    /// What will be reserved, in one piece. Zero when nothing is placed there.
+    pub size: ReservationSize,
+    /// Bytes to be left free beside the weights.
+    pub headroom: u64,
+    /// How many tensors it will hold.
+    pub tensors: u64,
+}
+
+/// An exact layout: what goes where, to the byte.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// One entry per device, in the order of the request.
+    pub devices: Vec<DevicePlan>,
+    /// One entry per tensor of the checkpoint, in its order.
+    pub tensors: Vec<PlannedTensor>,
+}
+
+impl Plan {
+    /// Lays out `tensors` as `placements` say (one for each), leaving `headroom` bytes free on
+    /// each device.
+    ///
+    /// # Errors
+    /// [`PlanError::Bad`] for placements that contradict the tensors, ties or devices, and
+    /// [`PlanError::DoesNotFit`] when a device is too small.
+    pub fn new(
+        tensors: &[TensorInfo],
+        ties: &[Tie],
+        devices: &[DeviceInfo],
+        placements: &[Placement],
+        headroom: &[u64],
+    ) -> Result<Plan, PlanError> {
+        if placements.len() != tensors.len() {
+            return Err(PlanError::Bad(BadPlan::PlacementCount {
+                need: tensors.len(),
+                have: placements.len(),
+            }));
+        }
+        if headroom.len() != devices.len() {
+            return Err(PlanError::Bad(BadPlan::HeadroomCount {
+                need: devices.len(),
+                have: headroom.len(),
+            }));
+        }
+        check_ties(tensors, ties, placements)?;
+        let sizes = sizes(tensors, devices, placements)?;
+        let mut arenas: Vec<Arena> = devices.iter().map(|_| Arena::default()).collect();
+        let mut planned: Vec<PlannedTensor> = placements
+            .iter()
+            .map(|&placement| PlannedTensor {
+                placement,
+                parts: Vec::new(),
+            })
+            .collect();
+        for plain in [false, true] {
+            for (index, placement) in placements.iter().enumerate() {
+                let Some((device, sizes)) = placement.device.zip(sizes[index]) else {
+                    continue;
+                };
+                if plain == is_plain(placement.format) {
+                    planned[index].parts = arenas[device as usize].add(
+                        index,
+                        &sizes,
+                        &devices[device as usize],
+                        headroom[device as usize],
+                    );
+                }
+            }
+        }
+        let plan = Plan {
+            tensors: planned,
+            devices: arenas
+                .iter()
+                .zip(devices)
+                .zip(headroom)
+                .map(|((arena, device), &headroom)| DevicePlan {
+                    device: device.clone(),
+                    size: arena.size(device.granularity),
+                    headroom,
+                    tensors: arena.tensors,
+                })
+                .collect(),
+        };
+        plan.check_fit(tensors, &arenas)?;
+        Ok(plan)
+    }
+
+    /// Host bytes that a load keeps for the f32 scales of double-quantized tensors in flight: two
+    /// of the largest, so that one can be read while the scales of another are quantized.
+    pub fn scratch_budget(&self) -> u64 {
+        let all: u64 = self.tensors.iter().map(PlannedTensor::scratch_bytes).sum();
+        let largest = self.tensors.iter().map(PlannedTensor::scratch_bytes).max();
+        all.min(2 * largest.unwrap_or(0))
+    }
+
+    fn check_fit(&self, tensors: &[TensorInfo], arenas: &[Arena]) -> Result<(), PlanError> {
+        let broken = self.devices.iter().zip(arenas).find(|(plan, _)| {
+            let need = plan.size.reserved.saturating_add(plan.headroom);
+            // Headroom on a device that holds nothing constrains nothing.
+            plan.size.reserved > 0 && need > plan.device.available
+        });
+        let Some((plan, arena)) = broken else {
+            return Ok(());
+        };
+        Err(PlanError::DoesNotFit {
+            device: plan.device.name.clone(),
+            // Where only rounding to the granularity breaks it, that is the last tensor.
+            tensor: arena
+                .overflowing
+                .or(arena.last)
+                .map_or_else(String::new, |index| tensors[index].name.clone()),
+            need: plan.size.reserved,
+            headroom: plan.headroom,
+            have: plan.device.available,
+            totals: self.devices.iter().map(DeviceTotal::from).collect(),
+        })
+    }
+}
+
+/// Whether a tensor is kept in its elements' own form.
+fn is_plain(format: Format) -> bool {
+    match format {
+        Format::Stored | Format::Cast(_) => true,
+        Format::Nf4 { .. } => false,
+    }
+}
+
+/// One device's arena while it is being filled.
+#[derive(Default)]
+struct Arena {
+    requested: u64,
+    /// End of the last part, rounded up to the alignment.
+    padded: u64,
+    tensors: u64,
+    last: Option<usize>,
+    /// The first tensor that ended beyond what is available.
+    overflowing: Option<usize>,
+}
+
+impl Arena {
+    fn add(
+        &mut self,
+        tensor: usize,
+        sizes: &PartSizes,
+        device: &DeviceInfo,
+        headroom: u64,
+    ) -> Vec<PlannedPart> {
+        let parts = sizes
+            .iter()
+            .map(|(kind, bytes)| {
+                let offset = self.padded;
+                self.requested = self.requested.saturating_add(bytes);
+                self.padded = offset.saturating_add(bytes.next_multiple_of(PART_ALIGNMENT));
+                PlannedPart {
+                    kind,
+                    offset,
+                    bytes,
+                }
+            })
+            .collect();
+        self.tensors += 1;
+        self.last = Some(tensor);
+        if self.overflowing.is_none() && self.padded.saturating_add(headroom) > device.available {
+            self.overflowing = Some(tensor);
+        }
+        parts
+    }
+
+    fn size(&self, granularity: u64) -> ReservationSize {
+        let granularity = granularity.max(1);
+        ReservationSize {
+            requested: self.requested,
+            padded: self.padded,
+            reserved: self
+                .padded
+                .checked_next_multiple_of(granularity)
+                .unwrap_or(u64::MAX),
+        }
+    }
+}
+
+/// The size of every tensor that is loaded.
+fn sizes(
+    tensors: &[TensorInfo],
+    devices: &[DeviceInfo],
+    placements: &[Placement],
+) -> Result<Vec<Option<PartSizes>>, PlanError> {
+    tensors
+        .iter()
+        .zip(placements)
+        .map(|(tensor, placement)| {
+            let Some(device) = placement.device else {
+                return Ok(None);
+            };
+            if device as usize >= devices.len() {
+                return Err(PlanError::Bad(BadPlan::NoSuchDevice {
+                    tensor: tensor.name.clone(),
+                    device,
+                    devices: devices.len(),
+                }));
+            }
+            part_sizes(tensor.dtype, &tensor.shape, placement.format)
+                .map(Some)
+                .map_err(|source| {
+                    PlanError::Bad(BadPlan::IllegalFormat {
+                        tensor: tensor.name.clone(),
+                        source,
+                    })
+                })
+        })
+        .collect()
+}
+
+/// A stored alias is left out, or lies with the tensor it is tied to and in the same format.
+fn check_ties(
+    tensors: &[TensorInfo],
+    ties: &[Tie],
+    placements: &[Placement],
+) -> Result<(), PlanError> {
+    let names: HashMap<usize, &str> = ties
+        .iter()
+        .filter_map(|tie| Some((tie.alias_tensor?, tie.alias.as_str())))
+        .collect();
+    for tie in ties {
+        let Some(alias) = tie.alias_tensor else {
+            continue;
+        };
+        if placements[alias].device.is_some() && placements[alias] != placements[tie.tensor] {
+            return Err(PlanError::Bad(BadPlan::TornTie {
+                tensor: tensors[tie.tensor].name.clone(),
+                alias: names[&alias].to_owned(),
+            }));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,109 @@
+//! From a checkpoint and a policy to a plan.
+
+use std::time::{Duration, Instant};
+
+use super::{BadPlan, Plan, PlanError};
+use crate::checkpoint::Checkpoint;
+use crate::device::DeviceInfo;
+use crate::policy::{Policy, PolicyError, Request, check_settings};
+
+/// A plan, and which policy made it and how.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Proposed {
+    /// The plan.
+    pub plan: Plan,
+    /// The policy's name.
+    pub policy: String,
+    /// The policy's version.
+    pub version: String,
+    /// Every setting with the value that was used.
+    pub settings: Vec<(String, String)>,
+    /// Fuel that a wasm policy burnt.
+    pub fuel: Option<u64>,
+    /// Time of the policy and the layout.
+    pub elapsed: Duration,
+}
+
+/// Why a policy gave no plan.
+#[derive(Debug, thiserror::Error)]
+pub enum ProposeError {
+    /// It refused or failed.
+    #[error(transparent)]
+    Policy(#[from] PolicyError),
+    /// It answered with something that contradicts the request.
+    #[error("policy '{policy}' gave a bad plan: {bad}")]
+    BadPlan {
+        /// The policy's name.
+        policy: String,
+        /// What is wrong.
+        bad: BadPlan,
+    },
+    /// It proposed more than a device has.
+    #[error("what policy '{policy}' proposes does not fit: {source}")]
+    DoesNotFit {
+        /// The policy's name.
+        policy: String,
+        /// Always [`PlanError::DoesNotFit`].
+        source: PlanError,
+    },
+}
+
+/// Asks `policy` where the checkpoint's tensors go, and lays them out.
+///
+/// # Errors
+/// [`ProposeError`].
+pub fn propose(
+    checkpoint: &Checkpoint,
+    policy: &dyn Policy,
+    devices: &[DeviceInfo],
+    settings: &[(String, String)],
+) -> Result<Proposed, ProposeError> {
+    let start = Instant::now();
+    let description = policy.describe()?;
+    check_settings(&description, settings)?;
+    let request = Request {
+        config_json: checkpoint.config().map_or("{}", |config| &config.text),
+        tensors: checkpoint.tensors(),
+        ties: checkpoint.ties(),
+        devices,
+        settings,
+        failure: None,
+    };
+    let answer = policy.plan(&request)?;
+    let plan = Plan::new(
+        checkpoint.tensors(),
+        checkpoint.ties(),
+        devices,
+        &answer.proposal.placements,
+        &answer.proposal.headroom,
+    )
+    .map_err(|error| match error {
+        PlanError::Bad(bad) => ProposeError::BadPlan {
+            policy: description.name.clone(),
+            bad,
+        },
+        source @ PlanError::DoesNotFit { .. } => ProposeError::DoesNotFit {
+            policy: description.name.clone(),
+            source,
+        },
+    })?;
+    let value = |name: &str, default: &str| {
+        settings
+            .iter()
+            .find(|(given, _)| given == name)
+            .map_or(default, |(_, value)| value)
+            .to_owned()
+    };
+    Ok(Proposed {
+        plan,
+        settings: description
+            .settings
+            .iter()
+            .map(|setting| (setting.name.clone(), value(&setting.name, &setting.default)))
+            .collect(),
+        policy: description.name,
+        version: description.version,
+        fuel: answer.fuel,
+        elapsed: start.elapsed(),
+    })
+}

@@ -1,0 +1,227 @@
+//! What a tensor takes on a device, to the byte. The only place where this is computed: plans,
+//! policies (through `sizing`) and the loader all ask here.
+
+use crate::types::{DType, Format, elements};
+
+/// Every stored part starts at a multiple of this many bytes: what CUDA allocations guarantee and
+/// vectorized kernels want.
+pub const PART_ALIGNMENT: u64 = 256;
+
+/// Scales that share one nested scale under double quantization (bitsandbytes' fixed choice).
+pub const NESTED_BLOCK_SIZE: u64 = 256;
+
+/// Smallest and largest block size that bitsandbytes' 4-bit kernels have.
+pub const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 32..=4096;
+
+/// What a part of a stored tensor holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PartKind {
+    /// The elements themselves, row-major.
+    Data,
+    /// Two 4-bit codes in a byte, the earlier element in the high half.
+    Codes,
+    /// One scale per block: f32, or u8 codes under double quantization.
+    Absmax,
+    /// One f32 per 256 scales; double quantization only.
+    NestedAbsmax,
+}
+
+/// The parts of one stored tensor with their sizes in bytes: at most three.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PartSizes {
+    parts: [(PartKind, u64); 3],
+    count: usize,
+}
+
+impl PartSizes {
+    fn new<const N: usize>(given: [(PartKind, u64); N]) -> PartSizes {
+        let mut parts = [(PartKind::Data, 0); 3];
+        parts[..N].copy_from_slice(&given);
+        PartSizes { parts, count: N }
+    }
+
+    /// The parts in the order in which they are stored.
+    pub fn iter(&self) -> impl Iterator<Item = (PartKind, u64)> + '_ {
+        self.parts[..self.count].iter().copied()
+    }
+
+    /// Bytes of all parts.
+    pub fn requested(&self) -> u64 {
+        self.iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    /// Bytes of all parts, each rounded up to [`PART_ALIGNMENT`].
+    pub fn padded(&self) -> u64 {
+        self.iter()
+            .map(|(_, bytes)| bytes.next_multiple_of(PART_ALIGNMENT))
+            .sum()
+    }
+}
+
+/// Why a tensor cannot be stored in a format.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SizeError {
+    /// The format cannot hold this element type, or its own parameters are wrong.
+    #[error("format {format} cannot hold {dtype} elements: {reason}")]
+    IllegalFormat {
+        /// The format asked for.
+        format: Format,
+        /// The tensor's element type.
+        dtype: DType,
+        /// What would be legal.
+        reason: String,
+    },
+    /// The size does not fit in 64 bits, or ends inside a byte.
+    #[error("a {dtype} tensor of shape {shape:?} has no size in 64 bits")]
+    Overflow {
+        /// The tensor's element type.
+        dtype: DType,
+        /// The tensor's shape.
+        shape: Vec<u64>,
+    },
+}
+
+/// The parts of a tensor of this type and shape stored in `format`.
+///
+/// NF4 takes `ceil(n / 2)` bytes of codes and `ceil(n / block)` scales of 4 bytes; with double
+/// quantization one byte a scale and 4 bytes per 256 scales. The code tables and the offset of
+/// double quantization are constants of the model and not counted.
+///
+/// # Errors
+/// [`SizeError`] when the format cannot hold the type, or the size does not fit in 64 bits.
+pub fn part_sizes(dtype: DType, shape: &[u64], format: Format) -> Result<PartSizes, SizeError> {
+    let illegal = |reason: &str| SizeError::IllegalFormat {
+        format,
+        dtype,
+        reason: reason.to_owned(),
+    };
+    let overflow = || SizeError::Overflow {
+        dtype,
+        shape: shape.to_vec(),
+    };
+    // A bound well below 2^64 keeps every later sum and rounding free of overflow checks.
+    let bounded = |bytes: Option<u64>| bytes.filter(|&b| b <= 1 << 60).ok_or_else(overflow);
+    match format {
+        Format::Stored => Ok(PartSizes::new([(
+            PartKind::Data,
+            bounded(dtype.tensor_bytes(shape))?,
+        )])),
+        Format::Cast(target) => {
+            if !dtype.is_quantizable() || !target.is_quantizable() {
+                return Err(illegal("casts are between bf16, f16 and f32"));
+            }
+            Ok(PartSizes::new([(
+                PartKind::Data,
+                bounded(target.tensor_bytes(shape))?,
+            )]))
+        }
+        Format::Nf4 {
+            block_size,
+            double_quantized,
+        } => {
+            if !dtype.is_quantizable() {
+                return Err(illegal("NF4 is made from bf16, f16 or f32"));
+            }
+            if !BLOCK_SIZES.contains(&block_size) || !block_size.is_power_of_two() {
+                return Err(illegal("the block size is a power of two from 32 to 4096"));
+            }
+            bounded(dtype.tensor_bytes(shape))?;
+            let n = elements(shape).ok_or_else(overflow)?;
+            let codes = (PartKind::Codes, n.div_ceil(2));
+            let blocks = n.div_ceil(u64::from(block_size));
+            Ok(if double_quantized {
+                PartSizes::new([
+                    codes,
+                    (PartKind::Absmax, blocks),
+                    (
+                        PartKind::NestedAbsmax,
+                        4 * blocks.div_ceil(NESTED_BLOCK_SIZE),
+                    ),
+                ])
+            } else {
+                PartSizes::new([codes, (PartKind::Absmax, 4 * blocks)])
+            })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const NF4: Format = Format::Nf4 {
+        block_size: 64,
+        double_quantized: false,
+    };
+    const NF4_DOUBLE: Format = Format::Nf4 {
+        block_size: 64,
+        double_quantized: true,
+    };
+
+    #[test]
+    fn nf4_takes_half_a_byte_an_element_and_four_bytes_a_block() {
+        let sizes = part_sizes(DType::Bf16, &[5, 13], NF4).unwrap();
+        assert_eq!(
+            sizes.iter().collect::<Vec<_>>(),
+            [(PartKind::Codes, 33), (PartKind::Absmax, 8)]
+        );
+        assert_eq!((sizes.requested(), sizes.padded()), (41, 512));
+    }
+
+    #[test]
+    fn double_quantization_takes_one_byte_a_block_and_four_per_256_blocks() {
+        let sizes = part_sizes(DType::F32, &[257, 64], NF4_DOUBLE).unwrap();
+        assert_eq!(
+            sizes.iter().collect::<Vec<_>>(),
+            [
+                (PartKind::Codes, 257 * 32),
+                (PartKind::Absmax, 257),
+                (PartKind::NestedAbsmax, 8)
+            ]
+        );
+    }
+
+    #[test]
+    fn formats_that_cannot_hold_the_elements_are_refused() {
+        let odd_block = Format::Nf4 {
+            block_size: 48,
+            double_quantized: false,
+        };
+        let huge_block = Format::Nf4 {
+            block_size: 1 << 13,
+            double_quantized: false,
+        };
+        for (dtype, format) in [
+            (DType::U8, NF4),
+            (DType::F8E4M3, NF4_DOUBLE),
+            (DType::Bf16, odd_block),
+            (DType::Bf16, huge_block),
+            (DType::Bf16, Format::Cast(DType::I8)),
+            (DType::I64, Format::Cast(DType::F32)),
+        ] {
+            assert!(
+                matches!(
+                    part_sizes(dtype, &[64], format),
+                    Err(SizeError::IllegalFormat { .. })
+                ),
+                "{dtype} as {format}"
+            );
+        }
+    }
+
+    #[test]
+    fn sizes_beyond_64_bits_are_refused() {
+        for shape in [&[u64::MAX, 2][..], &[1 << 61], &[u64::MAX]] {
+            assert!(matches!(
+                part_sizes(DType::Bf16, shape, NF4),
+                Err(SizeError::Overflow { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn an_empty_tensor_takes_nothing() {
+        let sizes = part_sizes(DType::Bf16, &[0, 128], NF4_DOUBLE).unwrap();
+        assert_eq!((sizes.requested(), sizes.padded()), (0, 0));
+    }
+}

@@ -1,0 +1,239 @@
+//! The laws of a layout.
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::device::DeviceKind;
+use crate::types::DType;
+
+fn tensor(name: &str, dtype: DType, shape: &[u64]) -> TensorInfo {
+    TensorInfo {
+        name: name.to_owned(),
+        dtype,
+        shape: shape.to_vec(),
+        bytes: dtype.tensor_bytes(shape).unwrap(),
+        shard: 0,
+        offset: 0,
+    }
+}
+
+fn device(name: &str, available: u64, granularity: u64) -> DeviceInfo {
+    DeviceInfo {
+        name: name.to_owned(),
+        kind: DeviceKind::Sim,
+        capacity: available,
+        available,
+        granularity,
+    }
+}
+
+fn on(device: u32, format: Format) -> Placement {
+    Placement {
+        device: Some(device),
+        format,
+    }
+}
+
+const NF4: Format = Format::Nf4 {
+    block_size: 64,
+    double_quantized: false,
+};
+
+fn formats() -> impl Strategy<Value = Format> {
+    prop_oneof![
+        Just(Format::Stored),
+        Just(Format::Cast(DType::F32)),
+        (5u32..=12, any::<bool>()).prop_map(|(log, double_quantized)| Format::Nf4 {
+            block_size: 1 << log,
+            double_quantized,
+        }),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn parts_are_aligned_disjoint_in_their_arena_and_add_up(
+        spec in prop::collection::vec(
+            (prop::collection::vec(0u64..70, 0..4), formats(), prop::option::of(0u32..3)),
+            0..40,
+        ),
+        granularity in prop_oneof![Just(1u64), Just(4096), Just(2 << 20)],
+    ) {
+        let tensors: Vec<TensorInfo> = spec.iter().enumerate()
+            .map(|(i, (shape, ..))| tensor(&format!("t{i}"), DType::Bf16, shape))
+            .collect();
+        let placements: Vec<Placement> = spec.iter()
+            .map(|&(_, format, device)| Placement { device, format })
+            .collect();
+        let devices: Vec<DeviceInfo> =
+            (0..3).map(|i| device(&format!("d{i}"), 1 << 40, granularity)).collect();
+        let plan = Plan::new(&tensors, &[], &devices, &placements, &[0; 3]).unwrap();
+        prop_assert_eq!(&plan, &Plan::new(&tensors, &[], &devices, &placements, &[0; 3]).unwrap());
+
+        for (number, device) in plan.devices.iter().enumerate() {
+            let mut parts: Vec<PlannedPart> = plan.tensors.iter()
+                .filter(|tensor| tensor.placement.device == Some(number as u32))
+                .flat_map(|tensor| tensor.parts.iter().copied())
+                .collect();
+            parts.sort_by_key(|part| (part.offset, part.bytes));
+            let mut end = 0;
+            for part in &parts {
+                prop_assert_eq!(part.offset % PART_ALIGNMENT, 0);
+                prop_assert!(part.offset >= end, "parts overlap");
+                end = part.offset + part.bytes;
+            }
+            prop_assert!(end <= device.size.padded);
+            let sum = |f: fn(&PlannedPart) -> u64| parts.iter().map(f).sum::<u64>();
+            prop_assert_eq!(device.size.requested, sum(|part| part.bytes));
+            prop_assert_eq!(
+                device.size.padded,
+                sum(|part| part.bytes.next_multiple_of(PART_ALIGNMENT))
+            );
+            prop_assert_eq!(device.size.reserved, device.size.padded.next_multiple_of(granularity));
+            // Plain tensors at the end.
+            let first_plain = plan.tensors.iter()
+                .filter(|t| t.placement.device == Some(number as u32) && is_plain(t.placement.format))
+                .flat_map(|t| t.parts.iter().filter(|part| part.bytes > 0).map(|part| part.offset)).min();
+            let last_quantized = plan.tensors.iter()
+                .filter(|t| t.placement.device == Some(number as u32) && !is_plain(t.placement.format))
+                .flat_map(|t| t.parts.iter().filter(|part| part.bytes > 0).map(|part| part.offset)).max();
+            if let (Some(plain), Some(quantized)) = (first_plain, last_quantized) {
+                prop_assert!(quantized < plain);
+            }
+        }
+        for (tensor, &(_, _, device)) in plan.tensors.iter().zip(&spec) {
+            prop_assert_eq!(tensor.parts.is_empty(), device.is_none());
+        }
+    }
+
+    #[test]
+    fn a_plan_fits_exactly_when_the_reservation_and_the_headroom_do(
+        rows in 1u64..200,
+        spare in -3000i64..3000,
+        headroom in 0u64..5000,
+    ) {
+        let tensors = [tensor("w", DType::Bf16, &[rows, 64])];
+        let need = (rows * 32).next_multiple_of(256) + (rows * 4).next_multiple_of(256);
+        let available = (need + headroom).saturating_add_signed(spare);
+        let plan = Plan::new(
+            &tensors, &[], &[device("d", available, 1)], &[on(0, NF4)], &[headroom],
+        );
+        prop_assert_eq!(plan.is_ok(), available >= need + headroom);
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_named_with_need_have_and_every_total() {
+    let tensors = [
+        tensor("a", DType::Bf16, &[1024]),
+        tensor("b", DType::Bf16, &[1024]),
+        tensor("c", DType::Bf16, &[1024]),
+    ];
+    let devices = [device("sim:0", 1 << 20, 1), device("sim:1", 3000, 1)];
+    let placements = [
+        on(0, Format::Stored),
+        on(1, Format::Stored),
+        on(1, Format::Stored),
+    ];
+    let error = Plan::new(&tensors, &[], &devices, &placements, &[0, 0]).unwrap_err();
+    match &error {
+        PlanError::DoesNotFit {
+            device,
+            tensor,
+            need,
+            have,
+            totals,
+            ..
+        } => {
+            assert_eq!((device.as_str(), tensor.as_str()), ("sim:1", "c"));
+            assert_eq!((*need, *have), (4096, 3000));
+            assert_eq!(totals.len(), 2);
+        }
+        other => panic!("{other}"),
+    }
+    let text = error.to_string();
+    for part in ["sim:1", "'c'", "4.000 KiB", "2.930 KiB", "sim:0 2.000 KiB"] {
+        assert!(text.contains(part), "{part} not in: {text}");
+    }
+}
+
+#[test]
+fn rounding_to_the_granularity_counts() {
+    let tensors = [tensor("a", DType::Bf16, &[128])];
+    let placements = [on(0, Format::Stored)];
+    assert!(Plan::new(&tensors, &[], &[device("d", 4096, 4096)], &placements, &[0]).is_ok());
+    let error = Plan::new(&tensors, &[], &[device("d", 4095, 4096)], &placements, &[0]);
+    assert!(
+        matches!(error, Err(PlanError::DoesNotFit { need: 4096, ref tensor, .. }) if tensor == "a"),
+        "{error:?}"
+    );
+}
+
+#[test]
+fn an_unused_device_costs_nothing_whatever_its_headroom() {
+    let tensors = [tensor("a", DType::Bf16, &[128])];
+    let devices = [device("d", 4096, 4096), device("full", 0, 4096)];
+    let plan = Plan::new(
+        &tensors,
+        &[],
+        &devices,
+        &[on(0, Format::Stored)],
+        &[0, 1 << 30],
+    )
+    .unwrap();
+    assert_eq!(plan.devices[1].size, ReservationSize::default());
+}
+
+#[test]
+fn contradictions_are_the_placements_fault() {
+    let tensors = [
+        tensor("embed", DType::Bf16, &[4, 64]),
+        tensor("head", DType::Bf16, &[4, 64]),
+        tensor("ids", DType::I64, &[4]),
+    ];
+    let devices = [device("d", 1 << 20, 1), device("e", 1 << 20, 1)];
+    let tie = [Tie {
+        tensor: 0,
+        alias: "head".to_owned(),
+        alias_tensor: Some(1),
+    }];
+    let stored = on(0, Format::Stored);
+    let make = |placements: &[Placement], headroom: &[u64]| match Plan::new(
+        &tensors, &tie, &devices, placements, headroom,
+    ) {
+        Err(PlanError::Bad(bad)) => Some(bad),
+        Err(other) => panic!("{other}"),
+        Ok(_) => None,
+    };
+    assert!(matches!(
+        make(&[stored; 2], &[0; 2]),
+        Some(BadPlan::PlacementCount { need: 3, have: 2 })
+    ));
+    assert!(matches!(
+        make(&[stored; 3], &[0]),
+        Some(BadPlan::HeadroomCount { need: 2, have: 1 })
+    ));
+    assert!(matches!(
+        make(&[stored, stored, on(2, Format::Stored)], &[0; 2]),
+        Some(BadPlan::NoSuchDevice {
+            device: 2,
+            devices: 2,
+            ..
+        })
+    ));
+    assert!(matches!(
+        make(&[stored, stored, on(0, NF4)], &[0; 2]),
+        Some(BadPlan::IllegalFormat { ref tensor, .. }) if tensor == "ids"
+    ));
+    for torn in [on(1, Format::Stored), on(0, NF4)] {
+        assert!(matches!(
+            make(&[stored, torn, stored], &[0; 2]),
+            Some(BadPlan::TornTie { ref alias, .. }) if alias == "head"
+        ));
+    }
+    let left_out = Placement {
+        device: None,
+        format: Format::Stored,
+    };
+    assert_eq!(make(&[stored, left_out, stored], &[0; 2]), None);
+}

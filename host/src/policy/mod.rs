@@ -1,0 +1,156 @@
+//! Who decides where tensors go: the trait, and the runner for policies in wasm.
+//!
+//! A policy sees metadata only and answers with one placement per tensor. Whatever it answers is
+//! checked again when the plan is made, so a policy can be wrong but not harmful.
+
+mod error;
+#[cfg(feature = "wasm-policies")]
+mod limits;
+#[cfg(feature = "wasm-policies")]
+mod precheck;
+#[cfg(feature = "wasm-policies")]
+mod wasm;
+
+pub use error::{Failure, PolicyError};
+#[cfg(feature = "wasm-policies")]
+pub use limits::Limits;
+#[cfg(feature = "wasm-policies")]
+pub use wasm::{BUILTIN_POLICIES, WasmPolicy};
+
+use crate::checkpoint::{TensorInfo, Tie};
+use crate::device::DeviceInfo;
+use crate::types::Placement;
+
+/// One setting that a policy understands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Setting {
+    /// Its name, as in `--set name=value`.
+    pub name: String,
+    /// The value that is used when none is given.
+    pub default: String,
+    /// One sentence of help.
+    pub help: String,
+}
+
+/// Who a policy is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Description {
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// What can be set.
+    pub settings: Vec<Setting>,
+}
+
+/// Why the previous plan could not be carried out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PreviousFailure {
+    /// Index of the device that had too little memory.
+    pub device: u32,
+    /// Bytes that the plan needed there.
+    pub needed: u64,
+    /// Bytes that there were.
+    pub available: u64,
+}
+
+/// Everything a policy is told.
+#[derive(Debug, Clone, Copy)]
+pub struct Request<'a> {
+    /// The checkpoint's config.json, or `{}` when there is none.
+    pub config_json: &'a str,
+    /// In checkpoint order.
+    pub tensors: &'a [TensorInfo],
+    /// Names that mean one parameter.
+    pub ties: &'a [Tie],
+    /// In the user's order.
+    pub devices: &'a [DeviceInfo],
+    /// Names and values; only names that the policy described, each at most once.
+    pub settings: &'a [(String, String)],
+    /// Set when this is a second attempt.
+    pub failure: Option<PreviousFailure>,
+}
+
+/// A policy's answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Proposal {
+    /// One entry per tensor of the request.
+    pub placements: Vec<Placement>,
+    /// Bytes to be left free on each device.
+    pub headroom: Vec<u64>,
+}
+
+/// What kind of refusal it is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RefusalReason {
+    /// The tensors do not fit on the devices.
+    DoesNotFit,
+    /// A setting has a value that the policy cannot use.
+    BadSetting,
+    /// The policy cannot handle this model or these devices.
+    Unsupported,
+}
+
+/// A policy that cannot place a model says why.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusal {
+    /// What kind of refusal it is.
+    pub reason: RefusalReason,
+    /// One sentence for the user.
+    pub message: String,
+    /// How many bytes more would be needed, where that is known.
+    pub missing_bytes: Option<u64>,
+}
+
+/// A proposal with what it took to make it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Answer {
+    /// The proposal.
+    pub proposal: Proposal,
+    /// Fuel that a wasm policy burnt: the same request always takes the same.
+    pub fuel: Option<u64>,
+}
+
+/// Decides where tensors go and in which format. Implemented by [`WasmPolicy`], and by
+/// applications that have their own rules.
+pub trait Policy: Send + Sync {
+    /// Who the policy is and what can be set.
+    ///
+    /// # Errors
+    /// [`PolicyError::Failed`] when the policy itself fails.
+    fn describe(&self) -> Result<Description, PolicyError>;
+
+    /// Places every tensor of the request.
+    ///
+    /// # Errors
+    /// [`PolicyError::Refused`] when the policy cannot place them, [`PolicyError::Failed`] when it
+    /// fails.
+    fn plan(&self, request: &Request<'_>) -> Result<Answer, PolicyError>;
+}
+
+/// Checks settings against a description.
+///
+/// # Errors
+/// [`PolicyError::UnknownSetting`], or [`PolicyError::RepeatedSetting`] for one given twice.
+pub fn check_settings(
+    description: &Description,
+    settings: &[(String, String)],
+) -> Result<(), PolicyError> {
+    for (index, (name, _)) in settings.iter().enumerate() {
+        if !description.settings.iter().any(|known| known.name == *name) {
+            return Err(PolicyError::UnknownSetting {
+                policy: description.name.clone(),
+                name: name.clone(),
+                known: description
+                    .settings
+                    .iter()
+                    .map(|known| known.name.clone())
+                    .collect(),
+            });
+        }
+        if settings[..index].iter().any(|(other, _)| other == name) {
+            return Err(PolicyError::RepeatedSetting { name: name.clone() });
+        }
+    }
+    Ok(())
+}

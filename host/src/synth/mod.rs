@@ -1,0 +1,23 @@
+//! Checkpoints of real shape with seeded random weights, for demonstrations, tests and benchmarks
+//! where the real ones cannot or need not be downloaded.
+//!
+//! Names, shapes, shards, index and `config.json` are those of the real models; the weights are
+//! normally distributed, which is what NF4 is made for. The same preset and seed give the same
+//! weights on every machine, however they are cut into shards.
+#![forbid(unsafe_code)]
+
+mod config;
+mod created;
+mod error;
+mod layout;
+mod preset;
+mod random;
+mod shards;
+#[cfg(test)]
+mod tests;
+mod write;
+
+pub use error::SynthError;
+pub use layout::{Tensor, Values};
+pub use preset::Preset;
+pub use write::{Model, Options, Written, write, write_model};

@@ -1,0 +1,370 @@
+//! The models that can be made, by name.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::config;
+use super::error::SynthError;
+use super::layout::{Decoder, Experts, Qwen35, Tensor, Vision};
+
+/// A model whose shape is known.
+///
+/// Sizes of Qwen2.5, Llama-3.1, Mixtral and Qwen3 are those of the published `config.json` files
+/// and agree with the published numbers of parameters. Those of Qwen3.5 are the defaults of its
+/// configuration classes in transformers; that its experts are stored as stacks, and which tensors
+/// its vision tower has, is inferred from the modeling code and from how vLLM loads the model. The
+/// draft layers (`mtp.*`) of the real file are left out, as every loader skips them, and all
+/// tensors are bf16 here. `demo` is made up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Preset {
+    /// Built like Qwen2.5 but small: 220 MB.
+    Demo,
+    /// Qwen2.5-0.5B, whose output head is the embedding: 1 GB.
+    Qwen25_0_5b,
+    /// Qwen2.5-7B: 15 GB.
+    Qwen25_7b,
+    /// Llama-3.1-8B: 16 GB.
+    Llama31_8b,
+    /// Llama-3.1-70B: 141 GB.
+    Llama31_70b,
+    /// Mixtral-8x7B: 93 GB.
+    Mixtral8x7b,
+    /// Qwen3-30B-A3B, every expert's matrices on their own: 61 GB.
+    Qwen3_30bA3b,
+    /// Qwen3.5-35B-A3B, experts as stacks, with vision: 70 GB.
+    Qwen35_35bA3b,
+}
+
+impl Preset {
+    /// Every preset, small ones first within a family.
+    pub const fn all() -> &'static [Preset] {
+        &[
+            Preset::Demo,
+            Preset::Qwen25_0_5b,
+            Preset::Qwen25_7b,
+            Preset::Llama31_8b,
+            Preset::Llama31_70b,
+            Preset::Mixtral8x7b,
+            Preset::Qwen3_30bA3b,
+            Preset::Qwen35_35bA3b,
+        ]
+    }
+
+    /// The name that users give, for example `qwen2.5-7b`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Preset::Demo => "demo",
+            Preset::Qwen25_0_5b => "qwen2.5-0.5b",
+            Preset::Qwen25_7b => "qwen2.5-7b",
+            Preset::Llama31_8b => "llama-3.1-8b",
+            Preset::Llama31_70b => "llama-3.1-70b",
+            Preset::Mixtral8x7b => "mixtral-8x7b",
+            Preset::Qwen3_30bA3b => "qwen3-30b-a3b",
+            Preset::Qwen35_35bA3b => "qwen3.5-35b-a3b",
+        }
+    }
+
+    /// The tensors in the order of the model's modules.
+    pub fn tensors(self) -> Vec<Tensor> {
+        match self.shape() {
+            Shape::Decoder(decoder) => decoder.tensors(),
+            Shape::Qwen35(model) => model.tensors(),
+        }
+    }
+
+    /// Elements of all tensors.
+    pub fn parameters(self) -> u64 {
+        self.tensors().iter().filter_map(Tensor::elements).sum()
+    }
+
+    /// `config.json` as transformers writes it.
+    pub fn config_json(self) -> String {
+        let config = match (self, self.shape()) {
+            (Preset::Llama31_8b | Preset::Llama31_70b, Shape::Decoder(d)) => config::llama(&d),
+            (Preset::Mixtral8x7b, Shape::Decoder(d)) => config::mixtral(&d),
+            (Preset::Qwen3_30bA3b, Shape::Decoder(d)) => config::qwen3_moe(&d),
+            (_, Shape::Decoder(d)) => config::qwen2(&d),
+            (_, Shape::Qwen35(model)) => config::qwen35(&model),
+        };
+        format!("{config:#}\n")
+    }
+
+    fn shape(self) -> Shape {
+        let qwen2 = Decoder {
+            layers: 28,
+            hidden: 3584,
+            heads: 28,
+            kv_heads: 4,
+            head_dim: 128,
+            vocab: 152_064,
+            qkv_bias: true,
+            qk_norm: false,
+            tied: false,
+            intermediate: 18_944,
+            experts: Experts::None,
+        };
+        let llama = Decoder {
+            layers: 32,
+            hidden: 4096,
+            heads: 32,
+            kv_heads: 8,
+            vocab: 128_256,
+            qkv_bias: false,
+            intermediate: 14_336,
+            ..qwen2
+        };
+        Shape::Decoder(match self {
+            Preset::Demo => Decoder {
+                layers: 16,
+                hidden: 768,
+                heads: 12,
+                kv_heads: 2,
+                head_dim: 64,
+                vocab: 8192,
+                intermediate: 2048,
+                ..qwen2
+            },
+            Preset::Qwen25_0_5b => Decoder {
+                layers: 24,
+                hidden: 896,
+                heads: 14,
+                kv_heads: 2,
+                head_dim: 64,
+                vocab: 151_936,
+                tied: true,
+                intermediate: 4864,
+                ..qwen2
+            },
+            Preset::Qwen25_7b => qwen2,
+            Preset::Llama31_8b => llama,
+            Preset::Llama31_70b => Decoder {
+                layers: 80,
+                hidden: 8192,
+                heads: 64,
+                intermediate: 28_672,
+                ..llama
+            },
+            Preset::Mixtral8x7b => Decoder {
+                vocab: 32_000,
+                experts: Experts::Mixtral { count: 8 },
+                ..llama
+            },
+            Preset::Qwen3_30bA3b => Decoder {
+                layers: 48,
+                hidden: 2048,
+                heads: 32,
+                kv_heads: 4,
+                vocab: 151_936,
+                qkv_bias: false,
+                qk_norm: true,
+                intermediate: 768,
+                experts: Experts::Qwen3 { count: 128 },
+                ..qwen2
+            },
+            Preset::Qwen35_35bA3b => {
+                return Shape::Qwen35(Qwen35 {
+                    layers: 40,
+                    full_attention_interval: 4,
+                    hidden: 2048,
+                    vocab: 248_320,
+                    heads: 16,
+                    kv_heads: 2,
+                    head_dim: 256,
+                    linear_key_heads: 16,
+                    linear_value_heads: 32,
+                    linear_head_dim: 128,
+                    conv_kernel: 4,
+                    experts: 256,
+                    intermediate: 512,
+                    vision: Vision {
+                        blocks: 27,
+                        hidden: 1152,
+                        intermediate: 4304,
+                        channels: 3,
+                        patch: 16,
+                        temporal_patch: 2,
+                        merge: 2,
+                        positions: 2304,
+                    },
+                });
+            }
+        })
+    }
+}
+
+/// The two kinds of models.
+enum Shape {
+    Decoder(Decoder),
+    Qwen35(Qwen35),
+}
+
+impl fmt::Display for Preset {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.name())
+    }
+}
+
+impl FromStr for Preset {
+    type Err = SynthError;
+
+    /// The preset of this name, in upper or lower case.
+    fn from_str(name: &str) -> Result<Preset, SynthError> {
+        let mut all = Preset::all().iter().copied();
+        all.find(|preset| preset.name().eq_ignore_ascii_case(name))
+            .ok_or_else(|| {
+                let known: Vec<&str> = Preset::all().iter().map(|preset| preset.name()).collect();
+                SynthError::UnknownPreset {
+                    name: name.into(),
+                    known: known.join(", "),
+                }
+            })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+    use std::path::Path;
+
+    use super::*;
+    use crate::checkpoint::{Config, LayerType};
+    use crate::types::DType;
+
+    fn shape_of(tensors: &[Tensor], name: &str) -> Vec<u64> {
+        let tensor = tensors.iter().find(|tensor| tensor.name == name);
+        tensor.unwrap_or_else(|| panic!("{name}")).shape.clone()
+    }
+
+    #[test]
+    fn numbers_of_tensors_and_parameters_are_the_published_ones() {
+        for (preset, tensors, parameters) in [
+            (Preset::Qwen25_0_5b, 290, 494_032_768),
+            (Preset::Qwen25_7b, 339, 7_615_616_512),
+            (Preset::Llama31_8b, 291, 8_030_261_248),
+            (Preset::Llama31_70b, 723, 70_553_706_496),
+            (Preset::Mixtral8x7b, 995, 46_702_792_704),
+            (Preset::Qwen3_30bA3b, 18_867, 30_532_122_624),
+            // Published as 35 B.
+            (Preset::Qwen35_35bA3b, 1026, 35_107_181_936),
+        ] {
+            assert_eq!(preset.parameters(), parameters, "{preset}");
+            assert_eq!(preset.tensors().len(), tensors, "{preset}");
+        }
+        let demo = 2 * Preset::Demo.parameters();
+        assert!((150_000_000..250_000_000).contains(&demo), "{demo}");
+    }
+
+    #[test]
+    fn qwen25_7b_has_196_linear_layers() {
+        let tensors = Preset::Qwen25_7b.tensors();
+        let linear: Vec<&Tensor> = tensors
+            .iter()
+            .filter(|tensor| tensor.name.ends_with("_proj.weight"))
+            .collect();
+        let parameters: u64 = linear.iter().filter_map(|tensor| tensor.elements()).sum();
+        assert_eq!((linear.len(), parameters), (196, 6_525_288_448));
+        assert_eq!(tensors[0].name, "model.embed_tokens.weight");
+        assert_eq!(tensors[1].name, "model.layers.0.self_attn.q_proj.weight");
+        assert_eq!(tensors[2].name, "model.layers.0.self_attn.q_proj.bias");
+        assert_eq!(tensors[338].name, "lm_head.weight");
+    }
+
+    #[test]
+    fn qwen35_has_the_shapes_of_its_modeling_code() {
+        let tensors = Preset::Qwen35_35bA3b.tensors();
+        for (name, shape) in [
+            ("layers.0.mlp.experts.gate_up_proj", &[256, 1024, 2048][..]),
+            ("layers.0.mlp.experts.down_proj", &[256, 2048, 512]),
+            ("layers.0.mlp.gate.weight", &[256, 2048]),
+            ("layers.0.mlp.shared_expert.down_proj.weight", &[2048, 512]),
+            ("layers.0.mlp.shared_expert_gate.weight", &[1, 2048]),
+            ("layers.0.linear_attn.in_proj_qkv.weight", &[8192, 2048]),
+            ("layers.0.linear_attn.in_proj_z.weight", &[4096, 2048]),
+            ("layers.0.linear_attn.in_proj_a.weight", &[32, 2048]),
+            ("layers.0.linear_attn.out_proj.weight", &[2048, 4096]),
+            ("layers.0.linear_attn.conv1d.weight", &[8192, 1, 4]),
+            ("layers.0.linear_attn.A_log", &[32]),
+            ("layers.0.linear_attn.norm.weight", &[128]),
+            ("layers.3.self_attn.q_proj.weight", &[8192, 2048]),
+            ("layers.3.self_attn.k_proj.weight", &[512, 2048]),
+            ("layers.3.self_attn.o_proj.weight", &[2048, 4096]),
+            ("layers.39.self_attn.q_norm.weight", &[256]),
+            ("embed_tokens.weight", &[248_320, 2048]),
+        ] {
+            let name = format!("model.language_model.{name}");
+            assert_eq!(shape_of(&tensors, &name), shape, "{name}");
+        }
+        for (name, shape) in [
+            ("patch_embed.proj.weight", &[1152, 3, 2, 16, 16][..]),
+            ("pos_embed.weight", &[2304, 1152]),
+            ("blocks.26.attn.qkv.weight", &[3456, 1152]),
+            ("blocks.0.mlp.linear_fc1.bias", &[4304]),
+            ("merger.norm.weight", &[1152]),
+            ("merger.linear_fc1.weight", &[4608, 4608]),
+            ("merger.linear_fc2.weight", &[2048, 4608]),
+        ] {
+            let name = format!("model.visual.{name}");
+            assert_eq!(shape_of(&tensors, &name), shape, "{name}");
+        }
+        assert_eq!(shape_of(&tensors, "lm_head.weight"), [248_320, 2048]);
+        let count = |text: &str| tensors.iter().filter(|t| t.name.contains(text)).count();
+        assert_eq!(count("linear_attn.A_log"), 30);
+        assert_eq!(count("self_attn.q_proj"), 10);
+        assert_eq!(count("mtp"), 0);
+    }
+
+    #[test]
+    fn names_are_unique_and_everything_is_bf16() {
+        for &preset in Preset::all() {
+            let tensors = preset.tensors();
+            let names: HashSet<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
+            assert_eq!(names.len(), tensors.len(), "{preset}");
+            assert!(tensors.iter().all(|t| t.dtype == DType::Bf16), "{preset}");
+        }
+    }
+
+    #[test]
+    fn configurations_describe_the_tensors() {
+        for &preset in Preset::all() {
+            let text = preset.config_json();
+            let config = Config::parse(Path::new("config.json"), text).unwrap();
+            let tensors = preset.tensors();
+            let embedding = tensors
+                .iter()
+                .find(|tensor| tensor.name.ends_with("embed_tokens.weight"))
+                .unwrap();
+            assert_eq!(config.vocab_size, Some(embedding.shape[0]), "{preset}");
+            assert_eq!(config.hidden_size, Some(embedding.shape[1]), "{preset}");
+            let norms = tensors
+                .iter()
+                .filter(|tensor| tensor.name.ends_with("input_layernorm.weight"));
+            assert_eq!(config.num_hidden_layers, Some(norms.count() as u32));
+            let head = tensors.iter().any(|tensor| tensor.name == "lm_head.weight");
+            assert_eq!(config.tie_word_embeddings, Some(!head), "{preset}");
+            let k = tensors
+                .iter()
+                .find(|tensor| tensor.name.ends_with("self_attn.k_proj.weight"))
+                .unwrap();
+            let (heads, size) = (config.num_key_value_heads, config.head_dim);
+            assert_eq!(u64::from(heads.unwrap() * size.unwrap()), k.shape[0]);
+            assert!(config.has_language_head(), "{preset}");
+        }
+        let text = Preset::Qwen35_35bA3b.config_json();
+        let config = Config::parse(Path::new("config.json"), text).unwrap();
+        assert_eq!(config.model_type.as_deref(), Some("qwen3_5_moe"));
+        assert_eq!(config.text_model_type.as_deref(), Some("qwen3_5_moe_text"));
+        assert_eq!(config.layer_types.len(), 40);
+        assert_eq!(config.layer_types[2], LayerType::LinearAttention);
+        assert_eq!(config.layer_types[39], LayerType::FullAttention);
+    }
+
+    #[test]
+    fn presets_are_found_by_name() {
+        for &preset in Preset::all() {
+            assert_eq!(preset.name().parse::<Preset>().unwrap(), preset);
+        }
+        assert_eq!("Qwen2.5-7B".parse::<Preset>().unwrap(), Preset::Qwen25_7b);
+        let error = "gpt-5".parse::<Preset>().unwrap_err().to_string();
+        assert!(error.contains("mixtral-8x7b"), "{error}");
+    }
+}

@@ -1,0 +1,282 @@
+//! What is written, read back; and what is left when writing does not come to an end.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::random::{self, Tables};
+use super::write::CHUNK;
+use super::*;
+use crate::checkpoint::Checkpoint;
+use crate::types::DType;
+
+fn model() -> Model {
+    Model {
+        tensors: vec![
+            Tensor::new("model.embed_tokens.weight", &[1000, 33]),
+            Tensor::new("odd.bias", &[7]),
+            Tensor::new("empty", &[0, 4]),
+            Tensor::new("model.norm.weight", &[33]),
+            Tensor::new("stack", &[3, 5, 9]),
+        ],
+        config_json: r#"{"model_type":"test"}"#.into(),
+    }
+}
+
+fn run(model: &Model, directory: &Path, options: &Options) -> Result<Written, SynthError> {
+    let go_on = AtomicBool::new(false);
+    write_model(model, directory, options, &mut |_, _| {}, &go_on)
+}
+
+fn values(directory: &Path) -> BTreeMap<String, Vec<u8>> {
+    let checkpoint = Checkpoint::open(directory).unwrap();
+    let tensors = checkpoint.tensors().iter().enumerate();
+    tensors
+        .map(|(i, tensor)| {
+            let mut bytes = vec![0; tensor.bytes as usize];
+            checkpoint.read_tensor(i, 0, &mut bytes).unwrap();
+            (tensor.name.clone(), bytes)
+        })
+        .collect()
+}
+
+fn entries(directory: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+#[test]
+fn what_is_written_is_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = dir.path().join("new").join("model");
+    let model = model();
+    let mut reports = Vec::new();
+    let written = write_model(
+        &model,
+        &target,
+        &Options::default(),
+        &mut |done, total| reports.push((done, total)),
+        &AtomicBool::new(false),
+    )
+    .unwrap();
+    assert_eq!(entries(&target), ["config.json", "model.safetensors"]);
+    let bytes = fs::metadata(target.join("model.safetensors"))
+        .unwrap()
+        .len();
+    assert_eq!((written.shards, written.tensors), (1, 5));
+    assert_eq!(written.bytes, bytes);
+    assert_eq!(reports.first(), Some(&(0, bytes)));
+    assert_eq!(reports.last(), Some(&(bytes, bytes)));
+
+    let checkpoint = Checkpoint::open(&target).unwrap();
+    assert_eq!(checkpoint.metadata()["format"], "pt");
+    for tensor in &model.tensors {
+        let read = &checkpoint.tensors()[checkpoint.find(&tensor.name).unwrap()];
+        assert_eq!((read.dtype, &read.shape), (tensor.dtype, &tensor.shape));
+    }
+    let bytes = fs::read(target.join("model.safetensors")).unwrap();
+    let theirs = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!(theirs.len(), 5);
+    assert_eq!(checkpoint.tensors()[0].offset % 8, 0);
+}
+
+#[test]
+fn shards_do_not_change_the_values_and_seeds_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = model();
+    let path = |name: &str| dir.path().join(name);
+    let mut options = Options::default();
+    run(&model, &path("whole"), &options).unwrap();
+    let whole = values(&path("whole"));
+    options.shard_bytes = 100;
+    let written = run(&model, &path("shards"), &options).unwrap();
+    assert_eq!(written.shards, 3);
+    assert_eq!(
+        entries(&path("shards")),
+        [
+            "config.json",
+            "model-00001-of-00003.safetensors",
+            "model-00002-of-00003.safetensors",
+            "model-00003-of-00003.safetensors",
+            "model.safetensors.index.json"
+        ]
+    );
+    assert_eq!(values(&path("shards")), whole);
+    let index = fs::read_to_string(path("shards").join("model.safetensors.index.json"));
+    let index: serde_json::Value = serde_json::from_str(&index.unwrap()).unwrap();
+    let parameters = 33_000 + 7 + 33 + 135;
+    assert_eq!(index["metadata"]["total_parameters"], parameters);
+    assert_eq!(index["metadata"]["total_size"], 2 * parameters);
+    options.seed = 1;
+    run(&model, &path("seed"), &options).unwrap();
+    assert_ne!(values(&path("seed")), whole);
+}
+
+#[test]
+fn tensors_larger_than_a_chunk_are_the_same_as_made_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let elements = CHUNK as u64 / 2 + 4097;
+    let tensors = vec![
+        Tensor::new("small", &[3]),
+        Tensor::new("large", &[elements]),
+    ];
+    let model = Model {
+        tensors,
+        config_json: "{}".into(),
+    };
+    run(&model, &dir.path().join("m"), &Options::default()).unwrap();
+    let written = values(&dir.path().join("m"));
+    let mut expected = vec![0; 2 * elements as usize];
+    let tensor = &model.tensors[1];
+    Tables::new().fill(tensor.values, random::key(0, "large"), 0, &mut expected);
+    assert!(written["large"] == expected);
+}
+
+#[test]
+fn headers_only_costs_no_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        headers_only: true,
+        ..Options::default()
+    };
+    let go_on = AtomicBool::new(false);
+    let written = write(
+        Preset::Qwen3_30bA3b,
+        dir.path(),
+        &options,
+        &mut |_, _| {},
+        &go_on,
+    )
+    .unwrap();
+    assert_eq!(written.shards, 13);
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(
+        checkpoint.source_bytes(),
+        2 * Preset::Qwen3_30bA3b.parameters()
+    );
+    assert_eq!(checkpoint.tensors().len(), written.tensors);
+    assert!(checkpoint.ties().is_empty());
+    let mut bytes = [1; 16];
+    checkpoint.read_tensor(17_000, 8, &mut bytes).unwrap();
+    assert_eq!(bytes, [0; 16]);
+    #[cfg(target_os = "linux")]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let blocks: u64 = checkpoint
+            .shards()
+            .iter()
+            .map(|shard| fs::metadata(shard.path()).unwrap().blocks())
+            .sum();
+        assert!(blocks * 512 < 16 << 20, "{blocks}");
+    }
+}
+
+#[test]
+fn a_tied_preset_is_read_as_tied() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        headers_only: true,
+        ..Options::default()
+    };
+    let model = Preset::Qwen25_0_5b.into();
+    run(&model, dir.path(), &options).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    let [tie] = checkpoint.ties() else {
+        panic!("{:?}", checkpoint.ties());
+    };
+    assert_eq!(
+        checkpoint.tensors()[tie.tensor].name,
+        "model.embed_tokens.weight"
+    );
+    assert_eq!(
+        (tie.alias.as_str(), tie.alias_tensor),
+        ("lm_head.weight", None)
+    );
+}
+
+#[test]
+fn a_directory_with_something_in_it_is_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("precious");
+    fs::write(&file, "x").unwrap();
+    let error = run(&model(), dir.path(), &Options::default()).unwrap_err();
+    assert!(matches!(error, SynthError::NotEmpty { .. }), "{error:?}");
+    let error = run(&model(), &file, &Options::default()).unwrap_err();
+    assert!(
+        matches!(error, SynthError::NotADirectory { .. }),
+        "{error:?}"
+    );
+    assert_eq!(entries(dir.path()), ["precious"]);
+}
+
+#[test]
+fn what_is_cancelled_leaves_nothing_behind() {
+    for headers_only in [false, true] {
+        for after in [0, 1, 100_000] {
+            let dir = tempfile::tempdir().unwrap();
+            let target = dir.path().join("a").join("b");
+            let cancel = AtomicBool::new(false);
+            let options = Options {
+                headers_only,
+                shard_bytes: 1 << 20,
+                ..Options::default()
+            };
+            let mut model = model();
+            for i in 0..4 {
+                let name = format!("more.{i}");
+                model.tensors.push(Tensor::new(name, &[1000, 1000]));
+            }
+            let error = write_model(
+                &model,
+                &target,
+                &options,
+                &mut |done, _| cancel.store(done >= after, Ordering::Relaxed),
+                &cancel,
+            )
+            .unwrap_err();
+            assert!(matches!(error, SynthError::Cancelled), "{error:?}");
+            assert!(entries(dir.path()).is_empty(), "{:?}", entries(dir.path()));
+        }
+    }
+}
+
+#[test]
+fn what_fails_leaves_the_files_of_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        shard_bytes: 100,
+        ..Options::default()
+    };
+    let obstacle = dir.path().join("model-00003-of-00003.safetensors");
+    let error = write_model(
+        &model(),
+        dir.path(),
+        &options,
+        // Somebody else writes into the directory meanwhile.
+        &mut |_, _| fs::write(&obstacle, "theirs").unwrap(),
+        &AtomicBool::new(false),
+    )
+    .unwrap_err();
+    assert!(matches!(error, SynthError::Io { .. }), "{error:?}");
+    assert_eq!(entries(dir.path()), ["model-00003-of-00003.safetensors"]);
+    assert_eq!(fs::read(&obstacle).unwrap(), b"theirs");
+}
+
+#[test]
+fn shapes_that_cannot_be_written_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut model = model();
+    model.tensors[0].shape = vec![1 << 40, 1 << 40];
+    let error = run(&model, dir.path(), &Options::default()).unwrap_err();
+    assert!(matches!(error, SynthError::Unsupported { .. }), "{error:?}");
+    model.tensors[0].shape = vec![2];
+    model.tensors[0].dtype = DType::F32;
+    let error = run(&model, dir.path(), &Options::default()).unwrap_err();
+    assert!(matches!(error, SynthError::Unsupported { .. }), "{error:?}");
+    assert!(entries(dir.path()).is_empty());
+}

@@ -1,0 +1,278 @@
+//! Writing a checkpoint: one thread makes numbers, the caller's writes them, both several MiB at a
+//! time; and nothing is left behind when it does not come to an end.
+
+use std::io::Write;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread;
+
+use super::created::Created;
+use super::error::{SynthError, io_error};
+use super::layout::Tensor;
+use super::preset::Preset;
+use super::random::{self, Tables};
+use super::shards::{self, Shard};
+use crate::types::DType;
+
+/// Bytes that are made and written at a time.
+pub(super) const CHUNK: usize = 4 << 20;
+/// Buffers in all: one being filled, one being written, one waiting.
+const BUFFERS: usize = 3;
+
+/// How a checkpoint is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Options {
+    /// Write headers only and leave the weights as holes in the files, which read as zeros and
+    /// cost no disk where the file system can do that.
+    pub headers_only: bool,
+    /// Another seed gives other weights.
+    pub seed: u64,
+    /// A shard has at most this many bytes of weights, unless a single tensor has more.
+    pub shard_bytes: u64,
+}
+
+impl Default for Options {
+    /// Weights of seed 0, in shards of 5 GB as huggingface_hub cuts them.
+    fn default() -> Options {
+        Options {
+            headers_only: false,
+            seed: 0,
+            shard_bytes: 5_000_000_000,
+        }
+    }
+}
+
+/// What has been written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Written {
+    /// Files with weights.
+    pub shards: usize,
+    /// Bytes of these files, headers included and holes too.
+    pub bytes: u64,
+    /// Tensors.
+    pub tensors: usize,
+}
+
+/// Any model, for shapes that no preset has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Model {
+    /// Its tensors, in the order in which they are stored.
+    pub tensors: Vec<Tensor>,
+    /// The text of `config.json`.
+    pub config_json: String,
+}
+
+impl From<Preset> for Model {
+    fn from(preset: Preset) -> Model {
+        Model {
+            tensors: preset.tensors(),
+            config_json: preset.config_json(),
+        }
+    }
+}
+
+/// Writes a checkpoint of a preset into a directory that is empty or does not exist.
+///
+/// `progress` is called with bytes written and bytes in all, after every few MiB. Setting `cancel`
+/// ends the work within one chunk.
+///
+/// # Errors
+/// [`SynthError`]; whatever was created has been removed again, and only that.
+pub fn write(
+    preset: Preset,
+    directory: &Path,
+    options: &Options,
+    progress: &mut dyn FnMut(u64, u64),
+    cancel: &AtomicBool,
+) -> Result<Written, SynthError> {
+    write_model(&preset.into(), directory, options, progress, cancel)
+}
+
+/// The same as [`write()`] for a model that is no preset.
+///
+/// # Errors
+/// As for [`write()`], and [`SynthError::Unsupported`] for types other than `BF16`.
+pub fn write_model(
+    model: &Model,
+    directory: &Path,
+    options: &Options,
+    progress: &mut dyn FnMut(u64, u64),
+    cancel: &AtomicBool,
+) -> Result<Written, SynthError> {
+    if let Some(tensor) = model.tensors.iter().find(|t| t.dtype != DType::Bf16) {
+        return Err(SynthError::Unsupported {
+            problem: format!("'{}' is of type {}, not bf16", tensor.name, tensor.dtype),
+        });
+    }
+    let shards = shards::cut(&model.tensors, options.shard_bytes)?;
+    let index = shards::index(&shards, &model.tensors)?;
+    let total = shards
+        .iter()
+        .try_fold(0u64, |sum, shard| sum.checked_add(shard.length))
+        .ok_or_else(|| SynthError::Unsupported {
+            problem: "its size in bytes does not fit in 64 bits".into(),
+        })?;
+
+    let mut created = Created::directory(directory)?;
+    let mut progress = Progress {
+        written: 0,
+        total,
+        report: progress,
+        cancel,
+    };
+    progress.add(0)?;
+    if options.headers_only {
+        for shard in &shards {
+            let (path, mut file) = created.file(&shard.file)?;
+            file.write_all(&shard.header)
+                .map_err(io_error("write", &path))?;
+            file.set_len(shard.length)
+                .map_err(io_error("extend", &path))?;
+            progress.add(shard.length)?;
+        }
+    } else {
+        write_weights(
+            &mut created,
+            &model.tensors,
+            &shards,
+            options.seed,
+            &mut progress,
+        )?;
+    }
+    // Last, so that what has an index and a configuration is complete.
+    if let Some(index) = index {
+        created.text("model.safetensors.index.json", &index)?;
+    }
+    created.text("config.json", &model.config_json)?;
+    created.keep();
+    Ok(Written {
+        shards: shards.len(),
+        bytes: total,
+        tensors: model.tensors.len(),
+    })
+}
+
+fn write_weights(
+    created: &mut Created,
+    tensors: &[Tensor],
+    shards: &[Shard],
+    seed: u64,
+    progress: &mut Progress<'_>,
+) -> Result<(), SynthError> {
+    thread::scope(|scope| {
+        // Buffers go round: filled by the other thread, written by this one. Whichever ends first
+        // drops its channels, which ends the other.
+        let (to_fill, empty) = sync_channel(BUFFERS);
+        let (filled, to_write) = sync_channel(BUFFERS);
+        for _ in 0..BUFFERS {
+            // There is room for all of them.
+            let _ = to_fill.send(Vec::new());
+        }
+        thread::Builder::new()
+            .name("tightfit-synth".into())
+            .spawn_scoped(scope, move || {
+                generate(tensors, shards, seed, &empty, &filled);
+            })
+            .map_err(io_error("start a thread for", created.path()))?;
+        write_shards(created, shards, &to_write, &to_fill, progress)
+    })
+}
+
+/// Makes the data of all shards in order, in chunks that end with their shard.
+fn generate(
+    tensors: &[Tensor],
+    shards: &[Shard],
+    seed: u64,
+    empty: &Receiver<Vec<u8>>,
+    filled: &SyncSender<Vec<u8>>,
+) {
+    let tables = Tables::new();
+    for shard in shards {
+        let mut left = shard.length - shard.header.len() as u64;
+        let mut parts = tensors[shard.tensors.clone()].iter().map(|tensor| Part {
+            tensor,
+            key: random::key(seed, &tensor.name),
+            next: 0,
+            // Checked when the shards were cut.
+            end: tensor.elements().unwrap_or(0),
+        });
+        let mut part = parts.next();
+        while left > 0 {
+            let Ok(mut buffer) = empty.recv() else {
+                return;
+            };
+            buffer.resize(left.min(CHUNK as u64) as usize, 0);
+            let mut rest = buffer.as_mut_slice();
+            while let Some(current) = part.as_mut().filter(|_| !rest.is_empty()) {
+                let count = (current.end - current.next).min(rest.len() as u64 / 2);
+                let (out, after) = rest.split_at_mut(2 * count as usize);
+                tables.fill(current.tensor.values, current.key, current.next, out);
+                current.next += count;
+                rest = after;
+                if current.next == current.end {
+                    part = parts.next();
+                }
+            }
+            left -= buffer.len() as u64;
+            if filled.send(buffer).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// A tensor that is partly made.
+struct Part<'a> {
+    tensor: &'a Tensor,
+    key: u64,
+    next: u64,
+    end: u64,
+}
+
+fn write_shards(
+    created: &mut Created,
+    shards: &[Shard],
+    to_write: &Receiver<Vec<u8>>,
+    to_fill: &SyncSender<Vec<u8>>,
+    progress: &mut Progress<'_>,
+) -> Result<(), SynthError> {
+    for shard in shards {
+        let (path, mut file) = created.file(&shard.file)?;
+        file.write_all(&shard.header)
+            .map_err(io_error("write", &path))?;
+        progress.add(shard.header.len() as u64)?;
+        let mut left = shard.length - shard.header.len() as u64;
+        while left > 0 {
+            let Ok(buffer) = to_write.recv() else {
+                // It ends early only by a panic, which the scope passes on.
+                return Ok(());
+            };
+            file.write_all(&buffer).map_err(io_error("write", &path))?;
+            left -= buffer.len() as u64;
+            progress.add(buffer.len() as u64)?;
+            // After the last chunk nobody waits for it.
+            let _ = to_fill.send(buffer);
+        }
+    }
+    Ok(())
+}
+
+/// How far the work is, and whether it shall go on.
+struct Progress<'a> {
+    written: u64,
+    total: u64,
+    report: &'a mut dyn FnMut(u64, u64),
+    cancel: &'a AtomicBool,
+}
+
+impl Progress<'_> {
+    fn add(&mut self, bytes: u64) -> Result<(), SynthError> {
+        if self.cancel.load(Ordering::Relaxed) {
+            return Err(SynthError::Cancelled);
+        }
+        self.written += bytes;
+        (self.report)(self.written, self.total);
+        Ok(())
+    }
+}

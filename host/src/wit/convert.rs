@@ -1,0 +1,145 @@
+//! Between the generated types and our own.
+
+#[cfg(feature = "wasm-policies")]
+pub(crate) use policy::*;
+
+use super::bindings::tightfit::host::types;
+use crate::types::{DType, Format};
+
+/// Both directions of an enumeration whose cases have corresponding names.
+macro_rules! same_cases {
+    ($(#[$meta:meta])* $to_ours:ident, $to_theirs:ident, $ours:ident, $theirs:path: $($case:ident = $wit:ident),* $(,)?) => {
+        $(#[$meta])*
+        pub(crate) fn $to_ours(given: $theirs) -> $ours {
+            use $theirs as Theirs;
+            match given { $(Theirs::$wit => $ours::$case),* }
+        }
+
+        #[cfg_attr(not(feature = "wasm-policies"), allow(dead_code))]
+        fn $to_theirs(given: $ours) -> $theirs {
+            use $theirs as Theirs;
+            match given { $($ours::$case => Theirs::$wit),* }
+        }
+    };
+}
+
+same_cases!(dtype, wit_dtype, DType, types::Dtype:
+    Bool = Bool, U8 = U8, I8 = I8, U16 = U16, I16 = I16, U32 = U32, I32 = I32, U64 = U64,
+    I64 = I64, F4 = F4, F6E2M3 = F6E2m3, F6E3M2 = F6E3m2, F8E4M3 = F8E4m3, F8E5M2 = F8E5m2,
+    F8E8M0 = F8E8m0, F16 = F16, Bf16 = Bf16, F32 = F32, F64 = F64, C64 = C64,
+);
+
+pub(crate) fn format(format: types::Format) -> Format {
+    match format {
+        types::Format::Stored => Format::Stored,
+        types::Format::Cast(target) => Format::Cast(dtype(target)),
+        types::Format::Nf4(nf4) => Format::Nf4 {
+            block_size: nf4.block_size,
+            double_quantized: nf4.double_quantized,
+        },
+    }
+}
+
+#[cfg(feature = "wasm-policies")]
+mod policy {
+    use super::super::bindings::exports::tightfit::host::planner;
+    use super::super::bindings::tightfit::host::types;
+    use super::{format, wit_dtype};
+    use crate::checkpoint::{TensorInfo, Tie};
+    use crate::device::{DeviceInfo, DeviceKind};
+    use crate::policy::{Description, Proposal, Refusal, RefusalReason, Request, Setting};
+    use crate::types::Placement;
+
+    /// Tensor counts are bounded by the checkpoint reader, far below 2^32.
+    fn index(index: usize) -> u32 {
+        u32::try_from(index).expect("a tensor index fits in 32 bits")
+    }
+
+    fn tensor(tensor: &TensorInfo) -> types::Tensor {
+        types::Tensor {
+            name: tensor.name.clone(),
+            dtype: wit_dtype(tensor.dtype),
+            shape: tensor.shape.clone(),
+            bytes: tensor.bytes,
+        }
+    }
+
+    fn tie(tie: &Tie) -> planner::Tie {
+        planner::Tie {
+            tensor: index(tie.tensor),
+            alias: tie.alias.clone(),
+            alias_tensor: tie.alias_tensor.map(index),
+        }
+    }
+
+    fn device(device: &DeviceInfo) -> types::Device {
+        types::Device {
+            name: device.name.clone(),
+            kind: match device.kind {
+                DeviceKind::Cuda => types::DeviceKind::Cuda,
+                DeviceKind::Sim => types::DeviceKind::Sim,
+                DeviceKind::Cpu => types::DeviceKind::Cpu,
+            },
+            capacity: device.capacity,
+            available: device.available,
+            granularity: device.granularity,
+        }
+    }
+
+    pub(crate) fn request(request: &Request<'_>) -> planner::Request {
+        planner::Request {
+            config_json: request.config_json.to_owned(),
+            tensors: request.tensors.iter().map(tensor).collect(),
+            ties: request.ties.iter().map(tie).collect(),
+            devices: request.devices.iter().map(device).collect(),
+            settings: request.settings.to_vec(),
+            failure: request.failure.map(|failure| planner::Failure {
+                device: failure.device,
+                needed: failure.needed,
+                available: failure.available,
+            }),
+        }
+    }
+
+    pub(crate) fn description(given: planner::Description) -> Description {
+        Description {
+            name: given.name,
+            version: given.version,
+            settings: given
+                .settings
+                .into_iter()
+                .map(|setting| Setting {
+                    name: setting.name,
+                    default: setting.default,
+                    help: setting.help,
+                })
+                .collect(),
+        }
+    }
+
+    pub(crate) fn proposal(given: planner::Proposal) -> Proposal {
+        Proposal {
+            placements: given
+                .placements
+                .into_iter()
+                .map(|placement| Placement {
+                    device: placement.device,
+                    format: format(placement.format),
+                })
+                .collect(),
+            headroom: given.headroom,
+        }
+    }
+
+    pub(crate) fn refusal(given: planner::Refusal) -> Refusal {
+        Refusal {
+            reason: match given.reason {
+                planner::RefusalReason::DoesNotFit => RefusalReason::DoesNotFit,
+                planner::RefusalReason::BadSetting => RefusalReason::BadSetting,
+                planner::RefusalReason::Unsupported => RefusalReason::Unsupported,
+            },
+            message: given.message,
+            missing_bytes: given.missing_bytes,
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! The WIT interfaces of `tightfit:host`, implemented for any wasmtime host.
+//!
+//! 1. Keep a [`Context`] in the data of your store.
+//! 2. Implement [`View`] for that data.
+//! 3. Call [`add_to_linker`].
+//!
+//! No engine is made and no guest is called here; the runner in [`crate::policy`] is one user of
+//! this module and another application's linker can be the next. Host functions never block.
+
+pub mod bindings;
+pub(crate) mod convert;
+
+use wasmtime::component::{HasData, Linker};
+
+use crate::plan::{SizeError, part_sizes};
+use bindings::tightfit::host::{log, sizing, types};
+
+/// What the host functions need of one guest's state.
+#[derive(Debug, Default)]
+pub struct Context {
+    last_error: Option<String>,
+    logged: usize,
+}
+
+/// Bytes of messages that are passed on for one guest; what comes after is dropped.
+const LOG_LIMIT: usize = 64 << 10;
+
+/// Bytes that are kept of a single message.
+const MESSAGE_LIMIT: usize = 4 << 10;
+
+impl Context {
+    /// A context with nothing in it.
+    pub fn new() -> Context {
+        Context::default()
+    }
+
+    /// The last message that the guest logged as an error: before a trap, why it gave up.
+    pub fn last_error(&self) -> Option<&str> {
+        self.last_error.as_deref()
+    }
+}
+
+/// Gives access to the context inside a store's data.
+pub trait View: Send {
+    /// The context.
+    fn tightfit(&mut self) -> &mut Context;
+}
+
+/// Adds the interfaces that a policy imports (`types`, `sizing`, `log`) to a linker.
+///
+/// # Errors
+/// When the linker has one of them already.
+pub fn add_to_linker<T: View + 'static>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
+    types::add_to_linker::<T, HasContext>(linker, T::tightfit)?;
+    sizing::add_to_linker::<T, HasContext>(linker, T::tightfit)?;
+    log::add_to_linker::<T, HasContext>(linker, T::tightfit)
+}
+
+struct HasContext;
+
+impl HasData for HasContext {
+    type Data<'a> = &'a mut Context;
+}
+
+impl types::Host for Context {}
+
+impl sizing::Host for Context {
+    fn stored_bytes(
+        &mut self,
+        dtype: types::Dtype,
+        shape: Vec<u64>,
+        format: types::Format,
+    ) -> Result<sizing::StoredSize, types::Error> {
+        match part_sizes(convert::dtype(dtype), &shape, convert::format(format)) {
+            Ok(sizes) => Ok(sizing::StoredSize {
+                requested: sizes.requested(),
+                padded: sizes.padded(),
+            }),
+            Err(error) => Err(types::Error {
+                code: match error {
+                    SizeError::IllegalFormat { .. } => types::ErrorCode::IllegalFormat,
+                    SizeError::Overflow { .. } => types::ErrorCode::Overflow,
+                },
+                message: error.to_string(),
+            }),
+        }
+    }
+}
+
+impl log::Host for Context {
+    fn write(&mut self, level: log::Level, mut message: String) {
+        truncate(&mut message, MESSAGE_LIMIT);
+        if self.logged < LOG_LIMIT {
+            self.logged += message.len().max(1);
+            match level {
+                log::Level::Error => tracing::error!(target: "tightfit::guest", "{message}"),
+                log::Level::Warn => tracing::warn!(target: "tightfit::guest", "{message}"),
+                log::Level::Info => tracing::info!(target: "tightfit::guest", "{message}"),
+                log::Level::Debug => tracing::debug!(target: "tightfit::guest", "{message}"),
+                log::Level::Trace => tracing::trace!(target: "tightfit::guest", "{message}"),
+            }
+        }
+        if let log::Level::Error = level {
+            self.last_error = Some(message);
+        }
+    }
+}
+
+/// Cuts at a character boundary.
+fn truncate(text: &mut String, limit: usize) {
+    if text.len() > limit {
+        let end = (0..=limit).rev().find(|&i| text.is_char_boundary(i));
+        text.truncate(end.unwrap_or(0));
+        text.push('…');
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use log::Host as _;
+    use sizing::Host as _;
+
+    #[test]
+    fn sizing_is_the_plans_own_arithmetic() {
+        let mut context = Context::new();
+        let nf4 = types::Format::Nf4(types::Nf4Format {
+            block_size: 64,
+            double_quantized: false,
+        });
+        let size = context
+            .stored_bytes(types::Dtype::Bf16, vec![5, 13], nf4)
+            .unwrap();
+        assert_eq!((size.requested, size.padded), (41, 512));
+        let error = context.stored_bytes(types::Dtype::U8, vec![5], nf4);
+        assert_eq!(error.unwrap_err().code, types::ErrorCode::IllegalFormat);
+        let error = context.stored_bytes(types::Dtype::Bf16, vec![u64::MAX, 2], nf4);
+        assert_eq!(error.unwrap_err().code, types::ErrorCode::Overflow);
+    }
+
+    #[test]
+    fn what_is_kept_of_a_flood_of_messages_is_bounded() {
+        let mut context = Context::new();
+        for _ in 0..1000 {
+            context.write(log::Level::Error, "é".repeat(100_000));
+        }
+        assert!(context.last_error().unwrap().len() <= MESSAGE_LIMIT + '…'.len_utf8());
+        assert!(context.logged < LOG_LIMIT + 2 * MESSAGE_LIMIT);
+    }
+}
