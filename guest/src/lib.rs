@@ -1,1 +1,84 @@
-//! SDK for policies.
+//! SDK for placement policies of [Tightfit](https://github.com/tightfit/tightfit).
+//!
+//! A policy is a WebAssembly module with one pure function: from what a checkpoint holds and which
+//! devices there are, to where every tensor goes and in which format. It has no clock, no
+//! randomness, no files and no network, and it never sees a weight.
+//!
+//! ```
+//! use tightfit_guest::{Description, Format, Placement, Policy, Proposal, Refusal, Request, policy};
+//!
+//! struct AllOnTheFirst;
+//!
+//! impl Policy for AllOnTheFirst {
+//!     fn describe() -> Description {
+//!         Description { name: "all-on-the-first".into(), version: "1.0.0".into(), settings: vec![] }
+//!     }
+//!
+//!     fn plan(request: Request) -> Result<Proposal, Refusal> {
+//!         let there = Placement { device: Some(0), format: Format::Stored };
+//!         Ok(Proposal {
+//!             placements: vec![there; request.tensors.len()],
+//!             headroom: vec![0; request.devices.len()],
+//!         })
+//!     }
+//! }
+//!
+//! policy!(AllOnTheFirst);
+//! # fn main() {}
+//! ```
+//!
+//! What most policies need is here too: [`names`] (which layer is a tensor of, what is it for),
+//! [`sizing`] (what it takes on a device), [`partition`] (spreading a sequence over devices),
+//! [`settings`] and [`patterns`] (what the user asked for).
+
+#![deny(unsafe_code)]
+
+// The generated code names this crate from the outside, wherever it is expanded.
+extern crate self as tightfit_guest;
+
+#[doc(hidden)]
+pub mod bindings;
+#[doc(hidden)]
+pub mod export;
+mod log;
+pub mod names;
+pub mod partition;
+pub mod patterns;
+pub mod settings;
+pub mod sizing;
+mod types;
+
+pub use bindings::exports::tightfit::host::planner::{
+    Description, Failure, Proposal, Refusal, RefusalReason, Request, Setting, Tie,
+};
+pub use bindings::tightfit::host::log::Level;
+pub use bindings::tightfit::host::sizing::StoredSize;
+pub use bindings::tightfit::host::types::{
+    Device, DeviceKind, Dtype as DType, Error, ErrorCode, Format, Nf4Format, Placement, Tensor,
+};
+pub use log::log;
+
+/// A placement policy. Export it with [`policy!`].
+pub trait Policy {
+    /// Who the policy is and which settings it understands. Called before every `plan`.
+    fn describe() -> Description;
+
+    /// Decides where every tensor goes and in which format.
+    ///
+    /// # Errors
+    /// A [`Refusal`] when the policy cannot place this model on these devices.
+    fn plan(request: Request) -> Result<Proposal, Refusal>;
+}
+
+/// Exports a type that implements [`Policy`] as the policy of this crate. The crate must be a
+/// `cdylib`; natively the macro expands to nothing, so that the crate's tests run anywhere.
+#[macro_export]
+macro_rules! policy {
+    ($policy:ident) => {
+        #[cfg(target_family = "wasm")]
+        const _: () = {
+            type Exported = $crate::export::Exported<$policy>;
+    $crate::bindings::export!(Exported with_types_in $crate::bindings);
+        };
+    };
+}

@@ -1,0 +1,114 @@
+//! Saying no, with numbers.
+
+use tightfit_guest::partition::{Bin, Item};
+use tightfit_guest::sizing::Sizer;
+use tightfit_guest::{Format, Nf4Format, Refusal, Request};
+
+use crate::options::Options;
+
+/// The model does not fit: what it needs, what there is, and what would help.
+pub(crate) fn does_not_fit(
+    request: &Request,
+    options: &Options,
+    formats: &[Format],
+    items: &[Item],
+    bins: &[Bin],
+) -> Refusal {
+    let sum = |of: fn(&Item) -> u64| items.iter().map(of).fold(0, u64::saturating_add);
+    let (weights, cache) = (sum(|item| item.bytes), sum(|item| item.headroom));
+    let granularity = bins
+        .iter()
+        .map(|bin| bin.granularity.max(1))
+        .min()
+        .unwrap_or(1);
+    let weights = weights
+        .checked_next_multiple_of(granularity)
+        .unwrap_or(u64::MAX);
+    let need = weights.saturating_add(cache);
+    let usable = |bin: &Bin| bin.capacity.saturating_sub(bin.reserve);
+    let have = bins.iter().map(usable).fold(0, u64::saturating_add);
+    let largest = bins.iter().map(usable).max().unwrap_or(0);
+
+    let mut message = format!("the model needs {} (", gib(need));
+    message += &format!("weights {}", gib(weights));
+    if cache > 0 {
+        message += &format!(", KV cache and logits {}", gib(cache));
+    }
+    message += &format!(") and the {} can take {}", devices(bins.len()), gib(have));
+    if options.reserve > 0 {
+        message += &format!(" besides the reserve of {} each", gib(options.reserve));
+    }
+    let missing = need.saturating_sub(have);
+    let biggest = items.iter().enumerate().max_by_key(|(_, item)| item.bytes);
+    let missing = match biggest {
+        _ if missing > 0 => missing,
+        Some((t, item)) if item.bytes.saturating_add(item.headroom) > largest => {
+            message += &format!(
+                ", but `{}` alone takes {}",
+                request.tensors[t].name,
+                gib(item.bytes)
+            );
+            item.bytes.saturating_add(item.headroom) - largest
+        }
+        _ => {
+            message += ", but no arrangement was found that fits each device";
+            0
+        }
+    };
+    let mut helps = vec!["another device".to_owned()];
+    if cache > 0 {
+        helps.push("a smaller `context` or `batch`".into());
+    }
+    if options.reserve > 0 {
+        helps.push("a smaller `reserve`".into());
+    }
+    if !options.quantize_experts {
+        helps.push("`experts=nf4`".into());
+    }
+    let saved = double_quantization_saves(request, formats, items);
+    if saved > 0 {
+        helps.push(format!("`double-quant=true` (saves {})", gib(saved)));
+    }
+    message += &format!("; {} would help", helps.join(" or "));
+    Refusal::does_not_fit(message, (missing > 0).then_some(missing))
+}
+
+fn devices(count: usize) -> String {
+    if count == 1 {
+        "device".into()
+    } else {
+        format!("{count} devices")
+    }
+}
+
+fn double_quantization_saves(request: &Request, formats: &[Format], items: &[Item]) -> u64 {
+    let mut sizer = Sizer::new();
+    let mut saved = 0u64;
+    for ((tensor, format), item) in request.tensors.iter().zip(formats).zip(items) {
+        if let Format::Nf4(nf4) = *format
+            && item.bytes > 0
+        {
+            let double = Format::Nf4(Nf4Format {
+                double_quantized: true,
+                ..nf4
+            });
+            let then = sizer
+                .size(tensor, double)
+                .map_or(item.bytes, |size| size.padded);
+            saved = saved.saturating_add(item.bytes.saturating_sub(then));
+        }
+    }
+    saved
+}
+
+/// Bytes as people read them: GiB, or MiB where that would be mostly zeros.
+fn gib(bytes: u64) -> String {
+    let (unit, name) = if bytes >= 100 << 20 {
+        (1u64 << 30, "GiB")
+    } else {
+        (1 << 20, "MiB")
+    };
+    // Two digits, rounded up: a need is never understated.
+    let hundredths = (u128::from(bytes) * 100).div_ceil(u128::from(unit));
+    format!("{}.{:02} {name}", hundredths / 100, hundredths % 100)
+}

@@ -1,0 +1,220 @@
+//! What tensors take on a device, by the host's own arithmetic.
+
+use std::collections::BTreeMap;
+
+use crate::{DType, Error, Format, StoredSize, Tensor};
+
+/// Asks the host for sizes, once per element type, shape and format: a model of 100,000 tensors
+/// has a handful of shapes.
+#[derive(Debug, Default)]
+pub struct Sizer {
+    known: BTreeMap<Key, BTreeMap<Vec<u64>, StoredSize>>,
+}
+
+/// Element type; then the format: its kind, block size or type, double quantization.
+type Key = (DType, u8, u32, bool);
+
+impl Sizer {
+    /// Knows nothing yet.
+    pub fn new() -> Sizer {
+        Sizer::default()
+    }
+
+    /// Bytes that a tensor takes when it is stored in this format.
+    ///
+    /// # Errors
+    /// The host's: the format cannot hold such a tensor, or the size does not fit in 64 bits.
+    pub fn size(&mut self, tensor: &Tensor, format: Format) -> Result<StoredSize, Error> {
+        let key = match format {
+            Format::Stored => (tensor.dtype, 0, 0, false),
+            Format::Cast(to) => (tensor.dtype, 1, to as u32, false),
+            Format::Nf4(nf4) => (tensor.dtype, 2, nf4.block_size, nf4.double_quantized),
+        };
+        let shapes = self.known.entry(key).or_default();
+        if let Some(size) = shapes.get(tensor.shape.as_slice()) {
+            return Ok(*size);
+        }
+        let size = stored_bytes(tensor.dtype, &tensor.shape, format)?;
+        shapes.insert(tensor.shape.clone(), size);
+        Ok(size)
+    }
+}
+
+#[cfg(target_family = "wasm")]
+use crate::bindings::tightfit::host::sizing::stored_bytes;
+#[cfg(not(target_family = "wasm"))]
+use native::stored_bytes;
+
+/// The documented arithmetic again, so that policies can be tested without a host. In wasm the
+/// host's own is what counts.
+#[cfg(not(target_family = "wasm"))]
+mod native {
+    use crate::{DType, Error, ErrorCode, Format, StoredSize};
+
+    /// Every part of a tensor starts at a multiple of this many bytes.
+    const ALIGNMENT: u64 = 256;
+    /// Scales that share a scale of their own in double quantization.
+    const NESTED_BLOCK: u64 = 256;
+
+    pub(super) fn stored_bytes(
+        dtype: DType,
+        shape: &[u64],
+        format: Format,
+    ) -> Result<StoredSize, Error> {
+        let elements = if shape.contains(&0) {
+            Some(0)
+        } else {
+            shape.iter().try_fold(1u64, |n, &size| n.checked_mul(size))
+        };
+        let elements = elements.ok_or_else(overflow)?;
+        let is_float = |dtype| matches!(dtype, DType::Bf16 | DType::F16 | DType::F32);
+        let parts = match format {
+            Format::Stored => [bytes(elements, dtype)?, 0, 0],
+            Format::Cast(to) if is_float(dtype) && is_float(to) => [bytes(elements, to)?, 0, 0],
+            Format::Nf4(nf4)
+                if is_float(dtype)
+                    && nf4.block_size.is_power_of_two()
+                    && (32..=4096).contains(&nf4.block_size) =>
+            {
+                let blocks = elements.div_ceil(nf4.block_size.into());
+                if nf4.double_quantized {
+                    [
+                        elements.div_ceil(2),
+                        blocks,
+                        4 * blocks.div_ceil(NESTED_BLOCK),
+                    ]
+                } else {
+                    [elements.div_ceil(2), 4 * blocks, 0]
+                }
+            }
+            Format::Cast(_) | Format::Nf4(_) => {
+                return Err(Error {
+                    code: ErrorCode::IllegalFormat,
+                    message: format!("{format:?} cannot hold {dtype:?}"),
+                });
+            }
+        };
+        let mut size = StoredSize {
+            requested: 0,
+            padded: 0,
+        };
+        for part in parts {
+            let padded = part
+                .checked_next_multiple_of(ALIGNMENT)
+                .ok_or_else(overflow)?;
+            size.requested = size.requested.checked_add(part).ok_or_else(overflow)?;
+            size.padded = size.padded.checked_add(padded).ok_or_else(overflow)?;
+        }
+        Ok(size)
+    }
+
+    fn bytes(elements: u64, dtype: DType) -> Result<u64, Error> {
+        let bits = match dtype {
+            DType::F4 => 4,
+            DType::F6E2m3 | DType::F6E3m2 => 6,
+            DType::Bool | DType::U8 | DType::I8 => 8,
+            DType::F8E4m3 | DType::F8E5m2 | DType::F8E8m0 => 8,
+            DType::U16 | DType::I16 | DType::F16 | DType::Bf16 => 16,
+            DType::U32 | DType::I32 | DType::F32 => 32,
+            DType::U64 | DType::I64 | DType::F64 | DType::C64 => 64,
+        };
+        let bits = elements.checked_mul(bits).ok_or_else(overflow)?;
+        Ok(bits.div_ceil(8))
+    }
+
+    fn overflow() -> Error {
+        Error {
+            code: ErrorCode::Overflow,
+            message: "the size does not fit in 64 bits".into(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{ErrorCode, Nf4Format};
+
+    fn size(dtype: DType, shape: &[u64], format: Format) -> Result<(u64, u64), ErrorCode> {
+        let tensor = Tensor {
+            name: "x".into(),
+            dtype,
+            shape: shape.into(),
+            bytes: 0,
+        };
+        let size = Sizer::new().size(&tensor, format);
+        size.map(|size| (size.requested, size.padded))
+            .map_err(|error| error.code)
+    }
+
+    fn nf4(block_size: u32, double_quantized: bool) -> Format {
+        Format::Nf4(Nf4Format {
+            block_size,
+            double_quantized,
+        })
+    }
+
+    #[test]
+    fn every_part_is_padded_by_itself() {
+        let q_proj = &[3584, 3584];
+        assert_eq!(
+            size(DType::Bf16, q_proj, nf4(64, false)),
+            Ok((6_422_528 + 802_816, 6_422_528 + 802_816))
+        );
+        assert_eq!(
+            size(DType::Bf16, q_proj, nf4(64, true)),
+            Ok((6_422_528 + 200_704 + 3136, 6_422_528 + 200_704 + 3328))
+        );
+        // 65 elements: 33 bytes of codes, two scales.
+        assert_eq!(size(DType::F32, &[65], nf4(64, false)), Ok((33 + 8, 512)));
+        assert_eq!(size(DType::F16, &[3], Format::Stored), Ok((6, 256)));
+        assert_eq!(
+            size(DType::F32, &[128], Format::Cast(DType::Bf16)),
+            Ok((256, 256))
+        );
+        assert_eq!(size(DType::Bf16, &[], Format::Stored), Ok((2, 256)));
+        assert_eq!(size(DType::Bf16, &[7, 0], nf4(64, true)), Ok((0, 0)));
+    }
+
+    #[test]
+    fn what_no_format_can_hold_is_an_error() {
+        assert_eq!(
+            size(DType::U8, &[64], nf4(64, false)),
+            Err(ErrorCode::IllegalFormat)
+        );
+        assert_eq!(
+            size(DType::F32, &[64], nf4(48, false)),
+            Err(ErrorCode::IllegalFormat)
+        );
+        assert_eq!(
+            size(DType::F32, &[64], Format::Cast(DType::U8)),
+            Err(ErrorCode::IllegalFormat)
+        );
+        assert_eq!(
+            size(DType::F32, &[1 << 40, 1 << 40], Format::Stored),
+            Err(ErrorCode::Overflow)
+        );
+        assert_eq!(
+            size(DType::F32, &[1 << 62], Format::Stored),
+            Err(ErrorCode::Overflow)
+        );
+    }
+
+    #[test]
+    fn a_shape_is_asked_for_once() {
+        let mut sizer = Sizer::new();
+        let tensor = |shape: &[u64]| Tensor {
+            name: "x".into(),
+            dtype: DType::Bf16,
+            shape: shape.into(),
+            bytes: 0,
+        };
+        for _ in 0..3 {
+            sizer.size(&tensor(&[2, 3]), nf4(64, false)).unwrap();
+            sizer.size(&tensor(&[2, 3]), Format::Stored).unwrap();
+            sizer.size(&tensor(&[3, 2]), Format::Stored).unwrap();
+        }
+        assert_eq!(sizer.known.len(), 2);
+        assert_eq!(sizer.known.values().map(BTreeMap::len).sum::<usize>(), 3);
+    }
+}
