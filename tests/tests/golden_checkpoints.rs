@@ -325,6 +325,36 @@ fn double_quantized_stacks_of_experts_agree_with_bitsandbytes() {
 }
 
 #[test]
+fn of_a_checkpoint_that_is_quantized_already_only_the_experts_change() {
+    for name in MODELS {
+        let golden = GoldenModel::unpack(name);
+        let experts: BTreeSet<String> = golden
+            .expert_slices()
+            .into_iter()
+            .map(|slice| slice.name)
+            .collect();
+        let from_bf16 = contents(&load_with_auto(&golden.path("bf16"), SIM, &[]));
+        for saved in ["nf4", "nf4_dq"] {
+            let source = golden.tensors(saved);
+            let model = load_with_auto(&golden.path(saved), SIM, &[]);
+            assert_eq!(quantized_names(&model), experts, "{name}/{saved}");
+            let loaded = contents(&model);
+            assert_eq!(loaded.len(), source.0.len(), "{name}/{saved}");
+            for (tensor, stored) in &loaded {
+                if experts.contains(tensor) {
+                    assert!(*stored == from_bf16[tensor], "{tensor}, {name}/{saved}");
+                } else {
+                    assert!(
+                        stored.parts == [source.data(tensor)],
+                        "{tensor}, {name}/{saved}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn stacking_the_experts_changes_nothing_else() {
     for name in MOE_MODELS {
         let golden = GoldenModel::unpack(name);
