@@ -1,7 +1,5 @@
 //! The model as a sequence of parts that should stay whole.
 
-use std::collections::BTreeMap;
-
 use tightfit_guest::Request;
 use tightfit_guest::names::TensorKind::{self, Embedding, Norm, OutputHead};
 use tightfit_guest::names::{kind_of_module, layer_of, module_of, side_branch_of};
@@ -41,23 +39,45 @@ pub(crate) fn in_model_order<'a>(
     kinds: &[TensorKind],
     duplicates: &[bool],
 ) -> Vec<Unit<'a>> {
-    let collect = |with_towers: bool| {
-        let mut parts: BTreeMap<Part<'a>, Vec<u32>> = BTreeMap::new();
-        for (t, tensor) in request.tensors.iter().enumerate() {
-            if !duplicates[t] {
-                let part = part_of(&tensor.name, kinds[t], with_towers);
-                parts.entry(part).or_default().push(t as u32);
-            }
-        }
-        parts
-    };
-    let mut parts = collect(true);
+    let mut units = collect(request, kinds, duplicates, true);
     // A tower that stands alone is the model.
-    if !parts.keys().any(|part| matches!(part, Part::Layer { .. })) {
-        parts = collect(false);
+    if !units.iter().any(|unit| matches!(unit.part, Part::Layer { .. })) {
+        units = collect(request, kinds, duplicates, false);
     }
-    let unit = |(part, tensors)| Unit { part, tensors };
-    parts.into_iter().map(unit).collect()
+    units
+}
+
+fn collect<'a>(
+    request: &'a Request,
+    kinds: &[TensorKind],
+    duplicates: &[bool],
+    with_towers: bool,
+) -> Vec<Unit<'a>> {
+    // Neighbors in a checkpoint are mostly neighbors in the model: sorting runs is much less work
+    // than looking up the unit of each of 100,000 tensors.
+    let mut runs: Vec<Unit<'a>> = Vec::new();
+    for (t, tensor) in request.tensors.iter().enumerate() {
+        if duplicates[t] {
+            continue;
+        }
+        let part = part_of(&tensor.name, kinds[t], with_towers);
+        match runs.last_mut() {
+            Some(run) if run.part == part => run.tensors.push(t as u32),
+            _ => runs.push(Unit {
+                part,
+                tensors: vec![t as u32],
+            }),
+        }
+    }
+    runs.sort_by_key(|run| run.part);
+    let mut units: Vec<Unit<'a>> = Vec::new();
+    for mut run in runs {
+        match units.last_mut() {
+            Some(unit) if unit.part == run.part => unit.tensors.append(&mut run.tensors),
+            _ => units.push(run),
+        }
+    }
+    units
 }
 
 fn part_of(name: &str, kind: TensorKind, with_towers: bool) -> Part<'_> {
