@@ -56,18 +56,24 @@ fn collect<'a>(
     // Neighbors in a checkpoint are mostly neighbors in the model: sorting runs is much less work
     // than looking up the unit of each of 100,000 tensors.
     let mut runs: Vec<Unit<'a>> = Vec::new();
+    let mut prefix = None;
     for (t, tensor) in request.tensors.iter().enumerate() {
         if duplicates[t] {
             continue;
         }
-        let part = part_of(&tensor.name, kinds[t], with_towers);
-        match runs.last_mut() {
-            Some(run) if run.part == part => run.tensors.push(t as u32),
-            _ => runs.push(Unit {
-                part,
-                tensors: vec![t as u32],
-            }),
+        let name = tensor.name.as_str();
+        if let (Some(prefix), Some(run)) = (prefix, runs.last_mut())
+            && name.starts_with(prefix)
+        {
+            run.tensors.push(t as u32);
+            continue;
         }
+        let part = part_of(name, kinds[t], with_towers);
+        prefix = prefix_of(name, part);
+        runs.push(Unit {
+            part,
+            tensors: vec![t as u32],
+        });
     }
     runs.sort_by_key(|run| run.part);
     let mut units: Vec<Unit<'a>> = Vec::new();
@@ -78,6 +84,17 @@ fn collect<'a>(
         }
     }
     units
+}
+
+/// What the names of a part's tensors all begin with, and those of no other part.
+fn prefix_of<'a>(name: &'a str, part: Part<'_>) -> Option<&'a str> {
+    let numbered = match part {
+        Part::Layer { stack, .. } => stack.len() + 1,
+        Part::Tower(branch) | Part::Ahead(branch) => branch.len(),
+        Part::Input | Part::FinalNorm | Part::Output => return None,
+    };
+    let end = numbered + name.get(numbered..)?.find('.')? + 1;
+    name.get(..end)
 }
 
 fn part_of(name: &str, kind: TensorKind, with_towers: bool) -> Part<'_> {
