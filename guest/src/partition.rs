@@ -3,6 +3,8 @@
 //! Pure functions over sizes. What a thing is (a tensor, a layer, half a model) is the policy's
 //! business. Every function answers with the bin of each item, by index.
 
+use std::cmp::Reverse;
+
 /// Something to be placed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Item {
@@ -97,14 +99,13 @@ pub const BALANCE_UP_TO: usize = 2000;
 /// Puts every item, the largest first, where the least room remains. The order of items is lost.
 /// `None` for an item that fits nowhere any more.
 pub fn best_fit(items: &[Item], bins: &[Bin]) -> Vec<Option<usize>> {
-    let mut order: Vec<usize> = (0..items.len()).collect();
-    order.sort_by_key(|&i| {
-        let size = items[i].bytes.saturating_add(items[i].headroom);
-        (std::cmp::Reverse(size), i)
-    });
+    let size = |item: &Item| item.bytes.saturating_add(item.headroom);
+    let sizes = items.iter().map(size).enumerate();
+    let mut order: Vec<(Reverse<u64>, usize)> = sizes.map(|(i, size)| (Reverse(size), i)).collect();
+    order.sort_unstable();
     let mut loads = vec![Item::default(); bins.len()];
     let mut owners = vec![None; items.len()];
-    for i in order {
+    for (_, i) in order {
         let room_after = |b: usize| {
             let load = plus(loads[b], items[i])?;
             bins[b].capacity.checked_sub(bins[b].used(load)?)

@@ -1,5 +1,7 @@
 //! The model as a sequence of parts that should stay whole.
 
+use std::collections::BTreeMap;
+
 use tightfit_guest::Request;
 use tightfit_guest::names::TensorKind::{self, Embedding, Norm, OutputHead};
 use tightfit_guest::names::{kind_of_module, layer_of, module_of, side_branch_of};
@@ -41,7 +43,10 @@ pub(crate) fn in_model_order<'a>(
 ) -> Vec<Unit<'a>> {
     let mut units = collect(request, kinds, duplicates, true);
     // A tower that stands alone is the model.
-    if !units.iter().any(|unit| matches!(unit.part, Part::Layer { .. })) {
+    if !units
+        .iter()
+        .any(|unit| matches!(unit.part, Part::Layer { .. }))
+    {
         units = collect(request, kinds, duplicates, false);
     }
     units
@@ -53,8 +58,8 @@ fn collect<'a>(
     duplicates: &[bool],
     with_towers: bool,
 ) -> Vec<Unit<'a>> {
-    // Neighbors in a checkpoint are mostly neighbors in the model: sorting runs is much less work
-    // than looking up the unit of each of 100,000 tensors.
+    // Neighbors in a checkpoint are mostly neighbors in the model: collecting runs first is much
+    // less work than looking up the unit of each of 100,000 tensors.
     let mut runs: Vec<Unit<'a>> = Vec::new();
     let mut prefix = None;
     for (t, tensor) in request.tensors.iter().enumerate() {
@@ -75,15 +80,12 @@ fn collect<'a>(
             tensors: vec![t as u32],
         });
     }
-    runs.sort_by_key(|run| run.part);
-    let mut units: Vec<Unit<'a>> = Vec::new();
+    let mut units: BTreeMap<Part<'a>, Vec<u32>> = BTreeMap::new();
     for mut run in runs {
-        match units.last_mut() {
-            Some(unit) if unit.part == run.part => unit.tensors.append(&mut run.tensors),
-            _ => units.push(run),
-        }
+        units.entry(run.part).or_default().append(&mut run.tensors);
     }
-    units
+    let unit = |(part, tensors)| Unit { part, tensors };
+    units.into_iter().map(unit).collect()
 }
 
 /// What the names of a part's tensors all begin with, and those of no other part.
