@@ -41,12 +41,10 @@ impl Bin {
         self.used(load).is_some_and(|used| used <= limit)
     }
 
-    /// The part of it that is in use, from 0 to 1.
+    /// The part of it that is in use, before rounding: that says more about small models.
     fn fullness(&self, load: Item) -> f64 {
-        match self.used(load) {
-            Some(0) => 0.0,
-            used => used.unwrap_or(u64::MAX) as f64 / self.capacity.max(1) as f64,
-        }
+        let used = load.bytes as f64 + load.headroom as f64 + self.reserve as f64;
+        used / self.capacity.max(1) as f64
     }
 }
 
@@ -233,7 +231,7 @@ fn even_out(items: &[Item], bins: &[Bin], limits: &[u64]) -> Option<Vec<usize>> 
     for (b, bin) in bins.iter().enumerate() {
         let before = &tables[b];
         let mut table = vec![None; count + 1];
-        for end in 0..=count {
+        for (end, entry) in table.iter_mut().enumerate() {
             let mut best: Option<Best> = None;
             let mut load = Item::default();
             for start in (0..=end).rev() {
@@ -262,7 +260,7 @@ fn even_out(items: &[Item], bins: &[Bin], limits: &[u64]) -> Option<Vec<usize>> 
                     best = Some(found);
                 }
             }
-            table[end] = best;
+            *entry = best;
         }
         tables.push(table);
     }
