@@ -58,7 +58,7 @@ pub fn fill(items: &[Item], bins: &[Bin]) -> Vec<usize> {
 /// Spreads items over bins, in order, so that the fullest bin (relative to its capacity) is as
 /// empty as possible. The answer is exact. Among the partitions that reach it, for sequences of up
 /// to [`BALANCE_UP_TO`] items, it is one that leaves the fewest bins empty, and among these one
-/// with the smallest sum of squares of fullness. `None` when no partition fits.
+/// with the smallest sum of squares of fullness (before rounding). `None` when none fits.
 pub fn balance(items: &[Item], bins: &[Bin]) -> Option<Vec<usize>> {
     let brim: Vec<u64> = bins.iter().map(|bin| bin.capacity).collect();
     let mut best = fill_to(items, bins, &brim)?;
