@@ -70,8 +70,8 @@ pub trait Policy {
     fn plan(request: Request) -> Result<Proposal, Refusal>;
 }
 
-/// Exports a type that implements [`Policy`] as the policy of this crate. The crate must be a
-/// `cdylib`; natively the macro expands to nothing, so that the crate's tests run anywhere.
+/// Exports a type that implements [`Policy`] as the policy of this crate, which must be a `cdylib`.
+/// Natively nothing is exported, so that the crate's tests run anywhere.
 #[macro_export]
 macro_rules! policy {
     ($policy:ident) => {
