@@ -38,6 +38,11 @@ impl Bin {
 
     /// Whether it then uses no more than `limit` bytes.
     fn holds(&self, load: Item, limit: u64) -> bool {
+        // Mostly it does by far, and no division is needed to see that.
+        let most = load.bytes.saturating_add(load.headroom);
+        if most < limit && self.reserve.saturating_add(self.granularity) <= limit - most {
+            return true;
+        }
         self.used(load).is_some_and(|used| used <= limit)
     }
 
@@ -64,10 +69,10 @@ pub fn balance(items: &[Item], bins: &[Bin]) -> Option<Vec<usize>> {
     let mut best = fill_to(items, bins, &brim)?;
     // Bisection comes close. Then only what is strictly better counts, until nothing is.
     let limits_at = |level: u64| -> Vec<u64> {
-        let share = |bin: &Bin| ((u128::from(bin.capacity) * u128::from(level)) >> 48) as u64;
+        let share = |bin: &Bin| ((u128::from(bin.capacity) * u128::from(level)) >> LEVELS) as u64;
         bins.iter().map(share).collect()
     };
-    let (mut low, mut high) = (0, 1 << 48);
+    let (mut low, mut high) = (0, 1 << LEVELS);
     while low < high {
         let middle = low + (high - low) / 2;
         match fill_to(items, bins, &limits_at(middle)) {
@@ -90,6 +95,9 @@ pub fn balance(items: &[Item], bins: &[Bin]) -> Option<Vec<usize>> {
     let limits: Vec<u64> = bins.iter().map(|bin| level.within(bin.capacity)).collect();
     Some(even_out(items, bins, &limits).unwrap_or(best))
 }
+
+/// Steps of bisection. A GPU's memory in 2^28 parts is far finer than what it is reserved in.
+const LEVELS: u32 = 28;
 
 /// See [`balance`].
 pub const BALANCE_UP_TO: usize = 2000;

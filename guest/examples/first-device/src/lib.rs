@@ -1,8 +1,8 @@
 //! Everything on the first device: NF4 where that is usual, the rest as stored.
 
 use tightfit_guest::names::{TensorKind, kind_of};
-use tightfit_guest::{Description, Format, Nf4Format, Placement, Tensor};
-use tightfit_guest::{Policy, Proposal, Refusal, Request, policy};
+use tightfit_guest::{Description, Format, Nf4Format, Placement, Policy};
+use tightfit_guest::{Proposal, Refusal, Request, Tensor, policy};
 
 struct FirstDevice;
 
@@ -18,10 +18,6 @@ impl Policy for FirstDevice {
     }
 
     fn plan(request: Request) -> Result<Proposal, Refusal> {
-        let place = |tensor: &Tensor| Placement {
-            device: Some(0),
-            format: format(tensor),
-        };
         Ok(Proposal {
             placements: request.tensors.iter().map(place).collect(),
             headroom: vec![0; request.devices.len()],
@@ -29,14 +25,15 @@ impl Policy for FirstDevice {
     }
 }
 
-fn format(tensor: &Tensor) -> Format {
-    match kind_of(tensor) {
-        TensorKind::Linear | TensorKind::Expert if tensor.is_quantizable() => {
-            Format::Nf4(Nf4Format {
-                block_size: 64,
-                double_quantized: false,
-            })
-        }
+fn place(tensor: &Tensor) -> Placement {
+    let (device, block_size, double_quantized) = (Some(0), 64, false);
+    let nf4 = Format::Nf4(Nf4Format {
+        block_size,
+        double_quantized,
+    });
+    let format = match kind_of(tensor) {
+        TensorKind::Linear | TensorKind::Expert if tensor.is_quantizable() => nf4,
         _ => Format::Stored,
-    }
+    };
+    Placement { device, format }
 }
