@@ -18,7 +18,9 @@ use tightfit::synth::{self, Options, Preset};
 const REPEATS: usize = 15;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let given = std::env::args().skip(1).find(|argument| !argument.starts_with('-'));
+    let given = std::env::args()
+        .skip(1)
+        .find(|argument| !argument.starts_with('-'));
     let directory = tempfile::tempdir()?;
     let path = match given {
         Some(path) => PathBuf::from(path),
@@ -41,11 +43,21 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let policy = WasmPolicy::builtin("auto", Limits::default()).expect("auto is built in")?;
     let settings = |double: bool| vec![("double-quant".to_owned(), double.to_string())];
     let plans: Vec<(&str, Plan)> = vec![
-        ("nf4", propose(&checkpoint, &policy, &infos, &settings(false))?.plan),
-        ("nf4+double", propose(&checkpoint, &policy, &infos, &settings(true))?.plan),
+        (
+            "nf4",
+            propose(&checkpoint, &policy, &infos, &settings(false))?.plan,
+        ),
+        (
+            "nf4+double",
+            propose(&checkpoint, &policy, &infos, &settings(true))?.plan,
+        ),
     ];
     let bytes = checkpoint.source_bytes();
-    println!("{}: {:.3} GB, medians of {REPEATS}", path.display(), bytes as f64 / 1e9);
+    println!(
+        "{}: {:.3} GB, medians of {REPEATS}",
+        path.display(),
+        bytes as f64 / 1e9
+    );
     let cores = std::thread::available_parallelism()?.get();
     for threads in [1, cores] {
         // Interleaved, so that a noisy neighbour disturbs all of them alike.
@@ -83,7 +95,10 @@ fn median(times: &mut [Duration]) -> f64 {
 }
 
 /// Reads every tensor into the staging ring and does nothing with it.
-fn read_only(checkpoint: &Checkpoint, threads: usize) -> Result<Duration, Box<dyn std::error::Error>> {
+fn read_only(
+    checkpoint: &Checkpoint,
+    threads: usize,
+) -> Result<Duration, Box<dyn std::error::Error>> {
     let mut ring = StagingRing::new(DEFAULT_STAGING, threads)?;
     let chunk = ring.slot_bytes() as u64;
     let chunks: Vec<(usize, u64, usize)> = checkpoint
