@@ -70,15 +70,20 @@ pub trait Policy {
     fn plan(request: Request) -> Result<Proposal, Refusal>;
 }
 
-/// Exports a type that implements [`Policy`] as the policy of this crate. The crate must be a
-/// `cdylib`; natively the macro expands to nothing, so that the crate's tests run anywhere.
+/// Exports a type that implements [`Policy`] as the policy of this crate, which must be a `cdylib`.
+/// Natively nothing is exported, so that the crate's tests run anywhere.
 #[macro_export]
+#[rustfmt::skip]
 macro_rules! policy {
     ($policy:ident) => {
         #[cfg(target_family = "wasm")]
         const _: () = {
             type Exported = $crate::export::Exported<$policy>;
-    $crate::bindings::export!(Exported with_types_in $crate::bindings);
+            $crate::bindings::export!(Exported with_types_in $crate::bindings);
         };
+        // Natively this is what uses the policy.
+        #[cfg(not(target_family = "wasm"))]
+        const _: fn($crate::Request) -> Result<$crate::Proposal, $crate::Refusal> =
+            <$policy as $crate::Policy>::plan;
     };
 }

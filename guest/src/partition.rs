@@ -3,6 +3,8 @@
 //! Pure functions over sizes. What a thing is (a tensor, a layer, half a model) is the policy's
 //! business. Every function answers with the bin of each item, by index.
 
+use std::cmp::Reverse;
+
 /// Something to be placed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Item {
@@ -36,15 +38,18 @@ impl Bin {
 
     /// Whether it then uses no more than `limit` bytes.
     fn holds(&self, load: Item, limit: u64) -> bool {
+        // Mostly it does by far, and no division is needed to see that.
+        let most = load.bytes.saturating_add(load.headroom);
+        if most < limit && self.reserve.saturating_add(self.granularity) <= limit - most {
+            return true;
+        }
         self.used(load).is_some_and(|used| used <= limit)
     }
 
-    /// The part of it that is in use, from 0 to 1.
+    /// The part of it that is in use, before rounding: that says more about small models.
     fn fullness(&self, load: Item) -> f64 {
-        match self.used(load) {
-            Some(0) => 0.0,
-            used => used.unwrap_or(u64::MAX) as f64 / self.capacity.max(1) as f64,
-        }
+        let used = load.bytes as f64 + load.headroom as f64 + self.reserve as f64;
+        used / self.capacity.max(1) as f64
     }
 }
 
@@ -58,16 +63,16 @@ pub fn fill(items: &[Item], bins: &[Bin]) -> Vec<usize> {
 /// Spreads items over bins, in order, so that the fullest bin (relative to its capacity) is as
 /// empty as possible. The answer is exact. Among the partitions that reach it, for sequences of up
 /// to [`BALANCE_UP_TO`] items, it is one that leaves the fewest bins empty, and among these one
-/// with the smallest sum of squares of fullness. `None` when no partition fits.
+/// with the smallest sum of squares of fullness (before rounding). `None` when none fits.
 pub fn balance(items: &[Item], bins: &[Bin]) -> Option<Vec<usize>> {
     let brim: Vec<u64> = bins.iter().map(|bin| bin.capacity).collect();
     let mut best = fill_to(items, bins, &brim)?;
     // Bisection comes close. Then only what is strictly better counts, until nothing is.
     let limits_at = |level: u64| -> Vec<u64> {
-        let share = |bin: &Bin| ((u128::from(bin.capacity) * u128::from(level)) >> 48) as u64;
+        let share = |bin: &Bin| ((u128::from(bin.capacity) * u128::from(level)) >> LEVELS) as u64;
         bins.iter().map(share).collect()
     };
-    let (mut low, mut high) = (0, 1 << 48);
+    let (mut low, mut high) = (0, 1 << LEVELS);
     while low < high {
         let middle = low + (high - low) / 2;
         match fill_to(items, bins, &limits_at(middle)) {
@@ -91,20 +96,22 @@ pub fn balance(items: &[Item], bins: &[Bin]) -> Option<Vec<usize>> {
     Some(even_out(items, bins, &limits).unwrap_or(best))
 }
 
+/// Steps of bisection. A GPU's memory in 2^28 parts is far finer than what it is reserved in.
+const LEVELS: u32 = 28;
+
 /// See [`balance`].
 pub const BALANCE_UP_TO: usize = 2000;
 
 /// Puts every item, the largest first, where the least room remains. The order of items is lost.
 /// `None` for an item that fits nowhere any more.
 pub fn best_fit(items: &[Item], bins: &[Bin]) -> Vec<Option<usize>> {
-    let mut order: Vec<usize> = (0..items.len()).collect();
-    order.sort_by_key(|&i| {
-        let size = items[i].bytes.saturating_add(items[i].headroom);
-        (std::cmp::Reverse(size), i)
-    });
+    let size = |item: &Item| item.bytes.saturating_add(item.headroom);
+    let sizes = items.iter().map(size).enumerate();
+    let mut order: Vec<(Reverse<u64>, usize)> = sizes.map(|(i, size)| (Reverse(size), i)).collect();
+    order.sort_unstable();
     let mut loads = vec![Item::default(); bins.len()];
     let mut owners = vec![None; items.len()];
-    for i in order {
+    for (_, i) in order {
         let room_after = |b: usize| {
             let load = plus(loads[b], items[i])?;
             bins[b].capacity.checked_sub(bins[b].used(load)?)
@@ -232,7 +239,7 @@ fn even_out(items: &[Item], bins: &[Bin], limits: &[u64]) -> Option<Vec<usize>> 
     for (b, bin) in bins.iter().enumerate() {
         let before = &tables[b];
         let mut table = vec![None; count + 1];
-        for end in 0..=count {
+        for (end, entry) in table.iter_mut().enumerate() {
             let mut best: Option<Best> = None;
             let mut load = Item::default();
             for start in (0..=end).rev() {
@@ -261,7 +268,7 @@ fn even_out(items: &[Item], bins: &[Bin], limits: &[u64]) -> Option<Vec<usize>> 
                     best = Some(found);
                 }
             }
-            table[end] = best;
+            *entry = best;
         }
         tables.push(table);
     }

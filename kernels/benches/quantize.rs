@@ -1,9 +1,11 @@
-//! Speed of every kernel on every instruction set: `cargo bench -p tightfit-kernels [-- WORDS]`, one thread.
+//! Speed of every kernel on every instruction set: `cargo bench -p tightfit-kernels [-- WORDS]`,
+//! one thread.
 //!
-//! Each figure is the median of several repeats, in GB (10^9 bytes) per second of the wider side: what is read when
-//! quantizing, what is written when dequantizing. Beside it stands the ratio to copying as many bytes in the same run.
-//! `cache` works on a buffer that stays in the second-level cache, `memory` on one far larger than any cache. Arguments
-//! select the lines that contain all of them.
+//! Each figure is the median of several repeats, in GB (10^9 bytes) per second of the wider side:
+//! what is read when quantizing, what is written when dequantizing. Beside it stands the ratio to
+//! copying as many bytes in the same run. `cache` works on a buffer that stays in the second-level
+//! cache, `memory` on one far larger than any cache. Arguments select the lines that contain all of
+//! them.
 
 use std::{hint::black_box, time::Instant};
 
@@ -80,7 +82,7 @@ fn main() {
                 .collect();
             let mut codes = vec![0; absmax.len()];
             let mut nested = vec![0.0; absmax.len().div_ceil(NESTED_BLOCK_SIZE)];
-            let mut run = |name: &str, function: &mut dyn FnMut()| {
+            let run = |name: &str, function: &mut dyn FnMut()| {
                 let name = format!("{place} {isa} {name}");
                 if words.iter().all(|word| name.contains(word.as_str())) {
                     print(&name, bytes, seconds(bytes, function), copy);

@@ -1,12 +1,15 @@
 //! Step functions as tables.
 //!
-//! Quantizing is a step function of a float. Over a bucket, a range of consecutive bit patterns that holds at most one
-//! step, it is `base` or `base + 1`. The low bits of the pattern are the place in the bucket, so one number per bucket
-//! is enough: with `base` in the upper bits, and in the lower bits as much as makes the place of the step carry over,
-//! the code is `(entry + place) >> bits`. Both tables are computed when compiling, from the functions they stand for,
-//! and compiling fails if a bucket holds two steps.
+//! Quantizing is a step function of a float. Over a bucket, a range of consecutive bit patterns
+//! that holds at most one step, it is `base` or `base + 1`. The low bits of the pattern are the
+//! place in the bucket, so one number per bucket is enough: with `base` in the upper bits, and in
+//! the lower bits as much as makes the place of the step carry over, the code is
+//! `(entry + place) >> bits`. Both tables are computed when compiling, from the functions they
+//! stand for, and compiling fails if a bucket holds two steps.
 
-use crate::{double, quantize};
+use crate::double;
+#[cfg(any(test, target_arch = "x86_64"))]
+use crate::quantize;
 
 /// One entry: `base` and the step of a function over `0..1 << bits`, found by bisection.
 macro_rules! entry {
@@ -41,14 +44,17 @@ macro_rules! entry {
 
 /// NF4 codes of bfloat16 values, from bit patterns alone.
 ///
-/// For absmax between the bounds of [`quantize::PLAIN_ABSMAX`] scaling a block by a power of two changes no code, so
-/// that the code of `x` depends on three things: the sign of `x`, the significand of the absmax, and how many patterns
-/// lie between `x` and the absmax. The last one is counted from 1023 below the absmax, eight octaves, where every code
-/// is 7. `position` runs through 0..1024 for positive `x`; for negative ones through 1024..2048, ascending with `x`, not
+/// For absmax between the bounds of [`quantize::PLAIN_ABSMAX`] scaling a block by a power of two
+/// changes no code, so that the code of `x` depends on three things: the sign of `x`, the
+/// significand of the absmax, and how many patterns lie between `x` and the absmax. The last one is
+/// counted from 1023 below the absmax, eight octaves, where every code is 7. `position` runs
+/// through 0..1024 for positive `x`; for negative ones through 1024..2048, ascending with `x`, not
 /// with its magnitude. A bucket is 32 positions, a quarter of an octave.
+#[cfg(any(test, target_arch = "x86_64"))]
 #[repr(align(64))]
 pub(crate) struct Bf16Buckets([[u16; 64]; 128]);
 
+#[cfg(any(test, target_arch = "x86_64"))]
 impl Bf16Buckets {
     /// How far below the absmax positions begin, in bit patterns.
     pub(crate) const REACH: u16 = 1023;
@@ -87,7 +93,8 @@ impl Bf16Buckets {
                     };
                     quantize::code(f32::from_bits(x << 16) * reciprocal)
                 });
-                // Less the bucket, so that the whole position can be added and not only the place in the bucket.
+                // Less the bucket, so that the whole position can be added and not only the place
+                // in the bucket.
                 entries[significand][bucket as usize] =
                     (entry as u16).wrapping_sub(bucket as u16 * 32);
                 bucket += 1;
@@ -121,12 +128,13 @@ impl DynamicBuckets {
     };
 
     /// The entries, for gathering.
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code))]
+    #[cfg(target_arch = "x86_64")]
     pub(crate) const fn entries(&self) -> &[u32; 2 * Self::SIDE] {
         &self.0
     }
 
-    /// The code that [`double::search`] gives to a value that is not NaN and, rounding aside, from -1 to 1.
+    /// The code that [`double::search`] gives to a value that is not NaN and, rounding aside, from
+    /// -1 to 1.
     #[inline(always)]
     pub(crate) fn code(&self, x: f32) -> u8 {
         let magnitude = x.to_bits() & 0x7fff_ffff;
@@ -149,7 +157,7 @@ impl DynamicBuckets {
                 f32::from_bits(first | place)
             ));
             entries[Self::SIDE + bucket] = entry!(DynamicBuckets::PLACE_BITS, |place| {
-                double::search(-f32::from_bits(first | DynamicBuckets::PLACE - place))
+                double::search(-f32::from_bits(first | (DynamicBuckets::PLACE - place)))
             });
             bucket += 1;
         }
@@ -178,7 +186,8 @@ mod tests {
     #[test]
     fn dynamic_buckets_equal_the_search_around_every_step() {
         for pair in crate::DYNAMIC_MAP.windows(2) {
-            // Everything that could decide: the midpoint, however rounded, and the values themselves.
+            // Everything that could decide: the midpoint, however rounded, and the values
+            // themselves.
             for centre in [(pair[0] + pair[1]) * 0.5, pair[0], pair[1]] {
                 let (mut below, mut above) = (centre, centre);
                 for _ in 0..64 {
@@ -212,7 +221,8 @@ mod tests {
 
     #[test]
     fn bf16_buckets_equal_the_definition_for_every_pair() {
-        // Every significand of the absmax, at both ends of the range and in its middle, against every magnitude.
+        // Every significand of the absmax, at both ends of the range and in its middle, against
+        // every magnitude.
         let plain = (quantize::PLAIN_ABSMAX.start() >> 16) as u16
             ..=(quantize::PLAIN_ABSMAX.end() >> 16) as u16;
         let low = *plain.start()..plain.start() + 128;

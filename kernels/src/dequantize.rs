@@ -2,7 +2,8 @@
 
 use crate::{FloatType, float};
 
-/// Writes `out.len() / float.bytes()` elements, at most `block_size` of them for each absmax. Lengths have been checked.
+/// Writes `out.len() / float.bytes()` elements, at most `block_size` of them for each absmax.
+/// Lengths have been checked.
 pub(crate) fn dequantize(
     values: &[f32; 16],
     packed: &[u8],

@@ -21,8 +21,8 @@ pub(crate) fn mean(absmax: &[f32], group_sum: impl Fn(&[f32]) -> f64 + Copy) -> 
     }
 }
 
-/// The sum of up to 256^n values, as the sum of one group of sums of up to 256^(n-1) values. A part of the tree that
-/// is all padding adds zeros, so it can be left out.
+/// The sum of up to 256^n values, as the sum of one group of sums of up to 256^(n-1) values. A part
+/// of the tree that is all padding adds zeros, so it can be left out.
 fn tree_sum(values: &[f32], group_sum: impl Fn(&[f32]) -> f64 + Copy) -> f64 {
     if values.len() <= GROUP {
         return group_sum(values);
@@ -35,34 +35,38 @@ fn tree_sum(values: &[f32], group_sum: impl Fn(&[f32]) -> f64 + Copy) -> f64 {
     for (sum, part) in sums.iter_mut().zip(values.chunks(part)) {
         *sum = tree_sum(part, group_sum);
     }
-    halve(&mut sums)
+    halve(&|sum: f64| sum, &sums)
 }
 
 /// The sum of up to 256 values, padded with zeros.
 #[inline(always)]
 pub(crate) fn group_sum(values: &[f32]) -> f64 {
-    let mut sums = [0.0; GROUP];
-    for (sum, value) in sums.iter_mut().zip(values) {
-        *sum = f64::from(*value);
+    match values.try_into() {
+        Ok(values) => halve(&f32::into, values),
+        Err(_) => {
+            let mut padded = [0.0; GROUP];
+            padded[..values.len()].copy_from_slice(values);
+            halve(&f32::into, &padded)
+        }
     }
-    halve(&mut sums)
 }
 
+/// The sum of 256 values, by halving: value `i` plus value `i + 128`, and so on.
 #[inline(always)]
-fn halve(sums: &mut [f64; GROUP]) -> f64 {
-    let mut stride = GROUP / 2;
-    while stride > 0 {
-        let (low, high) = sums.split_at_mut(stride);
-        for (low, high) in low.iter_mut().zip(high) {
-            *low += *high;
-        }
-        stride /= 2;
+fn halve<T: Copy>(to_f64: &impl Fn(T) -> f64, values: &[T; GROUP]) -> f64 {
+    // One array per step, so that all lengths are known when compiling.
+    macro_rules! halve {
+        ($sums:ident, $($stride:literal)*) => {
+            $(let $sums: [f64; $stride] = std::array::from_fn(|i| $sums[i] + $sums[i + $stride]);)*
+        };
     }
+    let sums: [f64; 128] = std::array::from_fn(|i| to_f64(values[i]) + to_f64(values[i + 128]));
+    halve!(sums, 64 32 16 8 4 2 1);
     sums[0]
 }
 
-/// The code that the CUDA kernel's search gives: of the two neighbours the nearer one, by their `f32` midpoint; on the
-/// midpoint itself the one at which the search ended. NaN has code 0.
+/// The code that the CUDA kernel's search gives: of the two neighbours the nearer one, by their
+/// `f32` midpoint; on the midpoint itself the one at which the search ended. NaN has code 0.
 pub(crate) const fn search(x: f32) -> u8 {
     let (mut lower, mut pivot, mut upper) = (0, 127, 255);
     let mut stride = 64;
@@ -91,8 +95,8 @@ pub(crate) const fn search(x: f32) -> u8 {
     nearest as u8
 }
 
-/// Quantizes absmax values. Lengths have been checked. `plain_codes` quantizes one block whose reciprocal is given and
-/// for which flushing makes no difference.
+/// Quantizes absmax values. Lengths have been checked. `plain_codes` quantizes one block whose
+/// reciprocal is given and for which flushing makes no difference.
 #[inline(always)]
 pub(crate) fn quantize(
     absmax: &[f32],
@@ -105,7 +109,8 @@ pub(crate) fn quantize(
         .chunks(NESTED_BLOCK_SIZE)
         .zip(codes.chunks_mut(NESTED_BLOCK_SIZE));
     for ((absmax, codes), nested) in blocks.zip(nested_absmax) {
-        // Infinities and NaN have the largest magnitudes as integers, so one maximum finds them too.
+        // Infinities and NaN have the largest magnitudes as integers, so one maximum finds them
+        // too.
         let bits = absmax
             .iter()
             .fold(0, |max, x| max.max((x - offset).to_bits() & 0x7fff_ffff));
@@ -158,6 +163,18 @@ mod tests {
             (search(f32::NAN), search(2.0), search(-2.0), search(-0.0)),
             (0, 255, 0, 127)
         );
+    }
+
+    #[test]
+    fn search_decides_at_the_midpoint_and_ends_at_even_codes() {
+        // From 127, strides of 64 to 1 end at an even code, whichever way they go.
+        for (i, pair) in DYNAMIC_MAP.windows(2).enumerate() {
+            let midpoint = (pair[0] + pair[1]) * 0.5;
+            assert!(pair[0] < midpoint && midpoint < pair[1]);
+            assert_eq!(usize::from(search(midpoint.next_down())), i);
+            assert_eq!(usize::from(search(midpoint)), i.next_multiple_of(2));
+            assert_eq!(usize::from(search(midpoint.next_up())), i + 1);
+        }
     }
 
     #[test]

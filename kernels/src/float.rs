@@ -1,7 +1,8 @@
 //! Scalar conversions between the float types: exact upwards, round to nearest even downwards.
 //!
-//! NaN stays NaN: where a conversion changes the width through rounding hardware it also sets the quiet bit, and keeps
-//! what fits of the payload. That is what F16C does, so all instruction sets agree on NaN payloads too.
+//! NaN stays NaN: where a conversion changes the width through rounding hardware it also sets the
+//! quiet bit, and keeps what fits of the payload. That is what F16C does, so all instruction sets
+//! agree on NaN payloads too.
 
 use crate::FloatType;
 
@@ -16,7 +17,8 @@ pub(crate) const fn f32_to_bf16(value: f32) -> u16 {
     if value.is_nan() {
         return (bits >> 16) as u16 | 0x0040;
     }
-    // Half of the last kept bit, less one if that bit is even, carries into it exactly when rounding goes up.
+    // Half of the last kept bit, less one if that bit is even, carries into it exactly when
+    // rounding goes up.
     ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16
 }
 

@@ -4,7 +4,8 @@ use std::fmt;
 
 use crate::KernelError;
 
-/// Blocks of the second quantization: 256 absmax values share one nested absmax (bitsandbytes' fixed choice).
+/// Blocks of the second quantization: 256 absmax values share one nested absmax (bitsandbytes'
+/// fixed choice).
 pub const NESTED_BLOCK_SIZE: usize = 256;
 
 /// A floating-point type of weights, stored little-endian.
@@ -110,7 +111,8 @@ impl fmt::Display for BlockSize {
     }
 }
 
-/// Bytes of packed codes for so many elements: two codes per byte, an odd last one in a byte of its own.
+/// Bytes of packed codes for so many elements: two codes per byte, an odd last one in a byte of its
+/// own.
 pub const fn packed_bytes(elements: usize) -> usize {
     elements.div_ceil(2)
 }

@@ -22,7 +22,8 @@ impl Isa {
         Isa::available().last().unwrap_or(Isa::Portable)
     }
 
-    /// The instruction sets of this machine, slowest first; the first one is always [`Isa::Portable`].
+    /// The instruction sets of this machine, slowest first; the first one is always
+    /// [`Isa::Portable`].
     pub fn available() -> impl Iterator<Item = Isa> {
         Isa::ALL.into_iter().filter(|isa| isa.is_available())
     }

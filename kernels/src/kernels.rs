@@ -10,7 +10,8 @@ macro_rules! dispatch {
     ($isa:expr, $portable:expr, $function:ident($($argument:expr),*)) => {
         match $isa {
             Isa::Portable => $portable,
-            // SAFETY: a `Kernels` is only made for an instruction set that has been found on this machine.
+            // SAFETY: a `Kernels` is only made for an instruction set that has been found on this
+            // machine.
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => unsafe { crate::x86::avx2::$function($($argument),*) },
             // SAFETY: as above.
@@ -22,8 +23,8 @@ macro_rules! dispatch {
     };
 }
 
-/// The kernels, for one instruction set that this machine has. Whichever it is, the results are the same bytes; only
-/// the payload of a NaN is not specified.
+/// The kernels, for one instruction set that this machine has. Whichever it is, the results are the
+/// same bytes; only the payload of a NaN is not specified.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Kernels {
     isa: Isa,
@@ -67,28 +68,31 @@ impl Kernels {
 
     /// Quantizes to NF4.
     ///
-    /// - `source`: `n` elements of type `float`, little-endian, at any alignment; a tensor is flattened in row-major
-    ///   order, and blocks run across the ends of rows.
-    /// - `packed`: [`packed_bytes`]`(n)` bytes. Element `2i` goes to the high half of byte `i`, element `2i + 1` to the
-    ///   low half; for odd `n` the spare half gets the code of zero.
+    /// - `source`: `n` elements of type `float`, little-endian, at any alignment; a tensor is
+    ///   flattened in row-major order, and blocks run across the ends of rows.
+    /// - `packed`: [`packed_bytes`]`(n)` bytes. Element `2i` goes to the high half of byte `i`,
+    ///   element `2i + 1` to the low half; for odd `n` the spare half gets the code of zero.
     /// - `absmax`: [`blocks`]`(n, block_size)` values, one for each block.
     ///
     /// A tensor may be quantized in pieces that begin at block boundaries: the bytes are the same.
     ///
-    /// Each element is converted to `f32`, multiplied with the correctly rounded reciprocal of the largest magnitude of
-    /// its block, and gets the number of [`crate::NF4_THRESHOLDS`] strictly below the product as its code. Subnormals,
-    /// as an element, as the absmax and as the reciprocal, are zeros. It follows that
+    /// Each element is converted to `f32`, multiplied with the correctly rounded reciprocal of the
+    /// largest magnitude of its block, and gets the number of [`crate::NF4_THRESHOLDS`] strictly
+    /// below the product as its code. Subnormals, as an element, as the absmax and as the
+    /// reciprocal, are zeros. It follows that
     /// - a block of zeros has absmax 0.0 and codes 0, which dequantize to -0.0;
     /// - a block with an absmax above 2^126 has codes 7, because the reciprocal is subnormal;
-    /// - a block with an infinity has absmax infinity, code 0 for infinities and 7 for what is finite;
-    /// - NaN has code 0 and does not count in the absmax, which is -`f32::MAX` where all elements are NaN, or 0.0 if
-    ///   that block is the partial one at the end.
+    /// - a block with an infinity has absmax infinity, code 0 for infinities and 7 for what is
+    ///   finite;
+    /// - NaN has code 0 and does not count in the absmax, which is -`f32::MAX` where all elements
+    ///   are NaN, or 0.0 if that block is the partial one at the end.
     ///
-    /// This is what the CUDA kernels of bitsandbytes 0.50 do (`kQuantizeBlockwise` compiled with fast math), except
-    /// that they approximate the reciprocal within one ulp.
+    /// This is what the CUDA kernels of bitsandbytes 0.50 do (`kQuantizeBlockwise` compiled with
+    /// fast math), except that they approximate the reciprocal within one ulp.
     ///
     /// # Errors
-    /// [`KernelError::PartialElement`] and [`KernelError::Length`] if the lengths do not belong together.
+    /// [`KernelError::PartialElement`] and [`KernelError::Length`] if the lengths do not belong
+    /// together.
     pub fn quantize_nf4(
         self,
         source: &[u8],
@@ -109,13 +113,14 @@ impl Kernels {
         Ok(QuantizeStats { nonfinite_blocks })
     }
 
-    /// Dequantizes NF4 or FP4: the value of the code times the absmax of the block, one `f32` multiplication, rounded
-    /// once to `float`, to nearest even. Subnormals are kept.
+    /// Dequantizes NF4 or FP4: the value of the code times the absmax of the block, one `f32`
+    /// multiplication, rounded once to `float`, to nearest even. Subnormals are kept.
     ///
     /// - `packed`, `absmax`: as [`Kernels::quantize_nf4`] writes them, for `elements` elements.
     /// - `out`: `elements` elements of type `float`, little-endian, at any alignment.
     ///
-    /// A piece of a tensor that begins at a block boundary is dequantized by passing the slices that belong to it.
+    /// A piece of a tensor that begins at a block boundary is dequantized by passing the slices
+    /// that belong to it.
     ///
     /// # Errors
     /// [`KernelError::Length`] if the lengths do not belong together.
@@ -145,13 +150,15 @@ impl Kernels {
         Ok(())
     }
 
-    /// The mean of the absmax values of a whole tensor, the offset of double quantization; 0.0 if there are none.
+    /// The mean of the absmax values of a whole tensor, the offset of double quantization; 0.0 if
+    /// there are none.
     ///
-    /// bitsandbytes lets torch compute it in `f32`, in an order that depends on the device and the number of threads.
-    /// Here it is defined so that every device can give the same bits: in `f64`, the values are padded with +0.0 to a
-    /// multiple of 256 and cut into groups of 256; in each group, value `i` becomes value `i` plus value `i + 128` for
-    /// `i < 128`, then the same with 64, 32, ... 1; the sums of the groups are summed in the same way until one value is
-    /// left. It is divided by the number of values, and the quotient rounded to `f32`.
+    /// bitsandbytes lets torch compute it in `f32`, in an order that depends on the device and the
+    /// number of threads. Here it is defined so that every device can give the same bits: in `f64`,
+    /// the values are padded with +0.0 to a multiple of 256 and cut into groups of 256; in each
+    /// group, value `i` becomes value `i` plus value `i + 128` for `i < 128`, then the same with
+    /// 64, 32, ... 1; the sums of the groups are summed in the same way until one value is left. It
+    /// is divided by the number of values, and the quotient rounded to `f32`.
     pub fn absmax_mean(self, absmax: &[f32]) -> f32 {
         dispatch!(
             self.isa,
@@ -160,17 +167,18 @@ impl Kernels {
         )
     }
 
-    /// Quantizes absmax values to 8 bits: `absmax - offset`, in blocks of 256, to the nearest value of
-    /// [`crate::DYNAMIC_MAP`].
+    /// Quantizes absmax values to 8 bits: `absmax - offset`, in blocks of 256, to the nearest value
+    /// of [`crate::DYNAMIC_MAP`].
     ///
     /// - `offset`: [`Kernels::absmax_mean`] of the whole tensor.
     /// - `codes`: as many as `absmax`.
     /// - `nested_absmax`: one for every [`NESTED_BLOCK_SIZE`] of them, rounded up.
     ///
-    /// As in [`Kernels::quantize_nf4`], differences are multiplied with the reciprocal of the block's largest magnitude,
-    /// and subnormals are zeros. Nearest is by the `f32` midpoint of two values; on the midpoint it is the value that
-    /// CUDA's search ends at. Where all differences of a block are zero, nested absmax is 0.0 and codes are 0. Pieces
-    /// may begin at multiples of 256.
+    /// As in [`Kernels::quantize_nf4`], differences are multiplied with the reciprocal of the
+    /// block's largest magnitude, and subnormals are zeros. Nearest is by the `f32` midpoint of two
+    /// values; on the midpoint it is the value that CUDA's search ends at. Where all differences of
+    /// a block are zero, nested absmax is 0.0 and codes are 0. Pieces may begin at multiples of
+    /// 256.
     ///
     /// # Errors
     /// [`KernelError::Length`] if the lengths do not belong together.
@@ -195,8 +203,9 @@ impl Kernels {
         Ok(())
     }
 
-    /// Recovers absmax values from their 8-bit codes: the value of the code times the nested absmax, rounded to `f32`,
-    /// plus `offset`, rounded again. Arguments as in [`Kernels::quantize_absmax`]; `out` has as many values as `codes`.
+    /// Recovers absmax values from their 8-bit codes: the value of the code times the nested
+    /// absmax, rounded to `f32`, plus `offset`, rounded again. Arguments as in
+    /// [`Kernels::quantize_absmax`]; `out` has as many values as `codes`.
     ///
     /// # Errors
     /// [`KernelError::Length`] if the lengths do not belong together.
@@ -221,13 +230,16 @@ impl Kernels {
         Ok(())
     }
 
-    /// Converts between float types: exactly where possible, else rounded to nearest even. Overflow becomes infinity;
-    /// subnormals are kept; NaN stays NaN. Conversion to the same type copies the bytes.
+    /// Converts between float types: exactly where possible, else rounded to nearest even. Overflow
+    /// becomes infinity; subnormals are kept; NaN stays NaN. Conversion to the same type copies the
+    /// bytes.
     ///
-    /// - `source`: `n` elements of type `from`; `out`: `n` elements of type `to`; little-endian, at any alignment.
+    /// - `source`: `n` elements of type `from`; `out`: `n` elements of type `to`; little-endian, at
+    ///   any alignment.
     ///
     /// # Errors
-    /// [`KernelError::PartialElement`] and [`KernelError::Length`] if the lengths do not belong together.
+    /// [`KernelError::PartialElement`] and [`KernelError::Length`] if the lengths do not belong
+    /// together.
     pub fn cast(
         self,
         source: &[u8],

@@ -1,19 +1,22 @@
 //! NF4 arithmetic on the CPU, with one meaning on every device.
 //!
-//! Weights are quantized block by block to 4-bit codes and one `f32` scale (absmax) per block, and the scales can
-//! themselves be quantized to 8 bits (double quantization). The bytes are those that bitsandbytes' CUDA kernels give,
-//! including for blocks with zeros, subnormals, infinities and NaN, whichever instruction set computes them: portable
-//! Rust, AVX2 or AVX-512.
+//! Weights are quantized block by block to 4-bit codes and one `f32` scale (absmax) per block, and
+//! the scales can themselves be quantized to 8 bits (double quantization). The bytes are those that
+//! bitsandbytes' CUDA kernels give, including for blocks with zeros, subnormals, infinities and
+//! NaN, whichever instruction set computes them: portable Rust, AVX2 or AVX-512.
 //!
-//! [`Kernels`] is the entry point. It knows no files and no devices: sources are little-endian bytes at any alignment,
-//! as they come out of a safetensors file, and results go to slices of the caller.
+//! [`Kernels`] is the entry point. It knows no files and no devices: sources are little-endian
+//! bytes at any alignment, as they come out of a safetensors file, and results go to slices of the
+//! caller.
 //!
 //! ```
 //! use tightfit_kernels::{BlockSize, FloatType, Kernels};
 //!
 //! let weights: Vec<u8> = [0.5f32, -1.0, 0.25].iter().flat_map(|x| x.to_le_bytes()).collect();
 //! let (mut packed, mut absmax) = ([0u8; 2], [0f32; 1]);
-//! let stats = Kernels::detect().quantize_nf4(&weights, FloatType::F32, BlockSize::DEFAULT, &mut packed, &mut absmax)?;
+//! let kernels = Kernels::detect();
+//! let (float, size) = (FloatType::F32, BlockSize::DEFAULT);
+//! let stats = kernels.quantize_nf4(&weights, float, size, &mut packed, &mut absmax)?;
 //! assert_eq!((packed, absmax, stats.nonfinite_blocks), ([0xc0, 0xa7], [1.0], 0));
 //! # Ok::<(), tightfit_kernels::KernelError>(())
 //! ```

@@ -1,17 +1,18 @@
 //! Quantizing to NF4 in portable Rust: the definition that the other instruction sets must equal.
 //!
-//! The meaning is that of bitsandbytes' CUDA kernel, which is compiled to flush subnormals. Rust code must not change
-//! the floating-point environment, so every flush is written out. The vector kernels skip them for blocks where they
-//! provably make no difference, and send the others here.
+//! The meaning is that of bitsandbytes' CUDA kernel, which is compiled to flush subnormals. Rust
+//! code must not change the floating-point environment, so every flush is written out. The vector
+//! kernels skip them for blocks where they provably make no difference, and send the others here.
 
 use std::ops::RangeInclusive;
 
 use crate::{FloatType, NF4_THRESHOLDS, float};
 
-/// Bits of the absmax of blocks for which plain IEEE arithmetic gives the same codes, if the block is also finite.
+/// Bits of the absmax of blocks for which plain IEEE arithmetic gives the same codes, if the block
+/// is also finite.
 ///
-/// - 2^-100 and more: a subnormal element (below 2^-126) is under 2^-26 of the absmax, so it has code 7 whether flushed
-///   or not, and so has every element whose product is subnormal.
+/// - 2^-100 and more: a subnormal element (below 2^-126) is under 2^-26 of the absmax, so it has
+///   code 7 whether flushed or not, and so has every element whose product is subnormal.
 /// - 2^126 and less: the reciprocal is a normal number.
 pub(crate) const PLAIN_ABSMAX: RangeInclusive<u32> = 0x0d80_0000..=0x7e80_0000;
 
@@ -24,10 +25,11 @@ pub(crate) const fn flush(x: f32) -> f32 {
     }
 }
 
-/// The largest magnitude, as the CUDA kernels find it: NaN does not count, and neither does the sign.
+/// The largest magnitude, as the CUDA kernels find it: NaN does not count, and neither does the
+/// sign.
 ///
-/// In a partial block the absent elements count as zeros. This shows only where all present ones are NaN: absmax is
-/// then 0.0, and -`f32::MAX` for a full block.
+/// In a partial block the absent elements count as zeros. This shows only where all present ones
+/// are NaN: absmax is then 0.0, and -`f32::MAX` for a full block.
 pub(crate) fn absmax(block: impl Iterator<Item = f32>, partial: bool) -> f32 {
     block.fold(if partial { 0.0 } else { f32::MIN }, |max, x| {
         max.max(flush(x).abs())
@@ -39,7 +41,9 @@ pub(crate) const fn reciprocal(absmax: f32) -> f32 {
     flush(1.0 / flush(absmax))
 }
 
-/// The code of an element that has been divided by the absmax: how many thresholds lie strictly below it.
+/// The code of an element that has been divided by the absmax: how many thresholds lie strictly
+/// below it.
+#[cfg(any(test, target_arch = "x86_64"))]
 pub(crate) const fn code(v: f32) -> u8 {
     // The number of thresholds below `v` is found in four steps; NaN is above none of them.
     let mut code = 0;
@@ -70,43 +74,79 @@ pub(crate) fn quantize_block(
     // One loop for each type, so that the conversion is chosen outside of it.
     match float {
         FloatType::F32 => {
-            quantize_elements::<4>(source, |b| float::read(FloatType::F32, b), partial, packed)
+            quantize_elements::<4>(source, |b| f32::from_le_bytes(*b), partial, packed)
         }
-        FloatType::F16 => {
-            quantize_elements::<2>(source, |b| float::read(FloatType::F16, b), partial, packed)
-        }
-        FloatType::Bf16 => {
-            quantize_elements::<2>(source, |b| float::read(FloatType::Bf16, b), partial, packed)
-        }
+        FloatType::F16 => quantize_elements::<2>(
+            source,
+            |b| float::f16_to_f32(u16::from_le_bytes(*b)),
+            partial,
+            packed,
+        ),
+        FloatType::Bf16 => quantize_elements::<2>(
+            source,
+            |b| float::bf16_to_f32(u16::from_le_bytes(*b)),
+            partial,
+            packed,
+        ),
     }
 }
 
 #[inline(always)]
 fn quantize_elements<const BYTES: usize>(
     source: &[u8],
-    read: impl Fn(&[u8]) -> f32,
+    read: impl Fn(&[u8; BYTES]) -> f32,
     partial: bool,
     packed: &mut [u8],
 ) -> Block {
-    let elements = || source.chunks_exact(BYTES).map(&read);
-    let absmax = absmax(elements(), partial);
-    let nonfinite = elements().any(|x| !x.is_finite());
+    let (elements, _) = source.as_chunks::<BYTES>();
+    let values = || elements.iter().map(&read);
+    // Infinities and NaN have the largest magnitudes as integers, so one maximum finds them too.
+    let bits = values().fold(0, |max: i32, x| max.max((x.to_bits() & 0x7fff_ffff) as i32)) as u32;
+    let plain = PLAIN_ABSMAX.contains(&bits);
+    let nonfinite = bits >= f32::INFINITY.to_bits();
+    let absmax = if plain {
+        f32::from_bits(bits)
+    } else {
+        absmax(values(), partial)
+    };
     let reciprocal = reciprocal(absmax);
-    let code = |x: f32| code(flush(x) * reciprocal);
-    for (pair, byte) in source.chunks(2 * BYTES).zip(packed) {
-        let high = read(&pair[..BYTES]);
-        // The spare half of an odd last byte is what CUDA's padding gives: the code of zero times the reciprocal.
-        let low = if pair.len() == 2 * BYTES {
-            read(&pair[BYTES..])
+
+    let (groups, rest) = elements.as_chunks::<GROUP>();
+    let (outs, outs_rest) = packed.split_at_mut(groups.len() * GROUP / 2);
+    for (group, out) in groups.iter().zip(outs.as_chunks_mut::<{ GROUP / 2 }>().0) {
+        *out = if plain {
+            encode(group.each_ref().map(|x| read(x) * reciprocal))
         } else {
-            0.0
+            encode(group.each_ref().map(|x| flush(read(x)) * reciprocal))
         };
-        *byte = code(high) << 4 | code(low);
     }
+    // The spare half of an odd last byte is what CUDA's padding gives: the code of zero times the
+    // reciprocal.
+    let mut padded = [0.0 * reciprocal; GROUP];
+    for (v, x) in padded.iter_mut().zip(rest) {
+        *v = flush(read(x)) * reciprocal;
+    }
+    outs_rest.copy_from_slice(&encode(padded)[..outs_rest.len()]);
     Block { absmax, nonfinite }
 }
 
-/// Quantizes block by block; returns how many blocks hold an infinity or a NaN. Lengths have been checked.
+/// How many elements [`encode`] takes: enough for any compiler to find vectors in them.
+const GROUP: usize = 32;
+
+/// The packed codes of elements that have been divided by the absmax, as [`code`] gives them.
+#[inline(always)]
+fn encode(group: [f32; GROUP]) -> [u8; GROUP / 2] {
+    let mut codes = [0; GROUP];
+    for threshold in NF4_THRESHOLDS {
+        for (code, v) in codes.iter_mut().zip(group) {
+            *code += i32::from(v > threshold);
+        }
+    }
+    std::array::from_fn(|i| (codes[2 * i] << 4 | codes[2 * i + 1]) as u8)
+}
+
+/// Quantizes block by block; returns how many blocks hold an infinity or a NaN. Lengths have been
+/// checked.
 pub(crate) fn quantize_nf4(
     source: &[u8],
     float: FloatType,
@@ -149,6 +189,11 @@ mod tests {
         ]) {
             let count = NF4_THRESHOLDS.iter().filter(|t| v > **t).count();
             assert_eq!(usize::from(code(v)), count, "{v}");
+            assert_eq!(
+                encode([v; GROUP]),
+                [code(v) << 4 | code(v); GROUP / 2],
+                "{v}"
+            );
         }
     }
 

@@ -1,4 +1,5 @@
-//! The code tables, bit for bit those of bitsandbytes (`functional.py`, `csrc/kernels.cu`, version 0.50).
+//! The code tables, bit for bit those of bitsandbytes (`functional.py`, `csrc/kernels.cu`, version
+//! 0.50).
 
 /// The 16 values of NF4, ascending; code 7 is zero.
 pub const NF4: [f32; 16] = floats([
@@ -20,10 +21,11 @@ pub const NF4: [f32; 16] = floats([
     0x3f80_0000,
 ]);
 
-/// The 15 thresholds of NF4, ascending. The code of `v` is the number of thresholds strictly below `v`.
+/// The 15 thresholds of NF4, ascending. The code of `v` is the number of thresholds strictly below
+/// `v`.
 ///
-/// These are the constants of the CUDA kernel. The CPU path of bitsandbytes uses the `f32` midpoints of [`NF4`], of
-/// which the last is one ulp lower.
+/// These are the constants of the CUDA kernel. The CPU path of bitsandbytes uses the `f32`
+/// midpoints of [`NF4`], of which the last is one ulp lower.
 pub const NF4_THRESHOLDS: [f32; 15] = floats([
     0xbf59_1cd8,
     0xbf1c_5270,
@@ -42,8 +44,8 @@ pub const NF4_THRESHOLDS: [f32; 15] = floats([
     0x3f5c_89db,
 ]);
 
-/// The 16 values of FP4 in the order of their bit patterns; bit 3 is the sign. Code 8 is +0.0, as in the `quant_map`
-/// that bitsandbytes writes to files.
+/// The 16 values of FP4 in the order of their bit patterns; bit 3 is the sign. Code 8 is +0.0, as
+/// in the `quant_map` that bitsandbytes writes to files.
 pub const FP4: [f32; 16] = floats([
     0x0000_0000,
     0x3baa_aaab,
@@ -63,8 +65,8 @@ pub const FP4: [f32; 16] = floats([
     0xbe80_0000,
 ]);
 
-/// The 256 values of the dynamic 8-bit map for double quantization, ascending: 127 negative values, 0.0 at index 127,
-/// their 127 positive counterparts, and 1.0.
+/// The 256 values of the dynamic 8-bit map for double quantization, ascending: 127 negative values,
+/// 0.0 at index 127, their 127 positive counterparts, and 1.0.
 pub const DYNAMIC_MAP: [f32; 256] = {
     let mut map = [0.0; 256];
     let mut i = 0;
@@ -77,8 +79,8 @@ pub const DYNAMIC_MAP: [f32; 256] = {
     map
 };
 
-/// The positive values of the dynamic map below 1.0, as `f32` bits. Listed because the rounding of the `linspace` they
-/// were made with matters.
+/// The positive values of the dynamic map below 1.0, as `f32` bits. Listed because the rounding of
+/// the `linspace` they were made with matters.
 const DYNAMIC_MAGNITUDES: [u32; 127] = [
     0x3513_a3b7,
     0x365a_1a94,

@@ -20,17 +20,6 @@ pub fn hostile() -> &'static WasmPolicy {
     POLICY.get_or_init(|| compile(HOSTILE, Limits::default()))
 }
 
-/// The default policy, compiled once.
-pub fn auto() -> &'static WasmPolicy {
-    static POLICY: OnceLock<WasmPolicy> = OnceLock::new();
-    POLICY.get_or_init(|| {
-        let policy = WasmPolicy::builtin("auto", Limits::default());
-        policy
-            .expect("there is a default policy")
-            .unwrap_or_else(|error| panic!("{error}"))
-    })
-}
-
 /// The hostile policy with this behavior in `describe`.
 pub fn hostile_in_describe(behavior: &str) -> Vec<u8> {
     const MARKER: &[u8] = b"in-describe:honest              ";

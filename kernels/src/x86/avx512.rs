@@ -1,15 +1,26 @@
 //! AVX-512 F, BW, DQ and VL.
 //!
-//! Quantizing works on chunks of 64 elements. Blocks that are not plain (see [`PLAIN_ABSMAX`]) and the partial block at
-//! the end go to the portable code. Dequantizing looks the results of a block up: there are only 16.
+//! Quantizing works on chunks of 64 elements. Blocks that are not plain (see [`PLAIN_ABSMAX`]) and
+//! the partial block at the end go to the portable code.
+
+mod absmax;
+mod convert;
+mod memory;
 
 use std::arch::x86_64::*;
 
+use self::memory::*;
+use super::{GROUP_BLOCKS, group_blocks};
 use crate::{
-    DYNAMIC_MAP, FloatType, NF4_THRESHOLDS,
-    buckets::{Bf16Buckets, DynamicBuckets},
-    double, float,
+    FloatType, NF4_THRESHOLDS,
+    buckets::Bf16Buckets,
+    float,
     quantize::{self, PLAIN_ABSMAX},
+};
+
+pub(crate) use self::{
+    absmax::{absmax_mean, dequantize_absmax, quantize_absmax},
+    convert::{cast, dequantize},
 };
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
@@ -37,8 +48,9 @@ pub(crate) fn quantize_nf4(
 /// The loops over blocks for one float type. They need, for that type,
 /// - `HALF`, the bytes of 32 elements, and `FLOAT`;
 /// - `max_bits(&[[u8; HALF]]) -> u32`: the largest magnitude, as `f32` bits;
-/// - `Scale` and `scale(u32) -> Scale`: what is needed of a plain absmax;
-/// - `encode(&[[u8; HALF]; 2], &Scale, &Scale) -> __m256i`: the packed codes of 64 elements, with a scale per half.
+/// - `Scale` and `scale(f32, f32) -> Scale`: what is needed of a plain absmax and its reciprocal;
+/// - `encode(&[[u8; HALF]; 2], &Scale, &Scale) -> __m256i`: the packed codes of 64 elements, with a
+///   scale per half.
 macro_rules! block_loops {
     () => {
         /// Blocks of `N` chunks, or of any number of whole chunks if `N` is 0.
@@ -51,31 +63,40 @@ macro_rules! block_loops {
             absmax: &mut [f32],
         ) -> u64 {
             let per_block = if N == 0 { block_size / 64 } else { N };
-            let chunks = source
-                .as_chunks::<HALF>()
-                .0
-                .as_chunks::<2>()
-                .0
-                .chunks_exact(per_block);
-            let full = chunks.len();
+            let chunks = source.as_chunks::<HALF>().0.as_chunks::<2>().0;
+            let full = chunks.len() / per_block;
             let (packed, packed_rest) = packed.split_at_mut(full * block_size / 2);
             let (absmax, absmax_rest) = absmax.split_at_mut(full);
             let mut nonfinite = 0;
-            let outs = packed.as_chunks_mut::<32>().0.chunks_exact_mut(per_block);
-            for ((block, out), absmax) in chunks.zip(outs).zip(absmax) {
-                let bits = max_bits(block.as_flattened());
-                if PLAIN_ABSMAX.contains(&bits) {
-                    *absmax = f32::from_bits(bits);
-                    let scale = scale(bits);
-                    for (chunk, out) in block.iter().zip(out) {
-                        store256(out, encode(chunk, &scale, &scale));
+            let group = group_blocks(per_block * 2 * HALF);
+            let mut reciprocals = [0.0; GROUP_BLOCKS];
+            let groups = chunks[..full * per_block]
+                .chunks(group * per_block)
+                .zip(packed.as_chunks_mut::<32>().0.chunks_mut(group * per_block))
+                .zip(absmax.chunks_mut(group));
+            for ((blocks, outs), absmax) in groups {
+                for (block, absmax) in blocks.chunks_exact(per_block).zip(&mut *absmax) {
+                    *absmax = f32::from_bits(max_bits(block.as_flattened()));
+                }
+                for (reciprocal, absmax) in reciprocals.iter_mut().zip(&*absmax) {
+                    *reciprocal = 1.0 / absmax;
+                }
+                let blocks = blocks
+                    .chunks_exact(per_block)
+                    .zip(outs.chunks_exact_mut(per_block));
+                for (((block, out), absmax), reciprocal) in blocks.zip(absmax).zip(reciprocals) {
+                    if PLAIN_ABSMAX.contains(&absmax.to_bits()) {
+                        let scale = scale(*absmax, reciprocal);
+                        for (chunk, out) in block.iter().zip(out) {
+                            store256(out, encode(chunk, &scale, &scale));
+                        }
+                    } else {
+                        let source = block.as_flattened().as_flattened();
+                        let out = out.as_flattened_mut();
+                        let block = quantize::quantize_block(source, FLOAT, false, out);
+                        *absmax = block.absmax;
+                        nonfinite += u64::from(block.nonfinite);
                     }
-                } else {
-                    let source = block.as_flattened().as_flattened();
-                    let block =
-                        quantize::quantize_block(source, FLOAT, false, out.as_flattened_mut());
-                    *absmax = block.absmax;
-                    nonfinite += u64::from(block.nonfinite);
                 }
             }
             let rest = &source[full * per_block * 2 * HALF..];
@@ -90,16 +111,34 @@ macro_rules! block_loops {
             let (packed, packed_rest) = packed.split_at_mut(chunks.len() * 32);
             let (absmax, absmax_rest) = absmax.split_at_mut(chunks.len() * 2);
             let mut nonfinite = 0;
-            let outs = packed.as_chunks_mut::<32>().0;
-            for ((chunk, out), absmax) in chunks.iter().zip(outs).zip(absmax.as_chunks_mut::<2>().0)
-            {
-                let bits = [max_bits(&chunk[..1]), max_bits(&chunk[1..])];
-                if bits.iter().all(|bits| PLAIN_ABSMAX.contains(bits)) {
-                    *absmax = bits.map(f32::from_bits);
-                    store256(out, encode(chunk, &scale(bits[0]), &scale(bits[1])));
-                } else {
-                    nonfinite +=
-                        quantize::quantize_nf4(chunk.as_flattened(), FLOAT, 32, out, absmax);
+            let group = group_blocks(HALF) / 2;
+            let mut reciprocals = [0.0; GROUP_BLOCKS];
+            let groups = chunks
+                .chunks(group)
+                .zip(packed.as_chunks_mut::<32>().0.chunks_mut(group))
+                .zip(absmax.as_chunks_mut::<2>().0.chunks_mut(group));
+            for ((chunks, outs), absmax) in groups {
+                let halves = chunks.as_flattened().iter();
+                for (half, absmax) in halves.zip(absmax.as_flattened_mut()) {
+                    *absmax = f32::from_bits(max_bits(std::slice::from_ref(half)));
+                }
+                for (reciprocal, absmax) in reciprocals.iter_mut().zip(absmax.as_flattened()) {
+                    *reciprocal = 1.0 / absmax;
+                }
+                let reciprocals = reciprocals.as_chunks::<2>().0;
+                let chunks = chunks.iter().zip(outs).zip(absmax).zip(reciprocals);
+                for (((chunk, out), absmax), reciprocals) in chunks {
+                    if absmax
+                        .iter()
+                        .all(|absmax| PLAIN_ABSMAX.contains(&absmax.to_bits()))
+                    {
+                        let low = scale(absmax[0], reciprocals[0]);
+                        let high = scale(absmax[1], reciprocals[1]);
+                        store256(out, encode(chunk, &low, &high));
+                    } else {
+                        let source = chunk.as_flattened();
+                        nonfinite += quantize::quantize_nf4(source, FLOAT, 32, out, absmax);
+                    }
                 }
             }
             let rest = &source[chunks.len() * 2 * HALF..];
@@ -131,8 +170,8 @@ mod bf16 {
 
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
     #[inline]
-    fn scale(bits: u32) -> Scale {
-        let absmax = (bits >> 16) as u16;
+    fn scale(absmax: f32, _reciprocal: f32) -> Scale {
+        let absmax = (absmax.to_bits() >> 16) as u16;
         let entries = Bf16Buckets::TABLE.of_absmax(absmax);
         Scale {
             begin: _mm512_set1_epi16((absmax - Bf16Buckets::REACH) as i16),
@@ -144,7 +183,8 @@ mod bf16 {
     #[inline]
     fn encode(chunk: &[[u8; HALF]; 2], low: &Scale, high: &Scale) -> __m256i {
         let codes = _mm512_packus_epi16(codes(&chunk[0], low), codes(&chunk[1], high));
-        // Packing works in lanes of 128 bits: of every lane the first half belongs to the first vector.
+        // Packing works in lanes of 128 bits: of every lane the first half belongs to the first
+        // vector.
         pack_nibbles(_mm512_permutexvar_epi64(
             _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7),
             codes,
@@ -194,10 +234,10 @@ mod f16 {
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
     #[inline]
     fn widen(half: &[u8; HALF]) -> [__m512; 2] {
-        let x = load512(half);
+        let (quarters, _) = half.as_chunks::<32>();
         [
-            _mm512_cvtph_ps(_mm512_castsi512_si256(x)),
-            _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(x)),
+            _mm512_cvtph_ps(load256(&quarters[0])),
+            _mm512_cvtph_ps(load256(&quarters[1])),
         ]
     }
 }
@@ -248,8 +288,9 @@ struct Scale {
     buckets: __m512,
 }
 
-/// From -1 to 1 there are 31 buckets of width 1/15, each centred on a multiple of it, and no two thresholds fall in the
-/// same one. No threshold is within 1e-3 of the border of a bucket, so that rounding does not matter in finding it.
+/// From -1 to 1 there are 31 buckets of width 1/15, each centred on a multiple of it, and no two
+/// thresholds fall in the same one. No threshold is within 1e-3 of the border of a bucket, so that
+/// rounding does not matter in finding it.
 const LINEAR: f32 = 15.0;
 
 /// Adding this leaves the number of the bucket, plus 16, in the low bits of the sum.
@@ -281,8 +322,7 @@ const LINEAR_BUCKETS: ([f32; 32], [i32; 32]) = {
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
 #[inline]
-fn scale(bits: u32) -> Scale {
-    let reciprocal = 1.0 / f32::from_bits(bits);
+fn scale(_absmax: f32, reciprocal: f32) -> Scale {
     Scale {
         reciprocal: _mm512_set1_ps(reciprocal),
         buckets: _mm512_set1_ps(reciprocal * LINEAR),
@@ -304,8 +344,12 @@ fn codes(x: __m512, scale: &Scale) -> __m512i {
         load512_f32(&thresholds[1]),
     );
     let base = _mm512_permutex2var_epi32(load512_i32(&bases[0]), bucket, load512_i32(&bases[1]));
-    let above = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(_mm512_mul_ps(x, scale.reciprocal), threshold);
-    _mm512_mask_add_epi32(base, above, base, _mm512_set1_epi32(1))
+    // The sign of the difference says which is larger: it is exact enough never to round to zero.
+    let difference = _mm512_sub_ps(threshold, _mm512_mul_ps(x, scale.reciprocal));
+    _mm512_add_epi32(
+        base,
+        _mm512_srli_epi32::<31>(_mm512_castps_si512(difference)),
+    )
 }
 
 /// 64 codes in 32-bit lanes to 32 bytes.
@@ -346,298 +390,4 @@ fn max_magnitude_u16(block: &[[u8; 64]]) -> u16 {
     );
     // There is an instruction for the smallest of eight only.
     !(_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_xor_si128(max, _mm_set1_epi16(-1)))) as u16)
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-pub(crate) fn dequantize(
-    values: &[f32; 16],
-    packed: &[u8],
-    absmax: &[f32],
-    block_size: usize,
-    float: FloatType,
-    out: &mut [u8],
-) {
-    let full = out.len() / (block_size * float.bytes());
-    let (packed, packed_rest) = packed.split_at(full * block_size / 2);
-    let (absmax, absmax_rest) = absmax.split_at(full);
-    let (out, out_rest) = out.split_at_mut(full * block_size * float.bytes());
-    let values_vector = load512_f32(values);
-    match float {
-        FloatType::F32 => {
-            let blocks = packed.as_chunks::<8>().0.chunks_exact(block_size / 16);
-            let outs = out
-                .as_chunks_mut::<64>()
-                .0
-                .chunks_exact_mut(block_size / 16);
-            for ((packed, out), absmax) in blocks.zip(outs).zip(absmax) {
-                let results = _mm512_mul_ps(values_vector, _mm512_set1_ps(*absmax));
-                for (packed, out) in packed.iter().zip(out) {
-                    // One byte in every 64 bits; of the index only the lowest four bits count.
-                    let bytes =
-                        _mm512_cvtepu8_epi64(_mm_set_epi64x(0, i64::from_le_bytes(*packed)));
-                    let codes = _mm512_or_si512(
-                        _mm512_srli_epi64::<4>(bytes),
-                        _mm512_slli_epi64::<32>(bytes),
-                    );
-                    store512(
-                        out,
-                        _mm512_castps_si512(_mm512_permutexvar_ps(codes, results)),
-                    );
-                }
-            }
-        }
-        FloatType::F16 | FloatType::Bf16 => {
-            let blocks = packed.as_chunks::<16>().0.chunks_exact(block_size / 32);
-            let outs = out
-                .as_chunks_mut::<64>()
-                .0
-                .chunks_exact_mut(block_size / 32);
-            for ((packed, out), absmax) in blocks.zip(outs).zip(absmax) {
-                let results = _mm512_mul_ps(values_vector, _mm512_set1_ps(*absmax));
-                let results = if float == FloatType::F16 {
-                    narrow_to_f16(results)
-                } else {
-                    narrow_to_bf16(results)
-                };
-                // Twice, because five bits of the index count: four of the code and one of whatever is above it.
-                let results = _mm512_broadcast_i64x4(results);
-                for (packed, out) in packed.iter().zip(out) {
-                    let bytes = _mm512_cvtepu8_epi32(load128(packed));
-                    let codes = _mm512_or_si512(
-                        _mm512_srli_epi32::<4>(bytes),
-                        _mm512_slli_epi32::<16>(bytes),
-                    );
-                    store512(out, _mm512_permutexvar_epi16(codes, results));
-                }
-            }
-        }
-    }
-    crate::dequantize::dequantize(
-        values,
-        packed_rest,
-        absmax_rest,
-        block_size,
-        float,
-        out_rest,
-    );
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-pub(crate) fn absmax_mean(absmax: &[f32]) -> f32 {
-    double::mean(absmax, |values| double::group_sum(values))
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-pub(crate) fn quantize_absmax(
-    absmax: &[f32],
-    offset: f32,
-    codes: &mut [u8],
-    nested_absmax: &mut [f32],
-) {
-    double::quantize(
-        absmax,
-        offset,
-        codes,
-        nested_absmax,
-        |absmax, offset, reciprocal, codes| plain_absmax_codes(absmax, offset, reciprocal, codes),
-    );
-}
-
-/// [`double::plain_codes`] with gathered entries.
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn plain_absmax_codes(absmax: &[f32], offset: f32, reciprocal: f32, codes: &mut [u8]) {
-    const PLACE_BITS: u32 = DynamicBuckets::PLACE_BITS;
-    let (chunks, rest) = absmax.as_chunks::<16>();
-    let (outs, outs_rest) = codes.as_chunks_mut::<16>();
-    let place_bits = _mm512_set1_epi32(DynamicBuckets::PLACE as i32);
-    for (chunk, out) in chunks.iter().zip(outs) {
-        let centred = _mm512_sub_ps(load512_f32(chunk), _mm512_set1_ps(offset));
-        let x = _mm512_castps_si512(_mm512_mul_ps(centred, _mm512_set1_ps(reciprocal)));
-        let negative = _mm512_movepi32_mask(x);
-        let magnitude = _mm512_and_si512(x, _mm512_set1_epi32(0x7fff_ffff));
-        let bucket = _mm512_srli_epi32::<PLACE_BITS>(magnitude);
-        let bucket = _mm512_max_epi32(bucket, _mm512_set1_epi32(DynamicBuckets::FIRST as i32));
-        let bucket = _mm512_min_epi32(bucket, _mm512_set1_epi32(DynamicBuckets::LAST as i32));
-        let bucket = _mm512_sub_epi32(bucket, _mm512_set1_epi32(DynamicBuckets::FIRST as i32));
-        let side = _mm512_set1_epi32(DynamicBuckets::SIDE as i32);
-        let bucket = _mm512_mask_add_epi32(bucket, negative, bucket, side);
-        let place = _mm512_and_si512(magnitude, place_bits);
-        let place = _mm512_mask_xor_epi32(place, negative, place, place_bits);
-        let entries = DynamicBuckets::TABLE.entries();
-        // SAFETY: `bucket` is clamped to one side of the table, and one side is added at most.
-        let entry = unsafe { _mm512_i32gather_epi32::<4>(bucket, entries.as_ptr().cast()) };
-        let codes = _mm512_srli_epi32::<PLACE_BITS>(_mm512_add_epi32(entry, place));
-        store128(out, _mm512_cvtepi32_epi8(codes));
-    }
-    double::plain_codes(rest, offset, reciprocal, outs_rest);
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-pub(crate) fn dequantize_absmax(codes: &[u8], nested_absmax: &[f32], offset: f32, out: &mut [f32]) {
-    let _ = DYNAMIC_MAP;
-    double::dequantize(codes, nested_absmax, offset, out);
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-pub(crate) fn cast(source: &[u8], from: FloatType, to: FloatType, out: &mut [u8]) {
-    // 16 elements at a time, through `f32`.
-    macro_rules! convert {
-        ($from:literal, $to:literal, |$x:ident| $convert:expr) => {{
-            let (chunks, rest) = source.as_chunks::<{ 16 * $from }>();
-            let (out, out_rest) = out.split_at_mut(chunks.len() * 16 * $to);
-            for ($x, out) in chunks.iter().zip(out.as_chunks_mut::<{ 16 * $to }>().0) {
-                *out = $convert;
-            }
-            float::cast(rest, from, to, out_rest);
-        }};
-    }
-    match (from, to) {
-        (FloatType::F32, FloatType::F16) => {
-            convert!(4, 2, |x| bytes256(narrow_to_f16(read_f32(x))))
-        }
-        (FloatType::F32, FloatType::Bf16) => {
-            convert!(4, 2, |x| bytes256(narrow_to_bf16(read_f32(x))))
-        }
-        (FloatType::F16, FloatType::F32) => convert!(2, 4, |x| bytes512(read_f16(x))),
-        (FloatType::F16, FloatType::Bf16) => {
-            convert!(2, 2, |x| bytes256(narrow_to_bf16(read_f16(x))))
-        }
-        (FloatType::Bf16, FloatType::F32) => convert!(2, 4, |x| bytes512(read_bf16(x))),
-        (FloatType::Bf16, FloatType::F16) => {
-            convert!(2, 2, |x| bytes256(narrow_to_f16(read_bf16(x))))
-        }
-        (FloatType::F32, FloatType::F32)
-        | (FloatType::F16, FloatType::F16)
-        | (FloatType::Bf16, FloatType::Bf16) => out.copy_from_slice(source),
-    }
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn read_f32(bytes: &[u8; 64]) -> __m512 {
-    _mm512_castsi512_ps(load512(bytes))
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn read_f16(bytes: &[u8; 32]) -> __m512 {
-    _mm512_cvtph_ps(load256(bytes))
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn read_bf16(bytes: &[u8; 32]) -> __m512 {
-    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(load256(
-        bytes,
-    ))))
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn narrow_to_f16(x: __m512) -> __m256i {
-    _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x)
-}
-
-/// As [`float::f32_to_bf16`]. The conversion instruction of AVX512_BF16 would flush subnormals.
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn narrow_to_bf16(x: __m512) -> __m256i {
-    let bits = _mm512_castps_si512(x);
-    let upper = _mm512_srli_epi32::<16>(bits);
-    let odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
-    let rounding = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
-    let rounded = _mm512_srli_epi32::<16>(_mm512_add_epi32(bits, rounding));
-    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
-    _mm512_cvtepi32_epi16(_mm512_mask_or_epi32(
-        rounded,
-        nan,
-        upper,
-        _mm512_set1_epi32(0x0040),
-    ))
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn load512(bytes: &[u8; 64]) -> __m512i {
-    // SAFETY: 64 bytes can be read, at any alignment.
-    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn load512_f32(values: &[f32; 16]) -> __m512 {
-    // SAFETY: 16 values of 4 bytes can be read.
-    unsafe { _mm512_loadu_ps(values.as_ptr()) }
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn load512_i32(values: &[i32; 16]) -> __m512i {
-    // SAFETY: 16 values of 4 bytes can be read.
-    unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn load512_u16(values: &[u16]) -> __m512i {
-    let values: &[u16; 32] = values.try_into().expect("half of the entries");
-    // SAFETY: 32 values of 2 bytes can be read.
-    unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn load256(bytes: &[u8; 32]) -> __m256i {
-    // SAFETY: 32 bytes can be read, at any alignment.
-    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn load128(bytes: &[u8; 16]) -> __m128i {
-    // SAFETY: 16 bytes can be read, at any alignment.
-    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn store512(out: &mut [u8; 64], value: __m512i) {
-    // SAFETY: 64 bytes can be written, at any alignment.
-    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), value) }
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn store256(out: &mut [u8; 32], value: __m256i) {
-    // SAFETY: 32 bytes can be written, at any alignment.
-    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), value) }
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn store128(out: &mut [u8; 16], value: __m128i) {
-    // SAFETY: 16 bytes can be written, at any alignment.
-    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), value) }
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn bytes512(x: __m512) -> [u8; 64] {
-    let mut bytes = [0; 64];
-    store512(&mut bytes, _mm512_castps_si512(x));
-    bytes
-}
-
-#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-#[inline]
-fn bytes256(x: __m256i) -> [u8; 32] {
-    let mut bytes = [0; 32];
-    store256(&mut bytes, x);
-    bytes
 }

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use tightfit::policy::{Failure, Limits, Policy, PolicyError, Request};
 use tightfit_tests::guests::{self, Handwritten, compile, hostile, hostile_in_describe};
+use tightfit_tests::loading::auto;
 
 use super::Bench;
 
@@ -223,7 +224,7 @@ fn the_same_request_takes_the_same_fuel_and_gives_the_same_proposal() {
     let devices = bench.infos();
     let request = bench.request(&devices);
     let again = compile(guests::HOSTILE, Limits::default());
-    for policies in [[hostile(), &again], [guests::auto(), guests::auto()]] {
+    for policies in [[hostile(), &again], [auto(), auto()]] {
         let answers = policies.map(|policy| policy.plan(&request).unwrap());
         assert_eq!(answers[0], answers[1]);
         assert!(answers[0].fuel.is_some_and(|fuel| fuel > 0), "{answers:?}");
@@ -232,7 +233,7 @@ fn the_same_request_takes_the_same_fuel_and_gives_the_same_proposal() {
         tensors: &request.tensors[..3],
         ..request
     };
-    let [some, more] = [fewer, request].map(|request| guests::auto().plan(&request).unwrap().fuel);
+    let [some, more] = [fewer, request].map(|request| auto().plan(&request).unwrap().fuel);
     assert_ne!(some, more, "a larger request takes more");
 }
 

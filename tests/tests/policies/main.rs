@@ -10,6 +10,7 @@ use tightfit::device::{Device, DeviceInfo, open_devices};
 use tightfit::memory::Usage;
 use tightfit::plan::{ProposeError, Proposed, propose};
 use tightfit::policy::{Failure, Policy, PolicyError, Refusal, Request};
+use tightfit_tests::loading::auto;
 use tightfit_tests::{guests, models};
 
 /// A checkpoint and devices for a policy to do its worst to.
@@ -98,7 +99,7 @@ impl Bench {
             assert_eq!(device.usage(), Usage::default());
         }
         let other = Bench::with_device("sim:1GiB");
-        let proposed = other.propose(guests::auto(), "").unwrap();
+        let proposed = other.propose(auto(), "").unwrap();
         assert_eq!(proposed.plan.devices[0].tensors, 3);
         assert!(proposed.fuel.is_some_and(|fuel| fuel > 0));
     }

@@ -229,17 +229,19 @@ fn attention(request: &Request, kinds: &[TensorKind], unit: &Unit<'_>) -> u32 {
 }
 
 /// The configuration of the language model within that of a larger one.
-fn language_model(root: Value) -> Value {
-    let paths = [
-        "/text_config",
-        "/llm_config",
-        "/language_config",
-        "/thinker_config/text_config",
-    ];
-    let found = paths
-        .iter()
-        .find_map(|path| root.pointer(path).filter(|found| found.is_object()));
-    found.cloned().unwrap_or(root)
+fn language_model(mut root: Value) -> Value {
+    if let Some(thinker) = root
+        .get_mut("thinker_config")
+        .filter(|found| found.is_object())
+    {
+        root = thinker.take();
+    }
+    for name in ["text_config", "llm_config", "language_config"] {
+        if let Some(found) = root.get_mut(name).filter(|found| found.is_object()) {
+            return found.take();
+        }
+    }
+    root
 }
 
 /// Bytes of the keys and values of one token in one layer.

@@ -177,40 +177,40 @@ impl<'a> Model<'a> {
     /// memory. What is too large for any accelerator goes there at once and holds up nothing.
     fn spill_in_order(&self, accelerators: &Group, hosts: &Group) -> Option<Vec<usize>> {
         let fits = |item: &Item| !fill(&[*item], &accelerators.bins).is_empty();
-        let (small, large): (Vec<usize>, Vec<usize>) =
-            (0..self.tensors.len()).partition(|&t| fits(&self.tensors[t]));
+        let small: Vec<usize> = (0..self.tensors.len())
+            .filter(|&t| fits(&self.tensors[t]))
+            .collect();
         let sequence: Vec<Item> = small.iter().map(|&t| self.tensors[t]).collect();
-        let kept = accelerators.of(&fill(&sequence, &accelerators.bins));
-        let mut spilled: Vec<usize> = small[kept.len()..].iter().copied().chain(large).collect();
-        spilled.sort_unstable();
-        let mut owners = vec![0; self.tensors.len()];
+        let kept = fill(&sequence, &accelerators.bins);
+        let mut found = vec![None; self.tensors.len()];
         for (&t, &owner) in small.iter().zip(&kept) {
-            owners[t] = owner;
+            found[t] = Some(owner);
         }
-        self.rest_to(hosts, &spilled, owners)
+        self.rest_to(hosts, accelerators, &found)
     }
 
     /// The largest tensors first, on whatever accelerator takes them; the rest in host memory.
     fn spill_any(&self, accelerators: &Group, hosts: &Group) -> Option<Vec<usize>> {
         let found = best_fit(&self.tensors, &accelerators.bins);
-        let spilled: Vec<usize> = (0..found.len()).filter(|&t| found[t].is_none()).collect();
-        let owners = found
-            .iter()
-            .map(|owner| owner.map_or(0, |o| accelerators.devices[o]));
-        self.rest_to(hosts, &spilled, owners.collect())
+        self.rest_to(hosts, accelerators, &found)
     }
 
+    /// What has no accelerator goes to the hosts.
     fn rest_to(
         &self,
         hosts: &Group,
-        spilled: &[usize],
-        mut owners: Vec<usize>,
+        accelerators: &Group,
+        found: &[Option<usize>],
     ) -> Option<Vec<usize>> {
-        let items: Vec<Item> = spilled.iter().map(|&t| self.tensors[t]).collect();
-        for (&t, owner) in spilled.iter().zip(hosts.hold(&items)?) {
-            owners[t] = owner;
-        }
-        Some(owners)
+        let without = self.tensors.iter().zip(found);
+        let without = without.filter(|(_, owner)| owner.is_none());
+        let items: Vec<Item> = without.map(|(item, _)| *item).collect();
+        let mut rest = hosts.hold(&items)?.into_iter();
+        let owner = |owner: &Option<usize>| match owner {
+            Some(owner) => Some(accelerators.devices[*owner]),
+            None => rest.next(),
+        };
+        found.iter().map(owner).collect()
     }
 }
 

@@ -55,21 +55,21 @@ pub(crate) fn does_not_fit(
             0
         }
     };
-    let mut helps = vec!["another device".to_owned()];
+    message += "; another device";
     if cache > 0 {
-        helps.push("a smaller `context` or `batch`".into());
+        message += " or a smaller `context` or `batch`";
     }
     if options.reserve > 0 {
-        helps.push("a smaller `reserve`".into());
+        message += " or a smaller `reserve`";
     }
     if !options.quantize_experts {
-        helps.push("`experts=nf4`".into());
+        message += " or `experts=nf4`";
     }
     let saved = double_quantization_saves(request, formats, items);
     if saved > 0 {
-        helps.push(format!("`double-quant=true` (saves {})", gib(saved)));
+        message += &format!(" or `double-quant=true` (saves {})", gib(saved));
     }
-    message += &format!("; {} would help", helps.join(" or "));
+    message += " would help";
     Refusal::does_not_fit(message, (missing > 0).then_some(missing))
 }
 

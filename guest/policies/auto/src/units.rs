@@ -41,23 +41,62 @@ pub(crate) fn in_model_order<'a>(
     kinds: &[TensorKind],
     duplicates: &[bool],
 ) -> Vec<Unit<'a>> {
-    let collect = |with_towers: bool| {
-        let mut parts: BTreeMap<Part<'a>, Vec<u32>> = BTreeMap::new();
-        for (t, tensor) in request.tensors.iter().enumerate() {
-            if !duplicates[t] {
-                let part = part_of(&tensor.name, kinds[t], with_towers);
-                parts.entry(part).or_default().push(t as u32);
-            }
-        }
-        parts
-    };
-    let mut parts = collect(true);
+    let mut units = collect(request, kinds, duplicates, true);
     // A tower that stands alone is the model.
-    if !parts.keys().any(|part| matches!(part, Part::Layer { .. })) {
-        parts = collect(false);
+    if !units
+        .iter()
+        .any(|unit| matches!(unit.part, Part::Layer { .. }))
+    {
+        units = collect(request, kinds, duplicates, false);
+    }
+    units
+}
+
+fn collect<'a>(
+    request: &'a Request,
+    kinds: &[TensorKind],
+    duplicates: &[bool],
+    with_towers: bool,
+) -> Vec<Unit<'a>> {
+    // Neighbors in a checkpoint are mostly neighbors in the model: collecting runs first is much
+    // less work than looking up the unit of each of 100,000 tensors.
+    let mut runs: Vec<Unit<'a>> = Vec::new();
+    let mut prefix = None;
+    for (t, tensor) in request.tensors.iter().enumerate() {
+        if duplicates[t] {
+            continue;
+        }
+        let name = tensor.name.as_str();
+        if let (Some(prefix), Some(run)) = (prefix, runs.last_mut())
+            && name.starts_with(prefix)
+        {
+            run.tensors.push(t as u32);
+            continue;
+        }
+        let part = part_of(name, kinds[t], with_towers);
+        prefix = prefix_of(name, part);
+        runs.push(Unit {
+            part,
+            tensors: vec![t as u32],
+        });
+    }
+    let mut units: BTreeMap<Part<'a>, Vec<u32>> = BTreeMap::new();
+    for mut run in runs {
+        units.entry(run.part).or_default().append(&mut run.tensors);
     }
     let unit = |(part, tensors)| Unit { part, tensors };
-    parts.into_iter().map(unit).collect()
+    units.into_iter().map(unit).collect()
+}
+
+/// What the names of a part's tensors all begin with, and those of no other part.
+fn prefix_of<'a>(name: &'a str, part: Part<'_>) -> Option<&'a str> {
+    let numbered = match part {
+        Part::Layer { stack, .. } => stack.len() + 1,
+        Part::Tower(branch) | Part::Ahead(branch) => branch.len(),
+        Part::Input | Part::FinalNorm | Part::Output => return None,
+    };
+    let end = numbered + name.get(numbered..)?.find('.')? + 1;
+    name.get(..end)
 }
 
 fn part_of(name: &str, kind: TensorKind, with_towers: bool) -> Part<'_> {

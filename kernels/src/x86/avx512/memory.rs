@@ -1,0 +1,83 @@
+//! Reading and writing vectors: the only code here that touches pointers.
+
+use std::arch::x86_64::*;
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn load512(bytes: &[u8; 64]) -> __m512i {
+    // SAFETY: 64 bytes can be read, at any alignment.
+    unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn load512_f32(values: &[f32; 16]) -> __m512 {
+    // SAFETY: 16 values of 4 bytes can be read.
+    unsafe { _mm512_loadu_ps(values.as_ptr()) }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn load512_i32(values: &[i32; 16]) -> __m512i {
+    // SAFETY: 16 values of 4 bytes can be read.
+    unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn load512_u16(values: &[u16]) -> __m512i {
+    let values: &[u16; 32] = values.try_into().expect("half of the entries");
+    // SAFETY: 32 values of 2 bytes can be read.
+    unsafe { _mm512_loadu_si512(values.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn load256(bytes: &[u8; 32]) -> __m256i {
+    // SAFETY: 32 bytes can be read, at any alignment.
+    unsafe { _mm256_loadu_si256(bytes.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn load128(bytes: &[u8; 16]) -> __m128i {
+    // SAFETY: 16 bytes can be read, at any alignment.
+    unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn store512(out: &mut [u8; 64], value: __m512i) {
+    // SAFETY: 64 bytes can be written, at any alignment.
+    unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), value) }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn store256(out: &mut [u8; 32], value: __m256i) {
+    // SAFETY: 32 bytes can be written, at any alignment.
+    unsafe { _mm256_storeu_si256(out.as_mut_ptr().cast(), value) }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn store128(out: &mut [u8; 16], value: __m128i) {
+    // SAFETY: 16 bytes can be written, at any alignment.
+    unsafe { _mm_storeu_si128(out.as_mut_ptr().cast(), value) }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn bytes512(x: __m512) -> [u8; 64] {
+    let mut bytes = [0; 64];
+    store512(&mut bytes, _mm512_castps_si512(x));
+    bytes
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn bytes256(x: __m256i) -> [u8; 32] {
+    let mut bytes = [0; 32];
+    store256(&mut bytes, x);
+    bytes
+}

@@ -1,0 +1,526 @@
+//! Whole checkpoints, planned by the default policy and loaded, against what bitsandbytes made of
+//! the same weights.
+
+use std::collections::BTreeSet;
+
+use tempfile::TempDir;
+use tightfit::load::LoadOptions;
+use tightfit::model::{Model, Tensor};
+use tightfit::plan::{PartKind, ProposeError};
+use tightfit::policy::PolicyError;
+use tightfit::types::Format;
+use tightfit_kernels::{Isa, Kernels};
+use tightfit_tests::double_quant::double_quantize;
+use tightfit_tests::golden::{GoldenModel, MODELS, MOE_MODELS};
+use tightfit_tests::loading::{
+    Contents, DOUBLE_QUANT, Planned, contents, load_with_auto, part, tensor,
+};
+use tightfit_tests::tensors::{FileTensors, floats, ulp, ulps};
+
+const SIM: &[&str] = &["sim:1GiB"];
+const CPU: &[&str] = &["cpu"];
+const TWO_SIMS: &[&str] = &["sim:1GiB", "sim:1GiB"];
+const DEVICES: [&[&str]; 3] = [SIM, CPU, TWO_SIMS];
+
+/// What two ways of summing some thousand numbers of one sign differ by.
+const OFFSET_ULPS: u32 = 2;
+
+/// bitsandbytes' CPU path does not search for the nearest of the 256 values but looks it up in
+/// 65,536 bins over -1..1, and so misses it now and then: by one step, or, around zero, where the
+/// values are denser than the bins, by as much as a bin is wide. Its CUDA path and ours do not.
+const CPU_BIN: f32 = 2.0 / 65_535.0;
+
+/// Calls `check` with every model loaded onto every set of devices.
+fn for_each_load(settings: &[(&str, &str)], check: impl Fn(&GoldenModel, &Model, &str)) {
+    for name in MODELS {
+        let golden = GoldenModel::unpack(name);
+        for devices in DEVICES {
+            let model = load_with_auto(&golden.path("bf16"), devices, settings);
+            check(&golden, &model, &format!("{name} on {devices:?}"));
+        }
+    }
+}
+
+fn quantized_names(model: &Model) -> BTreeSet<String> {
+    model
+        .tensors()
+        .filter(|tensor| matches!(tensor.format(), Format::Nf4 { .. }))
+        .map(|tensor| tensor.name().to_owned())
+        .collect()
+}
+
+#[test]
+fn auto_quantizes_what_transformers_quantizes_and_every_expert() {
+    for settings in [&[], DOUBLE_QUANT] {
+        for_each_load(settings, |golden, model, context| {
+            let expected = golden.quantized_weights();
+            assert_eq!(quantized_names(model), expected, "{context}");
+            assert_eq!(model.stats().quantized, expected.len() as u64, "{context}");
+        });
+    }
+}
+
+#[test]
+fn two_accelerators_both_get_a_share() {
+    for name in MODELS {
+        let golden = GoldenModel::unpack(name);
+        let model = load_with_auto(&golden.path("bf16"), TWO_SIMS, &[]);
+        for (index, device) in model.plan().devices.iter().enumerate() {
+            let held = model.tensors().filter(|tensor| tensor.device() == index);
+            assert_eq!(held.count() as u64, device.tensors, "{name}");
+            assert!(
+                device.tensors > 0,
+                "{name}: {} is empty",
+                device.device.name
+            );
+        }
+    }
+}
+
+#[test]
+fn codes_and_scales_of_linear_layers_equal_those_of_bitsandbytes() {
+    for_each_load(&[], |golden, model, context| {
+        let expected = golden.tensors("nf4");
+        for name in golden.linear_weights() {
+            let loaded = tensor(model, &name);
+            assert!(
+                part(loaded, PartKind::Codes) == expected.data(&name),
+                "codes of {name}, {context}"
+            );
+            assert!(
+                part(loaded, PartKind::Absmax) == expected.data(&format!("{name}.absmax")),
+                "scales of {name}, {context}"
+            );
+        }
+    });
+}
+
+#[test]
+fn what_is_not_quantized_keeps_every_byte() {
+    for settings in [&[], DOUBLE_QUANT] {
+        for_each_load(settings, |golden, model, context| {
+            let quantized = golden.quantized_weights();
+            let source = golden.tensors("bf16");
+            assert_eq!(model.tensors().count(), source.0.len(), "{context}");
+            for (name, expected) in source
+                .0
+                .iter()
+                .filter(|(name, _)| !quantized.contains(*name))
+            {
+                let loaded = tensor(model, name);
+                assert_eq!(loaded.format(), Format::Stored, "{name}, {context}");
+                assert!(
+                    part(loaded, PartKind::Data) == expected.data,
+                    "{name}, {context}"
+                );
+            }
+        });
+    }
+}
+
+#[test]
+fn codes_and_scales_of_experts_equal_their_slice_of_the_stack_of_bitsandbytes() {
+    for name in MOE_MODELS {
+        let golden = GoldenModel::unpack(name);
+        let expected = golden.tensors("experts_nf4.safetensors");
+        for devices in DEVICES {
+            let model = load_with_auto(&golden.path("bf16"), devices, &[]);
+            for slice in golden.expert_slices() {
+                let loaded = tensor(&model, &slice.name);
+                // Every expert starts at a block, so its codes and scales are those of the stack.
+                let (codes, scales) = (slice.codes(), slice.scales());
+                assert!(
+                    part(loaded, PartKind::Codes) == &expected.data(&slice.fused)[codes],
+                    "codes of {}, {name} on {devices:?}",
+                    slice.name
+                );
+                let absmax = expected.data(&format!("{}.absmax", slice.fused));
+                assert!(
+                    floats(part(loaded, PartKind::Absmax)) == floats(absmax)[scales],
+                    "scales of {}, {name} on {devices:?}",
+                    slice.name
+                );
+            }
+        }
+    }
+}
+
+/// Checks the scales of a double-quantized tensor against double quantization worked out by hand
+/// from the scales that bitsandbytes gives without it.
+fn check_double_by_hand(loaded: Tensor<'_>, absmax: &[f32], map: &[f32], context: &str) {
+    let expected = double_quantize(absmax, map);
+    let name = loaded.name();
+    assert_eq!(
+        loaded.nested_offset(),
+        Some(expected.offset),
+        "offset of {name}, {context}"
+    );
+    assert!(
+        floats(part(loaded, PartKind::NestedAbsmax)) == expected.nested,
+        "nested scales of {name}, {context}"
+    );
+    assert!(
+        part(loaded, PartKind::Absmax) == expected.codes,
+        "scales of {name}, {context}"
+    );
+}
+
+/// Counts in how many of the double-quantized scales of many tensors bitsandbytes differs.
+#[derive(Default)]
+struct Differences {
+    blocks: usize,
+    differ: usize,
+}
+
+impl Differences {
+    /// Adds the tensor `name`; `expected` has it under the same name.
+    fn add(&mut self, model: &Model, expected: &FileTensors, name: &str, context: &str) {
+        let loaded = tensor(model, name);
+        assert!(
+            part(loaded, PartKind::Codes) == expected.data(name),
+            "codes of {name}, {context}"
+        );
+
+        let (offset, expected_offset) = (
+            loaded.nested_offset().expect("it is double-quantized"),
+            expected.nested_offset(name),
+        );
+        assert!(
+            ulps(offset, expected_offset) <= OFFSET_ULPS,
+            "offset of {name}: {offset}, bitsandbytes {expected_offset}, {context}"
+        );
+
+        // The largest distance of a scale from the offset: it moves as far as the offset does.
+        let moved = (offset - expected_offset).abs();
+        let nested = floats(part(loaded, PartKind::NestedAbsmax));
+        let expected_nested = floats(expected.data(&format!("{name}.nested_absmax")));
+        assert_eq!(nested.len(), expected_nested.len(), "{name}, {context}");
+        for (ours, theirs) in nested.into_iter().zip(expected_nested) {
+            assert!(
+                (ours - theirs).abs() <= moved + ulp(theirs),
+                "nested scale of {name}: {ours}, bitsandbytes {theirs}, {context}"
+            );
+        }
+
+        let map = floats(expected.data(&format!("{name}.nested_quant_map")));
+        let codes = part(loaded, PartKind::Absmax);
+        let expected_codes = expected.data(&format!("{name}.absmax"));
+        assert_eq!(codes.len(), expected_codes.len(), "{name}, {context}");
+        for (&ours, &theirs) in codes.iter().zip(expected_codes) {
+            let apart = (map[usize::from(ours)] - map[usize::from(theirs)]).abs();
+            assert!(
+                ours.abs_diff(theirs) <= 1 || apart <= CPU_BIN,
+                "scale of {name}: {ours}, bitsandbytes {theirs}, {context}"
+            );
+            self.differ += usize::from(ours != theirs);
+        }
+        self.blocks += codes.len();
+    }
+
+    fn check(self, context: &str) {
+        assert!(self.blocks > 0, "{context}: nothing was compared");
+        assert!(
+            self.differ * 100 < self.blocks,
+            "{context}: {} of {} scales differ",
+            self.differ,
+            self.blocks
+        );
+    }
+}
+
+#[test]
+fn double_quantized_linear_layers_agree_with_bitsandbytes() {
+    for_each_load(DOUBLE_QUANT, |golden, model, context| {
+        let expected = golden.tensors("nf4_dq");
+        let mut differences = Differences::default();
+        for name in golden.linear_weights() {
+            differences.add(model, &expected, &name, context);
+        }
+        differences.check(context);
+    });
+}
+
+#[test]
+fn double_quantized_scales_of_linear_layers_are_the_nearest_there_are() {
+    for_each_load(DOUBLE_QUANT, |golden, model, context| {
+        let plain = golden.tensors("nf4");
+        let double = golden.tensors("nf4_dq");
+        for name in golden.linear_weights() {
+            let absmax = floats(plain.data(&format!("{name}.absmax")));
+            let map = floats(double.data(&format!("{name}.nested_quant_map")));
+            check_double_by_hand(tensor(model, &name), &absmax, &map, context);
+        }
+    });
+}
+
+#[test]
+fn double_quantized_experts_have_the_codes_of_bitsandbytes_and_scales_of_their_own() {
+    for name in MOE_MODELS {
+        let golden = GoldenModel::unpack(name);
+        let plain = golden.tensors("experts_nf4.safetensors");
+        let double = golden.tensors("experts_nf4_dq.safetensors");
+        let model = load_with_auto(&golden.path("bf16"), SIM, DOUBLE_QUANT);
+        for slice in golden.expert_slices() {
+            let loaded = tensor(&model, &slice.name);
+            assert!(
+                part(loaded, PartKind::Codes) == &double.data(&slice.fused)[slice.codes()],
+                "codes of {}, {name}",
+                slice.name
+            );
+            // The 8-bit scales of the stack cannot be compared: double quantization works on a
+            // tensor as it is on disk, here one expert, and the golden offset is the mean over
+            // all of them.
+            let absmax = floats(plain.data(&format!("{}.absmax", slice.fused)));
+            let map = floats(double.data(&format!("{}.nested_quant_map", slice.fused)));
+            check_double_by_hand(loaded, &absmax[slice.scales()], &map, name);
+        }
+    }
+}
+
+#[test]
+fn experts_stored_as_stacks_equal_those_of_bitsandbytes() {
+    for name in MOE_MODELS {
+        let golden = GoldenModel::unpack(name);
+        let expected = golden.tensors("experts_nf4.safetensors");
+        let directory = TempDir::new().unwrap();
+        golden.write_with_fused_experts(directory.path());
+        for devices in DEVICES {
+            let model = load_with_auto(directory.path(), devices, &[]);
+            for (stack, shape) in &golden.expected.fused_expert_params {
+                let loaded = tensor(&model, stack);
+                let context = format!("{stack}, {name} on {devices:?}");
+                let shape: Vec<u64> = shape.iter().map(|&length| length as u64).collect();
+                assert_eq!(loaded.shape(), shape, "{context}");
+                assert!(
+                    part(loaded, PartKind::Codes) == expected.data(stack),
+                    "codes of {context}"
+                );
+                assert!(
+                    part(loaded, PartKind::Absmax) == expected.data(&format!("{stack}.absmax")),
+                    "scales of {context}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn double_quantized_stacks_of_experts_agree_with_bitsandbytes() {
+    for name in MOE_MODELS {
+        let golden = GoldenModel::unpack(name);
+        let expected = golden.tensors("experts_nf4_dq.safetensors");
+        let directory = TempDir::new().unwrap();
+        golden.write_with_fused_experts(directory.path());
+        let model = load_with_auto(directory.path(), SIM, DOUBLE_QUANT);
+        let plain = golden.tensors("experts_nf4.safetensors");
+        let mut differences = Differences::default();
+        for stack in golden.expected.fused_expert_params.keys() {
+            differences.add(&model, &expected, stack, name);
+            let absmax = floats(plain.data(&format!("{stack}.absmax")));
+            let map = floats(expected.data(&format!("{stack}.nested_quant_map")));
+            check_double_by_hand(tensor(&model, stack), &absmax, &map, name);
+        }
+        differences.check(name);
+    }
+}
+
+#[test]
+fn of_a_checkpoint_that_is_quantized_already_only_the_experts_change() {
+    for name in MODELS {
+        let golden = GoldenModel::unpack(name);
+        let experts: BTreeSet<String> = golden
+            .expert_slices()
+            .into_iter()
+            .map(|slice| slice.name)
+            .collect();
+        let from_bf16 = contents(&load_with_auto(&golden.path("bf16"), SIM, &[]));
+        for saved in ["nf4", "nf4_dq"] {
+            let source = golden.tensors(saved);
+            let model = load_with_auto(&golden.path(saved), SIM, &[]);
+            assert_eq!(quantized_names(&model), experts, "{name}/{saved}");
+            let loaded = contents(&model);
+            assert_eq!(loaded.len(), source.0.len(), "{name}/{saved}");
+            for (tensor, stored) in &loaded {
+                if experts.contains(tensor) {
+                    assert!(*stored == from_bf16[tensor], "{tensor}, {name}/{saved}");
+                } else {
+                    assert!(
+                        stored.parts == [source.data(tensor)],
+                        "{tensor}, {name}/{saved}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn stacking_the_experts_changes_nothing_else() {
+    for name in MOE_MODELS {
+        let golden = GoldenModel::unpack(name);
+        let directory = TempDir::new().unwrap();
+        golden.write_with_fused_experts(directory.path());
+        for settings in [&[], DOUBLE_QUANT] {
+            let separate = contents(&load_with_auto(&golden.path("bf16"), SIM, settings));
+            let stacked = contents(&load_with_auto(directory.path(), SIM, settings));
+            let without_experts = |contents: Contents| -> Contents {
+                let kept = contents.into_iter();
+                kept.filter(|(name, _)| !name.contains(".experts."))
+                    .collect()
+            };
+            assert!(
+                without_experts(separate) == without_experts(stacked),
+                "{name} with {settings:?}"
+            );
+        }
+    }
+}
+
+/// Bytes of the parts of a tensor of `elements` elements of two bytes, worked out by hand.
+fn parts_by_hand(elements: u64, quantized: bool, double: bool) -> Vec<u64> {
+    let blocks = elements.div_ceil(64);
+    match (quantized, double) {
+        (false, _) => vec![2 * elements],
+        (true, false) => vec![elements.div_ceil(2), 4 * blocks],
+        (true, true) => vec![elements.div_ceil(2), blocks, 4 * blocks.div_ceil(256)],
+    }
+}
+
+#[test]
+fn the_plan_is_exact_and_loading_reserves_no_more() {
+    for name in MODELS {
+        let golden = GoldenModel::unpack(name);
+        let quantized = golden.quantized_weights();
+        let source = golden.tensors("bf16");
+        for settings in [&[], DOUBLE_QUANT] {
+            for devices in DEVICES {
+                let context = format!("{name} on {devices:?} with {settings:?}");
+                let planned = Planned::new(&golden.path("bf16"), devices, settings);
+                let model = planned.load(&LoadOptions::default());
+                let mut requested = vec![0; devices.len()];
+                let mut padded = vec![0; devices.len()];
+                for (name, tensor) in &source.0 {
+                    assert_eq!(tensor.data.len(), 2 * tensor.elements(), "{name} is bf16");
+                    let device = model.tensor(name).expect("it was loaded").device();
+                    let parts = parts_by_hand(
+                        tensor.elements() as u64,
+                        quantized.contains(name),
+                        !settings.is_empty(),
+                    );
+                    for bytes in parts {
+                        requested[device] += bytes;
+                        padded[device] += bytes.next_multiple_of(256);
+                    }
+                }
+                for (index, device) in planned.devices.iter().enumerate() {
+                    let size = planned.plan.devices[index].size;
+                    assert_eq!(size.requested, requested[index], "{context}");
+                    assert_eq!(size.padded, padded[index], "{context}");
+                    let reserved = padded[index].next_multiple_of(4096);
+                    assert_eq!(size.reserved, reserved, "{context}");
+
+                    let usage = device.usage();
+                    assert_eq!(usage.requested.now, size.requested, "{context}");
+                    assert_eq!(usage.reserved.now, size.reserved, "{context}");
+                    assert_eq!(usage.reserved.peak, size.reserved, "{context}");
+                }
+                let source_bytes = planned.checkpoint.source_bytes();
+                assert_eq!(model.stats().bytes_read, source_bytes, "{context}");
+
+                drop(model);
+                for device in &planned.devices {
+                    let usage = device.usage();
+                    assert_eq!(usage.requested.now, 0, "{context}");
+                    assert_eq!(usage.reserved.now, 0, "{context}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_device_one_page_too_small_is_refused_and_one_that_just_fits_is_not() {
+    for name in MODELS {
+        let golden = GoldenModel::unpack(name);
+        let reserved = Planned::new(&golden.path("bf16"), SIM, &[]).plan.devices[0]
+            .size
+            .reserved;
+        let exact = format!("sim:{reserved}");
+        let model = load_with_auto(&golden.path("bf16"), &[&exact], &[]);
+        assert_eq!(model.plan().devices[0].size.reserved, reserved, "{name}");
+        let small = format!("sim:{}", reserved - 4096);
+        let refusal = Planned::try_new(&golden.path("bf16"), &[&small], &[]);
+        assert!(
+            matches!(
+                refusal,
+                Err(ProposeError::Policy(PolicyError::Refused { .. }))
+            ),
+            "{name}: {refusal:?}"
+        );
+    }
+}
+
+#[test]
+fn the_bytes_are_the_same_for_every_instruction_set_thread_count_staging_and_device() {
+    for name in ["llama", "qwen3_5_moe"] {
+        let golden = GoldenModel::unpack(name);
+        let path = golden.path("bf16");
+        for settings in [&[], DOUBLE_QUANT] {
+            let reference = contents(&Planned::new(&path, SIM, settings).load(&LoadOptions {
+                threads: 1,
+                kernels: Kernels::new(Isa::Portable).unwrap(),
+                ..LoadOptions::default()
+            }));
+            for devices in DEVICES {
+                let planned = Planned::new(&path, devices, settings);
+                for isa in Isa::available() {
+                    for threads in [1, 2, 5] {
+                        for staging_bytes in [64 << 10, 1 << 20, 64 << 20] {
+                            let model = planned.load(&LoadOptions {
+                                threads,
+                                staging_bytes,
+                                kernels: Kernels::new(isa).unwrap(),
+                                ..LoadOptions::default()
+                            });
+                            assert!(
+                                contents(&model) == reference,
+                                "{name} on {devices:?} with {settings:?}: {isa}, {threads} \
+                                 threads, {staging_bytes} bytes of staging"
+                            );
+                            assert!(model.stats().staging_bytes <= staging_bytes);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn the_output_head_of_a_tied_model_is_its_embedding() {
+    let golden = GoldenModel::unpack("qwen2_tied");
+    let source = golden.tensors("bf16");
+    assert!(!source.0.contains_key("lm_head.weight"));
+    for devices in DEVICES {
+        let model = load_with_auto(&golden.path("bf16"), devices, &[]);
+        let head = tensor(&model, "lm_head.weight");
+        assert_eq!(head.name(), "model.embed_tokens.weight");
+        assert_eq!(head.format(), Format::Stored);
+        assert!(part(head, PartKind::Data) == source.data("model.embed_tokens.weight"));
+    }
+}
+
+#[test]
+fn the_output_head_of_an_untied_model_is_its_own() {
+    for name in MODELS.into_iter().filter(|&name| name != "qwen2_tied") {
+        let golden = GoldenModel::unpack(name);
+        let source = golden.tensors("bf16");
+        let model = load_with_auto(&golden.path("bf16"), SIM, &[]);
+        let head = tensor(&model, "lm_head.weight");
+        assert_eq!(head.name(), "lm_head.weight", "{name}");
+        assert!(
+            part(head, PartKind::Data) == source.data("lm_head.weight"),
+            "{name}"
+        );
+    }
+}
