@@ -159,8 +159,10 @@ impl Fixture {
     }
 
     fn reserved_now(&self) -> u64 {
-        let now = |device: &Box<dyn Device>| device.usage().reserved.now;
-        self.devices.iter().map(now).sum()
+        self.devices
+            .iter()
+            .map(|device| device.usage().reserved.now)
+            .sum()
     }
 }
 

@@ -39,6 +39,9 @@ pub(crate) fn does_not_fit(
         message += &format!(" besides the reserve of {} each", gib(options.reserve));
     }
     let missing = need.saturating_sub(have);
+    if missing > 0 {
+        message += &format!(": {} are missing", gib(missing));
+    }
     let biggest = items.iter().enumerate().max_by_key(|(_, item)| item.bytes);
     let missing = match biggest {
         _ if missing > 0 => missing,
@@ -65,8 +68,9 @@ pub(crate) fn does_not_fit(
     if !options.quantize_experts {
         message += " or `experts=nf4`";
     }
+    // Only where it is enough: somebody would try it.
     let saved = double_quantization_saves(request, formats, items);
-    if saved > 0 {
+    if saved > 0 && saved >= missing {
         message += &format!(" or `double-quant=true` (saves {})", gib(saved));
     }
     message += " would help";
