@@ -2,7 +2,10 @@
 //! better to do.
 #![forbid(unsafe_code)]
 
+pub mod command;
 pub mod double_quant;
 pub mod golden;
+pub mod guests;
 pub mod loading;
+pub mod models;
 pub mod tensors;

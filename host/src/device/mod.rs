@@ -134,6 +134,12 @@ pub enum DeviceError {
         /// Length of the reservation.
         len: u64,
     },
+    /// A device that is asked for more than once.
+    #[error("device {device} is named twice")]
+    NamedTwice {
+        /// The device's name.
+        device: String,
+    },
     /// A kind of device that is not there.
     #[error("{device}: {reason}")]
     Unavailable {

@@ -71,7 +71,7 @@ impl FromStr for DeviceSpec {
 /// Opens devices in the given order; without any, the host's memory.
 ///
 /// # Errors
-/// [`DeviceError::Unavailable`] for a device that is not there or is named twice.
+/// [`DeviceError::Unavailable`] for a device that is not there, [`DeviceError::NamedTwice`].
 pub fn open_devices(specs: &[DeviceSpec]) -> Result<Vec<Box<dyn Device>>, DeviceError> {
     if specs.is_empty() {
         return Ok(vec![Box::new(HostDevice::cpu(None))]);
@@ -94,10 +94,7 @@ pub fn open_devices(specs: &[DeviceSpec]) -> Result<Vec<Box<dyn Device>>, Device
         };
         let name = device.info().name;
         if devices.iter().any(|other| other.info().name == name) {
-            return Err(DeviceError::Unavailable {
-                device: name,
-                reason: "it is named twice".to_owned(),
-            });
+            return Err(DeviceError::NamedTwice { device: name });
         }
         devices.push(Box::new(device));
     }
@@ -151,7 +148,7 @@ mod tests {
         ];
         assert!(matches!(
             open_devices(&twice),
-            Err(DeviceError::Unavailable { .. })
+            Err(DeviceError::NamedTwice { device }) if device == "cpu"
         ));
     }
 }

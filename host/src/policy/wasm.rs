@@ -74,7 +74,12 @@ impl WasmPolicy {
             path: path.to_owned(),
             source,
         };
-        let length = std::fs::metadata(path).map_err(unreadable)?.len();
+        let metadata = std::fs::metadata(path).map_err(unreadable)?;
+        // A pipe can block for ever, and a device such as /dev/zero has no end.
+        if !metadata.is_file() {
+            return Err(unreadable(std::io::Error::other("not a regular file")));
+        }
+        let length = metadata.len();
         if length > limits.component {
             return Err(PolicyError::Failed {
                 policy: name.to_owned(),

@@ -52,7 +52,7 @@ impl fmt::Display for Table {
 }
 
 /// Text from a checkpoint or a policy as it may be shown on a terminal: control characters, which
-/// could move the cursor or recolour the screen, are escaped.
+/// could move the cursor, recolour the screen or begin a line that looks like ours, are escaped.
 pub fn printable(text: &str) -> Cow<'_, str> {
     // Unicode's direction overrides hide text as well as control characters do.
     let hidden = |c: char| {
@@ -64,10 +64,10 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     }
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
-        match c {
-            '\n' => shown.push('\n'),
-            c if hidden(c) => shown.extend(c.escape_unicode()),
-            c => shown.push(c),
+        if hidden(c) {
+            shown.extend(c.escape_default());
+        } else {
+            shown.push(c);
         }
     }
     Cow::Owned(shown)
@@ -92,8 +92,8 @@ mod tests {
     fn what_could_control_a_terminal_is_escaped() {
         assert_eq!(printable("plain – text"), "plain – text");
         assert_eq!(
-            printable("a\x1b[2Jb\r\u{202e}c"),
-            "a\\u{1b}[2Jb\\u{d}\\u{202e}c"
+            printable("a\x1b[2Jb\n\u{202e}c"),
+            "a\\u{1b}[2Jb\\n\\u{202e}c"
         );
     }
 }

@@ -44,6 +44,7 @@ pub(crate) fn format(format: types::Format) -> Format {
 mod policy {
     use super::super::bindings::exports::tightfit::host::planner;
     use super::super::bindings::tightfit::host::types;
+    use super::super::{MESSAGE_LIMIT, truncate};
     use super::{format, wit_dtype};
     use crate::checkpoint::{TensorInfo, Tie};
     use crate::device::{DeviceInfo, DeviceKind};
@@ -109,17 +110,23 @@ mod policy {
         }
     }
 
+    /// A text to be shown to people, who are not to be flooded by it.
+    fn text(mut given: String) -> String {
+        truncate(&mut given, MESSAGE_LIMIT);
+        given
+    }
+
     pub(crate) fn description(given: planner::Description) -> Description {
         Description {
-            name: given.name,
-            version: given.version,
+            name: text(given.name),
+            version: text(given.version),
             settings: given
                 .settings
                 .into_iter()
                 .map(|setting| Setting {
-                    name: setting.name,
-                    default: setting.default,
-                    help: setting.help,
+                    name: text(setting.name),
+                    default: text(setting.default),
+                    help: text(setting.help),
                 })
                 .collect(),
         }
@@ -146,7 +153,7 @@ mod policy {
                 planner::RefusalReason::BadSetting => RefusalReason::BadSetting,
                 planner::RefusalReason::Unsupported => RefusalReason::Unsupported,
             },
-            message: given.message,
+            message: text(given.message),
             missing_bytes: given.missing_bytes,
         }
     }

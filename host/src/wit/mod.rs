@@ -25,7 +25,7 @@ pub struct Context {
 /// Bytes of messages that are passed on for one guest; what comes after is dropped.
 const LOG_LIMIT: usize = 64 << 10;
 
-/// Bytes that are kept of a single message.
+/// Bytes that are kept of a single message, or of another text to be shown.
 const MESSAGE_LIMIT: usize = 4 << 10;
 
 impl Context {
@@ -109,7 +109,7 @@ impl log::Host for Context {
 }
 
 /// Cuts at a character boundary.
-fn truncate(text: &mut String, limit: usize) {
+pub(crate) fn truncate(text: &mut String, limit: usize) {
     if text.len() > limit {
         let end = (0..=limit).rev().find(|&i| text.is_char_boundary(i));
         text.truncate(end.unwrap_or(0));

@@ -4,6 +4,7 @@ use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{DeviceSpec, open_devices};
 use tightfit::load::CancelToken;
 use tightfit::plan::propose;
+use tightfit::report::printable;
 use tightfit::synth::{self, Options, Preset};
 use tightfit::types::Bytes;
 
@@ -71,7 +72,7 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
         .sum();
     say(format!(
         "2. A plan, made by the policy '{}' in its sandbox before any weight is read\n   {} bytes ({}) will be reserved\n\n",
-        proposed.policy,
+        printable(&proposed.policy),
         planned,
         Bytes(planned),
     ))?;

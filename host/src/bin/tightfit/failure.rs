@@ -70,6 +70,7 @@ impl Failure {
                 LoadError::OtherPlan | LoadError::Kernel(_) => OTHER,
                 LoadError::Cancelled => INTERRUPTED,
             },
+            Failure::Device(DeviceError::NamedTwice { .. }) => USAGE,
             Failure::Device(_) => DEVICE,
             Failure::Synth(error) => match error {
                 SynthError::Cancelled => INTERRUPTED,

@@ -2,7 +2,7 @@
 
 use tightfit::device::{DeviceInfo, DeviceKind};
 use tightfit::plan::propose;
-use tightfit::report::{Inspection, Table};
+use tightfit::report::{Inspection, Table, printable};
 use tightfit::types::Bytes;
 
 use crate::args::InspectOptions;
@@ -23,17 +23,20 @@ pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
     let proposed = propose(&checkpoint, &policy, &[device], &options.policy.settings)?;
     let inspection = Inspection::new(&checkpoint, &proposed.plan);
     if options.output.json {
-        return output::print_json(&inspection);
+        output::print_json(&inspection)
+    } else if options.output.quiet {
+        Ok(())
+    } else {
+        output::print(&text(&inspection))
     }
-    output::print(&text(&inspection))
 }
 
 fn text(inspection: &Inspection) -> String {
     let mut text = format!(
         "{}{}: {} tensors in {} file{}, {} parameters, {}\n",
-        inspection.path,
+        printable(&inspection.path),
         match &inspection.architecture {
-            Some(architecture) => format!(" ({architecture})"),
+            Some(architecture) => format!(" ({})", printable(architecture)),
             None => String::new(),
         },
         inspection.tensors,
@@ -46,7 +49,7 @@ fn text(inspection: &Inspection) -> String {
         text += &format!("{layers} layers\n");
     }
     for (tensor, alias) in &inspection.ties {
-        text += &format!("tied: {alias} = {tensor}\n");
+        text += &format!("tied: {} = {}\n", printable(alias), printable(tensor));
     }
     for (head, shares) in [
         ("in the files", &inspection.dtypes),
@@ -69,7 +72,7 @@ fn text(inspection: &Inspection) -> String {
         count(inspection.parameters),
         Bytes(inspection.stored_bytes),
     );
-    tightfit::report::printable(&text).into_owned()
+    text
 }
 
 /// A count as people say it: 7.62 B, 494 M.

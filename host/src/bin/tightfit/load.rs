@@ -2,8 +2,8 @@
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, open_devices};
-use tightfit::load::{self, CancelToken, Progress};
-use tightfit::memory::DEFAULT_STAGING;
+use tightfit::load::{self, CancelToken, LoadError, Progress};
+use tightfit::memory::{DEFAULT_STAGING, StagingRing};
 use tightfit::model::Model;
 use tightfit::plan::{Plan, Proposed, propose};
 use tightfit::report::{Report, Table, printable};
@@ -26,6 +26,8 @@ pub(crate) fn plan(options: &PlanOptions) -> Result<(), Failure> {
         &options.placement.policy.settings,
     )?;
     let staging = options.staging.unwrap_or(DEFAULT_STAGING);
+    // What a load would refuse is refused here.
+    StagingRing::new(staging, 1).map_err(LoadError::Staging)?;
     let report = Report::of_plan(&checkpoint, &proposed, staging);
     show(
         &checkpoint,
@@ -128,15 +130,15 @@ pub(crate) fn text(report: &Report) -> String {
     let model = &report.model;
     let mut text = format!(
         "{}{}: {} tensors, {}\npolicy {} {}, {:.3} s\n\n",
-        model.path,
+        printable(&model.path),
         match &model.architecture {
-            Some(architecture) => format!(" ({architecture})"),
+            Some(architecture) => format!(" ({})", printable(architecture)),
             None => String::new(),
         },
         model.tensors,
         Bytes(model.source_bytes),
-        report.policy.name,
-        report.policy.version,
+        printable(&report.policy.name),
+        printable(&report.policy.version),
         report.policy.seconds,
     );
     let mut table = Table::new([
@@ -210,5 +212,5 @@ pub(crate) fn text(report: &Report) -> String {
         }
         text += &format!("\n{table}");
     }
-    printable(&text).into_owned()
+    text
 }

@@ -33,13 +33,13 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command) -> Result<(), Failure> {
-    let cancel = session::cancel_on_interrupt();
+    // The others leave nothing behind that an interrupt would have to tidy up.
     match command {
-        Command::Demo(options) => demo::run(&options, cancel),
-        Command::Synth(options) => synth::run(&options, &cancel),
+        Command::Demo(options) => demo::run(&options, session::cancel_on_interrupt()),
+        Command::Synth(options) => synth::run(&options, &session::cancel_on_interrupt()),
         Command::Inspect(options) => inspect::run(&options),
         Command::Plan(options) => load::plan(&options),
-        Command::Load(options) => load::load(&options, cancel),
+        Command::Load(options) => load::load(&options, session::cancel_on_interrupt()),
         Command::Policy(command) => policy::run(&command),
         Command::Devices(options) => session::list_devices(&options),
     }

@@ -48,15 +48,17 @@ pub(crate) fn run(command: &PolicyCommand) -> Result<(), Failure> {
             };
             if options.json {
                 output::print_json(&shown)
+            } else if options.quiet {
+                Ok(())
             } else {
-                output::print(&printable(&text(&shown)))
+                output::print(&text(&shown))
             }
         }
     }
 }
 
 fn text(shown: &Shown) -> String {
-    let mut text = format!("{} {}\n", shown.name, shown.version);
+    let mut text = format!("{} {}\n", printable(&shown.name), printable(&shown.version));
     if !shown.settings.is_empty() {
         text += "\nsettings (--set NAME=VALUE):\n";
     }
@@ -66,13 +68,15 @@ fn text(shown: &Shown) -> String {
             default => default,
         };
         text += &format!(
-            "  {} (default: {default})\n      {}\n",
-            setting.name, setting.help
+            "  {} (default: {})\n      {}\n",
+            printable(&setting.name),
+            printable(default),
+            printable(&setting.help)
         );
     }
     text += "\nimports:\n";
     for import in &shown.imports {
-        text += &format!("  {import}\n");
+        text += &format!("  {}\n", printable(import));
     }
     text
 }

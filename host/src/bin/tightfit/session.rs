@@ -68,6 +68,9 @@ pub(crate) fn list_devices(options: &DevicesOptions) -> Result<(), Failure> {
             .collect();
         return output::print_json(&listed);
     }
+    if options.output.quiet {
+        return Ok(());
+    }
     let mut table = Table::new(["device", "capacity", "available"]);
     for device in devices {
         table.row([

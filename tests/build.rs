@@ -1,0 +1,95 @@
+//! Compiles the hostile policy in `guests/` to wasm.
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+const TARGET: &str = "wasm32-unknown-unknown";
+
+fn main() -> ExitCode {
+    for path in [
+        "build.rs",
+        "guests/src",
+        "guests/Cargo.toml",
+        "guests/Cargo.lock",
+        "../guest/src",
+        "../guest/Cargo.toml",
+        "../wit",
+    ] {
+        println!("cargo::rerun-if-changed={path}");
+    }
+    match target_is_installed().and_then(|()| build()) {
+        Ok(module) => {
+            println!("cargo::rustc-env=HOSTILE_POLICY={}", module.display());
+            ExitCode::SUCCESS
+        }
+        Err(problem) => {
+            println!("cargo::error={problem}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Installs the target where rustup can: on a fresh machine nothing else does.
+fn target_is_installed() -> Result<(), String> {
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let output = Command::new(rustc)
+        .args(["--print", "target-libdir", "--target", TARGET])
+        .output()
+        .map_err(|error| format!("cannot ask rustc for the target {TARGET}: {error}"))?;
+    if Path::new(String::from_utf8_lossy(&output.stdout).trim()).exists() {
+        return Ok(());
+    }
+    let added = Command::new("rustup")
+        .args(["target", "add", TARGET])
+        .status();
+    match added {
+        Ok(status) if status.success() => Ok(()),
+        _ => Err(format!(
+            "the tests' policies need the target {TARGET}: run `rustup target add {TARGET}`"
+        )),
+    }
+}
+
+/// Gives the path of the module.
+fn build() -> Result<PathBuf, String> {
+    let guests = path_from_environment("CARGO_MANIFEST_DIR")?.join("guests");
+    let target = path_from_environment("OUT_DIR")?.join("guests");
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .args(["build", "--release", "--locked", "--target", TARGET])
+        .current_dir(&guests);
+    // What cargo tells this build about itself would be taken for orders by the next.
+    for (name, _) in env::vars_os() {
+        let text = name.to_string_lossy();
+        let is_setup = text == "CARGO_HOME" || text.starts_with("CARGO_NET_");
+        if (text.starts_with("CARGO") && !is_setup)
+            || text.starts_with("RUSTC")
+            || text == "RUSTFLAGS"
+        {
+            cargo.env_remove(&name);
+        }
+    }
+    let output = cargo
+        .env("CARGO_TARGET_DIR", &target)
+        .output()
+        .map_err(|error| format!("cannot run cargo for the tests' policies: {error}"))?;
+    if !output.status.success() {
+        let text = String::from_utf8_lossy(&output.stderr);
+        // A directive is one line; the compiler's own message goes where cargo shows it.
+        eprintln!("{text}");
+        let reason = text.lines().find(|line| line.starts_with("error"));
+        return Err(format!(
+            "the tests' policies in {} do not build: {}",
+            guests.display(),
+            reason.unwrap_or("no reason given")
+        ));
+    }
+    Ok(target.join(TARGET).join("release/hostile.wasm"))
+}
+
+fn path_from_environment(name: &str) -> Result<PathBuf, String> {
+    env::var_os(name)
+        .map(PathBuf::from)
+        .ok_or_else(|| format!("{name} is not set"))
+}

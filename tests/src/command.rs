@@ -1,0 +1,182 @@
+//! Runs the command `tightfit`.
+
+use std::ffi::{OsStr, OsString};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// The command that `cargo test --workspace` builds beside the tests.
+fn tightfit() -> PathBuf {
+    let test = std::env::current_exe().expect("a test knows its own path");
+    let directory = test.parent().and_then(Path::parent);
+    let name = format!("tightfit{}", std::env::consts::EXE_SUFFIX);
+    let path = directory
+        .expect("tests are in target/PROFILE/deps")
+        .join(name);
+    assert!(
+        path.exists(),
+        "{} is not there: run `cargo test --workspace`, which builds it",
+        path.display()
+    );
+    path
+}
+
+/// A place of its own to run the command in: working directory, home and temporary directory.
+#[derive(Debug)]
+pub struct Place {
+    directory: TempDir,
+}
+
+impl Default for Place {
+    fn default() -> Place {
+        Place::new()
+    }
+}
+
+impl Place {
+    /// An empty one.
+    pub fn new() -> Place {
+        let directory = TempDir::new().expect("there is room for a temporary directory");
+        for name in ["work", "home", "tmp"] {
+            fs::create_dir(directory.path().join(name)).unwrap();
+        }
+        Place { directory }
+    }
+
+    /// A path in the working directory.
+    pub fn path(&self, relative: &str) -> PathBuf {
+        self.directory.path().join("work").join(relative)
+    }
+
+    /// Where the command puts temporary files.
+    pub fn temporary(&self) -> PathBuf {
+        self.directory.path().join("tmp")
+    }
+
+    /// The command with these arguments and nothing of this process's environment.
+    fn command<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
+        let mut command = Command::new(tightfit());
+        command
+            .args(arguments)
+            .current_dir(self.path(""))
+            .env_clear()
+            .env("HOME", self.directory.path().join("home"))
+            .env("TMPDIR", self.temporary())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        command
+    }
+
+    /// Runs it to its end.
+    pub fn run<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Outcome {
+        self.start(arguments).finish()
+    }
+
+    /// Runs it and lets go of its output at once, as `| true` does.
+    pub fn run_unheard<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Outcome {
+        let mut running = self.start(arguments);
+        running.child.stdout.take();
+        running.finish()
+    }
+
+    /// Starts it.
+    pub fn start<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Running {
+        let command = &mut self.command(arguments);
+        Running {
+            typed: arguments.iter().map(|a| a.as_ref().to_owned()).collect(),
+            child: command.spawn().expect("the command starts"),
+        }
+    }
+}
+
+/// The command while it runs.
+#[derive(Debug)]
+pub struct Running {
+    typed: Vec<OsString>,
+    child: Child,
+}
+
+impl Running {
+    /// Waits until `begun` holds, looking often, and sends what Ctrl-C sends. Gives false, with
+    /// nothing sent, when the command has ended before.
+    pub fn interrupt_when(&mut self, begun: impl Fn(u32) -> bool) -> bool {
+        while !begun(self.child.id()) {
+            if self
+                .child
+                .try_wait()
+                .expect("a child can be waited for")
+                .is_some()
+            {
+                return false;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        kill_process(Pid::from_child(&self.child), Signal::INT).is_ok()
+    }
+
+    /// Waits for its end.
+    pub fn finish(self) -> Outcome {
+        let output = self
+            .child
+            .wait_with_output()
+            .expect("a child can be waited for");
+        Outcome {
+            typed: self.typed,
+            status: output.status.code(),
+            stdout: String::from_utf8(output.stdout).expect("output is UTF-8"),
+            stderr: String::from_utf8(output.stderr).expect("messages are UTF-8"),
+        }
+    }
+}
+
+/// What came out.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The arguments.
+    pub typed: Vec<OsString>,
+    /// Exit status; none where a signal ended it.
+    pub status: Option<i32>,
+    /// Standard output.
+    pub stdout: String,
+    /// Standard error.
+    pub stderr: String,
+}
+
+impl Outcome {
+    /// Asserts that it went well, with nothing to complain about.
+    #[track_caller]
+    pub fn succeeds(self) -> Outcome {
+        assert_eq!(self.status, Some(0), "{self:#?}");
+        assert_eq!(self.stderr, "", "{self:#?}");
+        self
+    }
+
+    /// Asserts that it failed with this status, with a message that has all these words, and
+    /// without a result.
+    #[track_caller]
+    pub fn fails(self, status: i32, words: &[&str]) -> Outcome {
+        assert_eq!(self.stdout, "", "{self:#?}");
+        self.fails_midway(status, words)
+    }
+
+    /// The same where it may have printed something before.
+    #[track_caller]
+    pub fn fails_midway(self, status: i32, words: &[&str]) -> Outcome {
+        assert_eq!(self.status, Some(status), "{self:#?}");
+        for word in words {
+            assert!(self.stderr.contains(word), "it lacks `{word}`: {self:#?}");
+        }
+        self
+    }
+
+    /// What it printed as JSON.
+    #[track_caller]
+    pub fn json(&self) -> Value {
+        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error} in {self:#?}"))
+    }
+}

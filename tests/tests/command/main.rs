@@ -1,0 +1,7 @@
+//! The command `tightfit`, run as users run it.
+
+#[cfg(target_os = "linux")]
+mod interrupts;
+mod policies;
+mod reports;
+mod statuses;

@@ -1,0 +1,164 @@
+//! Hostile policies on the command line: exit status, and a sentence with the policy and why.
+
+use std::fs;
+
+use tightfit_tests::command::{Outcome, Place};
+use tightfit_tests::guests::{HOSTILE, hostile_in_describe};
+use tightfit_tests::models;
+
+const USAGE: i32 = 2;
+const DOES_NOT_FIT: i32 = 4;
+const POLICY: i32 = 5;
+
+/// With an awkward model and the hostile policy.
+fn hostile_place() -> Place {
+    let place = Place::new();
+    fs::create_dir(place.path("m")).unwrap();
+    models::write_awkward(&place.path("m"));
+    fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
+    place
+}
+
+fn plan(place: &Place, behavior: &str) -> Outcome {
+    let behavior = format!("behavior={behavior}");
+    let device = ["--device", "sim:64MiB"];
+    let policy = ["--policy", "hostile.wasm", "--set", &behavior];
+    place.run(&[&["plan", "m"], &device[..], &policy].concat())
+}
+
+#[test]
+fn a_policy_that_fails_is_named_with_the_reason() {
+    let place = hostile_place();
+    for (behavior, word) in [
+        ("loop", "out of fuel"),
+        ("recurse", "stack overflowed"),
+        ("eat-memory", "at most 256.0 MiB"),
+        ("panic", "the policy has lost its head"),
+    ] {
+        let outcome = plan(&place, behavior);
+        assert_eq!(outcome.status, Some(POLICY), "{outcome:?}");
+        let sentence = outcome
+            .stderr
+            .lines()
+            .skip_while(|line| !line.starts_with("tightfit: "));
+        let sentence: String = sentence.collect();
+        assert!(sentence.contains("hostile.wasm"), "{outcome:?}");
+        assert!(sentence.contains(word), "{outcome:?}");
+    }
+    for (behavior, word) in [
+        ("too-few", "placed 3 tensors"),
+        ("no-such-device", "device number 1"),
+        ("block-48", "power of two"),
+        ("torn-tie", "lm_head.weight"),
+        ("few-headrooms", "headroom"),
+    ] {
+        plan(&place, behavior).fails(POLICY, &["policy 'hostile'", "bad plan", word]);
+    }
+    plan(&place, "honest").succeeds();
+}
+
+#[test]
+fn a_refusal_has_the_status_of_its_reason() {
+    let place = hostile_place();
+    for (behavior, status, words) in [
+        ("refuse-to-fit", DOES_NOT_FIT, "it is all too much"),
+        ("refuse-model", DOES_NOT_FIT, "I do not like this model"),
+        ("refuse-setting", USAGE, "I do not like this setting"),
+        ("unheard-of", USAGE, "unheard-of"),
+    ] {
+        plan(&place, behavior).fails(status, &["hostile", "refuses", words]);
+    }
+}
+
+#[test]
+fn a_proposal_that_does_not_fit_names_device_need_have_and_tensor() {
+    let place = hostile_place();
+    let arguments = [
+        "plan",
+        "m",
+        "--device",
+        "sim:6000",
+        "--policy",
+        "hostile.wasm",
+    ];
+    let tensor = "model.layers.0.mlp.up_proj.weight";
+    let words = ["hostile", "sim:0", "12.00 KiB", "5.859 KiB", tensor];
+    place.run(&arguments).fails(DOES_NOT_FIT, &words);
+    plan(&place, "endless-headroom").fails(DOES_NOT_FIT, &["headroom", "sim:0", "64.00 MiB"]);
+}
+
+/// Whether a terminal would show it as text.
+fn is_tame(text: &str) -> bool {
+    !text
+        .chars()
+        .any(|c| (c.is_control() && c != '\n') || c == '\u{202e}')
+}
+
+#[test]
+fn a_policy_cannot_write_to_the_terminal() {
+    let place = hostile_place();
+    fs::write(place.path("hostile.wasm"), hostile_in_describe("escape")).unwrap();
+    for behavior in ["refuse-with-escapes", "log-escapes", "too-few", "honest"] {
+        let outcome = plan(&place, behavior);
+        assert!(is_tame(&outcome.stdout), "{outcome:?}");
+        assert!(is_tame(&outcome.stderr), "{outcome:?}");
+        let all = format!("{}{}", outcome.stdout, outcome.stderr);
+        assert!(all.contains("evil\\u{1b}[2J"), "{outcome:?}");
+    }
+    let shown = place
+        .run(&["policy", "show", "hostile.wasm"])
+        .succeeds()
+        .stdout;
+    assert!(is_tame(&shown) && shown.contains("evil"), "{shown:?}");
+}
+
+#[test]
+fn a_policy_cannot_fill_the_terminal() {
+    const MOST: usize = 100 << 10;
+    let place = hostile_place();
+    let flood = plan(&place, "flood-the-log");
+    assert_eq!(flood.status, Some(0));
+    assert!(
+        flood.stderr.contains("policy: warn: flood"),
+        "{}",
+        flood.stderr
+    );
+    assert!(flood.stderr.len() < MOST, "{}", flood.stderr.len());
+    let refusal = plan(&place, "refuse-at-length").fails(DOES_NOT_FIT, &["hostile", "xxx"]);
+    assert!(refusal.stderr.len() < MOST, "{}", refusal.stderr.len());
+    plan(&place, "refuse-without-end").fails(POLICY, &["hostile.wasm", "trapped"]);
+    fs::write(place.path("hostile.wasm"), hostile_in_describe("long")).unwrap();
+    let shown = place.run(&["policy", "show", "hostile.wasm"]).succeeds();
+    assert!(shown.stdout.len() < MOST, "{}", shown.stdout.len());
+}
+
+#[test]
+fn describe_can_fail_too() {
+    let place = hostile_place();
+    for (behavior, word) in [("loop", "out of fuel"), ("panic", "lost its head")] {
+        fs::write(place.path("hostile.wasm"), hostile_in_describe(behavior)).unwrap();
+        for arguments in [
+            &["policy", "show", "hostile.wasm"][..],
+            &["plan", "m", "--policy", "hostile.wasm"],
+            &["inspect", "m", "--policy", "hostile.wasm"],
+        ] {
+            place.run(arguments).fails(POLICY, &["hostile.wasm", word]);
+        }
+    }
+}
+
+#[test]
+fn files_that_are_no_policies_are_turned_down() {
+    let place = hostile_place();
+    for (bytes, word) in [
+        (&b"(component)"[..], "not a WebAssembly binary"),
+        (b"\x7fELF", "not a WebAssembly binary"),
+        (&HOSTILE[..HOSTILE.len() / 2], "hostile.wasm"),
+    ] {
+        fs::write(place.path("hostile.wasm"), bytes).unwrap();
+        plan(&place, "honest").fails(POLICY, &["hostile.wasm", word]);
+    }
+    let file = fs::File::create(place.path("hostile.wasm")).unwrap();
+    file.set_len(1 << 40).unwrap();
+    plan(&place, "honest").fails(POLICY, &["hostile.wasm", "1.000 TiB", "32.00 MiB"]);
+}
