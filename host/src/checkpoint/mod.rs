@@ -22,6 +22,7 @@ mod ties;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use cache::{CacheEnvironment, resolve, resolve_with};
 pub use config::{Config, LayerType, MAX_CONFIG_BYTES};
@@ -86,7 +87,7 @@ impl TensorInfo {
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
-    shards: Vec<Shard>,
+    shards: Arc<[Shard]>,
     tensors: Vec<TensorInfo>,
     /// Indices of `tensors`, sorted by name.
     by_name: Vec<u32>,
@@ -182,12 +183,28 @@ impl Checkpoint {
             path: path.into(),
             ties: ties::find(&named, config.as_ref()),
             source_bytes,
-            shards,
+            shards: shards.into(),
             tensors,
             by_name,
             config,
             metadata,
         })
+    }
+
+    /// Some tensors of the same files as a checkpoint of their own, for example parts of a stack.
+    pub(crate) fn view(&self, tensors: Vec<TensorInfo>) -> Checkpoint {
+        let mut by_name: Vec<u32> = (0..tensors.len() as u32).collect();
+        by_name.sort_unstable_by_key(|&i| &tensors[i as usize].name);
+        Checkpoint {
+            path: self.path.clone(),
+            shards: Arc::clone(&self.shards),
+            by_name,
+            source_bytes: tensors.iter().map(TensorInfo::source_bytes).sum(),
+            tensors,
+            config: None,
+            ties: Vec::new(),
+            metadata: BTreeMap::new(),
+        }
     }
 
     /// What was opened: the path as it was given.
