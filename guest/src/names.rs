@@ -185,6 +185,7 @@ pub fn kind_of_module(module: &str) -> TensorKind {
         dtype: DType::Bf16,
         shape: vec![1, 1],
         bytes: 2,
+        quantized: None,
     })
 }
 

@@ -14,6 +14,7 @@ fn check_as(dtype: DType, name: &str, shape: &[u64], kind: TensorKind) {
         dtype,
         shape: shape.into(),
         bytes: 0,
+        quantized: None,
     };
     assert_eq!(kind_of(&tensor), kind, "{name} {shape:?} {dtype:?}");
 }

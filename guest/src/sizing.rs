@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{DType, Error, Format, StoredSize, Tensor};
+use crate::{DType, Error, Format, Nf4Format, StoredSize, Tensor};
 
 /// Asks the host for sizes, once per element type, shape and format: a model of 100,000 tensors
 /// has a handful of shapes.
@@ -28,6 +28,14 @@ impl Sizer {
     /// The host's: the format cannot hold such a tensor, or the size does not fit in 64 bits.
     pub fn size(&mut self, tensor: &Tensor, format: Format) -> Result<StoredSize, Error> {
         let (dtype, shape) = (tensor.dtype, tensor.shape.as_slice());
+        let format = match (&tensor.quantized, format) {
+            // As the checkpoint holds it, which is like this.
+            (Some(quantized), Format::Stored) => Format::Nf4(Nf4Format {
+                block_size: quantized.block_size,
+                double_quantized: quantized.double_quantized,
+            }),
+            (_, format) => format,
+        };
         let key = key(dtype, format);
         let hit = |(of, at, _): &&(u64, Vec<u64>, StoredSize)| *of == key && at == shape;
         if let Some((_, _, size)) = self.recent.iter().find(hit) {
@@ -164,6 +172,7 @@ mod tests {
             dtype,
             shape: shape.into(),
             bytes: 0,
+            quantized: None,
         };
         let size = Sizer::new().size(&tensor, format);
         size.map(|size| (size.requested, size.padded))
@@ -231,6 +240,7 @@ mod tests {
             dtype: DType::Bf16,
             shape: shape.into(),
             bytes: 0,
+            quantized: None,
         };
         for _ in 0..3 {
             sizer.size(&tensor(&[2, 3]), nf4(64, false)).unwrap();

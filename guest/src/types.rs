@@ -3,9 +3,10 @@
 use crate::{DType, Device, DeviceKind, Failure, Refusal, RefusalReason, Request, Tensor};
 
 impl Tensor {
-    /// Whether [`Format::Nf4`](crate::Format::Nf4) is legal for it: `bf16`, `f16` and `f32`.
+    /// Whether [`Format::Nf4`](crate::Format::Nf4) is legal for it: `bf16`, `f16` and `f32` that
+    /// are not quantized already.
     pub fn is_quantizable(&self) -> bool {
-        matches!(self.dtype, DType::Bf16 | DType::F16 | DType::F32)
+        self.quantized.is_none() && matches!(self.dtype, DType::Bf16 | DType::F16 | DType::F32)
     }
 }
 

@@ -12,6 +12,7 @@ pub mod model;
 pub mod plan;
 pub mod policy;
 pub mod report;
+pub mod save;
 pub mod synth;
 pub mod types;
 #[cfg(feature = "wit")]

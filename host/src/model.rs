@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 
-use tightfit_kernels::{BlockSize, FloatType, KernelError, Kernels, QuantType};
+use tightfit_kernels::{BlockSize, FloatType, KernelError, Kernels};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Quantized};
 use crate::device::{DeviceError, Reservation};
 use crate::load::{LoadStats, float_type};
 use crate::plan::{PartKind, Plan, PlannedTensor};
-use crate::types::{DType, Format, elements};
+use crate::types::{DType, Format, QuantType, elements};
 
 /// A loaded model. Dropping it gives its memory back.
 #[derive(Debug)]
@@ -25,7 +25,21 @@ struct Stored {
     name: String,
     dtype: DType,
     shape: Vec<u64>,
+    /// How it was quantized in the checkpoint.
+    quantized: Option<Box<Quantized>>,
     nested_offset: f32,
+}
+
+/// How the parts of a 4-bit weight are to be read.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Quantization {
+    /// The table of values.
+    pub quant_type: QuantType,
+    /// Elements that share a scale.
+    pub block_size: u32,
+    /// Under double quantization, the mean of the scales, which was subtracted before they were
+    /// quantized.
+    pub nested_offset: Option<f32>,
 }
 
 /// Why a tensor cannot be used.
@@ -63,6 +77,7 @@ impl Model {
                 name: tensor.name.clone(),
                 dtype: tensor.dtype,
                 shape: tensor.shape.clone(),
+                quantized: tensor.quantized.clone(),
                 nested_offset,
             })
             .collect();
@@ -157,16 +172,32 @@ impl<'m> Tensor<'m> {
             .map_or(usize::MAX, |device| device as usize)
     }
 
-    /// The mean of the scales, which double quantization subtracts from them before it quantizes
-    /// them; `None` in other formats.
-    pub fn nested_offset(&self) -> Option<f32> {
-        match self.format() {
-            Format::Nf4 {
-                double_quantized: true,
-                ..
-            } => Some(self.stored().nested_offset),
+    /// How its parts are to be read if it is a 4-bit weight, quantized while loading or before.
+    pub fn quantization(&self) -> Option<Quantization> {
+        match (self.format(), &self.stored().quantized) {
+            (
+                Format::Nf4 {
+                    block_size,
+                    double_quantized,
+                },
+                _,
+            ) => Some(Quantization {
+                quant_type: QuantType::Nf4,
+                block_size,
+                nested_offset: double_quantized.then_some(self.stored().nested_offset),
+            }),
+            (Format::Stored, Some(quantized)) => Some(Quantization {
+                quant_type: quantized.quant_type,
+                block_size: quantized.block_size,
+                nested_offset: quantized.nested.map(|nested| nested.offset),
+            }),
             _ => None,
         }
+    }
+
+    /// The mean of the scales of a double-quantized weight.
+    pub fn nested_offset(&self) -> Option<f32> {
+        self.quantization()?.nested_offset
     }
 
     /// A part in place, where the processor can read the device's memory.
@@ -210,45 +241,37 @@ impl<'m> Tensor<'m> {
         let elements = elements(self.shape()).unwrap_or(0) as usize;
         let mut out = vec![0; elements * to.bytes()];
         let part = |kind| self.read_part(kind).map(Option::unwrap_or_default);
-        match self.format() {
-            Format::Stored => {
-                let from = float_type(self.dtype()).ok_or_else(not_float)?;
-                kernels.cast(&part(PartKind::Data)?, from, to, &mut out)?;
+        let Some(quantization) = self.quantization() else {
+            let stored = match self.format() {
+                Format::Cast(target) => target,
+                Format::Stored | Format::Nf4 { .. } => self.dtype(),
+            };
+            let from = float_type(stored).ok_or_else(not_float)?;
+            kernels.cast(&part(PartKind::Data)?, from, to, &mut out)?;
+            return Ok(out);
+        };
+        let stored = part(PartKind::Absmax)?;
+        let absmax = match quantization.nested_offset {
+            None => floats(&stored),
+            Some(offset) => {
+                let nested = floats(&part(PartKind::NestedAbsmax)?);
+                let mut absmax = vec![0.0; stored.len()];
+                kernels.dequantize_absmax(&stored, &nested, offset, &mut absmax)?;
+                absmax
             }
-            Format::Cast(target) => {
-                let from = float_type(target).ok_or_else(not_float)?;
-                kernels.cast(&part(PartKind::Data)?, from, to, &mut out)?;
-            }
-            Format::Nf4 {
-                block_size,
-                double_quantized,
-            } => {
-                let block_size = BlockSize::new(block_size as usize)?;
-                let stored = part(PartKind::Absmax)?;
-                let absmax: Vec<f32> = if double_quantized {
-                    let nested = floats(&part(PartKind::NestedAbsmax)?);
-                    let mut absmax = vec![0.0; stored.len()];
-                    kernels.dequantize_absmax(
-                        &stored,
-                        &nested,
-                        self.stored().nested_offset,
-                        &mut absmax,
-                    )?;
-                    absmax
-                } else {
-                    floats(&stored)
-                };
-                kernels.dequantize(
-                    QuantType::Nf4,
-                    &part(PartKind::Codes)?,
-                    &absmax,
-                    block_size,
-                    elements,
-                    to,
-                    &mut out,
-                )?;
-            }
-        }
+        };
+        kernels.dequantize(
+            match quantization.quant_type {
+                QuantType::Nf4 => tightfit_kernels::QuantType::Nf4,
+                QuantType::Fp4 => tightfit_kernels::QuantType::Fp4,
+            },
+            &part(PartKind::Codes)?,
+            &absmax,
+            BlockSize::new(quantization.block_size as usize)?,
+            elements,
+            to,
+            &mut out,
+        )?;
         Ok(out)
     }
 }

@@ -173,6 +173,28 @@ impl fmt::Display for Format {
     }
 }
 
+/// Smallest and largest block size that bitsandbytes' 4-bit kernels have.
+pub const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 32..=4096;
+
+/// The table of a 4-bit format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum QuantType {
+    /// Quantiles of the normal distribution.
+    Nf4,
+    /// A float with one sign, two exponent and one mantissa bit.
+    Fp4,
+}
+
+impl QuantType {
+    /// As bitsandbytes writes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            QuantType::Nf4 => "nf4",
+            QuantType::Fp4 => "fp4",
+        }
+    }
+}
+
 /// What becomes of one tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Placement {

@@ -403,6 +403,17 @@ pub enum CheckpointError {
         have: u64,
     },
 
+    /// The tensors of a quantized weight do not belong together.
+    #[error("{path:?}: quantized weight '{}' is damaged: {problem}", shown(.weight))]
+    BadQuantized {
+        /// The file.
+        path: PathBuf,
+        /// The weight.
+        weight: String,
+        /// What is wrong.
+        problem: String,
+    },
+
     /// The file became shorter after it was opened.
     #[error(
         "{path:?} was cut short while loading: bytes {start}..{end} ({}) were to be read, and the \

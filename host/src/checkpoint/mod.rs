@@ -14,6 +14,7 @@ mod file;
 mod header;
 mod index;
 mod locate;
+mod quantized;
 #[cfg(test)]
 mod tests;
 mod ties;
@@ -21,6 +22,7 @@ mod ties;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use cache::{CacheEnvironment, resolve, resolve_with};
 pub use config::{Config, LayerType, MAX_CONFIG_BYTES};
@@ -28,6 +30,7 @@ pub use error::CheckpointError;
 pub use file::Shard;
 pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES, MAX_TENSORS};
 pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
+pub use quantized::{Extent, Nested, Quantized};
 pub use ties::Tie;
 
 use file::ReadFailure;
@@ -41,8 +44,9 @@ const MAX_ALL_HEADERS_BYTES: u64 = 4 * MAX_HEADER_BYTES;
 /// of shards does not use up the process's descriptors.
 const MAX_OPEN_SHARDS: usize = 128;
 
-/// A tensor of a checkpoint and where it lies.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// A tensor of a checkpoint and where it lies. A weight that bitsandbytes has quantized is one
+/// tensor, with the type and the shape that it had before.
+#[derive(Debug, Clone, PartialEq)]
 pub struct TensorInfo {
     /// Its key, for example `model.layers.0.mlp.up_proj.weight`. Without control characters.
     pub name: String,
@@ -50,15 +54,27 @@ pub struct TensorInfo {
     pub dtype: DType,
     /// Row-major; empty for a scalar.
     pub shape: Vec<u64>,
-    /// Bytes it occupies: what `dtype` and `shape` give.
+    /// Bytes it occupies at `offset`: what `dtype` and `shape` give, or its codes if it is
+    /// quantized.
     pub bytes: u64,
     /// Index of its file in [`Checkpoint::shards`].
     pub shard: usize,
     /// Its first byte, counted from the start of the file.
     pub offset: u64,
+    /// How it is quantized in the checkpoint, if it is.
+    pub quantized: Option<Box<Quantized>>,
 }
 
 impl TensorInfo {
+    /// Bytes of all its parts in the checkpoint: its own, and the scales of a quantized weight.
+    pub fn source_bytes(&self) -> u64 {
+        let scales = self.quantized.as_ref().map_or(0, |quantized| {
+            let nested = quantized.nested.map_or(0, |nested| nested.absmax.bytes);
+            quantized.absmax.bytes + nested
+        });
+        self.bytes + scales
+    }
+
     /// Its bytes in the file.
     pub fn range(&self) -> Range<u64> {
         self.offset..self.offset + self.bytes
@@ -71,7 +87,7 @@ impl TensorInfo {
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
-    shards: Vec<Shard>,
+    shards: Arc<[Shard]>,
     tensors: Vec<TensorInfo>,
     /// Indices of `tensors`, sorted by name.
     by_name: Vec<u32>,
@@ -139,6 +155,7 @@ impl Checkpoint {
                 name: tensor.name,
                 dtype: tensor.dtype,
                 shape: tensor.shape,
+                quantized: None,
             }));
             if shards.len() >= MAX_OPEN_SHARDS {
                 shard.close();
@@ -146,6 +163,15 @@ impl Checkpoint {
             shards.push(shard);
         }
         let by_name = sorted_by_name(&tensors, &shards)?;
+        if let Some(index) = located.index {
+            check_index(&index, &tensors, &by_name, &shards)?;
+        }
+        let count = tensors.len();
+        let tensors = quantized::assemble(tensors, &shards)?;
+        let by_name = match tensors.len() == count {
+            true => by_name,
+            false => sorted_by_name(&tensors, &shards)?,
+        };
         let named: Vec<ties::Named<'_>> = tensors
             .iter()
             .map(|tensor| ties::Named {
@@ -153,20 +179,32 @@ impl Checkpoint {
                 shape: &tensor.shape,
             })
             .collect();
-        let checkpoint = Checkpoint {
+        Ok(Checkpoint {
             path: path.into(),
             ties: ties::find(&named, config.as_ref()),
             source_bytes,
-            shards,
+            shards: shards.into(),
             tensors,
             by_name,
             config,
             metadata,
-        };
-        if let Some(index) = located.index {
-            checkpoint.check_index(&index)?;
+        })
+    }
+
+    /// Some tensors of the same files as a checkpoint of their own, for example parts of a stack.
+    pub(crate) fn view(&self, tensors: Vec<TensorInfo>) -> Checkpoint {
+        let mut by_name: Vec<u32> = (0..tensors.len() as u32).collect();
+        by_name.sort_unstable_by_key(|&i| &tensors[i as usize].name);
+        Checkpoint {
+            path: self.path.clone(),
+            shards: Arc::clone(&self.shards),
+            by_name,
+            source_bytes: tensors.iter().map(TensorInfo::source_bytes).sum(),
+            tensors,
+            config: None,
+            ties: Vec::new(),
+            metadata: BTreeMap::new(),
         }
-        Ok(checkpoint)
     }
 
     /// What was opened: the path as it was given.
@@ -186,11 +224,7 @@ impl Checkpoint {
 
     /// Index of the tensor with this name.
     pub fn find(&self, name: &str) -> Option<usize> {
-        let position = self
-            .by_name
-            .binary_search_by(|&i| self.tensors[i as usize].name.as_str().cmp(name))
-            .ok()?;
-        Some(self.by_name[position] as usize)
+        find(name, &self.tensors, &self.by_name)
     }
 
     /// Bytes of all tensors, without headers.
@@ -227,27 +261,7 @@ impl Checkpoint {
         offset: u64,
         buffer: &mut [u8],
     ) -> Result<(), CheckpointError> {
-        let file = &self.shards[shard];
-        match file.read_at(offset, buffer) {
-            Ok(()) => Ok(()),
-            Err(ReadFailure::Other(error)) => Err(error),
-            Err(ReadFailure::CutShort(have)) => {
-                let next = self.tensors.partition_point(|tensor| {
-                    (tensor.shard, tensor.range().end) <= (shard, offset)
-                });
-                let tensor = self
-                    .tensors
-                    .get(next)
-                    .filter(|tensor| tensor.shard == shard);
-                Err(CheckpointError::CutShort {
-                    path: file.path().into(),
-                    tensor: tensor.map_or_else(|| "header".into(), |tensor| tensor.name.clone()),
-                    start: offset,
-                    end: offset.saturating_add(buffer.len() as u64),
-                    have,
-                })
-            }
-        }
+        read_at(&self.shards, &self.tensors, shard, offset, buffer)
     }
 
     /// Fills the buffer with the bytes of a tensor from its byte `start` on.
@@ -275,21 +289,65 @@ impl Checkpoint {
             }),
         }
     }
+}
 
-    /// Every entry of the index is in the shard that it names. Tensors that the index does not
-    /// list are tensors like all others: transformers loads them too.
-    fn check_index(&self, index: &index::Index) -> Result<(), CheckpointError> {
-        for (name, shard) in &index.entries {
-            let found = self.find(name).map(|i| self.tensors[i].shard);
-            if found != Some(*shard) {
-                return Err(CheckpointError::NotInShard {
-                    path: self.shards[*shard].path().into(),
-                    tensor: name.clone(),
-                });
-            }
+/// Fills the buffer with the bytes of a file from `offset` on. `tensors` serve to name what lies
+/// there in an error.
+fn read_at(
+    shards: &[Shard],
+    tensors: &[TensorInfo],
+    shard: usize,
+    offset: u64,
+    buffer: &mut [u8],
+) -> Result<(), CheckpointError> {
+    let file = &shards[shard];
+    match file.read_at(offset, buffer) {
+        Ok(()) => Ok(()),
+        Err(ReadFailure::Other(error)) => Err(error),
+        Err(ReadFailure::CutShort(have)) => {
+            let holds = |tensor: &&TensorInfo| tensor.shard == shard && tensor.range().end > offset;
+            // The scales of quantized weights lie wherever they lie: no order to search by.
+            let tensor = tensors
+                .iter()
+                .filter(holds)
+                .min_by_key(|tensor| tensor.offset);
+            Err(CheckpointError::CutShort {
+                path: file.path().into(),
+                tensor: tensor.map_or_else(|| "header".into(), |tensor| tensor.name.clone()),
+                start: offset,
+                end: offset.saturating_add(buffer.len() as u64),
+                have,
+            })
         }
-        Ok(())
     }
+}
+
+/// Every entry of the index is in the shard that it names. Tensors that the index does not list
+/// are tensors like all others: transformers loads them too.
+fn check_index(
+    index: &index::Index,
+    tensors: &[TensorInfo],
+    by_name: &[u32],
+    shards: &[Shard],
+) -> Result<(), CheckpointError> {
+    for (name, shard) in &index.entries {
+        let found = find(name, tensors, by_name).map(|i| tensors[i].shard);
+        if found != Some(*shard) {
+            return Err(CheckpointError::NotInShard {
+                path: shards[*shard].path().into(),
+                tensor: name.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Index of the tensor with this name.
+fn find(name: &str, tensors: &[TensorInfo], by_name: &[u32]) -> Option<usize> {
+    let position = by_name
+        .binary_search_by(|&i| tensors[i as usize].name.as_str().cmp(name))
+        .ok()?;
+    Some(by_name[position] as usize)
 }
 
 /// Reads and checks the header of a file; gives also the offset of the data.

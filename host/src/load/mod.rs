@@ -231,7 +231,7 @@ fn placed_bytes(checkpoint: &Checkpoint, plan: &Plan) -> u64 {
         .iter()
         .zip(&plan.tensors)
         .filter(|(_, planned)| planned.placement.device.is_some())
-        .map(|(tensor, _)| tensor.bytes)
+        .map(|(tensor, _)| tensor.source_bytes())
         .sum()
 }
 
@@ -288,7 +288,7 @@ impl Run<'_, '_> {
         let kernels = self.options.kernels;
         let read = |buffer: &mut [u8]| {
             self.checkpoint
-                .read_tensor(chunk.tensor, chunk.start, buffer)
+                .read_at(chunk.shard, chunk.offset, buffer)
                 .map_err(LoadError::Checkpoint)
         };
         match chunk.task {

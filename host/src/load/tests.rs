@@ -214,7 +214,12 @@ fn check(source: &Source, format: Format, tensor: Tensor<'_>) {
                     "{}",
                     source.name
                 );
-                assert_eq!(tensor.nested_offset(), Some(offset), "{}", source.name);
+                assert_eq!(
+                    tensor.quantization().unwrap().nested_offset,
+                    Some(offset),
+                    "{}",
+                    source.name
+                );
             } else {
                 assert_eq!(
                     part(PartKind::Absmax),

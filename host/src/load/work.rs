@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use tightfit_kernels::{BlockSize, FloatType, KernelError, Kernels, blocks};
 
 use super::arena::Place;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Extent, TensorInfo};
 use crate::plan::{PartKind, Plan, PlannedTensor};
 use crate::types::{DType, Format};
 
@@ -19,8 +19,10 @@ const COPY_CHUNK: usize = 4 << 20;
 pub(super) struct Chunk<'m> {
     /// Index of the tensor.
     pub(super) tensor: usize,
-    /// Its first byte, counted from the tensor's.
-    pub(super) start: u64,
+    /// The file that holds it.
+    pub(super) shard: usize,
+    /// Its first byte in the file.
+    pub(super) offset: u64,
     /// Its length in bytes in the checkpoint.
     pub(super) bytes: usize,
     pub(super) task: Task<'m>,
@@ -113,9 +115,11 @@ struct State<'m> {
     scratch_left: u64,
 }
 
-/// A tensor to be loaded.
+/// A tensor to be loaded, or a part of one that is quantized in the checkpoint.
 struct Tensor<'m> {
     index: usize,
+    shard: usize,
+    offset: u64,
     bytes: usize,
     kind: Kind,
     place: Place<'m>,
@@ -151,26 +155,19 @@ impl<'m> Queue<'m> {
         slot_bytes: usize,
         scratch: u64,
     ) -> Queue<'m> {
-        let waiting = places
-            .into_iter()
-            .enumerate()
-            .filter_map(|(index, place)| {
-                let (info, planned) = (&checkpoint.tensors()[index], &plan.tensors[index]);
-                planned.placement.device?;
-                Some(Tensor {
-                    index,
-                    // Parts of a tensor that is placed fit in memory, and this is at most 8 times as much.
-                    bytes: info.bytes as usize,
-                    kind: kind(info.dtype, planned)?,
-                    place,
-                    scratch: planned.scratch_bytes(),
-                })
-            })
-            .filter(|tensor| tensor.bytes > 0)
-            .collect();
+        let mut waiting: Vec<Tensor<'m>> = Vec::with_capacity(places.len());
+        for (index, place) in places.into_iter().enumerate() {
+            let (info, planned) = (&checkpoint.tensors()[index], &plan.tensors[index]);
+            if planned.placement.device.is_some() {
+                add(&mut waiting, index, info, planned, place);
+            }
+        }
+        waiting.retain(|tensor| tensor.bytes > 0);
+        // In the order of the files, which for the parts of quantized weights is not that of tensors.
+        waiting.sort_by_key(|tensor| (tensor.shard, tensor.offset));
         Queue {
             state: Mutex::new(State {
-                waiting,
+                waiting: waiting.into(),
                 current: None,
                 scratch_left: scratch,
             }),
@@ -220,6 +217,58 @@ impl<'m> Queue<'m> {
         // Taking the lock first: a worker between its check of `stop` and its wait must not miss it.
         drop(lock(&self.state));
         self.scratch_returned.notify_all();
+    }
+}
+
+/// Adds what there is to be read of one tensor.
+fn add<'m>(
+    waiting: &mut Vec<Tensor<'m>>,
+    index: usize,
+    info: &TensorInfo,
+    planned: &PlannedTensor,
+    place: Place<'m>,
+) {
+    let Some(quantized) = &info.quantized else {
+        let Some(kind) = kind(info.dtype, planned) else {
+            return;
+        };
+        waiting.push(Tensor {
+            index,
+            shard: info.shard,
+            offset: info.offset,
+            // Parts of a tensor that is placed fit in memory, and this is at most 8 times as much.
+            bytes: info.bytes as usize,
+            kind,
+            place,
+            scratch: planned.scratch_bytes(),
+        });
+        return;
+    };
+    let codes = Extent {
+        shard: info.shard,
+        offset: info.offset,
+        bytes: info.bytes,
+    };
+    let nested = quantized.nested.map(|nested| nested.absmax);
+    let parts = [
+        (Some(codes), place.codes),
+        (Some(quantized.absmax), place.absmax),
+        (nested, place.nested_absmax),
+    ];
+    for (extent, data) in parts {
+        let Some(extent) = extent else { continue };
+        waiting.push(Tensor {
+            index,
+            shard: extent.shard,
+            offset: extent.offset,
+            bytes: extent.bytes as usize,
+            kind: Kind::Copy,
+            place: Place {
+                data,
+                ..Place::default()
+            },
+            scratch: 0,
+        });
     }
 }
 
@@ -287,11 +336,12 @@ impl<'m> Cursor<'m> {
                 }
             }
         };
-        let start = self.start as u64;
+        let offset = self.tensor.offset + self.start as u64;
         self.start += bytes;
         Some(Chunk {
             tensor: self.tensor.index,
-            start,
+            shard: self.tensor.shard,
+            offset,
             bytes,
             task,
         })

@@ -14,7 +14,8 @@ use std::collections::HashMap;
 pub use error::{BadPlan, DeviceTotal, PlanError};
 pub use propose::{ProposeError, Proposed, propose};
 pub use size::{
-    BLOCK_SIZES, NESTED_BLOCK_SIZE, PART_ALIGNMENT, PartKind, PartSizes, SizeError, part_sizes,
+    NESTED_BLOCK_SIZE, PART_ALIGNMENT, PartKind, PartSizes, SizeError, part_sizes,
+    tensor_part_sizes,
 };
 
 use crate::checkpoint::{TensorInfo, Tie};
@@ -48,12 +49,14 @@ impl PlannedTensor {
         self.parts.iter().map(|part| part.bytes).sum()
     }
 
-    /// Bytes of f32 scales that it keeps while it is loaded, until their mean is known; only under
-    /// double quantization.
+    /// Bytes of f32 scales that it keeps while it is loaded, until their mean is known; only when
+    /// it is double-quantized on the way.
     pub(crate) fn scratch_bytes(&self) -> u64 {
         match self.part(PartKind::NestedAbsmax) {
-            Some(_) => self.part(PartKind::Absmax).map_or(0, |part| 4 * part.bytes),
-            None => 0,
+            Some(_) if !is_plain(self.placement.format) => {
+                self.part(PartKind::Absmax).map_or(0, |part| 4 * part.bytes)
+            }
+            _ => 0,
         }
     }
 
@@ -268,7 +271,7 @@ fn sizes(
                     devices: devices.len(),
                 }));
             }
-            part_sizes(tensor.dtype, &tensor.shape, placement.format)
+            tensor_part_sizes(tensor, placement.format)
                 .map(Some)
                 .map_err(|source| {
                     PlanError::Bad(BadPlan::IllegalFormat {

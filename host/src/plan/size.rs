@@ -1,7 +1,8 @@
 //! What a tensor takes on a device, to the byte. The only place where this is computed: plans,
 //! policies (through `sizing`) and the loader all ask here.
 
-use crate::types::{DType, Format, elements};
+use crate::checkpoint::TensorInfo;
+use crate::types::{BLOCK_SIZES, DType, Format, elements};
 
 /// Every stored part starts at a multiple of this many bytes: what CUDA allocations guarantee and
 /// vectorized kernels want.
@@ -9,9 +10,6 @@ pub const PART_ALIGNMENT: u64 = 256;
 
 /// Scales that share one nested scale under double quantization (bitsandbytes' fixed choice).
 pub const NESTED_BLOCK_SIZE: u64 = 256;
-
-/// Smallest and largest block size that bitsandbytes' 4-bit kernels have.
-pub const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 32..=4096;
 
 /// What a part of a stored tensor holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -70,6 +68,12 @@ pub enum SizeError {
         dtype: DType,
         /// What would be legal.
         reason: String,
+    },
+    /// A weight that is quantized in the checkpoint is not quantized or cast again.
+    #[error("it is quantized already and can only be stored, not made {format}")]
+    AlreadyQuantized {
+        /// The format asked for.
+        format: Format,
     },
     /// The size does not fit in 64 bits, or ends inside a byte.
     #[error("a {dtype} tensor of shape {shape:?} has no size in 64 bits")]
@@ -143,6 +147,23 @@ pub fn part_sizes(dtype: DType, shape: &[u64], format: Format) -> Result<PartSiz
             })
         }
     }
+}
+
+/// The parts of this tensor stored in `format`. A weight that is quantized in the checkpoint can
+/// only be stored, and then has the parts of its own quantization.
+///
+/// # Errors
+/// As [`part_sizes`], and [`SizeError::AlreadyQuantized`].
+pub fn tensor_part_sizes(tensor: &TensorInfo, format: Format) -> Result<PartSizes, SizeError> {
+    let format = match (&tensor.quantized, format) {
+        (None, format) => format,
+        (Some(quantized), Format::Stored) => Format::Nf4 {
+            block_size: quantized.block_size,
+            double_quantized: quantized.nested.is_some(),
+        },
+        (Some(_), format) => return Err(SizeError::AlreadyQuantized { format }),
+    };
+    part_sizes(tensor.dtype, &tensor.shape, format)
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ fn tensor(name: &str, dtype: DType, shape: &[u64]) -> TensorInfo {
         bytes: dtype.tensor_bytes(shape).unwrap(),
         shard: 0,
         offset: 0,
+        quantized: None,
     }
 }
 

@@ -49,7 +49,7 @@ mod policy {
     use crate::checkpoint::{TensorInfo, Tie};
     use crate::device::{DeviceInfo, DeviceKind};
     use crate::policy::{Description, Proposal, Refusal, RefusalReason, Request, Setting};
-    use crate::types::Placement;
+    use crate::types::{Placement, QuantType};
 
     /// Tensor counts are bounded by the checkpoint reader, far below 2^32.
     fn index(index: usize) -> u32 {
@@ -61,7 +61,15 @@ mod policy {
             name: tensor.name.clone(),
             dtype: wit_dtype(tensor.dtype),
             shape: tensor.shape.clone(),
-            bytes: tensor.bytes,
+            bytes: tensor.source_bytes(),
+            quantized: tensor.quantized.as_ref().map(|given| types::Quantization {
+                quant_type: match given.quant_type {
+                    QuantType::Nf4 => types::QuantType::Nf4,
+                    QuantType::Fp4 => types::QuantType::Fp4,
+                },
+                block_size: given.block_size,
+                double_quantized: given.nested.is_some(),
+            }),
         }
     }
 

@@ -78,7 +78,9 @@ impl sizing::Host for Context {
             }),
             Err(error) => Err(types::Error {
                 code: match error {
-                    SizeError::IllegalFormat { .. } => types::ErrorCode::IllegalFormat,
+                    SizeError::IllegalFormat { .. } | SizeError::AlreadyQuantized { .. } => {
+                        types::ErrorCode::IllegalFormat
+                    }
                     SizeError::Overflow { .. } => types::ErrorCode::Overflow,
                 },
                 message: error.to_string(),

@@ -15,6 +15,7 @@ pub(crate) fn typed(name: impl Into<String>, dtype: DType, size: u64, shape: &[u
         dtype,
         shape: shape.into(),
         bytes: size * shape.iter().product::<u64>(),
+        quantized: None,
     }
 }
 

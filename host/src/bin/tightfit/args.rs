@@ -35,6 +35,8 @@ pub(crate) enum Command {
     Plan(PlanOptions),
     /// Load a checkpoint and report
     Load(LoadOptions),
+    /// Quantize a checkpoint and write it, as bitsandbytes and transformers read it
+    Save(SaveCommand),
     /// Look at policies
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -173,6 +175,39 @@ pub(crate) struct LoadOptions {
     /// List every tensor's device, format and bytes
     #[arg(long)]
     pub(crate) placements: bool,
+    /// Write the quantized checkpoint too, to this directory
+    #[arg(long, value_name = "DIR")]
+    pub(crate) save: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) write: WriteOptions,
+}
+
+/// How a checkpoint is written.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct WriteOptions {
+    /// Close a file when the next weight would make it larger than this [default: 5GB]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) max_shard_size: Option<u64>,
+
+    /// Replace what is there
+    #[arg(long)]
+    pub(crate) force: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct SaveCommand {
+    /// A directory, a .safetensors file, or a Hugging Face id in the local cache
+    pub(crate) model: String,
+    /// Where to: appears when it is complete
+    pub(crate) directory: PathBuf,
+    #[command(flatten)]
+    pub(crate) policy: PolicyOptions,
+    #[command(flatten)]
+    pub(crate) engine: EngineOptions,
+    #[command(flatten)]
+    pub(crate) write: WriteOptions,
+    #[command(flatten)]
+    pub(crate) output: OutputOptions,
 }
 
 #[derive(Debug, Subcommand)]

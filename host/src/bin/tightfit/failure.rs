@@ -5,6 +5,7 @@ use tightfit::device::DeviceError;
 use tightfit::load::LoadError;
 use tightfit::plan::ProposeError;
 use tightfit::policy::{PolicyError, RefusalReason};
+use tightfit::save::SaveError;
 use tightfit::synth::SynthError;
 use tightfit_kernels::KernelError;
 
@@ -21,6 +22,8 @@ pub(crate) enum Failure {
     Device(#[from] DeviceError),
     #[error(transparent)]
     Synth(#[from] SynthError),
+    #[error(transparent)]
+    Save(#[from] SaveError),
     #[error(transparent)]
     Kernel(#[from] KernelError),
     #[error("cannot make a temporary directory: {0}")]
@@ -63,12 +66,20 @@ impl Failure {
                 ProposeError::BadPlan { .. } => POLICY,
                 ProposeError::DoesNotFit { .. } => DOES_NOT_FIT,
             },
-            Failure::Load(error) => match error {
-                LoadError::Checkpoint(_) | LoadError::NonFinite { .. } => CHECKPOINT,
-                LoadError::Device(_) | LoadError::NoTransfer { .. } => DEVICE,
-                LoadError::Staging(_) => USAGE,
-                LoadError::OtherPlan | LoadError::Kernel(_) => OTHER,
-                LoadError::Cancelled => INTERRUPTED,
+            Failure::Load(error) => load_status(error),
+            Failure::Save(error) => match error {
+                SaveError::Exists { .. }
+                | SaveError::NotADirectoryName { .. }
+                | SaveError::HeaderTooLarge { .. } => USAGE,
+                SaveError::Io { .. } | SaveError::Checkpoint(_) | SaveError::SameName { .. } => {
+                    CHECKPOINT
+                }
+                SaveError::Load(error) => load_status(error),
+                SaveError::Plan(_)
+                | SaveError::Size(_)
+                | SaveError::Kernel(_)
+                | SaveError::OtherPlan => OTHER,
+                SaveError::Cancelled => INTERRUPTED,
             },
             Failure::Device(DeviceError::NamedTwice { .. }) => USAGE,
             Failure::Device(_) => DEVICE,
@@ -82,5 +93,15 @@ impl Failure {
             Failure::Kernel(_) => USAGE,
             Failure::TemporaryDirectory(_) | Failure::Output(_) => OTHER,
         }
+    }
+}
+
+fn load_status(error: &LoadError) -> u8 {
+    match error {
+        LoadError::Checkpoint(_) | LoadError::NonFinite { .. } => CHECKPOINT,
+        LoadError::Device(_) | LoadError::NoTransfer { .. } => DEVICE,
+        LoadError::Staging(_) => USAGE,
+        LoadError::OtherPlan | LoadError::Kernel(_) => OTHER,
+        LoadError::Cancelled => INTERRUPTED,
     }
 }

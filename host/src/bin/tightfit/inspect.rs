@@ -1,6 +1,5 @@
 //! `tightfit inspect`.
 
-use tightfit::device::{DeviceInfo, DeviceKind};
 use tightfit::plan::propose;
 use tightfit::report::{Inspection, Table, printable};
 use tightfit::types::Bytes;
@@ -12,15 +11,12 @@ use crate::{output, session};
 pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
     let checkpoint = session::open_checkpoint(&options.model)?;
     let policy = session::open_policy(&options.policy)?;
-    // Formats are asked for, not places: a device on which everything fits.
-    let device = DeviceInfo {
-        name: "any".to_owned(),
-        kind: DeviceKind::Sim,
-        capacity: 1 << 60,
-        available: 1 << 60,
-        granularity: 1,
-    };
-    let proposed = propose(&checkpoint, &policy, &[device], &options.policy.settings)?;
+    let proposed = propose(
+        &checkpoint,
+        &policy,
+        &[session::anywhere()],
+        &options.policy.settings,
+    )?;
     let inspection = Inspection::new(&checkpoint, &proposed.plan);
     if options.output.json {
         output::print_json(&inspection)

@@ -12,7 +12,7 @@ use tightfit_kernels::Kernels;
 
 use crate::args::{EngineOptions, LoadOptions, OutputOptions, PlanOptions};
 use crate::failure::Failure;
-use crate::{output, progress, session};
+use crate::{output, progress, save, session};
 
 /// `tightfit plan`.
 pub(crate) fn plan(options: &PlanOptions) -> Result<(), Failure> {
@@ -58,8 +58,19 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
         &devices,
         &options.engine,
         quiet,
-        cancel,
+        cancel.clone(),
     )?;
+    if let Some(directory) = &options.save {
+        save::write(
+            &checkpoint,
+            &proposed,
+            directory,
+            &options.engine,
+            &options.write,
+            quiet,
+            cancel,
+        )?;
+    }
     show(
         &checkpoint,
         model.plan(),

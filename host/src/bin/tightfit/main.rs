@@ -10,6 +10,7 @@ mod log;
 mod output;
 mod policy;
 mod progress;
+mod save;
 mod session;
 mod synth;
 
@@ -40,6 +41,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Inspect(options) => inspect::run(&options),
         Command::Plan(options) => load::plan(&options),
         Command::Load(options) => load::load(&options, session::cancel_on_interrupt()),
+        Command::Save(options) => save::run(&options, session::cancel_on_interrupt()),
         Command::Policy(command) => policy::run(&command),
         Command::Devices(options) => session::list_devices(&options),
     }

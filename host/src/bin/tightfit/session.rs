@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 use tightfit::checkpoint::{self, Checkpoint};
-use tightfit::device::{Device, DeviceInfo, open_devices};
+use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
 use tightfit::load::CancelToken;
 use tightfit::policy::{Limits, WasmPolicy};
 use tightfit::report::Table;
@@ -36,6 +36,17 @@ pub(crate) fn open_checkpoint(model: &str) -> Result<Checkpoint, Failure> {
 /// Opens the policy.
 pub(crate) fn open_policy(options: &PolicyOptions) -> Result<WasmPolicy, Failure> {
     Ok(WasmPolicy::open(&options.policy, Limits::default())?)
+}
+
+/// A device on which everything fits: for asking a policy about formats, not places.
+pub(crate) fn anywhere() -> DeviceInfo {
+    DeviceInfo {
+        name: "any".to_owned(),
+        kind: DeviceKind::Sim,
+        capacity: 1 << 60,
+        available: 1 << 60,
+        granularity: 1,
+    }
 }
 
 /// What the devices say of themselves.

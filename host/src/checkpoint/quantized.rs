@@ -1,0 +1,357 @@
+//! Weights that bitsandbytes has quantized already: several tensors of the file that are one.
+//!
+//! For a weight `W` these are `W` (packed codes, in any storage type), `W.absmax`, `W.quant_map`,
+//! under double quantization `W.nested_absmax` and `W.nested_quant_map`, and
+//! `W.quant_state.bitsandbytes__nf4` (or `__fp4`), a JSON text that says how to read them. They
+//! may lie in different files. Source: `QuantState.as_dict` of bitsandbytes 0.50.
+
+use std::collections::HashMap;
+
+use serde::Deserialize;
+use tightfit_kernels::{DYNAMIC_MAP, FP4, NF4};
+
+use super::{CheckpointError, Shard, TensorInfo};
+use crate::types::{DType, QuantType, elements};
+
+/// Longest quant state that is read; real ones take 200 bytes.
+const MAX_QUANT_STATE_BYTES: u64 = 16 << 10;
+
+/// Where some bytes lie.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Extent {
+    /// Index of the file.
+    pub shard: usize,
+    /// First byte, counted from the start of the file.
+    pub offset: u64,
+    /// Length in bytes.
+    pub bytes: u64,
+}
+
+/// How a weight is quantized in the checkpoint, and where the parts beside its codes lie.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Quantized {
+    /// The table of values.
+    pub quant_type: QuantType,
+    /// Elements that share a scale.
+    pub block_size: u32,
+    /// Scales: f32, or u8 under double quantization.
+    pub absmax: Extent,
+    /// What double quantization adds.
+    pub nested: Option<Nested>,
+}
+
+/// What double quantization adds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Nested {
+    /// One f32 for 256 scales.
+    pub absmax: Extent,
+    /// The mean that was subtracted from the scales.
+    pub offset: f32,
+}
+
+const STATES: [(&str, QuantType); 2] = [
+    (".quant_state.bitsandbytes__nf4", QuantType::Nf4),
+    (".quant_state.bitsandbytes__fp4", QuantType::Fp4),
+];
+const PARTS: [&str; 4] = [
+    ".absmax",
+    ".quant_map",
+    ".nested_absmax",
+    ".nested_quant_map",
+];
+
+/// The JSON text, as bitsandbytes writes it.
+#[derive(Debug, Deserialize)]
+struct QuantState {
+    quant_type: String,
+    blocksize: u32,
+    dtype: String,
+    shape: Vec<u64>,
+    nested_blocksize: Option<u64>,
+    nested_dtype: Option<String>,
+    nested_offset: Option<f64>,
+}
+
+/// Puts the tensors of quantized weights together: of `tensors` those remain that are a tensor of
+/// the model, a quantized weight as one, with its own type and shape.
+///
+/// # Errors
+/// [`CheckpointError::BadQuantized`] when a set is incomplete or contradicts itself, or as reading
+/// from the files.
+pub(super) fn assemble(
+    tensors: Vec<TensorInfo>,
+    shards: &[Shard],
+) -> Result<Vec<TensorInfo>, CheckpointError> {
+    let states: Vec<(usize, &str, QuantType)> = tensors
+        .iter()
+        .enumerate()
+        .filter_map(|(index, tensor)| {
+            STATES.iter().find_map(|&(suffix, quant_type)| {
+                let weight = tensor.name.strip_suffix(suffix)?;
+                Some((index, weight, quant_type))
+            })
+        })
+        .collect();
+    let by_name: HashMap<&str, usize> = tensors
+        .iter()
+        .enumerate()
+        .map(|(index, tensor)| (tensor.name.as_str(), index))
+        .collect();
+    check_orphans(&tensors, &by_name, shards)?;
+    if states.is_empty() {
+        return Ok(tensors);
+    }
+    let mut used = vec![false; tensors.len()];
+    let mut replaced: Vec<(usize, TensorInfo)> = Vec::with_capacity(states.len());
+    for (state, weight, quant_type) in states {
+        let set = Set {
+            tensors: &tensors,
+            by_name: &by_name,
+            shards,
+            weight,
+        };
+        let (index, info) = set.assemble(state, quant_type)?;
+        if std::mem::replace(&mut used[index], true) {
+            return Err(set.bad(index, "it has two quant states".to_owned()));
+        }
+        used[state] = true;
+        for part in PARTS {
+            if let Some(part) = set.find(part) {
+                used[part] = true;
+            }
+        }
+        replaced.push((index, info));
+    }
+    let mut replaced: HashMap<usize, TensorInfo> = replaced.into_iter().collect();
+    Ok(tensors
+        .into_iter()
+        .enumerate()
+        .filter_map(|(index, tensor)| match replaced.remove(&index) {
+            Some(info) => Some(info),
+            None => (!used[index]).then_some(tensor),
+        })
+        .collect())
+}
+
+/// Parts of a quantized weight without the quant state that says how to read them.
+fn check_orphans(
+    tensors: &[TensorInfo],
+    by_name: &HashMap<&str, usize>,
+    shards: &[Shard],
+) -> Result<(), CheckpointError> {
+    for (index, tensor) in tensors.iter().enumerate() {
+        let Some(weight) = PARTS.iter().find_map(|part| tensor.name.strip_suffix(part)) else {
+            continue;
+        };
+        let stated = STATES
+            .iter()
+            .any(|(suffix, _)| by_name.contains_key(format!("{weight}{suffix}").as_str()));
+        // Only beside a weight: other models may use such a name for something else.
+        if !stated && by_name.contains_key(weight) {
+            return Err(CheckpointError::BadQuantized {
+                path: shards[tensors[index].shard].path().into(),
+                weight: weight.to_owned(),
+                problem: format!("there is '{}', but no quant state", tensor.name),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// The tensors of one weight.
+struct Set<'a> {
+    tensors: &'a [TensorInfo],
+    by_name: &'a HashMap<&'a str, usize>,
+    shards: &'a [Shard],
+    weight: &'a str,
+}
+
+impl Set<'_> {
+    fn find(&self, suffix: &str) -> Option<usize> {
+        let name = format!("{}{suffix}", self.weight);
+        self.by_name.get(name.as_str()).copied()
+    }
+
+    fn bad(&self, tensor: usize, problem: String) -> CheckpointError {
+        CheckpointError::BadQuantized {
+            path: self.shards[self.tensors[tensor].shard].path().into(),
+            weight: self.weight.to_owned(),
+            problem,
+        }
+    }
+
+    fn assemble(
+        &self,
+        state: usize,
+        quant_type: QuantType,
+    ) -> Result<(usize, TensorInfo), CheckpointError> {
+        let bad = |problem: String| self.bad(state, problem);
+        let parsed = self.read_state(state)?;
+        let name = quant_type.name();
+        if parsed.quant_type != name {
+            return Err(bad(format!(
+                "its quant state is named {name} and says {:?}",
+                parsed.quant_type
+            )));
+        }
+        let block_size = parsed.blocksize;
+        if !crate::types::BLOCK_SIZES.contains(&block_size) || !block_size.is_power_of_two() {
+            return Err(bad(format!(
+                "its block size is {block_size}, not a power of two from 32 to 4096"
+            )));
+        }
+        let dtype = match parsed.dtype.as_str() {
+            "bfloat16" => DType::Bf16,
+            "float16" => DType::F16,
+            "float32" => DType::F32,
+            other => return Err(bad(format!("it is of the unknown type {other:?}"))),
+        };
+        let n = elements(&parsed.shape)
+            .filter(|_| dtype.tensor_bytes(&parsed.shape).is_some() && parsed.shape.len() <= 16)
+            .ok_or_else(|| bad("its shape has no size in 64 bits".to_owned()))?;
+        let blocks = n.div_ceil(u64::from(block_size));
+        let codes = self
+            .by_name
+            .get(self.weight)
+            .copied()
+            .ok_or_else(|| bad("it has a quant state, but there is no tensor".to_owned()))?;
+        // In any storage type: the bytes are the same.
+        self.check(codes, None, n.div_ceil(2))?;
+        self.check_table("quant_map", &values(quant_type))?;
+        let nested = match (
+            parsed.nested_blocksize,
+            parsed.nested_dtype,
+            parsed.nested_offset,
+        ) {
+            (None, None, None) => None,
+            (Some(256), Some(dtype), Some(offset)) if dtype == "float32" => {
+                // Written as the decimal form of the f32; anything else was not.
+                let single = offset as f32;
+                if !single.is_finite() {
+                    return Err(bad(format!("its nested offset is {offset}")));
+                }
+                self.check_table("nested_quant_map", &DYNAMIC_MAP)?;
+                let index = self.part("nested_absmax")?;
+                self.check(index, Some(DType::F32), 4 * blocks.div_ceil(256))?;
+                Some(Nested {
+                    absmax: self.extent(index),
+                    offset: single,
+                })
+            }
+            (block, dtype, offset) => {
+                return Err(bad(format!(
+                    "its double quantization is not of a known kind (block size {block:?}, type {dtype:?}, offset {offset:?}; need 256, float32 and a number)"
+                )));
+            }
+        };
+        if nested.is_none() && self.find(".nested_absmax").is_some() {
+            return Err(bad(
+                "it has nested scales that its quant state does not mention".to_owned(),
+            ));
+        }
+        let absmax = self.part("absmax")?;
+        match nested {
+            None => self.check(absmax, Some(DType::F32), 4 * blocks)?,
+            Some(_) => self.check(absmax, Some(DType::U8), blocks)?,
+        }
+        let info = TensorInfo {
+            dtype,
+            shape: parsed.shape,
+            quantized: Some(Box::new(Quantized {
+                quant_type,
+                block_size,
+                absmax: self.extent(absmax),
+                nested,
+            })),
+            ..self.tensors[codes].clone()
+        };
+        Ok((codes, info))
+    }
+
+    fn part(&self, name: &str) -> Result<usize, CheckpointError> {
+        self.find(&format!(".{name}")).ok_or_else(|| {
+            let weight = self.by_name.get(self.weight).copied().unwrap_or(0);
+            self.bad(weight, format!("its {name} is missing"))
+        })
+    }
+
+    fn extent(&self, index: usize) -> Extent {
+        let tensor = &self.tensors[index];
+        Extent {
+            shard: tensor.shard,
+            offset: tensor.offset,
+            bytes: tensor.bytes,
+        }
+    }
+
+    fn check(&self, index: usize, dtype: Option<DType>, need: u64) -> Result<(), CheckpointError> {
+        let tensor = &self.tensors[index];
+        if let Some(dtype) = dtype.filter(|&dtype| dtype != tensor.dtype) {
+            return Err(self.bad(
+                index,
+                format!(
+                    "'{}' is of type {}, need {dtype}",
+                    tensor.name, tensor.dtype
+                ),
+            ));
+        }
+        if tensor.bytes != need {
+            return Err(self.bad(
+                index,
+                format!("'{}' has {} bytes, need {need}", tensor.name, tensor.bytes),
+            ));
+        }
+        Ok(())
+    }
+
+    /// The table of values is the one that the kernels know.
+    fn check_table(&self, name: &str, known: &[f32]) -> Result<(), CheckpointError> {
+        let index = self.part(name)?;
+        self.check(index, Some(DType::F32), 4 * known.len() as u64)?;
+        let bytes = self.read(index)?;
+        let (found, _) = bytes.as_chunks::<4>();
+        // As numbers: a zero may have either sign.
+        if found
+            .iter()
+            .zip(known)
+            .any(|(found, known)| f32::from_le_bytes(*found) != *known)
+        {
+            return Err(self.bad(index, format!("its {name} is not the usual one")));
+        }
+        Ok(())
+    }
+
+    fn read(&self, index: usize) -> Result<Vec<u8>, CheckpointError> {
+        let tensor = &self.tensors[index];
+        let mut bytes = vec![0; tensor.bytes as usize];
+        super::read_at(
+            self.shards,
+            self.tensors,
+            tensor.shard,
+            tensor.offset,
+            &mut bytes,
+        )?;
+        Ok(bytes)
+    }
+
+    fn read_state(&self, index: usize) -> Result<QuantState, CheckpointError> {
+        let length = self.tensors[index].bytes;
+        if length > MAX_QUANT_STATE_BYTES {
+            return Err(self.bad(
+                index,
+                format!(
+                    "its quant state has {length} bytes, at most {MAX_QUANT_STATE_BYTES} are read"
+                ),
+            ));
+        }
+        serde_json::from_slice(&self.read(index)?)
+            .map_err(|error| self.bad(index, format!("its quant state cannot be read: {error}")))
+    }
+}
+
+fn values(quant_type: QuantType) -> [f32; 16] {
+    match quant_type {
+        QuantType::Nf4 => NF4,
+        QuantType::Fp4 => FP4,
+    }
+}

@@ -1,0 +1,151 @@
+//! `config.json` with the `quantization_config` that transformers writes.
+
+use std::fmt;
+
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
+
+use super::layout::pretty;
+use super::target::Target;
+use super::{SaveError, is_4bit};
+use crate::checkpoint::{Config, TensorInfo};
+use crate::types::{DType, Format, QuantType};
+
+const KEY: &str = "quantization_config";
+
+/// Writes the model's configuration, where it has one.
+pub(super) fn write(
+    config: Option<&Config>,
+    weights: &[(TensorInfo, Format)],
+    skipped_on_request: bool,
+    target: &Target,
+) -> Result<(), SaveError> {
+    let Some(config) = config else {
+        return Ok(());
+    };
+    let quantized = weights
+        .iter()
+        .any(|(tensor, format)| is_4bit(tensor, *format));
+    let text = match quantized {
+        true => with_quantization(config, weights, skipped_on_request),
+        false => config.text.clone(),
+    };
+    target.write_text("config.json", &text)
+}
+
+/// The text of the configuration with one more entry; the others stay to the letter.
+fn with_quantization(
+    config: &Config,
+    weights: &[(TensorInfo, Format)],
+    skipped_on_request: bool,
+) -> String {
+    let Ok(Entries(mut entries)) = serde_json::from_str(&config.text) else {
+        // It was parsed when the checkpoint was opened.
+        return config.text.clone();
+    };
+    // A checkpoint that was quantized already says so itself.
+    if entries.iter().any(|(key, _)| key == KEY) {
+        return config.text.clone();
+    }
+    let value = quantization_config(config, weights, skipped_on_request);
+    let indented = pretty(&value).replace('\n', "\n  ");
+    let Ok(raw) = RawValue::from_string(indented) else {
+        return config.text.clone();
+    };
+    // transformers sorts its keys; in a file that is not sorted it comes last.
+    let position = match entries.is_sorted_by(|(a, _), (b, _)| a <= b) {
+        true => entries.partition_point(|(key, _)| key.as_str() < KEY),
+        false => entries.len(),
+    };
+    entries.insert(position, (KEY.to_owned(), raw));
+    let lines: Vec<String> = entries
+        .iter()
+        .map(|(key, value)| format!("  {}: {}", Value::from(key.as_str()), value.get()))
+        .collect();
+    format!("{{\n{}\n}}\n", lines.join(",\n"))
+}
+
+/// What transformers 5.23 writes for such weights.
+fn quantization_config(
+    config: &Config,
+    weights: &[(TensorInfo, Format)],
+    skipped_on_request: bool,
+) -> Value {
+    let mut quant_type = QuantType::Nf4;
+    let mut double = false;
+    for (tensor, format) in weights {
+        match (&tensor.quantized, format) {
+            (Some(quantized), _) => {
+                quant_type = quantized.quant_type;
+                double |= quantized.nested.is_some();
+            }
+            (
+                None,
+                Format::Nf4 {
+                    double_quantized, ..
+                },
+            ) => double |= double_quantized,
+            _ => {}
+        }
+    }
+    let named = |key: &str| config.json.get(key).and_then(Value::as_str);
+    let compute = match named("dtype").or_else(|| named("torch_dtype")) {
+        Some(dtype @ ("float16" | "float32")) => dtype,
+        _ => "bfloat16",
+    };
+    json!({
+        "_load_in_4bit": true,
+        "_load_in_8bit": false,
+        "bnb_4bit_compute_dtype": compute,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": quant_type.name(),
+        "bnb_4bit_use_double_quant": double,
+        "llm_int8_enable_fp32_cpu_offload": false,
+        "llm_int8_has_fp16_weight": false,
+        "llm_int8_skip_modules": skipped_on_request.then(|| unquantized_modules(weights)),
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": true,
+        "load_in_8bit": false,
+        "quant_method": "bitsandbytes",
+    })
+}
+
+/// Modules whose matrix is not quantized. A list replaces the default one of transformers, so that
+/// it has to be complete; that some of these modules would not be quantized anyway does no harm.
+fn unquantized_modules(weights: &[(TensorInfo, Format)]) -> Vec<String> {
+    weights
+        .iter()
+        .filter(|(tensor, format)| {
+            let float = matches!(tensor.dtype, DType::Bf16 | DType::F16 | DType::F32);
+            tensor.shape.len() == 2 && float && !is_4bit(tensor, *format)
+        })
+        .filter_map(|(tensor, _)| tensor.name.strip_suffix(".weight"))
+        .map(str::to_owned)
+        .collect()
+}
+
+/// The entries of an object in their order, values as they are written.
+struct Entries(Vec<(String, Box<RawValue>)>);
+
+impl<'de> Deserialize<'de> for Entries {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Entries, D::Error> {
+        struct InOrder;
+        impl<'de> Visitor<'de> for InOrder {
+            type Value = Entries;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(InOrder)
+    }
+}

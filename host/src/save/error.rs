@@ -1,0 +1,79 @@
+//! Why a checkpoint was not written.
+
+use std::path::PathBuf;
+
+use tightfit_kernels::KernelError;
+
+use crate::checkpoint::CheckpointError;
+use crate::load::LoadError;
+use crate::plan::{PlanError, SizeError};
+
+/// Why a checkpoint was not written. Nothing is left at the target, or what was there before.
+#[derive(Debug, thiserror::Error)]
+pub enum SaveError {
+    /// The target exists, and may not be replaced.
+    #[error("{} exists; choose another directory, or replace it with --force", path.display())]
+    Exists {
+        /// The target.
+        path: PathBuf,
+    },
+    /// The target cannot be a directory's name.
+    #[error("{} is not the name of a directory that could be written", path.display())]
+    NotADirectoryName {
+        /// The target.
+        path: PathBuf,
+    },
+    /// The operating system refused; a full disk ends here.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file or directory.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// The checkpoint cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// A weight could not be quantized.
+    #[error(transparent)]
+    Load(LoadError),
+    /// A batch could not be laid out: a fault of ours.
+    #[error("internal error: {0}")]
+    Plan(PlanError),
+    /// A format cannot hold a tensor.
+    #[error(transparent)]
+    Size(#[from] SizeError),
+    /// A kernel was called with lengths that do not belong together: a fault of ours.
+    #[error("internal error: {0}")]
+    Kernel(#[from] KernelError),
+    /// Two tensors would be written under one name.
+    #[error("two tensors would be written as '{name}'")]
+    SameName {
+        /// The name.
+        name: String,
+    },
+    /// A header would be larger than readers accept.
+    #[error("the header of {file} would be larger than 100 MB; choose a smaller --max-shard-size")]
+    HeaderTooLarge {
+        /// The shard.
+        file: String,
+    },
+    /// The placements were made for another checkpoint.
+    #[error("the placements were made for another checkpoint")]
+    OtherPlan,
+    /// The user asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl From<LoadError> for SaveError {
+    fn from(error: LoadError) -> SaveError {
+        match error {
+            LoadError::Cancelled => SaveError::Cancelled,
+            LoadError::Checkpoint(error) => SaveError::Checkpoint(error),
+            error => SaveError::Load(error),
+        }
+    }
+}

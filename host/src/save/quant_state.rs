@@ -1,0 +1,127 @@
+//! The text that says how a 4-bit weight is to be read, as bitsandbytes writes it: Python's
+//! `json.dumps` of `QuantState.as_dict`, spaces and order of keys included.
+
+use crate::model::Quantization;
+use crate::types::DType;
+
+/// The longest offset that is written, such as `-1.1754943508222875e-38`.
+const LONGEST_OFFSET: usize = 24;
+
+/// The text for a weight that had this type and shape.
+pub(super) fn text(dtype: DType, shape: &[u64], quantization: &Quantization) -> String {
+    let offset = quantization
+        .nested_offset
+        .map(|offset| python_repr(f64::from(offset)));
+    with_offset(dtype, shape, quantization, offset.as_deref())
+}
+
+/// A length that the text will not exceed, whatever the offset will be.
+pub(super) fn longest(dtype: DType, shape: &[u64], quantization: &Quantization) -> usize {
+    let offset = quantization.nested_offset.map(|_| "");
+    with_offset(dtype, shape, quantization, offset).len() + LONGEST_OFFSET
+}
+
+fn with_offset(
+    dtype: DType,
+    shape: &[u64],
+    quantization: &Quantization,
+    offset: Option<&str>,
+) -> String {
+    let dtype = match dtype {
+        DType::F16 => "float16",
+        DType::F32 => "float32",
+        // Nothing else is quantized.
+        _ => "bfloat16",
+    };
+    let shape: Vec<String> = shape.iter().map(u64::to_string).collect();
+    let mut text = format!(
+        r#"{{"quant_type": "{}", "blocksize": {}, "dtype": "{dtype}", "shape": [{}]"#,
+        quantization.quant_type.name(),
+        quantization.block_size,
+        shape.join(", "),
+    );
+    if let Some(offset) = offset {
+        text += &format!(
+            r#", "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": {offset}"#
+        );
+    }
+    text + "}"
+}
+
+/// A number as Python prints it: the shortest digits that give it back, in exponent form below
+/// 1e-4 and from 1e16 on.
+fn python_repr(value: f64) -> String {
+    // Rust finds the same shortest digits; only the form differs.
+    let scientific = format!("{value:e}");
+    let Some((digits, exponent)) = scientific.split_once('e') else {
+        // Python's json writes these words; bitsandbytes never has such an offset for finite weights.
+        return match value {
+            v if v.is_nan() => "NaN".to_owned(),
+            v if v > 0.0 => "Infinity".to_owned(),
+            _ => "-Infinity".to_owned(),
+        };
+    };
+    let exponent: i32 = exponent.parse().unwrap_or(0);
+    if (-4..16).contains(&exponent) {
+        return format!("{value:?}");
+    }
+    let sign = if exponent < 0 { '-' } else { '+' };
+    format!("{digits}e{sign}{:02}", exponent.abs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::QuantType;
+
+    #[test]
+    fn numbers_are_written_as_python_writes_them() {
+        for (value, expected) in [
+            (f64::from(0.051_832_2_f32), "0.05183219909667969"),
+            (0.0, "0.0"),
+            (1.0, "1.0"),
+            (0.0001, "0.0001"),
+            (0.00001, "1e-05"),
+            (f64::from(1.5e-7_f32), "1.500000053056283e-07"),
+            (f64::from(f32::MAX), "3.4028234663852886e+38"),
+            (f64::from(f32::MIN_POSITIVE), "1.1754943508222875e-38"),
+            (1e15, "1000000000000000.0"),
+            (-2.5e16, "-2.5e+16"),
+        ] {
+            assert_eq!(python_repr(value), expected);
+        }
+    }
+
+    #[test]
+    fn the_text_is_what_bitsandbytes_writes() {
+        let mut quantization = Quantization {
+            quant_type: QuantType::Nf4,
+            block_size: 64,
+            nested_offset: None,
+        };
+        assert_eq!(
+            text(DType::Bf16, &[128, 256], &quantization),
+            r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [128, 256]}"#
+        );
+        quantization.nested_offset = Some(0.051_832_2);
+        assert_eq!(
+            text(DType::F16, &[3], &quantization),
+            r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [3], "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.05183219909667969}"#
+        );
+        for offset in [
+            f32::MIN,
+            f32::MAX,
+            1.0e-45,
+            -f32::MIN_POSITIVE,
+            f32::NEG_INFINITY,
+            f32::NAN,
+        ] {
+            quantization.nested_offset = Some(offset);
+            let length = text(DType::F32, &[1, 2], &quantization).len();
+            assert!(
+                length <= longest(DType::F32, &[1, 2], &quantization),
+                "{offset}"
+            );
+        }
+    }
+}
