@@ -5,4 +5,5 @@
 pub mod double_quant;
 pub mod golden;
 pub mod loading;
+pub mod reference;
 pub mod tensors;
