@@ -40,9 +40,9 @@ impl Reference<'_> {
             }
         }
 
+        // Every token goes to the shared expert, where there is one.
         let shared = format!("{layer}.mlp.shared_expert");
-        // Only some architectures have one.
-        let shared_gate = format!("{layer}.mlp.shared_expert_gate");
+        let shared_gate = format!("{shared}_gate");
         if self
             .weights
             .find(&format!("{shared_gate}.weight"))

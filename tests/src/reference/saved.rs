@@ -7,6 +7,9 @@ use serde::Deserialize;
 use super::tensors::{Weight, Weights};
 use crate::tensors::{FileTensor, FileTensors, floats};
 
+/// What follows the name of a weight in that of its [`QuantState`].
+const QUANT_STATE: &str = ".quant_state.bitsandbytes__nf4";
+
 /// The tensors of a checkpoint that transformers and bitsandbytes quantized.
 #[derive(Debug, Clone)]
 pub struct SavedWeights(pub FileTensors);
@@ -22,9 +25,12 @@ struct QuantState {
 
 impl Weights for SavedWeights {
     fn find(&self, name: &str) -> Option<Weight> {
-        let stored = self.0.0.get(name)?;
-        let state = format!("{name}.quant_state.bitsandbytes__nf4");
-        Some(match self.0.0.get(&state) {
+        let stored = match self.0.0.get(name) {
+            // A tied head is not saved.
+            None if name == "lm_head.weight" => return self.find("model.embed_tokens.weight"),
+            stored => stored?,
+        };
+        Some(match self.0.0.get(&format!("{name}{QUANT_STATE}")) {
             Some(state) => self.dequantize(name, &state.data),
             None => plain(name, stored),
         })
@@ -32,6 +38,15 @@ impl Weights for SavedWeights {
 }
 
 impl SavedWeights {
+    /// Names of the weights that were quantized.
+    pub fn quantized(&self) -> Vec<String> {
+        let names = self.0.0.keys();
+        names
+            .filter_map(|name| name.strip_suffix(QUANT_STATE))
+            .map(str::to_owned)
+            .collect()
+    }
+
     fn dequantize(&self, name: &str, state: &[u8]) -> Weight {
         let state: QuantState =
             serde_json::from_slice(state).unwrap_or_else(|error| panic!("{name}: {error}"));
