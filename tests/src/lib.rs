@@ -8,4 +8,5 @@ pub mod golden;
 pub mod guests;
 pub mod loading;
 pub mod models;
+pub mod reference;
 pub mod tensors;

@@ -1,0 +1,117 @@
+//! Mixture of experts: every token goes to the few experts that the router gives it.
+
+use super::mlp::gate;
+use super::tensors::{Matrix, add_scaled};
+use super::{Reference, scale_to_one, sigmoid, softmax};
+
+/// One expert: a gated feed-forward network.
+struct Expert {
+    gate: Matrix,
+    up: Matrix,
+    down: Matrix,
+}
+
+impl Expert {
+    fn apply(&self, input: &[f32]) -> Vec<f32> {
+        let mut inner = self.gate.apply(input);
+        gate(&mut inner, &self.up.apply(input));
+        self.down.apply(&inner)
+    }
+}
+
+impl Reference<'_> {
+    /// Name of a layer's router; `None` where there are no experts.
+    pub(super) fn router(&self, layer: &str) -> Option<String> {
+        ["mlp.gate", "block_sparse_moe.gate"]
+            .map(|name| format!("{layer}.{name}"))
+            .into_iter()
+            .find(|router| self.weights.find(&format!("{router}.weight")).is_some())
+    }
+
+    pub(super) fn mixture_of_experts(&self, layer: &str, router: &str, hidden: &Matrix) -> Matrix {
+        let mut scores = self.weights.linear(router, hidden);
+        let experts = self.experts(layer, scores.columns);
+        let mut outputs = Matrix::zeros(hidden.rows().len(), hidden.columns);
+        for ((input, scores), output) in
+            hidden.rows().zip(scores.rows_mut()).zip(outputs.rows_mut())
+        {
+            for (expert, share) in self.choose(scores) {
+                add_scaled(output, share, &experts[expert].apply(input));
+            }
+        }
+
+        // Every token goes to the shared expert, where there is one.
+        let shared = format!("{layer}.mlp.shared_expert");
+        let shared_gate = format!("{shared}_gate");
+        if self
+            .weights
+            .find(&format!("{shared_gate}.weight"))
+            .is_some()
+        {
+            let gates = self.weights.linear(&shared_gate, hidden);
+            let shared = self.mlp(&shared, hidden);
+            for ((output, gate), row) in outputs.rows_mut().zip(gates.rows()).zip(shared.rows()) {
+                add_scaled(output, sigmoid(gate[0]), row);
+            }
+        }
+        outputs
+    }
+
+    /// The experts of one token, and how much each counts.
+    fn choose(&self, scores: &mut [f32]) -> impl Iterator<Item = (usize, f32)> + use<> {
+        softmax(scores);
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+        order.truncate(self.config.experts_per_token());
+        let mut shares: Vec<f32> = order.iter().map(|&expert| scores[expert]).collect();
+        if self.config.normalizes_expert_weights() {
+            scale_to_one(&mut shares);
+        }
+        order.into_iter().zip(shares)
+    }
+
+    /// Every expert of a layer, from stacks or from tensors of its own.
+    fn experts(&self, layer: &str, count: usize) -> Vec<Expert> {
+        let stacks = format!("{layer}.mlp.experts");
+        let stack = |name: &str| self.weights.stack(&format!("{stacks}.{name}"));
+        if let Some((gate_up, down)) = stack("gate_up_proj").zip(stack("down_proj")) {
+            assert_eq!((gate_up.len(), down.len()), (count, count), "{stacks}");
+            let pairs = gate_up.into_iter().zip(down);
+            return pairs.map(|(gate_up, down)| split(gate_up, down)).collect();
+        }
+        let expert = |index: usize| {
+            let matrix = |name: String| self.weights.matrix(&format!("{layer}.{name}.weight"));
+            let current = format!("mlp.experts.{index}");
+            // Mixtral's names.
+            let older = format!("block_sparse_moe.experts.{index}");
+            if self
+                .weights
+                .find(&format!("{layer}.{older}.w1.weight"))
+                .is_some()
+            {
+                return Expert {
+                    gate: matrix(format!("{older}.w1")),
+                    up: matrix(format!("{older}.w3")),
+                    down: matrix(format!("{older}.w2")),
+                };
+            }
+            Expert {
+                gate: matrix(format!("{current}.gate_proj")),
+                up: matrix(format!("{current}.up_proj")),
+                down: matrix(format!("{current}.down_proj")),
+            }
+        };
+        (0..count).map(expert).collect()
+    }
+}
+
+/// An expert of stacks: the rows of its gate come before those of `up`.
+fn split(mut gate: Matrix, down: Matrix) -> Expert {
+    let up = gate.data.split_off(gate.data.len() / 2);
+    let columns = gate.columns;
+    Expert {
+        gate,
+        up: Matrix { columns, data: up },
+        down,
+    }
+}

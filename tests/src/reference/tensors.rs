@@ -1,0 +1,163 @@
+//! Matrices, and the weights of a model by name.
+
+use tightfit::model::Model;
+use tightfit_kernels::FloatType;
+
+use crate::tensors::floats;
+
+/// Numbers in rows: activations as tokens by features, weights as outputs by inputs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Matrix {
+    /// Length of a row.
+    pub columns: usize,
+    /// Row-major.
+    pub data: Vec<f32>,
+}
+
+impl Matrix {
+    /// All zeros.
+    pub fn zeros(rows: usize, columns: usize) -> Matrix {
+        Matrix {
+            columns,
+            data: vec![0.0; rows * columns],
+        }
+    }
+
+    /// One row for each item.
+    pub fn from_rows(columns: usize, rows: impl IntoIterator<Item = Vec<f32>>) -> Matrix {
+        let mut data = Vec::new();
+        for row in rows {
+            assert_eq!(row.len(), columns, "every row is of one length");
+            data.extend(row);
+        }
+        Matrix { columns, data }
+    }
+
+    /// Every row.
+    pub fn rows(&self) -> impl ExactSizeIterator<Item = &[f32]> {
+        self.data.chunks_exact(self.columns)
+    }
+
+    /// Every row, to be changed.
+    pub fn rows_mut(&mut self) -> impl ExactSizeIterator<Item = &mut [f32]> {
+        self.data.chunks_exact_mut(self.columns)
+    }
+
+    /// One row.
+    pub fn row(&self, index: usize) -> &[f32] {
+        &self.data[index * self.columns..][..self.columns]
+    }
+
+    /// One row, to be changed.
+    pub fn row_mut(&mut self, index: usize) -> &mut [f32] {
+        &mut self.data[index * self.columns..][..self.columns]
+    }
+
+    /// The product of this matrix and a vector.
+    pub fn apply(&self, input: &[f32]) -> Vec<f32> {
+        assert_eq!(input.len(), self.columns, "the inputs are a row long");
+        self.rows().map(|row| dot(row, input)).collect()
+    }
+
+    /// Adds a matrix of the same shape.
+    pub fn add(&mut self, other: &Matrix) {
+        assert_eq!(self.data.len(), other.data.len(), "both are of one shape");
+        add_scaled(&mut self.data, 1.0, &other.data);
+    }
+}
+
+/// Sum of the products.
+pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// Adds `factor * addend` to `sum`.
+pub(super) fn add_scaled(sum: &mut [f32], factor: f32, addend: &[f32]) {
+    for (sum, addend) in sum.iter_mut().zip(addend) {
+        *sum += factor * addend;
+    }
+}
+
+/// A weight as numbers, whatever it is stored as.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Weight {
+    /// Row-major.
+    pub shape: Vec<usize>,
+    /// The elements.
+    pub data: Vec<f32>,
+}
+
+/// Where weights come from.
+pub trait Weights {
+    /// The weight of this name, if there is one.
+    fn find(&self, name: &str) -> Option<Weight>;
+}
+
+/// A loaded model. Weights are dequantized to f32 and not rounded to bf16 on the way.
+impl Weights for Model {
+    fn find(&self, name: &str) -> Option<Weight> {
+        let tensor = self.tensor(name)?;
+        let bytes = tensor
+            .to_float(FloatType::F32)
+            .unwrap_or_else(|error| panic!("{name}: {error}"));
+        let length = |&length: &u64| usize::try_from(length).expect("it is in memory");
+        Some(Weight {
+            shape: tensor.shape().iter().map(length).collect(),
+            data: floats(&bytes),
+        })
+    }
+}
+
+impl dyn Weights + '_ {
+    fn get(&self, name: &str) -> Weight {
+        self.find(name)
+            .unwrap_or_else(|| panic!("the model has no {name}"))
+    }
+
+    /// A weight of one dimension.
+    pub(super) fn vector(&self, name: &str) -> Vec<f32> {
+        let weight = self.get(name);
+        assert_eq!(weight.shape.len(), 1, "{name} is {:?}", weight.shape);
+        weight.data
+    }
+
+    /// A weight of two dimensions.
+    pub(super) fn matrix(&self, name: &str) -> Matrix {
+        let Weight { shape, data } = self.get(name);
+        let [_, columns] = shape[..] else {
+            panic!("{name} is {shape:?}");
+        };
+        Matrix { columns, data }
+    }
+
+    /// A weight of three dimensions, as one matrix for each index of the first; `None` where there
+    /// is no such weight.
+    pub(super) fn stack(&self, name: &str) -> Option<Vec<Matrix>> {
+        let Weight { shape, data } = self.find(name)?;
+        let [_, rows, columns] = shape[..] else {
+            panic!("{name} is {shape:?}");
+        };
+        let matrix = |data: &[f32]| Matrix {
+            columns,
+            data: data.to_vec(),
+        };
+        Some(data.chunks_exact(rows * columns).map(matrix).collect())
+    }
+
+    /// What a linear layer makes of every row: its weight times the row, and its bias, if it has
+    /// one, added.
+    pub(super) fn linear(&self, module: &str, inputs: &Matrix) -> Matrix {
+        let weight = self.matrix(&format!("{module}.weight"));
+        let bias = self.find(&format!("{module}.bias"));
+        let mut outputs = Matrix::from_rows(
+            weight.data.len() / weight.columns,
+            inputs.rows().map(|row| weight.apply(row)),
+        );
+        if let Some(bias) = bias {
+            for row in outputs.rows_mut() {
+                add_scaled(row, 1.0, &bias.data);
+            }
+        }
+        outputs
+    }
+}
