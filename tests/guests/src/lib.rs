@@ -104,6 +104,7 @@ impl Policy for Hostile {
                             dtype: DType::Bf16,
                             shape: shape.to_vec(),
                             bytes: 0,
+                            quantized: None,
                         };
                         // Answered with an error or a size: either will do.
                         let _ = black_box(Sizer::new().size(&tensor, format));
