@@ -4,9 +4,9 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Config, TensorInfo};
 use crate::plan::Plan;
-use crate::types::{DType, elements};
+use crate::types::{Format, elements};
 
 /// What a checkpoint holds, and what would become of it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -27,10 +27,16 @@ pub struct Inspection {
     pub source_bytes: u64,
     /// Decoder layers, as config.json counts them.
     pub layers: Option<u32>,
-    /// By element type: tensors, elements, bytes.
+    /// Experts in a layer, as config.json counts them; of a mixture-of-experts model.
+    pub experts_per_layer: Option<u64>,
+    /// The weights of experts: tensors, elements, bytes in the files.
+    pub experts: Share,
+    /// By element type, or 4-bit format of what is quantized already: tensors, elements, bytes.
     pub dtypes: BTreeMap<String, Share>,
     /// By the format that the policy chooses: tensors, elements, bytes as stored in that format.
     pub formats: BTreeMap<String, Share>,
+    /// Elements that are in a 4-bit format as stored.
+    pub quantized_elements: u64,
     /// Bytes that would be stored.
     pub stored_bytes: u64,
     /// Pairs of names for one parameter.
@@ -59,21 +65,39 @@ impl Share {
 impl Inspection {
     /// What `checkpoint` holds, with the formats that `plan` gives its tensors.
     pub fn new(checkpoint: &Checkpoint, plan: &Plan) -> Inspection {
-        let mut dtypes: BTreeMap<DType, Share> = BTreeMap::new();
+        let mut dtypes: BTreeMap<String, Share> = BTreeMap::new();
         let mut formats: BTreeMap<String, Share> = BTreeMap::new();
+        let mut experts = Share::default();
         let mut parameters: u64 = 0;
+        let mut quantized_elements: u64 = 0;
         for (tensor, planned) in checkpoint.tensors().iter().zip(&plan.tensors) {
             let n = elements(&tensor.shape).unwrap_or(u64::MAX);
             parameters = parameters.saturating_add(n);
-            dtypes.entry(tensor.dtype).or_default().add(n, tensor.bytes);
-            let format = match planned.placement {
-                placement if placement.device.is_none() => "not loaded".to_owned(),
-                placement => placement.format.to_string(),
+            let bytes = tensor.source_bytes();
+            dtypes
+                .entry(source_format(tensor))
+                .or_default()
+                .add(n, bytes);
+            if is_expert(&tensor.name) {
+                experts.add(n, bytes);
+            }
+            let loaded = planned.placement.device.is_some();
+            let format = match planned.placement.format {
+                _ if !loaded => "not loaded".to_owned(),
+                Format::Stored if tensor.quantized.is_some() => {
+                    format!("stored:{}", source_format(tensor))
+                }
+                format => format.to_string(),
             };
             formats
                 .entry(format)
                 .or_default()
                 .add(n, planned.requested());
+            let quantized = tensor.quantized.is_some()
+                || matches!(planned.placement.format, Format::Nf4 { .. });
+            if loaded && quantized {
+                quantized_elements = quantized_elements.saturating_add(n);
+            }
         }
         Inspection {
             schema: 1,
@@ -88,10 +112,10 @@ impl Inspection {
             layers: checkpoint
                 .config()
                 .and_then(|config| config.num_hidden_layers),
-            dtypes: dtypes
-                .into_iter()
-                .map(|(dtype, share)| (dtype.to_string(), share))
-                .collect(),
+            experts_per_layer: checkpoint.config().and_then(experts_per_layer),
+            experts,
+            dtypes,
+            quantized_elements,
             stored_bytes: formats.values().map(|share| share.bytes).sum(),
             formats,
             ties: checkpoint
@@ -104,14 +128,35 @@ impl Inspection {
                 .collect(),
         }
     }
+}
 
-    /// Elements that would be quantized.
-    pub fn quantized_elements(&self) -> u64 {
-        let nf4 = |name: &str| name.starts_with("nf4");
-        self.formats
-            .iter()
-            .filter(|(name, _)| nf4(name))
-            .map(|(_, share)| share.elements)
-            .sum()
+/// How the file holds a tensor: its element type, or its 4-bit format.
+fn source_format(tensor: &TensorInfo) -> String {
+    match &tensor.quantized {
+        None => tensor.dtype.to_string(),
+        Some(quantized) => {
+            let double = if quantized.nested.is_some() {
+                "+double"
+            } else {
+                ""
+            };
+            format!("{}{double}", quantized.quant_type.name())
+        }
     }
+}
+
+/// Whether it is a weight of an expert, on its own or in a stack.
+fn is_expert(name: &str) -> bool {
+    name.split('.').any(|module| module == "experts")
+}
+
+/// As the configurations of the field name it.
+fn experts_per_layer(config: &Config) -> Option<u64> {
+    let nested = ["text_config", "llm_config"];
+    let models = nested.iter().filter_map(|key| config.json.get(key));
+    models.chain([&config.json]).find_map(|model| {
+        ["num_experts", "num_local_experts", "n_routed_experts"]
+            .iter()
+            .find_map(|key| model.get(key)?.as_u64())
+    })
 }

@@ -42,7 +42,19 @@ fn text(inspection: &Inspection) -> String {
         Bytes(inspection.source_bytes),
     );
     if let Some(layers) = inspection.layers {
-        text += &format!("{layers} layers\n");
+        text += &format!("{layers} layers");
+        if let Some(experts) = inspection.experts_per_layer {
+            text += &format!(", {experts} experts in each");
+        }
+        text += "\n";
+    }
+    if inspection.experts.tensors > 0 {
+        text += &format!(
+            "experts: {} of the parameters, {} in {} tensors\n",
+            count(inspection.experts.elements),
+            Bytes(inspection.experts.bytes),
+            inspection.experts.tensors,
+        );
     }
     for (tensor, alias) in &inspection.ties {
         text += &format!("tied: {} = {}\n", printable(alias), printable(tensor));
@@ -63,8 +75,8 @@ fn text(inspection: &Inspection) -> String {
         text += &format!("\n{table}");
     }
     text += &format!(
-        "\n{} of {} parameters quantized; {} to store\n",
-        count(inspection.quantized_elements()),
+        "\n{} of {} parameters in 4 bits as stored; {} in all\n",
+        count(inspection.quantized_elements),
         count(inspection.parameters),
         Bytes(inspection.stored_bytes),
     );
