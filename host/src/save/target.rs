@@ -141,9 +141,12 @@ impl Target {
             replaced = Some(aside);
         }
         if let Err(error) = fs::rename(partial.path(), &path) {
-            if let Some(aside) = &replaced {
-                // Back to how it was; the error that counts is the first.
-                let _ = fs::rename(aside.path().join("old"), &path);
+            // Back to how it was; the error that counts is the first.
+            if let Some(aside) = replaced
+                && fs::rename(aside.path().join("old"), &path).is_err()
+            {
+                // Better a strange name than nothing.
+                let _ = aside.keep();
             }
             return Err(io_error("rename", &path)(error));
         }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use tightfit::device::DeviceSpec;
 use tightfit::types::parse_bytes;
-use tightfit_kernels::Isa;
+use tightfit_kernels::{Isa, KernelError, Kernels};
 
 /// Loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
 ///
@@ -107,6 +107,13 @@ pub(crate) struct EngineOptions {
     /// Quantize with this instruction set (portable, avx2, avx512) instead of the best one
     #[arg(long, value_name = "ISA", value_parser = isa, hide_short_help = true)]
     pub(crate) isa: Option<Isa>,
+}
+
+impl EngineOptions {
+    /// The kernels that were asked for, or the best ones.
+    pub(crate) fn kernels(&self) -> Result<Kernels, KernelError> {
+        self.isa.map_or_else(|| Ok(Kernels::detect()), Kernels::new)
+    }
 }
 
 #[derive(Debug, Args)]

@@ -3,7 +3,6 @@
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{DeviceSpec, open_devices};
 use tightfit::load::CancelToken;
-use tightfit::plan::propose;
 use tightfit::report::printable;
 use tightfit::synth::{self, Options, Preset};
 use tightfit::types::Bytes;
@@ -56,14 +55,11 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
         given => given,
     };
     let devices = open_devices(specs)?;
-    let policy = session::open_policy(&options.placement.policy)?;
-    let proposed = propose(
+    let proposed = session::propose_with(
+        &options.placement.policy,
         &checkpoint,
-        &policy,
         &session::infos(&devices),
-        &options.placement.policy.settings,
     )?;
-    drop(policy);
     let planned: u64 = proposed
         .plan
         .devices

@@ -1,6 +1,5 @@
 //! `tightfit inspect`.
 
-use tightfit::plan::propose;
 use tightfit::report::{Inspection, Table, printable};
 use tightfit::types::Bytes;
 
@@ -10,13 +9,7 @@ use crate::{output, session};
 
 pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
     let checkpoint = session::open_checkpoint(&options.model)?;
-    let policy = session::open_policy(&options.policy)?;
-    let proposed = propose(
-        &checkpoint,
-        &policy,
-        &[session::anywhere()],
-        &options.policy.settings,
-    )?;
+    let proposed = session::propose_with(&options.policy, &checkpoint, &[session::anywhere()])?;
     let inspection = Inspection::new(&checkpoint, &proposed.plan);
     if options.output.json {
         output::print_json(&inspection)

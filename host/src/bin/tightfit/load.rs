@@ -5,10 +5,9 @@ use tightfit::device::{Device, open_devices};
 use tightfit::load::{self, CancelToken, LoadError, Progress};
 use tightfit::memory::{DEFAULT_STAGING, StagingRing};
 use tightfit::model::Model;
-use tightfit::plan::{Plan, Proposed, propose};
+use tightfit::plan::{Plan, Proposed};
 use tightfit::report::{Report, Table, printable};
 use tightfit::types::Bytes;
-use tightfit_kernels::Kernels;
 
 use crate::args::{EngineOptions, LoadOptions, OutputOptions, PlanOptions};
 use crate::failure::Failure;
@@ -18,12 +17,10 @@ use crate::{output, progress, save, session};
 pub(crate) fn plan(options: &PlanOptions) -> Result<(), Failure> {
     let checkpoint = session::open_checkpoint(&options.model)?;
     let devices = open_devices(&options.placement.devices)?;
-    let policy = session::open_policy(&options.placement.policy)?;
-    let proposed = propose(
+    let proposed = session::propose_with(
+        &options.placement.policy,
         &checkpoint,
-        &policy,
         &session::infos(&devices),
-        &options.placement.policy.settings,
     )?;
     let staging = options.staging.unwrap_or(DEFAULT_STAGING);
     // What a load would refuse is refused here.
@@ -42,15 +39,11 @@ pub(crate) fn plan(options: &PlanOptions) -> Result<(), Failure> {
 pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Failure> {
     let checkpoint = session::open_checkpoint(&options.model)?;
     let devices = open_devices(&options.placement.devices)?;
-    let policy = session::open_policy(&options.placement.policy)?;
-    let proposed = propose(
+    let proposed = session::propose_with(
+        &options.placement.policy,
         &checkpoint,
-        &policy,
         &session::infos(&devices),
-        &options.placement.policy.settings,
     )?;
-    // Compiled code is not needed any more, and its memory would count in the peak.
-    drop(policy);
     let quiet = options.output.quiet;
     let (model, report) = carry_out(
         &checkpoint,
@@ -95,10 +88,7 @@ pub(crate) fn carry_out(
         threads: engine.threads.map_or(defaults.threads, usize::from),
         staging_bytes: engine.staging.unwrap_or(defaults.staging_bytes),
         strict: engine.strict,
-        kernels: match engine.isa {
-            Some(isa) => Kernels::new(isa)?,
-            None => defaults.kernels,
-        },
+        kernels: engine.kernels()?,
         progress: &|progress: Progress| {
             bar.set_length(progress.bytes_total);
             bar.set_position(progress.bytes_read);

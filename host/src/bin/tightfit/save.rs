@@ -6,10 +6,9 @@ use std::time::Instant;
 use serde::Serialize;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::load::{CancelToken, Progress};
-use tightfit::plan::{Proposed, propose};
+use tightfit::plan::Proposed;
 use tightfit::save::{SaveOptions, Saved, save};
 use tightfit::types::{Bytes, Placement};
-use tightfit_kernels::Kernels;
 
 use crate::args::{EngineOptions, SaveCommand, WriteOptions};
 use crate::failure::Failure;
@@ -31,14 +30,7 @@ struct SaveReport {
 /// `tightfit save`.
 pub(crate) fn run(options: &SaveCommand, cancel: CancelToken) -> Result<(), Failure> {
     let checkpoint = session::open_checkpoint(&options.model)?;
-    let policy = session::open_policy(&options.policy)?;
-    let proposed = propose(
-        &checkpoint,
-        &policy,
-        &[session::anywhere()],
-        &options.policy.settings,
-    )?;
-    drop(policy);
+    let proposed = session::propose_with(&options.policy, &checkpoint, &[session::anywhere()])?;
     let start = Instant::now();
     let saved = write(
         &checkpoint,
@@ -95,10 +87,7 @@ pub(crate) fn write(
         threads: engine.threads.map_or(defaults.threads, usize::from),
         staging_bytes: engine.staging.unwrap_or(defaults.staging_bytes),
         strict: engine.strict,
-        kernels: match engine.isa {
-            Some(isa) => Kernels::new(isa)?,
-            None => defaults.kernels,
-        },
+        kernels: engine.kernels()?,
         max_shard_bytes: write.max_shard_size.unwrap_or(defaults.max_shard_bytes),
         force: write.force,
         skipped_on_request: skip.is_some_and(|(_, value)| !value.is_empty()),

@@ -4,6 +4,7 @@ use serde::Serialize;
 use tightfit::checkpoint::{self, Checkpoint};
 use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
 use tightfit::load::CancelToken;
+use tightfit::plan::{Proposed, propose};
 use tightfit::policy::{Limits, WasmPolicy};
 use tightfit::report::Table;
 use tightfit::types::Bytes;
@@ -33,9 +34,14 @@ pub(crate) fn open_checkpoint(model: &str) -> Result<Checkpoint, Failure> {
     Ok(Checkpoint::open(&checkpoint::resolve(model)?)?)
 }
 
-/// Opens the policy.
-pub(crate) fn open_policy(options: &PolicyOptions) -> Result<WasmPolicy, Failure> {
-    Ok(WasmPolicy::open(&options.policy, Limits::default())?)
+/// Asks the policy. It is gone when this returns: its compiled code would count in the peak.
+pub(crate) fn propose_with(
+    options: &PolicyOptions,
+    checkpoint: &Checkpoint,
+    devices: &[DeviceInfo],
+) -> Result<Proposed, Failure> {
+    let policy = WasmPolicy::open(&options.policy, Limits::default())?;
+    Ok(propose(checkpoint, &policy, devices, &options.settings)?)
 }
 
 /// A device on which everything fits: for asking a policy about formats, not places.
