@@ -57,11 +57,10 @@ impl Place {
         self.directory.path().join("tmp")
     }
 
-    /// The command with these arguments and nothing of this process's environment.
-    fn command<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Command {
-        let mut command = Command::new(tightfit());
+    /// A program with nothing of this process's environment.
+    fn command_of(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
         command
-            .args(arguments)
             .current_dir(self.path(""))
             .env_clear()
             .env("HOME", self.directory.path().join("home"))
@@ -84,13 +83,25 @@ impl Place {
         running.finish()
     }
 
+    /// Runs it where no file may become longer than some blocks, as if the disk were full then.
+    /// A write beyond ends it with a signal, or, `told`, fails.
+    #[cfg(unix)]
+    pub fn run_limited(&self, blocks: u32, told: bool, arguments: &[&str]) -> Outcome {
+        let trap = if told { "trap '' XFSZ; " } else { "" };
+        let script = format!("{trap}ulimit -f {blocks}; exec \"$0\" \"$@\"");
+        let mut command = self.command_of(Path::new("/bin/sh"));
+        command
+            .args(["-c", &script])
+            .arg(tightfit())
+            .args(arguments);
+        Running::new(command, arguments).finish()
+    }
+
     /// Starts it.
     pub fn start<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Running {
-        let command = &mut self.command(arguments);
-        Running {
-            typed: arguments.iter().map(|a| a.as_ref().to_owned()).collect(),
-            child: command.spawn().expect("the command starts"),
-        }
+        let mut command = self.command_of(&tightfit());
+        command.args(arguments);
+        Running::new(command, arguments)
     }
 }
 
@@ -102,9 +113,25 @@ pub struct Running {
 }
 
 impl Running {
+    fn new<S: AsRef<OsStr>>(mut command: Command, arguments: &[S]) -> Running {
+        Running {
+            typed: arguments.iter().map(|a| a.as_ref().to_owned()).collect(),
+            child: command.spawn().expect("the command starts"),
+        }
+    }
+
     /// Waits until `begun` holds, looking often, and sends what Ctrl-C sends. Gives false, with
     /// nothing sent, when the command has ended before.
     pub fn interrupt_when(&mut self, begun: impl Fn(u32) -> bool) -> bool {
+        self.signal_when(Signal::INT, begun)
+    }
+
+    /// The same with the signal that cannot be caught.
+    pub fn kill_when(&mut self, begun: impl Fn(u32) -> bool) -> bool {
+        self.signal_when(Signal::KILL, begun)
+    }
+
+    fn signal_when(&mut self, signal: Signal, begun: impl Fn(u32) -> bool) -> bool {
         while !begun(self.child.id()) {
             if self
                 .child
@@ -116,7 +143,7 @@ impl Running {
             }
             std::thread::sleep(std::time::Duration::from_millis(1));
         }
-        kill_process(Pid::from_child(&self.child), Signal::INT).is_ok()
+        kill_process(Pid::from_child(&self.child), signal).is_ok()
     }
 
     /// Waits for its end.
@@ -132,6 +159,17 @@ impl Running {
             stderr: String::from_utf8(output.stderr).expect("messages are UTF-8"),
         }
     }
+}
+
+/// Bytes that a process has read from files so far.
+#[cfg(target_os = "linux")]
+pub fn bytes_read(process: u32) -> u64 {
+    let Ok(text) = fs::read_to_string(format!("/proc/{process}/io")) else {
+        return 0;
+    };
+    text.lines()
+        .find_map(|line| line.strip_prefix("rchar: "))
+        .map_or(0, |count| count.parse().unwrap())
 }
 
 /// What came out.

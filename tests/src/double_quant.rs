@@ -1,4 +1,19 @@
-//! Double quantization in a dozen lines, from its definition and not from our kernels.
+//! Double quantization in a dozen lines, from its definition and not from our kernels; and how
+//! far that of bitsandbytes may be from it.
+
+use tightfit::model::Tensor;
+use tightfit::plan::PartKind;
+
+use crate::loading::part;
+use crate::tensors::{FileTensors, floats, ulp, ulps};
+
+/// What two ways of summing some thousand numbers of one sign differ by.
+const OFFSET_ULPS: u32 = 2;
+
+/// bitsandbytes' CPU path does not search for the nearest of the 256 values but looks it up in
+/// 65,536 bins over -1..1, and so misses it now and then: by one step, or, around zero, where the
+/// values are denser than the bins, by as much as a bin is wide. Its CUDA path and ours do not.
+const CPU_BIN: f32 = 2.0 / 65_535.0;
 
 /// The scales of one tensor, quantized.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,6 +52,108 @@ pub fn double_quantize(absmax: &[f32], map: &[f32]) -> DoubleQuantized {
         offset,
         nested,
         codes,
+    }
+}
+
+/// A double-quantized weight, loaded or in a file.
+#[derive(Debug)]
+pub struct DoubleWeight<'a> {
+    name: &'a str,
+    codes: &'a [u8],
+    absmax: &'a [u8],
+    nested: Vec<f32>,
+    offset: f32,
+}
+
+impl<'m> From<Tensor<'m>> for DoubleWeight<'m> {
+    fn from(tensor: Tensor<'m>) -> DoubleWeight<'m> {
+        DoubleWeight {
+            name: tensor.name(),
+            codes: part(tensor, PartKind::Codes),
+            absmax: part(tensor, PartKind::Absmax),
+            nested: floats(part(tensor, PartKind::NestedAbsmax)),
+            offset: tensor.nested_offset().expect("it is double-quantized"),
+        }
+    }
+}
+
+impl FileTensors {
+    /// The double-quantized weight of this name.
+    pub fn double<'a>(&'a self, name: &'a str) -> DoubleWeight<'a> {
+        DoubleWeight {
+            name,
+            codes: self.data(name),
+            absmax: self.data(&format!("{name}.absmax")),
+            nested: floats(self.data(&format!("{name}.nested_absmax"))),
+            offset: self.nested_offset(name),
+        }
+    }
+}
+
+/// Counts in how many of the double-quantized scales of many weights bitsandbytes differs.
+#[derive(Debug)]
+pub struct Differences {
+    map: Vec<f32>,
+    blocks: usize,
+    differ: usize,
+}
+
+impl Differences {
+    /// None yet. `any` is a file with a double-quantized weight, for the map of 8-bit values.
+    pub fn new(any: &FileTensors) -> Differences {
+        let map = any
+            .0
+            .iter()
+            .find(|(name, _)| name.ends_with(".nested_quant_map"));
+        let (_, map) = map.expect("there is a double-quantized weight");
+        Differences {
+            map: floats(&map.data),
+            blocks: 0,
+            differ: 0,
+        }
+    }
+
+    /// Adds a weight: `theirs` is that of bitsandbytes.
+    pub fn add(&mut self, ours: DoubleWeight<'_>, theirs: DoubleWeight<'_>, context: &str) {
+        let name = ours.name;
+        assert!(ours.codes == theirs.codes, "codes of {name}, {context}");
+        let (offset, expected) = (ours.offset, theirs.offset);
+        assert!(
+            ulps(offset, expected) <= OFFSET_ULPS,
+            "offset of {name}: {offset}, bitsandbytes {expected}, {context}"
+        );
+
+        // The largest distance of a scale from the offset: it moves as far as the offset does.
+        let moved = (offset - expected).abs();
+        assert_eq!(ours.nested.len(), theirs.nested.len(), "{name}, {context}");
+        for (ours, theirs) in ours.nested.into_iter().zip(theirs.nested) {
+            assert!(
+                (ours - theirs).abs() <= moved + ulp(theirs),
+                "nested scale of {name}: {ours}, bitsandbytes {theirs}, {context}"
+            );
+        }
+
+        assert_eq!(ours.absmax.len(), theirs.absmax.len(), "{name}, {context}");
+        self.blocks += ours.absmax.len();
+        for (&ours, &theirs) in ours.absmax.iter().zip(theirs.absmax) {
+            let apart = (self.map[usize::from(ours)] - self.map[usize::from(theirs)]).abs();
+            assert!(
+                ours.abs_diff(theirs) <= 1 || apart <= CPU_BIN,
+                "scale of {name}: {ours}, bitsandbytes {theirs}, {context}"
+            );
+            self.differ += usize::from(ours != theirs);
+        }
+    }
+
+    /// Asserts that they are few.
+    pub fn check(self, context: &str) {
+        assert!(self.blocks > 0, "{context}: nothing was compared");
+        assert!(
+            self.differ * 100 < self.blocks,
+            "{context}: {} of {} scales differ",
+            self.differ,
+            self.blocks
+        );
     }
 }
 

@@ -9,4 +9,5 @@ pub mod guests;
 pub mod loading;
 pub mod models;
 pub mod reference;
+pub mod saving;
 pub mod tensors;

@@ -85,12 +85,21 @@ impl FileTensors {
         &self.get(name).data
     }
 
-    /// The offset of double quantization in the state that bitsandbytes writes beside a weight.
+    /// The state that bitsandbytes writes beside a quantized weight.
+    pub fn quant_state(&self, weight: &str) -> serde_json::Value {
+        let state = ["nf4", "fp4"]
+            .iter()
+            .find_map(|kind| {
+                self.0
+                    .get(&format!("{weight}.quant_state.bitsandbytes__{kind}"))
+            })
+            .unwrap_or_else(|| panic!("{weight} has no quantization state"));
+        serde_json::from_slice(&state.data).expect("the quantization state is JSON")
+    }
+
+    /// The offset of double quantization in that state.
     pub fn nested_offset(&self, weight: &str) -> f32 {
-        let state = self.data(&format!("{weight}.quant_state.bitsandbytes__nf4"));
-        let state: serde_json::Value =
-            serde_json::from_slice(state).expect("the quantization state is JSON");
-        let offset = state["nested_offset"]
+        let offset = self.quant_state(weight)["nested_offset"]
             .as_f64()
             .unwrap_or_else(|| panic!("the state of {weight} has no offset"));
         // It was an f32, printed as the f64 of the same value.

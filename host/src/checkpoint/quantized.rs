@@ -10,7 +10,8 @@ use std::collections::HashMap;
 use serde::Deserialize;
 use tightfit_kernels::{DYNAMIC_MAP, FP4, NF4};
 
-use super::{CheckpointError, Shard, TensorInfo};
+use super::error::shortened;
+use super::{CheckpointError, MAX_DIMENSIONS, Shard, TensorInfo};
 use crate::types::{DType, QuantType, elements};
 
 /// Longest quant state that is read; real ones take 200 bytes.
@@ -110,10 +111,12 @@ pub(super) fn assemble(
             shards,
             weight,
         };
-        let (index, info) = set.assemble(state, quant_type)?;
-        if std::mem::replace(&mut used[index], true) {
-            return Err(set.bad(index, "it has two quant states".to_owned()));
+        // Their tables differ, so that one of them would be wrong: this says why.
+        if STATES.iter().all(|(suffix, _)| set.find(suffix).is_some()) {
+            return Err(set.bad(state, "it has two quant states".to_owned()));
         }
+        let (index, info) = set.assemble(state, quant_type)?;
+        used[index] = true;
         used[state] = true;
         for part in PARTS {
             if let Some(part) = set.find(part) {
@@ -191,7 +194,7 @@ impl Set<'_> {
         if parsed.quant_type != name {
             return Err(bad(format!(
                 "its quant state is named {name} and says {:?}",
-                parsed.quant_type
+                shortened(&parsed.quant_type)
             )));
         }
         let block_size = parsed.blocksize;
@@ -204,10 +207,19 @@ impl Set<'_> {
             "bfloat16" => DType::Bf16,
             "float16" => DType::F16,
             "float32" => DType::F32,
-            other => return Err(bad(format!("it is of the unknown type {other:?}"))),
+            other => {
+                let other = shortened(other);
+                return Err(bad(format!("it is of the unknown type {other:?}")));
+            }
         };
+        let dimensions = parsed.shape.len();
+        if dimensions > MAX_DIMENSIONS {
+            return Err(bad(format!(
+                "its shape has {dimensions} dimensions, at most {MAX_DIMENSIONS} are read"
+            )));
+        }
         let n = elements(&parsed.shape)
-            .filter(|_| dtype.tensor_bytes(&parsed.shape).is_some() && parsed.shape.len() <= 16)
+            .filter(|_| dtype.tensor_bytes(&parsed.shape).is_some())
             .ok_or_else(|| bad("its shape has no size in 64 bits".to_owned()))?;
         let blocks = n.div_ceil(u64::from(block_size));
         let codes = self
@@ -228,7 +240,7 @@ impl Set<'_> {
                 // Written as the decimal form of the f32; anything else was not.
                 let single = offset as f32;
                 if !single.is_finite() {
-                    return Err(bad(format!("its nested offset is {offset}")));
+                    return Err(bad(format!("its nested offset is {offset:?}")));
                 }
                 self.check_table("nested_quant_map", &DYNAMIC_MAP)?;
                 let index = self.part("nested_absmax")?;
@@ -239,6 +251,7 @@ impl Set<'_> {
                 })
             }
             (block, dtype, offset) => {
+                let dtype = dtype.as_deref().map(shortened);
                 return Err(bad(format!(
                     "its double quantization is not of a known kind (block size {block:?}, type {dtype:?}, offset {offset:?}; need 256, float32 and a number)"
                 )));
@@ -344,8 +357,10 @@ impl Set<'_> {
                 ),
             ));
         }
-        serde_json::from_slice(&self.read(index)?)
-            .map_err(|error| self.bad(index, format!("its quant state cannot be read: {error}")))
+        serde_json::from_slice(&self.read(index)?).map_err(|error| {
+            let error = shortened(&error.to_string());
+            self.bad(index, format!("its quant state cannot be read: {error}"))
+        })
     }
 }
 

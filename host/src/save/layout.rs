@@ -1,6 +1,6 @@
 //! Which tensor of the file lies where, before anything is written.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 
 use serde::Serialize;
@@ -86,16 +86,19 @@ impl Layout {
         weights: &[(TensorInfo, Format)],
         max_shard_bytes: u64,
     ) -> Result<Layout, SaveError> {
+        // Of the parts too: an expert of a stack may meet a tensor that is called like a part of it.
+        let mut keys = HashSet::new();
         let mut states = HashMap::new();
         let mut cuts: Vec<(Range<usize>, Vec<Entry>)> = Vec::new();
         let mut bytes_in_shard = 0;
         for (index, (tensor, format)) in weights.iter().enumerate() {
-            if index > 0 && weights[index - 1].0.name == tensor.name {
-                return Err(SaveError::SameName {
-                    name: tensor.name.clone(),
-                });
-            }
             let (entries, state) = entries(index, tensor, *format)?;
+            let added = entries.iter().map(|entry| &entry.key);
+            for key in added.chain(state.as_ref().map(|state| &state.key)) {
+                if !keys.insert(key.clone()) {
+                    return Err(SaveError::SameName { name: key.clone() });
+                }
+            }
             let state_bytes = state.as_ref().map_or(0, |state| state.longest as u64);
             let bytes = entries.iter().map(|entry| entry.bytes).sum::<u64>() + state_bytes;
             match cuts.last_mut() {

@@ -51,9 +51,8 @@ fn with_offset(
 /// A number as Python prints it: the shortest digits that give it back, in exponent form below
 /// 1e-4 and from 1e16 on.
 fn python_repr(value: f64) -> String {
-    // Rust finds the same shortest digits; only the form differs.
-    let scientific = format!("{value:e}");
-    let Some((digits, exponent)) = scientific.split_once('e') else {
+    let shortest = format!("{value:e}");
+    let Some((digits, _)) = shortest.split_once('e') else {
         // Python's json writes these words; bitsandbytes never has such an offset for finite weights.
         return match value {
             v if v.is_nan() => "NaN".to_owned(),
@@ -61,12 +60,35 @@ fn python_repr(value: f64) -> String {
             _ => "-Infinity".to_owned(),
         };
     };
+    // Where two are shortest and equally near, Python takes the even one and Rust the larger one.
+    // Asked for as many digits, Rust takes the even one too.
+    let count = digits.bytes().filter(u8::is_ascii_digit).count();
+    let even = format!("{value:.*e}", count - 1);
+    let scientific = match even.parse::<f64>() {
+        Ok(back) if back == value => even,
+        _ => shortest,
+    };
+    let (digits, exponent) = scientific.split_once('e').unwrap_or((&scientific, "0"));
     let exponent: i32 = exponent.parse().unwrap_or(0);
-    if (-4..16).contains(&exponent) {
-        return format!("{value:?}");
+    if !(-4..16).contains(&exponent) {
+        let sign = if exponent < 0 { '-' } else { '+' };
+        return format!("{digits}e{sign}{:02}", exponent.abs());
     }
-    let sign = if exponent < 0 { '-' } else { '+' };
-    format!("{digits}e{sign}{:02}", exponent.abs())
+    let (sign, digits) = match digits.strip_prefix('-') {
+        Some(digits) => ("-", digits.replace('.', "")),
+        None => ("", digits.replace('.', "")),
+    };
+    let Ok(before) = usize::try_from(exponent + 1) else {
+        let zeros = "0".repeat(exponent.unsigned_abs() as usize - 1);
+        return format!("{sign}0.{zeros}{digits}");
+    };
+    if before == 0 {
+        return format!("{sign}0.{digits}");
+    }
+    let digits = format!("{digits:0<before$}");
+    let (whole, fraction) = digits.split_at(before);
+    let fraction = if fraction.is_empty() { "0" } else { fraction };
+    format!("{sign}{whole}.{fraction}")
 }
 
 #[cfg(test)]
@@ -87,6 +109,12 @@ mod tests {
             (f64::from(f32::MIN_POSITIVE), "1.1754943508222875e-38"),
             (1e15, "1000000000000000.0"),
             (-2.5e16, "-2.5e+16"),
+            (-0.0, "-0.0"),
+            (-12.75, "-12.75"),
+            (-0.5, "-0.5"),
+            (0.001_953_125, "0.001953125"),
+            // Its digits end in ..125: with one less, two numbers are equally near.
+            (f64::from(0.104_724_884_f32), "0.10472488403320312"),
         ] {
             assert_eq!(python_repr(value), expected);
         }

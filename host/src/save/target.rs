@@ -15,8 +15,45 @@ const COMPANIONS: [&str; 6] = ["json", "txt", "model", "jinja", "tiktoken", "bpe
 /// A directory that gets its name when it is complete, and is removed when it is not.
 pub(super) struct Target {
     path: PathBuf,
+    // Before the directories that it is in: fields are dropped in this order.
     partial: TempDir,
+    made: MadeParents,
     force: bool,
+}
+
+/// Directories that were made for the target, outermost first; removed when it is not finished.
+struct MadeParents(Vec<PathBuf>);
+
+impl MadeParents {
+    fn make(parent: &Path) -> Result<MadeParents, SaveError> {
+        let mut made = MadeParents(Vec::new());
+        let missing: Vec<&Path> = parent
+            .ancestors()
+            .take_while(|path| *path != Path::new("") && !path.exists())
+            .collect();
+        for path in missing.into_iter().rev() {
+            match fs::create_dir(path) {
+                Ok(()) => made.0.push(path.to_owned()),
+                // Someone else was faster, or it is spelled with `..`.
+                Err(_) if path.is_dir() => {}
+                Err(error) => return Err(io_error("create", path)(error)),
+            }
+        }
+        Ok(made)
+    }
+
+    fn keep(mut self) {
+        self.0.clear();
+    }
+}
+
+impl Drop for MadeParents {
+    fn drop(&mut self) {
+        for path in self.0.iter().rev() {
+            // Not if someone else has put something into it meanwhile.
+            let _ = fs::remove_dir(path);
+        }
+    }
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SaveError {
@@ -43,11 +80,8 @@ impl Target {
                 path: path.to_owned(),
             });
         }
-        let parent = match path.parent() {
-            Some(parent) if parent != Path::new("") => parent,
-            _ => Path::new("."),
-        };
-        fs::create_dir_all(parent).map_err(io_error("create", parent))?;
+        let parent = parent(path);
+        let made = MadeParents::make(parent)?;
         let partial = tempfile::Builder::new()
             .prefix(&format!(".{name}.partial-"))
             .tempdir_in(parent)
@@ -55,6 +89,7 @@ impl Target {
         Ok(Target {
             path: path.to_owned(),
             partial,
+            made,
             force,
         })
     }
@@ -91,7 +126,7 @@ impl Target {
     pub(super) fn copy_companions(&self, source: &Path) -> Result<(), SaveError> {
         let directory = match source.is_dir() {
             true => source,
-            false => source.parent().unwrap_or(Path::new(".")),
+            false => parent(source),
         };
         let listed = fs::read_dir(directory).map_err(io_error("list", directory))?;
         for entry in listed {
@@ -122,6 +157,7 @@ impl Target {
         let Target {
             path,
             partial,
+            made,
             force,
         } = self;
         make_like_any_directory(partial.path())?;
@@ -141,21 +177,27 @@ impl Target {
             replaced = Some(aside);
         }
         if let Err(error) = fs::rename(partial.path(), &path) {
-            // Back to how it was; the error that counts is the first.
-            if let Some(aside) = replaced
-                && fs::rename(aside.path().join("old"), &path).is_err()
-            {
-                // Better a strange name than nothing.
-                let _ = aside.keep();
+            if let Some(aside) = replaced {
+                // Back to how it was; the error that counts is the first.
+                if fs::rename(aside.path().join("old"), &path).is_err() {
+                    // It must not be lost: dropped, the directory would be removed with it.
+                    let _ = aside.keep();
+                }
             }
             return Err(io_error("rename", &path)(error));
         }
         // It is not there any more: nothing to be removed.
         let _ = partial.keep();
-        if let Some(parent) = path.parent().filter(|parent| *parent != Path::new("")) {
-            sync_directory(parent)?;
-        }
-        Ok(())
+        made.keep();
+        sync_directory(parent(&path))
+    }
+}
+
+/// The directory that a path is in.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
     }
 }
 

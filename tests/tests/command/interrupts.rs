@@ -3,19 +3,12 @@
 use std::fs;
 use std::path::Path;
 
-use tightfit_tests::command::Place;
+use tightfit::checkpoint::Checkpoint;
+use tightfit_tests::command::{Place, bytes_read};
+use tightfit_tests::models;
+use tightfit_tests::saving::{files, names};
 
 const INTERRUPTED: i32 = 130;
-
-/// Bytes that a process has read from files so far.
-fn bytes_read(process: u32) -> u64 {
-    let Ok(text) = fs::read_to_string(format!("/proc/{process}/io")) else {
-        return 0;
-    };
-    text.lines()
-        .find_map(|line| line.strip_prefix("rchar: "))
-        .map_or(0, |count| count.parse().unwrap())
-}
 
 /// Whether there is a file of some length below the directory.
 fn has_weights(directory: &Path) -> bool {
@@ -81,4 +74,60 @@ fn an_interrupted_demo_removes_its_model() {
     assert!(demo.interrupt_when(|_| has_weights(&place.temporary())));
     demo.finish().fails(INTERRUPTED, &["cancelled"]);
     is_empty(&place.temporary());
+}
+
+#[test]
+fn an_interrupted_save_removes_what_it_has_written() {
+    let place = Place::new();
+    place
+        .run(&["synth", "qwen2.5-0.5b", "m", "--headers-only"])
+        .succeeds();
+    let mut save = place.start(&["save", "m", "new/out", "--threads", "1"]);
+    assert!(save.interrupt_when(|_| has_weights(&place.path("new"))));
+    save.finish().fails(INTERRUPTED, &["cancelled"]);
+    assert_eq!(names(&place.path("")), ["m".to_owned()].into());
+
+    // An empty directory that was there stays there.
+    fs::create_dir_all(place.path("old/out")).unwrap();
+    let mut save = place.start(&["save", "m", "old/out", "--threads", "1"]);
+    assert!(save.interrupt_when(|_| has_weights(&place.path("old"))));
+    save.finish().fails(INTERRUPTED, &["cancelled"]);
+    assert_eq!(names(&place.path("old")), ["out".to_owned()].into());
+    is_empty(&place.path("old/out"));
+}
+
+#[test]
+fn a_save_that_is_killed_leaves_nothing_under_its_name_or_everything() {
+    const MOMENTS: u64 = 10;
+    let place = Place::new();
+    models::write_decoder(&place.path("m"), 12, 512);
+    let save = |target| ["save", "m", target, "--quiet", "--max-shard-size=10MB"];
+    place.run(&save("whole")).succeeds();
+    let whole = files(&place.path("whole"));
+    assert!(whole.len() > 3, "{} files", whole.len());
+    let source = fs::metadata(place.path("m/model.safetensors"))
+        .unwrap()
+        .len();
+    let mut killed = 0;
+    for moment in 0..MOMENTS {
+        let out = place.path("out");
+        // The last are when everything has been read: files are written, moved, named.
+        let begun = source * moment / (MOMENTS - 2);
+        let mut running = place.start(&save("out"));
+        killed += u64::from(running.kill_when(|process| bytes_read(process) >= begun));
+        running.finish();
+        if out.exists() {
+            assert!(files(&out) == whole, "killed after {begun} bytes");
+            Checkpoint::open(&out).unwrap_or_else(|error| panic!("{error}"));
+            fs::remove_dir_all(&out).unwrap();
+        }
+        for name in names(&place.path("")) {
+            let left = name.starts_with(".out.partial-");
+            assert!(left || name == "m" || name == "whole", "{name} is left");
+        }
+    }
+    assert!(killed >= MOMENTS / 2, "only {killed} were killed in time");
+    // What is left does not disturb the next.
+    place.run(&save("out")).succeeds();
+    assert!(files(&place.path("out")) == whole);
 }

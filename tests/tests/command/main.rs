@@ -4,4 +4,5 @@
 mod interrupts;
 mod policies;
 mod reports;
+mod saves;
 mod statuses;

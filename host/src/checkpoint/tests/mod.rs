@@ -18,6 +18,7 @@ macro_rules! assert_error {
 mod chance;
 mod files;
 mod headers;
+mod quantized;
 
 fn dir() -> TempDir {
     tempfile::tempdir().unwrap()

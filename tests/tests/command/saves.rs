@@ -1,0 +1,227 @@
+//! `tightfit save` and `load --save`: what is printed, what is written where, and what goes wrong.
+
+use std::fs;
+
+use tightfit::checkpoint::Checkpoint;
+use tightfit_tests::command::Place;
+use tightfit_tests::models;
+use tightfit_tests::saving::{files, names, written};
+
+const USAGE: i32 = 2;
+const CHECKPOINT: i32 = 3;
+const DOES_NOT_FIT: i32 = 4;
+
+fn place_with_model() -> Place {
+    let place = Place::new();
+    models::write_decoder(&place.path("m"), 2, 64);
+    place
+}
+
+/// Asserts that there is nothing but what was there.
+#[track_caller]
+fn has_only(place: &Place, expected: &[&str]) {
+    let expected = expected.iter().map(|&name| name.to_owned()).collect();
+    assert_eq!(names(&place.path("")), expected);
+}
+
+#[test]
+fn a_save_says_what_it_wrote() {
+    let place = place_with_model();
+    let text = place.run(&["save", "m", "text"]).succeeds().stdout;
+    for word in ["text: ", "in 1 file, from ", "14 weights in 4 bits"] {
+        assert!(text.contains(word), "it lacks {word}: {text}");
+    }
+    let quiet = place.run(&["save", "m", "quiet", "--quiet"]).succeeds();
+    assert_eq!(quiet.stdout, "");
+    let save = ["save", "m", "json", "--json", "--max-shard-size", "20KB"];
+    let report = place.run(&save).succeeds().json();
+    let bytes: usize = written(&place.path("json"))
+        .0
+        .values()
+        .map(|tensor| tensor.data.len())
+        .sum();
+    let shards = names(&place.path("json"))
+        .into_iter()
+        .filter(|name| name.ends_with(".safetensors"))
+        .count();
+    assert!(shards > 2);
+    assert_eq!(report["schema"], 1);
+    assert_eq!(report["path"], "json");
+    assert_eq!(report["shards"], shards);
+    assert_eq!(report["bytes"], bytes);
+    assert_eq!(report["quantized"], 14);
+    assert_eq!(report["nonfinite_blocks"], 0);
+    assert!(report["seconds"].is_number());
+    let source = Checkpoint::open(&place.path("m")).unwrap().source_bytes();
+    assert_eq!(report["source_bytes"], source);
+    has_only(&place, &["json", "m", "quiet", "text"]);
+}
+
+#[test]
+fn a_single_file_is_saved_from_beside_it() {
+    let place = place_with_model();
+    place.run(&["save", "m", "expected", "--quiet"]).succeeds();
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(place.path("m").join(file), place.path(file)).unwrap();
+    }
+    place
+        .run(&["save", "model.safetensors", "out", "--quiet"])
+        .succeeds();
+    assert!(files(&place.path("out")) == files(&place.path("expected")));
+}
+
+#[test]
+fn a_directory_that_is_there_is_replaced_only_by_force() {
+    let place = place_with_model();
+    fs::create_dir(place.path("empty")).unwrap();
+    place.run(&["save", "m", "empty", "--quiet"]).succeeds();
+    let expected = files(&place.path("empty"));
+
+    fs::create_dir(place.path("full")).unwrap();
+    fs::write(place.path("full/mine"), "text").unwrap();
+    fs::write(place.path("file"), "text").unwrap();
+    for target in ["full", "full/", "file", "m", "empty"] {
+        let words = [target.trim_end_matches('/'), "exists", "--force"];
+        place.run(&["save", "m", target]).fails(USAGE, &words);
+        let load = ["load", "m", "--device=sim:1GiB", "--save", target];
+        place.run(&load).fails(USAGE, &words);
+    }
+    assert_eq!(names(&place.path("full")), ["mine".to_owned()].into());
+    assert_eq!(fs::read_to_string(place.path("file")).unwrap(), "text");
+    // The last is the model itself.
+    for target in ["full", "file", "m"] {
+        let save = ["save", "m", target, "--force", "--quiet"];
+        place.run(&save).succeeds();
+        assert!(files(&place.path(target)) == expected, "{target}");
+    }
+    has_only(&place, &["empty", "file", "full", "m"]);
+}
+
+#[test]
+fn directories_above_are_made_where_that_is_possible() {
+    let place = place_with_model();
+    let deep = ["save", "m", "a/b/out", "--quiet"];
+    place.run(&deep).succeeds();
+    assert_eq!(names(&place.path("a/b")), ["out".to_owned()].into());
+    // What is no directory can have none, whoever asks.
+    fs::write(place.path("file"), "text").unwrap();
+    for target in ["file/out", "file/a/out"] {
+        let words = ["cannot", "file"];
+        place.run(&["save", "m", target]).fails(CHECKPOINT, &words);
+    }
+    for target in ["..", "/"] {
+        let words = ["not the name of a directory"];
+        place.run(&["save", "m", target]).fails(USAGE, &words);
+    }
+    has_only(&place, &["a", "file", "m"]);
+}
+
+#[test]
+fn a_save_that_fails_leaves_nothing() {
+    let place = place_with_model();
+    fs::create_dir(place.path("nan")).unwrap();
+    let name = "model.layers.0.mlp.up_proj.weight";
+    let data = [0xff; 2 * 64];
+    let matrix = [(name, "BF16", &[1, 64][..], &data[..])];
+    models::write_safetensors(&place.path("nan/model.safetensors"), &matrix);
+    fs::create_dir(place.path("same")).unwrap();
+    fs::write(place.path("same/model.safetensors"), "1234567").unwrap();
+    for (arguments, status, words) in [
+        (
+            &["nan", "new/out", "--strict"][..],
+            CHECKPOINT,
+            &[name, "infinities or NaN"][..],
+        ),
+        (&["same", "new/out"], CHECKPOINT, &["7 bytes"]),
+        (&["nowhere", "new/out"], CHECKPOINT, &["nowhere"]),
+        (
+            &["m", "new/out", "--set", "experts=some"],
+            USAGE,
+            &["experts", "some"],
+        ),
+        (&["m", "new/out", "--policy", "clever"], USAGE, &["clever"]),
+        (
+            &["m", "new/out", "--max-shard-size", "much"],
+            USAGE,
+            &["much"],
+        ),
+        (
+            &["m", "new/out", "--staging", "1KiB"],
+            USAGE,
+            &["64.00 KiB"],
+        ),
+        (&["m"], USAGE, &["<DIRECTORY>"]),
+    ] {
+        let save = [&["save"], arguments].concat();
+        place.run(&save).fails(status, words);
+    }
+    let small = ["load", "m", "--device=sim:64KiB", "--save", "new/out"];
+    place.run(&small).fails(DOES_NOT_FIT, &["refuses"]);
+    has_only(&place, &["m", "nan", "same"]);
+    let report = place
+        .run(&["save", "nan", "out", "--json"])
+        .succeeds()
+        .json();
+    assert_eq!(report["nonfinite_blocks"], 1);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_full_disk_leaves_nothing_that_looks_complete() {
+    let place = Place::new();
+    models::write_decoder(&place.path("m"), 2, 512);
+    place.run(&["save", "m", "whole", "--quiet"]).succeeds();
+    let whole = fs::metadata(place.path("whole/model.safetensors")).unwrap();
+    // Blocks are of 512 or of 1024 bytes. Less than a megabyte would stop the policy: its memory
+    // is a file to the system.
+    let blocks = whole.len() / 1024;
+    for blocks in [blocks * 3 / 4, blocks - 1] {
+        let blocks = u32::try_from(blocks).unwrap();
+        let words = ["cannot write", "model.safetensors"];
+        for arguments in [
+            &["save", "m", "new/out"][..],
+            &["load", "m", "--device=sim:1GiB", "--save", "new/out"],
+            &["save", "m", "whole", "--force"],
+        ] {
+            place
+                .run_limited(blocks, true, arguments)
+                .fails(CHECKPOINT, &words);
+        }
+        has_only(&place, &["m", "whole"]);
+        let killed = place.run_limited(blocks, false, &["save", "m", "out"]);
+        assert_eq!(killed.status, None, "{killed:#?}");
+        assert!(!place.path("out").exists());
+        for name in names(&place.path("")) {
+            if name.starts_with(".out.partial-") {
+                fs::remove_dir_all(place.path(&name)).unwrap();
+            }
+        }
+        has_only(&place, &["m", "whole"]);
+    }
+}
+
+#[test]
+fn two_tensors_that_would_have_one_name_are_refused() {
+    let place = Place::new();
+    fs::create_dir(place.path("m")).unwrap();
+    fs::write(place.path("m/config.json"), r#"{"hidden_size": 8}"#).unwrap();
+    let zeros = [0; 2 * 2 * 16 * 8];
+    let experts = "model.layers.0.mlp.experts";
+    let stack = format!("{experts}.gate_up_proj");
+    for (expert, shape) in [
+        (format!("{experts}.0.gate_proj.weight"), &[8, 8][..]),
+        // A part of a weight that is not there yet.
+        (format!("{experts}.0.gate_proj.weight.absmax"), &[8, 8]),
+    ] {
+        let tensors = [
+            (stack.as_str(), "BF16", &[2, 16, 8][..], &zeros[..]),
+            (expert.as_str(), "BF16", shape, &zeros[..128]),
+        ];
+        // A gate of 16 rows is square to none: hidden size 8, intermediate size 8.
+        models::write_safetensors(&place.path("m/model.safetensors"), &tensors);
+        place
+            .run(&["save", "m", "out"])
+            .fails(CHECKPOINT, &[&expert]);
+        has_only(&place, &["m"]);
+    }
+}
