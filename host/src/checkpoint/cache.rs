@@ -148,7 +148,9 @@ pub fn resolve_revision(
 pub(crate) fn is_revision(text: &str) -> bool {
     text.len() <= 255
         && text.split('/').all(is_plain_file_name)
-        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"._/-+@=".contains(&b))
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._/-+@=".contains(&b))
 }
 
 /// Name of the cache's directory for a model id; `None` for what cannot be an id.
@@ -184,11 +186,7 @@ fn is_cache_entry(path: &Path) -> bool {
 }
 
 /// The snapshot of an entry: that of the revision; else that of `refs/main`, else the only one.
-fn snapshot(
-    entry: &Path,
-    model: &str,
-    revision: Option<&str>,
-) -> Result<PathBuf, CheckpointError> {
+fn snapshot(entry: &Path, model: &str, revision: Option<&str>) -> Result<PathBuf, CheckpointError> {
     let bad = |problem: String| CheckpointError::BadCacheEntry {
         path: entry.into(),
         problem,

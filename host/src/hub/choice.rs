@@ -39,9 +39,18 @@ pub(super) fn weights<'a>(names: &[&'a str]) -> Option<&'a str> {
 /// A file with weights of another kind, to say why nothing was downloaded.
 pub(super) fn other_weights<'a>(names: &[&'a str]) -> Option<&'a str> {
     let is_weights = |name: &&&str| {
-        [".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack"]
-            .iter()
-            .any(|end| name.ends_with(end))
+        [
+            ".safetensors",
+            ".bin",
+            ".pt",
+            ".pth",
+            ".gguf",
+            ".onnx",
+            ".h5",
+            ".msgpack",
+        ]
+        .iter()
+        .any(|end| name.ends_with(end))
     };
     names.iter().find(is_weights).copied()
 }

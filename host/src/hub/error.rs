@@ -15,7 +15,10 @@ pub enum HubError {
          revision '{revision}' of such a model (looked for {looked_for:?}), and it is not \
          downloaded: offline was asked for (--offline or HF_HUB_OFFLINE)"
     )]
-    #[allow(missing_docs, reason = "what was asked for, and the directory it would be in")]
+    #[allow(
+        missing_docs,
+        reason = "what was asked for, and the directory it would be in"
+    )]
     Offline {
         model: String,
         revision: String,
@@ -67,12 +70,18 @@ pub enum HubError {
 
     /// The answer makes no sense, or is not safe to act on.
     #[error("{url} gave an answer that cannot be used: {problem}")]
-    #[allow(missing_docs, reason = "the address, and what is wrong with the answer")]
+    #[allow(
+        missing_docs,
+        reason = "the address, and what is wrong with the answer"
+    )]
     BadAnswer { url: String, problem: String },
 
     /// More or fewer bytes came than the hub had said.
     #[error("{url} has {need} bytes, and {have} came")]
-    #[allow(missing_docs, reason = "the address, the bytes announced and the bytes sent")]
+    #[allow(
+        missing_docs,
+        reason = "the address, the bytes announced and the bytes sent"
+    )]
     WrongLength { url: String, need: u64, have: u64 },
 
     /// The bytes are not those that the hub knows.

@@ -189,7 +189,10 @@ impl Download<'_> {
                 }
             }
         }
-        for name in choice::SMALL.into_iter().filter(|name| names.contains(name)) {
+        for name in choice::SMALL
+            .into_iter()
+            .filter(|name| names.contains(name))
+        {
             self.file(name)?;
         }
         for shard in &shards {

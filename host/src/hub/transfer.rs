@@ -64,7 +64,8 @@ impl Transfer<'_> {
             response = self.client.get(self.url, 0)?;
         }
         // A server may send everything whatever was asked for.
-        if !(response.status().as_u16() == 206 && starts_at(header(&response, "content-range"), done))
+        if !(response.status().as_u16() == 206
+            && starts_at(header(&response, "content-range"), done))
         {
             if response.status().as_u16() != 200 {
                 return Err(HubError::BadAnswer {
@@ -146,7 +147,11 @@ impl Transfer<'_> {
             }
             digest.update(&buffer[..count]);
         }
-        let have: String = digest.finalize().iter().map(|b| format!("{b:02x}")).collect();
+        let have: String = digest
+            .finalize()
+            .iter()
+            .map(|b| format!("{b:02x}"))
+            .collect();
         if have.eq_ignore_ascii_case(&about.etag) {
             return Ok(());
         }
@@ -174,7 +179,12 @@ mod tests {
     #[test]
     fn a_range_is_taken_only_where_it_begins_at_the_offset() {
         assert!(starts_at(Some("bytes 5-9/10"), 5));
-        for range in [None, Some("bytes 4-9/10"), Some("bytes */10"), Some("5-9/10")] {
+        for range in [
+            None,
+            Some("bytes 4-9/10"),
+            Some("bytes */10"),
+            Some("5-9/10"),
+        ] {
             assert!(!starts_at(range, 5), "{range:?}");
         }
     }

@@ -1,6 +1,5 @@
 //! `tightfit inspect`.
 
-use tightfit::load::CancelToken;
 use tightfit::plan::propose;
 use tightfit::report::{Inspection, Table, printable};
 use tightfit::types::Bytes;
@@ -9,8 +8,8 @@ use crate::args::InspectOptions;
 use crate::failure::Failure;
 use crate::{output, session};
 
-pub(crate) fn run(options: &InspectOptions, cancel: &CancelToken) -> Result<(), Failure> {
-    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, cancel)?;
+pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
+    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
     let policy = session::open_policy(&options.policy)?;
     let proposed = propose(
         &checkpoint,

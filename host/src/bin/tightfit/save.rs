@@ -30,7 +30,7 @@ struct SaveReport {
 
 /// `tightfit save`.
 pub(crate) fn run(options: &SaveCommand, cancel: CancelToken) -> Result<(), Failure> {
-    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, &cancel)?;
+    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
     let policy = session::open_policy(&options.policy)?;
     let proposed = propose(
         &checkpoint,

@@ -31,11 +31,12 @@ pub(crate) fn cancel_on_interrupt() -> CancelToken {
     token
 }
 
-/// Finds and opens a checkpoint, and downloads what the cache lacks of it.
+/// Finds and opens a checkpoint, and downloads what the cache lacks of it. Without a token an
+/// interrupt ends the process, which leaves a download fit to be resumed.
 pub(crate) fn open_checkpoint(
     options: &ModelOptions,
     quiet: bool,
-    cancel: &CancelToken,
+    cancel: Option<&CancelToken>,
 ) -> Result<Checkpoint, Failure> {
     let mut hub = Hub::from_process();
     hub.offline |= options.offline;
@@ -55,13 +56,13 @@ pub(crate) fn open_checkpoint(
         &mut |progress| {
             if shown != progress.file {
                 shown = progress.file.to_owned();
-                bar.set_message(printable(&shown));
+                bar.set_message(printable(&shown).to_string());
                 bar.set_length(progress.bytes_total);
                 bar.reset_eta();
             }
             bar.set_position(progress.bytes_done);
         },
-        cancel,
+        cancel.unwrap_or(&CancelToken::new()),
     );
     bar.finish_and_clear();
     Ok(Checkpoint::open(&fetched?)?)
