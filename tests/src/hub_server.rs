@@ -7,6 +7,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::thread;
+use std::time::Duration;
 
 use serde_json::json;
 
@@ -24,6 +25,8 @@ pub struct Behavior {
     pub token: Option<String>,
     /// Closes the connection after this many bytes of every `.safetensors` answer, so many times.
     pub drop_after: Option<(usize, u32)>,
+    /// Takes its time between small pieces of an answer.
+    pub slow: bool,
     /// Sends whole files whatever range is asked for.
     pub ignore_ranges: bool,
     /// Adds this to the lengths in answers about files.
@@ -115,9 +118,15 @@ fn serve(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
         let mut state = state.lock().unwrap();
         state.requests.push(request.clone());
         let (bytes, keep) = answer(&request, &mut state.behavior);
+        let slow = state.behavior.slow;
         drop(state);
         let mut stream = stream;
-        stream.write_all(&bytes).ok()?;
+        for piece in bytes.chunks(if slow { 1000 } else { bytes.len() }) {
+            stream.write_all(piece).ok()?;
+            if slow {
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
         if !keep {
             stream.shutdown(std::net::Shutdown::Both).ok();
             return None;

@@ -25,7 +25,7 @@ fn single() -> Behavior {
         "onnx/model.onnx",
         ".gitattributes",
     ] {
-        files.insert(name.into(), b"{}".to_vec());
+        files.insert(name.into(), format!("\"{name}\"").into_bytes());
     }
     Behavior {
         files,
@@ -296,6 +296,35 @@ fn an_interrupted_download_is_resumed_by_the_next_run() {
             single().files["model.safetensors"]
         );
     }
+}
+
+#[test]
+fn an_interrupt_ends_a_download_that_can_be_resumed() {
+    let mut behavior = single();
+    behavior.slow = true;
+    let (server, place) = start(behavior);
+    let blobs = place.path(ENTRY).join("blobs");
+    let mut running = place.start(&LOAD);
+    let begun = |_| {
+        let Ok(list) = fs::read_dir(&blobs) else {
+            return false;
+        };
+        // Config and tokenizer are shorter.
+        list.flatten().any(|entry| {
+            entry.file_name().to_str().unwrap().ends_with(".part")
+                && entry
+                    .metadata()
+                    .is_ok_and(|metadata| metadata.len() >= 2000)
+        })
+    };
+    assert!(running.interrupt_when(begun));
+    running.finish().fails(130, &["interrupted", "resumed"]);
+    server.change(|behavior| behavior.slow = false);
+    server.take_requests();
+    place.run(&LOAD).succeeds();
+    let requests = server.take_requests();
+    assert_eq!(fetched(&requests), ["model.safetensors"]);
+    assert!(requests.iter().any(|request| request.range.is_some()));
 }
 
 #[test]
