@@ -6,6 +6,8 @@
 
 pub mod checkpoint;
 pub mod device;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod load;
 pub mod memory;
 pub mod model;

@@ -29,6 +29,7 @@ fn tightfit() -> PathBuf {
 #[derive(Debug)]
 pub struct Place {
     directory: TempDir,
+    variables: Vec<(&'static str, String)>,
 }
 
 impl Default for Place {
@@ -44,7 +45,15 @@ impl Place {
         for name in ["work", "home", "tmp"] {
             fs::create_dir(directory.path().join(name)).unwrap();
         }
-        Place { directory }
+        Place {
+            directory,
+            variables: Vec::new(),
+        }
+    }
+
+    /// Sets a variable for the command.
+    pub fn set(&mut self, name: &'static str, value: impl Into<String>) {
+        self.variables.push((name, value.into()));
     }
 
     /// A path in the working directory.
@@ -65,6 +74,9 @@ impl Place {
             .env_clear()
             .env("HOME", self.directory.path().join("home"))
             .env("TMPDIR", self.temporary())
+            // No test may ask the real hub.
+            .env("HF_HUB_OFFLINE", "1")
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());

@@ -6,6 +6,7 @@ pub mod command;
 pub mod double_quant;
 pub mod golden;
 pub mod guests;
+pub mod hub_server;
 pub mod loading;
 pub mod models;
 pub mod reference;

@@ -33,7 +33,7 @@ impl CacheEnvironment {
         CacheEnvironment::from_variables(|name| std::env::var_os(name))
     }
 
-    fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> CacheEnvironment {
+    pub(crate) fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> CacheEnvironment {
         let path = |name: &str| {
             let value = variable(name).filter(|value| !value.is_empty())?;
             Some(PathBuf::from(value))
@@ -48,23 +48,31 @@ impl CacheEnvironment {
 
     /// The directory with one `models--*` for every model, existing or not.
     pub fn cache(&self) -> Option<PathBuf> {
-        // huggingface_hub expands a leading `~` in all of them.
-        let expanded = |path: &PathBuf| match (path.strip_prefix("~"), &self.home) {
-            (Ok(rest), Some(home)) => home.join(rest),
-            _ => path.clone(),
-        };
-        if let Some(cache) = &self.hf_hub_cache {
-            return Some(expanded(cache));
+        match &self.hf_hub_cache {
+            Some(cache) => Some(self.expanded(cache)),
+            None => Some(self.hugging_face_home()?.join("hub")),
         }
+    }
+
+    /// The directory that holds the cache and the token unless they are elsewhere.
+    pub fn hugging_face_home(&self) -> Option<PathBuf> {
         if let Some(home) = &self.hf_home {
-            return Some(expanded(home).join("hub"));
+            return Some(self.expanded(home));
         }
         let caches = match (&self.xdg_cache_home, &self.home) {
-            (Some(xdg), _) => expanded(xdg),
+            (Some(xdg), _) => self.expanded(xdg),
             (None, Some(home)) => home.join(".cache"),
             (None, None) => return None,
         };
-        Some(caches.join("huggingface").join("hub"))
+        Some(caches.join("huggingface"))
+    }
+
+    /// huggingface_hub expands a leading `~` in all of its variables.
+    pub(crate) fn expanded(&self, path: &Path) -> PathBuf {
+        match (path.strip_prefix("~"), &self.home) {
+            (Ok(rest), Some(home)) => home.join(rest),
+            _ => path.to_path_buf(),
+        }
     }
 }
 
@@ -85,12 +93,27 @@ pub fn resolve_with(
     model: &str,
     environment: &CacheEnvironment,
 ) -> Result<PathBuf, CheckpointError> {
+    resolve_revision(model, None, environment)
+}
+
+/// The same as [`resolve_with`] for one revision of the model: a branch, a tag or a commit.
+///
+/// # Errors
+/// As for [`resolve`]; and a path that is not an entry of a cache has no revisions.
+pub fn resolve_revision(
+    model: &str,
+    revision: Option<&str>,
+    environment: &CacheEnvironment,
+) -> Result<PathBuf, CheckpointError> {
     let path = Path::new(model);
     if !model.is_empty() && path.exists() {
-        return if is_cache_entry(path) {
-            snapshot(path)
-        } else {
-            Ok(path.into())
+        return match revision {
+            _ if is_cache_entry(path) => snapshot(path, model, revision),
+            Some(revision) => Err(CheckpointError::RevisionOfPath {
+                path: path.into(),
+                revision: revision.into(),
+            }),
+            None => Ok(path.into()),
         };
     }
     let Some(entry) = entry_name(model) else {
@@ -117,12 +140,22 @@ pub fn resolve_with(
             looked_for: entry,
         });
     }
-    snapshot(&entry)
+    snapshot(&entry, model, revision)
+}
+
+/// Whether the text can be a revision. It becomes part of paths and URLs, so that no part of it may
+/// lead elsewhere.
+pub(crate) fn is_revision(text: &str) -> bool {
+    text.len() <= 255
+        && text.split('/').all(is_plain_file_name)
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"._/-+@=".contains(&b))
 }
 
 /// Name of the cache's directory for a model id; `None` for what cannot be an id.
 /// Rules: huggingface_hub `validate_repo_id`.
-fn entry_name(model: &str) -> Option<String> {
+pub(crate) fn entry_name(model: &str) -> Option<String> {
     let part = |part: &str| {
         !part.is_empty()
             && !part.starts_with(['.', '-'])
@@ -152,26 +185,46 @@ fn is_cache_entry(path: &Path) -> bool {
     named && path.join("snapshots").is_dir()
 }
 
-/// The snapshot of an entry: that of `refs/main`, else the only one.
-fn snapshot(entry: &Path) -> Result<PathBuf, CheckpointError> {
+/// The snapshot of an entry: that of the revision; else that of `refs/main`, else the only one.
+fn snapshot(entry: &Path, model: &str, revision: Option<&str>) -> Result<PathBuf, CheckpointError> {
     let bad = |problem: String| CheckpointError::BadCacheEntry {
         path: entry.into(),
         problem,
     };
     let snapshots = entry.join("snapshots");
-    let reference = entry.join("refs").join("main");
-    if let Some(text) = read_text(&reference, "a reference (bytes)", 1024)? {
+    let name = revision.unwrap_or("main");
+    if !is_revision(name) {
+        return Err(CheckpointError::NotARevision {
+            revision: name.into(),
+        });
+    }
+    let reference = entry.join("refs").join(name);
+    if !reference.is_dir()
+        && let Some(text) = read_text(&reference, "a reference (bytes)", 1024)?
+    {
         let commit = text.trim();
         if !is_plain_file_name(commit) {
-            return Err(bad(format!("refs/main holds '{}'", shown(commit))));
+            return Err(bad(format!("refs/{name} holds '{}'", shown(commit))));
         }
         let snapshot = snapshots.join(commit);
         return if snapshot.is_dir() {
             Ok(snapshot)
         } else {
             Err(bad(format!(
-                "refs/main names the snapshot {commit}, which is not there"
+                "refs/{name} names the snapshot {commit}, which is not there"
             )))
+        };
+    }
+    if let Some(revision) = revision {
+        let snapshot = snapshots.join(revision);
+        return if is_plain_file_name(revision) && snapshot.is_dir() {
+            Ok(snapshot)
+        } else {
+            Err(CheckpointError::RevisionNotInCache {
+                model: model.into(),
+                revision: revision.into(),
+                looked_for: reference,
+            })
         };
     }
     let mut found = Vec::new();
@@ -261,6 +314,38 @@ mod tests {
         assert_eq!(resolve_with(path, &environment).unwrap(), expected);
         let path = expected.to_str().unwrap();
         assert_eq!(resolve_with(path, &environment).unwrap(), expected);
+    }
+
+    #[test]
+    fn a_revision_is_a_reference_or_a_commit() {
+        let (_dir, environment, entry) = cache(&["abc", "def", "ghi"], Some("def"));
+        fs::create_dir_all(entry.join("refs").join("pr")).unwrap();
+        fs::write(entry.join("refs").join("pr").join("1"), "ghi").unwrap();
+        for (revision, commit) in [("main", "def"), ("abc", "abc"), ("pr/1", "ghi")] {
+            for model in ["org/name", entry.to_str().unwrap()] {
+                assert_eq!(
+                    resolve_revision(model, Some(revision), &environment).unwrap(),
+                    entry.join("snapshots").join(commit)
+                );
+            }
+        }
+        for revision in ["v2", "pr"] {
+            let error = resolve_revision("org/name", Some(revision), &environment).unwrap_err();
+            assert!(
+                matches!(error, CheckpointError::RevisionNotInCache { .. }),
+                "{error:?}"
+            );
+        }
+        for revision in ["", "..", "../../x", "a//b", "/a", "a b", "a?b", "a%2Fb"] {
+            let error = resolve_revision("org/name", Some(revision), &environment).unwrap_err();
+            assert!(
+                matches!(error, CheckpointError::NotARevision { .. }),
+                "{error:?}"
+            );
+        }
+        let path = entry.join("snapshots").join("abc");
+        let error = resolve_revision(path.to_str().unwrap(), Some("main"), &environment);
+        assert!(matches!(error, Err(CheckpointError::RevisionOfPath { .. })));
     }
 
     #[test]

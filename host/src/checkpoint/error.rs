@@ -1,8 +1,9 @@
 //! What can be wrong with a checkpoint: what, where, need and have.
 
-use std::fmt;
 use std::io;
 use std::path::PathBuf;
+
+pub(crate) use super::shown::{shortened, shown};
 
 /// Why a checkpoint cannot be found, opened or read.
 ///
@@ -48,6 +49,39 @@ pub enum CheckpointError {
     NotAModelName {
         /// The name as it was given.
         model: String,
+    },
+
+    /// The cache knows the model, but not this revision of it.
+    #[error(
+        "the local Hugging Face cache has no revision '{}' of '{}': looked for {looked_for:?}",
+        shown(.revision), shown(.model)
+    )]
+    RevisionNotInCache {
+        /// The name as it was given.
+        model: String,
+        /// The revision as it was given.
+        revision: String,
+        /// The reference that would name its snapshot.
+        looked_for: PathBuf,
+    },
+
+    /// The text cannot be a branch, a tag or a commit.
+    #[error("'{}' is not a revision: a branch, a tag or a commit", shown(.revision))]
+    NotARevision {
+        /// The revision as it was given.
+        revision: String,
+    },
+
+    /// A revision was asked of files that have none.
+    #[error(
+        "{path:?} is a path and has no revision '{}'; revisions are those of Hugging Face ids",
+        shown(.revision)
+    )]
+    RevisionOfPath {
+        /// The path.
+        path: PathBuf,
+        /// The revision as it was given.
+        revision: String,
     },
 
     /// The cache knows the model, but not which of its snapshots to take, or has lost it.
@@ -437,49 +471,4 @@ pub enum CheckpointError {
     #[error("{path:?} was changed while loading; load the checkpoint again")]
     #[allow(missing_docs, reason = "the file")]
     Changed { path: PathBuf },
-}
-
-/// A name from a file, fit for a message: control characters escaped, the middle left out when it
-/// is long.
-pub(crate) fn shown(name: &str) -> Shown<'_> {
-    Shown(name)
-}
-
-/// See [`shown`].
-pub(crate) struct Shown<'a>(&'a str);
-
-impl fmt::Display for Shown<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        const HEAD: usize = 120;
-        const TAIL: usize = 40;
-        let count = self.0.chars().take(HEAD + TAIL + 1).count();
-        if count <= HEAD + TAIL {
-            return write!(f, "{}", self.0.escape_debug());
-        }
-        let split = |n| self.0.char_indices().nth(n).map_or(0, |(i, _)| i);
-        let tail = self.0.char_indices().rev().nth(TAIL - 1);
-        let tail = tail.map_or(self.0.len(), |(i, _)| i);
-        write!(f, "{}", self.0[..split(HEAD)].escape_debug())?;
-        write!(f, "...{}", self.0[tail..].escape_debug())
-    }
-}
-
-/// The first part of a name that is too long to keep.
-pub(crate) fn shortened(name: &str) -> String {
-    name.chars().take(200).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_in_messages_cannot_write_to_a_terminal_or_fill_it() {
-        assert_eq!(shown("a.weight").to_string(), "a.weight");
-        assert_eq!(shown("\u{1b}[2J\n").to_string(), "\\u{1b}[2J\\n");
-        let long = format!("{}{}", "é".repeat(100_000), "end");
-        let text = shown(&long).to_string();
-        assert!(text.chars().count() < 200, "{text}");
-        assert!(text.ends_with("end"), "{text}");
-    }
 }

@@ -15,6 +15,7 @@ mod header;
 mod index;
 mod locate;
 mod quantized;
+mod shown;
 #[cfg(test)]
 mod tests;
 mod ties;
@@ -24,14 +25,20 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-pub use cache::{CacheEnvironment, resolve, resolve_with};
+pub use cache::{CacheEnvironment, resolve, resolve_revision, resolve_with};
+#[cfg(feature = "hub")]
+pub(crate) use cache::{entry_name, is_revision};
 pub use config::{Config, LayerType, MAX_CONFIG_BYTES};
 pub use error::CheckpointError;
+#[cfg(feature = "hub")]
+pub(crate) use error::shown;
 pub use file::Shard;
 pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES, MAX_TENSORS};
 pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
 pub use quantized::{Extent, Nested, Quantized};
 pub use ties::Tie;
+#[cfg(feature = "hub")]
+pub(crate) use {file::is_plain_file_name, file::read_text, index::parse as parse_index};
 
 use file::ReadFailure;
 use header::Header;

@@ -9,8 +9,8 @@ use tightfit_kernels::{Isa, KernelError, Kernels};
 
 /// Loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
 ///
-/// MODEL is a directory, a .safetensors file, or a Hugging Face id (org/name) that is in the local
-/// cache. Exit status: 0 done, 2 usage, 3 checkpoint invalid or unreadable, 4 does not fit or
+/// MODEL is a directory, a .safetensors file, or a Hugging Face id (org/name), which is downloaded
+/// unless it is in the local cache. Exit status: 0 done, 2 usage, 3 checkpoint invalid, unreadable or not to be had, 4 does not fit or
 /// refused by the policy, 5 the policy itself failed, 6 device failure, 130 interrupted.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
@@ -42,6 +42,21 @@ pub(crate) enum Command {
     Policy(PolicyCommand),
     /// What devices there are
     Devices(DevicesOptions),
+}
+
+/// What to open.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ModelOptions {
+    /// A directory, a .safetensors file, or a Hugging Face id
+    pub(crate) model: String,
+
+    /// Branch, tag or commit of a Hugging Face id [default: main]
+    #[arg(long, value_name = "REV")]
+    pub(crate) revision: Option<String>,
+
+    /// Download nothing, as with HF_HUB_OFFLINE=1
+    #[arg(long)]
+    pub(crate) offline: bool,
 }
 
 /// Where tensors go.
@@ -145,8 +160,8 @@ pub(crate) struct SynthOptions {
 
 #[derive(Debug, Args)]
 pub(crate) struct InspectOptions {
-    /// A directory, a .safetensors file, or a Hugging Face id in the local cache
-    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) model: ModelOptions,
     #[command(flatten)]
     pub(crate) policy: PolicyOptions,
     #[command(flatten)]
@@ -155,8 +170,8 @@ pub(crate) struct InspectOptions {
 
 #[derive(Debug, Args)]
 pub(crate) struct PlanOptions {
-    /// A directory, a .safetensors file, or a Hugging Face id in the local cache
-    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) model: ModelOptions,
     #[command(flatten)]
     pub(crate) placement: PlacementOptions,
     #[command(flatten)]
@@ -171,8 +186,8 @@ pub(crate) struct PlanOptions {
 
 #[derive(Debug, Args)]
 pub(crate) struct LoadOptions {
-    /// A directory, a .safetensors file, or a Hugging Face id in the local cache
-    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) model: ModelOptions,
     #[command(flatten)]
     pub(crate) placement: PlacementOptions,
     #[command(flatten)]
@@ -203,8 +218,8 @@ pub(crate) struct WriteOptions {
 
 #[derive(Debug, Args)]
 pub(crate) struct SaveCommand {
-    /// A directory, a .safetensors file, or a Hugging Face id in the local cache
-    pub(crate) model: String,
+    #[command(flatten)]
+    pub(crate) model: ModelOptions,
     /// Where to: appears when it is complete
     pub(crate) directory: PathBuf,
     #[command(flatten)]

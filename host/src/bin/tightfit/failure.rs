@@ -2,6 +2,7 @@
 
 use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
+use tightfit::hub::HubError;
 use tightfit::load::LoadError;
 use tightfit::plan::ProposeError;
 use tightfit::policy::{PolicyError, RefusalReason};
@@ -14,6 +15,8 @@ use tightfit_kernels::KernelError;
 pub(crate) enum Failure {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
     #[error(transparent)]
     Propose(#[from] ProposeError),
     #[error(transparent)]
@@ -51,6 +54,8 @@ impl Failure {
     pub(crate) fn status(&self) -> u8 {
         match self {
             Failure::Checkpoint(_) => CHECKPOINT,
+            Failure::Hub(HubError::Cancelled) => INTERRUPTED,
+            Failure::Hub(_) => CHECKPOINT,
             Failure::Propose(error) => match error {
                 ProposeError::Policy(error) => match error {
                     PolicyError::Refused { refusal, .. } => match refusal.reason {

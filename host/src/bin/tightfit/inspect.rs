@@ -8,7 +8,7 @@ use crate::failure::Failure;
 use crate::{output, session};
 
 pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
-    let checkpoint = session::open_checkpoint(&options.model)?;
+    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
     let proposed = session::propose_with(&options.policy, &checkpoint, &[session::anywhere()])?;
     let inspection = Inspection::new(&checkpoint, &proposed.plan);
     if options.output.json {

@@ -15,7 +15,7 @@ use crate::{output, progress, save, session};
 
 /// `tightfit plan`.
 pub(crate) fn plan(options: &PlanOptions) -> Result<(), Failure> {
-    let checkpoint = session::open_checkpoint(&options.model)?;
+    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
     let devices = open_devices(&options.placement.devices)?;
     let proposed = session::propose_with(
         &options.placement.policy,
@@ -37,7 +37,7 @@ pub(crate) fn plan(options: &PlanOptions) -> Result<(), Failure> {
 
 /// `tightfit load`.
 pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Failure> {
-    let checkpoint = session::open_checkpoint(&options.model)?;
+    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
     let devices = open_devices(&options.placement.devices)?;
     let proposed = session::propose_with(
         &options.placement.policy,

@@ -1,17 +1,20 @@
 //! What every subcommand opens: model, policy, devices; and what Ctrl-C does.
 
+use std::path::Path;
+
 use serde::Serialize;
-use tightfit::checkpoint::{self, Checkpoint};
+use tightfit::checkpoint::{self, Checkpoint, CheckpointError};
 use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
+use tightfit::hub::{self, Hub};
 use tightfit::load::CancelToken;
 use tightfit::plan::{Proposed, propose};
 use tightfit::policy::{Limits, WasmPolicy};
-use tightfit::report::Table;
+use tightfit::report::{Table, printable};
 use tightfit::types::Bytes;
 
-use crate::args::{DevicesOptions, PolicyOptions};
+use crate::args::{DevicesOptions, ModelOptions, PolicyOptions};
 use crate::failure::Failure;
-use crate::output;
+use crate::{output, progress};
 
 /// The first interrupt asks for an orderly end, the second ends at once.
 pub(crate) fn cancel_on_interrupt() -> CancelToken {
@@ -29,9 +32,56 @@ pub(crate) fn cancel_on_interrupt() -> CancelToken {
     token
 }
 
-/// Finds and opens a checkpoint.
-pub(crate) fn open_checkpoint(model: &str) -> Result<Checkpoint, Failure> {
-    Ok(Checkpoint::open(&checkpoint::resolve(model)?)?)
+/// Finds and opens a checkpoint, and downloads what the cache lacks of it. Without a token an
+/// interrupt ends the process, which leaves a download fit to be resumed.
+pub(crate) fn open_checkpoint(
+    options: &ModelOptions,
+    quiet: bool,
+    cancel: Option<&CancelToken>,
+) -> Result<Checkpoint, Failure> {
+    let mut hub = Hub::from_process();
+    hub.offline |= options.offline;
+    let (model, revision) = (&options.model, options.revision.as_deref());
+    let local = checkpoint::resolve_revision(model, revision, &hub.cache)
+        .and_then(|path| Checkpoint::open(&path));
+    match local {
+        Err(error) if is_missing(&error, model, hub.offline) => {}
+        other => return Ok(other?),
+    }
+    let bar = progress::bytes("downloading", quiet);
+    let mut shown = String::new();
+    let fetched = hub::fetch(
+        &hub,
+        model,
+        revision,
+        &mut |progress| {
+            if shown != progress.file {
+                shown = progress.file.to_owned();
+                bar.set_message(printable(&shown).to_string());
+                bar.set_length(progress.bytes_total);
+                bar.reset_eta();
+            }
+            bar.set_position(progress.bytes_done);
+        },
+        cancel.unwrap_or(&CancelToken::new()),
+    );
+    bar.finish_and_clear();
+    Ok(Checkpoint::open(&fetched?)?)
+}
+
+/// Whether a download can help: the id, or some of its files, are not in the cache.
+fn is_missing(error: &CheckpointError, model: &str, offline: bool) -> bool {
+    match error {
+        CheckpointError::NotInCache { .. } | CheckpointError::RevisionNotInCache { .. } => true,
+        // Other tools fetch single files, and an interrupted download leaves some out.
+        CheckpointError::MissingShard { .. }
+        | CheckpointError::IncompleteSet { .. }
+        | CheckpointError::NotACheckpoint { .. }
+        | CheckpointError::OnlyPickles { .. }
+        | CheckpointError::EmptyDirectory { .. }
+        | CheckpointError::BadCacheEntry { .. } => !offline && !Path::new(model).exists(),
+        _ => false,
+    }
 }
 
 /// Asks the policy. It is gone when this returns: its compiled code would count in the peak.

@@ -1,0 +1,81 @@
+//! Which files of a model are needed.
+
+/// The index of weights in several files.
+pub(super) const INDEX: &str = "model.safetensors.index.json";
+const SINGLE: &str = "model.safetensors";
+
+/// What is needed beside the weights, as far as a model has it.
+pub(super) const SMALL: [&str; 12] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+];
+
+/// The file to begin the weights with, in the order in which a directory's files are looked at.
+pub(super) fn weights<'a>(names: &[&'a str]) -> Option<&'a str> {
+    for wanted in [INDEX, SINGLE] {
+        if let Some(name) = names.iter().find(|name| **name == wanted) {
+            return Some(name);
+        }
+    }
+    let mut others = names.iter().filter(|name| {
+        name.ends_with(".safetensors") && crate::checkpoint::is_plain_file_name(name)
+    });
+    match (others.next(), others.next()) {
+        (Some(name), None) => Some(name),
+        _ => None,
+    }
+}
+
+/// A file with weights of another kind, to say why nothing was downloaded.
+pub(super) fn other_weights<'a>(names: &[&'a str]) -> Option<&'a str> {
+    let is_weights = |name: &&&str| {
+        [
+            ".safetensors",
+            ".bin",
+            ".pt",
+            ".pth",
+            ".gguf",
+            ".onnx",
+            ".h5",
+            ".msgpack",
+        ]
+        .iter()
+        .any(|end| name.ends_with(end))
+    };
+    names.iter().find(is_weights).copied()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn safetensors_are_preferred_and_the_index_before_all() {
+        assert_eq!(weights(&["model.safetensors", INDEX]), Some(INDEX));
+        assert_eq!(
+            weights(&["a.safetensors", SINGLE, "pytorch_model.bin"]),
+            Some(SINGLE)
+        );
+        assert_eq!(weights(&["a.safetensors"]), Some("a.safetensors"));
+        for none in [
+            &["a.safetensors", "b.safetensors"][..],
+            &["pytorch_model.bin", "model.gguf"],
+            &["onnx/model.safetensors"],
+            &["../model.safetensors"],
+            &[],
+        ] {
+            assert_eq!(weights(none), None, "{none:?}");
+        }
+        assert_eq!(other_weights(&["README.md", "x.gguf"]), Some("x.gguf"));
+    }
+}

@@ -1,0 +1,191 @@
+//! The bytes of one file, into the cache.
+
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
+use std::time::Duration;
+
+use sha2::{Digest, Sha256};
+
+use super::error::io_error;
+use super::http::{About, Client, header, network};
+use super::store::{Entry, Part};
+use super::{FileProgress, HubError};
+
+/// Bytes that are read at once.
+const BUFFER: usize = 256 << 10;
+/// How often to look whether another process has finished the same file.
+const POLL: Duration = Duration::from_millis(200);
+
+/// The download of one file.
+pub(super) struct Transfer<'a> {
+    pub(super) client: &'a Client<'a>,
+    pub(super) entry: &'a Entry,
+    pub(super) name: &'a str,
+    pub(super) url: &'a str,
+    pub(super) progress: &'a mut dyn FnMut(FileProgress<'_>),
+}
+
+impl Transfer<'_> {
+    /// Downloads what is missing and puts the file in its place.
+    pub(super) fn run(&mut self) -> Result<(), HubError> {
+        let about = self.client.about(self.url)?;
+        loop {
+            match self.entry.open_part(&about.etag)? {
+                Part::Complete => break,
+                Part::Busy => self.client.pause(POLL)?,
+                Part::Ours(mut file) => {
+                    self.fill(&mut file, &about)?;
+                    self.check_digest(&mut file, &about)?;
+                    let (part, blob) = (self.entry.part(&about.etag), self.entry.blob(&about.etag));
+                    file.sync_all().map_err(io_error("write", &part))?;
+                    // Renamed before the lock goes with the file.
+                    fs::rename(&part, &blob).map_err(io_error("rename", &part))?;
+                    break;
+                }
+            }
+        }
+        self.entry.link(&about.etag, self.name)
+    }
+
+    /// Brings the partial file to its full length.
+    fn fill(&mut self, file: &mut File, about: &About) -> Result<(), HubError> {
+        let part = self.entry.part(&about.etag);
+        let written = || io_error("write", &part);
+        let mut done = file.metadata().map_err(written())?.len();
+        if done == about.bytes {
+            return Ok(());
+        }
+        if done > about.bytes {
+            done = 0;
+        }
+        let mut response = self.client.get(self.url, done)?;
+        if response.status().as_u16() == 416 {
+            done = 0;
+            response = self.client.get(self.url, 0)?;
+        }
+        // A server may send everything whatever was asked for.
+        if !(response.status().as_u16() == 206
+            && starts_at(header(&response, "content-range"), done))
+        {
+            if response.status().as_u16() != 200 {
+                return Err(HubError::BadAnswer {
+                    url: self.url.into(),
+                    problem: format!(
+                        "it has status {} and not the bytes from {done} on",
+                        response.status().as_u16()
+                    ),
+                });
+            }
+            done = 0;
+        }
+        let announced = header(&response, "content-length").and_then(|length| length.parse().ok());
+        if let Some(announced) = announced.map(|length: u64| done.saturating_add(length))
+            && announced != about.bytes
+        {
+            return self.wrong_length(file, about, announced);
+        }
+        file.set_len(done).map_err(written())?;
+        file.seek(SeekFrom::Start(done)).map_err(written())?;
+        let mut body = response.into_body().into_reader();
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            (self.progress)(FileProgress {
+                file: self.name,
+                bytes_done: done,
+                bytes_total: about.bytes,
+            });
+            self.client.check_cancelled()?;
+            let read = body.read(&mut buffer).map_err(network(self.url))?;
+            if read == 0 {
+                break;
+            }
+            let end = done.saturating_add(read as u64);
+            if end > about.bytes {
+                return self.wrong_length(file, about, end);
+            }
+            file.write_all(&buffer[..read]).map_err(written())?;
+            done = end;
+        }
+        match announced {
+            _ if done == about.bytes => Ok(()),
+            // Cut off on the way: what is there is kept for the next attempt.
+            Some(_) => Err(network(self.url)("the connection was closed early")),
+            None => self.wrong_length(file, about, done),
+        }
+    }
+
+    /// The file is not what was announced: nothing of it is kept.
+    fn wrong_length(&self, file: &File, about: &About, have: u64) -> Result<(), HubError> {
+        self.forget(file, about)?;
+        Err(HubError::WrongLength {
+            url: self.url.into(),
+            need: about.bytes,
+            have,
+        })
+    }
+
+    fn forget(&self, file: &File, about: &About) -> Result<(), HubError> {
+        let part = self.entry.part(&about.etag);
+        file.set_len(0).map_err(io_error("empty", &part))
+    }
+
+    /// Large files have the SHA-256 of their content as etag.
+    fn check_digest(&self, file: &mut File, about: &About) -> Result<(), HubError> {
+        if about.etag.len() != 64 || !about.etag.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Ok(());
+        }
+        let part = self.entry.part(&about.etag);
+        let read = || io_error("read", &part);
+        file.seek(SeekFrom::Start(0)).map_err(read())?;
+        let mut digest = Sha256::new();
+        let mut buffer = vec![0; BUFFER];
+        loop {
+            self.client.check_cancelled()?;
+            let count = file.read(&mut buffer).map_err(read())?;
+            if count == 0 {
+                break;
+            }
+            digest.update(&buffer[..count]);
+        }
+        let have: String = digest
+            .finalize()
+            .iter()
+            .map(|b| format!("{b:02x}"))
+            .collect();
+        if have.eq_ignore_ascii_case(&about.etag) {
+            return Ok(());
+        }
+        self.forget(file, about)?;
+        Err(HubError::WrongDigest {
+            url: self.url.into(),
+            need: about.etag.clone(),
+            have,
+        })
+    }
+}
+
+/// Whether a `Content-Range` begins at the offset.
+fn starts_at(range: Option<&str>, offset: u64) -> bool {
+    let first = range
+        .and_then(|range| range.strip_prefix("bytes "))
+        .and_then(|range| range.split('-').next());
+    first.and_then(|first| first.parse().ok()) == Some(offset)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_taken_only_where_it_begins_at_the_offset() {
+        assert!(starts_at(Some("bytes 5-9/10"), 5));
+        for range in [
+            None,
+            Some("bytes 4-9/10"),
+            Some("bytes */10"),
+            Some("5-9/10"),
+        ] {
+            assert!(!starts_at(range, 5), "{range:?}");
+        }
+    }
+}

@@ -1,0 +1,251 @@
+//! A Hugging Face hub on 127.0.0.1: as much of HTTP/1.1 as a download needs, and misbehavior.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
+
+use serde_json::json;
+
+/// The commit of every revision that the server knows.
+pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
+
+/// What the server has and how it behaves.
+#[derive(Debug, Clone, Default)]
+pub struct Behavior {
+    /// Files of the model `org/name`.
+    pub files: BTreeMap<String, Vec<u8>>,
+    /// Branches and tags other than `main`.
+    pub revisions: Vec<String>,
+    /// The token without which nothing is answered.
+    pub token: Option<String>,
+    /// Closes the connection after this many bytes of every `.safetensors` answer, so many times.
+    pub drop_after: Option<(usize, u32)>,
+    /// Takes its time between small pieces of an answer.
+    pub slow: bool,
+    /// Sends whole files whatever range is asked for.
+    pub ignore_ranges: bool,
+    /// Adds this to the lengths in answers about files.
+    pub longer: i64,
+    /// The etag of every file instead of its own.
+    pub etag: Option<String>,
+    /// The commit instead of the usual.
+    pub commit: Option<String>,
+}
+
+/// A request as it came.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// `GET` or `HEAD`.
+    pub method: String,
+    /// With the leading slash.
+    pub path: String,
+    /// Header `Range`.
+    pub range: Option<String>,
+    /// Header `Authorization`.
+    pub authorization: Option<String>,
+}
+
+/// The server. It runs until the test's process ends.
+#[derive(Debug)]
+pub struct HubServer {
+    address: SocketAddr,
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug)]
+struct State {
+    behavior: Behavior,
+    requests: Vec<Request>,
+}
+
+impl HubServer {
+    /// Starts one.
+    pub fn start(behavior: Behavior) -> HubServer {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("there is a free port");
+        let address = listener.local_addr().unwrap();
+        let state = Arc::new(Mutex::new(State {
+            behavior,
+            requests: Vec::new(),
+        }));
+        let shared = Arc::clone(&state);
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let shared = Arc::clone(&shared);
+                // The command going away is nothing to complain about.
+                thread::spawn(move || serve(&stream, &shared));
+            }
+        });
+        HubServer { address, state }
+    }
+
+    /// What `HF_ENDPOINT` is to be.
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// The requests so far, which are forgotten.
+    pub fn take_requests(&self) -> Vec<Request> {
+        std::mem::take(&mut self.state.lock().unwrap().requests)
+    }
+
+    /// Changes how it behaves.
+    pub fn change(&self, change: impl FnOnce(&mut Behavior)) {
+        change(&mut self.state.lock().unwrap().behavior);
+    }
+}
+
+/// The files of a directory, for [`Behavior::files`].
+pub fn files_of(directory: &Path) -> BTreeMap<String, Vec<u8>> {
+    fs::read_dir(directory)
+        .unwrap()
+        .map(|entry| {
+            let path = entry.unwrap().path();
+            let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+            (name, fs::read(path).unwrap())
+        })
+        .collect()
+}
+
+fn serve(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
+    let mut reader = BufReader::new(stream);
+    loop {
+        let request = read_request(&mut reader)?;
+        let mut state = state.lock().unwrap();
+        state.requests.push(request.clone());
+        let (bytes, keep) = answer(&request, &mut state.behavior);
+        let slow = state.behavior.slow;
+        drop(state);
+        let mut stream = stream;
+        for piece in bytes.chunks(if slow { 1000 } else { bytes.len() }) {
+            stream.write_all(piece).ok()?;
+            if slow {
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+        if !keep {
+            stream.shutdown(std::net::Shutdown::Both).ok();
+            return None;
+        }
+    }
+}
+
+fn read_request(reader: &mut impl BufRead) -> Option<Request> {
+    let mut line = String::new();
+    reader.read_line(&mut line).ok().filter(|read| *read > 0)?;
+    let mut words = line.split_whitespace();
+    let mut request = Request {
+        method: words.next()?.to_owned(),
+        path: words.next()?.to_owned(),
+        range: None,
+        authorization: None,
+    };
+    loop {
+        let mut line = String::new();
+        reader.read_line(&mut line).ok().filter(|read| *read > 0)?;
+        let Some((name, value)) = line.trim_end().split_once(':') else {
+            return Some(request);
+        };
+        let value = Some(value.trim().to_owned());
+        match name.to_ascii_lowercase().as_str() {
+            "range" => request.range = value,
+            "authorization" => request.authorization = value,
+            _ => {}
+        }
+    }
+}
+
+/// The answer, and whether the connection stays.
+fn answer(request: &Request, behavior: &mut Behavior) -> (Vec<u8>, bool) {
+    if let Some(token) = &behavior.token
+        && request.authorization.as_deref() != Some(&format!("Bearer {token}"))
+    {
+        return (head(401, 0, &[]), true);
+    }
+    let commit = behavior.commit.clone().unwrap_or_else(|| COMMIT.to_owned());
+    let known = |revision: &str| {
+        revision == "main" || revision == commit || behavior.revisions.iter().any(|r| r == revision)
+    };
+    if let Some(revision) = request.path.strip_prefix("/api/models/org/name/revision/") {
+        if !known(&revision.replace("%2F", "/")) {
+            return (head(404, 0, &[]), true);
+        }
+        let siblings: Vec<_> = behavior
+            .files
+            .keys()
+            .map(|name| json!({ "rfilename": name }))
+            .collect();
+        let body = json!({ "sha": commit, "siblings": siblings }).to_string();
+        let mut bytes = head(200, body.len() as i64, &[]);
+        bytes.extend(body.as_bytes());
+        return (bytes, true);
+    }
+    let file = request.path.strip_prefix("/org/name/resolve/");
+    let file = file.and_then(|file| file.split_once('/'));
+    let Some((name, content)) = file
+        .filter(|(revision, _)| known(revision))
+        .and_then(|(_, name)| Some((name, behavior.files.get(name)?)))
+    else {
+        return (head(404, 0, &[]), true);
+    };
+    let etag = behavior.etag.clone().unwrap_or_else(|| {
+        // Not a digest, but one word for one content.
+        let sum = content.iter().fold(7u64, |sum, b| {
+            sum.wrapping_mul(31).wrapping_add(u64::from(*b))
+        });
+        format!("{sum:040x}")
+    });
+    let length = content.len();
+    if request.method == "HEAD" {
+        let headers = [
+            format!("ETag: \"{etag}\""),
+            format!("X-Repo-Commit: {commit}"),
+            format!("X-Linked-Size: {}", length as i64 + behavior.longer),
+            format!("X-Linked-Etag: \"{etag}\""),
+        ];
+        return (head(200, length as i64, &headers), true);
+    }
+    let from = request.range.as_deref().filter(|_| !behavior.ignore_ranges);
+    let from = from.and_then(|range| {
+        range
+            .strip_prefix("bytes=")?
+            .strip_suffix('-')?
+            .parse()
+            .ok()
+    });
+    let mut bytes = match from {
+        Some(from) if from >= length => return (head(416, 0, &[]), true),
+        Some(from) => {
+            let range = format!("Content-Range: bytes {from}-{}/{length}", length - 1);
+            let mut bytes = head(206, (length - from) as i64, &[range]);
+            bytes.extend(&content[from..]);
+            bytes
+        }
+        None => {
+            let mut bytes = head(200, length as i64, &[]);
+            bytes.extend(content);
+            bytes
+        }
+    };
+    if name.ends_with(".safetensors")
+        && let Some((after, times @ 1..)) = &mut behavior.drop_after
+    {
+        *times -= 1;
+        let end = bytes.windows(4).position(|w| w == b"\r\n\r\n").unwrap() + 4;
+        bytes.truncate(end + *after);
+        return (bytes, false);
+    }
+    (bytes, true)
+}
+
+fn head(status: u16, length: i64, headers: &[String]) -> Vec<u8> {
+    let mut text = format!("HTTP/1.1 {status} Status\r\nContent-Length: {length}\r\n");
+    for header in headers {
+        text += &format!("{header}\r\n");
+    }
+    (text + "\r\n").into_bytes()
+}

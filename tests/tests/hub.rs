@@ -1,0 +1,422 @@
+//! Downloads from a hub on 127.0.0.1.
+#![forbid(unsafe_code)]
+
+use std::fs;
+
+use serde_json::json;
+use tempfile::TempDir;
+use tightfit_tests::command::Place;
+use tightfit_tests::hub_server::{Behavior, COMMIT, HubServer, Request, files_of};
+use tightfit_tests::models::{write_awkward, write_decoder};
+
+const LOAD: [&str; 5] = ["load", "org/name", "--device", "sim:1GiB", "--json"];
+
+/// A model in one file, with much that is not needed.
+fn single() -> Behavior {
+    let directory = TempDir::new().unwrap();
+    write_awkward(directory.path());
+    let mut files = files_of(directory.path());
+    for name in [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "README.md",
+        "pytorch_model.bin",
+        "model.gguf",
+        "onnx/model.onnx",
+        ".gitattributes",
+    ] {
+        files.insert(name.into(), format!("\"{name}\"").into_bytes());
+    }
+    Behavior {
+        files,
+        ..Behavior::default()
+    }
+}
+
+/// The same model in two files with an index.
+fn sharded() -> Behavior {
+    let directory = TempDir::new().unwrap();
+    write_decoder(directory.path(), 2, 64);
+    let other = TempDir::new().unwrap();
+    write_awkward(other.path());
+    let mut files = files_of(directory.path());
+    let whole = files.remove("model.safetensors").unwrap();
+    let extra = fs::read(other.path().join("model.safetensors")).unwrap();
+    let names = |bytes: &[u8]| {
+        let (_, metadata) = safetensors::SafeTensors::read_metadata(bytes).unwrap();
+        metadata.tensors().into_keys().collect::<Vec<_>>()
+    };
+    // Only what the first file lacks is taken from the second.
+    let first = names(&whole);
+    let mut map = serde_json::Map::new();
+    for name in &first {
+        map.insert(name.clone(), json!("model-00001-of-00002.safetensors"));
+    }
+    let second = safetensors::SafeTensors::deserialize(&extra).unwrap();
+    let rest: Vec<_> = second
+        .tensors()
+        .into_iter()
+        .filter(|(name, _)| !first.contains(name))
+        .collect();
+    for (name, _) in &rest {
+        map.insert(name.clone(), json!("model-00002-of-00002.safetensors"));
+    }
+    let rest = safetensors::serialize(rest, None).unwrap();
+    files.insert("model-00001-of-00002.safetensors".into(), whole);
+    files.insert("model-00002-of-00002.safetensors".into(), rest);
+    let index = json!({ "metadata": {}, "weight_map": map }).to_string();
+    files.insert("model.safetensors.index.json".into(), index.into_bytes());
+    Behavior {
+        files,
+        ..Behavior::default()
+    }
+}
+
+/// A place whose command knows the server and nothing else.
+fn place(server: &HubServer) -> Place {
+    let mut place = Place::new();
+    place.set("HF_HUB_OFFLINE", "0");
+    place.set("HF_ENDPOINT", server.endpoint());
+    place
+}
+
+fn start(behavior: Behavior) -> (HubServer, Place) {
+    let server = HubServer::start(behavior);
+    let place = place(&server);
+    (server, place)
+}
+
+/// Names of the files whose bytes were asked for, in order.
+fn fetched(requests: &[Request]) -> Vec<&str> {
+    requests
+        .iter()
+        .filter(|request| request.method == "GET")
+        .filter_map(|request| request.path.split_once("/resolve/")?.1.split_once('/'))
+        .map(|(_, name)| name)
+        .collect()
+}
+
+const ENTRY: &str = "../home/.cache/huggingface/hub/models--org--name";
+
+#[test]
+fn a_sharded_model_is_downloaded_once_and_loaded_from_the_cache_then() {
+    let (server, place) = start(sharded());
+    let report = place.run(&LOAD).succeeds().json();
+    let requests = server.take_requests();
+    assert_eq!(
+        fetched(&requests),
+        [
+            "model.safetensors.index.json",
+            "config.json",
+            "model-00001-of-00002.safetensors",
+            "model-00002-of-00002.safetensors"
+        ]
+    );
+    assert!(
+        requests
+            .iter()
+            .all(|request| request.authorization.is_none())
+    );
+    let again = place.run(&LOAD).succeeds().json();
+    assert_eq!(server.take_requests(), []);
+    assert_eq!(report["model"], again["model"]);
+    // As other tools lay it out.
+    let entry = place.path(ENTRY);
+    assert_eq!(fs::read_to_string(entry.join("refs/main")).unwrap(), COMMIT);
+    let snapshot = entry.join("snapshots").join(COMMIT);
+    assert!(
+        fs::read_link(snapshot.join("config.json"))
+            .unwrap()
+            .starts_with("../../blobs")
+    );
+}
+
+#[test]
+fn only_what_is_needed_is_downloaded() {
+    let (server, place) = start(single());
+    for command in ["inspect", "plan"] {
+        place.run(&[command, "org/name", "--quiet"]).succeeds();
+        let requests = server.take_requests();
+        let expected: &[&str] = match command {
+            "inspect" => &[
+                "config.json",
+                "tokenizer.json",
+                "tokenizer_config.json",
+                "model.safetensors",
+            ],
+            _ => &[],
+        };
+        assert_eq!(fetched(&requests), expected);
+    }
+}
+
+#[test]
+fn what_another_tool_left_out_is_downloaded() {
+    let (server, place) = start(single());
+    // As after loading only the tokenizer with another tool.
+    let entry = place.path(ENTRY);
+    let snapshot = entry.join("snapshots").join(COMMIT);
+    fs::create_dir_all(&snapshot).unwrap();
+    fs::create_dir_all(entry.join("refs")).unwrap();
+    fs::write(entry.join("refs/main"), COMMIT).unwrap();
+    fs::write(snapshot.join("tokenizer.json"), "{}").unwrap();
+    place.run(&LOAD).succeeds();
+    assert!(!fetched(&server.take_requests()).contains(&"tokenizer.json"));
+}
+
+#[test]
+fn the_token_is_sent_where_it_is_set() {
+    let mut behavior = single();
+    behavior.token = Some("hf_secret".into());
+    let (server, mut place) = start(behavior);
+    let refused = place
+        .run(&LOAD)
+        .fails(3, &["org/name", "401", "set HF_TOKEN"]);
+    assert!(!refused.stderr.contains("404"));
+    place.set("HF_TOKEN", "hf_wrong");
+    let refused = place.run(&LOAD).fails(3, &["401", "does not give access"]);
+    assert!(!refused.stderr.contains("hf_wrong"), "{refused:?}");
+    place.set("HF_TOKEN", "hf_secret");
+    server.take_requests();
+    place.run(&LOAD).succeeds();
+    let sent = Some("Bearer hf_secret".to_owned());
+    assert!(
+        server
+            .take_requests()
+            .iter()
+            .all(|request| request.authorization == sent)
+    );
+}
+
+#[test]
+fn what_the_hub_does_not_know_is_said() {
+    let (server, place) = start(single());
+    let endpoint = server.endpoint();
+    place
+        .run(&["load", "org/other", "--device", "cpu"])
+        .fails(3, &["org/other", "main", &endpoint, "404"]);
+    place
+        .run(&["load", "org/name", "--device", "cpu", "--revision", "v9"])
+        .fails(3, &["org/name", "v9", "404"]);
+    // Not ids: the hub is not asked.
+    server.take_requests();
+    for model in ["./nowhere", "a/b/c", "/nowhere"] {
+        place.run(&["inspect", model]).fails(3, &[model]);
+    }
+    place
+        .run(&["inspect", "org/name", "--revision", "../x"])
+        .fails(3, &["../x"]);
+    assert_eq!(server.take_requests(), []);
+}
+
+#[test]
+fn offline_says_what_was_looked_for_and_where() {
+    let (server, mut place) = start(single());
+    let words = [
+        "org/name",
+        "main",
+        "models--org--name",
+        "--offline",
+        "HF_HUB_OFFLINE",
+    ];
+    place
+        .run(&["inspect", "org/name", "--offline"])
+        .fails(3, &words);
+    place.set("HF_HUB_OFFLINE", "yes");
+    place.run(&["inspect", "org/name"]).fails(3, &words);
+    assert_eq!(server.take_requests(), []);
+}
+
+#[test]
+fn an_unreachable_hub_is_named() {
+    let mut place = Place::new();
+    place.set("HF_HUB_OFFLINE", "");
+    // The port is free: nothing listens on it any more.
+    let port = std::net::TcpListener::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap();
+    place.set("HF_ENDPOINT", format!("http://{port}"));
+    place
+        .run(&["inspect", "org/name"])
+        .fails(3, &["cannot download", &port.to_string()]);
+    place.set("HF_ENDPOINT", "hub.example");
+    place
+        .run(&["inspect", "org/name"])
+        .fails(3, &["HF_ENDPOINT", "hub.example"]);
+}
+
+#[test]
+fn a_dropped_connection_is_taken_up_again() {
+    let mut behavior = single();
+    behavior.drop_after = Some((5000, 1));
+    let (server, place) = start(behavior);
+    place.run(&LOAD).succeeds();
+    let requests = server.take_requests();
+    let ranges: Vec<_> = requests.iter().filter_map(|r| r.range.as_deref()).collect();
+    assert_eq!(ranges, ["bytes=5000-"]);
+}
+
+#[test]
+fn an_interrupted_download_is_resumed_by_the_next_run() {
+    for ignore_ranges in [false, true] {
+        let mut behavior = single();
+        // More often than it is tried again.
+        behavior.drop_after = Some((1000, 4));
+        behavior.ignore_ranges = ignore_ranges;
+        let (server, place) = start(behavior);
+        place
+            .run(&LOAD)
+            .fails(3, &["cannot download", "model.safetensors"]);
+        // What is incomplete is never taken for the model.
+        assert!(!place.path(ENTRY).join("refs").exists());
+        place
+            .run(&["inspect", "org/name", "--offline"])
+            .fails(3, &["models--org--name"]);
+        server.take_requests();
+        place.run(&LOAD).succeeds();
+        let requests = server.take_requests();
+        assert_eq!(fetched(&requests), ["model.safetensors"]);
+        let ranges: Vec<_> = requests.iter().filter_map(|r| r.range.as_deref()).collect();
+        assert_eq!(
+            ranges,
+            [if ignore_ranges {
+                "bytes=1000-"
+            } else {
+                "bytes=4000-"
+            }]
+        );
+        let loaded = place
+            .path(ENTRY)
+            .join("snapshots")
+            .join(COMMIT)
+            .join("model.safetensors");
+        assert_eq!(
+            fs::read(loaded).unwrap(),
+            single().files["model.safetensors"]
+        );
+    }
+}
+
+#[test]
+fn an_interrupt_ends_a_download_that_can_be_resumed() {
+    let mut behavior = single();
+    behavior.slow = true;
+    let (server, place) = start(behavior);
+    let blobs = place.path(ENTRY).join("blobs");
+    let mut running = place.start(&LOAD);
+    let begun = |_| {
+        let Ok(list) = fs::read_dir(&blobs) else {
+            return false;
+        };
+        // Config and tokenizer are shorter.
+        list.flatten().any(|entry| {
+            entry.file_name().to_str().unwrap().ends_with(".part")
+                && entry
+                    .metadata()
+                    .is_ok_and(|metadata| metadata.len() >= 2000)
+        })
+    };
+    assert!(running.interrupt_when(begun));
+    running.finish().fails(130, &["interrupted", "resumed"]);
+    server.change(|behavior| behavior.slow = false);
+    server.take_requests();
+    place.run(&LOAD).succeeds();
+    let requests = server.take_requests();
+    assert_eq!(fetched(&requests), ["model.safetensors"]);
+    assert!(requests.iter().any(|request| request.range.is_some()));
+}
+
+#[test]
+fn a_shard_outside_of_the_model_is_refused_before_it_is_asked_for() {
+    let mut behavior = single();
+    let index = json!({ "weight_map": { "a": "../../etc/passwd" } }).to_string();
+    behavior
+        .files
+        .insert("model.safetensors.index.json".into(), index.into_bytes());
+    behavior
+        .files
+        .insert("../../etc/passwd".into(), b"root".to_vec());
+    let (server, place) = start(behavior);
+    place.run(&LOAD).fails(3, &["../../etc/passwd"]);
+    assert_eq!(
+        fetched(&server.take_requests()),
+        ["model.safetensors.index.json"]
+    );
+}
+
+#[test]
+fn a_shard_that_the_model_lacks_is_named() {
+    let mut behavior = sharded();
+    behavior.files.remove("model-00002-of-00002.safetensors");
+    let (server, place) = start(behavior);
+    place
+        .run(&LOAD)
+        .fails(3, &["model-00002-of-00002.safetensors", "does not have"]);
+    assert_eq!(
+        fetched(&server.take_requests()),
+        ["model.safetensors.index.json"]
+    );
+}
+
+#[test]
+fn what_is_not_as_announced_is_refused() {
+    type Change = fn(&mut Behavior);
+    let cases: [(Change, &str); 6] = [
+        (|b| b.longer = 1, "came"),
+        (|b| b.longer = -1, "came"),
+        (|b| b.etag = Some("0".repeat(64)), "SHA-256"),
+        (|b| b.etag = Some("../../../escaped".into()), "etag"),
+        (|b| b.etag = Some("..".into()), "etag"),
+        (|b| b.commit = Some("../../escaped".into()), "commit"),
+    ];
+    for (change, word) in cases {
+        let mut behavior = single();
+        change(&mut behavior);
+        let (_server, place) = start(behavior);
+        place.run(&LOAD).fails(3, &[word]);
+        let snapshot = place.path(ENTRY).join("snapshots").join(COMMIT);
+        assert!(!snapshot.join("config.json").exists(), "{word}");
+    }
+}
+
+#[test]
+fn pickles_are_not_downloaded() {
+    let mut behavior = single();
+    behavior.files.remove("model.safetensors");
+    let (server, place) = start(behavior);
+    place
+        .run(&LOAD)
+        .fails(3, &["org/name", "no weights as safetensors"]);
+    assert_eq!(fetched(&server.take_requests()), [] as [&str; 0]);
+}
+
+#[test]
+fn a_revision_is_downloaded_and_remembered_under_its_name() {
+    let mut behavior = single();
+    behavior.revisions = vec!["v1.0".into(), "refs/pr/1".into()];
+    let (server, place) = start(behavior);
+    for revision in ["v1.0", "refs/pr/1", COMMIT] {
+        let arguments = ["inspect", "org/name", "--quiet", "--revision", revision];
+        place.run(&arguments).succeeds();
+        let offline = [&arguments[..], &["--offline"]].concat();
+        place.run(&offline).succeeds();
+    }
+    let asked: Vec<_> = server.take_requests().into_iter().map(|r| r.path).collect();
+    assert!(asked[0].ends_with("/revision/v1.0"), "{asked:?}");
+    assert!(
+        asked
+            .iter()
+            .any(|path| path.ends_with("/revision/refs%2Fpr%2F1")),
+        "{asked:?}"
+    );
+    // The files are those of one commit, which are there already.
+    assert!(
+        asked
+            .iter()
+            .all(|path| !path.contains("/resolve/") || path.contains(COMMIT))
+    );
+    place
+        .run(&["inspect", "org/name", "--offline", "--revision", "v2"])
+        .fails(3, &["v2", "models--org--name"]);
+}
