@@ -90,10 +90,10 @@ fn quantization_config(
         }
     }
     let named = |key: &str| config.json.get(key).and_then(Value::as_str);
-    let compute = match named("dtype").or_else(|| named("torch_dtype")) {
-        Some(dtype @ ("float16" | "float32")) => dtype,
-        _ => "bfloat16",
-    };
+    let compute = named("dtype")
+        .or_else(|| named("torch_dtype"))
+        .filter(|dtype| matches!(*dtype, "float16" | "float32"))
+        .unwrap_or("bfloat16");
     json!({
         "_load_in_4bit": true,
         "_load_in_8bit": false,
