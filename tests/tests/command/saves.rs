@@ -24,6 +24,41 @@ fn has_only(place: &Place, expected: &[&str]) {
     assert_eq!(names(&place.path("")), expected);
 }
 
+/// Modules that a reader of the saved model must not take for 4-bit ones.
+fn skipped_modules(place: &Place, model: &str) -> serde_json::Value {
+    let text = fs::read_to_string(place.path(model).join("config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&text).unwrap();
+    config["quantization_config"]["llm_int8_skip_modules"].clone()
+}
+
+#[test]
+fn modules_skipped_on_request_are_listed_for_readers() {
+    let place = place_with_model();
+    place.run(&["save", "m", "all"]).succeeds();
+    assert_eq!(skipped_modules(&place, "all"), serde_json::Value::Null);
+    place
+        .run(&["save", "m", "some", "--set", "skip=q_proj"])
+        .succeeds();
+    let listed = skipped_modules(&place, "some");
+    let listed = listed.as_array().expect("a list");
+    // The list replaces the default one, so that the output head is in it too.
+    for module in [
+        "lm_head",
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+    ] {
+        assert!(
+            listed.iter().any(|name| name == module),
+            "{module} is not in {listed:?}"
+        );
+    }
+    assert!(
+        !listed
+            .iter()
+            .any(|name| name == "model.layers.0.self_attn.k_proj")
+    );
+}
+
 #[test]
 fn a_save_says_what_it_wrote() {
     let place = place_with_model();
