@@ -41,6 +41,12 @@ separator=$(printf '\037')
 cargo_home=${CARGO_HOME:-$HOME/.cargo}
 flags="--remap-path-prefix=$root=/tightfit"
 flags="$flags$separator--remap-path-prefix=$cargo_home=/cargo"
+# Sources of dependencies lie in a directory that is named after where they came from: a mirror has
+# another name.
+cargo fetch --quiet --locked --target "$target"
+for sources in "$cargo_home"/registry/src/*; do
+    flags="$flags$separator--remap-path-prefix=$sources=/cargo/src"
+done
 # Where the standard library's sources are installed rustc names them; elsewhere it says /rustc/...
 commit=$(rustc -vV | sed -n 's/^commit-hash: //p')
 flags="$flags$separator--remap-path-prefix=$sysroot/lib/rustlib/src/rust=/rustc/$commit"

@@ -18,6 +18,7 @@ use std::fs::File;
 use std::path::Path;
 
 pub use error::SaveError;
+pub use target::check_target;
 
 use tightfit_kernels::{DYNAMIC_MAP, FP4, Kernels, NF4};
 

@@ -56,6 +56,22 @@ impl Drop for MadeParents {
     }
 }
 
+/// Whether a checkpoint may be written to `path`: for whoever has much to do before.
+///
+/// # Errors
+/// [`SaveError::Exists`] when there is something other than an empty directory that may not be
+/// replaced, [`SaveError::NotADirectoryName`] for a path without a name.
+pub fn check_target(path: &Path, force: bool) -> Result<(), SaveError> {
+    let path = path.to_owned();
+    if path.file_name().is_none() {
+        return Err(SaveError::NotADirectoryName { path });
+    }
+    if !force && fs::symlink_metadata(&path).is_ok() && !is_empty_directory(&path) {
+        return Err(SaveError::Exists { path });
+    }
+    Ok(())
+}
+
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SaveError {
     move |source| SaveError::Io {
         action,
@@ -71,15 +87,8 @@ impl Target {
     /// [`SaveError::Exists`] when there is something at `path` (other than an empty directory)
     /// that may not be replaced.
     pub(super) fn create(path: &Path, force: bool) -> Result<Target, SaveError> {
-        let not_a_name = || SaveError::NotADirectoryName {
-            path: path.to_owned(),
-        };
-        let name = path.file_name().ok_or_else(not_a_name)?.to_string_lossy();
-        if !force && fs::symlink_metadata(path).is_ok() && !is_empty_directory(path) {
-            return Err(SaveError::Exists {
-                path: path.to_owned(),
-            });
-        }
+        check_target(path, force)?;
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
         let parent = parent(path);
         let made = MadeParents::make(parent)?;
         let partial = tempfile::Builder::new()

@@ -7,6 +7,7 @@ use tightfit::memory::{DEFAULT_STAGING, StagingRing};
 use tightfit::model::Model;
 use tightfit::plan::{Plan, Proposed};
 use tightfit::report::{Report, Table, printable};
+use tightfit::save::check_target;
 use tightfit::types::Bytes;
 
 use crate::args::{EngineOptions, LoadOptions, OutputOptions, PlanOptions};
@@ -37,6 +38,10 @@ pub(crate) fn plan(options: &PlanOptions) -> Result<(), Failure> {
 
 /// `tightfit load`.
 pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Failure> {
+    if let Some(directory) = &options.save {
+        // Before a load that would have been for nothing.
+        check_target(directory, options.write.force)?;
+    }
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
     let devices = open_devices(&options.placement.devices)?;
     let proposed = session::propose_with(
