@@ -1,6 +1,6 @@
 //! Writes a checkpoint that bitsandbytes and transformers understand, tensor by tensor.
 //!
-//! Memory stays bounded by staging plus a batch of quantized weights ([`BATCH_BYTES`], or one
+//! Memory stays bounded by staging plus a batch of quantized weights (32 MiB of output, or one
 //! weight where that is larger), whatever the model's size. A checkpoint appears under its name
 //! only when it is complete: it is written to a directory beside it and renamed.
 //!
