@@ -14,6 +14,7 @@ fn main() -> ExitCode {
         "guests/Cargo.lock",
         "../guest/src",
         "../guest/Cargo.toml",
+        "../guest/names",
         "../wit",
     ] {
         println!("cargo::rerun-if-changed={path}");
