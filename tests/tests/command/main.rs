@@ -2,6 +2,7 @@
 
 #[cfg(target_os = "linux")]
 mod interrupts;
+mod pictures;
 mod policies;
 mod reports;
 mod saves;

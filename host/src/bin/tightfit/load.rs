@@ -1,40 +1,17 @@
-//! `tightfit plan` and `tightfit load`.
+//! `tightfit load`.
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, open_devices};
-use tightfit::load::{self, CancelToken, LoadError, Progress};
-use tightfit::memory::{DEFAULT_STAGING, StagingRing};
+use tightfit::load::{self, CancelToken, Progress};
 use tightfit::model::Model;
-use tightfit::plan::{Plan, Proposed};
+use tightfit::plan::Proposed;
 use tightfit::report::{Report, Table, printable};
 use tightfit::save::check_target;
 use tightfit::types::Bytes;
 
-use crate::args::{EngineOptions, LoadOptions, OutputOptions, PlanOptions};
+use crate::args::{EngineOptions, LoadOptions};
 use crate::failure::Failure;
 use crate::{output, progress, save, session};
-
-/// `tightfit plan`.
-pub(crate) fn plan(options: &PlanOptions) -> Result<(), Failure> {
-    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
-    let devices = open_devices(&options.placement.devices)?;
-    let proposed = session::propose_with(
-        &options.placement.policy,
-        &checkpoint,
-        &session::infos(&devices),
-    )?;
-    let staging = options.staging.unwrap_or(DEFAULT_STAGING);
-    // What a load would refuse is refused here.
-    StagingRing::new(staging, 1).map_err(LoadError::Staging)?;
-    let report = Report::of_plan(&checkpoint, &proposed, staging);
-    show(
-        &checkpoint,
-        &proposed.plan,
-        report,
-        &options.output,
-        options.placements,
-    )
-}
 
 /// `tightfit load`.
 pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Failure> {
@@ -50,7 +27,7 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
         &session::infos(&devices),
     )?;
     let quiet = options.output.quiet;
-    let (model, report) = carry_out(
+    let (model, mut report) = carry_out(
         &checkpoint,
         &proposed,
         &devices,
@@ -69,13 +46,16 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
             cancel,
         )?;
     }
-    show(
-        &checkpoint,
-        model.plan(),
-        report,
-        &options.output,
-        options.placements,
-    )
+    if options.placements {
+        report = report.with_placements(&checkpoint, model.plan());
+    }
+    if options.output.json {
+        output::print_json(&report)
+    } else if quiet {
+        Ok(())
+    } else {
+        output::print(&(text(&report) + &placements(&report)))
+    }
 }
 
 /// Loads with a progress bar. Gives the model and the report made while it is loaded.
@@ -112,26 +92,7 @@ pub(crate) fn carry_out(
     Ok((model, report))
 }
 
-fn show(
-    checkpoint: &Checkpoint,
-    plan: &Plan,
-    mut report: Report,
-    options: &OutputOptions,
-    placements: bool,
-) -> Result<(), Failure> {
-    if placements {
-        report = report.with_placements(checkpoint, plan);
-    }
-    if options.json {
-        output::print_json(&report)
-    } else if options.quiet {
-        Ok(())
-    } else {
-        output::print(&text(&report))
-    }
-}
-
-/// The report for people.
+/// The report for people, without a list of placements.
 pub(crate) fn text(report: &Report) -> String {
     let model = &report.model;
     let mut text = format!(
@@ -206,17 +167,22 @@ pub(crate) fn text(report: &Report) -> String {
         }
         text += "\n";
     }
-    if let Some(placements) = &report.placements {
-        let mut table = Table::new(["tensor", "device", "format", "bytes"]);
-        for placement in placements {
-            table.row([
-                placement.tensor.clone(),
-                placement.device.clone().unwrap_or_else(|| "-".to_owned()),
-                placement.format.clone(),
-                placement.bytes.to_string(),
-            ]);
-        }
-        text += &format!("\n{table}");
-    }
     text
+}
+
+/// The list of placements, where it was asked for.
+pub(crate) fn placements(report: &Report) -> String {
+    let Some(placements) = &report.placements else {
+        return String::new();
+    };
+    let mut table = Table::new(["tensor", "device", "format", "bytes"]);
+    for placement in placements {
+        table.row([
+            placement.tensor.clone(),
+            placement.device.clone().unwrap_or_else(|| "-".to_owned()),
+            placement.format.clone(),
+            placement.bytes.to_string(),
+        ]);
+    }
+    format!("\n{table}")
 }
