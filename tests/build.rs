@@ -15,6 +15,7 @@ fn main() -> ExitCode {
         "../guest/names",
         "../guest/src",
         "../guest/Cargo.toml",
+        "../guest/names",
         "../wit",
     ] {
         println!("cargo::rerun-if-changed={path}");

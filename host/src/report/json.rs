@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use super::{Fill, fills};
 use crate::checkpoint::Checkpoint;
 use crate::load::{LoadStats, Revision};
 use crate::memory::{Usage, peak_rss_bytes};
@@ -92,6 +93,8 @@ pub struct DeviceReport {
     pub headroom: u64,
     /// Tensors stored there.
     pub tensors: u64,
+    /// What fills it, as planned.
+    pub fill: Fill,
 }
 
 /// This process.
@@ -136,6 +139,19 @@ pub struct PlacementReport {
     pub bytes: u64,
 }
 
+impl From<&Proposed> for PolicyReport {
+    fn from(proposed: &Proposed) -> PolicyReport {
+        PolicyReport {
+            name: proposed.policy.clone(),
+            version: proposed.version.clone(),
+            settings: proposed.settings.iter().cloned().collect(),
+            fuel: proposed.fuel,
+            revisions: Vec::new(),
+            seconds: proposed.elapsed.as_secs_f64(),
+        }
+    }
+}
+
 impl Report {
     /// The report of a plan. `staging_bytes` is what a load may take.
     pub fn of_plan(checkpoint: &Checkpoint, proposed: &Proposed, staging_bytes: u64) -> Report {
@@ -149,19 +165,13 @@ impl Report {
                 tensors: checkpoint.tensors().len(),
                 source_bytes: checkpoint.source_bytes(),
             },
-            policy: PolicyReport {
-                name: proposed.policy.clone(),
-                version: proposed.version.clone(),
-                settings: proposed.settings.iter().cloned().collect(),
-                fuel: proposed.fuel,
-                revisions: Vec::new(),
-                seconds: proposed.elapsed.as_secs_f64(),
-            },
+            policy: PolicyReport::from(proposed),
             devices: proposed
                 .plan
                 .devices
                 .iter()
-                .map(|device| DeviceReport {
+                .zip(fills(checkpoint.tensors(), &proposed.plan))
+                .map(|(device, fill)| DeviceReport {
                     name: device.device.name.clone(),
                     capacity: device.device.capacity,
                     allocated: device.size.requested,
@@ -170,6 +180,7 @@ impl Report {
                     peak_reserved: device.size.reserved,
                     headroom: device.headroom,
                     tensors: device.tensors,
+                    fill,
                 })
                 .collect(),
             host: HostReport {

@@ -3,6 +3,7 @@
 mod formats;
 #[cfg(target_os = "linux")]
 mod interrupts;
+mod pictures;
 mod policies;
 mod reports;
 mod saves;

@@ -1,5 +1,7 @@
 //! What ends the command early, and with which exit status.
 
+use std::path::PathBuf;
+
 use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
 use tightfit::hub::HubError;
@@ -35,6 +37,15 @@ pub(crate) enum Failure {
     TemporaryDirectory(std::io::Error),
     #[error("cannot write the result: {0}")]
     Output(std::io::Error),
+    #[error("cannot write {}: {source}", path.display())]
+    Picture {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("setting '{name}' is one of neither '{a}' nor '{b}'")]
+    NobodysSetting { name: String, a: String, b: String },
+    #[error("A: {a}; B: {b}")]
+    BothRefuse { a: Box<Failure>, b: Box<Failure> },
 }
 
 impl From<PolicyError> for Failure {
@@ -52,6 +63,11 @@ const DEVICE: u8 = 6;
 const INTERRUPTED: u8 = 130;
 
 impl Failure {
+    /// Whether this is the policy's answer to the model and the devices, not a fault.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(self, Failure::Propose(_)) && self.status() == DOES_NOT_FIT
+    }
+
     /// The exit status, as `tightfit --help` lists them.
     pub(crate) fn status(&self) -> u8 {
         match self {
@@ -89,7 +105,9 @@ impl Failure {
                 SynthError::Io { .. } | SynthError::Unsupported { .. } => CHECKPOINT,
             },
             Failure::Kernel(_) => USAGE,
-            Failure::TemporaryDirectory(_) | Failure::Output(_) => OTHER,
+            Failure::NobodysSetting { .. } => USAGE,
+            Failure::BothRefuse { .. } => DOES_NOT_FIT,
+            Failure::TemporaryDirectory(_) | Failure::Output(_) | Failure::Picture { .. } => OTHER,
         }
     }
 }

@@ -1,40 +1,16 @@
-//! `tightfit plan` and `tightfit load`.
+//! `tightfit load`.
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, open_devices};
-use tightfit::load::{self, CancelToken, LoadError, Placed, Progress};
-use tightfit::memory::{DEFAULT_STAGING, StagingRing};
+use tightfit::load::{self, CancelToken, Placed, Progress};
 use tightfit::model::Model;
-use tightfit::plan::Plan;
 use tightfit::report::{Report, Table, printable};
 use tightfit::save::check_target;
 use tightfit::types::Bytes;
 
-use crate::args::{EngineOptions, LoadOptions, OutputOptions, PlanOptions};
+use crate::args::{EngineOptions, LoadOptions};
 use crate::failure::Failure;
 use crate::{output, progress, save, session};
-
-/// `tightfit plan`.
-pub(crate) fn plan(options: &PlanOptions) -> Result<(), Failure> {
-    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
-    let devices = open_devices(&options.placement.devices)?;
-    let proposed = session::propose_with(
-        &options.placement.policy,
-        &checkpoint,
-        &session::infos(&devices),
-    )?;
-    let staging = options.staging.unwrap_or(DEFAULT_STAGING);
-    // What a load would refuse is refused here.
-    StagingRing::new(staging, 1).map_err(LoadError::Staging)?;
-    let report = Report::of_plan(&checkpoint, &proposed, staging);
-    show(
-        &checkpoint,
-        &proposed.plan,
-        report,
-        &options.output,
-        options.placements,
-    )
-}
 
 /// `tightfit load`.
 pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Failure> {
@@ -47,7 +23,7 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
     let placed = session::place_with(&options.placement.policy, &checkpoint, &devices)?;
     let proposed = placed.proposed.clone();
     let quiet = options.output.quiet;
-    let (model, report) = carry_out(
+    let (model, mut report) = carry_out(
         &checkpoint,
         placed,
         &devices,
@@ -66,13 +42,16 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
             cancel,
         )?;
     }
-    show(
-        &checkpoint,
-        model.plan(),
-        report,
-        &options.output,
-        options.placements,
-    )
+    if options.placements {
+        report = report.with_placements(&checkpoint, model.plan());
+    }
+    if options.output.json {
+        output::print_json(&report)
+    } else if quiet {
+        Ok(())
+    } else {
+        output::print(&(text(&report) + &placements(&report)))
+    }
 }
 
 /// Loads with a progress bar. Gives the model and the report made while it is loaded.
@@ -107,26 +86,7 @@ pub(crate) fn carry_out(
     Ok((model, report))
 }
 
-fn show(
-    checkpoint: &Checkpoint,
-    plan: &Plan,
-    mut report: Report,
-    options: &OutputOptions,
-    placements: bool,
-) -> Result<(), Failure> {
-    if placements {
-        report = report.with_placements(checkpoint, plan);
-    }
-    if options.json {
-        output::print_json(&report)
-    } else if options.quiet {
-        Ok(())
-    } else {
-        output::print(&text(&report))
-    }
-}
-
-/// The report for people.
+/// The report for people, without a list of placements.
 pub(crate) fn text(report: &Report) -> String {
     let model = &report.model;
     let mut text = format!(
@@ -209,17 +169,22 @@ pub(crate) fn text(report: &Report) -> String {
         }
         text += "\n";
     }
-    if let Some(placements) = &report.placements {
-        let mut table = Table::new(["tensor", "device", "format", "bytes"]);
-        for placement in placements {
-            table.row([
-                placement.tensor.clone(),
-                placement.device.clone().unwrap_or_else(|| "-".to_owned()),
-                placement.format.clone(),
-                placement.bytes.to_string(),
-            ]);
-        }
-        text += &format!("\n{table}");
-    }
     text
+}
+
+/// The list of placements, where it was asked for.
+pub(crate) fn placements(report: &Report) -> String {
+    let Some(placements) = &report.placements else {
+        return String::new();
+    };
+    let mut table = Table::new(["tensor", "device", "format", "bytes"]);
+    for placement in placements {
+        table.row([
+            placement.tensor.clone(),
+            placement.device.clone().unwrap_or_else(|| "-".to_owned()),
+            placement.format.clone(),
+            placement.bytes.to_string(),
+        ]);
+    }
+    format!("\n{table}")
 }
