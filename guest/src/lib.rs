@@ -28,8 +28,8 @@
 //! ```
 //!
 //! What most policies need is here too: [`names`] (which layer is a tensor of, what is it for),
-//! [`sizing`] (what it takes on a device), [`partition`] (spreading a sequence over devices),
-//! [`settings`] and [`patterns`] (what the user asked for).
+//! [`formats`] (what is quantized), [`sizing`] (what it takes on a device), [`partition`]
+//! (spreading a sequence over devices), [`settings`] and [`patterns`] (what the user asked for).
 
 #![deny(unsafe_code)]
 
@@ -40,6 +40,7 @@ extern crate self as tightfit_guest;
 pub mod bindings;
 #[doc(hidden)]
 pub mod export;
+pub mod formats;
 mod log;
 pub mod names;
 pub mod partition;
