@@ -86,6 +86,7 @@ fn ask(
         ties: &model.ties,
         devices,
         settings: &settings,
+        required_formats: &[],
         failure: None,
     };
     let log = Log::default();
@@ -238,14 +239,12 @@ fn qwen35_35b_a3b_does_not_fit_on_two_cards_without_its_experts_in_4_bits() {
     let settings = [("max-memory", budgets)];
     let (answer, budgets, map) = ask(&policy, &model, &devices(2), &settings);
     assert_eq!(budgets["0"], (0.9 * f64::from(31 << 20) * 1024.0).round());
-    println!("{map:?}");
     let layer = |n: u32| device_of(&map, &format!("model.language_model.layers.{n}.x"));
     assert_eq!((layer(33), layer(34)), ("1", "cpu"));
     assert!(matches!(answer, Err(PolicyError::Refused { .. })));
 
     let settings = [settings[0], ("experts", "nf4")];
     let (answer, budgets, map) = ask(&policy, &model, &devices(2), &settings);
-    println!("{budgets:?} {map:?}");
     assert!(map.values().all(|device| device != "cpu"));
     assert!(answer.is_ok());
 }

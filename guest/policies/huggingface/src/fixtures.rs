@@ -39,6 +39,7 @@ pub(crate) fn request(mut tensors: Vec<Tensor>, devices: Vec<Device>, config: &s
         ties: vec![],
         devices,
         settings: vec![],
+        required_formats: vec![],
         failure: None,
     }
 }

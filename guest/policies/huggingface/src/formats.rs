@@ -24,7 +24,14 @@ pub(crate) fn formats(request: &Request, kinds: &[TensorKind], options: &Options
             Format::Stored
         }
     };
-    request.tensors.iter().zip(kinds).map(format).collect()
+    let mut formats: Vec<Format> = request.tensors.iter().zip(kinds).map(format).collect();
+    // What the host does in any case is counted like that.
+    for required in &request.required_formats {
+        if let Some(format) = formats.get_mut(required.tensor as usize) {
+            *format = required.format;
+        }
+    }
+    formats
 }
 
 /// Whether it is the matrix of a linear layer in memory. Transformers 5 makes stacks of all experts

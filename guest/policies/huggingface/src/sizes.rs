@@ -54,21 +54,25 @@ impl Sizes {
             for &t in own {
                 let t = t as usize;
                 let tensor = &request.tensors[t];
+                let dtype = match formats[t] {
+                    Format::Cast(to) => to,
+                    _ => tensor.dtype,
+                };
                 let per_element = match options.library {
-                    _ if !quantized => bytes_of(tensor.dtype),
+                    _ if !quantized => bytes_of(dtype),
                     Library::Accelerate => {
                         let kept = kinds[t] == OutputHead
                             || options.formats.skip.matches(&tensor.name)
-                            || !is_float(tensor.dtype);
+                            || !is_float(dtype);
                         if kept && tensor.quantized.is_none() {
-                            bytes_of(tensor.dtype)
+                            bytes_of(dtype)
                         } else {
-                            bytes_of(tensor.dtype).min(0.5)
+                            bytes_of(dtype).min(0.5)
                         }
                     }
                     Library::Transformers if is_4_bit(t) => 0.5,
                     Library::Transformers if in_4_bits && kinds[t] == TensorKind::Bias => 4.0,
-                    Library::Transformers => bytes_of(tensor.dtype),
+                    Library::Transformers => bytes_of(dtype),
                 };
                 tensors[t] = elements(tensor) * per_element;
             }

@@ -1,7 +1,7 @@
 //! Whole requests.
 
 use tightfit_guest::{
-    Device, DeviceKind, Format, Policy, Proposal, Refusal, RefusalReason, Request,
+    Device, DeviceKind, Format, Policy, Proposal, Refusal, RefusalReason, Request, RequiredFormat,
 };
 
 use crate::HuggingFace;
@@ -295,4 +295,38 @@ fn odd_requests_are_no_problem() {
             .iter()
             .all(|placed| placed.device == Some(0))
     );
+}
+
+#[test]
+fn what_the_host_requires_is_counted() {
+    let mut request = request(decoder(SMALL, true), sims(2, 24.0), ROPE);
+    set(&mut request, "strategy", "sequential");
+    set(
+        &mut request,
+        "max-memory",
+        r#"{"0": "700MiB", "1": "20GiB"}"#,
+    );
+    let before = plan(&request).unwrap();
+    let on = |proposal: &Proposal, device| {
+        let placed = proposal.placements.iter();
+        placed
+            .filter(|placed| placed.device == Some(device))
+            .count()
+    };
+    // With the head and the embedding in 4 bits there is room for more layers on the first.
+    let tables = ["model.embed_tokens.weight", "lm_head.weight"];
+    for t in 0..request.tensors.len() {
+        if tables.contains(&request.tensors[t].name.as_str()) {
+            let format = format_of(&request, &before, "model.layers.0.mlp.up_proj.weight");
+            request.required_formats.push(RequiredFormat {
+                tensor: t as u32,
+                format,
+            });
+        }
+    }
+    let after = plan(&request).unwrap();
+    assert!(on(&before, 0) < on(&after, 0));
+    for name in tables {
+        assert!(matches!(format_of(&request, &after, name), Format::Nf4(_)));
+    }
 }
