@@ -244,7 +244,7 @@ fn qwen35_35b_a3b_does_not_fit_on_two_cards_without_its_experts_in_4_bits() {
     assert!(matches!(answer, Err(PolicyError::Refused { .. })));
 
     let settings = [settings[0], ("experts", "nf4")];
-    let (answer, budgets, map) = ask(&policy, &model, &devices(2), &settings);
+    let (answer, _, map) = ask(&policy, &model, &devices(2), &settings);
     assert!(map.values().all(|device| device != "cpu"));
     assert!(answer.is_ok());
 }
