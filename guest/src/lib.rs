@@ -28,8 +28,9 @@
 //! ```
 //!
 //! What most policies need is here too: [`names`] (which layer is a tensor of, what is it for),
-//! [`sizing`] (what it takes on a device), [`partition`] (spreading a sequence over devices),
-//! [`settings`] and [`patterns`] (what the user asked for).
+//! [`formats`] (what is quantized), [`sizing`] (what it takes on a device), [`partition`]
+//! (spreading a sequence over devices), [`tree`] (the modules that names stand for), [`settings`] and
+//! [`patterns`] (what the user asked for).
 
 #![deny(unsafe_code)]
 
@@ -40,11 +41,13 @@ extern crate self as tightfit_guest;
 pub mod bindings;
 #[doc(hidden)]
 pub mod export;
+pub mod formats;
 mod log;
 pub mod names;
 pub mod partition;
 pub mod settings;
 pub mod sizing;
+pub mod tree;
 mod types;
 
 pub use bindings::exports::tightfit::host::planner::{

@@ -7,7 +7,6 @@
 #![forbid(unsafe_code)]
 
 mod cache;
-mod formats;
 mod options;
 mod place;
 mod refusals;
@@ -21,8 +20,8 @@ mod tests;
 use tightfit_guest::partition::{Bin, Item};
 use tightfit_guest::sizing::Sizer;
 use tightfit_guest::{
-    Description, Format, Level, Placement, Policy, Proposal, Refusal, Request, log, policy,
-    settings,
+    Description, Format, Level, Placement, Policy, Proposal, Refusal, Request, formats, log,
+    policy, settings,
 };
 
 use cache::Cache;
@@ -52,7 +51,7 @@ impl Policy for Auto {
         }
         let kinds = formats::kinds(&request);
         let duplicates = request.duplicates();
-        let formats = formats::formats(&request, &kinds, &options);
+        let formats = options.formats.choose(&request, &kinds);
 
         let mut sizer = Sizer::new();
         let mut items = vec![Item::default(); request.tensors.len()];

@@ -65,7 +65,7 @@ pub(crate) fn does_not_fit(
     if options.reserve > 0 {
         message += " or a smaller `reserve`";
     }
-    if !options.quantize_experts {
+    if !options.formats.quantize_experts {
         message += " or `experts=nf4`";
     }
     // Only where it is enough: somebody would try it.
