@@ -6,7 +6,7 @@
 use std::ops::RangeInclusive;
 
 use crate::patterns::Patterns;
-use crate::{Refusal, Request, Setting};
+use crate::{Device, Refusal, Request, Setting};
 
 /// One setting that a policy understands.
 #[derive(Debug, Clone, Copy)]
@@ -17,6 +17,17 @@ pub struct Spec {
     pub default: &'static str,
     /// One sentence for the user.
     pub help: &'static str,
+}
+
+impl Spec {
+    /// A setting in one line.
+    pub const fn new(name: &'static str, default: &'static str, help: &'static str) -> Spec {
+        Spec {
+            name,
+            default,
+            help,
+        }
+    }
 }
 
 /// The list as a [`Description`](crate::Description) holds it.
@@ -38,6 +49,7 @@ pub fn describe(specs: &[Spec]) -> Vec<Setting> {
 pub struct Settings<'a> {
     specs: &'a [Spec],
     given: &'a [(String, String)],
+    devices: &'a [Device],
 }
 
 impl<'a> Settings<'a> {
@@ -46,6 +58,7 @@ impl<'a> Settings<'a> {
         Settings {
             specs,
             given: &request.settings,
+            devices: &request.devices,
         }
     }
 
@@ -93,6 +106,25 @@ impl<'a> Settings<'a> {
     pub fn bytes(&self, name: &str) -> Result<u64, Refusal> {
         parse_bytes(self.text(name))
             .ok_or_else(|| self.bad(name, "a number of bytes such as 2GiB, 512MiB or 1000000"))
+    }
+
+    /// A device of the request, by its index or its name. Gives its index.
+    ///
+    /// # Errors
+    /// When there is no such device.
+    pub fn device(&self, name: &str) -> Result<usize, Refusal> {
+        let text = self.text(name);
+        let index = match text.parse() {
+            Ok(index) => Some(index).filter(|&index| index < self.devices.len()),
+            Err(_) => self.devices.iter().position(|device| device.name == text),
+        };
+        index.ok_or_else(|| {
+            let names: Vec<&str> = self.devices.iter().map(|d| d.name.as_str()).collect();
+            self.bad(
+                name,
+                &format!("a device ({}) or its index", names.join(", ")),
+            )
+        })
     }
 
     /// One of a few words.
