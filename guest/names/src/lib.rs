@@ -8,6 +8,8 @@
 //! policy took it for.
 #![forbid(unsafe_code)]
 
+pub mod patterns;
+
 /// What a tensor is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TensorKind {
