@@ -50,6 +50,16 @@ const DEVICE: u8 = 6;
 const INTERRUPTED: u8 = 130;
 
 impl Failure {
+    /// The limit that a policy ran into, if that is what happened.
+    pub(crate) fn policy_limit(&self) -> Option<&'static str> {
+        match self {
+            Failure::Propose(ProposeError::Policy(PolicyError::Failed { failure, .. })) => {
+                failure.limit()
+            }
+            _ => None,
+        }
+    }
+
     /// The exit status, as `tightfit --help` lists them.
     pub(crate) fn status(&self) -> u8 {
         match self {
