@@ -165,6 +165,10 @@ void exports_tightfit_host_planner_device_free(exports_tightfit_host_planner_dev
   tightfit_host_types_device_free(ptr);
 }
 
+void exports_tightfit_host_planner_format_free(exports_tightfit_host_planner_format_t *ptr) {
+  tightfit_host_types_format_free(ptr);
+}
+
 void exports_tightfit_host_planner_placement_free(exports_tightfit_host_planner_placement_t *ptr) {
   tightfit_host_types_placement_free(ptr);
 }
@@ -195,6 +199,10 @@ void exports_tightfit_host_planner_description_free(exports_tightfit_host_planne
 void exports_tightfit_host_planner_tie_free(exports_tightfit_host_planner_tie_t *ptr) {
   policy_string_free(&ptr->alias);
   policy_option_u32_free(&ptr->alias_tensor);
+}
+
+void exports_tightfit_host_planner_required_format_free(exports_tightfit_host_planner_required_format_t *ptr) {
+  exports_tightfit_host_planner_format_free(&ptr->format);
 }
 
 void exports_tightfit_host_planner_list_tensor_free(exports_tightfit_host_planner_list_tensor_t *ptr) {
@@ -246,6 +254,17 @@ void policy_list_tuple2_string_string_free(policy_list_tuple2_string_string_t *p
   }
 }
 
+void exports_tightfit_host_planner_list_required_format_free(exports_tightfit_host_planner_list_required_format_t *ptr) {
+  size_t list_len = ptr->len;
+  if (list_len > 0) {
+    exports_tightfit_host_planner_required_format_t *list_ptr = ptr->ptr;
+    for (size_t i = 0; i < list_len; i++) {
+      exports_tightfit_host_planner_required_format_free(&list_ptr[i]);
+    }
+    free(list_ptr);
+  }
+}
+
 void exports_tightfit_host_planner_option_failure_free(exports_tightfit_host_planner_option_failure_t *ptr) {
   if (ptr->is_some) {
   }
@@ -257,6 +276,7 @@ void exports_tightfit_host_planner_request_free(exports_tightfit_host_planner_re
   exports_tightfit_host_planner_list_tie_free(&ptr->ties);
   exports_tightfit_host_planner_list_device_free(&ptr->devices);
   policy_list_tuple2_string_string_free(&ptr->settings);
+  exports_tightfit_host_planner_list_required_format_free(&ptr->required_formats);
   exports_tightfit_host_planner_option_failure_free(&ptr->failure);
 }
 
@@ -398,35 +418,36 @@ uint8_t * __wasm_export_exports_tightfit_host_planner_describe(void) {
 }
 
 __attribute__((__export_name__("tightfit:host/planner@0.1.0#plan")))
-uint8_t * __wasm_export_exports_tightfit_host_planner_plan(uint8_t * arg, size_t arg0, uint8_t * arg1, size_t arg2, uint8_t * arg3, size_t arg4, uint8_t * arg5, size_t arg6, uint8_t * arg7, size_t arg8, int32_t arg9, int32_t arg10, int64_t arg11, int64_t arg12) {
-  exports_tightfit_host_planner_option_failure_t option14;
-  switch (arg9) {
+uint8_t * __wasm_export_exports_tightfit_host_planner_plan(uint8_t * arg, size_t arg0, uint8_t * arg1, size_t arg2, uint8_t * arg3, size_t arg4, uint8_t * arg5, size_t arg6, uint8_t * arg7, size_t arg8, uint8_t * arg9, size_t arg10, int32_t arg11, int32_t arg12, int64_t arg13, int64_t arg14) {
+  exports_tightfit_host_planner_option_failure_t option16;
+  switch (arg11) {
     case 0: {
-      option14.is_some = false;
+      option16.is_some = false;
       break;
     }
     case 1: {
-      option14.is_some = true;
-      option14.val = (exports_tightfit_host_planner_failure_t) {
-        (uint32_t) (uint32_t) (arg10),
-        (uint64_t) (uint64_t) (arg11),
-        (uint64_t) (uint64_t) (arg12),
+      option16.is_some = true;
+      option16.val = (exports_tightfit_host_planner_failure_t) {
+        (uint32_t) (uint32_t) (arg12),
+        (uint64_t) (uint64_t) (arg13),
+        (uint64_t) (uint64_t) (arg14),
       };
       break;
     }
   }
-  exports_tightfit_host_planner_request_t arg15 = (exports_tightfit_host_planner_request_t) {
+  exports_tightfit_host_planner_request_t arg17 = (exports_tightfit_host_planner_request_t) {
     (policy_string_t) (policy_string_t) { (uint8_t*)(arg), (arg0) },
     (exports_tightfit_host_planner_list_tensor_t) (exports_tightfit_host_planner_list_tensor_t) { (exports_tightfit_host_planner_tensor_t*)(arg1), (arg2) },
     (exports_tightfit_host_planner_list_tie_t) (exports_tightfit_host_planner_list_tie_t) { (exports_tightfit_host_planner_tie_t*)(arg3), (arg4) },
     (exports_tightfit_host_planner_list_device_t) (exports_tightfit_host_planner_list_device_t) { (exports_tightfit_host_planner_device_t*)(arg5), (arg6) },
     (policy_list_tuple2_string_string_t) (policy_list_tuple2_string_string_t) { (policy_tuple2_string_string_t*)(arg7), (arg8) },
-    (exports_tightfit_host_planner_option_failure_t) option14,
+    (exports_tightfit_host_planner_list_required_format_t) (exports_tightfit_host_planner_list_required_format_t) { (exports_tightfit_host_planner_required_format_t*)(arg9), (arg10) },
+    (exports_tightfit_host_planner_option_failure_t) option16,
   };
   exports_tightfit_host_planner_result_proposal_refusal_t ret;
   exports_tightfit_host_planner_proposal_t ok;
   exports_tightfit_host_planner_refusal_t err;
-  ret.is_err = !exports_tightfit_host_planner_plan(&arg15, &ok, &err);
+  ret.is_err = !exports_tightfit_host_planner_plan(&arg17, &ok, &err);
   if (ret.is_err) {
     ret.val.err = err;
   }
@@ -435,14 +456,14 @@ uint8_t * __wasm_export_exports_tightfit_host_planner_plan(uint8_t * arg, size_t
   }
   uint8_t *ptr = (uint8_t *) &RET_AREA;
   if ((ret).is_err) {
-    const exports_tightfit_host_planner_refusal_t *payload21 = &(ret).val.err;*((int8_t*)(ptr + 0)) = 1;
-    *((int8_t*)(ptr + 8)) = (int32_t) (*payload21).reason;
-    *((size_t*)(ptr + (8+2*sizeof(void*)))) = ((*payload21).message).len;
-    *((uint8_t **)(ptr + (8+1*sizeof(void*)))) = (uint8_t *) ((*payload21).message).ptr;
-    if (((*payload21).missing_bytes).is_some) {
-      const uint64_t *payload23 = &((*payload21).missing_bytes).val;
+    const exports_tightfit_host_planner_refusal_t *payload23 = &(ret).val.err;*((int8_t*)(ptr + 0)) = 1;
+    *((int8_t*)(ptr + 8)) = (int32_t) (*payload23).reason;
+    *((size_t*)(ptr + (8+2*sizeof(void*)))) = ((*payload23).message).len;
+    *((uint8_t **)(ptr + (8+1*sizeof(void*)))) = (uint8_t *) ((*payload23).message).ptr;
+    if (((*payload23).missing_bytes).is_some) {
+      const uint64_t *payload25 = &((*payload23).missing_bytes).val;
       *((int8_t*)(ptr + (16+2*sizeof(void*)))) = 1;
-      *((int64_t*)(ptr + (24+2*sizeof(void*)))) = (int64_t) (*payload23);
+      *((int64_t*)(ptr + (24+2*sizeof(void*)))) = (int64_t) (*payload25);
     } else {
       *((int8_t*)(ptr + (16+2*sizeof(void*)))) = 0;
     }

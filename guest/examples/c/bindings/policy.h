@@ -183,6 +183,8 @@ typedef tightfit_host_types_tensor_t exports_tightfit_host_planner_tensor_t;
 
 typedef tightfit_host_types_device_t exports_tightfit_host_planner_device_t;
 
+typedef tightfit_host_types_format_t exports_tightfit_host_planner_format_t;
+
 typedef tightfit_host_types_placement_t exports_tightfit_host_planner_placement_t;
 
 // One setting that the policy understands (`--set name=value`).
@@ -227,6 +229,14 @@ typedef struct exports_tightfit_host_planner_failure_t {
   uint64_t   available;
 } exports_tightfit_host_planner_failure_t;
 
+// A format that the user has fixed, whatever the policy prefers.
+typedef struct exports_tightfit_host_planner_required_format_t {
+  // Index of the tensor.
+  uint32_t   tensor;
+  // Legal for this tensor.
+  exports_tightfit_host_planner_format_t   format;
+} exports_tightfit_host_planner_required_format_t;
+
 typedef struct {
   exports_tightfit_host_planner_tensor_t *ptr;
   size_t len;
@@ -253,6 +263,11 @@ typedef struct {
 } policy_list_tuple2_string_string_t;
 
 typedef struct {
+  exports_tightfit_host_planner_required_format_t *ptr;
+  size_t len;
+} exports_tightfit_host_planner_list_required_format_t;
+
+typedef struct {
   bool is_some;
   exports_tightfit_host_planner_failure_t val;
 } exports_tightfit_host_planner_option_failure_t;
@@ -268,7 +283,11 @@ typedef struct exports_tightfit_host_planner_request_t {
   exports_tightfit_host_planner_list_device_t   devices;
   // Only names that `describe` lists; a name appears at most once.
   policy_list_tuple2_string_string_t   settings;
-  // Set when this is a second attempt.
+  // At most one entry per tensor, in their order. The host gives these tensors these formats
+  // whatever is answered; a policy that counts bytes should count with them.
+  exports_tightfit_host_planner_list_required_format_t   required_formats;
+  // Set when a plan could not be carried out and this is another attempt. The device's
+  // `available` is by then what was found.
   exports_tightfit_host_planner_option_failure_t   failure;
 } exports_tightfit_host_planner_request_t;
 
@@ -357,6 +376,8 @@ void exports_tightfit_host_planner_tensor_free(exports_tightfit_host_planner_ten
 
 void exports_tightfit_host_planner_device_free(exports_tightfit_host_planner_device_t *ptr);
 
+void exports_tightfit_host_planner_format_free(exports_tightfit_host_planner_format_t *ptr);
+
 void exports_tightfit_host_planner_placement_free(exports_tightfit_host_planner_placement_t *ptr);
 
 void exports_tightfit_host_planner_setting_free(exports_tightfit_host_planner_setting_t *ptr);
@@ -367,6 +388,8 @@ void exports_tightfit_host_planner_description_free(exports_tightfit_host_planne
 
 void exports_tightfit_host_planner_tie_free(exports_tightfit_host_planner_tie_t *ptr);
 
+void exports_tightfit_host_planner_required_format_free(exports_tightfit_host_planner_required_format_t *ptr);
+
 void exports_tightfit_host_planner_list_tensor_free(exports_tightfit_host_planner_list_tensor_t *ptr);
 
 void exports_tightfit_host_planner_list_tie_free(exports_tightfit_host_planner_list_tie_t *ptr);
@@ -376,6 +399,8 @@ void exports_tightfit_host_planner_list_device_free(exports_tightfit_host_planne
 void policy_tuple2_string_string_free(policy_tuple2_string_string_t *ptr);
 
 void policy_list_tuple2_string_string_free(policy_list_tuple2_string_string_t *ptr);
+
+void exports_tightfit_host_planner_list_required_format_free(exports_tightfit_host_planner_list_required_format_t *ptr);
 
 void exports_tightfit_host_planner_option_failure_free(exports_tightfit_host_planner_option_failure_t *ptr);
 
