@@ -12,6 +12,7 @@ fn main() -> ExitCode {
         "guests/src",
         "guests/Cargo.toml",
         "guests/Cargo.lock",
+        "../guest/names",
         "../guest/src",
         "../guest/Cargo.toml",
         "../wit",

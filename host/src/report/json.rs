@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use crate::checkpoint::Checkpoint;
-use crate::load::LoadStats;
+use crate::load::{LoadStats, Revision};
 use crate::memory::{Usage, peak_rss_bytes};
 use crate::plan::{Plan, Proposed};
 
@@ -55,8 +55,22 @@ pub struct PolicyReport {
     pub settings: BTreeMap<String, String>,
     /// Fuel that it burnt, if it is a wasm policy.
     pub fuel: Option<u64>,
+    /// Why earlier plans of it were given up: devices that had less memory than they had said.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub revisions: Vec<RevisionReport>,
     /// Seconds that planning took.
     pub seconds: f64,
+}
+
+/// A plan that was given up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RevisionReport {
+    /// The device's name.
+    pub device: String,
+    /// Bytes that the plan needed there, headroom included.
+    pub needed: u64,
+    /// Bytes that there were.
+    pub available: u64,
 }
 
 /// One device.
@@ -140,6 +154,7 @@ impl Report {
                 version: proposed.version.clone(),
                 settings: proposed.settings.iter().cloned().collect(),
                 fuel: proposed.fuel,
+                revisions: Vec::new(),
                 seconds: proposed.elapsed.as_secs_f64(),
             },
             devices: proposed
@@ -165,6 +180,17 @@ impl Report {
             load: None,
             placements: None,
         }
+    }
+
+    /// Adds why earlier plans were given up.
+    pub fn with_revisions(mut self, revisions: &[Revision]) -> Report {
+        let report = |revision: &Revision| RevisionReport {
+            device: revision.device.clone(),
+            needed: revision.needed,
+            available: revision.available,
+        };
+        self.policy.revisions = revisions.iter().map(report).collect();
+        self
     }
 
     /// Adds what a load did. `usage` is that of each device, measured while the model is loaded.

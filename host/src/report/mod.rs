@@ -7,6 +7,7 @@ mod table;
 pub use inspect::Inspection;
 pub use json::{
     DeviceReport, HostReport, LoadReport, ModelReport, PlacementReport, PolicyReport, Report,
+    RevisionReport,
 };
 pub use table::{Table, printable};
 

@@ -1,5 +1,6 @@
 //! The command `tightfit`, run as users run it.
 
+mod formats;
 #[cfg(target_os = "linux")]
 mod interrupts;
 mod policies;

@@ -3,7 +3,7 @@
 use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
 use tightfit::hub::HubError;
-use tightfit::load::LoadError;
+use tightfit::load::{LoadError, PlaceError};
 use tightfit::plan::ProposeError;
 use tightfit::policy::{PolicyError, RefusalReason};
 use tightfit::save::SaveError;
@@ -19,6 +19,8 @@ pub(crate) enum Failure {
     Hub(#[from] HubError),
     #[error(transparent)]
     Propose(#[from] ProposeError),
+    #[error(transparent)]
+    Place(#[from] PlaceError),
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
@@ -66,21 +68,11 @@ impl Failure {
             Failure::Checkpoint(_) => CHECKPOINT,
             Failure::Hub(HubError::Cancelled) => INTERRUPTED,
             Failure::Hub(_) => CHECKPOINT,
-            Failure::Propose(error) => match error {
-                ProposeError::Policy(error) => match error {
-                    PolicyError::Refused { refusal, .. } => match refusal.reason {
-                        RefusalReason::BadSetting => USAGE,
-                        RefusalReason::DoesNotFit | RefusalReason::Unsupported => DOES_NOT_FIT,
-                    },
-                    PolicyError::Failed { .. } => POLICY,
-                    PolicyError::UnknownSetting { .. }
-                    | PolicyError::RepeatedSetting { .. }
-                    | PolicyError::Unknown { .. }
-                    | PolicyError::Unreadable { .. } => USAGE,
-                },
-                ProposeError::FormatRule(_) => USAGE,
-                ProposeError::BadPlan { .. } => POLICY,
-                ProposeError::DoesNotFit { .. } => DOES_NOT_FIT,
+            Failure::Propose(error) => propose_status(error),
+            Failure::Place(error) => match error {
+                PlaceError::Propose(error) => propose_status(error),
+                PlaceError::Revised { source, .. } => propose_status(source),
+                PlaceError::Load(error) => load_status(error),
             },
             Failure::Load(error) => load_status(error),
             Failure::Save(error) => match error {
@@ -109,6 +101,25 @@ impl Failure {
             Failure::Kernel(_) => USAGE,
             Failure::TemporaryDirectory(_) | Failure::Output(_) => OTHER,
         }
+    }
+}
+
+fn propose_status(error: &ProposeError) -> u8 {
+    match error {
+        ProposeError::Policy(error) => match error {
+            PolicyError::Refused { refusal, .. } => match refusal.reason {
+                RefusalReason::BadSetting => USAGE,
+                RefusalReason::DoesNotFit | RefusalReason::Unsupported => DOES_NOT_FIT,
+            },
+            PolicyError::Failed { .. } => POLICY,
+            PolicyError::UnknownSetting { .. }
+            | PolicyError::RepeatedSetting { .. }
+            | PolicyError::Unknown { .. }
+            | PolicyError::Unreadable { .. } => USAGE,
+        },
+        ProposeError::FormatRule(_) => USAGE,
+        ProposeError::BadPlan { .. } => POLICY,
+        ProposeError::DoesNotFit { .. } => DOES_NOT_FIT,
     }
 }
 

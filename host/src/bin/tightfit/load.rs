@@ -2,10 +2,10 @@
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, open_devices};
-use tightfit::load::{self, CancelToken, LoadError, Progress};
+use tightfit::load::{self, CancelToken, LoadError, Placed, Progress};
 use tightfit::memory::{DEFAULT_STAGING, StagingRing};
 use tightfit::model::Model;
-use tightfit::plan::{Plan, Proposed};
+use tightfit::plan::Plan;
 use tightfit::report::{Report, Table, printable};
 use tightfit::save::check_target;
 use tightfit::types::Bytes;
@@ -44,15 +44,12 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
     }
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
     let devices = open_devices(&options.placement.devices)?;
-    let proposed = session::propose_with(
-        &options.placement.policy,
-        &checkpoint,
-        &session::infos(&devices),
-    )?;
+    let placed = session::place_with(&options.placement.policy, &checkpoint, &devices)?;
+    let proposed = placed.proposed.clone();
     let quiet = options.output.quiet;
     let (model, report) = carry_out(
         &checkpoint,
-        &proposed,
+        placed,
         &devices,
         &options.engine,
         quiet,
@@ -81,7 +78,7 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
 /// Loads with a progress bar. Gives the model and the report made while it is loaded.
 pub(crate) fn carry_out(
     checkpoint: &Checkpoint,
-    proposed: &Proposed,
+    placed: Placed,
     devices: &[Box<dyn Device>],
     engine: &EngineOptions,
     quiet: bool,
@@ -100,15 +97,13 @@ pub(crate) fn carry_out(
         },
         cancel,
     };
-    let result = load::load(checkpoint, &proposed.plan, devices, &options);
+    let result = load::load_reserved(checkpoint, placed.reserved, &options);
     bar.finish_and_clear();
     let model = result?;
     let usage: Vec<_> = devices.iter().map(|device| device.usage()).collect();
-    let report = Report::of_plan(checkpoint, proposed, options.staging_bytes).with_load(
-        checkpoint,
-        model.stats(),
-        &usage,
-    );
+    let report = Report::of_plan(checkpoint, &placed.proposed, options.staging_bytes)
+        .with_revisions(&placed.revisions)
+        .with_load(checkpoint, model.stats(), &usage);
     Ok((model, report))
 }
 
@@ -147,6 +142,14 @@ pub(crate) fn text(report: &Report) -> String {
         printable(&report.policy.version),
         report.policy.seconds,
     );
+    for revision in &report.policy.revisions {
+        text += &format!(
+            "revised: {} had {} left where the plan needed {}\n\n",
+            printable(&revision.device),
+            Bytes(revision.available),
+            Bytes(revision.needed),
+        );
+    }
     let mut table = Table::new([
         "device",
         "tensors",
