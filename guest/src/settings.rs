@@ -187,7 +187,7 @@ pub fn parse_bytes(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::RefusalReason;
+    use crate::{DeviceKind, RefusalReason};
 
     const SPECS: &[Spec] = &[
         Spec {
@@ -323,5 +323,35 @@ mod tests {
     fn a_name_that_is_not_in_the_list_is_the_authors_mistake() {
         let none = request(&[]);
         Settings::new(SPECS, &none).text("reserv");
+    }
+
+    #[test]
+    fn a_device_is_named_or_counted() {
+        let device = |name: &str| Device {
+            name: name.into(),
+            kind: DeviceKind::Sim,
+            capacity: 1000,
+            available: 1000,
+            granularity: 1,
+        };
+        let specs = [Spec::new("device", "0", "Where.")];
+        let index = |text: &str| {
+            let mut request = request(&[("device", text)]);
+            request.devices = vec![device("sim:0"), device("cpu")];
+            Settings::new(&specs, &request).device("device")
+        };
+        assert_eq!((index("0"), index("1")), (Ok(0), Ok(1)));
+        assert_eq!((index("sim:0"), index(" cpu ")), (Ok(0), Ok(1)));
+        for text in ["2", "-1", "sim:1", ""] {
+            let refusal = index(text).unwrap_err();
+            assert_eq!(refusal.reason, RefusalReason::BadSetting);
+            assert!(refusal.message.contains("sim:0, cpu"), "{refusal:?}");
+        }
+        let mut request = request(&[]);
+        request.devices = vec![device("sim:0")];
+        assert_eq!(request.check_room(0, "it", 1000), Ok(()));
+        let refusal = request.check_room(0, "it", 1001).unwrap_err();
+        assert_eq!(refusal.missing_bytes, Some(1));
+        assert_eq!(refusal.message, "it takes 1001 bytes, sim:0 has 1000");
     }
 }

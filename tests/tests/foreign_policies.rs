@@ -97,7 +97,12 @@ fn build(language: &str) -> Option<PathBuf> {
 
 fn open(component: &Path) -> WasmPolicy {
     let start = Instant::now();
-    let policy = WasmPolicy::open(component.to_str().unwrap(), Limits::default());
+    // A busy machine is not the policy's fault; all other limits are the default ones.
+    let limits = Limits {
+        deadline: Duration::from_secs(120),
+        ..Limits::default()
+    };
+    let policy = WasmPolicy::open(component.to_str().unwrap(), limits);
     let policy = policy.unwrap_or_else(|error| panic!("{error}"));
     println!(
         "{}: compiled in {:.1?}",
