@@ -101,7 +101,7 @@ pub(crate) fn place_with(
     checkpoint: &Checkpoint,
     devices: &[Box<dyn Device>],
 ) -> Result<Placed, Failure> {
-    let policy = WasmPolicy::open(&options.policy, Limits::default())?;
+    let policy = WasmPolicy::open(&options.policy, options.limits.limits())?;
     Ok(place(checkpoint, &policy, devices, &options.settings)?)
 }
 
