@@ -162,3 +162,23 @@ fn files_that_are_no_policies_are_turned_down() {
     file.set_len(1 << 40).unwrap();
     plan(&place, "honest").fails(POLICY, &["hostile.wasm", "1.000 TiB", "32.00 MiB"]);
 }
+
+#[test]
+fn a_limit_that_is_hit_is_named_and_can_be_set() {
+    let place = hostile_place();
+    let show =
+        |limit: &str| place.run(&["policy", "show", "hostile.wasm", "--policy-limit", limit]);
+    show("memory=1GiB").succeeds();
+    for (limit, name) in [
+        ("memory=64KiB", "memory"),
+        ("fuel=10", "fuel"),
+        ("component=1KiB", "component"),
+        ("function=16", "function"),
+    ] {
+        let hint = format!("--policy-limit {name}=VALUE");
+        show(limit).fails(POLICY, &["hostile.wasm", &format!("`{name}`"), &hint]);
+    }
+    for limit in ["memory=much", "deadline=-1", "stack=1MiB", "fuel", "=1"] {
+        show(limit).fails(USAGE, &["--policy-limit"]);
+    }
+}

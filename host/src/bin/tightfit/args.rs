@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use tightfit::device::DeviceSpec;
+use tightfit::policy::Limits;
 use tightfit::types::parse_bytes;
 use tightfit_kernels::{Isa, KernelError, Kernels};
 
@@ -81,6 +82,31 @@ pub(crate) struct PolicyOptions {
     /// A setting of the policy, as `tightfit policy show` lists them. Repeatable
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
     pub(crate) settings: Vec<(String, String)>,
+
+    #[command(flatten)]
+    pub(crate) limits: LimitOptions,
+}
+
+/// How much a policy may use.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct LimitOptions {
+    /// Give the policy more, or less, of something: fuel and fuel-per-tensor (instructions),
+    /// deadline (seconds), memory, host-call-bytes, component, function (bytes, for example
+    /// 512MiB), table-elements. Repeatable
+    #[arg(long = "policy-limit", value_name = "NAME=VALUE", value_parser = limit)]
+    limits: Vec<(String, String)>,
+}
+
+impl LimitOptions {
+    /// The default limits with what was asked for; what is given twice counts as given last.
+    pub(crate) fn limits(&self) -> Limits {
+        let mut limits = Limits::default();
+        for (name, value) in &self.limits {
+            let set = limits.set(name, value);
+            debug_assert!(set.is_ok(), "checked as it was parsed");
+        }
+        limits
+    }
 }
 
 impl Default for PolicyOptions {
@@ -88,6 +114,7 @@ impl Default for PolicyOptions {
         PolicyOptions {
             policy: "auto".to_owned(),
             settings: Vec::new(),
+            limits: LimitOptions::default(),
         }
     }
 }
@@ -251,6 +278,8 @@ pub(crate) enum PolicyCommand {
         /// A built-in policy, or a wasm file
         policy: String,
         #[command(flatten)]
+        limits: LimitOptions,
+        #[command(flatten)]
         output: OutputOptions,
     },
     /// The built-in policies
@@ -271,6 +300,13 @@ fn key_value(text: &str) -> Result<(String, String), String> {
         Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
         _ => Err("expected KEY=VALUE".to_owned()),
     }
+}
+
+fn limit(text: &str) -> Result<(String, String), String> {
+    let (name, value) = key_value(text)?;
+    let checked = Limits::default().set(&name, &value);
+    checked.map_err(|error| error.to_string())?;
+    Ok((name, value))
 }
 
 fn isa(text: &str) -> Result<Isa, String> {
