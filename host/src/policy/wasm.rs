@@ -15,9 +15,10 @@ use super::{Answer, Description, Failure, Limits, Policy, PolicyError, Request, 
 use crate::wit::{self, Context, View, bindings};
 
 /// The policies that are part of the program.
-pub const BUILTIN_POLICIES: [&str; 1] = ["auto"];
+pub const BUILTIN_POLICIES: [&str; 2] = ["auto", "packed"];
 
 static AUTO: &[u8] = include_bytes!("builtin/auto.wasm");
+static PACKED: &[u8] = include_bytes!("builtin/packed.wasm");
 
 /// A compiled policy.
 pub struct WasmPolicy {
@@ -98,6 +99,7 @@ impl WasmPolicy {
     pub fn builtin(name: &str, limits: Limits) -> Option<Result<WasmPolicy, PolicyError>> {
         match name {
             "auto" => Some(WasmPolicy::new(name, AUTO, limits)),
+            "packed" => Some(WasmPolicy::new(name, PACKED, limits)),
             _ => None,
         }
     }

@@ -1,15 +1,34 @@
 //! Saying no, with numbers.
 
+use tightfit_guest::names::TensorKind;
 use tightfit_guest::partition::{Bin, Item};
 use tightfit_guest::sizing::Sizer;
-use tightfit_guest::{Format, Nf4Format, Refusal, Request};
+use tightfit_guest::{Failure, Format, Nf4Format, Refusal, Request};
 
 use crate::options::Options;
+use crate::place;
+
+/// What an earlier attempt found, where this is another.
+pub(crate) fn earlier_failure(request: &Request) -> Option<String> {
+    let Failure {
+        device,
+        needed,
+        available,
+    } = request.failure?;
+    let device = request.devices.get(device as usize)?;
+    Some(format!(
+        "{} has {} and the earlier plan needed {} there",
+        device.name,
+        gib_down(available.min(device.available)),
+        gib(needed)
+    ))
+}
 
 /// The model does not fit: what it needs, what there is, and what would help.
 pub(crate) fn does_not_fit(
     request: &Request,
     options: &Options,
+    kinds: &[TensorKind],
     formats: &[Format],
     items: &[Item],
     bins: &[Bin],
@@ -34,7 +53,11 @@ pub(crate) fn does_not_fit(
     if cache > 0 {
         message += &format!(", KV cache and logits {}", gib(cache));
     }
-    message += &format!(") and the {} can take {}", devices(bins.len()), gib(have));
+    message += &format!(
+        ") and the {} can take {}",
+        devices(bins.len()),
+        gib_down(have)
+    );
     if options.reserve > 0 {
         message += &format!(" besides the reserve of {} each", gib(options.reserve));
     }
@@ -54,8 +77,11 @@ pub(crate) fn does_not_fit(
             item.bytes.saturating_add(item.headroom) - largest
         }
         _ => {
-            message += ", but no arrangement was found that fits each device";
-            0
+            // Together there is enough, but not where a tensor would go.
+            let more = place::missing_on_each(bins, items).unwrap_or(0);
+            let each = gib(more);
+            message += &format!(", but no arrangement fits each device: {each} more on each would");
+            more
         }
     };
     message += "; another device";
@@ -65,7 +91,7 @@ pub(crate) fn does_not_fit(
     if options.reserve > 0 {
         message += " or a smaller `reserve`";
     }
-    if !options.formats.quantize_experts {
+    if !options.formats.quantize_experts && kinds.contains(&TensorKind::Expert) {
         message += " or `experts=nf4`";
     }
     // Only where it is enough: somebody would try it.
@@ -74,6 +100,9 @@ pub(crate) fn does_not_fit(
         message += &format!(" or `double-quant=true` (saves {})", gib(saved));
     }
     message += " would help";
+    if let Some(earlier) = earlier_failure(request) {
+        message += &format!(" ({earlier})");
+    }
     Refusal::does_not_fit(message, (missing > 0).then_some(missing))
 }
 
@@ -105,14 +134,24 @@ fn double_quantization_saves(request: &Request, formats: &[Format], items: &[Ite
     saved
 }
 
-/// Bytes as people read them: GiB, or MiB where that would be mostly zeros.
+/// A need as people read it, rounded up: it is never understated.
 fn gib(bytes: u64) -> String {
-    let (unit, name) = if bytes >= 100 << 20 {
-        (1u64 << 30, "GiB")
-    } else {
-        (1 << 20, "MiB")
-    };
-    // Two digits, rounded up: a need is never understated.
-    let hundredths = (u128::from(bytes) * 100).div_ceil(u128::from(unit));
+    let unit = unit(bytes);
+    in_hundredths((u128::from(bytes) * 100).div_ceil(unit), unit)
+}
+
+/// What there is, rounded down: it is never overstated.
+fn gib_down(bytes: u64) -> String {
+    let unit = unit(bytes);
+    in_hundredths(u128::from(bytes) * 100 / unit, unit)
+}
+
+/// GiB, or MiB where that would be mostly zeros.
+fn unit(bytes: u64) -> u128 {
+    if bytes >= 100 << 20 { 1 << 30 } else { 1 << 20 }
+}
+
+fn in_hundredths(hundredths: u128, unit: u128) -> String {
+    let name = if unit == 1 << 30 { "GiB" } else { "MiB" };
     format!("{}.{:02} {name}", hundredths / 100, hundredths % 100)
 }
