@@ -8,7 +8,7 @@
 # toolchain and every dependency are pinned, and paths are mapped away.
 set -eu
 
-policies="auto packed"
+policies="auto packed map"
 
 check=false
 case "${1-}" in

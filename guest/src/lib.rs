@@ -41,16 +41,16 @@ pub mod bindings;
 #[doc(hidden)]
 pub mod export;
 pub mod formats;
+pub mod in_memory;
 mod log;
 pub mod names;
 pub mod partition;
-pub mod patterns;
 pub mod settings;
 pub mod sizing;
 mod types;
 
 pub use bindings::exports::tightfit::host::planner::{
-    Description, Failure, Proposal, Refusal, RefusalReason, Request, Setting, Tie,
+    Description, Failure, Proposal, Refusal, RefusalReason, Request, RequiredFormat, Setting, Tie,
 };
 pub use bindings::tightfit::host::log::Level;
 pub use bindings::tightfit::host::sizing::StoredSize;
@@ -58,6 +58,7 @@ pub use bindings::tightfit::host::types::{
     Device, DeviceKind, Dtype as DType, Error, ErrorCode, Format, Nf4Format, Placement, Tensor,
 };
 pub use log::log;
+pub use tightfit_names::patterns;
 
 /// A placement policy. Export it with [`policy!`].
 pub trait Policy {

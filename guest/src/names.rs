@@ -1,245 +1,12 @@
 //! What a tensor's name says: its module, its layer, what it is for.
-//!
-//! Names are those of Hugging Face checkpoints. The rules follow what transformers leaves out of
-//! 4-bit quantization (embeddings, output head, norms, routers, convolutions), except that experts
-//! are recognized in all their layouts: one matrix per expert, and stacks of three dimensions.
 
 use crate::{DType, Tensor};
 
-/// What a tensor is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum TensorKind {
-    /// The matrix of a linear layer.
-    Linear,
-    /// A matrix of one expert, or a stack of those of all experts.
-    Expert,
-    /// A table that is looked up: tokens, positions, token types.
-    Embedding,
-    /// What turns hidden states into logits or scores.
-    OutputHead,
-    /// The scale of a normalization.
-    Norm,
-    /// Added to something, of any number of dimensions.
-    Bias,
-    /// Decides which experts a token goes to.
-    Router,
-    /// A convolution's kernel.
-    Convolution,
-    /// Anything else: scales of a quantized checkpoint, state-space parameters, buffers.
-    Other,
-}
-
-/// Containers whose numbered children are layers.
-const CONTAINERS: [&str; 8] = [
-    "layers",
-    "h",
-    "blocks",
-    "block",
-    "layer",
-    "resblocks",
-    "transformer_blocks",
-    "single_transformer_blocks",
-];
-
-/// Modules that stand beside the main stack of layers. Besides these: `vision*`, `visual*`,
-/// `audio*` and `*projector*`.
-const SIDE_BRANCHES: [&str; 12] = [
-    "mtp",
-    "connector",
-    "aligner",
-    "embed_vision",
-    "embed_audio",
-    "image_encoder",
-    "img_processor",
-    "speech_encoder",
-    "modality_projection",
-    "talker",
-    "code2wav",
-    "token2wav",
-];
-
-const HEADS: [&str; 6] = [
-    "lm_head",
-    "embed_out",
-    "output_layer",
-    "score",
-    "classifier",
-    "qa_outputs",
-];
-
-const EMBEDDINGS: [&str; 7] = [
-    "wte",
-    "wpe",
-    "embed",
-    "embedding",
-    "embeddings",
-    "tok_embeddings",
-    "relative_attention_bias",
-];
-
-/// The module that a tensor belongs to: its name without `.weight` or `.bias`. A parameter of
-/// another name, such as a stack of experts, counts as a module itself.
-pub fn module_of(name: &str) -> &str {
-    name.strip_suffix(".weight")
-        .or_else(|| name.strip_suffix(".bias"))
-        .unwrap_or(name)
-}
-
-/// The stack of layers that a tensor belongs to and the layer's number in it:
-/// `("model.layers", 7)` for `model.layers.7.mlp.up_proj.weight`. Of nested stacks the outer one.
-pub fn layer_of(name: &str) -> Option<(&str, u32)> {
-    let mut container_end = None;
-    let mut start = 0;
-    for component in components(name) {
-        if let Some(end) = container_end
-            && component.as_bytes().first().is_some_and(u8::is_ascii_digit)
-            && let Ok(index) = component.parse()
-        {
-            return Some((&name[..end], index));
-        }
-        let end = start + component.len();
-        container_end = CONTAINERS.contains(&component).then_some(end);
-        start = end + 1;
-    }
-    None
-}
-
-/// The side branch that a tensor belongs to, if any: `model.visual` for
-/// `model.visual.blocks.0.attn.qkv.weight`. Vision and audio towers, projectors and heads for
-/// multi-token prediction are side branches.
-pub fn side_branch_of(name: &str) -> Option<&str> {
-    let mut start = 0;
-    for component in components(name) {
-        // What comes below a numbered layer is a part of that layer.
-        if component.as_bytes().first().is_some_and(u8::is_ascii_digit) {
-            return None;
-        }
-        let end = start + component.len();
-        let is_branch = match component.as_bytes().first() {
-            Some(b'v') => component.starts_with("vision") || component.starts_with("visual"),
-            Some(b'a') => component.starts_with("audio"),
-            _ => false,
-        };
-        if is_branch || contains(component, "projector") || SIDE_BRANCHES.contains(&component) {
-            return Some(&name[..end]);
-        }
-        start = end + 1;
-    }
-    None
-}
+pub use tightfit_names::{TensorKind, kind_of_module, layer_of, module_of, side_branch_of};
 
 /// What a tensor is for, by its name, type and number of dimensions.
 pub fn kind_of(tensor: &Tensor) -> TensorKind {
-    let (path, leaf) = split_last(&tensor.name);
-    let dimensions = tensor.shape.len();
-    if leaf == "bias" || leaf.ends_with("_bias") {
-        return TensorKind::Bias;
-    }
-    if !is_float(tensor.dtype) || contains(leaf, "scale") {
-        return TensorKind::Other;
-    }
-    // `experts.gate_up_proj` has no `.weight`: the parameter stands where a module would.
-    let module = if leaf == "weight" { path } else { &tensor.name };
-    let (parent, last) = split_last(module);
-    let below = |component: &str| components(path).any(|c| c == component);
-
-    if below("experts") {
-        return if dimensions >= 2 {
-            TensorKind::Expert
-        } else {
-            TensorKind::Other
-        };
-    }
-    if last == "gate"
-        || last == "wg" && parent.ends_with("gate")
-        || last == "router"
-        || below("router")
-    {
-        return TensorKind::Router;
-    }
-    if dimensions == 3 && (below("moe") || below("block_sparse_moe")) {
-        return TensorKind::Expert;
-    }
-    if is_head(module, parent, last) {
-        return TensorKind::OutputHead;
-    }
-    if dimensions <= 2 && is_embedding(parent, last) {
-        return TensorKind::Embedding;
-    }
-    if is_norm(last) {
-        return TensorKind::Norm;
-    }
-    match (leaf == "weight", dimensions) {
-        (true, 2) if last == "conv1d" || last == "conv" => TensorKind::Convolution,
-        (true, 2) => TensorKind::Linear,
-        (true, 3..) => TensorKind::Convolution,
-        _ => TensorKind::Other,
-    }
-}
-
-/// What the weight of a module would be for, by the module's name alone. A name that says nothing
-/// is a [`TensorKind::Linear`].
-pub fn kind_of_module(module: &str) -> TensorKind {
-    kind_of(&Tensor {
-        name: format!("{}.weight", module_of(module)),
-        dtype: DType::Bf16,
-        shape: vec![1, 1],
-        bytes: 2,
-        quantized: None,
-    })
-}
-
-fn is_head(module: &str, parent: &str, last: &str) -> bool {
-    match last {
-        // DeepSeek's multi-token prediction keeps a copy of the output head in its layer.
-        "head" => parent.is_empty() || parent.ends_with("shared_head"),
-        "output" | "proj_out" => parent.is_empty(),
-        "decoder" => parent.ends_with("predictions"),
-        _ => HEADS.contains(&last) && layer_of(module).is_none(),
-    }
-}
-
-fn is_embedding(parent: &str, last: &str) -> bool {
-    (last.starts_with("embed_") && !last.ends_with("_proj"))
-        || last.ends_with("_embed")
-        || last.ends_with("_embedding")
-        || last.ends_with("_embeddings")
-        || last.ends_with("position_embedding_table")
-        || EMBEDDINGS.contains(&last)
-        || (last == "shared" && parent.is_empty())
-}
-
-fn is_norm(last: &str) -> bool {
-    let ln = last.strip_prefix("ln");
-    contains(last, "norm")
-        || contains(last, "Norm")
-        || ln.is_some_and(|rest| rest.is_empty() || rest.starts_with(['_', '0', '1', '2', '3']))
-}
-
-// A model may have 100,000 tensors and a policy's fuel is bounded. Over strings this short, plain
-// loops take a tenth of the instructions of the standard library's searchers.
-
-fn components(name: &str) -> impl Iterator<Item = &str> {
-    let mut rest = Some(name);
-    std::iter::from_fn(move || {
-        let text = rest?;
-        let dot = text.bytes().position(|b| b == b'.');
-        rest = dot.map(|dot| &text[dot + 1..]);
-        Some(dot.map_or(text, |dot| &text[..dot]))
-    })
-}
-
-fn split_last(name: &str) -> (&str, &str) {
-    match name.bytes().rposition(|b| b == b'.') {
-        Some(dot) => (&name[..dot], &name[dot + 1..]),
-        None => ("", name),
-    }
-}
-
-fn contains(text: &str, part: &str) -> bool {
-    let (text, part) = (text.as_bytes(), part.as_bytes());
-    text.windows(part.len())
-        .any(|window| window[0] == part[0] && window == part)
+    tightfit_names::kind_of(&tensor.name, tensor.shape.len(), is_float(tensor.dtype))
 }
 
 fn is_float(dtype: DType) -> bool {
@@ -254,5 +21,25 @@ fn is_float(dtype: DType) -> bool {
 }
 
 #[cfg(test)]
-#[path = "names_tests.rs"]
-mod tests;
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_matrix_is_of_floats() {
+        for (dtype, kind) in [
+            (DType::Bf16, TensorKind::Linear),
+            (DType::F8E4m3, TensorKind::Linear),
+            (DType::U8, TensorKind::Other),
+            (DType::F8E8m0, TensorKind::Other),
+        ] {
+            let tensor = Tensor {
+                name: "model.layers.0.mlp.up_proj.weight".into(),
+                dtype,
+                shape: vec![8, 8],
+                bytes: 64,
+                quantized: None,
+            };
+            assert_eq!(kind_of(&tensor), kind, "{dtype:?}");
+        }
+    }
+}

@@ -195,6 +195,7 @@ mod tests {
                 .iter()
                 .map(|&(k, v)| (k.into(), v.into()))
                 .collect(),
+            required_formats: vec![],
             failure: None,
         }
     }

@@ -1,6 +1,7 @@
 //! The words that every module speaks. Imports nothing.
 
 use std::fmt;
+use std::str::FromStr;
 
 /// Element type of a tensor, as safetensors names them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -173,6 +174,49 @@ impl fmt::Display for Format {
     }
 }
 
+impl FromStr for Format {
+    type Err = ParseFormatError;
+
+    /// Reads what [`Display`](fmt::Display) writes; the type of a cast may stand alone (`bf16`).
+    fn from_str(text: &str) -> Result<Format, ParseFormatError> {
+        let error = || ParseFormatError {
+            text: text.to_owned(),
+        };
+        let (name, block_size) = match text.split_once('/') {
+            None => (text, None),
+            Some((name, digits)) => {
+                let size: u32 = digits.parse().map_err(|_| error())?;
+                let legal = BLOCK_SIZES.contains(&size) && size.is_power_of_two();
+                (name, Some(legal.then_some(size).ok_or_else(error)?))
+            }
+        };
+        let nf4 = |double_quantized| Format::Nf4 {
+            block_size: block_size.unwrap_or(64),
+            double_quantized,
+        };
+        match (name.strip_prefix("cast:").unwrap_or(name), block_size) {
+            ("nf4", _) if name == "nf4" => Ok(nf4(false)),
+            ("nf4+double", _) if name == "nf4+double" => Ok(nf4(true)),
+            ("stored", None) if name == "stored" => Ok(Format::Stored),
+            ("bf16", None) => Ok(Format::Cast(DType::Bf16)),
+            ("f16", None) => Ok(Format::Cast(DType::F16)),
+            ("f32", None) => Ok(Format::Cast(DType::F32)),
+            _ => Err(error()),
+        }
+    }
+}
+
+/// A text that names no format.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "'{text}' is not a format: it must be stored, nf4, nf4+double (with a block size as in \
+     nf4/128, a power of two from 32 to 4096), bf16, f16 or f32"
+)]
+pub struct ParseFormatError {
+    /// The text.
+    pub text: String,
+}
+
 /// Smallest and largest block size that bitsandbytes' 4-bit kernels have.
 pub const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 32..=4096;
 
@@ -294,6 +338,46 @@ mod tests {
             "1e400TiB",
         ] {
             assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn formats_are_read_as_they_are_written() {
+        let nf4 = |block_size, double_quantized| Format::Nf4 {
+            block_size,
+            double_quantized,
+        };
+        for format in [
+            Format::Stored,
+            Format::Cast(DType::Bf16),
+            Format::Cast(DType::F16),
+            Format::Cast(DType::F32),
+            nf4(64, false),
+            nf4(64, true),
+            nf4(32, false),
+            nf4(4096, true),
+        ] {
+            assert_eq!(format.to_string().parse(), Ok(format));
+        }
+        assert_eq!("bf16".parse(), Ok(Format::Cast(DType::Bf16)));
+        for bad in [
+            "",
+            "int8",
+            "NF4",
+            "nf4/",
+            "nf4/48",
+            "nf4/16",
+            "nf4/8192",
+            "nf4+double/x",
+            "stored/64",
+            "cast:nf4",
+            "cast:stored",
+            "cast:u8",
+            "bf16/64",
+            "cast:cast:f16",
+            "nf4/64/64",
+        ] {
+            assert!(bad.parse::<Format>().is_err(), "{bad}");
         }
     }
 

@@ -6,12 +6,14 @@
 //! can serve as staging on a device that needs some.
 
 mod error;
+mod format_rules;
 mod propose;
 mod size;
 
 use std::collections::HashMap;
 
 pub use error::{BadPlan, DeviceTotal, PlanError};
+pub use format_rules::{FormatRuleError, FormatRules};
 pub use propose::{ProposeError, Proposed, propose};
 pub use size::{
     NESTED_BLOCK_SIZE, PART_ALIGNMENT, PartKind, PartSizes, SizeError, part_sizes,

@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
-use super::{BadPlan, Plan, PlanError};
+use super::{BadPlan, FormatRuleError, FormatRules, Plan, PlanError};
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceInfo;
-use crate::policy::{Policy, PolicyError, Request, check_settings};
+use crate::policy::{Policy, PolicyError, PreviousFailure, Request, check_settings};
 
 /// A plan, and which policy made it and how.
 #[derive(Debug, Clone, PartialEq)]
@@ -16,7 +16,7 @@ pub struct Proposed {
     pub policy: String,
     /// The policy's version.
     pub version: String,
-    /// Every setting with the value that was used.
+    /// Every setting with the value that was used, and the format rules.
     pub settings: Vec<(String, String)>,
     /// Fuel that a wasm policy burnt.
     pub fuel: Option<u64>,
@@ -38,6 +38,9 @@ pub enum ProposeError {
         /// What is wrong.
         bad: BadPlan,
     },
+    /// The user fixed a format that cannot be.
+    #[error(transparent)]
+    FormatRule(#[from] FormatRuleError),
     /// It proposed more than a device has.
     #[error("what policy '{policy}' proposes does not fit: {source}")]
     DoesNotFit {
@@ -50,6 +53,9 @@ pub enum ProposeError {
 
 /// Asks `policy` where the checkpoint's tensors go, and lays them out.
 ///
+/// Settings named `format:PATTERN` are [`FormatRules`] and hold whatever the policy says; all others
+/// are the policy's.
+///
 /// # Errors
 /// [`ProposeError`].
 pub fn propose(
@@ -58,18 +64,38 @@ pub fn propose(
     devices: &[DeviceInfo],
     settings: &[(String, String)],
 ) -> Result<Proposed, ProposeError> {
+    propose_again(checkpoint, policy, devices, settings, None)
+}
+
+/// [`propose`], telling the policy why its previous plan failed.
+pub(crate) fn propose_again(
+    checkpoint: &Checkpoint,
+    policy: &dyn Policy,
+    devices: &[DeviceInfo],
+    settings: &[(String, String)],
+    failure: Option<PreviousFailure>,
+) -> Result<Proposed, ProposeError> {
     let start = Instant::now();
+    let (rules, settings) = FormatRules::take(settings)?;
     let description = policy.describe()?;
-    check_settings(&description, settings)?;
+    check_settings(&description, &settings)?;
+    let required_formats = rules.formats(checkpoint.tensors(), checkpoint.ties())?;
     let request = Request {
         config_json: checkpoint.config().map_or("{}", |config| &config.text),
         tensors: checkpoint.tensors(),
         ties: checkpoint.ties(),
         devices,
-        settings,
-        failure: None,
+        settings: &settings,
+        required_formats: &required_formats,
+        failure,
     };
-    let answer = policy.plan(&request)?;
+    let mut answer = policy.plan(&request)?;
+    for (tensor, format) in required_formats {
+        // Too few placements are found below.
+        if let Some(placement) = answer.proposal.placements.get_mut(tensor) {
+            placement.format = format;
+        }
+    }
     let plan = Plan::new(
         checkpoint.tensors(),
         checkpoint.ties(),
@@ -100,6 +126,7 @@ pub fn propose(
             .settings
             .iter()
             .map(|setting| (setting.name.clone(), value(&setting.name, &setting.default)))
+            .chain(rules.settings())
             .collect(),
         policy: description.name,
         version: description.version,

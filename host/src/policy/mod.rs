@@ -19,7 +19,7 @@ pub use wasm::{BUILTIN_POLICIES, WasmPolicy};
 
 use crate::checkpoint::{TensorInfo, Tie};
 use crate::device::DeviceInfo;
-use crate::types::Placement;
+use crate::types::{Format, Placement};
 
 /// One setting that a policy understands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -67,7 +67,10 @@ pub struct Request<'a> {
     pub devices: &'a [DeviceInfo],
     /// Names and values; only names that the policy described, each at most once.
     pub settings: &'a [(String, String)],
-    /// Set when this is a second attempt.
+    /// Formats that the user has fixed, by the tensor's index, in ascending order. Whatever a policy
+    /// answers for these tensors is replaced.
+    pub required_formats: &'a [(usize, Format)],
+    /// Set when a plan could not be carried out and this is another attempt.
     pub failure: Option<PreviousFailure>,
 }
 

@@ -3,7 +3,9 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
+use tightfit_names::TensorKind;
 
+use super::purpose;
 use crate::checkpoint::{Checkpoint, Config, TensorInfo};
 use crate::plan::Plan;
 use crate::types::{Format, elements};
@@ -78,7 +80,7 @@ impl Inspection {
                 .entry(source_format(tensor))
                 .or_default()
                 .add(n, bytes);
-            if is_expert(&tensor.name) {
+            if purpose(tensor) == TensorKind::Expert {
                 experts.add(n, bytes);
             }
             let loaded = planned.placement.device.is_some();
@@ -143,11 +145,6 @@ fn source_format(tensor: &TensorInfo) -> String {
             format!("{}{double}", quantized.quant_type.name())
         }
     }
-}
-
-/// Whether it is a weight of an expert, on its own or in a stack.
-fn is_expert(name: &str) -> bool {
-    name.split('.').any(|module| module == "experts")
 }
 
 /// As the configurations of the field name it.

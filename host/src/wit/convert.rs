@@ -41,11 +41,26 @@ pub(crate) fn format(format: types::Format) -> Format {
 }
 
 #[cfg(feature = "wasm-policies")]
+fn wit_format(format: Format) -> types::Format {
+    match format {
+        Format::Stored => types::Format::Stored,
+        Format::Cast(target) => types::Format::Cast(wit_dtype(target)),
+        Format::Nf4 {
+            block_size,
+            double_quantized,
+        } => types::Format::Nf4(types::Nf4Format {
+            block_size,
+            double_quantized,
+        }),
+    }
+}
+
+#[cfg(feature = "wasm-policies")]
 mod policy {
     use super::super::bindings::exports::tightfit::host::planner;
     use super::super::bindings::tightfit::host::types;
     use super::super::{MESSAGE_LIMIT, truncate};
-    use super::{format, wit_dtype};
+    use super::{format, wit_dtype, wit_format};
     use crate::checkpoint::{TensorInfo, Tie};
     use crate::device::{DeviceInfo, DeviceKind};
     use crate::policy::{Description, Proposal, Refusal, RefusalReason, Request, Setting};
@@ -102,6 +117,14 @@ mod policy {
             ties: request.ties.iter().map(tie).collect(),
             devices: request.devices.iter().map(device).collect(),
             settings: request.settings.to_vec(),
+            required_formats: request
+                .required_formats
+                .iter()
+                .map(|&(tensor, format)| planner::RequiredFormat {
+                    tensor: index(tensor),
+                    format: wit_format(format),
+                })
+                .collect(),
             failure: request.failure.map(|failure| planner::Failure {
                 device: failure.device,
                 needed: failure.needed,

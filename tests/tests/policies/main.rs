@@ -57,6 +57,7 @@ impl Bench {
             ties: self.checkpoint.ties(),
             devices,
             settings: &[],
+            required_formats: &[],
             failure: None,
         }
     }

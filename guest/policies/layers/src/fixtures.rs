@@ -46,6 +46,7 @@ pub(crate) fn request(tensors: Vec<Tensor>, devices: Vec<Device>) -> Request {
         ties: vec![],
         devices,
         settings: vec![],
+        required_formats: vec![],
         failure: None,
     }
 }

@@ -68,6 +68,7 @@ impl Failure {
                     | PolicyError::Unknown { .. }
                     | PolicyError::Unreadable { .. } => USAGE,
                 },
+                ProposeError::FormatRule(_) => USAGE,
                 ProposeError::BadPlan { .. } => POLICY,
                 ProposeError::DoesNotFit { .. } => DOES_NOT_FIT,
             },

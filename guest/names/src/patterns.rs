@@ -1,6 +1,6 @@
 //! Patterns over module names, as a user writes them in a setting.
 
-use crate::names::module_of;
+use crate::module_of;
 
 /// A list of patterns.
 ///
