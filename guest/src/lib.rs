@@ -36,6 +36,7 @@
 // The generated code names this crate from the outside, wherever it is expanded.
 extern crate self as tightfit_guest;
 
+pub mod amounts;
 #[doc(hidden)]
 pub mod bindings;
 #[doc(hidden)]

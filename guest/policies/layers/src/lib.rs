@@ -12,6 +12,8 @@ mod units;
 #[cfg(test)]
 mod fixtures;
 #[cfg(test)]
+mod promise_tests;
+#[cfg(test)]
 mod tests;
 
 use tightfit_guest::partition::{Bin, Item};

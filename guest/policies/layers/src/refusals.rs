@@ -1,5 +1,6 @@
 //! Saying no, with numbers.
 
+use tightfit_guest::amounts;
 use tightfit_guest::names::TensorKind;
 use tightfit_guest::partition::{Bin, Item};
 use tightfit_guest::sizing::Sizer;
@@ -19,8 +20,8 @@ pub(crate) fn earlier_failure(request: &Request) -> Option<String> {
     Some(format!(
         "{} has {} and the earlier plan needed {} there",
         device.name,
-        gib_down(available.min(device.available)),
-        gib(needed)
+        amounts::have(available.min(device.available)),
+        amounts::need(needed)
     ))
 }
 
@@ -48,22 +49,25 @@ pub(crate) fn does_not_fit(
     let have = bins.iter().map(usable).fold(0, u64::saturating_add);
     let largest = bins.iter().map(usable).max().unwrap_or(0);
 
-    let mut message = format!("the model needs {} (", gib(need));
-    message += &format!("weights {}", gib(weights));
+    let mut message = format!("the model needs {} (", amounts::need(need));
+    message += &format!("weights {}", amounts::need(weights));
     if cache > 0 {
-        message += &format!(", KV cache and logits {}", gib(cache));
+        message += &format!(", KV cache and logits {}", amounts::need(cache));
     }
     message += &format!(
         ") and the {} can take {}",
         devices(bins.len()),
-        gib_down(have)
+        amounts::have(have)
     );
     if options.reserve > 0 {
-        message += &format!(" besides the reserve of {} each", gib(options.reserve));
+        message += &format!(
+            " besides the reserve of {} each",
+            amounts::need(options.reserve)
+        );
     }
     let missing = need.saturating_sub(have);
     if missing > 0 {
-        message += &format!(": {} are missing", gib(missing));
+        message += &format!(": {} are missing", amounts::need(missing));
     }
     let biggest = items.iter().enumerate().max_by_key(|(_, item)| item.bytes);
     let missing = match biggest {
@@ -72,14 +76,14 @@ pub(crate) fn does_not_fit(
             message += &format!(
                 ", but `{}` alone takes {}",
                 request.tensors[t].name,
-                gib(item.bytes)
+                amounts::need(item.bytes)
             );
             item.bytes.saturating_add(item.headroom) - largest
         }
         _ => {
             // Together there is enough, but not where a tensor would go.
             let more = place::missing_on_each(bins, items).unwrap_or(0);
-            let each = gib(more);
+            let each = amounts::need(more);
             message += &format!(", but no arrangement fits each device: {each} more on each would");
             more
         }
@@ -97,7 +101,7 @@ pub(crate) fn does_not_fit(
     // Only where it is enough: somebody would try it.
     let saved = double_quantization_saves(request, formats, items);
     if saved > 0 && saved >= missing {
-        message += &format!(" or `double-quant=true` (saves {})", gib(saved));
+        message += &format!(" or `double-quant=true` (saves {})", amounts::need(saved));
     }
     message += " would help";
     if let Some(earlier) = earlier_failure(request) {
@@ -132,26 +136,4 @@ fn double_quantization_saves(request: &Request, formats: &[Format], items: &[Ite
         }
     }
     saved
-}
-
-/// A need as people read it, rounded up: it is never understated.
-fn gib(bytes: u64) -> String {
-    let unit = unit(bytes);
-    in_hundredths((u128::from(bytes) * 100).div_ceil(unit), unit)
-}
-
-/// What there is, rounded down: it is never overstated.
-fn gib_down(bytes: u64) -> String {
-    let unit = unit(bytes);
-    in_hundredths(u128::from(bytes) * 100 / unit, unit)
-}
-
-/// GiB, or MiB where that would be mostly zeros.
-fn unit(bytes: u64) -> u128 {
-    if bytes >= 100 << 20 { 1 << 30 } else { 1 << 20 }
-}
-
-fn in_hundredths(hundredths: u128, unit: u128) -> String {
-    let name = if unit == 1 << 30 { "GiB" } else { "MiB" };
-    format!("{}.{:02} {name}", hundredths / 100, hundredths % 100)
 }

@@ -9,6 +9,7 @@ mod places;
 #[cfg(test)]
 mod tests;
 
+use tightfit_guest::amounts;
 use tightfit_guest::formats::{self, Formats};
 use tightfit_guest::partition::{Bin, Item};
 use tightfit_guest::settings::{self, Settings, Spec};
@@ -120,19 +121,26 @@ fn headroom(
     let free = |d: usize| available[d].saturating_sub(used[d]);
     if let Some(d) = (0..used.len()).find(|&d| used[d] > available[d]) {
         let missing = used[d] - available[d];
-        let mut message = format!(
-            "the device map puts {} bytes on {}, the reserve of {reserve} included, which has {}: \
-             {missing} bytes are missing",
-            used[d], request.devices[d].name, available[d]
+        let mut message = format!("the device map needs {}", amounts::need(used[d]));
+        if reserve > 0 {
+            message += &format!(" with the reserve of {}", amounts::need(reserve));
+        }
+        message += &format!(
+            " on {}, which has {}: {} are missing",
+            request.devices[d].name,
+            amounts::have(available[d]),
+            amounts::need(missing)
         );
         let others = (0..used.len()).filter(|&other| other != d);
-        if let Some(roomiest) = others.max_by_key(|&other| free(other))
-            && free(roomiest) > 0
-        {
-            let name = &request.devices[roomiest].name;
-            let free = free(roomiest);
-            message += &format!("; move modules to {name}, where {free} bytes are free");
-        }
+        let roomiest = others.max_by_key(|&other| free(other));
+        message += &match roomiest.filter(|&other| free(other) > 0) {
+            Some(other) => {
+                let name = &request.devices[other].name;
+                let free = amounts::have(free(other));
+                format!("; moving modules to {name}, where {free} are free, would help")
+            }
+            None => "; another device would help".to_owned(),
+        };
         return Err(Refusal::does_not_fit(message, Some(missing)));
     }
     let available = available.iter();

@@ -211,6 +211,6 @@ fn formats_and_reserve_are_those_of_the_other_policies() {
     refusal(
         plan,
         RefusalReason::DoesNotFit,
-        &["sim:0", "1 bytes are missing"],
+        &["sim:0", "another device", "0.01 MiB are missing"],
     );
 }
