@@ -12,8 +12,10 @@ fn main() -> ExitCode {
         "guests/src",
         "guests/Cargo.toml",
         "guests/Cargo.lock",
+        "../guest/names",
         "../guest/src",
         "../guest/Cargo.toml",
+        "../guest/names",
         "../wit",
     ] {
         println!("cargo::rerun-if-changed={path}");

@@ -82,7 +82,7 @@ impl Handwritten {
                 (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) {realloc})
                 (func (export "tightfit:host/planner@0.1.0#describe") (result i32) {describe})
                 (func (export "tightfit:host/planner@0.1.0#plan")
-                    (param i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i64 i64)
+                    (param i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i64 i64)
                     (result i32) {plan})
                 {extra}
                 (@custom "{section}" "{}"))"#,

@@ -8,6 +8,7 @@
 
 mod arena;
 mod error;
+mod reserve;
 mod work;
 
 pub(crate) use work::float_type;
@@ -17,11 +18,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use error::LoadError;
+pub use reserve::{MAX_REVISIONS, PlaceError, Placed, Reserved, Revision, place};
 
 use tightfit_kernels::Kernels;
 
 use crate::checkpoint::Checkpoint;
-use crate::device::{Device, Reservation};
+use crate::device::Device;
 use crate::memory::{DEFAULT_STAGING, StagingRing};
 use crate::model::Model;
 use crate::plan::Plan;
@@ -95,7 +97,7 @@ impl Default for LoadOptions<'_> {
 /// What a load did.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct LoadStats {
-    /// Time from the first reservation to the last byte.
+    /// Time of the reservations, and from there to the last byte.
     pub elapsed: Duration,
     /// Bytes read from the checkpoint.
     pub bytes_read: u64,
@@ -131,8 +133,29 @@ pub fn load(
     devices: &[Box<dyn Device>],
     options: &LoadOptions<'_>,
 ) -> Result<Model, LoadError> {
+    load_reserved(checkpoint, Reserved::take(plan.clone(), devices)?, options)
+}
+
+/// Loads a checkpoint into memory that has been reserved for it. When this returns an error, all of
+/// it has been given back.
+///
+/// # Errors
+/// [`LoadError`]; of several errors the first.
+pub fn load_reserved(
+    checkpoint: &Checkpoint,
+    reserved: Reserved,
+    options: &LoadOptions<'_>,
+) -> Result<Model, LoadError> {
     let start = Instant::now();
-    let mut memory = reserve(checkpoint, plan, devices)?;
+    let Reserved {
+        plan,
+        mut memory,
+        elapsed,
+    } = reserved;
+    let plan = &plan;
+    if plan.tensors.len() != checkpoint.tensors().len() {
+        return Err(LoadError::OtherPlan);
+    }
     let mut ring = StagingRing::new(options.staging_bytes, options.threads)?;
     let staging_bytes = ring.bytes();
     let slot_bytes = ring.slot_bytes();
@@ -187,7 +210,7 @@ pub fn load(
             .count() as u64
     };
     let stats = LoadStats {
-        elapsed: start.elapsed(),
+        elapsed: elapsed + start.elapsed(),
         bytes_read: bytes_read.into_inner(),
         quantized: count(true),
         stored: count(false),
@@ -202,26 +225,6 @@ pub fn load(
         finished.nested_offsets,
         stats,
     ))
-}
-
-/// Reserves what the plan needs on every device; nothing where it puts nothing.
-fn reserve(
-    checkpoint: &Checkpoint,
-    plan: &Plan,
-    devices: &[Box<dyn Device>],
-) -> Result<Vec<Option<Box<dyn Reservation>>>, LoadError> {
-    if plan.devices.len() != devices.len() || plan.tensors.len() != checkpoint.tensors().len() {
-        return Err(LoadError::OtherPlan);
-    }
-    plan.devices
-        .iter()
-        .zip(devices)
-        .map(|(plan, device)| match plan.size.reserved {
-            0 => Ok(None),
-            _ => device.reserve(plan.size).map(Some),
-        })
-        .collect::<Result<_, _>>()
-        .map_err(LoadError::Device)
 }
 
 /// Bytes of the checkpoint that belong to tensors that are loaded.

@@ -14,6 +14,7 @@ use std::collections::HashMap;
 
 pub use error::{BadPlan, DeviceTotal, PlanError};
 pub use format_rules::{FormatRuleError, FormatRules};
+pub(crate) use propose::propose_again;
 pub use propose::{ProposeError, Proposed, propose};
 pub use size::{
     NESTED_BLOCK_SIZE, PART_ALIGNMENT, PartKind, PartSizes, SizeError, part_sizes,

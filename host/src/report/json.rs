@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use super::{Fill, fills};
 use crate::checkpoint::Checkpoint;
-use crate::load::LoadStats;
+use crate::load::{LoadStats, Revision};
 use crate::memory::{Usage, peak_rss_bytes};
 use crate::plan::{Plan, Proposed};
 
@@ -55,8 +56,22 @@ pub struct PolicyReport {
     pub settings: BTreeMap<String, String>,
     /// Fuel that it burnt, if it is a wasm policy.
     pub fuel: Option<u64>,
+    /// Why earlier plans of it were given up: devices that had less memory than they had said.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub revisions: Vec<RevisionReport>,
     /// Seconds that planning took.
     pub seconds: f64,
+}
+
+/// A plan that was given up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RevisionReport {
+    /// The device's name.
+    pub device: String,
+    /// Bytes that the plan needed there, headroom included.
+    pub needed: u64,
+    /// Bytes that there were.
+    pub available: u64,
 }
 
 /// One device.
@@ -78,6 +93,8 @@ pub struct DeviceReport {
     pub headroom: u64,
     /// Tensors stored there.
     pub tensors: u64,
+    /// What fills it, as planned.
+    pub fill: Fill,
 }
 
 /// This process.
@@ -122,6 +139,19 @@ pub struct PlacementReport {
     pub bytes: u64,
 }
 
+impl From<&Proposed> for PolicyReport {
+    fn from(proposed: &Proposed) -> PolicyReport {
+        PolicyReport {
+            name: proposed.policy.clone(),
+            version: proposed.version.clone(),
+            settings: proposed.settings.iter().cloned().collect(),
+            fuel: proposed.fuel,
+            revisions: Vec::new(),
+            seconds: proposed.elapsed.as_secs_f64(),
+        }
+    }
+}
+
 impl Report {
     /// The report of a plan. `staging_bytes` is what a load may take.
     pub fn of_plan(checkpoint: &Checkpoint, proposed: &Proposed, staging_bytes: u64) -> Report {
@@ -135,18 +165,13 @@ impl Report {
                 tensors: checkpoint.tensors().len(),
                 source_bytes: checkpoint.source_bytes(),
             },
-            policy: PolicyReport {
-                name: proposed.policy.clone(),
-                version: proposed.version.clone(),
-                settings: proposed.settings.iter().cloned().collect(),
-                fuel: proposed.fuel,
-                seconds: proposed.elapsed.as_secs_f64(),
-            },
+            policy: PolicyReport::from(proposed),
             devices: proposed
                 .plan
                 .devices
                 .iter()
-                .map(|device| DeviceReport {
+                .zip(fills(checkpoint.tensors(), &proposed.plan))
+                .map(|(device, fill)| DeviceReport {
                     name: device.device.name.clone(),
                     capacity: device.device.capacity,
                     allocated: device.size.requested,
@@ -155,6 +180,7 @@ impl Report {
                     peak_reserved: device.size.reserved,
                     headroom: device.headroom,
                     tensors: device.tensors,
+                    fill,
                 })
                 .collect(),
             host: HostReport {
@@ -165,6 +191,17 @@ impl Report {
             load: None,
             placements: None,
         }
+    }
+
+    /// Adds why earlier plans were given up.
+    pub fn with_revisions(mut self, revisions: &[Revision]) -> Report {
+        let report = |revision: &Revision| RevisionReport {
+            device: revision.device.clone(),
+            needed: revision.needed,
+            available: revision.available,
+        };
+        self.policy.revisions = revisions.iter().map(report).collect();
+        self
     }
 
     /// Adds what a load did. `usage` is that of each device, measured while the model is loaded.

@@ -1,7 +1,9 @@
 //! The command `tightfit`, run as users run it.
 
+mod formats;
 #[cfg(target_os = "linux")]
 mod interrupts;
+mod pictures;
 mod policies;
 mod reports;
 mod saves;

@@ -67,6 +67,7 @@ fn has_the_promised_form(report: &Value) {
             [
                 ("allocated", "integer"),
                 ("capacity", "integer"),
+                ("fill", "object"),
                 ("headroom", "integer"),
                 ("name", "string"),
                 ("padded", "integer"),

@@ -1,8 +1,10 @@
 //! Policies that fail, lie or attack: each is one typed error, and nothing else comes to harm.
 
 mod answers;
+mod formats;
 mod limits;
 mod modules;
+mod revisions;
 
 use tempfile::TempDir;
 use tightfit::checkpoint::Checkpoint;

@@ -182,6 +182,18 @@ pub(crate) struct PlanOptions {
     /// List every tensor's device, format and bytes
     #[arg(long)]
     pub(crate) placements: bool,
+    /// Draw the plan into this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+    /// Compare what two policies do. --set goes to those that have the setting, --set A.KEY=VALUE
+    /// or B.KEY=VALUE to one of them
+    #[arg(
+        long,
+        num_args = 2,
+        value_names = ["A", "B"],
+        conflicts_with_all = ["policy", "placements", "svg"]
+    )]
+    pub(crate) diff: Option<Vec<String>>,
     /// Host memory for staging in all, for example 64MiB
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) staging: Option<u64>,

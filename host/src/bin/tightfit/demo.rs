@@ -55,27 +55,24 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
         given => given,
     };
     let devices = open_devices(specs)?;
-    let proposed = session::propose_with(
-        &options.placement.policy,
-        &checkpoint,
-        &session::infos(&devices),
-    )?;
-    let planned: u64 = proposed
+    let placed = session::place_with(&options.placement.policy, &checkpoint, &devices)?;
+    let planned: u64 = placed
+        .proposed
         .plan
         .devices
         .iter()
         .map(|device| device.size.reserved)
         .sum();
     say(format!(
-        "2. A plan, made by the policy '{}' in its sandbox before any weight is read\n   {} bytes ({}) will be reserved\n\n",
-        printable(&proposed.policy),
+        "2. A plan, made by the policy '{}' in its sandbox before any weight is read\n   {} bytes ({}) are reserved\n\n",
+        printable(&placed.proposed.policy),
         planned,
         Bytes(planned),
     ))?;
 
     let (loaded, report) = load::carry_out(
         &checkpoint,
-        &proposed,
+        placed,
         &devices,
         &options.engine,
         quiet,

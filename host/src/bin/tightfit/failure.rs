@@ -1,9 +1,11 @@
 //! What ends the command early, and with which exit status.
 
+use std::path::PathBuf;
+
 use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
 use tightfit::hub::HubError;
-use tightfit::load::LoadError;
+use tightfit::load::{LoadError, PlaceError};
 use tightfit::plan::ProposeError;
 use tightfit::policy::{PolicyError, RefusalReason};
 use tightfit::save::SaveError;
@@ -20,6 +22,8 @@ pub(crate) enum Failure {
     #[error(transparent)]
     Propose(#[from] ProposeError),
     #[error(transparent)]
+    Place(#[from] PlaceError),
+    #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
     Device(#[from] DeviceError),
@@ -33,6 +37,15 @@ pub(crate) enum Failure {
     TemporaryDirectory(std::io::Error),
     #[error("cannot write the result: {0}")]
     Output(std::io::Error),
+    #[error("cannot write {}: {source}", path.display())]
+    Picture {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("setting '{name}' is one of neither '{a}' nor '{b}'")]
+    NobodysSetting { name: String, a: String, b: String },
+    #[error("A: {a}; B: {b}")]
+    BothRefuse { a: Box<Failure>, b: Box<Failure> },
 }
 
 impl From<PolicyError> for Failure {
@@ -50,27 +63,22 @@ const DEVICE: u8 = 6;
 const INTERRUPTED: u8 = 130;
 
 impl Failure {
+    /// Whether this is the policy's answer to the model and the devices, not a fault.
+    pub(crate) fn is_refusal(&self) -> bool {
+        matches!(self, Failure::Propose(_)) && self.status() == DOES_NOT_FIT
+    }
+
     /// The exit status, as `tightfit --help` lists them.
     pub(crate) fn status(&self) -> u8 {
         match self {
             Failure::Checkpoint(_) => CHECKPOINT,
             Failure::Hub(HubError::Cancelled) => INTERRUPTED,
             Failure::Hub(_) => CHECKPOINT,
-            Failure::Propose(error) => match error {
-                ProposeError::Policy(error) => match error {
-                    PolicyError::Refused { refusal, .. } => match refusal.reason {
-                        RefusalReason::BadSetting => USAGE,
-                        RefusalReason::DoesNotFit | RefusalReason::Unsupported => DOES_NOT_FIT,
-                    },
-                    PolicyError::Failed { .. } => POLICY,
-                    PolicyError::UnknownSetting { .. }
-                    | PolicyError::RepeatedSetting { .. }
-                    | PolicyError::Unknown { .. }
-                    | PolicyError::Unreadable { .. } => USAGE,
-                },
-                ProposeError::FormatRule(_) => USAGE,
-                ProposeError::BadPlan { .. } => POLICY,
-                ProposeError::DoesNotFit { .. } => DOES_NOT_FIT,
+            Failure::Propose(error) => propose_status(error),
+            Failure::Place(error) => match error {
+                PlaceError::Propose(error) => propose_status(error),
+                PlaceError::Revised { source, .. } => propose_status(source),
+                PlaceError::Load(error) => load_status(error),
             },
             Failure::Load(error) => load_status(error),
             Failure::Save(error) => match error {
@@ -97,8 +105,29 @@ impl Failure {
                 SynthError::Io { .. } | SynthError::Unsupported { .. } => CHECKPOINT,
             },
             Failure::Kernel(_) => USAGE,
-            Failure::TemporaryDirectory(_) | Failure::Output(_) => OTHER,
+            Failure::NobodysSetting { .. } => USAGE,
+            Failure::BothRefuse { .. } => DOES_NOT_FIT,
+            Failure::TemporaryDirectory(_) | Failure::Output(_) | Failure::Picture { .. } => OTHER,
         }
+    }
+}
+
+fn propose_status(error: &ProposeError) -> u8 {
+    match error {
+        ProposeError::Policy(error) => match error {
+            PolicyError::Refused { refusal, .. } => match refusal.reason {
+                RefusalReason::BadSetting => USAGE,
+                RefusalReason::DoesNotFit | RefusalReason::Unsupported => DOES_NOT_FIT,
+            },
+            PolicyError::Failed { .. } => POLICY,
+            PolicyError::UnknownSetting { .. }
+            | PolicyError::RepeatedSetting { .. }
+            | PolicyError::Unknown { .. }
+            | PolicyError::Unreadable { .. } => USAGE,
+        },
+        ProposeError::FormatRule(_) => USAGE,
+        ProposeError::BadPlan { .. } => POLICY,
+        ProposeError::DoesNotFit { .. } => DOES_NOT_FIT,
     }
 }
 

@@ -1,40 +1,16 @@
-//! `tightfit plan` and `tightfit load`.
+//! `tightfit load`.
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, open_devices};
-use tightfit::load::{self, CancelToken, LoadError, Progress};
-use tightfit::memory::{DEFAULT_STAGING, StagingRing};
+use tightfit::load::{self, CancelToken, Placed, Progress};
 use tightfit::model::Model;
-use tightfit::plan::{Plan, Proposed};
 use tightfit::report::{Report, Table, printable};
 use tightfit::save::check_target;
 use tightfit::types::Bytes;
 
-use crate::args::{EngineOptions, LoadOptions, OutputOptions, PlanOptions};
+use crate::args::{EngineOptions, LoadOptions};
 use crate::failure::Failure;
 use crate::{output, progress, save, session};
-
-/// `tightfit plan`.
-pub(crate) fn plan(options: &PlanOptions) -> Result<(), Failure> {
-    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
-    let devices = open_devices(&options.placement.devices)?;
-    let proposed = session::propose_with(
-        &options.placement.policy,
-        &checkpoint,
-        &session::infos(&devices),
-    )?;
-    let staging = options.staging.unwrap_or(DEFAULT_STAGING);
-    // What a load would refuse is refused here.
-    StagingRing::new(staging, 1).map_err(LoadError::Staging)?;
-    let report = Report::of_plan(&checkpoint, &proposed, staging);
-    show(
-        &checkpoint,
-        &proposed.plan,
-        report,
-        &options.output,
-        options.placements,
-    )
-}
 
 /// `tightfit load`.
 pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Failure> {
@@ -44,15 +20,12 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
     }
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
     let devices = open_devices(&options.placement.devices)?;
-    let proposed = session::propose_with(
-        &options.placement.policy,
-        &checkpoint,
-        &session::infos(&devices),
-    )?;
+    let placed = session::place_with(&options.placement.policy, &checkpoint, &devices)?;
+    let proposed = placed.proposed.clone();
     let quiet = options.output.quiet;
-    let (model, report) = carry_out(
+    let (model, mut report) = carry_out(
         &checkpoint,
-        &proposed,
+        placed,
         &devices,
         &options.engine,
         quiet,
@@ -69,19 +42,22 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
             cancel,
         )?;
     }
-    show(
-        &checkpoint,
-        model.plan(),
-        report,
-        &options.output,
-        options.placements,
-    )
+    if options.placements {
+        report = report.with_placements(&checkpoint, model.plan());
+    }
+    if options.output.json {
+        output::print_json(&report)
+    } else if quiet {
+        Ok(())
+    } else {
+        output::print(&(text(&report) + &placements(&report)))
+    }
 }
 
 /// Loads with a progress bar. Gives the model and the report made while it is loaded.
 pub(crate) fn carry_out(
     checkpoint: &Checkpoint,
-    proposed: &Proposed,
+    placed: Placed,
     devices: &[Box<dyn Device>],
     engine: &EngineOptions,
     quiet: bool,
@@ -100,38 +76,17 @@ pub(crate) fn carry_out(
         },
         cancel,
     };
-    let result = load::load(checkpoint, &proposed.plan, devices, &options);
+    let result = load::load_reserved(checkpoint, placed.reserved, &options);
     bar.finish_and_clear();
     let model = result?;
     let usage: Vec<_> = devices.iter().map(|device| device.usage()).collect();
-    let report = Report::of_plan(checkpoint, proposed, options.staging_bytes).with_load(
-        checkpoint,
-        model.stats(),
-        &usage,
-    );
+    let report = Report::of_plan(checkpoint, &placed.proposed, options.staging_bytes)
+        .with_revisions(&placed.revisions)
+        .with_load(checkpoint, model.stats(), &usage);
     Ok((model, report))
 }
 
-fn show(
-    checkpoint: &Checkpoint,
-    plan: &Plan,
-    mut report: Report,
-    options: &OutputOptions,
-    placements: bool,
-) -> Result<(), Failure> {
-    if placements {
-        report = report.with_placements(checkpoint, plan);
-    }
-    if options.json {
-        output::print_json(&report)
-    } else if options.quiet {
-        Ok(())
-    } else {
-        output::print(&text(&report))
-    }
-}
-
-/// The report for people.
+/// The report for people, without a list of placements.
 pub(crate) fn text(report: &Report) -> String {
     let model = &report.model;
     let mut text = format!(
@@ -147,6 +102,14 @@ pub(crate) fn text(report: &Report) -> String {
         printable(&report.policy.version),
         report.policy.seconds,
     );
+    for revision in &report.policy.revisions {
+        text += &format!(
+            "revised: {} had {} left where the plan needed {}\n\n",
+            printable(&revision.device),
+            Bytes(revision.available),
+            Bytes(revision.needed),
+        );
+    }
     let mut table = Table::new([
         "device",
         "tensors",
@@ -206,17 +169,22 @@ pub(crate) fn text(report: &Report) -> String {
         }
         text += "\n";
     }
-    if let Some(placements) = &report.placements {
-        let mut table = Table::new(["tensor", "device", "format", "bytes"]);
-        for placement in placements {
-            table.row([
-                placement.tensor.clone(),
-                placement.device.clone().unwrap_or_else(|| "-".to_owned()),
-                placement.format.clone(),
-                placement.bytes.to_string(),
-            ]);
-        }
-        text += &format!("\n{table}");
-    }
     text
+}
+
+/// The list of placements, where it was asked for.
+pub(crate) fn placements(report: &Report) -> String {
+    let Some(placements) = &report.placements else {
+        return String::new();
+    };
+    let mut table = Table::new(["tensor", "device", "format", "bytes"]);
+    for placement in placements {
+        table.row([
+            placement.tensor.clone(),
+            placement.device.clone().unwrap_or_else(|| "-".to_owned()),
+            placement.format.clone(),
+            placement.bytes.to_string(),
+        ]);
+    }
+    format!("\n{table}")
 }

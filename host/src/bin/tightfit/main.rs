@@ -3,11 +3,13 @@
 
 mod args;
 mod demo;
+mod diff;
 mod failure;
 mod inspect;
 mod load;
 mod log;
 mod output;
+mod plan;
 mod policy;
 mod progress;
 mod save;
@@ -39,7 +41,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Demo(options) => demo::run(&options, session::cancel_on_interrupt()),
         Command::Synth(options) => synth::run(&options, &session::cancel_on_interrupt()),
         Command::Inspect(options) => inspect::run(&options),
-        Command::Plan(options) => load::plan(&options),
+        Command::Plan(options) => plan::run(&options),
         Command::Load(options) => load::load(&options, session::cancel_on_interrupt()),
         Command::Save(options) => save::run(&options, session::cancel_on_interrupt()),
         Command::Policy(command) => policy::run(&command),

@@ -6,7 +6,7 @@ use serde::Serialize;
 use tightfit::checkpoint::{self, Checkpoint, CheckpointError};
 use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
 use tightfit::hub::{self, Hub};
-use tightfit::load::CancelToken;
+use tightfit::load::{CancelToken, Placed, place};
 use tightfit::plan::{Proposed, propose};
 use tightfit::policy::{Limits, WasmPolicy};
 use tightfit::report::{Table, printable};
@@ -92,6 +92,17 @@ pub(crate) fn propose_with(
 ) -> Result<Proposed, Failure> {
     let policy = WasmPolicy::open(&options.policy, Limits::default())?;
     Ok(propose(checkpoint, &policy, devices, &options.settings)?)
+}
+
+/// Asks the policy and takes the memory of its plan, as often as that takes. The policy is gone when
+/// this returns.
+pub(crate) fn place_with(
+    options: &PolicyOptions,
+    checkpoint: &Checkpoint,
+    devices: &[Box<dyn Device>],
+) -> Result<Placed, Failure> {
+    let policy = WasmPolicy::open(&options.policy, Limits::default())?;
+    Ok(place(checkpoint, &policy, devices, &options.settings)?)
 }
 
 /// A device on which everything fits: for asking a policy about formats, not places.

@@ -1,0 +1,74 @@
+//! `tightfit plan`.
+
+use std::io::Write;
+use std::path::Path;
+
+use tightfit::checkpoint::Checkpoint;
+use tightfit::device::open_devices;
+use tightfit::load::LoadError;
+use tightfit::memory::{DEFAULT_STAGING, StagingRing};
+use tightfit::plan::Proposed;
+use tightfit::report::{Heading, Report, bar, map, svg};
+
+use crate::args::PlanOptions;
+use crate::failure::Failure;
+use crate::{diff, load, output, session};
+
+/// `tightfit plan`.
+pub(crate) fn run(options: &PlanOptions) -> Result<(), Failure> {
+    let staging = options.staging.unwrap_or(DEFAULT_STAGING);
+    // What a load would refuse is refused here.
+    StagingRing::new(staging, 1).map_err(LoadError::Staging)?;
+    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
+    let devices = session::infos(&open_devices(&options.placement.devices)?);
+    let policy = &options.placement.policy;
+    if let Some([a, b]) = options.diff.as_deref() {
+        let settings = &policy.settings;
+        return diff::run(&checkpoint, &devices, [a, b], settings, &options.output);
+    }
+    let proposed = session::propose_with(policy, &checkpoint, &devices)?;
+    if let Some(path) = &options.svg {
+        draw(path, &checkpoint, &proposed)?;
+    }
+    let mut report = Report::of_plan(&checkpoint, &proposed, staging);
+    if options.placements {
+        report = report.with_placements(&checkpoint, &proposed.plan);
+    }
+    if options.output.json {
+        return output::print_json(&report);
+    }
+    if options.output.quiet {
+        return Ok(());
+    }
+    let mut text = load::text(&report) + "\n";
+    let style = output::bar_style();
+    for device in &report.devices {
+        text += &bar(&device.name, device.capacity, &device.fill, style);
+    }
+    text += &format!("\n{}", map(checkpoint.tensors(), &proposed.plan));
+    output::print(&(text + &load::placements(&report)))
+}
+
+/// Writes the drawing beside its place and gives it its name when it is complete.
+fn draw(path: &Path, checkpoint: &Checkpoint, proposed: &Proposed) -> Result<(), Failure> {
+    let heading = Heading {
+        model: &checkpoint.path().display().to_string(),
+        policy: &format!("{} {}", proposed.policy, proposed.version),
+    };
+    let drawing = svg(heading, checkpoint.tensors(), &proposed.plan);
+    let parent = path.parent().filter(|parent| *parent != Path::new(""));
+    let write = || {
+        let mut builder = tempfile::Builder::new();
+        // As other programs make files; by default only their owner may read temporary ones.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = builder.tempfile_in(parent.unwrap_or(Path::new(".")))?;
+        file.write_all(drawing.as_bytes())?;
+        file.persist(path)?;
+        Ok(())
+    };
+    write().map_err(|source| Failure::Picture {
+        path: path.to_owned(),
+        source,
+    })
+}

@@ -1,0 +1,67 @@
+//! `--set format:"PATTERN"=FORMAT` on the command line.
+
+use std::fs;
+
+use tightfit_tests::command::Place;
+use tightfit_tests::models;
+
+const USAGE: i32 = 2;
+
+fn place() -> Place {
+    let place = Place::new();
+    fs::create_dir(place.path("m")).unwrap();
+    models::write_decoder(&place.path("m"), 2, 64);
+    place
+}
+
+#[test]
+fn formats_are_fixed_by_pattern_and_the_last_rule_counts() {
+    let place = place();
+    let arguments = ["m", "--device", "sim:64MiB", "--json", "--placements"];
+    let rules = [
+        "--set",
+        "format:*.mlp.*=nf4+double/128",
+        "--set",
+        "format:layers.1.mlp.up_proj=f32",
+        "--set",
+        "format:lm_head=nf4",
+    ];
+    for command in ["plan", "load"] {
+        let report = place
+            .run(&[&[command], &arguments[..], &rules].concat())
+            .json();
+        let format = |name: &str| {
+            let placements = report["placements"].as_array().unwrap();
+            let placement = placements.iter().find(|p| p["tensor"] == name).unwrap();
+            placement["format"].as_str().unwrap().to_owned()
+        };
+        for (name, expected) in [
+            ("model.layers.0.mlp.up_proj.weight", "nf4+double/128"),
+            ("model.layers.1.mlp.down_proj.weight", "nf4+double/128"),
+            ("model.layers.1.mlp.up_proj.weight", "cast:f32"),
+            ("model.layers.1.self_attn.q_proj.weight", "nf4"),
+            ("lm_head.weight", "nf4"),
+            ("model.embed_tokens.weight", "stored"),
+        ] {
+            assert_eq!(format(name), expected, "{command}: {name}");
+        }
+        assert_eq!(report["policy"]["settings"]["format:lm_head"], "nf4");
+    }
+}
+
+#[test]
+fn a_rule_that_cannot_be_used_is_a_usage_error() {
+    let place = place();
+    for (rule, words) in [
+        (
+            "format:*.nothing=nf4",
+            &["format:*.nothing", "matches none"][..],
+        ),
+        ("format:norm=int8", &["'int8' is not a format", "nf4"]),
+        ("format:=nf4", &["names no tensors"]),
+    ] {
+        place
+            .run(&["plan", "m", "--device", "sim:64MiB", "--set", rule])
+            .fails(USAGE, words);
+    }
+}
