@@ -19,6 +19,9 @@ use crate::Request;
 /// Modules that moved into `model` as they are.
 const MOVED: [&str; 3] = ["vision_tower.", "multi_modal_projector.", "visual."];
 
+/// What Mixtral's checkpoint calls the block that is `mlp` everywhere else.
+const SPARSE: &str = ".block_sparse_moe.";
+
 /// Translates the names of one checkpoint.
 #[derive(Debug, Clone, Copy)]
 pub struct InMemory {
@@ -39,9 +42,10 @@ impl InMemory {
     pub fn name(&self, name: &str) -> Option<String> {
         let moved = self.moved(name);
         let name = moved.as_deref().unwrap_or(name);
-        let renamed = name
-            .split_once(".block_sparse_moe.")
-            .map(|(before, after)| format!("{before}.mlp.{after}"));
+        let renamed = find(name, SPARSE).map(|at| {
+            let (before, after) = (&name[..at], &name[at + SPARSE.len()..]);
+            format!("{before}.mlp.{after}")
+        });
         let name = renamed.as_deref().unwrap_or(name);
         fused(name).or(renamed).or(moved)
     }
@@ -68,8 +72,8 @@ impl InMemory {
 /// The stack that a matrix of one expert becomes a part of.
 fn fused(name: &str) -> Option<String> {
     let module = name.strip_suffix(".weight")?;
-    let (expert, matrix) = module.rsplit_once('.')?;
-    let (experts, number) = expert.rsplit_once('.')?;
+    let (expert, matrix) = split_last(module)?;
+    let (experts, number) = split_last(expert)?;
     let stack = match matrix {
         "gate_proj" | "up_proj" | "w1" | "w3" => "gate_up_proj",
         "down_proj" | "w2" => "down_proj",
@@ -78,6 +82,20 @@ fn fused(name: &str) -> Option<String> {
     let numbered = !number.is_empty() && number.bytes().all(|c| c.is_ascii_digit());
     let is_expert = numbered && (experts == "experts" || experts.ends_with(".experts"));
     is_expert.then(|| format!("{experts}.{stack}"))
+}
+
+// Over strings this short, plain loops take far less fuel than the standard library's searchers.
+
+fn find(name: &str, part: &str) -> Option<usize> {
+    let (name, part) = (name.as_bytes(), part.as_bytes());
+    // All parts begin with a dot: the second byte says more.
+    name.windows(part.len())
+        .position(|window| window[1] == part[1] && window == part)
+}
+
+fn split_last(name: &str) -> Option<(&str, &str)> {
+    let dot = name.bytes().rposition(|c| c == b'.')?;
+    Some((&name[..dot], &name[dot + 1..]))
 }
 
 #[cfg(test)]

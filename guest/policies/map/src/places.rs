@@ -1,6 +1,6 @@
 //! From names to devices.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use tightfit_guest::in_memory::InMemory;
 use tightfit_guest::{Refusal, Request};
@@ -77,7 +77,7 @@ impl Places {
 
 /// The map with its devices found.
 struct Entries<'a> {
-    by_name: BTreeMap<&'a str, Entry>,
+    by_name: HashMap<&'a str, Entry>,
     /// Components of the longest name.
     longest: usize,
 }
@@ -89,7 +89,7 @@ struct Entry {
 
 impl<'a> Entries<'a> {
     fn new(request: &Request, map: &'a DeviceMap) -> Result<Entries<'a>, Refusal> {
-        let mut by_name = BTreeMap::new();
+        let mut by_name = HashMap::with_capacity(map.0.len());
         let mut longest = 0;
         for (name, target) in &map.0 {
             let device = device(request, name, target)?;
@@ -104,6 +104,9 @@ impl<'a> Entries<'a> {
     /// The device of the longest entry for a tensor, by its name in the checkpoint or in memory.
     fn of_tensor(&mut self, name: &str, in_memory: &InMemory) -> Option<u32> {
         let own = self.of_name(name);
+        if own.is_some_and(|(count, _)| count == self.longest) {
+            return own.map(|(_, device)| device);
+        }
         let other = in_memory.name(name).and_then(|name| self.of_name(&name));
         let longer = match (own, other) {
             (Some(own), Some(other)) if other.0 > own.0 => Some(other),
@@ -137,9 +140,10 @@ impl<'a> Entries<'a> {
         // transformers lists these modules too; they hold nothing that a checkpoint has.
         let is_odd = |name: &str, entry: &Entry| !entry.used && !name.ends_with("rotary_emb");
         let odd = self.by_name.iter().filter(|(name, e)| is_odd(name, e));
-        let mut notes: Vec<String> = odd
-            .map(|(name, _)| format!("device-map: no tensor begins with `{name}`"))
-            .collect();
+        let mut odd: Vec<&str> = odd.map(|(name, _)| *name).collect();
+        odd.sort_unstable();
+        let note = |name| format!("device-map: no tensor begins with `{name}`");
+        let mut notes: Vec<String> = odd.into_iter().map(note).collect();
         let more = notes.len().saturating_sub(MOST_NOTES);
         notes.truncate(MOST_NOTES);
         if more > 0 {
