@@ -29,7 +29,8 @@
 //!
 //! What most policies need is here too: [`names`] (which layer is a tensor of, what is it for),
 //! [`formats`] (what is quantized), [`sizing`] (what it takes on a device), [`partition`]
-//! (spreading a sequence over devices), [`settings`] and [`patterns`] (what the user asked for).
+//! (spreading a sequence over devices), [`tree`] (the modules that names stand for), [`settings`] and
+//! [`patterns`] (what the user asked for).
 
 #![deny(unsafe_code)]
 
@@ -48,6 +49,7 @@ pub mod names;
 pub mod partition;
 pub mod settings;
 pub mod sizing;
+pub mod tree;
 mod types;
 
 pub use bindings::exports::tightfit::host::planner::{
