@@ -305,3 +305,23 @@ fn a_setting_is_read_from_a_file() {
     file.set_len((16 << 20) + 1).unwrap();
     set("skip=@value").fails(USAGE, &["'value'", "longer than 16.00 MiB"]);
 }
+
+#[test]
+fn a_limit_that_is_hit_is_named_and_can_be_set() {
+    let place = hostile_place();
+    let show =
+        |limit: &str| place.run(&["policy", "show", "hostile.wasm", "--policy-limit", limit]);
+    show("memory=1GiB").succeeds();
+    for (limit, name) in [
+        ("memory=64KiB", "memory"),
+        ("fuel=10", "fuel"),
+        ("component=1KiB", "component"),
+        ("function=16", "function"),
+    ] {
+        let hint = format!("--policy-limit {name}=VALUE");
+        show(limit).fails(POLICY, &["hostile.wasm", &format!("`{name}`"), &hint]);
+    }
+    for limit in ["memory=much", "deadline=-1", "stack=1MiB", "fuel", "=1"] {
+        show(limit).fails(USAGE, &["--policy-limit"]);
+    }
+}

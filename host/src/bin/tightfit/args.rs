@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use tightfit::device::DeviceSpec;
+use tightfit::policy::Limits;
 use tightfit::types::{Bytes, parse_bytes};
 use tightfit_kernels::{Isa, KernelError, Kernels};
 
@@ -84,6 +85,31 @@ pub(crate) struct PolicyOptions {
     /// what the file holds; a value that begins with @ is written @@. Repeatable
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
     pub(crate) settings: Vec<(String, String)>,
+
+    #[command(flatten)]
+    pub(crate) limits: LimitOptions,
+}
+
+/// How much a policy may use.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct LimitOptions {
+    /// Give the policy more, or less, of something: fuel and fuel-per-tensor (instructions),
+    /// deadline (seconds), memory, host-call-bytes, component, function (bytes, for example
+    /// 512MiB), table-elements. Repeatable
+    #[arg(long = "policy-limit", value_name = "NAME=VALUE", value_parser = limit)]
+    limits: Vec<(String, String)>,
+}
+
+impl LimitOptions {
+    /// The default limits with what was asked for; what is given twice counts as given last.
+    pub(crate) fn limits(&self) -> Limits {
+        let mut limits = Limits::default();
+        for (name, value) in &self.limits {
+            let set = limits.set(name, value);
+            debug_assert!(set.is_ok(), "checked as it was parsed");
+        }
+        limits
+    }
 }
 
 impl Default for PolicyOptions {
@@ -91,6 +117,7 @@ impl Default for PolicyOptions {
         PolicyOptions {
             policy: "auto".to_owned(),
             settings: Vec::new(),
+            limits: LimitOptions::default(),
         }
     }
 }
@@ -254,6 +281,8 @@ pub(crate) enum PolicyCommand {
         /// A built-in policy, or a wasm file
         policy: String,
         #[command(flatten)]
+        limits: LimitOptions,
+        #[command(flatten)]
         output: OutputOptions,
     },
     /// The built-in policies
@@ -272,11 +301,9 @@ pub(crate) struct DevicesOptions {
 /// Bytes of a file that holds a setting: a device map of 100,000 tensors fits several times.
 const MOST_SETTING_BYTES: u64 = 16 << 20;
 
+/// A setting, whose value may be in a file.
 fn key_value(text: &str) -> Result<(String, String), String> {
-    let (key, value) = match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => (key, value),
-        _ => return Err("expected KEY=VALUE or KEY=@FILE".to_owned()),
-    };
+    let (key, value) = pair(text).ok_or("expected KEY=VALUE or KEY=@FILE")?;
     let value = match value.strip_prefix('@') {
         None => value.to_owned(),
         Some(literal) if literal.starts_with('@') => literal.to_owned(),
@@ -297,6 +324,17 @@ fn setting_in(file: &str) -> Result<String, String> {
         return Err(format!("it is longer than {}", Bytes(MOST_SETTING_BYTES)));
     }
     String::from_utf8(bytes).map_err(|error| format!("it is not UTF-8 text ({error})"))
+}
+
+fn limit(text: &str) -> Result<(String, String), String> {
+    let (name, value) = pair(text).ok_or("expected NAME=VALUE")?;
+    let checked = Limits::default().set(name, value);
+    checked.map_err(|error| error.to_string())?;
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn pair(text: &str) -> Option<(&str, &str)> {
+    text.split_once('=').filter(|(key, _)| !key.is_empty())
 }
 
 fn isa(text: &str) -> Result<Isa, String> {

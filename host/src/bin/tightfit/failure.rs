@@ -63,9 +63,27 @@ const DEVICE: u8 = 6;
 const INTERRUPTED: u8 = 130;
 
 impl Failure {
+    /// Why there is no plan, if that is what happened.
+    fn no_plan(&self) -> Option<&ProposeError> {
+        match self {
+            Failure::Propose(error) | Failure::Place(PlaceError::Propose(error)) => Some(error),
+            Failure::Place(PlaceError::Revised { source, .. }) => Some(source),
+            _ => None,
+        }
+    }
+
     /// Whether this is the policy's answer to the model and the devices, not a fault.
     pub(crate) fn is_refusal(&self) -> bool {
-        matches!(self, Failure::Propose(_)) && self.status() == DOES_NOT_FIT
+        self.no_plan()
+            .is_some_and(|error| propose_status(error) == DOES_NOT_FIT)
+    }
+
+    /// The limit that a policy ran into, if that is what happened.
+    pub(crate) fn policy_limit(&self) -> Option<&'static str> {
+        match self.no_plan()? {
+            ProposeError::Policy(PolicyError::Failed { failure, .. }) => failure.limit(),
+            _ => None,
+        }
     }
 
     /// The exit status, as `tightfit --help` lists them.
