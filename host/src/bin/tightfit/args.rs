@@ -1,11 +1,13 @@
 //! What can be typed.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use tightfit::device::DeviceSpec;
 use tightfit::policy::Limits;
-use tightfit::types::parse_bytes;
+use tightfit::types::{Bytes, parse_bytes};
 use tightfit_kernels::{Isa, KernelError, Kernels};
 
 /// Loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
@@ -79,7 +81,8 @@ pub(crate) struct PolicyOptions {
     #[arg(long, value_name = "NAME|FILE.wasm", default_value = "auto")]
     pub(crate) policy: String,
 
-    /// A setting of the policy, as `tightfit policy show` lists them. Repeatable
+    /// A setting of the policy, as `tightfit policy show` lists them. With KEY=@FILE the value is
+    /// what the file holds; a value that begins with @ is written @@. Repeatable
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
     pub(crate) settings: Vec<(String, String)>,
 
@@ -295,18 +298,43 @@ pub(crate) struct DevicesOptions {
     pub(crate) output: OutputOptions,
 }
 
+/// Bytes of a file that holds a setting: a device map of 100,000 tensors fits several times.
+const MOST_SETTING_BYTES: u64 = 16 << 20;
+
+/// A setting, whose value may be in a file.
 fn key_value(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("expected KEY=VALUE".to_owned()),
+    let (key, value) = pair(text).ok_or("expected KEY=VALUE or KEY=@FILE")?;
+    let value = match value.strip_prefix('@') {
+        None => value.to_owned(),
+        Some(literal) if literal.starts_with('@') => literal.to_owned(),
+        Some(file) => {
+            setting_in(file).map_err(|why| format!("cannot take it from '{file}': {why}"))?
+        }
+    };
+    Ok((key.to_owned(), value))
+}
+
+/// What a file holds. It may be a pipe, so only reading tells how long it is.
+fn setting_in(file: &str) -> Result<String, String> {
+    let mut bytes = Vec::new();
+    File::open(file)
+        .and_then(|file| file.take(MOST_SETTING_BYTES + 1).read_to_end(&mut bytes))
+        .map_err(|error| error.to_string())?;
+    if bytes.len() as u64 > MOST_SETTING_BYTES {
+        return Err(format!("it is longer than {}", Bytes(MOST_SETTING_BYTES)));
     }
+    String::from_utf8(bytes).map_err(|error| format!("it is not UTF-8 text ({error})"))
 }
 
 fn limit(text: &str) -> Result<(String, String), String> {
-    let (name, value) = key_value(text)?;
-    let checked = Limits::default().set(&name, &value);
+    let (name, value) = pair(text).ok_or("expected NAME=VALUE")?;
+    let checked = Limits::default().set(name, value);
     checked.map_err(|error| error.to_string())?;
-    Ok((name, value))
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn pair(text: &str) -> Option<(&str, &str)> {
+    text.split_once('=').filter(|(key, _)| !key.is_empty())
 }
 
 fn isa(text: &str) -> Result<Isa, String> {
