@@ -21,7 +21,7 @@ pub(crate) struct Arguments {
     #[command(subcommand)]
     pub(crate) command: Command,
 
-    /// Show everything that policies log, not only warnings
+    /// Show everything that policies log, not only warnings; and what holds in a check
     #[arg(long, short, global = true)]
     pub(crate) verbose: bool,
 }
@@ -40,6 +40,11 @@ pub(crate) enum Command {
     Load(LoadOptions),
     /// Quantize a checkpoint and write it, as bitsandbytes and transformers read it
     Save(SaveCommand),
+    /// Test policies: run scenario files, and judge what comes of them
+    ///
+    /// Exit status: 0 every expectation holds, 1 some do not or a scenario could not be run,
+    /// 2 usage or a scenario file that makes no sense (nothing is run then), 130 interrupted.
+    Check(CheckOptions),
     /// Look at policies
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -272,6 +277,24 @@ pub(crate) struct SaveCommand {
     pub(crate) write: WriteOptions,
     #[command(flatten)]
     pub(crate) output: OutputOptions,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CheckOptions {
+    /// Scenario files (TOML); paths in them are relative to the file
+    #[arg(required = true, value_name = "SCENARIO.toml")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Write a JUnit report too, to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) junit: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) limits: LimitOptions,
+    /// Print the result as JSON, sizes in bytes
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print only what does not hold
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
 }
 
 #[derive(Debug, Subcommand)]
