@@ -28,23 +28,28 @@
 //! ```
 //!
 //! What most policies need is here too: [`names`] (which layer is a tensor of, what is it for),
-//! [`sizing`] (what it takes on a device), [`partition`] (spreading a sequence over devices),
-//! [`settings`] and [`patterns`] (what the user asked for).
+//! [`formats`] (what is quantized), [`sizing`] (what it takes on a device), [`partition`]
+//! (spreading a sequence over devices), [`tree`] (the modules that names stand for), [`settings`] and
+//! [`patterns`] (what the user asked for).
 
 #![deny(unsafe_code)]
 
 // The generated code names this crate from the outside, wherever it is expanded.
 extern crate self as tightfit_guest;
 
+pub mod amounts;
 #[doc(hidden)]
 pub mod bindings;
 #[doc(hidden)]
 pub mod export;
+pub mod formats;
+pub mod in_memory;
 mod log;
 pub mod names;
 pub mod partition;
 pub mod settings;
 pub mod sizing;
+pub mod tree;
 mod types;
 
 pub use bindings::exports::tightfit::host::planner::{

@@ -6,7 +6,7 @@
 use std::ops::RangeInclusive;
 
 use crate::patterns::Patterns;
-use crate::{Refusal, Request, Setting};
+use crate::{Device, Refusal, Request, Setting};
 
 /// One setting that a policy understands.
 #[derive(Debug, Clone, Copy)]
@@ -17,6 +17,17 @@ pub struct Spec {
     pub default: &'static str,
     /// One sentence for the user.
     pub help: &'static str,
+}
+
+impl Spec {
+    /// A setting in one line.
+    pub const fn new(name: &'static str, default: &'static str, help: &'static str) -> Spec {
+        Spec {
+            name,
+            default,
+            help,
+        }
+    }
 }
 
 /// The list as a [`Description`](crate::Description) holds it.
@@ -38,6 +49,7 @@ pub fn describe(specs: &[Spec]) -> Vec<Setting> {
 pub struct Settings<'a> {
     specs: &'a [Spec],
     given: &'a [(String, String)],
+    devices: &'a [Device],
 }
 
 impl<'a> Settings<'a> {
@@ -46,6 +58,7 @@ impl<'a> Settings<'a> {
         Settings {
             specs,
             given: &request.settings,
+            devices: &request.devices,
         }
     }
 
@@ -93,6 +106,25 @@ impl<'a> Settings<'a> {
     pub fn bytes(&self, name: &str) -> Result<u64, Refusal> {
         parse_bytes(self.text(name))
             .ok_or_else(|| self.bad(name, "a number of bytes such as 2GiB, 512MiB or 1000000"))
+    }
+
+    /// A device of the request, by its index or its name. Gives its index.
+    ///
+    /// # Errors
+    /// When there is no such device.
+    pub fn device(&self, name: &str) -> Result<usize, Refusal> {
+        let text = self.text(name);
+        let index = match text.parse() {
+            Ok(index) => Some(index).filter(|&index| index < self.devices.len()),
+            Err(_) => self.devices.iter().position(|device| device.name == text),
+        };
+        index.ok_or_else(|| {
+            let names: Vec<&str> = self.devices.iter().map(|d| d.name.as_str()).collect();
+            self.bad(
+                name,
+                &format!("a device ({}) or its index", names.join(", ")),
+            )
+        })
     }
 
     /// One of a few words.
@@ -155,7 +187,7 @@ pub fn parse_bytes(text: &str) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::RefusalReason;
+    use crate::{DeviceKind, RefusalReason};
 
     const SPECS: &[Spec] = &[
         Spec {
@@ -291,5 +323,35 @@ mod tests {
     fn a_name_that_is_not_in_the_list_is_the_authors_mistake() {
         let none = request(&[]);
         Settings::new(SPECS, &none).text("reserv");
+    }
+
+    #[test]
+    fn a_device_is_named_or_counted() {
+        let device = |name: &str| Device {
+            name: name.into(),
+            kind: DeviceKind::Sim,
+            capacity: 1000,
+            available: 1000,
+            granularity: 1,
+        };
+        let specs = [Spec::new("device", "0", "Where.")];
+        let index = |text: &str| {
+            let mut request = request(&[("device", text)]);
+            request.devices = vec![device("sim:0"), device("cpu")];
+            Settings::new(&specs, &request).device("device")
+        };
+        assert_eq!((index("0"), index("1")), (Ok(0), Ok(1)));
+        assert_eq!((index("sim:0"), index(" cpu ")), (Ok(0), Ok(1)));
+        for text in ["2", "-1", "sim:1", ""] {
+            let refusal = index(text).unwrap_err();
+            assert_eq!(refusal.reason, RefusalReason::BadSetting);
+            assert!(refusal.message.contains("sim:0, cpu"), "{refusal:?}");
+        }
+        let mut request = request(&[]);
+        request.devices = vec![device("sim:0")];
+        assert_eq!(request.check_room(0, "it", 1000), Ok(()));
+        let refusal = request.check_room(0, "it", 1001).unwrap_err();
+        assert_eq!(refusal.missing_bytes, Some(1));
+        assert_eq!(refusal.message, "it takes 1001 bytes, sim:0 has 1000");
     }
 }

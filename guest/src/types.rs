@@ -1,9 +1,57 @@
 //! What the generated types can do beyond holding data.
 
-use crate::{DType, Device, DeviceKind, Failure, Refusal, RefusalReason, Request, Tensor};
+use crate::names::{TensorKind, kind_of};
+use crate::settings::{Spec, describe};
+use crate::{
+    DType, Description, Device, DeviceKind, Error, Failure, Format, Nf4Format, Placement, Proposal,
+    Refusal, RefusalReason, Request, Tensor,
+};
+
+impl Description {
+    /// A policy of this name and version with these settings.
+    pub fn new(name: &str, version: &str, settings: &[Spec]) -> Description {
+        Description {
+            name: name.into(),
+            version: version.into(),
+            settings: describe(settings),
+        }
+    }
+}
+
+impl Format {
+    /// NF4 as bitsandbytes does it by default: blocks of 64 elements, scales in f32.
+    pub const NF4: Format = Format::Nf4(Nf4Format {
+        block_size: 64,
+        double_quantized: false,
+    });
+}
+
+impl Placement {
+    /// On the device of this index.
+    pub fn on(device: usize, format: Format) -> Placement {
+        // More devices than this do not fit in a request.
+        let device = u32::try_from(device).ok();
+        Placement { device, format }
+    }
+}
+
+impl Proposal {
+    /// These placements, with nothing to be left free on any device.
+    pub fn without_headroom(request: &Request, placements: Vec<Placement>) -> Proposal {
+        Proposal {
+            placements,
+            headroom: vec![0; request.devices.len()],
+        }
+    }
+}
 
 impl Tensor {
-    /// Whether [`Format::Nf4`](crate::Format::Nf4) is legal for it: `bf16`, `f16` and `f32` that
+    /// Whether it is the matrix of a linear layer, or of experts, by [`kind_of`].
+    pub fn is_linear(&self) -> bool {
+        matches!(kind_of(self), TensorKind::Linear | TensorKind::Expert)
+    }
+
+    /// Whether [`Format::Nf4`] is legal for it: `bf16`, `f16` and `f32` that
     /// are not quantized already.
     pub fn is_quantizable(&self) -> bool {
         self.quantized.is_none() && matches!(self.dtype, DType::Bf16 | DType::F16 | DType::F32)
@@ -32,6 +80,22 @@ impl Request {
             *bytes = found.min(*bytes);
         }
         available
+    }
+
+    /// Refuses what does not fit on a device, given its index: `what` takes `bytes`, which must be
+    /// at most what is available there.
+    ///
+    /// # Errors
+    /// A refusal that says how much is missing.
+    pub fn check_room(&self, device: usize, what: &str, bytes: u64) -> Result<(), Refusal> {
+        let (name, free) = (&self.devices[device].name, self.available()[device]);
+        match bytes.checked_sub(free) {
+            None | Some(0) => Ok(()),
+            missing => Err(Refusal::does_not_fit(
+                format!("{what} takes {bytes} bytes, {name} has {free}"),
+                missing,
+            )),
+        }
     }
 
     /// For each tensor, whether it is the second copy of a tied parameter. Such a tensor need not
@@ -82,5 +146,12 @@ impl Refusal {
             message: message.into(),
             missing_bytes: None,
         }
+    }
+}
+
+impl From<Error> for Refusal {
+    /// For a size that the host cannot give: a tensor that no device can hold so.
+    fn from(error: Error) -> Refusal {
+        Refusal::unsupported(error.message)
     }
 }

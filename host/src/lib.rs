@@ -4,6 +4,8 @@
 //! [`report`].
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "check")]
+pub mod check;
 pub mod checkpoint;
 pub mod device;
 #[cfg(feature = "hub")]

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 pub mod command;
+pub mod device_maps;
 pub mod double_quant;
 pub mod golden;
 pub mod guests;

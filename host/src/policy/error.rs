@@ -15,7 +15,7 @@ pub enum Failure {
         reason: String,
     },
     /// Its file, or a function in it, is larger than the host compiles.
-    #[error("its {what} takes {}, at most {} are compiled", Bytes(*have), Bytes(*limit))]
+    #[error("its {what} takes {}, at most {} are compiled (limit `{}`)", Bytes(*have), Bytes(*limit), limit_on_size(what))]
     TooLarge {
         /// What is too large.
         what: &'static str,
@@ -25,19 +25,21 @@ pub enum Failure {
         limit: u64,
     },
     /// It used up its budget of instructions.
-    #[error("it ran out of fuel: {fuel} units are the limit for this model")]
+    #[error(
+        "it ran out of fuel: {fuel} units are what limits `fuel` and `fuel-per-tensor` give for this model"
+    )]
     OutOfFuel {
         /// The budget.
         fuel: u64,
     },
     /// It took too long.
-    #[error("it took longer than {seconds} s")]
+    #[error("it took longer than {seconds} s (limit `deadline`)")]
     Deadline {
         /// The limit in seconds.
         seconds: f64,
     },
     /// It wanted more memory than allowed.
-    #[error("it wanted {} of memory, at most {} are allowed", Bytes(*need), Bytes(*limit))]
+    #[error("it wanted {} of memory, at most {} are allowed (limit `memory`)", Bytes(*need), Bytes(*limit))]
     Memory {
         /// Bytes it wanted in all.
         need: u64,
@@ -45,7 +47,9 @@ pub enum Failure {
         limit: u64,
     },
     /// It wanted larger tables than allowed.
-    #[error("it wanted tables of {need} elements, at most {limit} are allowed")]
+    #[error(
+        "it wanted tables of {need} elements, at most {limit} are allowed (limit `table-elements`)"
+    )]
     Tables {
         /// Elements it wanted in all.
         need: u64,
@@ -67,6 +71,32 @@ pub enum Failure {
         /// What the runtime says.
         message: String,
     },
+}
+
+impl Failure {
+    /// The name of the limit that stood in the way, as [`Limits::set`](super::Limits::set) takes
+    /// it; where it was none that can be set, none.
+    pub fn limit(&self) -> Option<&'static str> {
+        match self {
+            Failure::TooLarge { what, .. } => Some(limit_on_size(what)),
+            Failure::OutOfFuel { .. } => Some("fuel"),
+            Failure::Deadline { .. } => Some("deadline"),
+            Failure::Memory { .. } => Some("memory"),
+            Failure::Tables { .. } => Some("table-elements"),
+            Failure::NotAPolicy { .. }
+            | Failure::StackOverflow
+            | Failure::Panic { .. }
+            | Failure::Trap { .. } => None,
+        }
+    }
+}
+
+/// The name of the limit that [`Failure::TooLarge`] is about.
+fn limit_on_size(what: &str) -> &'static str {
+    match what {
+        "file" => "component",
+        _ => "function",
+    }
 }
 
 /// Why a policy gave no proposal.

@@ -4,6 +4,8 @@ use std::time::Duration;
 
 use wasmtime::ResourceLimiter;
 
+use crate::types::parse_bytes;
+
 /// What a policy may use. The defaults let policies written in any language plan the largest
 /// models, and stop everything else within seconds.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,6 +43,91 @@ impl Default for Limits {
             component: 32 << 20,
             function: 512 << 10,
         }
+    }
+}
+
+/// A limit that cannot be set so.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum BadLimit {
+    /// There is no limit of this name.
+    #[error("there is no limit '{name}' that can be set (there are: {})", Limits::NAMES.join(", "))]
+    Unknown {
+        /// The name.
+        name: String,
+    },
+    /// The value is none for this limit.
+    #[error("limit '{name}' cannot be '{value}': it must be {allowed}")]
+    Value {
+        /// The name.
+        name: String,
+        /// The value.
+        value: String,
+        /// What it can be.
+        allowed: &'static str,
+    },
+}
+
+/// Longer than anyone waits, and short enough to add to any point in time.
+const LONGEST: f64 = 86_400.0;
+
+impl Limits {
+    /// What [`Limits::set`] can set. Not the stack: how much there is of it depends on the thread.
+    pub const NAMES: [&str; 8] = [
+        "fuel",
+        "fuel-per-tensor",
+        "deadline",
+        "memory",
+        "table-elements",
+        "host-call-bytes",
+        "component",
+        "function",
+    ];
+
+    /// Sets one limit, given as people write it: units of fuel and elements as whole numbers, the
+    /// deadline in seconds, the rest in bytes such as `512MiB`.
+    ///
+    /// # Errors
+    /// When there is no such limit, or the value is none for it.
+    pub fn set(&mut self, name: &str, value: &str) -> Result<(), BadLimit> {
+        let bad = |allowed| BadLimit::Value {
+            name: name.to_owned(),
+            value: value.to_owned(),
+            allowed,
+        };
+        let count = || {
+            let count = value.trim().parse::<u64>();
+            count.map_err(|_| bad("a whole number"))
+        };
+        let bytes = || {
+            let bytes = parse_bytes(value);
+            bytes.map_err(|_| bad("a number of bytes such as 512MiB"))
+        };
+        match name {
+            "fuel" => self.fuel = count()?,
+            "fuel-per-tensor" => self.fuel_per_tensor = count()?,
+            "deadline" => {
+                let seconds = value.trim().trim_end_matches('s').trim_end().parse();
+                self.deadline = match seconds {
+                    Ok(seconds) if (0.0..=LONGEST).contains(&seconds) => {
+                        Duration::from_secs_f64(seconds)
+                    }
+                    _ => return Err(bad("seconds from 0 to 86400, such as 30 or 0.5")),
+                };
+            }
+            "memory" => self.memory = bytes()?,
+            "table-elements" => self.table_elements = count()?,
+            "host-call-bytes" => {
+                self.host_call_bytes = usize::try_from(bytes()?).unwrap_or(usize::MAX);
+            }
+            "component" => self.component = bytes()?,
+            "function" => self.function = bytes()?,
+            _ => {
+                return Err(BadLimit::Unknown {
+                    name: name.to_owned(),
+                });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -130,5 +217,48 @@ impl ResourceLimiter for Limiter {
 
     fn memories(&self) -> usize {
         MEMORIES
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_named_limit_can_be_set_and_no_other() {
+        for name in Limits::NAMES {
+            let mut limits = Limits::default();
+            limits.set(name, "12345").unwrap();
+            assert_ne!(limits, Limits::default(), "{name}");
+        }
+        let mut limits = Limits::default();
+        for name in ["stack", "Fuel", ""] {
+            let error = limits.set(name, "1").unwrap_err();
+            assert!(matches!(error, BadLimit::Unknown { .. }), "{error}");
+        }
+        assert_eq!(limits, Limits::default());
+    }
+
+    #[test]
+    fn values_are_read_with_their_units() {
+        let mut limits = Limits::default();
+        limits.set("memory", "1.5GiB").unwrap();
+        limits.set("deadline", " 2.5 s").unwrap();
+        assert_eq!(limits.memory, 3 << 29);
+        assert_eq!(limits.deadline, Duration::from_millis(2500));
+        for (name, value) in [
+            ("fuel", "1GiB"),
+            ("fuel", "-1"),
+            ("fuel-per-tensor", "18446744073709551616"),
+            ("memory", "much"),
+            ("deadline", "NaN"),
+            ("deadline", "inf"),
+            ("deadline", "-1"),
+            ("deadline", "86401"),
+            ("deadline", ""),
+        ] {
+            let error = limits.set(name, value).unwrap_err().to_string();
+            assert!(error.contains(name) && error.contains(value), "{error}");
+        }
     }
 }

@@ -13,7 +13,7 @@ mod wasm;
 
 pub use error::{Failure, PolicyError};
 #[cfg(feature = "wasm-policies")]
-pub use limits::Limits;
+pub use limits::{BadLimit, Limits};
 #[cfg(feature = "wasm-policies")]
 pub use wasm::{BUILTIN_POLICIES, WasmPolicy};
 

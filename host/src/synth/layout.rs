@@ -16,7 +16,7 @@ pub enum Values {
 pub struct Tensor {
     /// Its key in the checkpoint.
     pub name: String,
-    /// Its type; `BF16` is what can be written.
+    /// Its type; weights are written as `BF16` only, headers of any type.
     pub dtype: DType,
     /// Row-major.
     pub shape: Vec<u64>,
@@ -279,13 +279,13 @@ impl Vision {
 
 /// A list that grows, and the prefix of what comes next.
 #[derive(Default)]
-struct List {
-    prefix: String,
-    tensors: Vec<Tensor>,
+pub(super) struct List {
+    pub(super) prefix: String,
+    pub(super) tensors: Vec<Tensor>,
 }
 
 impl List {
-    fn add(&mut self, name: &str, shape: &[u64]) {
+    pub(super) fn add(&mut self, name: &str, shape: &[u64]) {
         let name = format!("{}{name}", self.prefix);
         self.tensors.push(Tensor::new(name, shape));
     }
@@ -297,7 +297,7 @@ impl List {
     }
 
     /// The three matrices of a gated perceptron.
-    fn gated(&mut self, module: &str, hidden: u64, inner: u64) {
+    pub(super) fn gated(&mut self, module: &str, hidden: u64, inner: u64) {
         self.add(&format!("{module}gate_proj.weight"), &[inner, hidden]);
         self.add(&format!("{module}up_proj.weight"), &[inner, hidden]);
         self.add(&format!("{module}down_proj.weight"), &[hidden, inner]);

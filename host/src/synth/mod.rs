@@ -8,6 +8,7 @@
 
 mod config;
 mod created;
+mod deepseek;
 mod error;
 mod layout;
 mod preset;

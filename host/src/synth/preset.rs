@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use super::config;
+use super::deepseek::DeepseekV3;
 use super::error::SynthError;
 use super::layout::{Decoder, Experts, Qwen35, Tensor, Vision};
 
@@ -12,9 +13,10 @@ use super::layout::{Decoder, Experts, Qwen35, Tensor, Vision};
 /// Sizes of Qwen2.5, Llama-3.1, Mixtral and Qwen3 are those of the published `config.json` files
 /// and agree with the published numbers of parameters. Those of Qwen3.5 are the defaults of its
 /// configuration classes in transformers; that its experts are stored as stacks, and which tensors
-/// its vision tower has, is inferred from the modeling code and from how vLLM loads the model. The
-/// draft layers (`mtp.*`) of the real file are left out, as every loader skips them, and all
-/// tensors are bf16 here. `demo` is made up.
+/// its vision tower has, is inferred from the modeling code and from how vLLM loads the model.
+/// DeepSeek-V3 is the bf16 form of a checkpoint that is published in 8 bits. The draft layers
+/// (`mtp.*`, and layer 61 of DeepSeek-V3) of the real files are left out, as every loader skips
+/// them, and all tensors are bf16 here. `demo` is made up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Preset {
     /// Built like Qwen2.5 but small: 220 MB.
@@ -33,6 +35,8 @@ pub enum Preset {
     Qwen3_30bA3b,
     /// Qwen3.5-35B-A3B, experts as stacks, with vision: 70 GB.
     Qwen35_35bA3b,
+    /// DeepSeek-V3, 45,395 tensors: 1.3 TB.
+    DeepseekV3,
 }
 
 impl Preset {
@@ -47,6 +51,7 @@ impl Preset {
             Preset::Mixtral8x7b,
             Preset::Qwen3_30bA3b,
             Preset::Qwen35_35bA3b,
+            Preset::DeepseekV3,
         ]
     }
 
@@ -61,6 +66,7 @@ impl Preset {
             Preset::Mixtral8x7b => "mixtral-8x7b",
             Preset::Qwen3_30bA3b => "qwen3-30b-a3b",
             Preset::Qwen35_35bA3b => "qwen3.5-35b-a3b",
+            Preset::DeepseekV3 => "deepseek-v3",
         }
     }
 
@@ -69,6 +75,7 @@ impl Preset {
         match self.shape() {
             Shape::Decoder(decoder) => decoder.tensors(),
             Shape::Qwen35(model) => model.tensors(),
+            Shape::DeepseekV3(model) => model.tensors(),
         }
     }
 
@@ -85,6 +92,7 @@ impl Preset {
             (Preset::Qwen3_30bA3b, Shape::Decoder(d)) => config::qwen3_moe(&d),
             (_, Shape::Decoder(d)) => config::qwen2(&d),
             (_, Shape::Qwen35(model)) => config::qwen35(&model),
+            (_, Shape::DeepseekV3(model)) => model.config(),
         };
         format!("{config:#}\n")
     }
@@ -188,14 +196,32 @@ impl Preset {
                     },
                 });
             }
+            Preset::DeepseekV3 => {
+                return Shape::DeepseekV3(DeepseekV3 {
+                    layers: 61,
+                    dense_layers: 3,
+                    hidden: 7168,
+                    vocab: 129_280,
+                    heads: 128,
+                    query_rank: 1536,
+                    key_value_rank: 512,
+                    plain_dim: 128,
+                    rotary_dim: 64,
+                    value_dim: 128,
+                    intermediate: 18_432,
+                    experts: 256,
+                    expert_intermediate: 2048,
+                });
+            }
         })
     }
 }
 
-/// The two kinds of models.
+/// The kinds of models.
 enum Shape {
     Decoder(Decoder),
     Qwen35(Qwen35),
+    DeepseekV3(DeepseekV3),
 }
 
 impl fmt::Display for Preset {
@@ -246,6 +272,8 @@ mod tests {
             (Preset::Qwen3_30bA3b, 18_867, 30_532_122_624),
             // Published as 35 B.
             (Preset::Qwen35_35bA3b, 1026, 35_107_181_936),
+            // Published as 671 B.
+            (Preset::DeepseekV3, 45_395, 671_026_419_200),
         ] {
             assert_eq!(preset.parameters(), parameters, "{preset}");
             assert_eq!(preset.tensors().len(), tensors, "{preset}");
@@ -343,10 +371,12 @@ mod tests {
             assert_eq!(config.tie_word_embeddings, Some(!head), "{preset}");
             let k = tensors
                 .iter()
-                .find(|tensor| tensor.name.ends_with("self_attn.k_proj.weight"))
-                .unwrap();
-            let (heads, size) = (config.num_key_value_heads, config.head_dim);
-            assert_eq!(u64::from(heads.unwrap() * size.unwrap()), k.shape[0]);
+                .find(|tensor| tensor.name.ends_with("self_attn.k_proj.weight"));
+            // Latent attention has none.
+            if let Some(k) = k {
+                let (heads, size) = (config.num_key_value_heads, config.head_dim);
+                assert_eq!(u64::from(heads.unwrap() * size.unwrap()), k.shape[0]);
+            }
             assert!(config.has_language_head(), "{preset}");
         }
         let text = Preset::Qwen35_35bA3b.config_json();

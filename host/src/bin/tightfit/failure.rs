@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use tightfit::check::CheckError;
 use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
 use tightfit::hub::HubError;
@@ -33,6 +34,15 @@ pub(crate) enum Failure {
     Save(#[from] SaveError),
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Check(#[from] CheckError),
+    #[error("{failed} of {cases} cases did not go as expected")]
+    Unexpected { failed: usize, cases: usize },
+    #[error("cannot write report {path:?}: {source}")]
+    Report {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("cannot make a temporary directory: {0}")]
     TemporaryDirectory(std::io::Error),
     #[error("cannot write the result: {0}")]
@@ -63,9 +73,27 @@ const DEVICE: u8 = 6;
 const INTERRUPTED: u8 = 130;
 
 impl Failure {
+    /// Why there is no plan, if that is what happened.
+    fn no_plan(&self) -> Option<&ProposeError> {
+        match self {
+            Failure::Propose(error) | Failure::Place(PlaceError::Propose(error)) => Some(error),
+            Failure::Place(PlaceError::Revised { source, .. }) => Some(source),
+            _ => None,
+        }
+    }
+
     /// Whether this is the policy's answer to the model and the devices, not a fault.
     pub(crate) fn is_refusal(&self) -> bool {
-        matches!(self, Failure::Propose(_)) && self.status() == DOES_NOT_FIT
+        self.no_plan()
+            .is_some_and(|error| propose_status(error) == DOES_NOT_FIT)
+    }
+
+    /// The limit that a policy ran into, if that is what happened.
+    pub(crate) fn policy_limit(&self) -> Option<&'static str> {
+        match self.no_plan()? {
+            ProposeError::Policy(PolicyError::Failed { failure, .. }) => failure.limit(),
+            _ => None,
+        }
     }
 
     /// The exit status, as `tightfit --help` lists them.
@@ -107,7 +135,13 @@ impl Failure {
             Failure::Kernel(_) => USAGE,
             Failure::NobodysSetting { .. } => USAGE,
             Failure::BothRefuse { .. } => DOES_NOT_FIT,
-            Failure::TemporaryDirectory(_) | Failure::Output(_) | Failure::Picture { .. } => OTHER,
+            Failure::Check(CheckError::Cancelled) => INTERRUPTED,
+            Failure::Check(_) => USAGE,
+            Failure::Unexpected { .. }
+            | Failure::Report { .. }
+            | Failure::TemporaryDirectory(_)
+            | Failure::Output(_)
+            | Failure::Picture { .. } => OTHER,
         }
     }
 }

@@ -56,7 +56,10 @@ fn is_utf8(variable: impl Fn(&str) -> Option<String>) -> bool {
 
 /// Prints an error. What comes from checkpoints and policies cannot control the terminal.
 pub(crate) fn error(failure: &Failure) {
-    let text = failure.to_string();
+    let mut text = failure.to_string();
+    if let Some(limit) = failure.policy_limit() {
+        text += &format!(" - if you trust it, change that with --policy-limit {limit}=VALUE");
+    }
     // Nothing is left to be done when even stderr is gone.
     let _ = writeln!(io::stderr().lock(), "tightfit: {}", printable(&text));
 }

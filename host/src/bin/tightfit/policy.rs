@@ -1,7 +1,7 @@
 //! `tightfit policy`.
 
 use serde::Serialize;
-use tightfit::policy::{BUILTIN_POLICIES, Limits, Policy, WasmPolicy};
+use tightfit::policy::{BUILTIN_POLICIES, Policy, WasmPolicy};
 use tightfit::report::printable;
 
 use crate::args::PolicyCommand;
@@ -28,9 +28,10 @@ pub(crate) fn run(command: &PolicyCommand) -> Result<(), Failure> {
         PolicyCommand::List => output::print(&(BUILTIN_POLICIES.join("\n") + "\n")),
         PolicyCommand::Show {
             policy,
+            limits,
             output: options,
         } => {
-            let policy = WasmPolicy::open(policy, Limits::default())?;
+            let policy = WasmPolicy::open(policy, limits.limits())?;
             let description = policy.describe()?;
             let shown = Shown {
                 name: description.name,

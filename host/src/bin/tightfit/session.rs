@@ -8,7 +8,7 @@ use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
 use tightfit::hub::{self, Hub};
 use tightfit::load::{CancelToken, Placed, place};
 use tightfit::plan::{Proposed, propose};
-use tightfit::policy::{Limits, WasmPolicy};
+use tightfit::policy::WasmPolicy;
 use tightfit::report::{Table, printable};
 use tightfit::types::Bytes;
 
@@ -90,7 +90,7 @@ pub(crate) fn propose_with(
     checkpoint: &Checkpoint,
     devices: &[DeviceInfo],
 ) -> Result<Proposed, Failure> {
-    let policy = WasmPolicy::open(&options.policy, Limits::default())?;
+    let policy = WasmPolicy::open(&options.policy, options.limits.limits())?;
     Ok(propose(checkpoint, &policy, devices, &options.settings)?)
 }
 
@@ -101,7 +101,7 @@ pub(crate) fn place_with(
     checkpoint: &Checkpoint,
     devices: &[Box<dyn Device>],
 ) -> Result<Placed, Failure> {
-    let policy = WasmPolicy::open(&options.policy, Limits::default())?;
+    let policy = WasmPolicy::open(&options.policy, options.limits.limits())?;
     Ok(place(checkpoint, &policy, devices, &options.settings)?)
 }
 

@@ -1,0 +1,42 @@
+//! What each library quantizes.
+
+use tightfit_guest::names::TensorKind::{self, Expert, Linear, Router};
+use tightfit_guest::{Format, Request, Tensor};
+
+use crate::options::{Experts, Library, Options};
+
+/// The format of each tensor.
+pub(crate) fn formats(request: &Request, kinds: &[TensorKind], options: &Options) -> Vec<Format> {
+    let format = |(tensor, kind): (&Tensor, &TensorKind)| {
+        let wanted = match kind {
+            Linear => true,
+            Expert => match options.experts {
+                Experts::Nf4 => true,
+                Experts::Stored => false,
+                Experts::AsLibrary => as_linear(tensor, options.library),
+            },
+            Router => as_linear(tensor, options.library),
+            _ => false,
+        };
+        if wanted && tensor.is_quantizable() && !options.formats.skip.matches(&tensor.name) {
+            Format::Nf4(options.formats.nf4)
+        } else {
+            Format::Stored
+        }
+    };
+    let mut formats: Vec<Format> = request.tensors.iter().zip(kinds).map(format).collect();
+    // What the host does in any case is counted like that.
+    for required in &request.required_formats {
+        if let Some(format) = formats.get_mut(required.tensor as usize) {
+            *format = required.format;
+        }
+    }
+    formats
+}
+
+/// Whether it is the matrix of a linear layer in memory. Transformers 5 makes stacks of all experts
+/// and plain parameters of routers; in version 4 they were linear layers unless a checkpoint held
+/// stacks.
+fn as_linear(tensor: &Tensor, library: Library) -> bool {
+    library == Library::Accelerate && tensor.shape.len() == 2 && tensor.name.ends_with(".weight")
+}

@@ -1,0 +1,52 @@
+//! What the user can set.
+
+use tightfit_guest::formats::{self, Formats};
+use tightfit_guest::settings::{Settings, Spec};
+use tightfit_guest::{Refusal, Request};
+
+/// Every setting of the policy.
+pub(crate) const SPECS: &[Spec] = &[
+    formats::SKIP,
+    formats::EXPERTS,
+    formats::DOUBLE_QUANT,
+    formats::BLOCK_SIZE,
+    Spec {
+        name: "reserve",
+        default: "0",
+        help: "Bytes left free on every device, for example 2GiB.",
+    },
+    Spec {
+        name: "context",
+        default: "0",
+        help: "Tokens to leave room for in the 16-bit KV cache, beside each layer.",
+    },
+    Spec {
+        name: "batch",
+        default: "1",
+        help: "Sequences that `context` counts for.",
+    },
+];
+
+/// Their values.
+#[derive(Debug)]
+pub(crate) struct Options {
+    pub(crate) formats: Formats,
+    /// Bytes per device.
+    pub(crate) reserve: u64,
+    /// Tokens per sequence.
+    pub(crate) context: u32,
+    /// Sequences.
+    pub(crate) batch: u32,
+}
+
+impl Options {
+    pub(crate) fn read(request: &Request) -> Result<Options, Refusal> {
+        let settings = Settings::new(SPECS, request);
+        Ok(Options {
+            formats: Formats::read(&settings)?,
+            reserve: settings.bytes("reserve")?,
+            context: settings.u32("context", 0..=u32::MAX)?,
+            batch: settings.u32("batch", 1..=u32::MAX)?,
+        })
+    }
+}

@@ -1,0 +1,274 @@
+//! The example policy in other languages, built as its recipes say and held to its twin in Rust.
+//!
+//! A recipe whose tool cannot be installed here is skipped, and says so; with
+//! `TIGHTFIT_REQUIRE_FOREIGN=1` that is a failure. Tools stay in `target/foreign/`.
+#![cfg(unix)]
+
+use std::fs::{self, File};
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::LazyLock;
+use std::sync::atomic::AtomicBool;
+use std::time::{Duration, Instant};
+
+use rustix::process::{Pid, Signal, kill_process_group};
+use tempfile::TempDir;
+use tightfit::checkpoint::Checkpoint;
+use tightfit::device::{DeviceInfo, open_devices};
+use tightfit::policy::{
+    Answer, Limits, Policy, PolicyError, Refusal, RefusalReason, Request, WasmPolicy,
+};
+use tightfit::synth::{self, Model, Options, Preset, Tensor};
+use tightfit::types::Format;
+
+/// For the installation and the build of one language.
+const PATIENCE: Duration = Duration::from_secs(240);
+/// What a recipe says where its tool cannot be installed.
+const NO_TOOL: i32 = 3;
+
+/// Where tools and components are kept: `target/foreign`.
+fn kept() -> PathBuf {
+    let test = std::env::current_exe().unwrap();
+    let target = test.ancestors().nth(3);
+    target
+        .expect("tests are in target/PROFILE/deps")
+        .join("foreign")
+}
+
+/// Runs a command to its end, or to ours. Gives its status, and all that it said.
+fn run(mut command: Command, log: &Path) -> (Option<i32>, String) {
+    let file = File::create(log).unwrap();
+    let start = Instant::now();
+    let mut child = command
+        .stdout(file.try_clone().unwrap())
+        .stderr(file)
+        .process_group(0)
+        .spawn()
+        .unwrap_or_else(|error| panic!("{command:?}: {error}"));
+    let status = loop {
+        if let Some(status) = child.try_wait().unwrap() {
+            break status.code();
+        }
+        if start.elapsed() > PATIENCE {
+            // With all that it has started.
+            let _ = kill_process_group(Pid::from_child(&child), Signal::KILL);
+            let _ = child.wait();
+            break None;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    };
+    (status, fs::read_to_string(log).unwrap_or_default())
+}
+
+/// The component that a language's recipe makes, unless its tool cannot be installed.
+fn build(language: &str) -> Option<PathBuf> {
+    let out = kept().join(language);
+    fs::create_dir_all(&out).unwrap();
+    let recipe = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../guest/examples")
+        .join(language)
+        .join("build.sh");
+    let component = out.join("pin_layer.wasm");
+    // What an earlier run has left must not stand for this one.
+    let _ = fs::remove_file(&component);
+    let mut command = Command::new("sh");
+    command.arg(recipe).arg(&out).env_remove("CC");
+    let start = Instant::now();
+    let (status, said) = run(command, &out.join("log"));
+    let reason = match status {
+        Some(0) => {
+            let bytes = fs::metadata(&component).unwrap().len();
+            println!(
+                "{language}: built in {:.1?}, {bytes} bytes",
+                start.elapsed()
+            );
+            return Some(component);
+        }
+        Some(NO_TOOL) => "its tool cannot be installed",
+        None => "it took too long",
+        Some(status) => panic!("the recipe for {language} ends with {status}: {said}"),
+    };
+    println!("skipped: {language}: {reason}: {said}");
+    let required = std::env::var_os("TIGHTFIT_REQUIRE_FOREIGN").is_some_and(|value| value == "1");
+    assert!(!required, "{language} is required, but {reason}: {said}");
+    None
+}
+
+fn open(component: &Path) -> WasmPolicy {
+    let start = Instant::now();
+    // A busy machine is not the policy's fault; all other limits are the default ones.
+    let limits = Limits {
+        deadline: Duration::from_secs(120),
+        ..Limits::default()
+    };
+    let policy = WasmPolicy::open(component.to_str().unwrap(), limits);
+    let policy = policy.unwrap_or_else(|error| panic!("{error}"));
+    println!(
+        "{}: compiled in {:.1?}",
+        component.display(),
+        start.elapsed()
+    );
+    policy
+}
+
+/// The policy in Rust, compiled once.
+fn twin() -> &'static WasmPolicy {
+    static TWIN: LazyLock<WasmPolicy> = LazyLock::new(|| {
+        let out = kept().join("rust");
+        fs::create_dir_all(&out).unwrap();
+        let mut cargo = Command::new(option_env!("CARGO").unwrap_or("cargo"));
+        cargo
+            .args(["build", "--release", "--locked", "-p", "pin-layer"])
+            .args(["--target", "wasm32-unknown-unknown", "--target-dir"])
+            .arg(&out)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .env_remove("RUSTFLAGS");
+        let (status, said) = run(cargo, &out.join("log"));
+        assert_eq!(status, Some(0), "{said}");
+        open(&out.join("wasm32-unknown-unknown/release/pin_layer.wasm"))
+    });
+    &TWIN
+}
+
+/// A checkpoint without weights.
+fn headers(model: &Model) -> (Checkpoint, TempDir) {
+    let directory = TempDir::new().unwrap();
+    let options = Options {
+        headers_only: true,
+        ..Options::default()
+    };
+    let cancel = AtomicBool::new(false);
+    synth::write_model(model, directory.path(), &options, &mut |_, _| {}, &cancel)
+        .unwrap_or_else(|error| panic!("{error}"));
+    (Checkpoint::open(directory.path()).unwrap(), directory)
+}
+
+/// As many tensors as the largest models have.
+fn large(tensors: u64) -> Model {
+    let tensor = |n| {
+        let name = format!(
+            "model.layers.{}.mlp.experts.{}.up_proj.weight",
+            n / 1000,
+            n % 1000
+        );
+        Tensor::new(name, &[768, 2048])
+    };
+    Model {
+        tensors: (0..tensors).map(tensor).collect(),
+        config_json: "{}".to_owned(),
+    }
+}
+
+fn ask(
+    policy: &WasmPolicy,
+    checkpoint: &Checkpoint,
+    devices: &[DeviceInfo],
+    settings: &[(&str, &str)],
+) -> Result<Answer, Refusal> {
+    let settings: Vec<_> = settings
+        .iter()
+        .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+        .collect();
+    let request = Request {
+        config_json: checkpoint.config().map_or("{}", |config| &config.text),
+        tensors: checkpoint.tensors(),
+        ties: checkpoint.ties(),
+        devices,
+        settings: &settings,
+        required_formats: &[],
+        failure: None,
+    };
+    match policy.plan(&request) {
+        Ok(answer) => Ok(answer),
+        Err(PolicyError::Refused { refusal, .. }) => Err(refusal),
+        Err(error) => panic!("{error}"),
+    }
+}
+
+fn devices(specs: &[&str]) -> Vec<DeviceInfo> {
+    let specs: Vec<_> = specs.iter().map(|spec| spec.parse().unwrap()).collect();
+    let devices = open_devices(&specs).unwrap();
+    devices.iter().map(|device| device.info()).collect()
+}
+
+/// Names and values.
+type Settings = &'static [(&'static str, &'static str)];
+
+/// Settings, and the reason to refuse them on two devices of which the second is tiny.
+const QUESTIONS: &[(Settings, Option<RefusalReason>)] = &[
+    (&[], None),
+    (&[("layer", "3")], None),
+    (&[("layer", " 1 "), ("device", "sim:0")], None),
+    (&[("device", "2")], None),
+    (&[("device", "sim:2"), ("layer", "2")], None),
+    (&[("device", "1")], Some(RefusalReason::DoesNotFit)),
+    (&[("device", "3")], Some(RefusalReason::BadSetting)),
+    (&[("device", "cuda:0")], Some(RefusalReason::BadSetting)),
+    (&[("device", "")], Some(RefusalReason::BadSetting)),
+    (&[("device", "-1")], Some(RefusalReason::BadSetting)),
+    (&[("layer", "4711")], Some(RefusalReason::BadSetting)),
+    (&[("layer", "10000")], Some(RefusalReason::BadSetting)),
+    (&[("layer", "first")], Some(RefusalReason::BadSetting)),
+    (&[("layer", "1.5")], Some(RefusalReason::BadSetting)),
+    (&[("layer", "\u{663}")], Some(RefusalReason::BadSetting)),
+];
+
+fn answers_like_the_twin(language: &str) {
+    let Some(component) = build(language) else {
+        return;
+    };
+    let policy = open(&component);
+    assert_eq!(policy.describe().unwrap(), twin().describe().unwrap());
+    for import in policy.imports() {
+        assert!(import.starts_with("tightfit:host/"), "{import}");
+    }
+    let infos = devices(&["sim:900GiB", "sim:1MiB", "sim:900GiB"]);
+    for preset in [
+        Preset::Demo,
+        Preset::Qwen25_0_5b,
+        Preset::Mixtral8x7b,
+        Preset::Qwen35_35bA3b,
+    ] {
+        let (checkpoint, _directory) = headers(&preset.into());
+        for &(settings, reason) in QUESTIONS {
+            let expected = ask(twin(), &checkpoint, &infos, settings);
+            let answer = ask(&policy, &checkpoint, &infos, settings);
+            let refused = expected.as_ref().err().map(|refusal| refusal.reason);
+            assert_eq!(refused, reason, "{preset} {settings:?}: {expected:?}");
+            let proposals = [&answer, &expected].map(|a| a.as_ref().map(|a| &a.proposal));
+            assert_eq!(proposals[0], proposals[1], "{preset} {settings:?}");
+        }
+        // The agreement is about something.
+        let answer = ask(&policy, &checkpoint, &infos, &[("device", "2")]).unwrap();
+        let placements = &answer.proposal.placements;
+        assert!(placements.iter().any(|p| p.device == Some(2)));
+        assert!(placements.iter().any(|p| p.device == Some(0)));
+        assert!(placements.iter().any(|p| p.format == Format::Stored));
+        assert!(placements.iter().any(|p| p.format != Format::Stored));
+    }
+    for tensors in [1_000, 100_000] {
+        let (checkpoint, _directory) = headers(&large(tensors));
+        let start = Instant::now();
+        let answer = ask(&policy, &checkpoint, &infos, &[("device", "2")]).unwrap();
+        let (took, fuel) = (start.elapsed(), answer.fuel.unwrap());
+        println!("{language}: {tensors} tensors in {took:.1?}, {fuel} units of fuel");
+        let expected = ask(twin(), &checkpoint, &infos, &[("device", "2")]).unwrap();
+        assert_eq!(answer.proposal, expected.proposal);
+    }
+}
+
+#[test]
+fn c_answers_like_rust() {
+    answers_like_the_twin("c");
+}
+
+#[test]
+fn javascript_answers_like_rust() {
+    answers_like_the_twin("javascript");
+}
+
+#[test]
+fn python_answers_like_rust() {
+    answers_like_the_twin("python");
+}
