@@ -4,7 +4,7 @@ use std::io::{BufReader, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
-use std::{env, process};
+use std::{env, fs, process};
 
 use tightfit_kernels::cuda::Launch;
 
@@ -104,8 +104,10 @@ fn compile() -> Result<PathBuf, String> {
     if !cfg!(target_os = "linux") {
         return Err("the emulator is only known to work on Linux".to_owned());
     }
-    let program =
-        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("cuda-emulator-{}", process::id()));
+    let directory = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let program = directory.join("cuda-emulator");
+    // Under a name of its own until it is complete: tests may run twice at a time.
+    let unfinished = directory.join(format!("cuda-emulator-{}", process::id()));
     let source = concat!(env!("CARGO_MANIFEST_DIR"), "/cuda/emulator.cpp");
     let named = env::var("CXX").ok();
     for compiler in named
@@ -123,7 +125,7 @@ fn compile() -> Result<PathBuf, String> {
             // Its checks take a fiber's jump for an error.
             .arg("-U_FORTIFY_SOURCE")
             .arg("-o")
-            .arg(&program)
+            .arg(&unfinished)
             .arg(source)
             .output();
         let Ok(output) = output else { continue };
@@ -132,6 +134,7 @@ fn compile() -> Result<PathBuf, String> {
             "{compiler} does not compile {source}:\n{}",
             String::from_utf8_lossy(&output.stderr)
         );
+        fs::rename(&unfinished, &program).expect("the emulator can be renamed");
         return Ok(program);
     }
     Err("no C++ compiler was found to compile the CUDA kernels for the CPU".to_owned())
