@@ -18,7 +18,7 @@ use crate::{diff, load, output, session};
 pub(crate) fn run(options: &PlanOptions) -> Result<(), Failure> {
     let staging = options.staging.unwrap_or(DEFAULT_STAGING);
     // What a load would refuse is refused here.
-    StagingRing::new(staging, 1).map_err(LoadError::Staging)?;
+    StagingRing::new(staging, 1, 0).map_err(LoadError::Staging)?;
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
     let devices = session::infos(&open_devices(&options.placement.devices)?);
     let policy = &options.placement.policy;
