@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 
 use tightfit::checkpoint::Checkpoint;
-use tightfit::device::open_devices;
+use tightfit::device::{DeviceKind, WRITER_BUFFERS, open_devices};
 use tightfit::load::LoadError;
 use tightfit::memory::{DEFAULT_STAGING, StagingRing};
 use tightfit::plan::Proposed;
@@ -27,6 +27,13 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), Failure> {
         return diff::run(&checkpoint, &devices, [a, b], settings, &options.output);
     }
     let proposed = session::propose_with(policy, &checkpoint, &devices)?;
+    let gpus = proposed
+        .plan
+        .devices
+        .iter()
+        .filter(|plan| plan.device.kind == DeviceKind::Cuda && plan.size.reserved > 0);
+    let buffers = gpus.count() * WRITER_BUFFERS;
+    StagingRing::new(staging, 1, buffers).map_err(LoadError::Staging)?;
     if let Some(path) = &options.svg {
         draw(path, &checkpoint, &proposed)?;
     }
