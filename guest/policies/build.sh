@@ -8,7 +8,7 @@
 # toolchain and every dependency are pinned, and paths are mapped away.
 set -eu
 
-policies="auto huggingface"
+policies="auto huggingface map packed"
 
 check=false
 case "${1-}" in

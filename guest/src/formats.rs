@@ -1,7 +1,8 @@
 //! Which tensor is stored in which format: the choice of the built-in policies.
 //!
 //! NF4 for every matrix of a linear layer and for all experts, everything else as stored. The user
-//! can say otherwise with four settings, which a policy lists among its own:
+//! can say otherwise with four settings, which a policy lists among its own, and for any tensor
+//! with a rule (`--set format:"PATTERN"=FORMAT`), which the host enforces and states in the request:
 //!
 //! ```
 //! use tightfit_guest::formats::{self, Formats};
@@ -88,7 +89,8 @@ impl Formats {
         })
     }
 
-    /// The format of each tensor of the request; `kinds` are those that [`kinds`] finds.
+    /// The format of each tensor of the request; `kinds` are those that [`kinds`] finds. Formats
+    /// that the user has fixed are among them, so that sizes are those that the host reserves.
     pub fn choose(&self, request: &Request, kinds: &[TensorKind]) -> Vec<Format> {
         let format = |(tensor, kind): (&Tensor, &TensorKind)| {
             let wanted = match kind {
@@ -102,7 +104,13 @@ impl Formats {
                 Format::Stored
             }
         };
-        request.tensors.iter().zip(kinds).map(format).collect()
+        let mut formats: Vec<Format> = request.tensors.iter().zip(kinds).map(format).collect();
+        for required in &request.required_formats {
+            if let Some(format) = formats.get_mut(required.tensor as usize) {
+                *format = required.format;
+            }
+        }
+        formats
     }
 }
 
@@ -119,4 +127,56 @@ pub fn kinds(request: &Request) -> Vec<TensorKind> {
         }
     }
     kinds
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{DType, RequiredFormat};
+
+    #[test]
+    fn a_required_format_comes_before_every_setting() {
+        let tensor = |name: &str| Tensor {
+            name: name.into(),
+            dtype: DType::Bf16,
+            shape: vec![64, 64],
+            bytes: 8192,
+            quantized: None,
+        };
+        let names = ["lm_head.weight", "a.up_proj.weight", "a.down_proj.weight"];
+        let nf4 = |block_size, double_quantized| {
+            Format::Nf4(Nf4Format {
+                block_size,
+                double_quantized,
+            })
+        };
+        let required = |tensor, format| RequiredFormat { tensor, format };
+        let request = Request {
+            config_json: "{}".into(),
+            tensors: names.map(tensor).into(),
+            ties: vec![],
+            devices: vec![],
+            settings: vec![("skip".into(), "down_proj".into())],
+            required_formats: vec![
+                required(0, nf4(32, true)),
+                required(1, Format::Cast(DType::F16)),
+                // The host names only tensors that there are; another would be its mistake.
+                required(9, Format::Stored),
+            ],
+            failure: None,
+        };
+        let specs = [SKIP, EXPERTS, DOUBLE_QUANT, BLOCK_SIZE];
+        let choose = |request: &Request| {
+            let formats = Formats::read(&Settings::new(&specs, request)).unwrap();
+            formats.choose(request, &kinds(request))
+        };
+        let fixed = [nf4(32, true), Format::Cast(DType::F16), Format::Stored];
+        assert_eq!(choose(&request), fixed);
+        let free = Request {
+            required_formats: vec![],
+            ..request
+        };
+        let own = [Format::Stored, nf4(64, false), Format::Stored];
+        assert_eq!(choose(&free), own);
+    }
 }

@@ -37,11 +37,13 @@
 // The generated code names this crate from the outside, wherever it is expanded.
 extern crate self as tightfit_guest;
 
+pub mod amounts;
 #[doc(hidden)]
 pub mod bindings;
 #[doc(hidden)]
 pub mod export;
 pub mod formats;
+pub mod in_memory;
 mod log;
 pub mod names;
 pub mod partition;

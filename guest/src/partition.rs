@@ -60,6 +60,39 @@ pub fn fill(items: &[Item], bins: &[Bin]) -> Vec<usize> {
     fill_prefix(items, bins, &brim)
 }
 
+/// Fills as few bins as possible, to the brim and in order, items in order too. Of the sets of bins
+/// that are enough it is one that ends early in the sequence: the first bins, where all are equal.
+/// `None` when the items do not fit in that way on all bins together.
+pub fn pack(items: &[Item], bins: &[Bin]) -> Option<Vec<usize>> {
+    // reach[c][b]: how many items, from the first on, `c` of the first `b` bins can hold.
+    let mut reach = vec![vec![0; bins.len() + 1]];
+    while reach[reach.len() - 1][bins.len()] < items.len() {
+        if reach.len() > bins.len() {
+            return None;
+        }
+        let before = &reach[reach.len() - 1];
+        let mut with_one_more = vec![0; bins.len() + 1];
+        for (b, bin) in bins.iter().enumerate() {
+            let start = before[b];
+            let held = fill_prefix(&items[start..], &[*bin], &[bin.capacity]).len();
+            with_one_more[b + 1] = with_one_more[b].max(start + held);
+        }
+        reach.push(with_one_more);
+    }
+    let mut owners = vec![0; items.len()];
+    let (mut b, mut end) = (bins.len(), items.len());
+    for c in (1..reach.len()).rev() {
+        while b > 0 && reach[c][b - 1] == end {
+            b -= 1;
+        }
+        b -= 1;
+        let start = reach[c - 1][b];
+        owners[start..end].fill(b);
+        end = start;
+    }
+    Some(owners)
+}
+
 /// Spreads items over bins, in order, so that the fullest bin (relative to its capacity) is as
 /// empty as possible. The answer is exact. Among the partitions that reach it, for sequences of up
 /// to [`BALANCE_UP_TO`] items, it is one that leaves the fewest bins empty, and among these one

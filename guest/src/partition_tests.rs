@@ -159,6 +159,43 @@ fn fill_fits_whenever_anything_does_and_uses_the_first_bins() {
 }
 
 #[test]
+fn pack_uses_as_few_bins_as_the_best_of_all_partitions() {
+    let mut random = Random(5);
+    let (mut fitted, mut refused) = (0, 0);
+    for _ in 0..4000 {
+        let (items, bins) = case(&mut random);
+        let used = |owners: &Vec<usize>| bins.len() - empty(&items, &bins, owners);
+        let fewest = every_partition(items.len(), bins.len())
+            .into_iter()
+            .filter(|owners| fits(&items, &bins, owners))
+            .map(|owners| used(&owners))
+            .min();
+        let answer = pack(&items, &bins);
+        if let Some(owners) = &answer {
+            assert!(fits(&items, &bins, owners), "{items:?} {bins:?} {owners:?}");
+            assert!(owners.is_sorted());
+            fitted += 1;
+        } else {
+            refused += 1;
+        }
+        assert_eq!(answer.as_ref().map(used), fewest, "{items:?} {bins:?}");
+    }
+    assert!(fitted > 500 && refused > 500, "{fitted} {refused}");
+}
+
+#[test]
+fn pack_fills_the_first_of_equal_bins_and_passes_over_small_ones() {
+    let packed = |items_: &[u64], bins_: &[u64]| pack(&items(items_), &bins(bins_));
+    assert_eq!(packed(&[3, 3, 3], &[6, 6, 6]), Some(vec![0, 0, 1]));
+    assert_eq!(packed(&[3, 3, 3], &[2, 9, 9]), Some(vec![1, 1, 1]));
+    assert_eq!(packed(&[3, 3, 3], &[5, 5, 9]), Some(vec![2, 2, 2]));
+    assert_eq!(packed(&[6, 3, 3], &[5, 6, 9]), Some(vec![1, 2, 2]));
+    assert_eq!(packed(&[3, 3], &[5]), None);
+    assert_eq!(packed(&[], &[]), Some(vec![]));
+    assert_eq!(packed(&[0], &[]), None);
+}
+
+#[test]
 fn no_equal_bin_stays_empty() {
     let mut random = Random(3);
     for _ in 0..500 {

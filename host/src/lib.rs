@@ -6,6 +6,8 @@
 // it, is the one module that may.
 #![deny(unsafe_code)]
 
+#[cfg(feature = "check")]
+pub mod check;
 pub mod checkpoint;
 pub mod device;
 #[cfg(feature = "hub")]

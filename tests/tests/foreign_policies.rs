@@ -192,8 +192,11 @@ fn devices(specs: &[&str]) -> Vec<DeviceInfo> {
     devices.iter().map(|device| device.info()).collect()
 }
 
+/// Names and values.
+type Settings = &'static [(&'static str, &'static str)];
+
 /// Settings, and the reason to refuse them on two devices of which the second is tiny.
-const QUESTIONS: &[(&[(&str, &str)], Option<RefusalReason>)] = &[
+const QUESTIONS: &[(Settings, Option<RefusalReason>)] = &[
     (&[], None),
     (&[("layer", "3")], None),
     (&[("layer", " 1 "), ("device", "sim:0")], None),

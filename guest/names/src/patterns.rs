@@ -48,9 +48,10 @@ fn has_components(name: &str, run: &str) -> bool {
     })
 }
 
-/// Matches the whole of `text`. Goes back to the last star only, so it takes at most
-/// `pattern.len() * text.len()` steps.
-fn glob(pattern: &str, text: &str) -> bool {
+/// Whether a pattern matches the whole of `text`: `*` is any number of characters, `?` one.
+///
+/// Goes back to the last star only, so it takes at most `pattern.len() * text.len()` steps.
+pub fn glob(pattern: &str, text: &str) -> bool {
     let (pattern, text) = (pattern.as_bytes(), text.as_bytes());
     let (mut p, mut t) = (0, 0);
     let mut star: Option<(usize, usize)> = None;

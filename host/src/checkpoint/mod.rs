@@ -33,12 +33,14 @@ pub use error::CheckpointError;
 #[cfg(feature = "hub")]
 pub(crate) use error::shown;
 pub use file::Shard;
+#[cfg(any(feature = "check", feature = "hub"))]
+pub(crate) use file::read_text;
 pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES, MAX_TENSORS};
 pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
 pub use quantized::{Extent, Nested, Quantized};
 pub use ties::Tie;
 #[cfg(feature = "hub")]
-pub(crate) use {file::is_plain_file_name, file::read_text, index::parse as parse_index};
+pub(crate) use {file::is_plain_file_name, index::parse as parse_index};
 
 use file::ReadFailure;
 use header::Header;

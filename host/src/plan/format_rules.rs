@@ -62,6 +62,11 @@ pub enum FormatRuleError {
 }
 
 impl FormatRules {
+    /// Whether a setting of this name is a rule.
+    pub fn is_rule(name: &str) -> bool {
+        name.starts_with(PREFIX)
+    }
+
     /// Takes the rules out of `settings`. Gives them, and the settings that are left for the policy.
     ///
     /// # Errors

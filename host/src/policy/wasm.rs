@@ -15,10 +15,12 @@ use super::{Answer, Description, Failure, Limits, Policy, PolicyError, Request, 
 use crate::wit::{self, Context, View, bindings};
 
 /// The policies that are part of the program.
-pub const BUILTIN_POLICIES: [&str; 2] = ["auto", "huggingface"];
+pub const BUILTIN_POLICIES: [&str; 4] = ["auto", "packed", "huggingface", "map"];
 
 static AUTO: &[u8] = include_bytes!("builtin/auto.wasm");
 static HUGGINGFACE: &[u8] = include_bytes!("builtin/huggingface.wasm");
+static MAP: &[u8] = include_bytes!("builtin/map.wasm");
+static PACKED: &[u8] = include_bytes!("builtin/packed.wasm");
 
 /// A compiled policy.
 pub struct WasmPolicy {
@@ -100,6 +102,8 @@ impl WasmPolicy {
         match name {
             "auto" => Some(WasmPolicy::new(name, AUTO, limits)),
             "huggingface" => Some(WasmPolicy::new(name, HUGGINGFACE, limits)),
+            "map" => Some(WasmPolicy::new(name, MAP, limits)),
+            "packed" => Some(WasmPolicy::new(name, PACKED, limits)),
             _ => None,
         }
     }

@@ -227,8 +227,8 @@ fn bar(
 fn legend(out: &mut String, y: f64, fills: &[Fill]) {
     let there = |content: &Content| fills.iter().any(|fill| fill.get(*content) > 0);
     for (place, content) in Content::ALL.into_iter().filter(there).enumerate() {
-        let x = MARGIN + 152.0 * (place % 5) as f64;
-        let y = y + 18.0 * (place / 5) as f64;
+        let x = MARGIN + 190.0 * (place % 4) as f64;
+        let y = y + 18.0 * (place / 4) as f64;
         let free = if content == Content::Free {
             " free"
         } else {

@@ -16,7 +16,7 @@ pub enum Values {
 pub struct Tensor {
     /// Its key in the checkpoint.
     pub name: String,
-    /// Its type; `BF16` is what can be written.
+    /// Its type; weights are written as `BF16` only, headers of any type.
     pub dtype: DType,
     /// Row-major.
     pub shape: Vec<u64>,

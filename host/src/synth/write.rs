@@ -92,7 +92,8 @@ pub fn write(
 /// The same as [`write()`] for a model that is no preset.
 ///
 /// # Errors
-/// As for [`write()`], and [`SynthError::Unsupported`] for types other than `BF16`.
+/// As for [`write()`], and [`SynthError::Unsupported`] for types other than `BF16`, unless no
+/// weights are written.
 pub fn write_model(
     model: &Model,
     directory: &Path,
@@ -100,7 +101,8 @@ pub fn write_model(
     progress: &mut dyn FnMut(u64, u64),
     cancel: &AtomicBool,
 ) -> Result<Written, SynthError> {
-    if let Some(tensor) = model.tensors.iter().find(|t| t.dtype != DType::Bf16) {
+    let unsupported = |tensor: &&Tensor| !options.headers_only && tensor.dtype != DType::Bf16;
+    if let Some(tensor) = model.tensors.iter().find(unsupported) {
         return Err(SynthError::Unsupported {
             problem: format!("'{}' is of type {}, not bf16", tensor.name, tensor.dtype),
         });

@@ -7,4 +7,5 @@ mod pictures;
 mod policies;
 mod reports;
 mod saves;
+mod scenarios;
 mod statuses;

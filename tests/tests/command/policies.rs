@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use serde_json::Value;
 use tightfit_tests::command::{Outcome, Place};
 use tightfit_tests::guests::{HOSTILE, hostile_in_describe};
 use tightfit_tests::models;
@@ -161,6 +162,148 @@ fn files_that_are_no_policies_are_turned_down() {
     let file = fs::File::create(place.path("hostile.wasm")).unwrap();
     file.set_len(1 << 40).unwrap();
     plan(&place, "honest").fails(POLICY, &["hostile.wasm", "1.000 TiB", "32.00 MiB"]);
+}
+
+/// A model of real shape without data.
+fn place_with(preset: &str) -> Place {
+    let place = Place::new();
+    place
+        .run(&["synth", preset, "m", "--headers-only", "--quiet"])
+        .succeeds();
+    place
+}
+
+fn devices_of(report: &Value) -> Vec<(&str, u64, u64)> {
+    let devices = report["devices"].as_array().unwrap().iter();
+    let number = |value: &Value| value.as_u64().unwrap();
+    devices
+        .map(|device| {
+            (
+                device["name"].as_str().unwrap(),
+                number(&device["reserved"]),
+                number(&device["headroom"]),
+            )
+        })
+        .collect()
+}
+
+#[test]
+fn packed_leaves_the_devices_empty_that_it_does_not_need() {
+    let place = place_with("qwen2.5-7b");
+    let device = ["--device", "sim:4GiB"].repeat(4);
+    let arguments = [&["plan", "m", "--json"], &device[..]].concat();
+    let packed = [&arguments[..], &["--policy", "packed"]].concat();
+    let report = place.run(&packed).succeeds().json();
+    let packed: Vec<u64> = devices_of(&report).iter().map(|d| d.1).collect();
+    assert!(packed[0] > 3900 << 20 && packed[1] > 0, "{packed:?}");
+    assert_eq!(packed[2..], [0, 0]);
+    let report = place.run(&arguments).succeeds().json();
+    let spread: Vec<u64> = devices_of(&report).iter().map(|d| d.1).collect();
+    assert!(spread.iter().all(|&bytes| bytes > 0), "{spread:?}");
+    assert!(spread.iter().max() < packed.iter().max());
+}
+
+#[test]
+fn a_long_context_of_a_large_model_fits_on_two_cards_with_its_cache() {
+    let place = place_with("qwen3.5-35b-a3b");
+    let device = ["--device", "sim:32GiB"].repeat(2);
+    let context = ["--set", "context=262144", "--set", "batch=1", "--json"];
+    let arguments = [&["plan", "m"], &device[..], &context].concat();
+    let report = place.run(&arguments).succeeds().json();
+    // Ten of forty layers have full attention: two heads of 256 for keys and as many for values.
+    let cache = 10 * 262_144 * 2 * 2 * 256 * 2;
+    let logits = 248_320 * 4;
+    let headroom: u64 = devices_of(&report).iter().map(|d| d.2).sum();
+    assert_eq!(headroom, cache + logits);
+    for (name, reserved, headroom) in devices_of(&report) {
+        assert!(reserved > 0 && headroom > 0, "{name}");
+        assert!(reserved + headroom <= 32 << 30, "{name}");
+    }
+}
+
+#[test]
+fn a_device_map_places_what_it_names_by_either_name() {
+    let place = place_with("mixtral-8x7b");
+    let map = r#"{"": 0, "model.layers.31.mlp.experts.gate_up_proj": "cpu", "model.layers.9": 1}"#;
+    fs::write(place.path("map.json"), format!("{map}\n")).unwrap();
+    let arguments = [
+        "plan",
+        "m",
+        "--policy",
+        "map",
+        "--set",
+        "device-map=@map.json",
+        "--set",
+        "reserve=1GiB",
+        "--device",
+        "sim:32GiB",
+        "--device",
+        "sim:8GiB",
+        "--device",
+        "cpu:8GiB",
+        "--json",
+        "--placements",
+    ];
+    let report = place.run(&arguments).succeeds().json();
+    let placements = report["placements"].as_array().unwrap();
+    assert_eq!(placements.len(), 995);
+    for placement in placements {
+        let name = placement["tensor"].as_str().unwrap();
+        let is_gate_or_up = name.ends_with(".w1.weight") || name.ends_with(".w3.weight");
+        let expected = if name.starts_with("model.layers.31.") && is_gate_or_up {
+            "cpu"
+        } else if name.starts_with("model.layers.9.") {
+            "sim:1"
+        } else {
+            "sim:0"
+        };
+        assert_eq!(placement["device"], expected, "{name}");
+    }
+    assert!(devices_of(&report).iter().all(|device| device.2 == 1 << 30));
+}
+
+#[test]
+fn a_map_that_cannot_be_followed_is_refused() {
+    let place = place_with("qwen2.5-0.5b");
+    let map = |map: &str| {
+        let setting = format!("device-map={map}");
+        let policy = ["--policy", "map", "--set", &setting];
+        let device = ["--device", "sim:100MiB", "--device", "sim:8GiB"];
+        place.run(&[&["plan", "m"], &policy[..], &device].concat())
+    };
+    map("{\"model\": 7}").fails(USAGE, &["`model` on 7", "sim:0, sim:1"]);
+    map("{\"model.layers\": 1}").fails(USAGE, &["no entry for `model.embed_tokens.weight`"]);
+    map("{").fails(USAGE, &["no device map", "line 1"]);
+    map("{\"\": 0}").fails(
+        DOES_NOT_FIT,
+        &["sim:0", "missing", "moving modules to sim:1"],
+    );
+    let outcome = map("{\"\": 1, \"model.layer.3\": 0}");
+    assert_eq!(outcome.status, Some(0), "{outcome:?}");
+    let warning = "no tensor begins with `model.layer.3`";
+    assert!(outcome.stderr.contains(warning), "{outcome:?}");
+}
+
+#[test]
+fn a_setting_is_read_from_a_file() {
+    let place = hostile_place();
+    let set = |setting: &str| {
+        let arguments = ["plan", "m", "--device", "sim:64MiB", "--json", "--set"];
+        place.run(&[&arguments[..], &[setting]].concat())
+    };
+    fs::write(place.path("value"), "lm_head, *.up_proj\n").unwrap();
+    let report = set("skip=@value").succeeds().json();
+    assert_eq!(report["policy"]["settings"]["skip"], "lm_head, *.up_proj\n");
+    let report = set("skip=@@value").succeeds().json();
+    assert_eq!(report["policy"]["settings"]["skip"], "@value");
+    set("skip=@nothing").fails(USAGE, &["skip=@nothing", "'nothing'", "No such file"]);
+    set("skip=@m").fails(USAGE, &["'m'", "directory"]);
+    set("skip=@").fails(USAGE, &["''"]);
+    fs::write(place.path("value"), b"\xff").unwrap();
+    set("skip=@value").fails(USAGE, &["'value'", "UTF-8"]);
+    let file = fs::File::create(place.path("value")).unwrap();
+    file.set_len((16 << 20) + 1).unwrap();
+    set("skip=@value").fails(USAGE, &["'value'", "longer than 16.00 MiB"]);
 }
 
 #[test]

@@ -134,17 +134,18 @@ fn a_device_with_less_than_it_said_gets_less() {
 #[test]
 fn headroom_that_is_gone_is_a_reason_too() {
     let (_directory, checkpoint) = model();
-    let settings = [("reserve".to_owned(), "8MiB".to_owned())];
+    let settings = [("reserve".to_owned(), "1MiB".to_owned())];
     // There is still room for the weights, but no longer for the reserve beside them.
     let devices = [
-        Shared::boxed(0, 32 * MIB, 18 * MIB, 0),
+        Shared::boxed(0, 32 * MIB, 43 * MIB / 2, 0),
         Box::new(HostDevice::sim(1, 64 * MIB)),
     ];
     let placed = place(&checkpoint, auto(), &devices, &settings).unwrap();
     assert_eq!(placed.revisions.len(), 1, "{:?}", placed.revisions);
-    assert_eq!(placed.revisions[0].available, 14 * MIB);
+    assert!(placed.revisions[0].needed - MIB < 21 * MIB / 2);
+    assert_eq!(placed.revisions[0].available, 21 * MIB / 2);
     let first = &placed.proposed.plan.devices[0];
-    assert!(first.size.reserved > 0 && first.size.reserved + first.headroom <= 14 * MIB);
+    assert!(first.size.reserved > 0 && first.size.reserved + first.headroom <= 21 * MIB / 2);
 }
 
 #[test]

@@ -1,11 +1,13 @@
 //! What can be typed.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use tightfit::device::DeviceSpec;
 use tightfit::policy::Limits;
-use tightfit::types::parse_bytes;
+use tightfit::types::{Bytes, parse_bytes};
 use tightfit_kernels::{Isa, KernelError, Kernels};
 
 /// Loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
@@ -19,7 +21,7 @@ pub(crate) struct Arguments {
     #[command(subcommand)]
     pub(crate) command: Command,
 
-    /// Show everything that policies log, not only warnings
+    /// Show everything that policies log, not only warnings; and what holds in a check
     #[arg(long, short, global = true)]
     pub(crate) verbose: bool,
 }
@@ -38,6 +40,11 @@ pub(crate) enum Command {
     Load(LoadOptions),
     /// Quantize a checkpoint and write it, as bitsandbytes and transformers read it
     Save(SaveCommand),
+    /// Test policies: run scenario files, and judge what comes of them
+    ///
+    /// Exit status: 0 every expectation holds, 1 some do not or a scenario could not be run,
+    /// 2 usage or a scenario file that makes no sense (nothing is run then), 130 interrupted.
+    Check(CheckOptions),
     /// Look at policies
     #[command(subcommand)]
     Policy(PolicyCommand),
@@ -79,7 +86,8 @@ pub(crate) struct PolicyOptions {
     #[arg(long, value_name = "NAME|FILE.wasm", default_value = "auto")]
     pub(crate) policy: String,
 
-    /// A setting of the policy, as `tightfit policy show` lists them. Repeatable
+    /// A setting of the policy, as `tightfit policy show` lists them. With KEY=@FILE the value is
+    /// what the file holds; a value that begins with @ is written @@. Repeatable
     #[arg(long = "set", value_name = "KEY=VALUE", value_parser = key_value)]
     pub(crate) settings: Vec<(String, String)>,
 
@@ -271,6 +279,24 @@ pub(crate) struct SaveCommand {
     pub(crate) output: OutputOptions,
 }
 
+#[derive(Debug, Args)]
+pub(crate) struct CheckOptions {
+    /// Scenario files (TOML); paths in them are relative to the file
+    #[arg(required = true, value_name = "SCENARIO.toml")]
+    pub(crate) files: Vec<PathBuf>,
+    /// Write a JUnit report too, to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) junit: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) limits: LimitOptions,
+    /// Print the result as JSON, sizes in bytes
+    #[arg(long)]
+    pub(crate) json: bool,
+    /// Print only what does not hold
+    #[arg(long, short)]
+    pub(crate) quiet: bool,
+}
+
 #[derive(Debug, Subcommand)]
 pub(crate) enum PolicyCommand {
     /// Name, version, settings and imports of a policy
@@ -295,18 +321,43 @@ pub(crate) struct DevicesOptions {
     pub(crate) output: OutputOptions,
 }
 
+/// Bytes of a file that holds a setting: a device map of 100,000 tensors fits several times.
+const MOST_SETTING_BYTES: u64 = 16 << 20;
+
+/// A setting, whose value may be in a file.
 fn key_value(text: &str) -> Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((key, value)) if !key.is_empty() => Ok((key.to_owned(), value.to_owned())),
-        _ => Err("expected KEY=VALUE".to_owned()),
+    let (key, value) = pair(text).ok_or("expected KEY=VALUE or KEY=@FILE")?;
+    let value = match value.strip_prefix('@') {
+        None => value.to_owned(),
+        Some(literal) if literal.starts_with('@') => literal.to_owned(),
+        Some(file) => {
+            setting_in(file).map_err(|why| format!("cannot take it from '{file}': {why}"))?
+        }
+    };
+    Ok((key.to_owned(), value))
+}
+
+/// What a file holds. It may be a pipe, so only reading tells how long it is.
+fn setting_in(file: &str) -> Result<String, String> {
+    let mut bytes = Vec::new();
+    File::open(file)
+        .and_then(|file| file.take(MOST_SETTING_BYTES + 1).read_to_end(&mut bytes))
+        .map_err(|error| error.to_string())?;
+    if bytes.len() as u64 > MOST_SETTING_BYTES {
+        return Err(format!("it is longer than {}", Bytes(MOST_SETTING_BYTES)));
     }
+    String::from_utf8(bytes).map_err(|error| format!("it is not UTF-8 text ({error})"))
 }
 
 fn limit(text: &str) -> Result<(String, String), String> {
-    let (name, value) = key_value(text)?;
-    let checked = Limits::default().set(&name, &value);
+    let (name, value) = pair(text).ok_or("expected NAME=VALUE")?;
+    let checked = Limits::default().set(name, value);
     checked.map_err(|error| error.to_string())?;
-    Ok((name, value))
+    Ok((name.to_owned(), value.to_owned()))
+}
+
+fn pair(text: &str) -> Option<(&str, &str)> {
+    text.split_once('=').filter(|(key, _)| !key.is_empty())
 }
 
 fn isa(text: &str) -> Result<Isa, String> {

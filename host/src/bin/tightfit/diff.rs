@@ -2,11 +2,11 @@
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::DeviceInfo;
-use tightfit::plan::{Proposed, propose};
-use tightfit::policy::{Description, Limits, Policy, WasmPolicy};
+use tightfit::plan::{FormatRules, Proposed, propose};
+use tightfit::policy::{Description, Policy, WasmPolicy};
 use tightfit::report::Comparison;
 
-use crate::args::OutputOptions;
+use crate::args::{OutputOptions, PolicyOptions};
 use crate::failure::Failure;
 use crate::output;
 
@@ -17,13 +17,13 @@ pub(crate) fn run(
     checkpoint: &Checkpoint,
     devices: &[DeviceInfo],
     asked: [&str; 2],
-    settings: &[(String, String)],
+    policy: &PolicyOptions,
     options: &OutputOptions,
 ) -> Result<(), Failure> {
-    let open = |name: &str| WasmPolicy::open(name, Limits::default());
+    let open = |name: &str| WasmPolicy::open(name, policy.limits.limits());
     let policies = [open(asked[0])?, open(asked[1])?];
     let known = [policies[0].describe()?, policies[1].describe()?];
-    let [for_a, for_b] = divide(settings, &known)?;
+    let [for_a, for_b] = divide(&policy.settings, &known)?;
     let answer = |policy: &WasmPolicy, settings: &Settings| match propose(
         checkpoint, policy, devices, settings,
     )
@@ -78,7 +78,7 @@ fn divide(
                 Some(own) if !general => own,
                 _ => name,
             };
-            if has(&known[index], own) {
+            if has(&known[index], own) || FormatRules::is_rule(own) {
                 divided[index].push((own.to_owned(), value.clone()));
                 found = true;
             }
@@ -134,6 +134,15 @@ mod tests {
         );
         let [a, b] = divided(&["A.y", "B.z"], &known).unwrap();
         assert_eq!((a, b), (vec!["y".to_owned()], vec!["z".to_owned()]));
+        let rules = ["format:*.mlp.*", "B.format:norm"];
+        let [a, b] = divided(&rules, &known).unwrap();
+        assert_eq!(
+            (a, b),
+            (
+                vec![rules[0].to_owned()],
+                vec![rules[0].to_owned(), "format:norm".to_owned()]
+            )
+        );
         for nobodys in ["w", "A.z", "B.x", "A.", "C.y"] {
             assert_eq!(divided(&[nobodys], &known), None, "{nobodys}");
         }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use tightfit::check::CheckError;
 use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
 use tightfit::hub::HubError;
@@ -33,6 +34,15 @@ pub(crate) enum Failure {
     Save(#[from] SaveError),
     #[error(transparent)]
     Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Check(#[from] CheckError),
+    #[error("{failed} of {cases} cases did not go as expected")]
+    Unexpected { failed: usize, cases: usize },
+    #[error("cannot write report {path:?}: {source}")]
+    Report {
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("cannot make a temporary directory: {0}")]
     TemporaryDirectory(std::io::Error),
     #[error("cannot write the result: {0}")]
@@ -125,7 +135,13 @@ impl Failure {
             Failure::Kernel(_) => USAGE,
             Failure::NobodysSetting { .. } => USAGE,
             Failure::BothRefuse { .. } => DOES_NOT_FIT,
-            Failure::TemporaryDirectory(_) | Failure::Output(_) | Failure::Picture { .. } => OTHER,
+            Failure::Check(CheckError::Cancelled) => INTERRUPTED,
+            Failure::Check(_) => USAGE,
+            Failure::Unexpected { .. }
+            | Failure::Report { .. }
+            | Failure::TemporaryDirectory(_)
+            | Failure::Output(_)
+            | Failure::Picture { .. } => OTHER,
         }
     }
 }

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod args;
+mod check;
 mod demo;
 mod diff;
 mod failure;
@@ -26,7 +27,7 @@ use failure::Failure;
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     log::install(arguments.verbose);
-    match run(arguments.command) {
+    match run(arguments.command, arguments.verbose) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             output::error(&failure);
@@ -35,7 +36,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command) -> Result<(), Failure> {
+fn run(command: Command, verbose: bool) -> Result<(), Failure> {
     // The others leave nothing behind that an interrupt would have to tidy up.
     match command {
         Command::Demo(options) => demo::run(&options, session::cancel_on_interrupt()),
@@ -44,6 +45,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Plan(options) => plan::run(&options),
         Command::Load(options) => load::load(&options, session::cancel_on_interrupt()),
         Command::Save(options) => save::run(&options, session::cancel_on_interrupt()),
+        Command::Check(options) => check::run(&options, verbose, &session::cancel_on_interrupt()),
         Command::Policy(command) => policy::run(&command),
         Command::Devices(options) => session::list_devices(&options),
     }

@@ -23,8 +23,7 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), Failure> {
     let devices = session::infos(&open_devices(&options.placement.devices)?);
     let policy = &options.placement.policy;
     if let Some([a, b]) = options.diff.as_deref() {
-        let settings = &policy.settings;
-        return diff::run(&checkpoint, &devices, [a, b], settings, &options.output);
+        return diff::run(&checkpoint, &devices, [a, b], policy, &options.output);
     }
     let proposed = session::propose_with(policy, &checkpoint, &devices)?;
     let gpus = proposed

@@ -1,8 +1,8 @@
-use tightfit_guest::{Policy, RefusalReason};
+use tightfit_guest::RefusalReason;
 
 use super::*;
-use crate::Auto;
 use crate::fixtures::*;
+use crate::{Arrangement, plan};
 
 fn cache(config: &str, context: u32, batch: u32) -> Cache {
     let request = with(
@@ -121,7 +121,7 @@ fn headroom_is_where_the_layers_are_and_logits_where_the_head_is() {
         request,
         &[("context", "100"), ("batch", "2"), ("reserve", "1000")],
     );
-    let proposal = Auto::plan(request).unwrap();
+    let proposal = plan(&request, Arrangement::Spread).unwrap();
     let logits = 256 * 2 * 4;
     let layer = 128 * 100 * 2;
     assert_eq!(
@@ -140,7 +140,7 @@ fn logits_of_a_tied_head_are_where_the_embedding_is() {
     request.config_json =
         format!("{{{HEADS}, \"layer_types\": [\"conv\", \"conv\", \"conv\", \"conv\"]}}");
     tie(&mut request, true);
-    let proposal = Auto::plan(with(request, &[("context", "1")])).unwrap();
+    let proposal = plan(&with(request, &[("context", "1")]), Arrangement::Spread).unwrap();
     assert_eq!(proposal.headroom, [256 * 4, 0]);
 }
 
@@ -153,7 +153,7 @@ fn towers_and_prediction_heads_keep_no_cache() {
     request.config_json = format!(
         "{{\"text_config\": {{{HEADS}, \"full_attention_interval\": 4, \"vocab_size\": 1}}}}"
     );
-    let proposal = Auto::plan(with(request, &[("context", "10")])).unwrap();
+    let proposal = plan(&with(request, &[("context", "10")]), Arrangement::Spread).unwrap();
     assert_eq!(proposal.headroom, [10 * 128 + 4]);
 }
 
@@ -171,7 +171,11 @@ fn a_cache_takes_part_in_the_balance() {
         .iter()
         .map(|tensor| tensor.name.clone())
         .collect();
-    let proposal = Auto::plan(with(request, &[("context", "300000")])).unwrap();
+    let proposal = plan(
+        &with(request, &[("context", "300000")]),
+        Arrangement::Spread,
+    )
+    .unwrap();
     for (name, placement) in names.iter().zip(proposal.placements) {
         let alone = name.contains("layers.0") || name.contains("embed");
         assert_eq!(placement.device, Some(u32::from(!alone)), "{name}");
@@ -190,8 +194,8 @@ fn without_geometry_the_context_is_refused_and_the_rest_goes_on() {
     ] {
         let mut request = request(llama(TINY), sims(&[GIB]));
         request.config_json = config.into();
-        assert!(Auto::plan(request.clone()).is_ok(), "{config}");
-        let refusal = Auto::plan(with(request, &[("context", "1")])).unwrap_err();
+        assert!(plan(&request, Arrangement::Spread).is_ok(), "{config}");
+        let refusal = plan(&with(request, &[("context", "1")]), Arrangement::Spread).unwrap_err();
         assert_eq!(refusal.reason, RefusalReason::Unsupported);
         assert!(refusal.message.contains("`reserve`"), "{}", refusal.message);
     }
@@ -215,10 +219,8 @@ fn hostile_configurations_do_not_crash() {
     ] {
         let mut request = request(llama(TINY), sims(&[GIB]));
         request.config_json = config.into();
-        let _ = Auto::plan(with(
-            request,
-            &[("context", "4294967295"), ("batch", "4294967295")],
-        ));
+        let most = &[("context", "4294967295"), ("batch", "4294967295")];
+        let _ = plan(&with(request, most), Arrangement::Spread);
     }
 }
 

@@ -1,15 +1,35 @@
 //! Saying no, with numbers.
 
+use tightfit_guest::amounts;
+use tightfit_guest::names::TensorKind;
 use tightfit_guest::partition::{Bin, Item};
 use tightfit_guest::sizing::Sizer;
-use tightfit_guest::{Format, Nf4Format, Refusal, Request};
+use tightfit_guest::{Failure, Format, Nf4Format, Refusal, Request};
 
 use crate::options::Options;
+use crate::place;
+
+/// What an earlier attempt found, where this is another.
+pub(crate) fn earlier_failure(request: &Request) -> Option<String> {
+    let Failure {
+        device,
+        needed,
+        available,
+    } = request.failure?;
+    let device = request.devices.get(device as usize)?;
+    Some(format!(
+        "{} has {} and the earlier plan needed {} there",
+        device.name,
+        amounts::have(available.min(device.available)),
+        amounts::need(needed)
+    ))
+}
 
 /// The model does not fit: what it needs, what there is, and what would help.
 pub(crate) fn does_not_fit(
     request: &Request,
     options: &Options,
+    kinds: &[TensorKind],
     formats: &[Format],
     items: &[Item],
     bins: &[Bin],
@@ -29,18 +49,25 @@ pub(crate) fn does_not_fit(
     let have = bins.iter().map(usable).fold(0, u64::saturating_add);
     let largest = bins.iter().map(usable).max().unwrap_or(0);
 
-    let mut message = format!("the model needs {} (", gib(need));
-    message += &format!("weights {}", gib(weights));
+    let mut message = format!("the model needs {} (", amounts::need(need));
+    message += &format!("weights {}", amounts::need(weights));
     if cache > 0 {
-        message += &format!(", KV cache and logits {}", gib(cache));
+        message += &format!(", KV cache and logits {}", amounts::need(cache));
     }
-    message += &format!(") and the {} can take {}", devices(bins.len()), gib(have));
+    message += &format!(
+        ") and the {} can take {}",
+        devices(bins.len()),
+        amounts::have(have)
+    );
     if options.reserve > 0 {
-        message += &format!(" besides the reserve of {} each", gib(options.reserve));
+        message += &format!(
+            " besides the reserve of {} each",
+            amounts::need(options.reserve)
+        );
     }
     let missing = need.saturating_sub(have);
     if missing > 0 {
-        message += &format!(": {} are missing", gib(missing));
+        message += &format!(": {} are missing", amounts::need(missing));
     }
     let biggest = items.iter().enumerate().max_by_key(|(_, item)| item.bytes);
     let missing = match biggest {
@@ -49,13 +76,16 @@ pub(crate) fn does_not_fit(
             message += &format!(
                 ", but `{}` alone takes {}",
                 request.tensors[t].name,
-                gib(item.bytes)
+                amounts::need(item.bytes)
             );
             item.bytes.saturating_add(item.headroom) - largest
         }
         _ => {
-            message += ", but no arrangement was found that fits each device";
-            0
+            // Together there is enough, but not where a tensor would go.
+            let more = place::missing_on_each(bins, items).unwrap_or(0);
+            let each = amounts::need(more);
+            message += &format!(", but no arrangement fits each device: {each} more on each would");
+            more
         }
     };
     message += "; another device";
@@ -65,15 +95,18 @@ pub(crate) fn does_not_fit(
     if options.reserve > 0 {
         message += " or a smaller `reserve`";
     }
-    if !options.formats.quantize_experts {
+    if !options.formats.quantize_experts && kinds.contains(&TensorKind::Expert) {
         message += " or `experts=nf4`";
     }
     // Only where it is enough: somebody would try it.
     let saved = double_quantization_saves(request, formats, items);
     if saved > 0 && saved >= missing {
-        message += &format!(" or `double-quant=true` (saves {})", gib(saved));
+        message += &format!(" or `double-quant=true` (saves {})", amounts::need(saved));
     }
     message += " would help";
+    if let Some(earlier) = earlier_failure(request) {
+        message += &format!(" ({earlier})");
+    }
     Refusal::does_not_fit(message, (missing > 0).then_some(missing))
 }
 
@@ -103,16 +136,4 @@ fn double_quantization_saves(request: &Request, formats: &[Format], items: &[Ite
         }
     }
     saved
-}
-
-/// Bytes as people read them: GiB, or MiB where that would be mostly zeros.
-fn gib(bytes: u64) -> String {
-    let (unit, name) = if bytes >= 100 << 20 {
-        (1u64 << 30, "GiB")
-    } else {
-        (1 << 20, "MiB")
-    };
-    // Two digits, rounded up: a need is never understated.
-    let hundredths = (u128::from(bytes) * 100).div_ceil(u128::from(unit));
-    format!("{}.{:02} {name}", hundredths / 100, hundredths % 100)
 }

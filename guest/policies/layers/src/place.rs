@@ -1,8 +1,9 @@
 //! Where everything goes: the tidiest way that fits.
 
-use tightfit_guest::partition::{Bin, Item, balance, best_fit, fill};
+use tightfit_guest::partition::{Bin, Item, balance, best_fit, fill, pack};
 use tightfit_guest::{Device, Level};
 
+use crate::Arrangement;
 use crate::units::{Part, Unit};
 
 /// A placement of everything.
@@ -15,7 +16,7 @@ pub(crate) struct Placed {
 }
 
 /// Tries one way after the other:
-/// whole layers in order, over the accelerators;
+/// whole layers in order, over the accelerators as the arrangement says;
 /// in order, but cutting through layers where a device ends;
 /// in any order, tensor by tensor;
 /// and then the same with the end of the model in host memory.
@@ -24,6 +25,7 @@ pub(crate) fn place(
     bins: &[Bin],
     units: &[Unit<'_>],
     items: &[Item],
+    arrangement: Arrangement,
 ) -> Option<Placed> {
     let which = |accelerator: bool| -> Group {
         let of_kind = (0..bins.len()).filter(|&d| devices[d].is_accelerator() == accelerator);
@@ -35,10 +37,34 @@ pub(crate) fn place(
     let model = Model::new(units, items)?;
 
     if !accelerators.bins.is_empty() {
-        if let Some(found) = balance(&model.units, &accelerators.bins) {
+        let (whole, split) = match arrangement {
+            Arrangement::Spread => {
+                let whole = balance(&model.units, &accelerators.bins);
+                let split = match &whole {
+                    Some(_) => None,
+                    None => balance(&model.tensors, &accelerators.bins),
+                };
+                (whole, split)
+            }
+            Arrangement::Pack => {
+                let whole = pack(&model.units, &accelerators.bins);
+                let split = match &whole {
+                    Some(owners) if distinct(owners) <= 1 => None,
+                    _ => pack(&model.tensors, &accelerators.bins),
+                };
+                // Whole layers are worth much, but not another device.
+                let fewer = |split: &Vec<usize>| {
+                    let whole = whole.as_ref();
+                    whole.is_none_or(|whole| distinct(split) < distinct(whole))
+                };
+                let split = split.filter(fewer);
+                (if split.is_some() { None } else { whole }, split)
+            }
+        };
+        if let Some(found) = whole {
             return Some(model.placed(&accelerators.of(&model.by_unit(&found)), vec![]));
         }
-        if let Some(found) = balance(&model.tensors, &accelerators.bins) {
+        if let Some(found) = split {
             let note = "whole layers do not fit side by side: some layers are split over devices";
             let notes = vec![(Level::Info, note.into())];
             return Some(model.placed(&accelerators.of(&found), notes));
@@ -69,6 +95,37 @@ pub(crate) fn place(
         notes.push((Level::Warn, note));
     }
     Some(model.placed(&found, notes))
+}
+
+/// Bytes that every device would need more, so that everything fits in some order.
+pub(crate) fn missing_on_each(bins: &[Bin], items: &[Item]) -> Option<u64> {
+    let fits = |more: u64| {
+        let roomier = bins.iter().map(|bin| Bin {
+            capacity: bin.capacity.saturating_add(more),
+            ..*bin
+        });
+        let roomier: Vec<Bin> = roomier.collect();
+        best_fit(items, &roomier).iter().all(Option::is_some)
+    };
+    let (mut low, mut high) = (0, 1);
+    while !fits(high) {
+        low = high;
+        high = high.checked_mul(2)?;
+    }
+    while high - low > 1 {
+        let middle = low + (high - low) / 2;
+        if fits(middle) {
+            high = middle;
+        } else {
+            low = middle;
+        }
+    }
+    Some(high)
+}
+
+/// How many bins a partition in order uses.
+fn distinct(owners: &[usize]) -> usize {
+    owners.chunk_by(|a, b| a == b).count()
 }
 
 /// Devices of one sort.
@@ -186,7 +243,42 @@ impl<'a> Model<'a> {
         for (&t, &owner) in small.iter().zip(&kept) {
             found[t] = Some(owner);
         }
+        self.fill_gaps(accelerators, &mut found);
         self.rest_to(hosts, accelerators, &found)
+    }
+
+    /// A device too small for what came next was left behind with room on it: whole parts that
+    /// have no place yet go there.
+    fn fill_gaps(&self, accelerators: &Group, found: &mut [Option<usize>]) {
+        let bins = &accelerators.bins;
+        let mut loads = vec![Item::default(); bins.len()];
+        for (owner, item) in found.iter().zip(&self.tensors) {
+            if let Some(owner) = *owner {
+                // It fits there, so 64 bits hold it.
+                loads[owner].bytes += item.bytes;
+                loads[owner].headroom += item.headroom;
+            }
+        }
+        let mut start = 0;
+        for (part, item) in self.parts.iter().zip(&self.units) {
+            let tensors = start..start + part.tensors.len();
+            start = tensors.end;
+            // The last norm alone would be far from the output head that it belongs to.
+            if part.part == Part::FinalNorm || found[tensors.clone()].iter().any(Option::is_some) {
+                continue;
+            }
+            for (b, bin) in bins.iter().enumerate() {
+                let load = Item {
+                    bytes: loads[b].bytes.saturating_add(item.bytes),
+                    headroom: loads[b].headroom.saturating_add(item.headroom),
+                };
+                if bin.used(load).is_some_and(|used| used <= bin.capacity) {
+                    loads[b] = load;
+                    found[tensors].fill(Some(b));
+                    break;
+                }
+            }
+        }
     }
 
     /// The largest tensors first, on whatever accelerator takes them; the rest in host memory.

@@ -3,14 +3,14 @@ use std::collections::BTreeSet;
 use tightfit_guest::names::layer_of;
 use tightfit_guest::sizing::Sizer;
 use tightfit_guest::{
-    DType, DeviceKind, Failure, Format, Policy, Proposal, Refusal, RefusalReason, Request, Tie,
+    DType, DeviceKind, Failure, Format, Proposal, Refusal, RefusalReason, Request, Tie,
 };
 
-use crate::Auto;
 use crate::fixtures::*;
+use crate::{Arrangement, describe, plan as place_all};
 
 fn plan(request: &Request) -> Result<Proposal, Refusal> {
-    Auto::plan(request.clone())
+    place_all(request, Arrangement::Spread)
 }
 
 /// Plans, and checks what the host would check.
@@ -197,7 +197,7 @@ fn bad_settings_are_refused_by_name() {
 
 #[test]
 fn every_setting_is_described() {
-    let description = Auto::describe();
+    let description = describe("auto", "1");
     assert_eq!(description.name, "auto");
     for setting in description.settings {
         assert!(setting.help.ends_with('.'), "{}", setting.help);
