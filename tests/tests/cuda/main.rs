@@ -199,7 +199,7 @@ const fn nf4(block_size: u32, double_quantized: bool) -> Format {
     }
 }
 
-fn slices<'a>(names: &'a [String]) -> Vec<&'a str> {
+fn slices(names: &[String]) -> Vec<&str> {
     names.iter().map(String::as_str).collect()
 }
 
