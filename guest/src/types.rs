@@ -51,7 +51,7 @@ impl Tensor {
         matches!(kind_of(self), TensorKind::Linear | TensorKind::Expert)
     }
 
-    /// Whether [`Format::Nf4`](crate::Format::Nf4) is legal for it: `bf16`, `f16` and `f32` that
+    /// Whether [`Format::Nf4`] is legal for it: `bf16`, `f16` and `f32` that
     /// are not quantized already.
     pub fn is_quantizable(&self) -> bool {
         self.quantized.is_none() && matches!(self.dtype, DType::Bf16 | DType::F16 | DType::F32)

@@ -99,7 +99,7 @@ fn read_only(
     checkpoint: &Checkpoint,
     threads: usize,
 ) -> Result<Duration, Box<dyn std::error::Error>> {
-    let mut ring = StagingRing::new(DEFAULT_STAGING, threads)?;
+    let mut ring = StagingRing::new(DEFAULT_STAGING, threads, 0)?;
     let chunk = ring.slot_bytes() as u64;
     let chunks: Vec<(usize, u64, usize)> = checkpoint
         .tensors()

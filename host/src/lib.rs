@@ -2,7 +2,9 @@
 //!
 //! Data flows one way: [`checkpoint`] -> [`policy`] -> [`plan`] -> [`load`] -> [`model`] ->
 //! [`report`].
-#![forbid(unsafe_code)]
+// Denied and not forbidden: a GPU's driver is a C library, and `device::cuda::driver`, which calls
+// it, is the one module that may.
+#![deny(unsafe_code)]
 
 #[cfg(feature = "check")]
 pub mod check;

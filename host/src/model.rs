@@ -1,11 +1,12 @@
 //! What has been loaded: look it up, use it, unload it.
 
 use std::collections::HashMap;
+use std::marker::PhantomData;
 
 use tightfit_kernels::{BlockSize, FloatType, KernelError, Kernels};
 
 use crate::checkpoint::{Checkpoint, Quantized};
-use crate::device::{DeviceError, Reservation};
+use crate::device::{DeviceAddress, DeviceError, Reservation};
 use crate::load::{LoadStats, float_type};
 use crate::plan::{PartKind, Plan, PlannedPart, PlannedTensor};
 use crate::types::{DType, Format, QuantType, elements};
@@ -130,6 +131,26 @@ impl Model {
     }
 }
 
+/// A part of a tensor in a GPU's memory. It lives as long as the model.
+#[derive(Debug, Clone, Copy)]
+pub struct DevicePart<'m> {
+    address: DeviceAddress,
+    bytes: u64,
+    _model: PhantomData<&'m Model>,
+}
+
+impl DevicePart<'_> {
+    /// Its device, and its first byte there, a multiple of 256.
+    pub fn address(&self) -> DeviceAddress {
+        self.address
+    }
+
+    /// Its length in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
 /// One loaded tensor.
 #[derive(Debug, Clone, Copy)]
 pub struct Tensor<'m> {
@@ -227,6 +248,21 @@ impl<'m> Tensor<'m> {
         };
         let start = usize::try_from(part.offset).ok()?;
         memory.get(start..start.checked_add(usize::try_from(part.bytes).ok()?)?)
+    }
+
+    /// A part in place in a GPU's memory, for kernels of the application's own. `None` for parts in
+    /// host memory.
+    pub fn device_part(&self, kind: PartKind) -> Option<DevicePart<'m>> {
+        let part = self.planned().part(kind)?;
+        let start = self.reservation()?.address()?;
+        Some(DevicePart {
+            address: DeviceAddress {
+                pointer: start.pointer + part.offset,
+                ..start
+            },
+            bytes: part.bytes,
+            _model: PhantomData,
+        })
     }
 
     /// A copy of a part, wherever it is; `None` when the format has no such part.

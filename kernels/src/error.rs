@@ -28,6 +28,16 @@ pub enum KernelError {
         /// Bytes in the source.
         have: usize,
     },
+    /// A GPU cannot do so much in one launch of a kernel.
+    #[error("kernel {kernel} takes at most {most} elements, not {have}")]
+    Launch {
+        /// The kernel.
+        kernel: &'static str,
+        /// Elements that the largest grid covers.
+        most: usize,
+        /// The elements asked for.
+        have: usize,
+    },
     /// A slice does not have the length that the other arguments imply.
     #[error("`{what}` holds {have} elements, {need} are needed")]
     Length {

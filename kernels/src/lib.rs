@@ -1,4 +1,4 @@
-//! NF4 arithmetic on the CPU, with one meaning on every device.
+//! NF4 arithmetic, with one meaning on every device.
 //!
 //! Weights are quantized block by block to 4-bit codes and one `f32` scale (absmax) per block, and
 //! the scales can themselves be quantized to 8 bits (double quantization). The bytes are those that
@@ -7,7 +7,7 @@
 //!
 //! [`Kernels`] is the entry point. It knows no files and no devices: sources are little-endian
 //! bytes at any alignment, as they come out of a safetensors file, and results go to slices of the
-//! caller.
+//! caller. [`cuda`] holds the same kernels for GPUs.
 //!
 //! ```
 //! use tightfit_kernels::{BlockSize, FloatType, Kernels};
@@ -23,6 +23,7 @@
 #![deny(missing_docs)]
 
 mod buckets;
+pub mod cuda;
 mod dequantize;
 mod double;
 mod error;

@@ -6,7 +6,7 @@ use std::sync::LazyLock;
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, open_devices};
-use tightfit::load::{LoadOptions, load};
+use tightfit::load::{LoadError, LoadOptions, load};
 use tightfit::model::{Model, Tensor};
 use tightfit::plan::{PartKind, Plan, ProposeError, propose};
 use tightfit::policy::{Limits, WasmPolicy};
@@ -72,8 +72,16 @@ impl Planned {
 
     /// Carries out the plan.
     pub fn load(&self, options: &LoadOptions<'_>) -> Model {
-        load(&self.checkpoint, &self.plan, &self.devices, options)
+        self.try_load(options)
             .unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// The same where that may fail.
+    ///
+    /// # Errors
+    /// When it does.
+    pub fn try_load(&self, options: &LoadOptions<'_>) -> Result<Model, LoadError> {
+        load(&self.checkpoint, &self.plan, &self.devices, options)
     }
 }
 
@@ -122,7 +130,7 @@ pub fn contents(model: &Model) -> Contents {
         format: tensor.format(),
         parts: KINDS
             .into_iter()
-            .filter_map(|kind| tensor.read_part(kind).expect("host memory can be read"))
+            .filter_map(|kind| tensor.read_part(kind).expect("memory can be read"))
             .collect(),
         // As bits, so that equal means the same.
         nested_offset: tensor.nested_offset().map(f32::to_bits),

@@ -2,14 +2,14 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use tightfit_names::patterns::{Patterns, glob};
+
 use super::expect::{
     Balance, DeviceExpect, DeviceRule, Expect, Fails, FailureKind, Reason, Refused, TensorExpect,
     TotalExpect,
 };
 use super::outcome::Finding;
 use super::values::{OneOrMany, Parsed, Quantity, Range, Size, TextOr};
-use tightfit_names::patterns::{Patterns, glob};
-
 use crate::checkpoint::Checkpoint;
 use crate::plan::{DevicePlan, Plan, ProposeError};
 use crate::policy::{PolicyError, RefusalReason};
@@ -389,7 +389,10 @@ fn devices(plan: &Plan, pattern: &str, expect: &DeviceExpect) -> Vec<Finding> {
         let name = &device.device.name;
         if let Some(used) = expect.used {
             let wanted = if used { "is used" } else { "is not used" };
-            let found = format!("{} tensors", device.tensors);
+            let found = match device.tensors {
+                1 => "1 tensor".to_owned(),
+                count => format!("{count} tensors"),
+            };
             let holds = (device.tensors > 0) == used;
             findings.push(Finding::new(holds, format!("{name} {wanted}"), found));
         }

@@ -6,7 +6,7 @@ use memmap2::MmapMut;
 
 use super::host_memory::HostMemory;
 use super::{Device, DeviceError, DeviceInfo, DeviceKind, Reservation};
-use crate::memory::{Ledger, ReservationSize, Usage};
+use crate::memory::{Ledger, LedgerEntry, ReservationSize, Usage};
 
 /// The page size that every platform we run on has or divides.
 const PAGE: u64 = 4096;
@@ -74,13 +74,8 @@ impl Device for HostDevice {
         if size.reserved > host {
             return Err(self.out_of_memory(size.reserved, host));
         }
-        self.ledger
-            .take(size, self.capacity)
+        let entry = Ledger::enter(&self.ledger, size, self.capacity)
             .map_err(|have| self.out_of_memory(size.reserved, have))?;
-        let entry = Entry {
-            ledger: Arc::clone(&self.ledger),
-            size,
-        };
         let refused = |source| DeviceError::Refused {
             device: self.name.clone(),
             call: "mmap",
@@ -110,25 +105,12 @@ impl Device for HostDevice {
     }
 }
 
-/// The ledger's line for one reservation, struck out when dropped.
-#[derive(Debug)]
-struct Entry {
-    ledger: Arc<Ledger>,
-    size: ReservationSize,
-}
-
-impl Drop for Entry {
-    fn drop(&mut self) {
-        self.ledger.give_back(self.size);
-    }
-}
-
 #[derive(Debug)]
 struct HostReservation {
     /// Unmapped before the ledger's entry is struck out: fields drop in this order.
     memory: Option<MmapMut>,
     device: String,
-    _entry: Entry,
+    _entry: LedgerEntry,
 }
 
 impl Reservation for HostReservation {

@@ -1,13 +1,19 @@
 //! Where tensors can be put: the trait that every device implements, and the devices there are.
 
+#[cfg(feature = "cuda")]
+mod cuda;
 mod host;
 mod host_memory;
 mod spec;
+mod writer;
 
 use std::fmt;
 
+#[cfg(feature = "cuda")]
+pub use cuda::CudaDevice;
 pub use host::HostDevice;
 pub use spec::{DeviceSpec, SpecError, open_devices};
+pub use writer::{Piece, WRITER_BUFFERS, Writer};
 
 use crate::memory::{ReservationSize, Usage};
 use crate::types::Bytes;
@@ -95,6 +101,32 @@ pub trait Reservation: Send + Sync + fmt::Debug {
     /// # Errors
     /// [`DeviceError::OutOfBounds`] when the range is not inside the reservation.
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// What carries bytes there where the processor cannot write the memory, with
+    /// [`WRITER_BUFFERS`] buffers of `buffer_bytes` bytes. It keeps the memory from being given
+    /// back. `None` where the processor can write, and for nothing.
+    ///
+    /// # Errors
+    /// When the driver refuses the buffers.
+    fn writer(&self, buffer_bytes: usize) -> Result<Option<Box<dyn Writer>>, DeviceError> {
+        let _ = buffer_bytes;
+        Ok(None)
+    }
+
+    /// Where the memory is for those who run kernels of their own on it. `None` for memory of the
+    /// host.
+    fn address(&self) -> Option<DeviceAddress> {
+        None
+    }
+}
+
+/// A place in a GPU's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceAddress {
+    /// The driver's number of the device.
+    pub ordinal: u32,
+    /// The pointer, valid in the device's primary context.
+    pub pointer: u64,
 }
 
 /// Why a device could not do what it was asked.
@@ -122,6 +154,20 @@ pub enum DeviceError {
         /// What it answered.
         source: std::io::Error,
     },
+    /// The driver of a device refused.
+    #[error("{device}: {call}{} failed: {error}", OfBytes(*bytes))]
+    Driver {
+        /// The device's name.
+        device: String,
+        /// The driver's function.
+        call: &'static str,
+        /// Bytes that the call was about; zero where it is about none.
+        bytes: u64,
+        /// The driver's name for the error.
+        error: String,
+        /// Whether the error is that memory is short.
+        out_of_memory: bool,
+    },
     /// A range outside a reservation.
     #[error("{device}: bytes {offset}..{end} lie outside a reservation of {len} bytes")]
     OutOfBounds {
@@ -148,4 +194,15 @@ pub enum DeviceError {
         /// Why.
         reason: String,
     },
+}
+
+struct OfBytes(u64);
+
+impl fmt::Display for OfBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            bytes => write!(f, " of {}", Bytes(bytes)),
+        }
+    }
 }

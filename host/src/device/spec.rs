@@ -68,37 +68,58 @@ impl FromStr for DeviceSpec {
     }
 }
 
-/// Opens devices in the given order; without any, the host's memory.
+/// Opens devices in the given order; without any, all CUDA devices, and where there are none, the
+/// host's memory.
 ///
 /// # Errors
-/// [`DeviceError::Unavailable`] for a device that is not there, [`DeviceError::NamedTwice`].
+/// [`DeviceError::Unavailable`] for a device that is not there, [`DeviceError::NamedTwice`], and
+/// [`DeviceError::Driver`] for one that cannot be used.
 pub fn open_devices(specs: &[DeviceSpec]) -> Result<Vec<Box<dyn Device>>, DeviceError> {
     if specs.is_empty() {
-        return Ok(vec![Box::new(HostDevice::cpu(None))]);
+        return default_devices();
     }
     let mut devices: Vec<Box<dyn Device>> = Vec::new();
     let mut sims = 0;
     for spec in specs {
-        let device = match *spec {
+        let device: Box<dyn Device> = match *spec {
             DeviceSpec::Sim { capacity } => {
                 sims += 1;
-                HostDevice::sim(sims - 1, capacity)
+                Box::new(HostDevice::sim(sims - 1, capacity))
             }
-            DeviceSpec::Cpu { capacity } => HostDevice::cpu(capacity),
-            DeviceSpec::Cuda { index, .. } => {
-                return Err(DeviceError::Unavailable {
-                    device: format!("cuda:{index}"),
-                    reason: "this version of tightfit has no CUDA support yet".to_owned(),
-                });
-            }
+            DeviceSpec::Cpu { capacity } => Box::new(HostDevice::cpu(capacity)),
+            DeviceSpec::Cuda { index, capacity } => open_cuda(index, capacity)?,
         };
         let name = device.info().name;
         if devices.iter().any(|other| other.info().name == name) {
             return Err(DeviceError::NamedTwice { device: name });
         }
-        devices.push(Box::new(device));
+        devices.push(device);
     }
     Ok(devices)
+}
+
+#[cfg(feature = "cuda")]
+fn open_cuda(index: u32, capacity: Option<u64>) -> Result<Box<dyn Device>, DeviceError> {
+    Ok(Box::new(super::CudaDevice::open(index, capacity)?))
+}
+
+#[cfg(not(feature = "cuda"))]
+fn open_cuda(index: u32, _: Option<u64>) -> Result<Box<dyn Device>, DeviceError> {
+    Err(DeviceError::Unavailable {
+        device: format!("cuda:{index}"),
+        reason: "tightfit was built without its feature 'cuda'".to_owned(),
+    })
+}
+
+fn default_devices() -> Result<Vec<Box<dyn Device>>, DeviceError> {
+    #[cfg(feature = "cuda")]
+    match super::CudaDevice::count() {
+        Ok(0) => {}
+        Ok(count) => return (0..count).map(|index| open_cuda(index, None)).collect(),
+        // Most machines have no driver, and a broken one does not make the processor useless.
+        Err(error) => tracing::info!("no CUDA devices: {error}"),
+    }
+    Ok(vec![Box::new(HostDevice::cpu(None))])
 }
 
 #[cfg(test)]

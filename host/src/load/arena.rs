@@ -5,19 +5,79 @@ use super::LoadError;
 use crate::device::Reservation;
 use crate::plan::{PartKind, Plan};
 
-/// The places of one tensor's parts; empty slices for parts that its format does not have.
+/// The places of one tensor's parts; empty ones for parts that its format does not have.
 #[derive(Debug, Default)]
 pub(super) struct Place<'m> {
-    pub(super) data: &'m mut [u8],
-    pub(super) codes: &'m mut [u8],
-    pub(super) absmax: &'m mut [u8],
-    pub(super) nested_absmax: &'m mut [u8],
+    pub(super) data: Target<'m>,
+    pub(super) codes: Target<'m>,
+    pub(super) absmax: Target<'m>,
+    pub(super) nested_absmax: Target<'m>,
+}
+
+/// Where bytes go. Nobody else has the same place.
+#[derive(Debug)]
+pub(super) enum Target<'m> {
+    /// Memory that the processor can write.
+    Host(&'m mut [u8]),
+    /// Bytes of a device that something must carry there.
+    Device {
+        /// The device's index in the plan.
+        device: usize,
+        /// First byte in its reservation.
+        offset: u64,
+        len: usize,
+    },
+}
+
+impl Default for Target<'_> {
+    fn default() -> Self {
+        Target::Host(&mut [])
+    }
+}
+
+impl<'m> Target<'m> {
+    pub(super) fn len(&self) -> usize {
+        match self {
+            Target::Host(bytes) => bytes.len(),
+            Target::Device { len, .. } => *len,
+        }
+    }
+
+    /// Cuts the first `length` bytes off, of which there are as many.
+    pub(super) fn take(&mut self, length: usize) -> Target<'m> {
+        match self {
+            Target::Host(rest) => {
+                let (first, others) = std::mem::take(rest).split_at_mut(length);
+                *rest = others;
+                Target::Host(first)
+            }
+            Target::Device {
+                device,
+                offset,
+                len,
+            } => {
+                let first = Target::Device {
+                    device: *device,
+                    offset: *offset,
+                    len: length,
+                };
+                *len -= length;
+                *offset += length as u64;
+                first
+            }
+        }
+    }
+
+    /// The same where there may be fewer.
+    fn take_checked(&mut self, length: u64) -> Option<Target<'m>> {
+        let length = usize::try_from(length).ok()?;
+        (length <= self.len()).then(|| self.take(length))
+    }
 }
 
 /// One place per tensor, in the order of the plan.
 ///
 /// # Errors
-/// [`LoadError::NoTransfer`] for memory that the processor cannot write, and
 /// [`LoadError::OtherPlan`] for parts that overlap or lie outside the reservation.
 pub(super) fn split<'m>(
     plan: &Plan,
@@ -33,31 +93,28 @@ pub(super) fn split<'m>(
     parts.sort_unstable_by_key(|&(device, part, _)| (device, part.offset, part.bytes));
     let mut parts = parts.into_iter().peekable();
     for (number, reservation) in memory.iter_mut().enumerate() {
-        let mut rest: &'m mut [u8] = match reservation {
-            None => &mut [],
+        let mut rest = match reservation {
+            None => Target::default(),
             Some(reservation) => {
-                reservation
-                    .host_memory_mut()
-                    .ok_or_else(|| LoadError::NoTransfer {
-                        device: plan.devices[number].device.name.clone(),
-                    })?
+                let len = usize::try_from(reservation.len()).map_err(|_| LoadError::OtherPlan)?;
+                match reservation.host_memory_mut() {
+                    Some(memory) => Target::Host(memory),
+                    None => Target::Device {
+                        device: number,
+                        offset: 0,
+                        len,
+                    },
+                }
             }
         };
         let mut position = 0;
         while let Some((_, part, tensor)) = parts.next_if(|&(device, ..)| device as usize == number)
         {
             let gap = part.offset.checked_sub(position);
-            let cut = gap.and_then(|gap| usize::try_from(gap).ok());
-            let length = usize::try_from(part.bytes).ok();
-            let (Some(cut), Some(length)) = (cut, length) else {
-                return Err(LoadError::OtherPlan);
-            };
-            let (_, after_gap) = rest.split_at_mut_checked(cut).ok_or(LoadError::OtherPlan)?;
-            let (place, after) = after_gap
-                .split_at_mut_checked(length)
-                .ok_or(LoadError::OtherPlan)?;
+            let gap = gap.and_then(|gap| rest.take_checked(gap));
+            let place = gap.and_then(|_| rest.take_checked(part.bytes));
+            let place = place.ok_or(LoadError::OtherPlan)?;
             position = part.offset + part.bytes;
-            rest = after;
             let slot = &mut places[tensor];
             match part.kind {
                 PartKind::Data => slot.data = place,

@@ -8,6 +8,7 @@
 
 mod arena;
 mod error;
+mod put;
 mod reserve;
 mod work;
 
@@ -28,7 +29,8 @@ use crate::memory::{DEFAULT_STAGING, StagingRing};
 use crate::model::Model;
 use crate::plan::Plan;
 use crate::types::Format;
-use work::{Chunk, Finished, Queue, Task};
+use put::{Writers, put};
+use work::{Chunk, Finished, Queue, Task, as_f32};
 
 /// Asks a load to stop. Clones ask for the same.
 #[derive(Debug, Clone, Default)]
@@ -59,7 +61,7 @@ impl CancelToken {
 /// How far a load has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress {
-    /// Bytes of the checkpoint that are in their place.
+    /// Bytes of the checkpoint that are in their place, or on their way there.
     pub bytes_read: u64,
     /// Bytes of all tensors that the plan places.
     pub bytes_total: u64,
@@ -69,7 +71,7 @@ pub struct Progress {
 pub struct LoadOptions<'a> {
     /// Worker threads; each reads and quantizes. At least one, and no more than staging has slots.
     pub threads: usize,
-    /// Upper bound of host staging in bytes.
+    /// Upper bound of host staging in bytes, page-locked buffers included.
     pub staging_bytes: u64,
     /// Blocks with infinities or NaN are an error instead of a number in the report.
     pub strict: bool,
@@ -107,7 +109,7 @@ pub struct LoadStats {
     pub stored: u64,
     /// Quantized tensors with infinities or NaN: index and number of blocks that have one.
     pub nonfinite: Vec<(usize, u64)>,
-    /// Bytes of the staging ring.
+    /// Bytes of the staging ring and of the page-locked buffers.
     pub staging_bytes: u64,
     /// Bytes allowed for the f32 scales of double-quantized tensors in flight.
     pub scratch_bytes: u64,
@@ -156,11 +158,16 @@ pub fn load_reserved(
     if plan.tensors.len() != checkpoint.tensors().len() {
         return Err(LoadError::OtherPlan);
     }
-    let mut ring = StagingRing::new(options.staging_bytes, options.threads)?;
+    let buffers = put::buffers(&memory);
+    let mut ring = StagingRing::new(options.staging_bytes, options.threads, buffers)?;
     let staging_bytes = ring.bytes();
     let slot_bytes = ring.slot_bytes();
     let scratch_bytes = plan.scratch_budget();
     let total = placed_bytes(checkpoint, plan);
+    let mut writers = Vec::with_capacity(ring.workers());
+    for _ in 0..ring.workers() {
+        writers.push(Writers::new(plan, &memory, slot_bytes)?);
+    }
 
     let places = arena::split(plan, &mut memory)?;
     let run = Run {
@@ -174,20 +181,20 @@ pub fn load_reserved(
         finished: Mutex::new(Finished::new(checkpoint.tensors().len())),
     };
     std::thread::scope(|scope| {
-        let mut slots = ring.slots();
+        let mut slots = ring.slots().zip(writers);
         let mine = slots.next();
-        for slot in slots {
+        for (slot, writers) in slots {
             // With fewer threads than asked for, the load is slower but the same.
             let spawned = std::thread::Builder::new()
                 .name("tightfit-load".to_owned())
-                .spawn_scoped(scope, || run.work(slot));
+                .spawn_scoped(scope, || run.work(slot, writers));
             if let Err(error) = spawned {
                 tracing::warn!("cannot start another thread: {error}");
                 break;
             }
         }
-        if let Some(slot) = mine {
-            run.work(slot);
+        if let Some((slot, writers)) = mine {
+            run.work(slot, writers);
         }
     });
     let Run {
@@ -252,7 +259,15 @@ struct Run<'a, 'm> {
 
 impl Run<'_, '_> {
     /// Works until nothing is left, something fails, or the user cancels.
-    fn work(&self, slot: &mut [u8]) {
+    fn work(&self, slot: &mut [u8], mut writers: Writers) {
+        self.work_with(slot, &mut writers);
+        // Also after an error elsewhere: what is under way ends before memory is given back.
+        if let Err(error) = writers.finish() {
+            self.fail(error);
+        }
+    }
+
+    fn work_with(&self, slot: &mut [u8], writers: &mut Writers) {
         let mut scales = Vec::new();
         while !self.stop.load(Ordering::Relaxed) {
             if self.options.cancel.is_cancelled() {
@@ -262,7 +277,7 @@ impl Run<'_, '_> {
                 return;
             };
             let bytes = chunk.bytes;
-            if let Err(error) = self.carry_out(chunk, slot, &mut scales) {
+            if let Err(error) = self.carry_out(chunk, slot, &mut scales, writers) {
                 return self.fail(error);
             }
             let bytes_read = self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
@@ -287,6 +302,7 @@ impl Run<'_, '_> {
         chunk: Chunk<'_>,
         slot: &mut [u8],
         scales: &mut Vec<f32>,
+        writers: &mut Writers,
     ) -> Result<(), LoadError> {
         let kernels = self.options.kernels;
         let read = |buffer: &mut [u8]| {
@@ -295,12 +311,14 @@ impl Run<'_, '_> {
                 .map_err(LoadError::Checkpoint)
         };
         match chunk.task {
-            // No staging: the processor can write the destination.
-            Task::Copy { data } => read(data),
+            // No staging of ours: what the processor cannot write is read into what is copied.
+            Task::Copy { data } => put(writers, [data], |[data]| read(data)),
             Task::Cast { from, to, data } => {
                 let source = &mut slot[..chunk.bytes];
                 read(source)?;
-                Ok(kernels.cast(source, from, to, data)?)
+                put(writers, [data], |[data]| {
+                    Ok(kernels.cast(source, from, to, data)?)
+                })
             }
             Task::Quantize {
                 float,
@@ -310,7 +328,10 @@ impl Run<'_, '_> {
             } => {
                 let source = &mut slot[..chunk.bytes];
                 read(source)?;
-                let stats = kernels.quantize_nf4(source, float, block_size, codes, absmax)?;
+                let stats = put(writers, [codes, absmax], |[codes, absmax]| {
+                    let absmax = as_f32(absmax);
+                    Ok(kernels.quantize_nf4(source, float, block_size, codes, absmax)?)
+                })?;
                 self.count_nonfinite(chunk.tensor, stats.nonfinite_blocks)
             }
             Task::QuantizeDouble {
@@ -325,9 +346,11 @@ impl Run<'_, '_> {
                 let elements = chunk.bytes / float.bytes();
                 scales.clear();
                 scales.resize(tightfit_kernels::blocks(elements, block_size), 0.0);
-                let stats = kernels.quantize_nf4(source, float, block_size, codes, scales)?;
+                let stats = put(writers, [codes], |[codes]| {
+                    Ok(kernels.quantize_nf4(source, float, block_size, codes, scales)?)
+                })?;
                 if let Some(scratch) = state.finish_chunk(first_block, scales) {
-                    let offset = state.quantize_scales(kernels, &scratch)?;
+                    let offset = state.quantize_scales(kernels, &scratch, writers)?;
                     let mut finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
                     finished.nested_offsets[chunk.tensor] = offset;
                     drop(finished);

@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use tightfit_kernels::{BlockSize, FloatType, KernelError, Kernels, blocks};
+use tightfit_kernels::{BlockSize, FloatType, Kernels, blocks};
 
-use super::arena::Place;
+use super::LoadError;
+use super::arena::{Place, Target};
+use super::put::{BUFFER_GAP, Writers, put};
 use crate::checkpoint::{Checkpoint, Extent, TensorInfo};
-use crate::plan::{PartKind, Plan, PlannedTensor};
+use crate::plan::{NESTED_BLOCK_SIZE, PartKind, Plan, PlannedTensor};
 use crate::types::{DType, Format};
 
 /// Bytes of a plain tensor that are read at once: it needs no staging, so that this only bounds
@@ -31,23 +33,24 @@ pub(super) struct Chunk<'m> {
 /// What is to be done with a chunk, and where the result goes.
 pub(super) enum Task<'m> {
     Copy {
-        data: &'m mut [u8],
+        data: Target<'m>,
     },
     Cast {
         from: FloatType,
         to: FloatType,
-        data: &'m mut [u8],
+        data: Target<'m>,
     },
     Quantize {
         float: FloatType,
         block_size: BlockSize,
-        codes: &'m mut [u8],
-        absmax: &'m mut [f32],
+        codes: Target<'m>,
+        /// As f32.
+        absmax: Target<'m>,
     },
     QuantizeDouble {
         float: FloatType,
         block_size: BlockSize,
-        codes: &'m mut [u8],
+        codes: Target<'m>,
         first_block: usize,
         state: Arc<DoubleState<'m>>,
     },
@@ -57,7 +60,7 @@ pub(super) enum Task<'m> {
 pub(super) struct DoubleState<'m> {
     scratch: Mutex<Vec<f32>>,
     chunks_left: AtomicUsize,
-    targets: Mutex<Option<(&'m mut [u8], &'m mut [f32])>>,
+    targets: Mutex<Option<(Target<'m>, Target<'m>)>>,
 }
 
 impl DoubleState<'_> {
@@ -75,10 +78,24 @@ impl DoubleState<'_> {
         &self,
         kernels: Kernels,
         scales: &[f32],
-    ) -> Result<f32, KernelError> {
+        writers: &mut Writers,
+    ) -> Result<f32, LoadError> {
         let offset = kernels.absmax_mean(scales);
-        if let Some((codes, nested)) = lock(&self.targets).take() {
-            kernels.quantize_absmax(scales, offset, codes, nested)?;
+        let Some((mut codes, mut nested)) = lock(&self.targets).take() else {
+            return Ok(offset);
+        };
+        let block = NESTED_BLOCK_SIZE as usize;
+        // What fits into a buffer: a byte for each scale, and an f32 for each block of them.
+        let most = match writers.buffer_bytes(&codes) {
+            None => scales.len().max(1),
+            Some(bytes) => bytes.saturating_sub(BUFFER_GAP) / (block + 4) * block,
+        };
+        for scales in scales.chunks(most.max(block)) {
+            let codes = codes.take(scales.len());
+            let nested = nested.take(4 * scales.len().div_ceil(block));
+            put(writers, [codes, nested], |[codes, nested]| {
+                Ok(kernels.quantize_absmax(scales, offset, codes, as_f32(nested))?)
+            })?;
         }
         Ok(offset)
     }
@@ -281,8 +298,8 @@ impl<'m> Cursor<'m> {
             } => {
                 let scales = (tensor.scratch / 4) as usize;
                 let codes = std::mem::take(&mut tensor.place.absmax);
-                let nested = as_f32(std::mem::take(&mut tensor.place.nested_absmax));
-                let chunk = chunk_bytes(tensor.kind, slot_bytes);
+                let nested = std::mem::take(&mut tensor.place.nested_absmax);
+                let chunk = chunk_bytes(tensor.kind, &tensor.place, slot_bytes);
                 Some(Arc::new(DoubleState {
                     scratch: Mutex::new(vec![0.0; scales]),
                     chunks_left: AtomicUsize::new(tensor.bytes.div_ceil(chunk)),
@@ -303,28 +320,32 @@ impl<'m> Cursor<'m> {
         if left == 0 {
             return None;
         }
-        let bytes = left.min(chunk_bytes(self.tensor.kind, slot_bytes));
+        let bytes = left.min(chunk_bytes(
+            self.tensor.kind,
+            &self.tensor.place,
+            slot_bytes,
+        ));
         let place = &mut self.tensor.place;
         let task = match self.tensor.kind {
             Kind::Copy => Task::Copy {
-                data: take(&mut place.data, bytes),
+                data: place.data.take(bytes),
             },
             Kind::Cast { from, to } => Task::Cast {
                 from,
                 to,
-                data: take(&mut place.data, bytes / from.bytes() * to.bytes()),
+                data: place.data.take(bytes / from.bytes() * to.bytes()),
             },
             Kind::Nf4 {
                 float, block_size, ..
             } => {
                 let elements = bytes / float.bytes();
-                let codes = take(&mut place.codes, tightfit_kernels::packed_bytes(elements));
+                let codes = place.codes.take(tightfit_kernels::packed_bytes(elements));
                 match &self.state {
                     None => Task::Quantize {
                         float,
                         block_size,
                         codes,
-                        absmax: as_f32(take(&mut place.absmax, 4 * blocks(elements, block_size))),
+                        absmax: place.absmax.take(4 * blocks(elements, block_size)),
                     },
                     Some(state) => Task::QuantizeDouble {
                         float,
@@ -350,13 +371,18 @@ impl<'m> Cursor<'m> {
 
 /// Bytes of the checkpoint in one chunk. Quantized tensors are cut at block boundaries (a slot
 /// holds several of the largest blocks), so that a cut changes no scale.
-fn chunk_bytes(kind: Kind, slot_bytes: usize) -> usize {
-    match kind {
-        Kind::Copy => COPY_CHUNK,
-        Kind::Cast { from, .. } => slot_bytes / from.bytes() * from.bytes(),
-        Kind::Nf4 {
-            float, block_size, ..
-        } => {
+fn chunk_bytes(kind: Kind, place: &Place<'_>, slot_bytes: usize) -> usize {
+    match (kind, &place.data) {
+        (Kind::Copy, Target::Host(_)) => COPY_CHUNK,
+        // A buffer has the size of a slot.
+        (Kind::Copy, Target::Device { .. }) => slot_bytes,
+        (Kind::Cast { from, to }, _) => slot_bytes / from.bytes().max(to.bytes()) * from.bytes(),
+        (
+            Kind::Nf4 {
+                float, block_size, ..
+            },
+            _,
+        ) => {
             let block = block_size.elements() * float.bytes();
             slot_bytes / block * block
         }
@@ -392,15 +418,9 @@ pub(crate) fn float_type(dtype: DType) -> Option<FloatType> {
     }
 }
 
-/// Cuts the first `length` bytes off.
-fn take<'m>(rest: &mut &'m mut [u8], length: usize) -> &'m mut [u8] {
-    let (first, others) = std::mem::take(rest).split_at_mut(length);
-    *rest = others;
-    first
-}
-
-/// Scales in device memory: parts are aligned to 256 bytes and scales are cut at whole ones.
-fn as_f32(bytes: &mut [u8]) -> &mut [f32] {
+/// Scales where they are stored or staged: parts are aligned to 256 bytes, pieces of buffers too,
+/// and scales are cut at whole ones.
+pub(super) fn as_f32(bytes: &mut [u8]) -> &mut [f32] {
     bytemuck::cast_slice_mut(bytes)
 }
 

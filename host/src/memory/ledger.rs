@@ -1,6 +1,6 @@
 //! What a device has given out, now and at most.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 /// The sizes of one reservation, in bytes: what is stored, the same after alignment, and what is
 /// taken from the device.
@@ -84,5 +84,36 @@ impl Ledger {
         usage.requested.subtract(size.requested);
         usage.padded.subtract(size.padded);
         usage.reserved.subtract(size.reserved);
+    }
+}
+
+impl Ledger {
+    /// Like [`Ledger::take`]; the entry is struck out when what this gives is dropped.
+    ///
+    /// # Errors
+    /// The bytes that are still free, with nothing entered.
+    pub fn enter(
+        ledger: &Arc<Ledger>,
+        size: ReservationSize,
+        capacity: u64,
+    ) -> Result<LedgerEntry, u64> {
+        ledger.take(size, capacity)?;
+        Ok(LedgerEntry {
+            ledger: Arc::clone(ledger),
+            size,
+        })
+    }
+}
+
+/// A ledger's line for one reservation, struck out when dropped.
+#[derive(Debug)]
+pub struct LedgerEntry {
+    ledger: Arc<Ledger>,
+    size: ReservationSize,
+}
+
+impl Drop for LedgerEntry {
+    fn drop(&mut self) {
+        self.ledger.give_back(self.size);
     }
 }

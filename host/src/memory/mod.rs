@@ -4,6 +4,6 @@ mod ledger;
 mod process;
 mod staging;
 
-pub use ledger::{Gauge, Ledger, ReservationSize, Usage};
+pub use ledger::{Gauge, Ledger, LedgerEntry, ReservationSize, Usage};
 pub use process::peak_rss_bytes;
 pub use staging::{DEFAULT_STAGING, StagingError, StagingRing};

@@ -13,11 +13,13 @@ const SMALLEST_SLOT: u64 = 64 << 10;
 /// Larger slots would fall out of a core's second-level cache between being read and quantized.
 const LARGEST_SLOT: u64 = 512 << 10;
 
-/// One slot per worker thread, in one allocation.
+/// One slot per worker thread, in one allocation, and room for buffers of the same size that are
+/// taken elsewhere.
 #[derive(Debug)]
 pub struct StagingRing {
     memory: Vec<u8>,
     slot: usize,
+    buffers: usize,
 }
 
 /// Staging that cannot work.
@@ -32,29 +34,36 @@ pub struct StagingError {
 
 impl StagingRing {
     /// Slots for up to `workers` threads within `limit` bytes. Where the limit is too small for
-    /// all of them there are fewer slots, and the caller starts fewer workers.
+    /// all of them there are fewer slots, and the caller starts fewer workers. Each worker has
+    /// `buffers` more of a slot's size, for transfers to devices; the caller takes these, and they
+    /// count towards the limit.
     ///
     /// # Errors
-    /// [`StagingError`] when not even one slot fits.
-    pub fn new(limit: u64, workers: usize) -> Result<StagingRing, StagingError> {
-        if limit < SMALLEST_SLOT {
-            return Err(StagingError {
-                need: SMALLEST_SLOT,
-                have: limit,
-            });
+    /// [`StagingError`] when not even one worker has room.
+    pub fn new(limit: u64, workers: usize, buffers: usize) -> Result<StagingRing, StagingError> {
+        let each = buffers as u64 + 1;
+        let need = SMALLEST_SLOT.saturating_mul(each);
+        if limit < need {
+            return Err(StagingError { need, have: limit });
         }
-        let workers = (workers.max(1) as u64).min(limit / SMALLEST_SLOT);
+        let workers = (workers.max(1) as u64).min(limit / need);
         // Multiples of the page, so that a slot's reads start on one.
-        let slot = (limit / workers).min(LARGEST_SLOT) / 4096 * 4096;
+        let slot = (limit / workers / each).min(LARGEST_SLOT) / 4096 * 4096;
         Ok(StagingRing {
             memory: vec![0; (slot * workers) as usize],
             slot: slot as usize,
+            buffers,
         })
     }
 
-    /// Bytes taken in all.
+    /// Bytes taken in all, the workers' buffers included.
     pub fn bytes(&self) -> u64 {
-        self.memory.len() as u64
+        self.memory.len() as u64 * (self.buffers as u64 + 1)
+    }
+
+    /// How many workers have a slot.
+    pub fn workers(&self) -> usize {
+        self.memory.len() / self.slot
     }
 
     /// Bytes of one slot.
@@ -76,13 +85,22 @@ mod tests {
     fn staging_never_exceeds_its_limit() {
         for limit in [SMALLEST_SLOT, 100_000, 1 << 20, DEFAULT_STAGING, 1 << 30] {
             for workers in [0, 1, 2, 3, 16, 500] {
-                let mut ring = StagingRing::new(limit, workers).unwrap();
-                assert!(ring.bytes() <= limit);
-                assert!(ring.slot_bytes() as u64 >= SMALLEST_SLOT);
-                let slots = ring.slots().len();
-                assert!(slots >= 1 && slots <= workers.max(1));
+                for buffers in [0, 2, 16] {
+                    let Ok(mut ring) = StagingRing::new(limit, workers, buffers) else {
+                        assert!(limit < SMALLEST_SLOT * (buffers as u64 + 1));
+                        continue;
+                    };
+                    assert!(ring.bytes() <= limit);
+                    assert!(ring.slot_bytes() as u64 >= SMALLEST_SLOT);
+                    let slots = ring.slots().len();
+                    assert!(slots >= 1 && slots <= workers.max(1));
+                    assert_eq!(slots, ring.workers());
+                    let all = slots * (buffers + 1) * ring.slot_bytes();
+                    assert_eq!(ring.bytes(), all as u64);
+                }
             }
         }
-        assert!(StagingRing::new(SMALLEST_SLOT - 1, 1).is_err());
+        assert!(StagingRing::new(SMALLEST_SLOT - 1, 1, 0).is_err());
+        assert!(StagingRing::new(3 * SMALLEST_SLOT - 1, 1, 2).is_err());
     }
 }

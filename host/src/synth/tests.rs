@@ -279,4 +279,12 @@ fn shapes_that_cannot_be_written_are_refused() {
     let error = run(&model, dir.path(), &Options::default()).unwrap_err();
     assert!(matches!(error, SynthError::Unsupported { .. }), "{error:?}");
     assert!(entries(dir.path()).is_empty());
+    // Without weights there is nothing to be made in the type.
+    let options = Options {
+        headers_only: true,
+        ..Options::default()
+    };
+    run(&model, dir.path(), &options).unwrap();
+    let checkpoint = Checkpoint::open(dir.path()).unwrap();
+    assert_eq!(checkpoint.tensors()[0].dtype, DType::F32);
 }

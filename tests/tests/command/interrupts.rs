@@ -5,6 +5,7 @@ use std::path::Path;
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit_tests::command::{Place, bytes_read};
+use tightfit_tests::guests::HOSTILE;
 use tightfit_tests::models;
 use tightfit_tests::saving::{files, names};
 
@@ -130,4 +131,24 @@ fn a_save_that_is_killed_leaves_nothing_under_its_name_or_everything() {
     // What is left does not disturb the next.
     place.run(&save("out")).succeeds();
     assert!(files(&place.path("out")) == whole);
+}
+
+#[test]
+fn an_interrupted_check_removes_its_models() {
+    let place = Place::new();
+    fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
+    let mut text = String::from(
+        "[defaults]\npolicy = \"hostile.wasm\"\nsettings = { behavior = \"loop\" }\n\
+         model = { preset = \"demo\" }\ndevices = [\"sim:1GiB\"]\n",
+    );
+    // Each takes its time to run out of fuel.
+    for number in 0..50 {
+        text +=
+            &format!("[[scenario]]\nname = \"{number}\"\nexpect = {{ fails = \"out-of-fuel\" }}\n");
+    }
+    fs::write(place.path("s.toml"), text).unwrap();
+    let mut check = place.start(&["check", "s.toml"]);
+    assert!(check.interrupt_when(|_| has_weights(&place.temporary())));
+    check.finish().fails(INTERRUPTED, &["cancelled"]);
+    is_empty(&place.temporary());
 }

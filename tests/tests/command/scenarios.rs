@@ -235,6 +235,98 @@ fn a_broken_file_stops_all_before_anything_is_run() {
 }
 
 #[test]
+fn every_broken_file_is_named() {
+    let place = place_with(MIXED);
+    fs::write(place.path("broken.toml"), "x").unwrap();
+    place
+        .run(&["check", "broken.toml", "s.toml", "none.toml", "."])
+        .fails(
+            USAGE,
+            &["broken.toml:1:", "none.toml", "not a regular file"],
+        );
+}
+
+#[test]
+fn what_cannot_be_run_says_why_and_stops_nothing() {
+    let place = place_with(
+        r#"
+        [defaults]
+        model = { preset = "qwen2.5-0.5b" }
+        devices = ["sim:2GiB"]
+
+        [[scenario]]
+        name = "model"
+        model = { path = "nowhere" }
+        expect = { fits = true }
+
+        [[scenario]]
+        name = "policy"
+        policy = "clever"
+        expect = { fits = false }
+
+        [[scenario]]
+        name = "setting"
+        settings = { speed = 9 }
+        expect = { refused = {} }
+
+        [[scenario]]
+        name = "rule"
+        settings = { "format:experts" = "nf4" }
+        expect = { refused = {} }
+
+        [[scenario]]
+        name = "device"
+        devices = ["cuda:99"]
+        expect = { fits = true }
+
+        [[scenario]]
+        name = "names"
+        model = { tensors = [{ name = "a", shape = [1] }, { name = "a", shape = [1] }] }
+        expect = { fits = true }
+
+        [[scenario]]
+        name = "size"
+        model = { tensors = [{ name = "a", shape = [4294967296, 4294967296] }] }
+        expect = { fits = true }
+
+        [[scenario]]
+        name = "last"
+        expect = { fits = true }
+        "#,
+    );
+    let outcome = place.run(&["check", "s.toml"]);
+    assert_eq!(outcome.status, Some(FAILED), "{outcome:#?}");
+    let lines: Vec<&str> = outcome.stdout.lines().collect();
+    for (case, word) in [
+        ("model", "nowhere"),
+        ("policy", "there is no policy 'clever'"),
+        ("setting", "'speed'"),
+        ("rule", "matches none of the"),
+        ("device", "cuda:99"),
+        ("names", "'a'"),
+        ("size", "64 bits"),
+    ] {
+        let head = format!("ERROR   s.toml: {case}");
+        let at = lines.iter().position(|line| *line == head);
+        let why = at.and_then(|at| lines.get(at + 1));
+        let told = why.is_some_and(|why| why.contains("could not be run: ") && why.contains(word));
+        assert!(told, "{case}: {outcome:#?}");
+    }
+    assert!(lines.contains(&"ok      s.toml: last"), "{outcome:#?}");
+    assert_eq!(lines.last(), Some(&"8 cases: 1 ok, 7 could not be run"));
+    let left = fs::read_dir(place.temporary()).unwrap().count();
+    assert_eq!(left, 0, "models are left behind");
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_a_failure() {
+    let place = place_with(MIXED);
+    place
+        .run(&["check", "s.toml", "--quiet", "--junit", "no/where.xml"])
+        .fails(FAILED, &["no/where.xml"]);
+}
+
+#[test]
 fn every_expectation_can_fail() {
     let place = place_with(
         r#"

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::Path;
 
 use tightfit::checkpoint::Checkpoint;
-use tightfit::device::open_devices;
+use tightfit::device::{DeviceKind, WRITER_BUFFERS, open_devices};
 use tightfit::load::LoadError;
 use tightfit::memory::{DEFAULT_STAGING, StagingRing};
 use tightfit::plan::Proposed;
@@ -18,7 +18,7 @@ use crate::{diff, load, output, session};
 pub(crate) fn run(options: &PlanOptions) -> Result<(), Failure> {
     let staging = options.staging.unwrap_or(DEFAULT_STAGING);
     // What a load would refuse is refused here.
-    StagingRing::new(staging, 1).map_err(LoadError::Staging)?;
+    StagingRing::new(staging, 1, 0).map_err(LoadError::Staging)?;
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
     let devices = session::infos(&open_devices(&options.placement.devices)?);
     let policy = &options.placement.policy;
@@ -26,6 +26,13 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), Failure> {
         return diff::run(&checkpoint, &devices, [a, b], policy, &options.output);
     }
     let proposed = session::propose_with(policy, &checkpoint, &devices)?;
+    let gpus = proposed
+        .plan
+        .devices
+        .iter()
+        .filter(|plan| plan.device.kind == DeviceKind::Cuda && plan.size.reserved > 0);
+    let buffers = gpus.count() * WRITER_BUFFERS;
+    StagingRing::new(staging, 1, buffers).map_err(LoadError::Staging)?;
     if let Some(path) = &options.svg {
         draw(path, &checkpoint, &proposed)?;
     }

@@ -1,0 +1,243 @@
+//! Memory of a device, and memory of the host that the device can read.
+
+use std::ffi::c_void;
+use std::ptr::{self, NonNull};
+use std::sync::Arc;
+
+use cudarc::driver::sys;
+use sys::{CUdeviceptr, CUmemAccessDesc, CUmemGenericAllocationHandle};
+
+use super::{Context, twice};
+use crate::device::DeviceError;
+
+/// How much is read from a device at once: the driver copies through buffers of its own anyway.
+const READ: usize = 16 << 20;
+
+/// Memory of a device in one piece. Given back when dropped.
+#[derive(Debug)]
+pub(in crate::device::cuda) struct DeviceMemory {
+    context: Arc<Context>,
+    address: CUdeviceptr,
+    len: usize,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// Addresses with pages mapped there.
+    Virtual {
+        pages: Option<CUmemGenericAllocationHandle>,
+        mapped: bool,
+    },
+    /// From the driver's allocator.
+    Plain,
+}
+
+impl DeviceMemory {
+    /// Takes `len` bytes, more than none and a multiple of the granularity, through the interface
+    /// for virtual memory: the driver's own allocator rounds to what it likes.
+    pub(in crate::device::cuda) fn take_virtual(
+        context: &Arc<Context>,
+        len: usize,
+    ) -> Result<DeviceMemory, DeviceError> {
+        let api = context.api;
+        let _current = context.enter()?;
+        let mut address = 0;
+        // SAFETY: `address` outlives the call.
+        let code = unsafe { (api.cuMemAddressReserve)(&raw mut address, len, 0, 0, 0) };
+        context.check("cuMemAddressReserve", len as u64, code)?;
+        // From here on its destructor undoes what has been done.
+        let mut memory = DeviceMemory {
+            context: Arc::clone(context),
+            address,
+            len,
+            kind: Kind::Virtual {
+                pages: None,
+                mapped: false,
+            },
+        };
+        let properties = context.properties();
+        let mut handle = 0;
+        // SAFETY: `handle` and `properties` outlive the call.
+        let code = unsafe { (api.cuMemCreate)(&raw mut handle, len, &raw const properties, 0) };
+        context.check("cuMemCreate", len as u64, code)?;
+        memory.kind = Kind::Virtual {
+            pages: Some(handle),
+            mapped: false,
+        };
+        // SAFETY: the addresses are ours, as long as the pages, and nothing is mapped there.
+        let code = unsafe { (api.cuMemMap)(address, len, 0, handle, 0) };
+        context.check("cuMemMap", len as u64, code)?;
+        memory.kind = Kind::Virtual {
+            pages: Some(handle),
+            mapped: true,
+        };
+        let access = CUmemAccessDesc {
+            location: context.location(),
+            flags: sys::CUmemAccess_flags::CU_MEM_ACCESS_FLAGS_PROT_READWRITE,
+        };
+        // SAFETY: one description, which outlives the call; the addresses are ours and mapped.
+        let code = unsafe { (api.cuMemSetAccess)(address, len, &raw const access, 1) };
+        context.check("cuMemSetAccess", len as u64, code)?;
+        Ok(memory)
+    }
+
+    /// Takes `len` bytes, more than none, from the driver's allocator.
+    pub(in crate::device::cuda) fn take_plain(
+        context: &Arc<Context>,
+        len: usize,
+    ) -> Result<DeviceMemory, DeviceError> {
+        let _current = context.enter()?;
+        let mut address = 0;
+        // SAFETY: `address` outlives the call; the context is current.
+        let code = unsafe { (context.api.cuMemAlloc_v2)(&raw mut address, len) };
+        context.check("cuMemAlloc", len as u64, code)?;
+        Ok(DeviceMemory {
+            context: Arc::clone(context),
+            address,
+            len,
+            kind: Kind::Plain,
+        })
+    }
+
+    pub(in crate::device::cuda) fn context(&self) -> &Arc<Context> {
+        &self.context
+    }
+
+    /// Its first byte, as the device counts.
+    pub(in crate::device::cuda) fn address(&self) -> u64 {
+        self.address
+    }
+
+    /// Its length in bytes.
+    pub(in crate::device::cuda) fn len(&self) -> u64 {
+        self.len as u64
+    }
+
+    /// The address of `len` bytes at `offset`, which lie inside.
+    pub(super) fn at(&self, offset: u64, len: usize) -> Result<CUdeviceptr, DeviceError> {
+        let end = offset.saturating_add(len as u64);
+        if end > self.len as u64 {
+            return Err(DeviceError::OutOfBounds {
+                device: self.context.name().to_owned(),
+                offset,
+                end,
+                len: self.len as u64,
+            });
+        }
+        Ok(self.address + offset)
+    }
+
+    /// Copies `out.len()` bytes from `offset`.
+    pub(in crate::device::cuda) fn read(
+        &self,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<(), DeviceError> {
+        let mut from = self.at(offset, out.len())?;
+        let _current = self.context.enter()?;
+        for piece in out.chunks_mut(READ) {
+            let target = piece.as_mut_ptr().cast::<c_void>();
+            // SAFETY: `piece` is ours for the whole call, which returns when it is written; as many
+            // bytes at `from` lie inside this memory.
+            let code = unsafe { (self.context.api.cuMemcpyDtoH_v2)(target, from, piece.len()) };
+            self.context
+                .check("cuMemcpyDtoH", piece.len() as u64, code)?;
+            from += piece.len() as u64;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for DeviceMemory {
+    fn drop(&mut self) {
+        let (api, context) = (self.context.api, &self.context);
+        // Without a current context the driver refuses what needs one.
+        let _current = twice(|| context.enter());
+        match self.kind {
+            Kind::Virtual { pages, mapped } => {
+                if mapped {
+                    // SAFETY: mapped by us. Whoever copies to it holds it, so nobody does.
+                    let code = unsafe { (api.cuMemUnmap)(self.address, self.len) };
+                    context.check_release("cuMemUnmap", code);
+                }
+                if let Some(pages) = pages {
+                    // SAFETY: created by us and released once.
+                    let code = unsafe { (api.cuMemRelease)(pages) };
+                    context.check_release("cuMemRelease", code);
+                }
+                // SAFETY: reserved by us, with nothing mapped there any more.
+                let code = unsafe { (api.cuMemAddressFree)(self.address, self.len) };
+                context.check_release("cuMemAddressFree", code);
+            }
+            Kind::Plain => {
+                // SAFETY: allocated by us and freed once; nobody copies to it, as above.
+                let code = unsafe { (api.cuMemFree_v2)(self.address) };
+                context.check_release("cuMemFree", code);
+            }
+        }
+    }
+}
+
+/// Page-locked host memory, which every device can read while the processor goes on. Given back when
+/// dropped.
+#[derive(Debug)]
+pub(super) struct Pinned {
+    context: Arc<Context>,
+    memory: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the memory is this value's alone and bound to no thread.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    /// Takes `len` bytes, more than none.
+    pub(super) fn new(context: &Arc<Context>, len: usize) -> Result<Pinned, DeviceError> {
+        let _current = context.enter()?;
+        let mut memory = ptr::null_mut();
+        // SAFETY: `memory` outlives the call; the context is current.
+        let code = unsafe {
+            (context.api.cuMemHostAlloc)(&raw mut memory, len, sys::CU_MEMHOSTALLOC_PORTABLE)
+        };
+        context.check("cuMemHostAlloc", len as u64, code)?;
+        let memory = NonNull::new(memory.cast::<u8>()).ok_or_else(|| DeviceError::Driver {
+            device: context.name().to_owned(),
+            call: "cuMemHostAlloc",
+            bytes: len as u64,
+            error: "no address".to_owned(),
+            out_of_memory: false,
+        })?;
+        // SAFETY: `len` bytes of ours; what is in them is undefined until now.
+        unsafe { memory.write_bytes(0, len) };
+        Ok(Pinned {
+            context: Arc::clone(context),
+            memory,
+            len,
+        })
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Its first byte, for the driver.
+    pub(super) fn as_ptr(&self) -> *const u8 {
+        self.memory.as_ptr()
+    }
+
+    /// Its bytes. Not to be asked for while a device reads them.
+    pub(super) fn bytes(&mut self) -> &mut [u8] {
+        // SAFETY: `len` bytes, initialized, and this value's alone: no device reads them.
+        unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), self.len) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        let _current = twice(|| self.context.enter());
+        // SAFETY: allocated by us and freed once; no device reads it (`Staging` sees to that).
+        let code = unsafe { (self.context.api.cuMemFreeHost)(self.memory.as_ptr().cast()) };
+        self.context.check_release("cuMemFreeHost", code);
+    }
+}

@@ -1,0 +1,205 @@
+//! NVIDIA GPUs, through their driver alone: no toolkit to build, and no driver needed to run without
+//! them.
+
+#[allow(unsafe_code)] // Calls a C library; see there.
+mod driver;
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use super::{Device, DeviceAddress, DeviceError, DeviceInfo, DeviceKind, Reservation, Writer};
+use crate::memory::{Ledger, LedgerEntry, ReservationSize, Usage};
+use driver::{Context, DeviceMemory, Staging};
+
+/// What devices without virtual memory round to.
+const PLAIN_GRANULARITY: u64 = 2 << 20;
+
+/// `cuda:<index>`: one GPU.
+#[derive(Debug)]
+pub struct CudaDevice {
+    context: Arc<Context>,
+    /// Bytes that the user allows; by default all there are.
+    limit: Option<u64>,
+    total: u64,
+    granularity: u64,
+    has_virtual_memory: bool,
+    ledger: Arc<Ledger>,
+    /// The driver's last word on free memory.
+    last: Mutex<Last>,
+}
+
+#[derive(Debug)]
+struct Last {
+    free: u64,
+    /// Why it could not be asked since: the next reservation says so.
+    failure: Option<DeviceError>,
+}
+
+impl CudaDevice {
+    /// How many devices the driver has.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`] without a driver, with one too old, or without devices.
+    pub fn count() -> Result<u32, DeviceError> {
+        driver::device_count()
+    }
+
+    /// The device with the driver's number `index`, of which at most `capacity` bytes may be used;
+    /// by default all that are free.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`] when it is not there, [`DeviceError::Driver`] when it cannot be
+    /// used.
+    pub fn open(index: u32, capacity: Option<u64>) -> Result<CudaDevice, DeviceError> {
+        let context = Arc::new(Context::retain(index)?);
+        let granularity = context.virtual_granularity()?;
+        let (free, total) = context.memory()?;
+        Ok(CudaDevice {
+            limit: capacity,
+            total,
+            granularity: granularity.unwrap_or(PLAIN_GRANULARITY),
+            has_virtual_memory: granularity.is_some(),
+            ledger: Arc::default(),
+            last: Mutex::new(Last {
+                free,
+                failure: None,
+            }),
+            context,
+        })
+    }
+
+    fn capacity(&self) -> u64 {
+        self.limit.unwrap_or(self.total).min(self.total)
+    }
+
+    fn out_of_memory(&self, need: u64, have: u64) -> DeviceError {
+        DeviceError::OutOfMemory {
+            device: self.context.name().to_owned(),
+            need,
+            have,
+        }
+    }
+
+    /// Takes memory. Where there is too little, the error says how much the driver has.
+    fn take(&self, bytes: u64) -> Result<Option<Arc<DeviceMemory>>, DeviceError> {
+        let len = usize::try_from(bytes).map_err(|_| self.out_of_memory(bytes, self.total))?;
+        let taken = match (len, self.has_virtual_memory) {
+            (0, _) => return Ok(None),
+            (_, true) => DeviceMemory::take_virtual(&self.context, len),
+            (_, false) => DeviceMemory::take_plain(&self.context, len),
+        };
+        match taken {
+            Ok(memory) => Ok(Some(Arc::new(memory))),
+            Err(error) if is_out_of_memory(&error) => Err(match self.context.memory() {
+                // Others have taken it since it was asked about.
+                Ok((free, _)) if free < bytes => self.out_of_memory(bytes, free),
+                // Free, it says, and yet it does not give it.
+                _ => error,
+            }),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn is_out_of_memory(error: &DeviceError) -> bool {
+    matches!(
+        error,
+        DeviceError::Driver {
+            out_of_memory: true,
+            ..
+        }
+    )
+}
+
+impl Device for CudaDevice {
+    fn info(&self) -> DeviceInfo {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        match self.context.memory() {
+            Ok((free, _)) => last.free = free,
+            Err(error) => last.failure = Some(error),
+        }
+        let within = self
+            .capacity()
+            .saturating_sub(self.ledger.usage().reserved.now);
+        DeviceInfo {
+            name: self.context.name().to_owned(),
+            kind: DeviceKind::Cuda,
+            capacity: self.capacity(),
+            available: last.free.min(within),
+            granularity: self.granularity,
+        }
+    }
+
+    fn reserve(&self, size: ReservationSize) -> Result<Box<dyn Reservation>, DeviceError> {
+        let failure = {
+            let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+            last.failure.take()
+        };
+        if let Some(failure) = failure {
+            return Err(failure);
+        }
+        let (free, _) = self.context.memory()?;
+        if size.reserved > free {
+            return Err(self.out_of_memory(size.reserved, free));
+        }
+        let entry = Ledger::enter(&self.ledger, size, self.capacity())
+            .map_err(|have| self.out_of_memory(size.reserved, have))?;
+        Ok(Box::new(CudaReservation {
+            memory: self.take(size.reserved)?,
+            context: Arc::clone(&self.context),
+            _entry: entry,
+        }))
+    }
+
+    fn usage(&self) -> Usage {
+        self.ledger.usage()
+    }
+}
+
+#[derive(Debug)]
+struct CudaReservation {
+    /// Given back before the ledger's entry is struck out: fields drop in this order.
+    memory: Option<Arc<DeviceMemory>>,
+    context: Arc<Context>,
+    _entry: LedgerEntry,
+}
+
+impl Reservation for CudaReservation {
+    fn len(&self) -> u64 {
+        self.memory.as_ref().map_or(0, |memory| memory.len())
+    }
+
+    fn host_memory_mut(&mut self) -> Option<&mut [u8]> {
+        None
+    }
+
+    fn host_memory(&self) -> Option<&[u8]> {
+        None
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DeviceError> {
+        match &self.memory {
+            Some(memory) => memory.read(offset, out),
+            None if offset == 0 && out.is_empty() => Ok(()),
+            None => Err(DeviceError::OutOfBounds {
+                device: self.context.name().to_owned(),
+                offset,
+                end: offset.saturating_add(out.len() as u64),
+                len: 0,
+            }),
+        }
+    }
+
+    fn writer(&self, buffer_bytes: usize) -> Result<Option<Box<dyn Writer>>, DeviceError> {
+        match &self.memory {
+            Some(memory) => Ok(Some(Box::new(Staging::new(memory, buffer_bytes)?))),
+            None => Ok(None),
+        }
+    }
+
+    fn address(&self) -> Option<DeviceAddress> {
+        Some(DeviceAddress {
+            ordinal: self.context.ordinal(),
+            pointer: self.memory.as_ref()?.address(),
+        })
+    }
+}

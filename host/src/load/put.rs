@@ -1,0 +1,135 @@
+//! Puts results into their places: kernels write them there where the processor can, otherwise into a
+//! buffer that is then copied.
+
+use super::LoadError;
+use super::arena::Target;
+use crate::device::{Piece, Reservation, WRITER_BUFFERS, Writer};
+use crate::plan::Plan;
+
+/// Results lie in a buffer at multiples of this many bytes.
+const ALIGNMENT: usize = 64;
+
+/// What this may cost in a buffer with two results.
+pub(super) const BUFFER_GAP: usize = ALIGNMENT;
+
+/// One worker's ways to the devices, by index; none to those that the processor can write.
+#[derive(Debug)]
+pub(super) struct Writers {
+    by_device: Vec<Option<Box<dyn Writer>>>,
+    buffer_bytes: usize,
+}
+
+/// How many buffers a worker needs for all of its writers.
+pub(super) fn buffers(memory: &[Option<Box<dyn Reservation>>]) -> usize {
+    let away = memory.iter().flatten().filter(|memory| is_away(&***memory));
+    WRITER_BUFFERS * away.count()
+}
+
+/// Whether the processor cannot write it.
+fn is_away(memory: &dyn Reservation) -> bool {
+    memory.host_memory().is_none() && !memory.is_empty()
+}
+
+impl Writers {
+    /// Takes the buffers of one worker.
+    ///
+    /// # Errors
+    /// [`LoadError::Device`] when they are refused, and [`LoadError::NoTransfer`] for memory that
+    /// cannot be written at all.
+    pub(super) fn new(
+        plan: &Plan,
+        memory: &[Option<Box<dyn Reservation>>],
+        buffer_bytes: usize,
+    ) -> Result<Writers, LoadError> {
+        let mut by_device = Vec::with_capacity(memory.len());
+        for (memory, plan) in memory.iter().zip(&plan.devices) {
+            by_device.push(match memory {
+                Some(memory) if is_away(&**memory) => {
+                    let writer = memory.writer(buffer_bytes).map_err(LoadError::Device)?;
+                    Some(writer.ok_or_else(|| LoadError::NoTransfer {
+                        device: plan.device.name.clone(),
+                    })?)
+                }
+                _ => None,
+            });
+        }
+        Ok(Writers {
+            by_device,
+            buffer_bytes,
+        })
+    }
+
+    /// Bytes that can be put into this place at once; `None` where that is not limited.
+    pub(super) fn buffer_bytes(&self, target: &Target<'_>) -> Option<usize> {
+        match target {
+            Target::Host(_) => None,
+            Target::Device { .. } => Some(self.buffer_bytes),
+        }
+    }
+
+    /// Waits until everything has arrived.
+    ///
+    /// # Errors
+    /// [`LoadError::Device`] when a copy has failed.
+    pub(super) fn finish(&mut self) -> Result<(), LoadError> {
+        for writer in self.by_device.iter_mut().flatten() {
+            writer.finish().map_err(LoadError::Device)?;
+        }
+        Ok(())
+    }
+}
+
+/// Has `produce` fill places of one tensor. Where something must carry the bytes there, they may
+/// arrive after this returns.
+///
+/// # Errors
+/// Those of `produce`, [`LoadError::Device`], and [`LoadError::OtherPlan`] for places that do not
+/// belong together.
+pub(super) fn put<const N: usize, T>(
+    writers: &mut Writers,
+    targets: [Target<'_>; N],
+    produce: impl FnOnce([&mut [u8]; N]) -> Result<T, LoadError>,
+) -> Result<T, LoadError> {
+    let device = targets.iter().find_map(|target| match target {
+        Target::Host(_) => None,
+        Target::Device { device, .. } => Some(*device),
+    });
+    let mut places: [&mut [u8]; N] = std::array::from_fn(|_| <&mut [u8]>::default());
+    let Some(device) = device else {
+        for (place, target) in places.iter_mut().zip(targets) {
+            if let Target::Host(bytes) = target {
+                *place = bytes;
+            }
+        }
+        return produce(places);
+    };
+    let writer = writers.by_device.get_mut(device).and_then(Option::as_mut);
+    let writer = writer.ok_or(LoadError::OtherPlan)?;
+    let mut pieces = [Piece {
+        start: 0,
+        len: 0,
+        offset: 0,
+    }; N];
+    let mut rest = writer.stage().map_err(LoadError::Device)?;
+    let mut start = 0;
+    for ((place, piece), target) in places.iter_mut().zip(&mut pieces).zip(targets) {
+        let (offset, len) = match target {
+            Target::Device {
+                device: same,
+                offset,
+                len,
+            } if same == device => (offset, len),
+            Target::Host([]) => (0, 0),
+            _ => return Err(LoadError::OtherPlan),
+        };
+        let padded = len.next_multiple_of(ALIGNMENT).min(rest.len());
+        let (first, others) = rest.split_at_mut(padded);
+        *place = first.get_mut(..len).ok_or(LoadError::OtherPlan)?;
+        *piece = Piece { start, len, offset };
+        start += padded;
+        rest = others;
+    }
+    let result = produce(places)?;
+    writer.write(&pieces).map_err(LoadError::Device)?;
+    Ok(result)
+}

@@ -1,0 +1,150 @@
+// Runs the kernels on the CPU for tests: reads launches from standard input, writes what is in the
+// buffers afterwards to standard output. All numbers are little-endian u64, strings and buffers
+// are preceded by their length.
+//
+//     launch:   name, grid, threads, number of arguments, arguments
+//     argument: 0 and a number, or 1, a misalignment, and a buffer
+//     answer:   the buffers
+//
+// A buffer begins `misalignment` bytes behind a multiple of 16, and ends as closely as that allows
+// before memory that cannot be touched.
+#include "host_shim.h"
+
+#include "nf4.cu"
+
+#include <map>
+#include <string>
+#include <sys/mman.h>
+#include <tuple>
+#include <unistd.h>
+#include <utility>
+
+namespace {
+
+// Bytes around a buffer that no kernel may change. As floats of any type they are NaN, so that
+// reading them shows too.
+constexpr u8 GUARD = 0xff;
+
+void read_exactly(void* to, std::size_t bytes) {
+    if (std::fread(to, 1, bytes, stdin) != bytes) {
+        std::fprintf(stderr, "the launch ends too early\n");
+        std::exit(2);
+    }
+}
+
+u64 read_number() {
+    u64 number;
+    read_exactly(&number, sizeof number);
+    return number;
+}
+
+void write_exactly(const void* from, std::size_t bytes) {
+    if (std::fwrite(from, 1, bytes, stdout) != bytes) std::exit(2);
+}
+
+struct Buffer {
+    u8* pages;
+    std::size_t usable, bytes;
+    u8* begin;
+
+    static Buffer read() {
+        std::size_t page = std::size_t(sysconf(_SC_PAGESIZE));
+        u64 misalignment = read_number();
+        Buffer buffer;
+        buffer.bytes = read_number();
+        buffer.usable = (buffer.bytes + 32 + page - 1) / page * page;
+        void* pages = mmap(nullptr, buffer.usable + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (pages == MAP_FAILED) {
+            std::perror("mmap");
+            std::exit(2);
+        }
+        buffer.pages = static_cast<u8*>(pages);
+        mprotect(buffer.pages + buffer.usable, page, PROT_NONE);
+        std::memset(buffer.pages, GUARD, buffer.usable);
+        std::size_t last = buffer.usable - buffer.bytes;
+        buffer.begin = buffer.pages + (last - misalignment) / 16 * 16 + misalignment;
+        read_exactly(buffer.begin, buffer.bytes);
+        return buffer;
+    }
+
+    void answer() const {
+        for (u8* byte = pages; byte < pages + usable; byte++) {
+            bool inside = byte >= begin && byte < begin + bytes;
+            if (!inside && *byte != GUARD) {
+                std::fprintf(stderr, "a byte %td behind the begin of a buffer of %zu was written\n", byte - begin, bytes);
+                std::exit(3);
+            }
+        }
+        u64 length = bytes;
+        write_exactly(&length, sizeof length);
+        write_exactly(begin, bytes);
+    }
+
+    void free(std::size_t page) const { munmap(pages, usable + page); }
+};
+
+// Either a number or an address.
+using Arguments = std::vector<u64>;
+
+template <class Type>
+Type argument(u64 value) {
+    if constexpr (std::is_pointer_v<Type>) {
+        return reinterpret_cast<Type>(value);
+    } else {
+        return Type(value);
+    }
+}
+
+template <class... Types, std::size_t... Indices>
+void call(void (*kernel)(Types...), const Arguments& arguments, std::index_sequence<Indices...>) {
+    kernel(argument<Types>(arguments[Indices])...);
+}
+
+template <class... Types>
+std::function<void(const Arguments&)> entry(void (*kernel)(Types...)) {
+    return [kernel](const Arguments& arguments) {
+        if (arguments.size() != sizeof...(Types)) shim::stop("wrong number of arguments");
+        call(kernel, arguments, std::index_sequence_for<Types...>());
+    };
+}
+
+const std::map<std::string, std::function<void(const Arguments&)>> KERNELS = {
+#define ENTRY(NAME) {#NAME, entry(NAME)}
+    ENTRY(tightfit_quantize_nf4_f32),    ENTRY(tightfit_quantize_nf4_f16), ENTRY(tightfit_quantize_nf4_bf16),
+    ENTRY(tightfit_dequantize_f32),      ENTRY(tightfit_dequantize_f16),   ENTRY(tightfit_dequantize_bf16),
+    ENTRY(tightfit_sum_absmax),          ENTRY(tightfit_sum_sums),         ENTRY(tightfit_mean),
+    ENTRY(tightfit_quantize_absmax),     ENTRY(tightfit_dequantize_absmax),
+};
+
+void answer_launch(std::size_t name_length) {
+    std::string name(name_length, ' ');
+    read_exactly(name.data(), name_length);
+    auto kernel = KERNELS.find(name);
+    if (kernel == KERNELS.end()) {
+        std::fprintf(stderr, "no kernel %s\n", name.c_str());
+        std::exit(2);
+    }
+    u64 grid = read_number(), threads = read_number(), count = read_number();
+    Arguments arguments;
+    std::vector<Buffer> buffers;
+    for (u64 i = 0; i < count; i++) {
+        if (read_number() == 0) {
+            arguments.push_back(read_number());
+        } else {
+            buffers.push_back(Buffer::read());
+            arguments.push_back(reinterpret_cast<u64>(buffers.back().begin));
+        }
+    }
+    shim::launch(unsigned(grid), unsigned(threads), [&] { kernel->second(arguments); });
+    for (const Buffer& buffer : buffers) buffer.answer();
+    std::fflush(stdout);
+    for (const Buffer& buffer : buffers) buffer.free(std::size_t(sysconf(_SC_PAGESIZE)));
+}
+
+}  // namespace
+
+int main() {
+    u64 name_length;
+    while (std::fread(&name_length, sizeof name_length, 1, stdin) == 1) answer_launch(name_length);
+    return 0;
+}

@@ -1,0 +1,32 @@
+//! What can launch a kernel: a GPU, or the emulator.
+
+use tightfit_kernels::cuda::Launch;
+
+/// An argument of a kernel.
+pub(crate) enum Argument<'a> {
+    /// By value, whatever its width.
+    Number(u64),
+    /// By address: these bytes are copied to the device, to `misalignment` bytes behind a multiple
+    /// of 16, and back after the kernel.
+    Buffer {
+        misalignment: usize,
+        bytes: &'a mut [u8],
+    },
+}
+
+/// Runs one kernel at a time. Panics, naming the kernel, if it cannot be run, or if it writes to
+/// memory beside a buffer.
+pub(crate) trait Device {
+    fn launch(&mut self, launch: Launch, arguments: &mut [Argument]);
+}
+
+/// Whether an environment variable says that a device must be there.
+pub(crate) fn is_required(variable: &str) -> bool {
+    std::env::var_os(variable).is_some_and(|value| value == "1")
+}
+
+/// What the tests that need a device do without it.
+pub(crate) fn skip(variable: &str, reason: &str) {
+    assert!(!is_required(variable), "{variable} is set, but {reason}");
+    println!("skipped: {reason} ({variable}=1 makes this an error)");
+}

@@ -1,0 +1,52 @@
+//! The GPU kernels give the bytes of the CPU kernels: their sources compiled for the CPU wherever
+//! there is a C++ compiler, and the embedded PTX wherever there is a GPU.
+//!
+//! `TIGHTFIT_REQUIRE_CXX=1` and `TIGHTFIT_REQUIRE_CUDA=1` turn their absence into failures.
+
+mod calls;
+mod device;
+mod double;
+mod emulator;
+mod golden;
+mod gpu;
+mod large;
+mod values;
+mod weights;
+
+macro_rules! on_every_device {
+    ($($module:ident::$test:ident,)*) => {
+        mod emulated {
+            $(#[test]
+            fn $test() {
+                if let Some(mut emulator) = crate::emulator::Emulator::start() {
+                    crate::$module::$test(&mut emulator);
+                }
+            })*
+        }
+
+        mod on_gpu {
+            $(#[test]
+            fn $test() {
+                if let Some(mut gpu) = crate::gpu::Gpu::open() {
+                    crate::$module::$test(&mut gpu);
+                }
+            })*
+        }
+    };
+}
+
+on_every_device! {
+    weights::every_16_bit_pattern,
+    weights::thresholds_and_their_neighbors_at_every_scale,
+    weights::special_values_among_weights,
+    weights::random_bits_in_every_block_size,
+    weights::lengths_and_alignments,
+    weights::pieces_equal_the_whole,
+    weights::dequantizing,
+    double::means,
+    double::absmax_to_codes_and_back,
+    double::every_code_and_every_midpoint,
+    golden::quantizing,
+    golden::double_quantizing,
+    golden::dequantizing_all,
+}

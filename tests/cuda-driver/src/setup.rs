@@ -1,0 +1,96 @@
+//! How the stand-in is to behave. Written as text: it crosses from one copy of this crate to
+//! another, or into another process.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// How the stand-in is to behave.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Setup {
+    /// Bytes of each device.
+    pub devices: Vec<u64>,
+    /// Whether devices have virtual memory.
+    pub virtual_memory: bool,
+    /// What pages come in, in bytes.
+    pub granularity: u64,
+    /// Which call fails, counted from 1, and all after it if `for_good`.
+    pub fail_at: Option<u64>,
+    /// With this error.
+    pub error: u32,
+    /// Whether all later calls fail, too.
+    pub for_good: bool,
+    /// Bytes that every device says are free but does not have.
+    pub hidden: u64,
+    /// Bytes that somebody else takes just before pages are created for the first time.
+    pub stolen: u64,
+    /// Where the books go when the process ends; empty for nowhere.
+    pub report: String,
+}
+
+impl Default for Setup {
+    fn default() -> Setup {
+        Setup {
+            devices: vec![1 << 30],
+            virtual_memory: true,
+            granularity: 2 << 20,
+            fail_at: None,
+            error: 719,
+            for_good: false,
+            hidden: 0,
+            stolen: 0,
+            report: String::new(),
+        }
+    }
+}
+
+impl fmt::Display for Setup {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let devices: Vec<String> = self.devices.iter().map(u64::to_string).collect();
+        write!(
+            f,
+            "{};{};{};{};{};{};{};{};{}",
+            devices.join(","),
+            self.virtual_memory,
+            self.granularity,
+            self.fail_at.unwrap_or(0),
+            self.error,
+            self.for_good,
+            self.hidden,
+            self.stolen,
+            self.report,
+        )
+    }
+}
+
+impl FromStr for Setup {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Setup, String> {
+        let mut fields = text.splitn(9, ';');
+        let mut next = || {
+            fields
+                .next()
+                .ok_or_else(|| format!("'{text}' is too short"))
+        };
+        fn read<T: FromStr>(field: &str) -> Result<T, String> {
+            field
+                .parse()
+                .map_err(|_| format!("'{field}' cannot be read"))
+        }
+        Ok(Setup {
+            devices: next()?
+                .split(',')
+                .filter(|bytes| !bytes.is_empty())
+                .map(read)
+                .collect::<Result<_, _>>()?,
+            virtual_memory: read(next()?)?,
+            granularity: read(next()?)?,
+            fail_at: Some(read(next()?)?).filter(|&at| at > 0),
+            error: read(next()?)?,
+            for_good: read(next()?)?,
+            hidden: read(next()?)?,
+            stolen: read(next()?)?,
+            report: next()?.to_owned(),
+        })
+    }
+}

@@ -1,0 +1,167 @@
+//! The command, with a driver, without one, and with bad ones.
+
+use std::fs;
+use std::path::PathBuf;
+
+use cuda_stand_in::control::{FUNCTIONS, Report, Setup, VARIABLE, install};
+use tightfit_tests::command::Place;
+
+use super::{MIB, decoder, is_real};
+
+/// A place where the command finds the stand-in, and where its books will be.
+fn with_stand_in(setup: &Setup, missing: Option<&str>) -> (Place, PathBuf) {
+    let mut place = Place::new();
+    let books = place.path("books");
+    let setup = Setup {
+        report: books.to_str().unwrap().to_owned(),
+        ..setup.clone()
+    };
+    fs::create_dir(place.path("driver")).unwrap();
+    install(&place.path("driver"), missing);
+    find_driver(&mut place);
+    place.set(VARIABLE, setup.to_string());
+    (place, books)
+}
+
+fn find_driver(place: &mut Place) {
+    let directory = place.path("driver");
+    place.set("LD_LIBRARY_PATH", directory.to_str().unwrap());
+}
+
+/// A place where no driver can be loaded, whatever this machine has: libraries of its names are
+/// there and are none.
+fn without_driver() -> Place {
+    let mut place = Place::new();
+    fs::create_dir(place.path("driver")).unwrap();
+    for name in ["libcuda.so", "libcuda.so.1"] {
+        fs::write(place.path("driver").join(name), "not a library").unwrap();
+    }
+    find_driver(&mut place);
+    place
+}
+
+#[test]
+fn load_uses_all_devices_and_reports_them() {
+    let directory = decoder(2);
+    let model = directory.path().to_str().unwrap();
+    let setup = Setup {
+        devices: vec![64 * MIB; 2],
+        ..Setup::default()
+    };
+    let (place, books) = with_stand_in(&setup, None);
+    let report = place.run(&["load", model, "--json"]).succeeds().json();
+    let devices = report["devices"].as_array().unwrap();
+    assert_eq!(devices.len(), 2);
+    let books = Report::read(&fs::read_to_string(books).unwrap());
+    books.is_clean("load");
+    for (index, device) in devices.iter().enumerate() {
+        assert_eq!(device["name"], format!("cuda:{index}"));
+        assert_eq!(device["peak_reserved"], device["reserved"]);
+        assert_eq!(device["peak_reserved"], books.peaks[index]);
+        assert_eq!(device["capacity"], 64 * MIB);
+    }
+    let staging = report["host"]["staging_bytes"].as_u64().unwrap();
+    assert!(books.host_peak > 0 && books.host_peak < staging);
+}
+
+#[test]
+fn what_does_not_fit_is_refused_before_anything_is_taken() {
+    let directory = decoder(4);
+    let model = directory.path().to_str().unwrap();
+    let (place, books) = with_stand_in(&Setup::default(), None);
+    place
+        .run(&["load", model, "--device", "cuda:0:4MiB"])
+        .fails(4, &["12.00 MiB", "4.00 MiB"]);
+    let books = Report::read(&fs::read_to_string(books).unwrap());
+    books.is_clean("refused");
+    assert!(books.calls.iter().all(|call| call != "cuMemCreate"));
+}
+
+#[test]
+fn without_a_driver_gpus_are_missing_and_the_processor_is_used() {
+    let directory = decoder(1);
+    let model = directory.path().to_str().unwrap();
+    let place = without_driver();
+    place
+        .run(&["load", model, "--device", "cuda:0"])
+        .fails(6, &["cuda:0", "no NVIDIA driver"]);
+    for device in [&[][..], &["--device", "cpu"]] {
+        let arguments = [&["load", model, "--json"], device].concat();
+        let report = place.run(&arguments).succeeds().json();
+        assert_eq!(report["devices"][0]["name"], "cpu");
+    }
+}
+
+#[test]
+fn a_driver_without_devices_says_so() {
+    let directory = decoder(1);
+    let model = directory.path().to_str().unwrap();
+    let setup = Setup {
+        devices: Vec::new(),
+        ..Setup::default()
+    };
+    let (place, _) = with_stand_in(&setup, None);
+    place
+        .run(&["plan", model, "--device", "cuda:0"])
+        .fails(6, &["cuda:0", "no device"]);
+    let report = place.run(&["plan", model, "--json"]).succeeds().json();
+    assert_eq!(report["devices"][0]["name"], "cpu");
+}
+
+#[test]
+fn a_driver_that_cannot_start_is_quoted() {
+    let directory = decoder(1);
+    let model = directory.path().to_str().unwrap();
+    let setup = Setup {
+        fail_at: Some(1),
+        error: 803,
+        ..Setup::default()
+    };
+    let (place, _) = with_stand_in(&setup, None);
+    place.run(&["load", model, "--device", "cuda:0"]).fails(
+        6,
+        &["cuda:0", "cuInit", "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"],
+    );
+    place.run(&["load", model, "--quiet"]).succeeds();
+}
+
+#[test]
+fn a_driver_too_old_is_named_by_what_it_lacks() {
+    let directory = decoder(1);
+    let model = directory.path().to_str().unwrap();
+    for function in FUNCTIONS {
+        let (place, _) = with_stand_in(&Setup::default(), Some(function));
+        place
+            .run(&["plan", model, "--device", "cuda:0"])
+            .fails(6, &["cuda:0", "too old", function]);
+    }
+}
+
+#[test]
+fn a_driver_that_fails_while_loading_is_quoted_with_status_6() {
+    if is_real() {
+        return;
+    }
+    let directory = decoder(1);
+    let model = directory.path().to_str().unwrap();
+    let (place, books) = with_stand_in(&Setup::default(), None);
+    place.run(&["load", model, "--quiet"]).succeeds();
+    let calls = Report::read(&fs::read_to_string(books).unwrap()).calls;
+    for call in [
+        "cuMemCreate",
+        "cuMemHostAlloc",
+        "cuMemcpyHtoDAsync",
+        "cuEventRecord",
+    ] {
+        let at = calls.iter().position(|name| name == call).unwrap() as u64 + 1;
+        let setup = Setup {
+            fail_at: Some(at),
+            ..Setup::default()
+        };
+        let (place, books) = with_stand_in(&setup, None);
+        place
+            .run(&["load", model, "--quiet", "--threads", "1"])
+            .fails(6, &["cuda:0", "CUDA_ERROR_LAUNCH_FAILED"]);
+        Report::read(&fs::read_to_string(books).unwrap()).is_clean(call);
+    }
+}

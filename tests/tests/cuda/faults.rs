@@ -1,0 +1,237 @@
+//! Drivers that fail, and loads that are stopped: an error, and nothing left behind.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use cuda_stand_in::control::{Report, Setup, StandIn};
+use tightfit::device::{Device, open_devices};
+use tightfit::load::{CancelToken, LoadError, LoadOptions};
+use tightfit::plan::PartKind;
+
+use super::{Driver, Kinds, MIB, in_small_pieces, is_real};
+
+/// The calls that give something back: an error of theirs is no reason to fail.
+const GIVES_BACK: &[&str] = &[
+    "cuCtxPopCurrent",
+    "cuDevicePrimaryCtxRelease",
+    "cuEventDestroy",
+    "cuMemAddressFree",
+    "cuMemFree",
+    "cuMemFreeHost",
+    "cuMemRelease",
+    "cuMemUnmap",
+    "cuStreamDestroy",
+];
+
+const PARTS: [PartKind; 4] = [
+    PartKind::Data,
+    PartKind::Codes,
+    PartKind::Absmax,
+    PartKind::NestedAbsmax,
+];
+
+/// Opens devices, loads, reads everything, and closes all of it. Gives the bytes.
+fn whole_run(kinds: &Kinds, workers: usize) -> Result<Vec<Vec<u8>>, String> {
+    let specs = ["cuda:0", "cuda:1"].map(|spec| spec.parse().unwrap());
+    let devices = open_devices(&specs).map_err(|error| error.to_string())?;
+    let result = load_and_read(kinds, &devices, workers);
+    for device in &devices {
+        assert_eq!(device.usage().reserved.now, 0);
+    }
+    result
+}
+
+fn load_and_read(
+    kinds: &Kinds,
+    devices: &[Box<dyn Device>],
+    workers: usize,
+) -> Result<Vec<Vec<u8>>, String> {
+    let model = kinds.load(devices, workers);
+    let model = model.map_err(|error| error.to_string())?;
+    let mut bytes = Vec::new();
+    for tensor in model.tensors() {
+        for part in PARTS {
+            let read = tensor.read_part(part);
+            bytes.extend(read.map_err(|error| error.to_string())?);
+        }
+    }
+    Ok(bytes)
+}
+
+/// A run on a driver of which a call fails.
+fn run_on(setup: &Setup, kinds: &Kinds, workers: usize) -> (Result<Vec<Vec<u8>>, String>, Report) {
+    let stand_in = StandIn::start(setup);
+    let result = whole_run(kinds, workers);
+    let report = stand_in.report();
+    assert!(report.faults.is_empty(), "{setup:?}: {:?}", report.faults);
+    (result, report)
+}
+
+fn two_devices() -> Setup {
+    Setup {
+        devices: vec![64 * MIB; 2],
+        ..Setup::default()
+    }
+}
+
+#[test]
+fn whichever_call_fails_it_is_an_error_and_everything_is_given_back() {
+    if is_real() {
+        return;
+    }
+    let kinds = Kinds::new(Kinds::FEW);
+    for virtual_memory in [true, false] {
+        let setup = Setup {
+            virtual_memory,
+            ..two_devices()
+        };
+        let (expected, report) = run_on(&setup, &kinds, 1);
+        let expected = expected.unwrap();
+        report.is_clean("without a failure");
+        assert!(report.calls.len() > 150, "{}", report.calls.len());
+        for (index, call) in report.calls.iter().enumerate() {
+            let setup = Setup {
+                fail_at: Some(index as u64 + 1),
+                ..setup.clone()
+            };
+            let context = format!("{call}, call {}", index + 1);
+            let (result, report) = run_on(&setup, &kinds, 1);
+            assert_eq!(&report.calls[index], call, "runs differ");
+            assert!(report.leaks.is_empty(), "{context}: {:?}", report.leaks);
+            match result {
+                Err(text) => {
+                    assert!(text.contains(call), "{context}: {text}");
+                    assert!(
+                        text.contains("CUDA_ERROR_LAUNCH_FAILED"),
+                        "{context}: {text}"
+                    );
+                    assert!(
+                        text.contains("cuda:") || call == "cuInit",
+                        "{context}: {text}"
+                    );
+                }
+                // Entered only to give something back, or given back: done all the same.
+                Ok(bytes) => {
+                    let entered = call == "cuCtxPushCurrent";
+                    assert!(entered || GIVES_BACK.contains(&&call[..]), "{context}");
+                    assert!(bytes == expected, "{context}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_driver_that_fails_for_good_ends_the_load_and_is_given_back_what_it_takes() {
+    if is_real() {
+        return;
+    }
+    let kinds = Kinds::new(Kinds::FEW);
+    let (_, report) = run_on(&two_devices(), &kinds, 1);
+    let calls = report.calls.len() as u64;
+    let last_read = report.calls.iter().rposition(|call| call == "cuMemcpyDtoH");
+    for at in 1..=calls {
+        let setup = Setup {
+            fail_at: Some(at),
+            for_good: true,
+            ..two_devices()
+        };
+        let (result, _) = run_on(&setup, &kinds, 1);
+        // Nothing is left to fail once everything has been read.
+        let done = last_read.is_some_and(|last| at > last as u64 + 1);
+        assert_eq!(result.is_ok(), done, "call {at}");
+    }
+}
+
+#[test]
+fn whichever_call_fails_among_several_workers_nothing_is_left() {
+    if is_real() {
+        return;
+    }
+    let kinds = Kinds::new(Kinds::FEW);
+    let (_, report) = run_on(&two_devices(), &kinds, 3);
+    let calls = report.calls.len() as u64;
+    for at in (1..=calls).step_by(3) {
+        let setup = Setup {
+            fail_at: Some(at),
+            error: 999_999,
+            ..two_devices()
+        };
+        let (result, report) = run_on(&setup, &kinds, 3);
+        assert!(report.leaks.is_empty(), "call {at}: {:?}", report.leaks);
+        if let Err(text) = result {
+            // The driver has no name for it.
+            assert!(text.contains("error 999999"), "{text}");
+        }
+    }
+}
+
+#[test]
+fn a_cancelled_load_waits_for_what_is_under_way_and_gives_everything_back() {
+    let kinds = Kinds::new(Kinds::ALL);
+    for (after, workers) in [(0, 1), (1, 1), (5, 2), (17, 4), (60, 3)] {
+        let driver = Driver::start(2);
+        let devices = open_devices(&[]).unwrap();
+        let cancel = CancelToken::new();
+        let chunks = AtomicU64::new(0);
+        let result = kinds.load_with(
+            &devices,
+            &LoadOptions {
+                progress: &|_| {
+                    if chunks.fetch_add(1, Ordering::SeqCst) >= after {
+                        cancel.cancel();
+                    }
+                },
+                cancel: cancel.clone(),
+                ..in_small_pieces(2 * workers)
+            },
+        );
+        assert!(matches!(result, Err(LoadError::Cancelled)), "{result:?}");
+        for device in &devices {
+            assert_eq!(device.usage().reserved.now, 0);
+        }
+        drop(devices);
+        driver.clean_report("cancelled");
+    }
+}
+
+#[test]
+fn a_checkpoint_cut_short_while_it_is_loaded_gives_everything_back() {
+    let kinds = Kinds::new(Kinds::ALL);
+    let driver = Driver::start(2);
+    let devices = open_devices(&[]).unwrap();
+    let path = kinds.path();
+    let cut = std::sync::Once::new();
+    let result = kinds.load_with(
+        &devices,
+        &LoadOptions {
+            progress: &|_| {
+                cut.call_once(|| {
+                    let file = std::fs::OpenOptions::new().write(true).open(&path);
+                    file.unwrap().set_len(4096).unwrap();
+                });
+            },
+            ..in_small_pieces(4)
+        },
+    );
+    assert!(
+        matches!(result, Err(LoadError::Checkpoint(_))),
+        "{result:?}"
+    );
+    drop(devices);
+    driver.clean_report("cut short");
+}
+
+#[test]
+fn staging_too_small_for_all_devices_is_refused() {
+    let kinds = Kinds::new(Kinds::FEW);
+    let driver = Driver::start(1);
+    let devices = open_devices(&[]).unwrap();
+    let options = LoadOptions {
+        staging_bytes: (3 * devices.len() as u64) * (64 << 10) - (64 << 10),
+        ..LoadOptions::default()
+    };
+    let result = kinds.load_with(&devices, &options);
+    assert!(matches!(result, Err(LoadError::Staging(_))), "{result:?}");
+    drop(devices);
+    driver.clean_report("staging");
+}

@@ -1,0 +1,210 @@
+//! CUDA devices, on a stand-in for NVIDIA's driver; with `TIGHTFIT_CUDA=real` what can be is run on
+//! the driver and the devices of this machine instead.
+#![cfg(target_os = "linux")]
+
+mod command;
+mod faults;
+mod memory;
+mod same_bytes;
+mod writer;
+
+use std::path::{Path, PathBuf};
+
+use cuda_stand_in::control::{Report, Setup, StandIn};
+use tempfile::TempDir;
+use tightfit::checkpoint::Checkpoint;
+use tightfit::device::{CudaDevice, Device};
+use tightfit::load::{LoadError, LoadOptions, load};
+use tightfit::model::Model;
+use tightfit::plan::Plan;
+use tightfit::types::{DType, Format, Placement};
+use tightfit_tests::models;
+
+const MIB: u64 = 1 << 20;
+
+/// The driver that tests run on.
+enum Driver {
+    StandIn(StandIn),
+    Real,
+}
+
+impl Driver {
+    /// A driver with `devices` devices; the real one has what it has.
+    fn start(devices: usize) -> Driver {
+        Driver::start_with(&Setup {
+            devices: vec![256 * MIB; devices],
+            ..Setup::default()
+        })
+    }
+
+    fn start_with(setup: &Setup) -> Driver {
+        match is_real() {
+            true => Driver::Real,
+            false => Driver::StandIn(StandIn::start(setup)),
+        }
+    }
+
+    /// The devices, by name.
+    fn devices(&self) -> Vec<String> {
+        let count = CudaDevice::count().unwrap_or_else(|error| panic!("{error}"));
+        (0..count).map(|index| format!("cuda:{index}")).collect()
+    }
+
+    /// What the stand-in has seen, with its books in order and nothing left.
+    #[track_caller]
+    fn clean_report(&self, context: &str) -> Option<Report> {
+        let Driver::StandIn(stand_in) = self else {
+            return None;
+        };
+        let report = stand_in.report();
+        report.is_clean(context);
+        Some(report)
+    }
+}
+
+/// Whether this machine's own driver is to be tested.
+fn is_real() -> bool {
+    std::env::var_os("TIGHTFIT_CUDA").is_some_and(|value| value == "real")
+}
+
+/// What only the stand-in can do is not run on a real driver.
+fn stand_in(setup: &Setup) -> Option<StandIn> {
+    (!is_real()).then(|| StandIn::start(setup))
+}
+
+/// Smallest staging for `workers` on one device: most chunks, most copies.
+fn in_small_pieces(workers: usize) -> LoadOptions<'static> {
+    LoadOptions {
+        threads: workers,
+        staging_bytes: 3 * (64 << 10) * workers as u64,
+        ..LoadOptions::default()
+    }
+}
+
+/// Layers of 2.25 MiB in NF4, and 1 MiB outside them.
+fn decoder(layers: u64) -> TempDir {
+    let directory = TempDir::new().unwrap();
+    models::write_decoder(directory.path(), layers, 512);
+    directory
+}
+
+/// Name, type, bytes of an element, shape, format.
+type Kind = (&'static str, &'static str, usize, &'static [u64], Format);
+
+/// Tensors of several formats, most of them in several pieces.
+struct Kinds {
+    directory: TempDir,
+    checkpoint: Checkpoint,
+    kinds: &'static [Kind],
+}
+
+impl Kinds {
+    /// Every type and format.
+    const ALL: &[Kind] = &[
+        ("bf16", "BF16", 2, &[300, 570], Format::Stored),
+        ("ids", "I64", 8, &[13], Format::Stored),
+        ("narrower", "F32", 4, &[123, 457], Format::Cast(DType::Bf16)),
+        ("wider", "F16", 2, &[123, 457], Format::Cast(DType::F32)),
+        ("blocks of 64", "BF16", 2, &[517, 331], nf4(64, false)),
+        ("blocks of 32", "F32", 4, &[64, 1031], nf4(32, false)),
+        ("blocks of 4096", "F16", 2, &[257, 513], nf4(4096, false)),
+        ("double", "BF16", 2, &[1025, 257], nf4(64, true)),
+        ("many scales", "BF16", 2, &[4099, 1031], nf4(32, true)),
+        ("empty", "BF16", 2, &[0, 64], nf4(64, true)),
+    ];
+
+    /// Everything that goes different ways, and little of it.
+    const FEW: &[Kind] = &[
+        ("bf16", "BF16", 2, &[300, 170], Format::Stored),
+        ("blocks of 64", "BF16", 2, &[300, 330], nf4(64, false)),
+        ("double", "BF16", 2, &[257, 257], nf4(64, true)),
+    ];
+
+    fn new(kinds: &'static [Kind]) -> Kinds {
+        let directory = TempDir::new().unwrap();
+        let mut state = 1u64;
+        let mut tensors = Vec::new();
+        for &(name, dtype, width, shape, _) in kinds {
+            let elements = shape.iter().product::<u64>() as usize;
+            let bytes: Vec<u8> = (0..elements * width)
+                .map(|index| {
+                    state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
+                    let byte = (state >> 56) as u8;
+                    // The last byte of a number has its sign and exponent: below 2, and finite.
+                    if index % width == width - 1 {
+                        byte & 0xbf
+                    } else {
+                        byte
+                    }
+                })
+                .collect();
+            tensors.push((name, dtype, shape, bytes));
+        }
+        let tensors: Vec<_> = tensors
+            .iter()
+            .map(|(name, dtype, shape, bytes)| (*name, *dtype, *shape, &bytes[..]))
+            .collect();
+        let path = directory.path().join("model.safetensors");
+        models::write_safetensors(&path, &tensors);
+        Kinds {
+            checkpoint: Checkpoint::open(directory.path()).unwrap(),
+            directory,
+            kinds,
+        }
+    }
+
+    fn path(&self) -> PathBuf {
+        self.directory.path().join("model.safetensors")
+    }
+
+    /// Tensors go to the devices in turn.
+    fn plan(&self, devices: &[Box<dyn Device>]) -> Plan {
+        let infos: Vec<_> = devices.iter().map(|device| device.info()).collect();
+        let tensors = self.checkpoint.tensors();
+        let placements: Vec<Placement> = tensors
+            .iter()
+            .enumerate()
+            .map(|(index, tensor)| Placement {
+                device: Some((index % devices.len()) as u32),
+                format: self
+                    .kinds
+                    .iter()
+                    .find(|(name, ..)| *name == tensor.name)
+                    .map(|&(.., format)| format)
+                    .unwrap(),
+            })
+            .collect();
+        Plan::new(tensors, &[], &infos, &placements, &vec![0; devices.len()])
+            .unwrap_or_else(|error| panic!("{error}"))
+    }
+
+    /// Plans and loads, in the smallest pieces.
+    fn load(&self, devices: &[Box<dyn Device>], workers: usize) -> Result<Model, LoadError> {
+        self.load_with(devices, &in_small_pieces(workers * devices.len()))
+    }
+
+    fn load_with(
+        &self,
+        devices: &[Box<dyn Device>],
+        options: &LoadOptions<'_>,
+    ) -> Result<Model, LoadError> {
+        load(&self.checkpoint, &self.plan(devices), devices, options)
+    }
+}
+
+const fn nf4(block_size: u32, double_quantized: bool) -> Format {
+    Format::Nf4 {
+        block_size,
+        double_quantized,
+    }
+}
+
+fn slices<'a>(names: &'a [String]) -> Vec<&'a str> {
+    names.iter().map(String::as_str).collect()
+}
+
+/// A path that is there.
+fn existing(path: &Path) -> &Path {
+    assert!(path.exists(), "{}", path.display());
+    path
+}

@@ -1,0 +1,190 @@
+//! How much memory there is, and what becomes of plans for more.
+
+use cuda_stand_in::control::Setup;
+use tightfit::checkpoint::Checkpoint;
+use tightfit::device::{Device, DeviceError, open_devices};
+use tightfit::load::{LoadError, LoadOptions, PlaceError, Revision, load_reserved, place};
+use tightfit::plan::Plan;
+use tightfit_tests::loading::{Planned, auto, contents, load_with_auto};
+
+use super::{Driver, MIB, decoder, stand_in};
+
+fn open(specs: &[&str]) -> Vec<Box<dyn Device>> {
+    let specs: Vec<_> = specs.iter().map(|spec| spec.parse().unwrap()).collect();
+    open_devices(&specs).unwrap_or_else(|error| panic!("{error}"))
+}
+
+#[test]
+fn a_device_says_what_the_driver_says_and_no_more_than_the_user_allows() {
+    let driver = Driver::start(2);
+    let devices = open(&["cuda:0"]);
+    let all = devices[0].info();
+    assert_eq!(all.name, "cuda:0");
+    assert!(all.available > 0 && all.available <= all.capacity);
+    assert!(all.granularity.is_power_of_two());
+    drop(devices);
+    let some = open(&["cuda:0:10MiB"])[0].info();
+    assert_eq!((some.capacity, some.available), (10 * MIB, 10 * MIB));
+    let more = open(&["cuda:0:9999GiB"])[0].info();
+    assert_eq!(more.capacity, all.capacity);
+    driver.clean_report("info");
+}
+
+#[test]
+fn without_any_named_all_cuda_devices_are_used() {
+    let driver = Driver::start(3);
+    let names: Vec<String> = open(&[]).iter().map(|device| device.info().name).collect();
+    assert_eq!(names, driver.devices());
+    driver.clean_report("defaults");
+}
+
+#[test]
+fn a_device_that_is_not_there_is_said_to_be_missing() {
+    let driver = Driver::start(2);
+    let index = driver.devices().len();
+    for index in [index as u32, u32::MAX] {
+        let spec = format!("cuda:{index}").parse().unwrap();
+        let error = open_devices(&[spec]).unwrap_err();
+        assert!(matches!(error, DeviceError::Unavailable { .. }), "{error}");
+        assert!(
+            error.to_string().contains(&format!("cuda:{index}")),
+            "{error}"
+        );
+    }
+    driver.clean_report("missing");
+}
+
+#[test]
+fn a_device_without_virtual_memory_is_used_too() {
+    let setup = Setup {
+        virtual_memory: false,
+        ..Setup::default()
+    };
+    let Some(stand_in) = stand_in(&setup) else {
+        return;
+    };
+    let directory = decoder(2);
+    let model = load_with_auto(directory.path(), &["cuda:0"], &[]);
+    let expected = load_with_auto(directory.path(), &["cpu"], &[]);
+    assert!(contents(&model) == contents(&expected));
+    drop(model);
+    let report = stand_in.report();
+    report.is_clean("plain");
+    assert!(report.calls.iter().any(|call| call == "cuMemAlloc"));
+    assert!(report.calls.iter().all(|call| call != "cuMemCreate"));
+}
+
+/// Asks the default policy and loads. What devices lose is lost while it is being taken.
+fn place_and_load(setup: &Setup) -> Option<Result<(Plan, Vec<Revision>), PlaceError>> {
+    let stand_in = stand_in(setup)?;
+    let directory = decoder(12);
+    let checkpoint = Checkpoint::open(directory.path()).unwrap();
+    let devices = open(&[]);
+    let result = place(&checkpoint, auto(), &devices, &[]).map(|placed| {
+        let model = load_reserved(&checkpoint, placed.reserved, &LoadOptions::default()).unwrap();
+        let expected = load_with_auto(directory.path(), &["cpu"], &[]);
+        assert!(contents(&model) == contents(&expected));
+        (placed.proposed.plan, placed.revisions)
+    });
+    for device in &devices {
+        assert_eq!(device.usage().reserved.now, 0);
+    }
+    drop(devices);
+    stand_in.report().is_clean("placed");
+    Some(result)
+}
+
+#[test]
+fn a_policy_is_asked_again_when_memory_is_gone_by_the_time_it_is_taken() {
+    let setup = Setup {
+        devices: vec![64 * MIB; 2],
+        stolen: 54 * MIB,
+        ..Setup::default()
+    };
+    let Some(result) = place_and_load(&setup) else {
+        return;
+    };
+    let (plan, revisions) = result.unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(revisions.len(), 1);
+    assert_eq!(revisions[0].device, "cuda:0");
+    assert_eq!(revisions[0].available, 10 * MIB);
+    let sizes: Vec<u64> = plan
+        .devices
+        .iter()
+        .map(|device| device.size.reserved)
+        .collect();
+    assert!(sizes[0] <= 10 * MIB && sizes[1] > sizes[0], "{sizes:?}");
+}
+
+#[test]
+fn a_policy_that_finds_no_room_any_more_is_quoted_with_what_came_before() {
+    let setup = Setup {
+        devices: vec![64 * MIB],
+        stolen: 54 * MIB,
+        ..Setup::default()
+    };
+    let Some(result) = place_and_load(&setup) else {
+        return;
+    };
+    let error = result.unwrap_err();
+    assert!(matches!(error, PlaceError::Revised { .. }), "{error}");
+    let text = error.to_string();
+    assert!(text.contains("cuda:0 had 10.00 MiB left"), "{text}");
+}
+
+#[test]
+fn a_driver_that_says_more_is_free_than_it_gives_is_quoted() {
+    let setup = Setup {
+        devices: vec![64 * MIB],
+        hidden: 60 * MIB,
+        ..Setup::default()
+    };
+    let Some(result) = place_and_load(&setup) else {
+        return;
+    };
+    let error = result.unwrap_err();
+    assert!(
+        matches!(
+            error,
+            PlaceError::Load(LoadError::Device(DeviceError::Driver { .. }))
+        ),
+        "{error}"
+    );
+    let text = error.to_string();
+    for words in [
+        "cuda:0",
+        "cuMemCreate of ",
+        "MiB",
+        "CUDA_ERROR_OUT_OF_MEMORY",
+    ] {
+        assert!(text.contains(words), "{text}");
+    }
+}
+
+#[test]
+fn what_others_take_after_the_plan_is_seen_before_memory_is_taken() {
+    let setup = Setup::default();
+    let Some(stand_in) = stand_in(&setup) else {
+        return;
+    };
+    let directory = decoder(2);
+    let planned = Planned::new(directory.path(), &["cuda:0"], &[]);
+    stand_in.take(0, setup.devices[0] - MIB);
+    let error = planned.try_load(&LoadOptions::default()).unwrap_err();
+    assert!(
+        matches!(
+            error,
+            LoadError::Device(DeviceError::OutOfMemory { have: MIB, .. })
+        ),
+        "{error}"
+    );
+    drop(planned);
+    let report = stand_in.report();
+    report.is_clean("taken");
+    assert!(
+        report
+            .calls
+            .iter()
+            .all(|call| call != "cuMemAddressReserve")
+    );
+}
