@@ -98,11 +98,7 @@ impl Callbacks {
         if let Some(callback) = self.0.progress {
             // SAFETY: the caller gave the function with the data it is for.
             unsafe {
-                callback(
-                    progress.bytes_read,
-                    progress.bytes_total,
-                    self.0.user_data,
-                );
+                callback(progress.bytes_read, progress.bytes_total, self.0.user_data);
             }
         }
     }

@@ -12,11 +12,9 @@ use tightfit::status::Status;
 use tightfit::types::{QuantType, elements};
 use tightfit_kernels::FloatType;
 
-use crate::boundary::{
-    Error, Growing, array_mut, c_string, call, object, take, text, write_sized,
-};
-use crate::load::{TightfitDeviceUse, device_use, give_report};
 use crate::TightfitStatus;
+use crate::boundary::{Error, Growing, array_mut, c_string, call, object, take, text, write_sized};
+use crate::load::{TightfitDeviceUse, device_use, give_report};
 
 /// The elements themselves, row-major.
 pub const TIGHTFIT_PART_DATA: u32 = 0;

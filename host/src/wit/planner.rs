@@ -106,7 +106,5 @@ impl Planner {
 }
 
 fn converted(answer: Result<wit::Proposal, wit::Refusal>) -> Result<Proposal, Refusal> {
-    answer
-        .map(convert::proposal)
-        .map_err(convert::refusal)
+    answer.map(convert::proposal).map_err(convert::refusal)
 }
