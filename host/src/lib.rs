@@ -19,6 +19,7 @@ pub mod plan;
 pub mod policy;
 pub mod report;
 pub mod save;
+pub mod status;
 pub mod synth;
 pub mod types;
 #[cfg(feature = "wit")]

@@ -8,7 +8,7 @@ use tightfit_kernels::{BlockSize, FloatType, KernelError, Kernels};
 use crate::checkpoint::{Checkpoint, Quantized};
 use crate::device::{DeviceAddress, DeviceError, Reservation};
 use crate::load::{LoadStats, float_type};
-use crate::plan::{PartKind, Plan, PlannedTensor};
+use crate::plan::{PartKind, Plan, PlannedPart, PlannedTensor};
 use crate::types::{DType, Format, QuantType, elements};
 
 /// A loaded model. Dropping it gives its memory back.
@@ -116,6 +116,13 @@ impl Model {
             .map(|&index| Tensor { model: self, index })
     }
 
+    /// The tensor with this index in the checkpoint. `None` for what was not loaded.
+    pub fn tensor_at(&self, index: usize) -> Option<Tensor<'_>> {
+        let planned = self.plan.tensors.get(index)?;
+        planned.placement.device?;
+        Some(Tensor { model: self, index })
+    }
+
     /// Every loaded tensor, in checkpoint order.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor<'_>> {
         (0..self.tensors.len())
@@ -163,6 +170,16 @@ impl<'m> Tensor<'m> {
     fn reservation(&self) -> Option<&'m dyn Reservation> {
         let device = self.planned().placement.device? as usize;
         self.model.memory.get(device)?.as_deref()
+    }
+
+    /// Its index in the checkpoint and in the plan.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Its parts, in the order of their offsets on its device.
+    pub fn parts(&self) -> &'m [PlannedPart] {
+        &self.planned().parts
     }
 
     /// Its key in the checkpoint.

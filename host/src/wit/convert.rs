@@ -1,6 +1,5 @@
 //! Between the generated types and our own.
 
-#[cfg(feature = "wasm-policies")]
 pub(crate) use policy::*;
 
 use super::bindings::tightfit::host::types;
@@ -15,7 +14,6 @@ macro_rules! same_cases {
             match given { $(Theirs::$wit => $ours::$case),* }
         }
 
-        #[cfg_attr(not(feature = "wasm-policies"), allow(dead_code))]
         fn $to_theirs(given: $ours) -> $theirs {
             use $theirs as Theirs;
             match given { $($ours::$case => Theirs::$wit),* }
@@ -40,7 +38,6 @@ pub(crate) fn format(format: types::Format) -> Format {
     }
 }
 
-#[cfg(feature = "wasm-policies")]
 fn wit_format(format: Format) -> types::Format {
     match format {
         Format::Stored => types::Format::Stored,
@@ -55,7 +52,6 @@ fn wit_format(format: Format) -> types::Format {
     }
 }
 
-#[cfg(feature = "wasm-policies")]
 mod policy {
     use super::super::bindings::exports::tightfit::host::planner;
     use super::super::bindings::tightfit::host::types;

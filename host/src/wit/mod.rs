@@ -3,12 +3,19 @@
 //! 1. Keep a [`Context`] in the data of your store.
 //! 2. Implement [`View`] for that data.
 //! 3. Call [`add_to_linker`].
+//! 4. Instantiate a policy and ask it through [`Planner`].
+//!
+//! Asynchronous stores need nothing else: the host functions are added by the same
+//! [`add_to_linker`], and with the feature `wit-async` a [`Planner`] can be awaited.
 //!
 //! No engine is made and no guest is called here; the runner in [`crate::policy`] is one user of
 //! this module and another application's linker can be the next. Host functions never block.
 
 pub mod bindings;
 pub(crate) mod convert;
+mod planner;
+
+pub use planner::Planner;
 
 use wasmtime::component::{HasData, Linker};
 

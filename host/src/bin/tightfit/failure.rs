@@ -8,8 +8,9 @@ use tightfit::device::DeviceError;
 use tightfit::hub::HubError;
 use tightfit::load::{LoadError, PlaceError};
 use tightfit::plan::ProposeError;
-use tightfit::policy::{PolicyError, RefusalReason};
+use tightfit::policy::PolicyError;
 use tightfit::save::SaveError;
+use tightfit::status::Status;
 use tightfit::synth::SynthError;
 use tightfit_kernels::KernelError;
 
@@ -64,14 +65,6 @@ impl From<PolicyError> for Failure {
     }
 }
 
-const OTHER: u8 = 1;
-const USAGE: u8 = 2;
-const CHECKPOINT: u8 = 3;
-const DOES_NOT_FIT: u8 = 4;
-const POLICY: u8 = 5;
-const DEVICE: u8 = 6;
-const INTERRUPTED: u8 = 130;
-
 impl Failure {
     /// Why there is no plan, if that is what happened.
     fn no_plan(&self) -> Option<&ProposeError> {
@@ -85,7 +78,7 @@ impl Failure {
     /// Whether this is the policy's answer to the model and the devices, not a fault.
     pub(crate) fn is_refusal(&self) -> bool {
         self.no_plan()
-            .is_some_and(|error| propose_status(error) == DOES_NOT_FIT)
+            .is_some_and(|error| Status::from(error) == Status::DoesNotFit)
     }
 
     /// The limit that a policy ran into, if that is what happened.
@@ -97,80 +90,46 @@ impl Failure {
     }
 
     /// The exit status, as `tightfit --help` lists them.
-    pub(crate) fn status(&self) -> u8 {
+    pub(crate) fn status(&self) -> Status {
         match self {
-            Failure::Checkpoint(_) => CHECKPOINT,
-            Failure::Hub(HubError::Cancelled) => INTERRUPTED,
-            Failure::Hub(_) => CHECKPOINT,
-            Failure::Propose(error) => propose_status(error),
-            Failure::Place(error) => match error {
-                PlaceError::Propose(error) => propose_status(error),
-                PlaceError::Revised { source, .. } => propose_status(source),
-                PlaceError::Load(error) => load_status(error),
-            },
-            Failure::Load(error) => load_status(error),
+            Failure::Checkpoint(_) => Status::Checkpoint,
+            Failure::Hub(HubError::Cancelled) => Status::Interrupted,
+            Failure::Hub(_) => Status::Checkpoint,
+            Failure::Propose(error) => error.into(),
+            Failure::Place(error) => error.into(),
+            Failure::Load(error) => error.into(),
             Failure::Save(error) => match error {
                 SaveError::Exists { .. }
                 | SaveError::NotADirectoryName { .. }
-                | SaveError::HeaderTooLarge { .. } => USAGE,
+                | SaveError::HeaderTooLarge { .. } => Status::Usage,
                 SaveError::Io { .. } | SaveError::Checkpoint(_) | SaveError::SameName { .. } => {
-                    CHECKPOINT
+                    Status::Checkpoint
                 }
-                SaveError::Load(error) => load_status(error),
+                SaveError::Load(error) => error.into(),
                 SaveError::Plan(_)
                 | SaveError::Size(_)
                 | SaveError::Kernel(_)
-                | SaveError::OtherPlan => OTHER,
-                SaveError::Cancelled => INTERRUPTED,
+                | SaveError::OtherPlan => Status::Other,
+                SaveError::Cancelled => Status::Interrupted,
             },
-            Failure::Device(DeviceError::NamedTwice { .. }) => USAGE,
-            Failure::Device(_) => DEVICE,
+            Failure::Device(error) => error.into(),
             Failure::Synth(error) => match error {
-                SynthError::Cancelled => INTERRUPTED,
+                SynthError::Cancelled => Status::Interrupted,
                 SynthError::UnknownPreset { .. }
                 | SynthError::NotEmpty { .. }
-                | SynthError::NotADirectory { .. } => USAGE,
-                SynthError::Io { .. } | SynthError::Unsupported { .. } => CHECKPOINT,
+                | SynthError::NotADirectory { .. } => Status::Usage,
+                SynthError::Io { .. } | SynthError::Unsupported { .. } => Status::Checkpoint,
             },
-            Failure::Kernel(_) => USAGE,
-            Failure::NobodysSetting { .. } => USAGE,
-            Failure::BothRefuse { .. } => DOES_NOT_FIT,
-            Failure::Check(CheckError::Cancelled) => INTERRUPTED,
-            Failure::Check(_) => USAGE,
+            Failure::Kernel(_) => Status::Usage,
+            Failure::NobodysSetting { .. } => Status::Usage,
+            Failure::BothRefuse { .. } => Status::DoesNotFit,
+            Failure::Check(CheckError::Cancelled) => Status::Interrupted,
+            Failure::Check(_) => Status::Usage,
             Failure::Unexpected { .. }
             | Failure::Report { .. }
             | Failure::TemporaryDirectory(_)
             | Failure::Output(_)
-            | Failure::Picture { .. } => OTHER,
+            | Failure::Picture { .. } => Status::Other,
         }
-    }
-}
-
-fn propose_status(error: &ProposeError) -> u8 {
-    match error {
-        ProposeError::Policy(error) => match error {
-            PolicyError::Refused { refusal, .. } => match refusal.reason {
-                RefusalReason::BadSetting => USAGE,
-                RefusalReason::DoesNotFit | RefusalReason::Unsupported => DOES_NOT_FIT,
-            },
-            PolicyError::Failed { .. } => POLICY,
-            PolicyError::UnknownSetting { .. }
-            | PolicyError::RepeatedSetting { .. }
-            | PolicyError::Unknown { .. }
-            | PolicyError::Unreadable { .. } => USAGE,
-        },
-        ProposeError::FormatRule(_) => USAGE,
-        ProposeError::BadPlan { .. } => POLICY,
-        ProposeError::DoesNotFit { .. } => DOES_NOT_FIT,
-    }
-}
-
-fn load_status(error: &LoadError) -> u8 {
-    match error {
-        LoadError::Checkpoint(_) | LoadError::NonFinite { .. } => CHECKPOINT,
-        LoadError::Device(_) | LoadError::NoTransfer { .. } => DEVICE,
-        LoadError::Staging(_) => USAGE,
-        LoadError::OtherPlan | LoadError::Kernel(_) => OTHER,
-        LoadError::Cancelled => INTERRUPTED,
     }
 }

@@ -1,0 +1,613 @@
+// The C interface of Tightfit, made by cbindgen from host/c/src: do not edit.
+//
+// Objects are opaque. What a function gives through `out` belongs to the caller and goes back to the
+// function that the description names. Everything else that a pointer leads to belongs to the
+// object it came from.
+//
+// Every function can be called from any thread, and on one object from several threads at once,
+// except for the functions that close, free or unload it.
+//
+// Functions that can fail give a status; tightfit_last_error then says what, where, need and have,
+// in the same thread. NULL where something is needed, a text that is not UTF-8 or an index out of
+// range is TIGHTFIT_STATUS_USAGE and never a crash. No Rust panic leaves a function: it is
+// TIGHTFIT_STATUS_OTHER. Texts end with a zero byte.
+//
+// Structures that begin with `struct_size` grow at their end: set it to the structure's size before
+// each call, and a program compiled against an older header runs with a newer library and vice versa.
+// What the library does not know it sets to zero.
+
+#ifndef TIGHTFIT_H
+#define TIGHTFIT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+// The elements themselves, row-major.
+#define TIGHTFIT_PART_DATA 0
+
+// Two 4-bit codes in a byte, the earlier element in the high half.
+#define TIGHTFIT_PART_CODES 1
+
+// One scale per block: a float, or a uint8_t under double quantization.
+#define TIGHTFIT_PART_ABSMAX 2
+
+// One float per 256 scales; double quantization only.
+#define TIGHTFIT_PART_NESTED_ABSMAX 3
+
+// How a call ended. The values are those of the command's exit statuses.
+typedef enum {
+  // It was done.
+  TIGHTFIT_STATUS_DONE = 0,
+  // Something that none of the others says, also a fault of the library's.
+  TIGHTFIT_STATUS_OTHER = 1,
+  // The call is wrong: a NULL, a text that is not UTF-8, an index, a setting, a name.
+  TIGHTFIT_STATUS_USAGE = 2,
+  // The checkpoint is invalid or unreadable.
+  TIGHTFIT_STATUS_CHECKPOINT = 3,
+  // The model does not fit on the devices, or the policy refuses it.
+  TIGHTFIT_STATUS_DOES_NOT_FIT = 4,
+  // The policy itself failed: a trap, a limit, a bad plan.
+  TIGHTFIT_STATUS_POLICY = 5,
+  // A device failed or has less memory than it said.
+  TIGHTFIT_STATUS_DEVICE = 6,
+  // It was cancelled.
+  TIGHTFIT_STATUS_INTERRUPTED = 130,
+} TightfitStatus;
+
+// A checkpoint whose files are open and whose headers have been checked. Can be used from several
+// threads at once.
+typedef struct TightfitCheckpoint TightfitCheckpoint;
+
+// Devices in a fixed order. Can be used from several threads at once; every model that is loaded
+// on them counts in their statistics.
+typedef struct TightfitDevices TightfitDevices;
+
+// A loaded model. Can be used from several threads at once, but not while or after it is unloaded.
+// It needs neither checkpoint nor devices nor policy to stay open.
+typedef struct TightfitModel TightfitModel;
+
+// Where everything would go. Can be used from several threads at once.
+typedef struct TightfitPlan TightfitPlan;
+
+// A compiled policy. Can be used from several threads at once.
+typedef struct TightfitPolicy TightfitPolicy;
+
+// A name and a value: a policy's setting or limit, as in `--set name=value`.
+typedef struct {
+  // NUL-terminated UTF-8.
+  const char *name;
+  // NUL-terminated UTF-8.
+  const char *value;
+} TightfitSetting;
+
+// What one device holds or will hold, in bytes. The library fills as much as `struct_size` says;
+// later versions add fields at the end.
+typedef struct {
+  // Set by the caller: sizeof(TightfitDeviceUse).
+  size_t struct_size;
+  // For example "sim:0". Owned by the plan or model.
+  const char *name;
+  // What may be used in all.
+  uint64_t capacity;
+  // What is stored there.
+  uint64_t allocated;
+  // The same after alignment.
+  uint64_t padded;
+  // What is taken from the device for it.
+  uint64_t reserved;
+  // The most that was stored there at any time; in a plan, what will be.
+  uint64_t peak_allocated;
+  // The most after alignment.
+  uint64_t peak_padded;
+  // The most that was taken from the device.
+  uint64_t peak_reserved;
+  // What the policy leaves free.
+  uint64_t headroom;
+  // Tensors stored there.
+  uint64_t tensors;
+} TightfitDeviceUse;
+
+// How to load. Zero everywhere but in `struct_size` means the defaults.
+typedef struct {
+  // Set by the caller: sizeof(TightfitLoadOptions).
+  size_t struct_size;
+  // Worker threads; 0: as many as the machine has cores.
+  size_t threads;
+  // Upper bound of host staging in bytes; 0: 64 MiB.
+  uint64_t staging_bytes;
+  // Nonzero: blocks with infinities or NaN are an error.
+  uint32_t strict;
+  // NULL, or called after every chunk (at most 512 KiB) with the bytes that are in their place and
+  // the bytes of all. Calls come from several threads at once and not in the order of the bytes;
+  // they end before tightfit_load returns. May call this library. Must not throw, longjmp or end
+  // its thread.
+  void (*progress)(uint64_t bytes_done, uint64_t bytes_total, void *user_data);
+  // NULL, or asked before reading starts and after every chunk, under the same rules: nonzero
+  // ends the load with TIGHTFIT_STATUS_INTERRUPTED and gives everything back.
+  int32_t (*cancelled)(void *user_data);
+  // Given to both. What it points to must bear use from several threads.
+  void *user_data;
+} TightfitLoadOptions;
+
+// One loaded tensor. The library fills as much as `struct_size` says; later versions add fields at
+// the end. Pointers are owned by the model and valid until it is unloaded.
+typedef struct {
+  // Set by the caller: sizeof(TightfitTensor).
+  size_t struct_size;
+  // Its index among the loaded tensors.
+  size_t index;
+  // Its key in the checkpoint, NUL-terminated UTF-8.
+  const char *name;
+  // Type of its elements in the checkpoint as safetensors names it, for example "BF16".
+  const char *dtype;
+  // How it is stored: "stored", "cast:bf16", "nf4", "nf4+double", "nf4/128".
+  const char *format;
+  // Name of its device, for example "sim:0".
+  const char *device_name;
+  // Index of its device.
+  size_t device;
+  // Row-major shape in elements: `rank` numbers.
+  const uint64_t *shape;
+  // Number of dimensions; 0 for a scalar.
+  size_t rank;
+  // Number of elements.
+  uint64_t elements;
+  // Number of its parts.
+  size_t parts;
+  // "nf4" or "fp4" for a 4-bit weight, quantized while loading or before; otherwise NULL.
+  const char *quant_type;
+  // Elements that share a scale; 0 if it is not a 4-bit weight.
+  uint32_t block_size;
+  // Nonzero if its scales are stored in 8 bits.
+  uint32_t double_quantized;
+  // The mean of the scales of a double-quantized weight, to be added to each.
+  float nested_offset;
+} TightfitTensor;
+
+// One stored part of a tensor. Growing as TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitPart).
+  size_t struct_size;
+  // What it holds: TIGHTFIT_PART_...
+  uint32_t kind;
+  // First byte in the device's reservation, a multiple of 256.
+  uint64_t offset;
+  // Length in bytes.
+  uint64_t length;
+  // The bytes in place, where the processor can read the device's memory; otherwise NULL. Read
+  // only, valid until the model is unloaded. Any address where the length is 0.
+  const uint8_t *host;
+} TightfitPart;
+
+// What a load took. Growing as TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitLoadStatistics).
+  size_t struct_size;
+  // Time of the reservations, and from there to the last byte.
+  double seconds;
+  // Bytes read from the checkpoint.
+  uint64_t bytes_read;
+  // Tensors that were quantized.
+  uint64_t quantized;
+  // Tensors that were stored as they are or cast.
+  uint64_t stored;
+  // Blocks with infinities or NaN among what was quantized.
+  uint64_t nonfinite_blocks;
+  // Bytes of host staging.
+  uint64_t staging_bytes;
+  // Bytes allowed for the scales of double-quantized tensors in flight.
+  uint64_t scratch_bytes;
+} TightfitLoadStatistics;
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+// The library's version, for example "0.1.0". Static: never freed. From any thread.
+const char *tightfit_version(void);
+
+// One sentence about the last call that failed in this thread; empty if none has. Calls that
+// succeed leave it. Owned by the library, valid until the next call in this thread that fails.
+const char *tightfit_last_error(void);
+
+// Asks a policy where everything goes, without taking memory or reading weights. On success `*out`
+// is a plan for tightfit_plan_free; otherwise it is NULL.
+//
+// # Safety
+// The handles are open; `settings` has `setting_count` entries and may be NULL with a count of 0;
+// `out` can be written.
+TightfitStatus tightfit_plan_make(const TightfitCheckpoint *checkpoint,
+                                  const TightfitPolicy *policy,
+                                  const TightfitDevices *devices,
+                                  const TightfitSetting *settings,
+                                  size_t setting_count,
+                                  TightfitPlan **out);
+
+// Frees a plan and sets `*plan` to NULL. NULL, or a pointer to NULL, does nothing.
+//
+// # Safety
+// `*plan` came from tightfit_plan_make, and no other call uses it now or later.
+void tightfit_plan_free(TightfitPlan **plan);
+
+// What device `index` of a plan will hold.
+//
+// # Safety
+// `plan` is alive; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_plan_device(const TightfitPlan *plan, size_t index, TightfitDeviceUse *out);
+
+// The report of a plan as JSON, as `tightfit plan --json` writes it; with `placements` nonzero,
+// with every tensor. On success `*out` is for tightfit_string_free; otherwise it is NULL.
+//
+// # Safety
+// `plan` is alive; `out` can be written.
+TightfitStatus tightfit_plan_report(const TightfitPlan *plan, uint32_t placements, char **out);
+
+// Frees a text that the library gave away and sets `*string` to NULL. NULL, or a pointer to NULL,
+// does nothing.
+//
+// # Safety
+// `*string` came from this library, unchanged, and no other call uses it now or later.
+void tightfit_string_free(char **string);
+
+// Asks a policy for a plan, takes its memory, and loads. Where a device has less memory than it
+// said, the policy is asked again. On success `*out` is a model for tightfit_model_unload;
+// otherwise it is NULL and everything has been given back. Blocks; several loads may run at once.
+//
+// # Safety
+// The handles are open; `settings` has `setting_count` entries and may be NULL with a count of 0;
+// `options` is NULL (defaults) or has its `struct_size` set and callbacks that keep the rules
+// stated there; `out` can be written.
+TightfitStatus tightfit_load(const TightfitCheckpoint *checkpoint,
+                             const TightfitPolicy *policy,
+                             const TightfitDevices *devices,
+                             const TightfitSetting *settings,
+                             size_t setting_count,
+                             const TightfitLoadOptions *options,
+                             TightfitModel **out);
+
+// Unloads a model, which gives its memory back, and sets `*model` to NULL: unloading twice through
+// one variable is harmless. NULL, or a pointer to NULL, does nothing.
+//
+// # Safety
+// `*model` came from tightfit_load; no other call uses it or what it owns now or later.
+void tightfit_model_unload(TightfitModel **model);
+
+// The number of loaded tensors; 0 for NULL.
+//
+// # Safety
+// `model` is NULL or loaded.
+size_t tightfit_model_tensor_count(const TightfitModel *model);
+
+// Looks up a tensor by its index, from 0 to the count, in checkpoint order.
+//
+// # Safety
+// `model` is loaded; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_model_tensor(const TightfitModel *model, size_t index, TightfitTensor *out);
+
+// Looks up a tensor by its name, also by the name that it is tied to.
+//
+// # Safety
+// `model` is loaded; `name` is NUL-terminated; `out` points to a structure whose `struct_size` is
+// set.
+TightfitStatus tightfit_model_find(const TightfitModel *model,
+                                   const char *name,
+                                   TightfitTensor *out);
+
+// One part of a tensor: where it is, and a pointer to it where the processor can read it.
+//
+// # Safety
+// `model` is loaded; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_model_part(const TightfitModel *model,
+                                   size_t tensor,
+                                   size_t part,
+                                   TightfitPart *out);
+
+// Copies the part of this kind (TIGHTFIT_PART_...) of a tensor, wherever it is, into `buffer`,
+// whose `length` must be that of the part.
+//
+// # Safety
+// `model` is loaded; `buffer` has `length` bytes that nobody else uses meanwhile.
+TightfitStatus tightfit_model_read_part(const TightfitModel *model,
+                                        size_t tensor,
+                                        uint32_t kind,
+                                        uint8_t *buffer,
+                                        size_t length);
+
+// Dequantizes or converts a tensor into `buffer`, row-major, whose `count` must be its number of
+// elements. An error for elements that are not floating-point numbers.
+//
+// # Safety
+// `model` is loaded; `buffer` has `count` elements that nobody else uses meanwhile.
+TightfitStatus tightfit_model_to_f32(const TightfitModel *model,
+                                     size_t tensor,
+                                     float *buffer,
+                                     size_t count);
+
+// The number of devices, also of those that hold nothing; 0 for NULL.
+//
+// # Safety
+// `model` is NULL or loaded.
+size_t tightfit_model_device_count(const TightfitModel *model);
+
+// What device `index` holds now, measured. Other models on the same devices count too, but for
+// headroom and the number of tensors.
+//
+// # Safety
+// `model` is loaded; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_model_device(const TightfitModel *model,
+                                     size_t index,
+                                     TightfitDeviceUse *out);
+
+// What the load took.
+//
+// # Safety
+// `model` is loaded; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_model_statistics(const TightfitModel *model, TightfitLoadStatistics *out);
+
+// The report of the load as JSON, as `tightfit load --json` writes it; with `placements` nonzero,
+// with every tensor. Its figures are those of the end of the load. On success `*out` is for
+// tightfit_string_free; otherwise it is NULL.
+//
+// # Safety
+// `model` is loaded; `out` can be written.
+TightfitStatus tightfit_model_report(const TightfitModel *model, uint32_t placements, char **out);
+
+// Opens the checkpoint at `path`, a directory, an index or a `.safetensors` file, and reads what
+// is in it; no weights. On success `*out` is a checkpoint for tightfit_checkpoint_close; otherwise
+// it is NULL.
+//
+// # Safety
+// `path` is NUL-terminated; `out` can be written.
+TightfitStatus tightfit_checkpoint_open(const char *path, TightfitCheckpoint **out);
+
+// Closes a checkpoint and sets `*checkpoint` to NULL. Plans and models made from it keep what they
+// need. NULL, or a pointer to NULL, does nothing.
+//
+// # Safety
+// `*checkpoint` came from tightfit_checkpoint_open, and no other call uses it now or later.
+void tightfit_checkpoint_close(TightfitCheckpoint **checkpoint);
+
+// The number of tensors in a checkpoint, and their bytes. Either pointer may be NULL.
+//
+// # Safety
+// `checkpoint` is open; the others are NULL or can be written.
+TightfitStatus tightfit_checkpoint_size(const TightfitCheckpoint *checkpoint,
+                                        size_t *tensors,
+                                        uint64_t *bytes);
+
+// Opens devices in the given order, for example "sim:8GiB", "cpu" or "cpu:16GiB"; with a count of
+// 0, what the library takes by itself. No memory is taken. On success `*out` is for
+// tightfit_devices_close; otherwise it is NULL.
+//
+// # Safety
+// `specs` has `count` NUL-terminated texts; `out` can be written.
+TightfitStatus tightfit_devices_open(const char *const *specs, size_t count, TightfitDevices **out);
+
+// Closes devices and sets `*devices` to NULL. Models that are loaded on them keep them. NULL, or a
+// pointer to NULL, does nothing.
+//
+// # Safety
+// `*devices` came from tightfit_devices_open, and no other call uses it now or later.
+void tightfit_devices_close(TightfitDevices **devices);
+
+// Compiles a policy: a built-in one by its name ("auto" is the default of the command), or a file.
+// It runs sandboxed; `limits` (may be NULL with a count of 0) change what it may use, by the names
+// of `--policy-limit`. On success `*out` is for tightfit_policy_close; otherwise it is NULL.
+//
+// # Safety
+// `name` is NUL-terminated; `limits` has `limit_count` entries; `out` can be written.
+TightfitStatus tightfit_policy_open(const char *name,
+                                    const TightfitSetting *limits,
+                                    size_t limit_count,
+                                    TightfitPolicy **out);
+
+// Drops a compiled policy and sets `*policy` to NULL. Plans and models do not need it any more.
+// NULL, or a pointer to NULL, does nothing.
+//
+// # Safety
+// `*policy` came from tightfit_policy_open, and no other call uses it now or later.
+void tightfit_policy_close(TightfitPolicy **policy);
+
+// Opens the checkpoint at `path`, a directory, an index or a `.safetensors` file, and reads what
+// is in it; no weights. On success `*out` is a checkpoint for tightfit_checkpoint_close; otherwise
+// it is NULL.
+//
+// # Safety
+// `path` is NUL-terminated; `out` can be written.
+TightfitStatus tightfit_checkpoint_open(const char *path, TightfitCheckpoint **out);
+
+// Closes a checkpoint and sets `*checkpoint` to NULL. Plans and models made from it keep what they
+// need. NULL, or a pointer to NULL, does nothing.
+//
+// # Safety
+// `*checkpoint` came from tightfit_checkpoint_open, and no other call uses it now or later.
+void tightfit_checkpoint_close(TightfitCheckpoint **checkpoint);
+
+// The number of tensors in a checkpoint, and their bytes. Either pointer may be NULL.
+//
+// # Safety
+// `checkpoint` is open; the others are NULL or can be written.
+TightfitStatus tightfit_checkpoint_size(const TightfitCheckpoint *checkpoint,
+                                        size_t *tensors,
+                                        uint64_t *bytes);
+
+// Opens devices in the given order, for example "sim:8GiB", "cpu" or "cpu:16GiB"; with a count of
+// 0, what the library takes by itself. No memory is taken. On success `*out` is for
+// tightfit_devices_close; otherwise it is NULL.
+//
+// # Safety
+// `specs` has `count` NUL-terminated texts; `out` can be written.
+TightfitStatus tightfit_devices_open(const char *const *specs, size_t count, TightfitDevices **out);
+
+// Closes devices and sets `*devices` to NULL. Models that are loaded on them keep them. NULL, or a
+// pointer to NULL, does nothing.
+//
+// # Safety
+// `*devices` came from tightfit_devices_open, and no other call uses it now or later.
+void tightfit_devices_close(TightfitDevices **devices);
+
+// Compiles a policy: a built-in one by its name ("auto" is the default of the command), or a file.
+// It runs sandboxed; `limits` (may be NULL with a count of 0) change what it may use, by the names
+// of `--policy-limit`. On success `*out` is for tightfit_policy_close; otherwise it is NULL.
+//
+// # Safety
+// `name` is NUL-terminated; `limits` has `limit_count` entries; `out` can be written.
+TightfitStatus tightfit_policy_open(const char *name,
+                                    const TightfitSetting *limits,
+                                    size_t limit_count,
+                                    TightfitPolicy **out);
+
+// Drops a compiled policy and sets `*policy` to NULL. Plans and models do not need it any more.
+// NULL, or a pointer to NULL, does nothing.
+//
+// # Safety
+// `*policy` came from tightfit_policy_open, and no other call uses it now or later.
+void tightfit_policy_close(TightfitPolicy **policy);
+
+// Asks a policy where everything goes, without taking memory or reading weights. On success `*out`
+// is a plan for tightfit_plan_free; otherwise it is NULL.
+//
+// # Safety
+// The handles are open; `settings` has `setting_count` entries and may be NULL with a count of 0;
+// `out` can be written.
+TightfitStatus tightfit_plan_make(const TightfitCheckpoint *checkpoint,
+                                  const TightfitPolicy *policy,
+                                  const TightfitDevices *devices,
+                                  const TightfitSetting *settings,
+                                  size_t setting_count,
+                                  TightfitPlan **out);
+
+// Frees a plan and sets `*plan` to NULL. NULL, or a pointer to NULL, does nothing.
+//
+// # Safety
+// `*plan` came from tightfit_plan_make, and no other call uses it now or later.
+void tightfit_plan_free(TightfitPlan **plan);
+
+// What device `index` of a plan will hold.
+//
+// # Safety
+// `plan` is alive; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_plan_device(const TightfitPlan *plan, size_t index, TightfitDeviceUse *out);
+
+// The report of a plan as JSON, as `tightfit plan --json` writes it; with `placements` nonzero,
+// with every tensor. On success `*out` is for tightfit_string_free; otherwise it is NULL.
+//
+// # Safety
+// `plan` is alive; `out` can be written.
+TightfitStatus tightfit_plan_report(const TightfitPlan *plan, uint32_t placements, char **out);
+
+// Frees a text that the library gave away and sets `*string` to NULL. NULL, or a pointer to NULL,
+// does nothing.
+//
+// # Safety
+// `*string` came from this library, unchanged, and no other call uses it now or later.
+void tightfit_string_free(char **string);
+
+// Asks a policy for a plan, takes its memory, and loads. Where a device has less memory than it
+// said, the policy is asked again. On success `*out` is a model for tightfit_model_unload;
+// otherwise it is NULL and everything has been given back. Blocks; several loads may run at once.
+//
+// # Safety
+// The handles are open; `settings` has `setting_count` entries and may be NULL with a count of 0;
+// `options` is NULL (defaults) or has its `struct_size` set and callbacks that keep the rules
+// stated there; `out` can be written.
+TightfitStatus tightfit_load(const TightfitCheckpoint *checkpoint,
+                             const TightfitPolicy *policy,
+                             const TightfitDevices *devices,
+                             const TightfitSetting *settings,
+                             size_t setting_count,
+                             const TightfitLoadOptions *options,
+                             TightfitModel **out);
+
+// Unloads a model, which gives its memory back, and sets `*model` to NULL: unloading twice through
+// one variable is harmless. NULL, or a pointer to NULL, does nothing.
+//
+// # Safety
+// `*model` came from tightfit_load; no other call uses it or what it owns now or later.
+void tightfit_model_unload(TightfitModel **model);
+
+// The number of loaded tensors; 0 for NULL.
+//
+// # Safety
+// `model` is NULL or loaded.
+size_t tightfit_model_tensor_count(const TightfitModel *model);
+
+// Looks up a tensor by its index, from 0 to the count, in checkpoint order.
+//
+// # Safety
+// `model` is loaded; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_model_tensor(const TightfitModel *model, size_t index, TightfitTensor *out);
+
+// Looks up a tensor by its name, also by the name that it is tied to.
+//
+// # Safety
+// `model` is loaded; `name` is NUL-terminated; `out` points to a structure whose `struct_size` is
+// set.
+TightfitStatus tightfit_model_find(const TightfitModel *model,
+                                   const char *name,
+                                   TightfitTensor *out);
+
+// One part of a tensor: where it is, and a pointer to it where the processor can read it.
+//
+// # Safety
+// `model` is loaded; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_model_part(const TightfitModel *model,
+                                   size_t tensor,
+                                   size_t part,
+                                   TightfitPart *out);
+
+// Copies the part of this kind (TIGHTFIT_PART_...) of a tensor, wherever it is, into `buffer`,
+// whose `length` must be that of the part.
+//
+// # Safety
+// `model` is loaded; `buffer` has `length` bytes that nobody else uses meanwhile.
+TightfitStatus tightfit_model_read_part(const TightfitModel *model,
+                                        size_t tensor,
+                                        uint32_t kind,
+                                        uint8_t *buffer,
+                                        size_t length);
+
+// Dequantizes or converts a tensor into `buffer`, row-major, whose `count` must be its number of
+// elements. An error for elements that are not floating-point numbers.
+//
+// # Safety
+// `model` is loaded; `buffer` has `count` elements that nobody else uses meanwhile.
+TightfitStatus tightfit_model_to_f32(const TightfitModel *model,
+                                     size_t tensor,
+                                     float *buffer,
+                                     size_t count);
+
+// The number of devices, also of those that hold nothing; 0 for NULL.
+//
+// # Safety
+// `model` is NULL or loaded.
+size_t tightfit_model_device_count(const TightfitModel *model);
+
+// What device `index` holds now, measured. Other models on the same devices count too, but for
+// headroom and the number of tensors.
+//
+// # Safety
+// `model` is loaded; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_model_device(const TightfitModel *model,
+                                     size_t index,
+                                     TightfitDeviceUse *out);
+
+// What the load took.
+//
+// # Safety
+// `model` is loaded; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_model_statistics(const TightfitModel *model, TightfitLoadStatistics *out);
+
+// The report of the load as JSON, as `tightfit load --json` writes it; with `placements` nonzero,
+// with every tensor. Its figures are those of the end of the load. On success `*out` is for
+// tightfit_string_free; otherwise it is NULL.
+//
+// # Safety
+// `model` is loaded; `out` can be written.
+TightfitStatus tightfit_model_report(const TightfitModel *model, uint32_t placements, char **out);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* TIGHTFIT_H */

@@ -1,0 +1,73 @@
+//! An application with its own placement rules in Rust: no wasm, no default features.
+//!
+//!     cargo run --release --no-default-features --example native_policy -- MODEL
+
+use std::error::Error;
+use std::path::Path;
+
+use tightfit::checkpoint::Checkpoint;
+use tightfit::device::{Device, HostDevice};
+use tightfit::load::{LoadOptions, load_reserved, place};
+use tightfit::model::Model;
+use tightfit::policy::{Answer, Description, Policy, PolicyError, Proposal, Request};
+use tightfit::types::{Format, Placement};
+
+/// Everything on the first device; matrices of the decoder's layers in NF4.
+struct LayersInNf4;
+
+impl Policy for LayersInNf4 {
+    fn describe(&self) -> Result<Description, PolicyError> {
+        Ok(Description {
+            name: "layers-in-nf4".to_owned(),
+            version: "1".to_owned(),
+            settings: Vec::new(),
+        })
+    }
+
+    fn plan(&self, request: &Request<'_>) -> Result<Answer, PolicyError> {
+        let placements = request.tensors.iter().map(|tensor| {
+            let quantize = tensor.name.contains(".layers.")
+                && tensor.shape.len() == 2
+                && tensor.dtype.is_quantizable();
+            Placement {
+                device: Some(0),
+                format: match quantize {
+                    true => Format::Nf4 {
+                        block_size: 64,
+                        double_quantized: false,
+                    },
+                    false => Format::Stored,
+                },
+            }
+        });
+        Ok(Answer {
+            proposal: Proposal {
+                placements: placements.collect(),
+                headroom: vec![0; request.devices.len()],
+            },
+            fuel: None,
+        })
+    }
+}
+
+pub(crate) fn load(model: &Path) -> Result<Model, Box<dyn Error>> {
+    let checkpoint = Checkpoint::open(model)?;
+    let devices: Vec<Box<dyn Device>> = vec![Box::new(HostDevice::cpu(None))];
+    let placed = place(&checkpoint, &LayersInNf4, &devices, &[])?;
+    Ok(load_reserved(
+        &checkpoint,
+        placed.reserved,
+        &LoadOptions::default(),
+    )?)
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let model = std::env::args()
+        .nth(1)
+        .ok_or("usage: native_policy MODEL")?;
+    let model = load(Path::new(&model))?;
+    for tensor in model.tensors() {
+        println!("{} {}", tensor.name(), tensor.format());
+    }
+    Ok(())
+}
