@@ -1,7 +1,7 @@
 //! The C interface of Tightfit. The header `include/tightfit.h` is made from this crate and says
 //! everything that a caller has to know.
 //!
-//! `unsafe` is here and nowhere else in the host: pointers cross in [`boundary`], the rest is the
+//! `unsafe` is here and nowhere else in the host: pointers cross in `boundary`, the rest is the
 //! library's safe interface.
 #![deny(unsafe_op_in_unsafe_fn)]
 
