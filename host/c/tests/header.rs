@@ -10,13 +10,10 @@ fn the_header_is_what_the_sources_give() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).unwrap();
     let mut made = Vec::new();
-    // File by file, so that cargo need not be asked where they are.
-    ["lib", "open", "load", "model"]
-        .iter()
-        .fold(
-            cbindgen::Builder::new().with_config(config),
-            |builder, name| builder.with_src(root.join(format!("src/{name}.rs"))),
-        )
+    // From there it follows the modules; named too, they would be declared twice.
+    cbindgen::Builder::new()
+        .with_config(config)
+        .with_src(root.join("src/lib.rs"))
         .generate()
         .unwrap()
         .write(&mut made);
