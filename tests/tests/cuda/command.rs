@@ -144,8 +144,10 @@ fn a_driver_that_fails_while_loading_is_quoted_with_status_6() {
     }
     let directory = decoder(1);
     let model = directory.path().to_str().unwrap();
+    // One worker in both runs: the Nth call is the same call only in the same order.
+    let load = ["load", model, "--quiet", "--threads", "1"];
     let (place, books) = with_stand_in(&Setup::default(), None);
-    place.run(&["load", model, "--quiet"]).succeeds();
+    place.run(&load).succeeds();
     let calls = Report::read(&fs::read_to_string(books).unwrap()).calls;
     for call in [
         "cuMemCreate",
@@ -160,7 +162,7 @@ fn a_driver_that_fails_while_loading_is_quoted_with_status_6() {
         };
         let (place, books) = with_stand_in(&setup, None);
         place
-            .run(&["load", model, "--quiet", "--threads", "1"])
+            .run(&load)
             .fails(6, &["cuda:0", "CUDA_ERROR_LAUNCH_FAILED"]);
         Report::read(&fs::read_to_string(books).unwrap()).is_clean(call);
     }
