@@ -10,9 +10,12 @@
 //!
 //! No engine is made and no guest is called here; the runner in [`crate::policy`] is one user of
 //! this module and another application's linker can be the next. Host functions never block.
+//!
+//! Drivers, which load models and use devices' memory, import more: see [`driver`].
 
 pub mod bindings;
 pub(crate) mod convert;
+pub mod driver;
 mod planner;
 
 pub use planner::Planner;
