@@ -158,11 +158,7 @@ mod policy {
 
     pub(crate) fn proposal(given: planner::Proposal) -> Proposal {
         Proposal {
-            placements: given
-                .placements
-                .into_iter()
-                .map(placement)
-                .collect(),
+            placements: given.placements.into_iter().map(placement).collect(),
             headroom: given.headroom,
         }
     }

@@ -102,7 +102,8 @@ impl Buffer {
         while self.written < offset {
             stop.check()?;
             let gap = (offset - self.written).min(ZEROS.len() as u64);
-            self.pool.write(held, self.written, &ZEROS[..gap as usize])?;
+            self.pool
+                .write(held, self.written, &ZEROS[..gap as usize])?;
             self.written += gap;
         }
         self.pool.write(held, offset, bytes)?;

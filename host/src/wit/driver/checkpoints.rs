@@ -6,10 +6,10 @@ use std::sync::{Arc, Weak};
 
 use wasmtime::component::Resource;
 
+use super::DriverContextView;
 use super::bindings::tightfit::host::{checkpoints, types};
 use super::buffer::{Buffer, PIECE};
 use super::error::CallError;
-use super::DriverContextView;
 use crate::checkpoint::Checkpoint;
 use crate::wit::convert;
 use crate::wit::{MESSAGE_LIMIT, truncate};

@@ -104,7 +104,10 @@ impl From<CheckpointError> for CallError {
                 "the checkpoint has been changed since it was opened".to_owned()
             }
             CheckpointError::Io { action, source, .. } => {
-                format!("cannot {action} a file of the checkpoint: {}", source.kind())
+                format!(
+                    "cannot {action} a file of the checkpoint: {}",
+                    source.kind()
+                )
             }
             _ => "it is not a valid checkpoint".to_owned(),
         };

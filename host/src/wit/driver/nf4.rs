@@ -1,9 +1,7 @@
 //! The interface `nf4`: the processor's kernels on buffers, piece by piece, wherever the buffers
 //! are.
 
-use tightfit_kernels::{
-    AbsmaxMean, BlockSize, FloatType, NESTED_BLOCK_SIZE, blocks, packed_bytes,
-};
+use tightfit_kernels::{AbsmaxMean, BlockSize, FloatType, NESTED_BLOCK_SIZE, blocks, packed_bytes};
 
 use super::DriverContextView;
 use super::bindings::tightfit::host::{buffers::Place, nf4, types};
@@ -139,9 +137,13 @@ impl nf4::Host for DriverContextView<'_> {
             (&absmax, absmax_bytes),
         ])?;
         let each = float.bytes() as u64;
-        self.quantize_from(elements, float, block, [&codes, &absmax], |view, first, out| {
-            view.fetch(&source, first * each, out)
-        })
+        self.quantize_from(
+            elements,
+            float,
+            block,
+            [&codes, &absmax],
+            |view, first, out| view.fetch(&source, first * each, out),
+        )
     }
 
     fn quantize_bytes(
@@ -164,11 +166,17 @@ impl nf4::Host for DriverContextView<'_> {
         let elements = (source.len() / float.bytes()) as u64;
         let [code_bytes, absmax_bytes] = quantized_bytes(elements, block)?;
         self.check(&[(&codes, code_bytes), (&absmax, absmax_bytes)])?;
-        self.quantize_from(elements, float, block, [&codes, &absmax], |_, first, out| {
-            let start = first as usize * float.bytes();
-            out.copy_from_slice(&source[start..start + out.len()]);
-            Ok(())
-        })
+        self.quantize_from(
+            elements,
+            float,
+            block,
+            [&codes, &absmax],
+            |_, first, out| {
+                let start = first as usize * float.bytes();
+                out.copy_from_slice(&source[start..start + out.len()]);
+                Ok(())
+            },
+        )
     }
 
     fn dequantize(
@@ -278,7 +286,11 @@ impl nf4::Host for DriverContextView<'_> {
             scales.resize(count, 0.0);
             self.fetch(&codes, first, &mut bytes)?;
             let group = first / NESTED_BLOCK_SIZE as u64;
-            self.fetch(&nested_absmax, 4 * group, bytemuck::cast_slice_mut(&mut nested))?;
+            self.fetch(
+                &nested_absmax,
+                4 * group,
+                bytemuck::cast_slice_mut(&mut nested),
+            )?;
             let kernels = self.context.kernels;
             kernels.dequantize_absmax(&bytes, &nested, mean, &mut scales)?;
             self.store(&absmax, 4 * first, bytemuck::cast_slice(&scales))?;
