@@ -18,6 +18,7 @@ pub mod model;
 pub mod plan;
 pub mod policy;
 pub mod report;
+pub mod sandbox;
 pub mod save;
 pub mod status;
 pub mod synth;

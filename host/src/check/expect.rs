@@ -172,9 +172,10 @@ impl FailureKind {
         }
     }
 
-    pub(super) const fn of(failure: &Failure) -> FailureKind {
-        match failure {
-            Failure::NotAPolicy { .. } => FailureKind::NotAPolicy,
+    /// `None` where the policy is not to blame.
+    pub(super) const fn of(failure: &Failure) -> Option<FailureKind> {
+        Some(match failure {
+            Failure::NotAComponent { .. } | Failure::WrongWorld { .. } => FailureKind::NotAPolicy,
             Failure::TooLarge { .. } => FailureKind::TooLarge,
             Failure::OutOfFuel { .. } => FailureKind::OutOfFuel,
             Failure::Deadline { .. } => FailureKind::Deadline,
@@ -183,7 +184,8 @@ impl FailureKind {
             Failure::StackOverflow => FailureKind::StackOverflow,
             Failure::Panic { .. } => FailureKind::Panic,
             Failure::Trap { .. } => FailureKind::Trap,
-        }
+            Failure::Host { .. } => return None,
+        })
     }
 }
 

@@ -1,12 +1,10 @@
-//! What a policy may use, and the limiter that enforces memory and tables.
+//! What a guest may use.
 
 use std::time::Duration;
 
-use wasmtime::ResourceLimiter;
-
 use crate::types::parse_bytes;
 
-/// What a policy may use. The defaults let policies written in any language plan the largest
+/// What a guest may use. The defaults let policies written in any language plan the largest
 /// models, and stop everything else within seconds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
@@ -71,6 +69,13 @@ pub enum BadLimit {
 const LONGEST: f64 = 86_400.0;
 
 impl Limits {
+    /// Fuel for a call about this many tensors.
+    pub(crate) fn fuel_for(&self, tensors: usize) -> u64 {
+        self.fuel_per_tensor
+            .saturating_mul(tensors as u64)
+            .saturating_add(self.fuel)
+    }
+
     /// What [`Limits::set`] can set. Not the stack: how much there is of it depends on the thread.
     pub const NAMES: [&str; 8] = [
         "fuel",
@@ -128,95 +133,6 @@ impl Limits {
             }
         }
         Ok(())
-    }
-}
-
-/// A limit of [`Limiter`] that was exceeded; kept as the cause of the trap.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Exceeded {
-    #[error("memory: {need} bytes wanted, {limit} allowed")]
-    Memory { need: u64, limit: u64 },
-    #[error("tables: {need} elements wanted, {limit} allowed")]
-    Tables { need: u64, limit: u64 },
-}
-
-/// Sums all memories and all tables of a store: wasmtime's own limits are for each of them.
-#[derive(Debug)]
-pub(super) struct Limiter {
-    memory: u64,
-    memory_limit: u64,
-    tables: u64,
-    tables_limit: u64,
-}
-
-impl Limiter {
-    pub(super) fn new(limits: &Limits) -> Limiter {
-        Limiter {
-            memory: 0,
-            memory_limit: limits.memory,
-            tables: 0,
-            tables_limit: limits.table_elements,
-        }
-    }
-}
-
-/// Component-model adapters and language runtimes bring many small core instances.
-const INSTANCES: usize = 256;
-const TABLES: usize = 256;
-/// Every toolchain's component has one; a second only helps to get around a limit.
-const MEMORIES: usize = 1;
-
-impl ResourceLimiter for Limiter {
-    fn memory_growing(
-        &mut self,
-        current: usize,
-        desired: usize,
-        _maximum: Option<usize>,
-    ) -> wasmtime::Result<bool> {
-        let need = self
-            .memory
-            .saturating_add((desired as u64).saturating_sub(current as u64));
-        if need > self.memory_limit {
-            return Err(Exceeded::Memory {
-                need,
-                limit: self.memory_limit,
-            }
-            .into());
-        }
-        self.memory = need;
-        Ok(true)
-    }
-
-    fn table_growing(
-        &mut self,
-        current: usize,
-        desired: usize,
-        _maximum: Option<usize>,
-    ) -> wasmtime::Result<bool> {
-        let need = self
-            .tables
-            .saturating_add((desired as u64).saturating_sub(current as u64));
-        if need > self.tables_limit {
-            return Err(Exceeded::Tables {
-                need,
-                limit: self.tables_limit,
-            }
-            .into());
-        }
-        self.tables = need;
-        Ok(true)
-    }
-
-    fn instances(&self) -> usize {
-        INSTANCES
-    }
-
-    fn tables(&self) -> usize {
-        TABLES
-    }
-
-    fn memories(&self) -> usize {
-        MEMORIES
     }
 }
 

@@ -1,4 +1,4 @@
-//! What is checked of a policy's bytes before anything is compiled.
+//! What is checked of a guest's bytes before anything is compiled.
 
 use std::borrow::Cow;
 
@@ -9,14 +9,14 @@ use super::{Failure, Limits};
 /// A component ready to be compiled: the input itself, or a core module wrapped into one.
 ///
 /// # Errors
-/// [`Failure::NotAPolicy`] or [`Failure::TooLarge`].
+/// [`Failure::NotAComponent`] or [`Failure::TooLarge`].
 pub(super) fn component<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Cow<'a, [u8]>, Failure> {
-    let not_a_policy = |reason: &str| Failure::NotAPolicy {
+    let not_a_component = |reason: &str| Failure::NotAComponent {
         reason: reason.to_owned(),
     };
     check_size("file", bytes.len() as u64, limits.component)?;
     if !bytes.starts_with(b"\0asm") {
-        return Err(not_a_policy(
+        return Err(not_a_component(
             "not a WebAssembly binary (text and precompiled code are not accepted)",
         ));
     }
@@ -25,14 +25,14 @@ pub(super) fn component<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Cow<'a, 
         return Ok(Cow::Borrowed(bytes));
     }
     if !Parser::is_core_wasm(bytes) {
-        return Err(not_a_policy("an unknown version of WebAssembly"));
+        return Err(not_a_component("an unknown version of WebAssembly"));
     }
     // What wit-bindgen and cargo give: a core module that carries its component type.
     wit_component::ComponentEncoder::default()
         .module(bytes)
         .and_then(|encoder| encoder.validate(true).encode())
         .map(Cow::Owned)
-        .map_err(|error| Failure::NotAPolicy {
+        .map_err(|error| Failure::NotAComponent {
             reason: format!(
                 "a core module that cannot be made a component (was it built with the SDK or wit-bindgen?): {error:#}"
             ),
@@ -59,7 +59,7 @@ fn check_functions(bytes: &[u8], limits: &Limits) -> Result<(), Failure> {
             }
             Ok(_) => {}
             Err(error) => {
-                return Err(Failure::NotAPolicy {
+                return Err(Failure::NotAComponent {
                     reason: format!("damaged: {error}"),
                 });
             }
