@@ -10,6 +10,8 @@
 pub mod check;
 pub mod checkpoint;
 pub mod device;
+#[cfg(feature = "wasm-policies")]
+pub mod driver;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod load;

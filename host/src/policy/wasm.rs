@@ -9,7 +9,7 @@ use wasmtime::Store;
 use wasmtime::component::Linker;
 
 use super::{Answer, Description, Policy, PolicyError, Request};
-use crate::sandbox::{Failure, Limits, Sandbox, State, wrong_world};
+use crate::sandbox::{Failure, Limits, Sandbox, State, read_component, wrong_world};
 use crate::wit::{self, bindings};
 
 /// The policies that are part of the program.
@@ -57,23 +57,11 @@ impl WasmPolicy {
             path: path.to_owned(),
             source,
         };
-        let metadata = std::fs::metadata(path).map_err(unreadable)?;
-        // A pipe can block for ever, and a device such as /dev/zero has no end.
-        if !metadata.is_file() {
-            return Err(unreadable(std::io::Error::other("not a regular file")));
-        }
-        let length = metadata.len();
-        if length > limits.component {
-            return Err(PolicyError::Failed {
-                policy: name.to_owned(),
-                failure: Failure::TooLarge {
-                    what: "file",
-                    have: length,
-                    limit: limits.component,
-                },
-            });
-        }
-        let bytes = std::fs::read(path).map_err(unreadable)?;
+        let bytes = read_component(path, &limits).map_err(unreadable)?;
+        let bytes = bytes.map_err(|failure| PolicyError::Failed {
+            policy: name.to_owned(),
+            failure,
+        })?;
         WasmPolicy::new(name, &bytes, limits)
     }
 

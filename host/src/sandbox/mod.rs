@@ -8,6 +8,8 @@
 mod alarm;
 mod failure;
 #[cfg(feature = "wasm-policies")]
+mod file;
+#[cfg(feature = "wasm-policies")]
 mod limiter;
 #[cfg(feature = "wasm-policies")]
 mod limits;
@@ -17,6 +19,8 @@ mod precheck;
 mod run;
 
 pub use failure::Failure;
+#[cfg(feature = "wasm-policies")]
+pub(crate) use file::read_component;
 #[cfg(feature = "wasm-policies")]
 pub use limits::{BadLimit, Limits};
 #[cfg(feature = "wasm-policies")]

@@ -36,7 +36,7 @@ pub struct Context {
 const LOG_LIMIT: usize = 64 << 10;
 
 /// Bytes that are kept of a single message, or of another text to be shown.
-const MESSAGE_LIMIT: usize = 4 << 10;
+pub(crate) const MESSAGE_LIMIT: usize = 4 << 10;
 
 impl Context {
     /// A context with nothing in it.

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use tightfit::device::DeviceSpec;
+use tightfit::driver::default_limits;
 use tightfit::policy::Limits;
 use tightfit::types::{Bytes, parse_bytes};
 use tightfit_kernels::{Isa, KernelError, Kernels};
@@ -14,7 +15,7 @@ use tightfit_kernels::{Isa, KernelError, Kernels};
 ///
 /// MODEL is a directory, a .safetensors file, or a Hugging Face id (org/name), which is downloaded
 /// unless it is in the local cache. Exit status: 0 done, 2 usage, 3 checkpoint invalid, unreadable or not to be had, 4 does not fit or
-/// refused by the policy, 5 the policy itself failed, 6 device failure, 130 interrupted.
+/// refused by the policy, 5 the policy or the driver itself failed, 6 device failure, 130 interrupted.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub(crate) struct Arguments {
@@ -40,6 +41,8 @@ pub(crate) enum Command {
     Load(LoadOptions),
     /// Quantize a checkpoint and write it, as bitsandbytes and transformers read it
     Save(SaveCommand),
+    /// Run a driver: a program in wasm that loads models and works with them, sandboxed
+    Run(RunOptions),
     /// Test policies: run scenario files, and judge what comes of them
     ///
     /// Exit status: 0 every expectation holds, 1 some do not or a scenario could not be run,
@@ -108,13 +111,24 @@ pub(crate) struct LimitOptions {
 impl LimitOptions {
     /// The default limits with what was asked for; what is given twice counts as given last.
     pub(crate) fn limits(&self) -> Limits {
-        let mut limits = Limits::default();
-        for (name, value) in &self.limits {
-            let set = limits.set(name, value);
-            debug_assert!(set.is_ok(), "checked as it was parsed");
-        }
-        limits
+        changed(Limits::default(), &self.limits)
     }
+}
+
+impl RunOptions {
+    /// A driver's limits, with what was asked for.
+    pub(crate) fn limits(&self) -> Limits {
+        changed(default_limits(), &self.limits)
+    }
+}
+
+/// Limits with changes that have been checked.
+fn changed(mut limits: Limits, changes: &[(String, String)]) -> Limits {
+    for (name, value) in changes {
+        let set = limits.set(name, value);
+        debug_assert!(set.is_ok(), "checked as it was parsed");
+    }
+    limits
 }
 
 impl Default for PolicyOptions {
@@ -280,6 +294,46 @@ pub(crate) struct SaveCommand {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct RunOptions {
+    /// The driver, a wasm file
+    #[arg(value_name = "DRIVER.wasm")]
+    pub(crate) driver: PathBuf,
+    /// What the driver is given, as it is
+    pub(crate) arguments: Vec<String>,
+
+    /// Let the driver open the checkpoint at PATH (a directory, a .safetensors file or an index) under
+    /// this name; it has no other files. Repeatable
+    #[arg(long = "grant", value_name = "NAME=PATH", value_parser = grant)]
+    pub(crate) grants: Vec<(String, PathBuf)>,
+
+    /// A device that the driver may use, as for `tightfit plan`. Repeatable; by default all CUDA
+    /// devices, else cpu
+    #[arg(long = "device", value_name = "SPEC")]
+    pub(crate) devices: Vec<DeviceSpec>,
+
+    /// The most that the driver may reserve on all devices together, for example 8GiB [default: all
+    /// that is free on them]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) quota: Option<u64>,
+
+    /// Give the driver more, or less, of something: fuel (instructions), deadline (seconds), and the
+    /// limits that policies have. Repeatable
+    #[arg(long = "limit", value_name = "NAME=VALUE", value_parser = limit)]
+    pub(crate) limits: Vec<(String, String)>,
+
+    /// Worker threads for loading; by default one per core
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+
+    /// Host memory for staging in all while loading, for example 64MiB
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) staging: Option<u64>,
+
+    #[command(flatten)]
+    pub(crate) output: OutputOptions,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct CheckOptions {
     /// Scenario files (TOML); paths in them are relative to the file
     #[arg(required = true, value_name = "SCENARIO.toml")]
@@ -347,6 +401,11 @@ fn setting_in(file: &str) -> Result<String, String> {
         return Err(format!("it is longer than {}", Bytes(MOST_SETTING_BYTES)));
     }
     String::from_utf8(bytes).map_err(|error| format!("it is not UTF-8 text ({error})"))
+}
+
+fn grant(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, path) = pair(text).ok_or("expected NAME=PATH")?;
+    Ok((name.to_owned(), path.into()))
 }
 
 fn limit(text: &str) -> Result<(String, String), String> {

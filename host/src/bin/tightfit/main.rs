@@ -13,6 +13,7 @@ mod output;
 mod plan;
 mod policy;
 mod progress;
+mod run;
 mod save;
 mod session;
 mod synth;
@@ -45,6 +46,7 @@ fn run(command: Command, verbose: bool) -> Result<(), Failure> {
         Command::Plan(options) => plan::run(&options),
         Command::Load(options) => load::load(&options, session::cancel_on_interrupt()),
         Command::Save(options) => save::run(&options, session::cancel_on_interrupt()),
+        Command::Run(options) => run::run(&options, session::cancel_on_interrupt()),
         Command::Check(options) => check::run(&options, verbose, &session::cancel_on_interrupt()),
         Command::Policy(command) => policy::run(&command),
         Command::Devices(options) => session::list_devices(&options),

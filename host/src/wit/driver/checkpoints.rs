@@ -127,7 +127,7 @@ impl checkpoints::HostCheckpoint for DriverContextView<'_> {
         Ok(ties.map(tie).collect())
     }
 
-    fn read(
+    fn read_tensor(
         &mut self,
         checkpoint: Resource<OpenCheckpoint>,
         tensor: u32,

@@ -72,7 +72,17 @@ struct Quota {
 }
 
 impl Quota {
-    fn take(&self, bytes: u64) -> Result<LedgerEntry, MemoryError> {
+    /// Whether so much is left. Asked before anything is taken; it is entered when it has been, so
+    /// that a peak is of what there was.
+    fn check(&self, bytes: u64) -> Result<(), MemoryError> {
+        let have = self.limit.saturating_sub(self.ledger.usage().reserved.now);
+        match bytes <= have {
+            true => Ok(()),
+            false => Err(MemoryError::Quota { need: bytes, have }),
+        }
+    }
+
+    fn enter(&self, bytes: u64) -> Result<LedgerEntry, MemoryError> {
         let entry = Ledger::enter(&self.ledger, reserved_only(bytes), self.limit);
         entry.map_err(|have| MemoryError::Quota { need: bytes, have })
     }
@@ -167,20 +177,33 @@ impl Memory {
         }
     }
 
-    /// Enters what a plan will reserve.
+    /// Whether the quota has room for what a plan will reserve.
+    ///
+    /// # Errors
+    /// [`MemoryError::Quota`].
+    pub(super) fn check(&self, plan: &Plan) -> Result<(), MemoryError> {
+        self.quota.check(reserved(plan))
+    }
+
+    /// Enters what has been reserved for a plan.
     ///
     /// # Errors
     /// [`MemoryError::Quota`], with nothing entered.
     pub(super) fn enter(&self, plan: &Plan) -> Result<Vec<LedgerEntry>, MemoryError> {
-        let sizes = || plan.devices.iter().map(|device| device.size);
-        let all = sizes().fold(0u64, |sum, size| sum.saturating_add(size.reserved));
-        let mut entries = vec![self.quota.take(all)?];
-        for (pool, size) in self.pools.iter().zip(sizes()) {
+        let mut entries = vec![self.quota.enter(reserved(plan))?];
+        let sizes = plan.devices.iter().map(|device| device.size);
+        for (pool, size) in self.pools.iter().zip(sizes) {
             // The quota bounds it.
             entries.extend(Ledger::enter(&pool.ledger, size, u64::MAX));
         }
         Ok(entries)
     }
+}
+
+/// Bytes that a plan reserves on all devices.
+fn reserved(plan: &Plan) -> u64 {
+    let reserved = plan.devices.iter().map(|device| device.size.reserved);
+    reserved.fold(0, u64::saturating_add)
 }
 
 /// One device's memory as one driver has it.
@@ -273,14 +296,15 @@ impl DevicePool {
 
     /// Takes another chunk of this many bytes, a multiple of the device's granularity.
     fn grow(&self, bytes: u64) -> Result<(), MemoryError> {
-        let quota = self.quota.take(bytes)?;
-        let own = Ledger::enter(&self.ledger, reserved_only(bytes), u64::MAX);
-        let own = own.map_err(|have| MemoryError::Quota { need: bytes, have })?;
+        self.quota.check(bytes)?;
         let memory = self.device().reserve(ReservationSize {
             requested: bytes,
             padded: bytes,
             reserved: bytes,
         })?;
+        let quota = self.quota.enter(bytes)?;
+        let own = Ledger::enter(&self.ledger, reserved_only(bytes), u64::MAX);
+        let own = own.map_err(|have| MemoryError::Quota { need: bytes, have })?;
         let mut chunks = self.lock();
         let number = chunks.next;
         chunks.next += 1;

@@ -46,7 +46,7 @@ impl Loader {
     }
 
     /// Enters what the host will keep of a model.
-    fn keep(&self, checkpoint: &Checkpoint) -> Result<LedgerEntry, CallError> {
+    pub(super) fn keep(&self, checkpoint: &Checkpoint) -> Result<LedgerEntry, CallError> {
         let tensors = checkpoint.tensors().iter();
         // A name is kept twice: with the tensor and as what it is found by.
         let names = tensors.map(|tensor| 2 * tensor.name.len() + 8 * tensor.shape.len());
@@ -93,7 +93,7 @@ impl LoadedModel {
 
 impl DriverContext {
     /// Loads a model, with everything checked and counted before anything is taken.
-    fn load(
+    pub(super) fn load(
         &self,
         checkpoint: &Checkpoint,
         placements: &[Placement],
@@ -103,9 +103,11 @@ impl DriverContext {
         let infos: Vec<DeviceInfo> = self.devices.iter().map(|device| device.info()).collect();
         let (tensors, ties) = (checkpoint.tensors(), checkpoint.ties());
         let plan = Plan::new(tensors, ties, &infos, placements, headroom)?;
-        let mut entries = self.memory.enter(&plan)?;
-        entries.push(self.models.keep(checkpoint)?);
+        self.memory.check(&plan)?;
+        let kept = self.models.keep(checkpoint)?;
         let reserved = Reserved::take(plan, &self.devices)?;
+        let mut entries = self.memory.enter(reserved.plan())?;
+        entries.push(kept);
         let cancel = CancelToken::new();
         let stop = |_: Progress| {
             if self.stop.check().is_err() {
@@ -135,7 +137,7 @@ impl DriverContext {
     }
 }
 
-fn part_kind(kind: models::PartKind) -> PartKind {
+pub(super) fn part_kind(kind: models::PartKind) -> PartKind {
     match kind {
         models::PartKind::Data => PartKind::Data,
         models::PartKind::Codes => PartKind::Codes,
@@ -242,7 +244,7 @@ impl models::HostModel for DriverContextView<'_> {
         Ok(stored_tensor(self.table.get(&model)?.tensor(tensor)?))
     }
 
-    fn read(
+    fn read_part(
         &mut self,
         model: Resource<LoadedModel>,
         tensor: u32,
@@ -257,7 +259,7 @@ impl models::HostModel for DriverContextView<'_> {
         Ok(out)
     }
 
-    fn read_into(
+    fn read_part_into(
         &mut self,
         model: Resource<LoadedModel>,
         tensor: u32,
@@ -287,7 +289,7 @@ impl models::HostModel for DriverContextView<'_> {
         Ok(())
     }
 
-    fn dequantize(
+    fn read_elements(
         &mut self,
         model: Resource<LoadedModel>,
         tensor: u32,
@@ -303,7 +305,7 @@ impl models::HostModel for DriverContextView<'_> {
         Ok(out)
     }
 
-    fn dequantize_into(
+    fn read_elements_into(
         &mut self,
         model: Resource<LoadedModel>,
         tensor: u32,

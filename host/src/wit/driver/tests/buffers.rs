@@ -130,12 +130,12 @@ fn ranges_lie_inside() {
     for (offset, bytes) in [(0, 101), (100, 1), (u64::MAX, 1), (u64::MAX, 0)] {
         invalid(driver.call().write(again(&buffer), offset, vec![1; bytes]));
     }
-    assert_eq!(done(driver.call().read(again(&buffer), 100, 0)), []);
+    assert!(done(driver.call().read(again(&buffer), 100, 0)).is_empty());
     done(driver.call().write(again(&buffer), 100, vec![]));
     assert_eq!(driver.bytes(&buffer), vec![0; 100]);
 
     let empty = driver.allocate(0, 0);
-    assert_eq!(driver.bytes(&empty), []);
+    assert!(driver.bytes(&empty).is_empty());
     done(driver.call().write(again(&empty), 0, vec![]));
     invalid(driver.call().write(again(&empty), 0, vec![1]));
 }

@@ -82,7 +82,7 @@ fn any_range_of_a_tensor_can_be_read() {
     let buffer = driver.allocate(1, length + 3);
     let read = |driver: &mut Driver, tensor, start, bytes, offset| {
         let call = &mut driver.call();
-        call.read(again(&open), tensor, start, bytes, again(&buffer), offset)
+        call.read_tensor(again(&open), tensor, start, bytes, again(&buffer), offset)
     };
     done(read(&mut driver, 3, 0, length, 3));
     assert_eq!(driver.bytes(&buffer)[3..], large[..]);
@@ -115,7 +115,7 @@ fn a_file_that_is_cut_short_is_told() {
     let length = sources()[3].bytes.len() as u64;
     let result = driver
         .call()
-        .read(again(&open), 3, 0, length, again(&buffer), 0);
+        .read_tensor(again(&open), 3, 0, length, again(&buffer), 0);
     let errors::Error::BadCheckpoint(message) = told(result) else {
         panic!("it is something else");
     };

@@ -49,7 +49,7 @@ fn after_the_deadline_every_call_that_takes_time_traps() {
         cause(view.get_usage(0)),
         cause(view.get_quota().map_err(trap)),
         cause(view.allocate(0, 1)),
-        cause(wit_buffers::HostBuffer::read(view, b(), 0, 1)),
+        cause(view.read(b(), 0, 1)),
         cause(view.write(b(), 0, vec![1])),
         cause(view.copy_from(b(), 0, b(), 50, 1)),
         cause(view.quantize(p(), bf16, 2, 64, p(), p())),
@@ -69,7 +69,7 @@ fn after_the_deadline_every_call_that_takes_time_traps() {
         cause(view.get_names().map_err(trap)),
         cause(view.open("model".to_owned())),
         cause(view.tensors(o(), 0, 1).map_err(trap)),
-        cause(wit_checkpoints::HostCheckpoint::read(
+        cause(wit_checkpoints::HostCheckpoint::read_tensor(
             view,
             o(),
             0,
@@ -81,10 +81,10 @@ fn after_the_deadline_every_call_that_takes_time_traps() {
         cause(view.load(o(), vec![], vec![])),
         cause(view.get_statistics(m()).map_err(trap)),
         cause(view.get_tensor(m(), 0)),
-        cause(wit_models::HostModel::read(view, m(), 0, data, 0, 1)),
-        cause(view.read_into(m(), 0, data, 0, 1, b(), 0)),
-        cause(wit_models::HostModel::dequantize(view, m(), 0, 0, 1, bf16)),
-        cause(view.dequantize_into(m(), 0, 0, 1, bf16, b(), 0)),
+        cause(view.read_part(m(), 0, data, 0, 1)),
+        cause(view.read_part_into(m(), 0, data, 0, 1, b(), 0)),
+        cause(view.read_elements(m(), 0, 0, 1, bf16)),
+        cause(view.read_elements_into(m(), 0, 0, 1, bf16, b(), 0)),
     ];
     assert!(ends.iter().all(|&end| end == Stopped::Deadline), "{ends:?}");
     // To free something is never refused.
@@ -178,13 +178,13 @@ fn stale_handles_and_handles_of_another_kind_are_traps() {
     let open = driver.open("model");
     let forged: Resource<Buffer> = Resource::new_borrow(open.rep());
     assert!(matches!(
-        wit_buffers::HostBuffer::read(&mut driver.call(), forged, 0, 1),
+        driver.call().read(forged, 0, 1),
         Err(CallError::Trap(_))
     ));
     let stale = again(&buffer);
     driver.free(buffer);
     assert!(matches!(
-        wit_buffers::HostBuffer::read(&mut driver.call(), again(&stale), 0, 1),
+        driver.call().read(again(&stale), 0, 1),
         Err(CallError::Trap(_))
     ));
     let twice: Resource<Buffer> = Resource::new_own(stale.rep());

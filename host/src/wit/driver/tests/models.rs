@@ -49,7 +49,9 @@ fn a_model_is_loaded_looked_up_and_unloaded() {
             share.reserved
         );
     }
-    let find = |driver: &mut Driver, name: &str| driver.call().find(again(&model), name.to_owned());
+    let find = |driver: &mut Driver, name: &str| {
+        wit_models::HostModel::find(&mut driver.call(), again(&model), name.to_owned())
+    };
     assert_eq!(find(&mut driver, "large").unwrap(), Some(3));
     assert_eq!(find(&mut driver, "small").unwrap(), None);
     let tensor = done(driver.call().get_tensor(again(&model), 3));
@@ -98,16 +100,24 @@ fn ranges_of_tensors_are_ranges_of_the_whole() {
             let expected = &whole[first as usize * to.bytes()..][..n as usize * to.bytes()];
             let given = driver
                 .call()
-                .dequantize(again(&handle), number, first, n, dtype);
+                .read_elements(again(&handle), number, first, n, dtype);
             assert_eq!(done(given), expected, "{number}: {first}, {n}");
             let buffer = driver.allocate(1, expected.len() as u64 + 1);
             let call = &mut driver.call();
-            done(call.dequantize_into(again(&handle), number, first, n, dtype, again(&buffer), 1));
+            done(call.read_elements_into(
+                again(&handle),
+                number,
+                first,
+                n,
+                dtype,
+                again(&buffer),
+                1,
+            ));
             assert_eq!(driver.bytes(&buffer)[1..], *expected);
         }
         let buffer = driver.allocate(0, whole.len() as u64);
         let call = &mut driver.call();
-        done(call.dequantize_into(again(&handle), number, 0, count, dtype, again(&buffer), 0));
+        done(call.read_elements_into(again(&handle), number, 0, count, dtype, again(&buffer), 0));
         assert_eq!(driver.bytes(&buffer), whole);
         for (first, n) in [
             (0, count + 1),
@@ -119,11 +129,11 @@ fn ranges_of_tensors_are_ranges_of_the_whole() {
             invalid(
                 driver
                     .call()
-                    .dequantize(again(&handle), number, first, n, dtype),
+                    .read_elements(again(&handle), number, first, n, dtype),
             );
             let buffer = again(&buffer);
             let call = &mut driver.call();
-            invalid(call.dequantize_into(again(&handle), number, first, n, dtype, buffer, 0));
+            invalid(call.read_elements_into(again(&handle), number, first, n, dtype, buffer, 0));
         }
     };
     for number in [0, 1, 3] {
@@ -147,14 +157,14 @@ fn parts_are_read_as_they_are_stored() {
             let into = |driver: &mut Driver, start, bytes, offset| {
                 let (model, buffer) = (again(&handle), again(&buffer));
                 let call = &mut driver.call();
-                call.read_into(model, number, part.kind, start, bytes, buffer, offset)
+                call.read_part_into(model, number, part.kind, start, bytes, buffer, offset)
             };
             done(into(&mut driver, 0, part.bytes, 0));
             assert_eq!(driver.bytes(&buffer), whole);
             let read = |driver: &mut Driver, start, bytes| {
                 driver
                     .call()
-                    .read(again(&handle), number, part.kind, start, bytes)
+                    .read_part(again(&handle), number, part.kind, start, bytes)
             };
             let end = whole.len() as u64;
             assert_eq!(
@@ -168,11 +178,13 @@ fn parts_are_read_as_they_are_stored() {
             invalid(into(&mut driver, 0, part.bytes, 1));
         }
     }
-    let missing = driver.call().read(again(&handle), 2, PartKind::Codes, 0, 0);
+    let missing = driver
+        .call()
+        .read_part(again(&handle), 2, PartKind::Codes, 0, 0);
     assert!(invalid(missing).contains("no Codes"));
     let ids = driver
         .call()
-        .dequantize(again(&handle), 2, 0, 1, types::Dtype::F32);
+        .read_elements(again(&handle), 2, 0, 1, types::Dtype::F32);
     assert!(matches!(told(ids), errors::Error::Unsupported(_)));
     for number in [4, u32::MAX] {
         invalid(driver.call().get_tensor(again(&handle), number));

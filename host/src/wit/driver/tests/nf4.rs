@@ -179,7 +179,7 @@ fn numbers_that_nf4_cannot_hold_are_counted() {
 
 #[test]
 fn places_are_checked_before_anything_is_written() {
-    let mut driver = Driver::new(MIB);
+    let mut driver = Driver::new(2 * MIB);
     let source = driver.buffer_of(&[1; 256]);
     let codes = driver.allocate(0, 64);
     let absmax = driver.allocate(0, 4);
