@@ -3,12 +3,15 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 use tightfit::device::DeviceSpec;
-use tightfit::policy::Limits;
+use tightfit::sandbox::{Cache, CacheError, Compiler, CompilerProgram, Limits, Options, Wasi};
 use tightfit::types::{Bytes, parse_bytes};
 use tightfit_kernels::{Isa, KernelError, Kernels};
+
+use crate::failure::Failure;
 
 /// Loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
 ///
@@ -50,7 +53,13 @@ pub(crate) enum Command {
     Policy(PolicyCommand),
     /// What devices there are
     Devices(DevicesOptions),
+    /// Compile a policy for the process that started this one
+    #[command(name = COMPILE, hide = true)]
+    CompilePolicy,
 }
+
+/// What this program is started with to compile a policy.
+const COMPILE: &str = "compile-policy";
 
 /// What to open.
 #[derive(Debug, Clone, Args)]
@@ -92,28 +101,63 @@ pub(crate) struct PolicyOptions {
     pub(crate) settings: Vec<(String, String)>,
 
     #[command(flatten)]
-    pub(crate) limits: LimitOptions,
+    pub(crate) sandbox: SandboxOptions,
 }
 
-/// How much a policy may use.
+/// What a policy may use, and how it is compiled.
 #[derive(Debug, Clone, Default, Args)]
-pub(crate) struct LimitOptions {
+pub(crate) struct SandboxOptions {
     /// Give the policy more, or less, of something: fuel and fuel-per-tensor (instructions),
-    /// deadline (seconds), memory, host-call-bytes, component, function (bytes, for example
-    /// 512MiB), table-elements. Repeatable
+    /// deadline and compile-time (seconds), memory, host-call-bytes, component, function,
+    /// compile-memory, log-bytes and text-bytes (bytes, for example 512MiB), memories,
+    /// table-elements, tables, instances, handles, resources and settings (counts). Repeatable
     #[arg(long = "policy-limit", value_name = "NAME=VALUE", value_parser = limit)]
     limits: Vec<(String, String)>,
+
+    /// What a policy is given that asks for WASI: none (it is turned down), or empty (no files, no
+    /// environment, no network, a clock that stands still)
+    #[arg(long, value_name = "none|empty", default_value = "none", value_parser = wasi, hide_short_help = true)]
+    wasi: Wasi,
+
+    /// Neither use nor keep compiled policies in $XDG_CACHE_HOME/tightfit or ~/.cache/tightfit
+    #[arg(long, hide_short_help = true)]
+    no_cache: bool,
 }
 
-impl LimitOptions {
-    /// The default limits with what was asked for; what is given twice counts as given last.
-    pub(crate) fn limits(&self) -> Limits {
+impl SandboxOptions {
+    /// The default limits with what was asked for; what is given twice counts as given last. What
+    /// users bring is compiled by this program, started once more.
+    pub(crate) fn options(&self) -> Result<Options, Failure> {
         let mut limits = Limits::default();
         for (name, value) in &self.limits {
             let set = limits.set(name, value);
             debug_assert!(set.is_ok(), "checked as it was parsed");
         }
-        limits
+        let compiler = CompilerProgram::itself([COMPILE]).map_err(Failure::NoCompiler)?;
+        Ok(Options {
+            limits,
+            compiler: Compiler::Child(compiler),
+            cache: self.cache(),
+            wasi: self.wasi,
+        })
+    }
+
+    /// Without one everything works, and policies are compiled anew.
+    fn cache(&self) -> Option<Arc<Cache>> {
+        if self.no_cache {
+            return None;
+        }
+        match Cache::open(&Cache::default_path()?, Cache::MOST_BYTES) {
+            Ok(cache) => Some(Arc::new(cache)),
+            Err(error @ CacheError::NotPrivate { .. }) => {
+                tracing::warn!("{error}");
+                None
+            }
+            Err(error) => {
+                tracing::debug!("{error}");
+                None
+            }
+        }
     }
 }
 
@@ -122,7 +166,7 @@ impl Default for PolicyOptions {
         PolicyOptions {
             policy: "auto".to_owned(),
             settings: Vec::new(),
-            limits: LimitOptions::default(),
+            sandbox: SandboxOptions::default(),
         }
     }
 }
@@ -288,7 +332,7 @@ pub(crate) struct CheckOptions {
     #[arg(long, value_name = "FILE")]
     pub(crate) junit: Option<PathBuf>,
     #[command(flatten)]
-    pub(crate) limits: LimitOptions,
+    pub(crate) sandbox: SandboxOptions,
     /// Print the result as JSON, sizes in bytes
     #[arg(long)]
     pub(crate) json: bool,
@@ -304,7 +348,7 @@ pub(crate) enum PolicyCommand {
         /// A built-in policy, or a wasm file
         policy: String,
         #[command(flatten)]
-        limits: LimitOptions,
+        sandbox: SandboxOptions,
         #[command(flatten)]
         output: OutputOptions,
     },
@@ -354,6 +398,14 @@ fn limit(text: &str) -> Result<(String, String), String> {
     let checked = Limits::default().set(name, value);
     checked.map_err(|error| error.to_string())?;
     Ok((name.to_owned(), value.to_owned()))
+}
+
+fn wasi(text: &str) -> Result<Wasi, String> {
+    match text {
+        "none" => Ok(Wasi::None),
+        "empty" => Ok(Wasi::Empty),
+        _ => Err("it is none or empty".to_owned()),
+    }
 }
 
 fn pair(text: &str) -> Option<(&str, &str)> {
