@@ -4,8 +4,7 @@ use std::sync::{Arc, OnceLock};
 
 use tempfile::TempDir;
 use tightfit::device::{Device, HostDevice};
-use tightfit::driver::{DriverError, Outcome, WasmDriver, default_limits};
-use tightfit::policy::{Failure, Limits};
+use tightfit::driver::{DriverError, Failure, Limits, Outcome, WasmDriver, default_limits};
 use tightfit::wit::driver::DriverContext;
 
 use crate::models;

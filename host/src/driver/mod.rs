@@ -26,15 +26,30 @@ pub use error::DriverError;
 
 pub use crate::sandbox::{Failure, Limits};
 
-use crate::sandbox::{Sandbox, State, read_component, wrong_world};
+use crate::sandbox::{Mismatch, Options, Sandbox, State, World, read_component};
 use crate::wit::driver::bindings::DriverPre;
 use crate::wit::driver::{
     DriverContext, DriverContextView, DriverView, Stopped, add_driver_to_linker,
 };
-use crate::wit::{MESSAGE_LIMIT, truncate};
+use crate::wit::truncate;
 
-/// Buffers, checkpoints and models that a driver may have at once.
-const MOST_HANDLES: usize = 10_000;
+/// What a driver may import and has to export.
+const WORLD: World = World {
+    imports: &[
+        "tightfit:host/types@0.1.0",
+        "tightfit:host/sizing@0.1.0",
+        "tightfit:host/log@0.1.0",
+        "tightfit:host/errors@0.1.0",
+        "tightfit:host/devices@0.1.0",
+        "tightfit:host/buffers@0.1.0",
+        "tightfit:host/nf4@0.1.0",
+        "tightfit:host/checkpoints@0.1.0",
+        "tightfit:host/models@0.1.0",
+    ],
+    exports: &[RUN],
+};
+
+const RUN: &str = "tightfit:host/run@0.1.0";
 
 /// Bytes of the text that a driver gives.
 const MOST_ANSWER: usize = 1 << 20;
@@ -97,31 +112,42 @@ impl WasmDriver {
     ///
     /// # Errors
     /// [`DriverError::Unreadable`], or as [`WasmDriver::new`].
-    pub fn open(path: &Path, limits: Limits) -> Result<WasmDriver, DriverError> {
+    pub fn open(path: &Path, options: impl Into<Options>) -> Result<WasmDriver, DriverError> {
+        let options = options.into();
         let label = path.display().to_string();
-        let bytes = read_component(path, &limits).map_err(|source| DriverError::Unreadable {
-            path: path.to_owned(),
-            source,
-        })?;
+        let bytes =
+            read_component(path, &options.limits).map_err(|source| DriverError::Unreadable {
+                path: path.to_owned(),
+                source,
+            })?;
         let bytes = bytes.map_err(|failure| DriverError::Failed {
             driver: label.clone(),
             failure,
         })?;
-        WasmDriver::new(&label, &bytes, limits)
+        WasmDriver::new(&label, &bytes, options)
     }
 
     /// Compiles a driver: a component, or a core module that carries its component type.
     ///
     /// # Errors
     /// [`DriverError::Failed`] when the bytes are not a driver for this host or exceed its limits.
-    pub fn new(label: &str, bytes: &[u8], limits: Limits) -> Result<WasmDriver, DriverError> {
+    pub fn new(
+        label: &str,
+        bytes: &[u8],
+        options: impl Into<Options>,
+    ) -> Result<WasmDriver, DriverError> {
         let compiled = || -> Result<_, Failure> {
-            let sandbox = Sandbox::new(limits)?;
-            let component = sandbox.compile(bytes)?;
+            let sandbox = Sandbox::new(options)?;
+            let component = sandbox.compile(bytes, &WORLD)?;
             let mut linker = Linker::new(sandbox.engine());
-            add_driver_to_linker::<State<Own>>(&mut linker).map_err(|error| wrong_world(&error))?;
-            let pre = sandbox.link(&linker, &component)?;
-            let pre = DriverPre::new(pre).map_err(|error| wrong_world(&error))?;
+            add_driver_to_linker::<State<Own>>(&mut linker).map_err(Failure::host)?;
+            let pre = sandbox.link(&mut linker, &component)?;
+            let pre = DriverPre::new(pre).map_err(|error| {
+                Failure::WrongWorld(Mismatch::ExportType {
+                    export: RUN.to_owned(),
+                    reason: format!("{error:#}"),
+                })
+            })?;
             Ok((sandbox, pre))
         };
         let (sandbox, pre) = compiled().map_err(|failure| DriverError::Failed {
@@ -153,7 +179,7 @@ impl WasmDriver {
             context.set_deadline(deadline);
         }
         let mut table = ResourceTable::new();
-        table.set_max_capacity(MOST_HANDLES);
+        table.set_max_capacity(limits.resources);
         let own = Own { context, table };
         let mut cancelled = false;
         let result = self.sandbox.run(own, limits.fuel_for(0), |store| {
@@ -170,7 +196,7 @@ impl WasmDriver {
                 failure,
             }),
             Ok(((Err(mut message), _), _)) => {
-                truncate(&mut message, MESSAGE_LIMIT);
+                truncate(&mut message, limits.text_bytes);
                 Err(DriverError::GaveUp {
                     driver: driver(),
                     message,

@@ -1,4 +1,4 @@
-//! Runs policies written in wasm, within [`Limits`].
+//! Runs policies written in wasm, in the [`sandbox`](crate::sandbox).
 //!
 //! Every call gets a fresh instance: nothing of one request is left for the next, and a trap
 //! leaves nothing behind.
@@ -9,7 +9,7 @@ use wasmtime::Store;
 use wasmtime::component::Linker;
 
 use super::{Answer, Description, Policy, PolicyError, Request};
-use crate::sandbox::{Failure, Limits, Sandbox, State, read_component, wrong_world};
+use crate::sandbox::{Compiler, Failure, Mismatch, Options, Sandbox, State, World, read_component};
 use crate::wit::{self, bindings};
 
 /// The policies that are part of the program.
@@ -19,6 +19,18 @@ static AUTO: &[u8] = include_bytes!("builtin/auto.wasm");
 static HUGGINGFACE: &[u8] = include_bytes!("builtin/huggingface.wasm");
 static MAP: &[u8] = include_bytes!("builtin/map.wasm");
 static PACKED: &[u8] = include_bytes!("builtin/packed.wasm");
+
+/// What a policy may import and has to export.
+const WORLD: World = World {
+    imports: &[
+        "tightfit:host/types@0.1.0",
+        "tightfit:host/sizing@0.1.0",
+        "tightfit:host/log@0.1.0",
+    ],
+    exports: &[PLANNER],
+};
+
+const PLANNER: &str = "tightfit:host/planner@0.1.0";
 
 /// A compiled policy.
 pub struct WasmPolicy {
@@ -42,8 +54,9 @@ impl WasmPolicy {
     ///
     /// # Errors
     /// [`PolicyError::Unknown`], [`PolicyError::Unreadable`], or as [`WasmPolicy::new`].
-    pub fn open(name: &str, limits: Limits) -> Result<WasmPolicy, PolicyError> {
-        if let Some(policy) = WasmPolicy::builtin(name, limits.clone()) {
+    pub fn open(name: &str, options: impl Into<Options>) -> Result<WasmPolicy, PolicyError> {
+        let options = options.into();
+        if let Some(policy) = WasmPolicy::builtin(name, options.clone()) {
             return policy;
         }
         let path = Path::new(name);
@@ -57,37 +70,55 @@ impl WasmPolicy {
             path: path.to_owned(),
             source,
         };
-        let bytes = read_component(path, &limits).map_err(unreadable)?;
+        let bytes = read_component(path, &options.limits).map_err(unreadable)?;
         let bytes = bytes.map_err(|failure| PolicyError::Failed {
             policy: name.to_owned(),
             failure,
         })?;
-        WasmPolicy::new(name, &bytes, limits)
+        WasmPolicy::new(name, &bytes, options)
     }
 
-    /// A built-in policy, if there is one of this name.
-    pub fn builtin(name: &str, limits: Limits) -> Option<Result<WasmPolicy, PolicyError>> {
-        match name {
-            "auto" => Some(WasmPolicy::new(name, AUTO, limits)),
-            "huggingface" => Some(WasmPolicy::new(name, HUGGINGFACE, limits)),
-            "map" => Some(WasmPolicy::new(name, MAP, limits)),
-            "packed" => Some(WasmPolicy::new(name, PACKED, limits)),
-            _ => None,
-        }
+    /// A built-in policy, if there is one of this name. It is as much to be trusted as this program,
+    /// and so compiled in this process.
+    pub fn builtin(
+        name: &str,
+        options: impl Into<Options>,
+    ) -> Option<Result<WasmPolicy, PolicyError>> {
+        let bytes = match name {
+            "auto" => AUTO,
+            "huggingface" => HUGGINGFACE,
+            "map" => MAP,
+            "packed" => PACKED,
+            _ => return None,
+        };
+        let options = Options {
+            compiler: Compiler::InProcess,
+            ..options.into()
+        };
+        Some(WasmPolicy::new(name, bytes, options))
     }
 
     /// Compiles a policy: a component, or a core module that carries its component type.
     ///
     /// # Errors
     /// [`PolicyError::Failed`] when the bytes are not a policy for this host or exceed its limits.
-    pub fn new(label: &str, bytes: &[u8], limits: Limits) -> Result<WasmPolicy, PolicyError> {
+    pub fn new(
+        label: &str,
+        bytes: &[u8],
+        options: impl Into<Options>,
+    ) -> Result<WasmPolicy, PolicyError> {
         let compiled = || -> Result<_, Failure> {
-            let sandbox = Sandbox::new(limits)?;
-            let component = sandbox.compile(bytes)?;
+            let sandbox = Sandbox::new(options)?;
+            let component = sandbox.compile(bytes, &WORLD)?;
             let mut linker = Linker::new(sandbox.engine());
-            wit::add_to_linker::<State<()>>(&mut linker).map_err(|error| wrong_world(&error))?;
-            let pre = sandbox.link(&linker, &component)?;
-            let pre = bindings::PolicyPre::new(pre).map_err(|error| wrong_world(&error))?;
+            wit::add_to_linker::<State<()>>(&mut linker).map_err(Failure::host)?;
+            let pre = sandbox.link(&mut linker, &component)?;
+            let pre = bindings::PolicyPre::new(pre).map_err(|error| {
+                Failure::WrongWorld(Mismatch::ExportType {
+                    export: PLANNER.to_owned(),
+                    reason: format!("{error:#}"),
+                })
+            })?;
             Ok((sandbox, pre))
         };
         let (sandbox, pre) = compiled().map_err(|failure| PolicyError::Failed {
@@ -124,19 +155,30 @@ impl WasmPolicy {
             let policy = self.pre.instantiate(&mut *store)?;
             call(&policy, store)
         });
-        result.map_err(|failure| PolicyError::Failed {
+        result.map_err(|failure| self.failed(failure))
+    }
+
+    fn failed(&self, failure: Failure) -> PolicyError {
+        PolicyError::Failed {
             policy: self.label.clone(),
             failure,
-        })
+        }
     }
 }
 
 impl Policy for WasmPolicy {
     fn describe(&self) -> Result<Description, PolicyError> {
-        self.run(0, |policy, store| {
+        let (description, _) = self.run(0, |policy, store| {
             policy.tightfit_host_planner().call_describe(store)
-        })
-        .map(|(description, _)| wit::convert::description(description))
+        })?;
+        let limits = self.sandbox.limits();
+        if description.settings.len() > limits.settings {
+            return Err(self.failed(Failure::TooMany {
+                what: "settings",
+                limit: limits.settings,
+            }));
+        }
+        Ok(wit::convert::description(description, limits.text_bytes))
     }
 
     fn plan(&self, request: &Request<'_>) -> Result<Answer, PolicyError> {
@@ -151,7 +193,7 @@ impl Policy for WasmPolicy {
             }),
             Err(refusal) => Err(PolicyError::Refused {
                 policy: self.label.clone(),
-                refusal: wit::convert::refusal(refusal),
+                refusal: wit::convert::refusal(refusal, self.sandbox.limits().text_bytes),
             }),
         }
     }

@@ -4,13 +4,17 @@ use wasmtime::ResourceLimiter;
 
 use super::{Failure, Limits};
 
-/// Sums all memories and all tables of a store: wasmtime's own limits are for each of them.
+/// Sums all memories and all tables of a store: wasmtime's own limits are for each of them. What
+/// would grow past its own maximum does not grow, and is not counted.
 #[derive(Debug)]
 pub(super) struct Limiter {
     memory: u64,
     memory_limit: u64,
-    tables: u64,
-    tables_limit: u64,
+    elements: u64,
+    elements_limit: u64,
+    memories: usize,
+    tables: usize,
+    instances: usize,
 }
 
 impl Limiter {
@@ -18,25 +22,25 @@ impl Limiter {
         Limiter {
             memory: 0,
             memory_limit: limits.memory,
-            tables: 0,
-            tables_limit: limits.table_elements,
+            elements: 0,
+            elements_limit: limits.table_elements,
+            memories: limits.memories,
+            tables: limits.tables,
+            instances: limits.instances,
         }
     }
 }
-
-/// Component-model adapters and language runtimes bring many small core instances.
-const INSTANCES: usize = 256;
-const TABLES: usize = 256;
-/// Every toolchain's component has one; a second only helps to get around a limit.
-const MEMORIES: usize = 1;
 
 impl ResourceLimiter for Limiter {
     fn memory_growing(
         &mut self,
         current: usize,
         desired: usize,
-        _maximum: Option<usize>,
+        maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
+        if maximum.is_some_and(|maximum| desired > maximum) {
+            return Ok(false);
+        }
         let need = grown(self.memory, current, desired);
         let limit = self.memory_limit;
         if need > limit {
@@ -50,27 +54,30 @@ impl ResourceLimiter for Limiter {
         &mut self,
         current: usize,
         desired: usize,
-        _maximum: Option<usize>,
+        maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        let need = grown(self.tables, current, desired);
-        let limit = self.tables_limit;
+        if maximum.is_some_and(|maximum| desired > maximum) {
+            return Ok(false);
+        }
+        let need = grown(self.elements, current, desired);
+        let limit = self.elements_limit;
         if need > limit {
             return Err(Failure::Tables { need, limit }.into());
         }
-        self.tables = need;
+        self.elements = need;
         Ok(true)
     }
 
     fn instances(&self) -> usize {
-        INSTANCES
+        self.instances
     }
 
     fn tables(&self) -> usize {
-        TABLES
+        self.tables
     }
 
     fn memories(&self) -> usize {
-        MEMORIES
+        self.memories
     }
 }
 

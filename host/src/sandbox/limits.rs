@@ -16,16 +16,38 @@ pub struct Limits {
     pub deadline: Duration,
     /// Bytes of all its memories together.
     pub memory: u64,
+    /// How many memories it may have. Every toolchain's component has one.
+    pub memories: usize,
     /// Elements of all its tables together.
     pub table_elements: u64,
+    /// How many tables it may have.
+    pub tables: usize,
+    /// How many core instances it may be made of: Rust takes 5, Python up to 108.
+    pub instances: usize,
     /// Bytes of stack.
     pub stack: usize,
     /// Bytes that one call between guest and host may carry to the host.
     pub host_call_bytes: usize,
+    /// Handles that it may hold at the same time.
+    pub handles: usize,
+    /// Resources that the host may keep for it at the same time.
+    pub resources: usize,
+    /// Bytes of messages that are passed on for one call; what comes after is dropped.
+    pub log_bytes: usize,
+    /// Bytes that are kept of one text to be shown: a message, a description, a refusal. What is
+    /// longer is cut.
+    pub text_bytes: usize,
+    /// How many settings it may describe.
+    pub settings: usize,
     /// Bytes of the component.
     pub component: u64,
     /// Bytes of a single function: compile time grows faster than linearly with it.
     pub function: u64,
+    /// Time for compiling it, where that is done by [`Compiler::Child`](super::Compiler::Child).
+    pub compile_time: Duration,
+    /// Bytes of address space for compiling it, where that is done by
+    /// [`Compiler::Child`](super::Compiler::Child).
+    pub compile_memory: u64,
 }
 
 impl Default for Limits {
@@ -35,11 +57,21 @@ impl Default for Limits {
             fuel_per_tensor: 500_000,
             deadline: Duration::from_secs(10),
             memory: 256 << 20,
+            memories: 1,
             table_elements: 100_000,
+            tables: 256,
+            instances: 256,
             stack: 512 << 10,
             host_call_bytes: 32 << 20,
+            handles: 10_000,
+            resources: 10_000,
+            log_bytes: 64 << 10,
+            text_bytes: 4 << 10,
+            settings: 256,
             component: 32 << 20,
             function: 512 << 10,
+            compile_time: Duration::from_secs(60),
+            compile_memory: 2 << 30,
         }
     }
 }
@@ -77,19 +109,29 @@ impl Limits {
     }
 
     /// What [`Limits::set`] can set. Not the stack: how much there is of it depends on the thread.
-    pub const NAMES: [&str; 8] = [
+    pub const NAMES: [&str; 18] = [
         "fuel",
         "fuel-per-tensor",
         "deadline",
         "memory",
+        "memories",
         "table-elements",
+        "tables",
+        "instances",
         "host-call-bytes",
+        "handles",
+        "resources",
+        "log-bytes",
+        "text-bytes",
+        "settings",
         "component",
         "function",
+        "compile-time",
+        "compile-memory",
     ];
 
-    /// Sets one limit, given as people write it: units of fuel and elements as whole numbers, the
-    /// deadline in seconds, the rest in bytes such as `512MiB`.
+    /// Sets one limit, given as people write it: units of fuel, elements and other counts as whole
+    /// numbers, times in seconds, the rest in bytes such as `512MiB`.
     ///
     /// # Errors
     /// When there is no such limit, or the value is none for it.
@@ -107,25 +149,35 @@ impl Limits {
             let bytes = parse_bytes(value);
             bytes.map_err(|_| bad("a number of bytes such as 512MiB"))
         };
+        let seconds = || {
+            let seconds = value.trim().trim_end_matches('s').trim_end().parse();
+            match seconds {
+                Ok(seconds) if (0.0..=LONGEST).contains(&seconds) => {
+                    Ok(Duration::from_secs_f64(seconds))
+                }
+                _ => Err(bad("seconds from 0 to 86400, such as 30 or 0.5")),
+            }
+        };
+        let size = |given: u64| usize::try_from(given).unwrap_or(usize::MAX);
         match name {
             "fuel" => self.fuel = count()?,
             "fuel-per-tensor" => self.fuel_per_tensor = count()?,
-            "deadline" => {
-                let seconds = value.trim().trim_end_matches('s').trim_end().parse();
-                self.deadline = match seconds {
-                    Ok(seconds) if (0.0..=LONGEST).contains(&seconds) => {
-                        Duration::from_secs_f64(seconds)
-                    }
-                    _ => return Err(bad("seconds from 0 to 86400, such as 30 or 0.5")),
-                };
-            }
+            "deadline" => self.deadline = seconds()?,
             "memory" => self.memory = bytes()?,
+            "memories" => self.memories = size(count()?),
             "table-elements" => self.table_elements = count()?,
-            "host-call-bytes" => {
-                self.host_call_bytes = usize::try_from(bytes()?).unwrap_or(usize::MAX);
-            }
+            "tables" => self.tables = size(count()?),
+            "instances" => self.instances = size(count()?),
+            "host-call-bytes" => self.host_call_bytes = size(bytes()?),
+            "handles" => self.handles = size(count()?),
+            "resources" => self.resources = size(count()?),
+            "log-bytes" => self.log_bytes = size(bytes()?),
+            "text-bytes" => self.text_bytes = size(bytes()?),
+            "settings" => self.settings = size(count()?),
             "component" => self.component = bytes()?,
             "function" => self.function = bytes()?,
+            "compile-time" => self.compile_time = seconds()?,
+            "compile-memory" => self.compile_memory = bytes()?,
             _ => {
                 return Err(BadLimit::Unknown {
                     name: name.to_owned(),
@@ -172,6 +224,8 @@ mod tests {
             ("deadline", "-1"),
             ("deadline", "86401"),
             ("deadline", ""),
+            ("compile-time", "soon"),
+            ("handles", "1MiB"),
         ] {
             let error = limits.set(name, value).unwrap_err().to_string();
             assert!(error.contains(name) && error.contains(value), "{error}");

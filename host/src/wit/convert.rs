@@ -64,7 +64,7 @@ pub(crate) fn wit_format(format: Format) -> types::Format {
 mod policy {
     use super::super::bindings::exports::tightfit::host::planner;
     use super::super::bindings::tightfit::host::types;
-    use super::super::{MESSAGE_LIMIT, truncate};
+    use super::super::truncate;
     use super::{placement, wit_dtype, wit_format, wit_quant_type};
     use crate::checkpoint::{TensorInfo, Tie};
     use crate::device::{DeviceInfo, DeviceKind};
@@ -135,22 +135,23 @@ mod policy {
     }
 
     /// A text to be shown to people, who are not to be flooded by it.
-    fn text(mut given: String) -> String {
-        truncate(&mut given, MESSAGE_LIMIT);
+    fn text(mut given: String, limit: usize) -> String {
+        truncate(&mut given, limit);
         given
     }
 
-    pub(crate) fn description(given: planner::Description) -> Description {
+    /// Of each text at most `limit` bytes are kept.
+    pub(crate) fn description(given: planner::Description, limit: usize) -> Description {
         Description {
-            name: text(given.name),
-            version: text(given.version),
+            name: text(given.name, limit),
+            version: text(given.version, limit),
             settings: given
                 .settings
                 .into_iter()
                 .map(|setting| Setting {
-                    name: text(setting.name),
-                    default: text(setting.default),
-                    help: text(setting.help),
+                    name: text(setting.name, limit),
+                    default: text(setting.default, limit),
+                    help: text(setting.help, limit),
                 })
                 .collect(),
         }
@@ -163,14 +164,15 @@ mod policy {
         }
     }
 
-    pub(crate) fn refusal(given: planner::Refusal) -> Refusal {
+    /// Of the message at most `limit` bytes are kept.
+    pub(crate) fn refusal(given: planner::Refusal, limit: usize) -> Refusal {
         Refusal {
             reason: match given.reason {
                 planner::RefusalReason::DoesNotFit => RefusalReason::DoesNotFit,
                 planner::RefusalReason::BadSetting => RefusalReason::BadSetting,
                 planner::RefusalReason::Unsupported => RefusalReason::Unsupported,
             },
-            message: text(given.message),
+            message: text(given.message, limit),
             missing_bytes: given.missing_bytes,
         }
     }

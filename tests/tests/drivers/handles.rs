@@ -1,7 +1,7 @@
 //! Handles that are forged, stale, of another kind, or too many.
 
-use tightfit::policy::Failure;
-use tightfit_tests::drivers::{Bench, hostile};
+use tightfit::driver::{Failure, Limits, default_limits};
+use tightfit_tests::drivers::{Bench, HOSTILE, compile, hostile};
 
 #[track_caller]
 fn traps(behavior: &str, word: &str) {
@@ -33,6 +33,13 @@ fn a_handle_of_another_kind_is_a_trap() {
 #[test]
 fn handles_run_out() {
     for behavior in ["exhaust-handles", "exhaust-handles-with-checkpoints"] {
-        traps(behavior, "at most 10000 are allowed");
+        let failure = Bench::default().failure(hostile(), &[behavior]);
+        assert_eq!(failure, Failure::Resources { limit: 10_000 }, "{behavior}");
+        let limits = Limits {
+            handles: 50,
+            ..default_limits()
+        };
+        let failure = Bench::default().failure(&compile(HOSTILE, limits), &[behavior]);
+        assert_eq!(failure, Failure::Handles { limit: 50 }, "{behavior}");
     }
 }

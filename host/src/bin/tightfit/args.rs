@@ -3,13 +3,15 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 use tightfit::device::DeviceSpec;
-use tightfit::driver::default_limits;
-use tightfit::policy::Limits;
+use tightfit::sandbox::{Cache, CacheError, Compiler, CompilerProgram, Limits, Options, Wasi};
 use tightfit::types::{Bytes, parse_bytes};
 use tightfit_kernels::{Isa, KernelError, Kernels};
+
+use crate::failure::Failure;
 
 /// Loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
 ///
@@ -53,7 +55,13 @@ pub(crate) enum Command {
     Policy(PolicyCommand),
     /// What devices there are
     Devices(DevicesOptions),
+    /// Compile a policy for the process that started this one
+    #[command(name = COMPILE, hide = true)]
+    CompilePolicy,
 }
+
+/// What this program is started with to compile a policy.
+const COMPILE: &str = "compile-policy";
 
 /// What to open.
 #[derive(Debug, Clone, Args)]
@@ -95,40 +103,68 @@ pub(crate) struct PolicyOptions {
     pub(crate) settings: Vec<(String, String)>,
 
     #[command(flatten)]
-    pub(crate) limits: LimitOptions,
+    pub(crate) sandbox: SandboxOptions,
 }
 
-/// How much a policy may use.
+/// What a policy or a driver may use, and how it is compiled.
 #[derive(Debug, Clone, Default, Args)]
-pub(crate) struct LimitOptions {
-    /// Give the policy more, or less, of something: fuel and fuel-per-tensor (instructions),
-    /// deadline (seconds), memory, host-call-bytes, component, function (bytes, for example
-    /// 512MiB), table-elements. Repeatable
-    #[arg(long = "policy-limit", value_name = "NAME=VALUE", value_parser = limit)]
+pub(crate) struct SandboxOptions {
+    /// Give the policy or driver more, or less, of something: fuel and fuel-per-tensor (instructions),
+    /// deadline and compile-time (seconds), memory, host-call-bytes, component, function,
+    /// compile-memory, log-bytes and text-bytes (bytes, for example 512MiB), memories,
+    /// table-elements, tables, instances, handles, resources and settings (counts). Repeatable
+    #[arg(long = "policy-limit", alias = "limit", value_name = "NAME=VALUE", value_parser = limit)]
     limits: Vec<(String, String)>,
+
+    /// What a guest is given that asks for WASI: none (it is turned down), or empty (no files, no
+    /// environment, no network, a clock that stands still)
+    #[arg(long, value_name = "none|empty", default_value = "none", value_parser = wasi, hide_short_help = true)]
+    wasi: Wasi,
+
+    /// Neither use nor keep compiled guests in $XDG_CACHE_HOME/tightfit or ~/.cache/tightfit
+    #[arg(long, hide_short_help = true)]
+    no_cache: bool,
 }
 
-impl LimitOptions {
-    /// The default limits with what was asked for; what is given twice counts as given last.
-    pub(crate) fn limits(&self) -> Limits {
-        changed(Limits::default(), &self.limits)
+impl SandboxOptions {
+    /// The default limits with what was asked for; what is given twice counts as given last. What
+    /// users bring is compiled by this program, started once more.
+    pub(crate) fn options(&self) -> Result<Options, Failure> {
+        self.options_from(Limits::default())
     }
-}
 
-impl RunOptions {
-    /// A driver's limits, with what was asked for.
-    pub(crate) fn limits(&self) -> Limits {
-        changed(default_limits(), &self.limits)
+    /// The same from other defaults.
+    pub(crate) fn options_from(&self, mut limits: Limits) -> Result<Options, Failure> {
+        for (name, value) in &self.limits {
+            let set = limits.set(name, value);
+            debug_assert!(set.is_ok(), "checked as it was parsed");
+        }
+        let compiler = CompilerProgram::itself([COMPILE]).map_err(Failure::NoCompiler)?;
+        Ok(Options {
+            limits,
+            compiler: Compiler::Child(compiler),
+            cache: self.cache(),
+            wasi: self.wasi,
+        })
     }
-}
 
-/// Limits with changes that have been checked.
-fn changed(mut limits: Limits, changes: &[(String, String)]) -> Limits {
-    for (name, value) in changes {
-        let set = limits.set(name, value);
-        debug_assert!(set.is_ok(), "checked as it was parsed");
+    /// Without one everything works, and policies are compiled anew.
+    fn cache(&self) -> Option<Arc<Cache>> {
+        if self.no_cache {
+            return None;
+        }
+        match Cache::open(&Cache::default_path()?, Cache::MOST_BYTES) {
+            Ok(cache) => Some(Arc::new(cache)),
+            Err(error @ CacheError::NotPrivate { .. }) => {
+                tracing::warn!("{error}");
+                None
+            }
+            Err(error) => {
+                tracing::debug!("{error}");
+                None
+            }
+        }
     }
-    limits
 }
 
 impl Default for PolicyOptions {
@@ -136,7 +172,7 @@ impl Default for PolicyOptions {
         PolicyOptions {
             policy: "auto".to_owned(),
             settings: Vec::new(),
-            limits: LimitOptions::default(),
+            sandbox: SandboxOptions::default(),
         }
     }
 }
@@ -316,10 +352,8 @@ pub(crate) struct RunOptions {
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) quota: Option<u64>,
 
-    /// Give the driver more, or less, of something: fuel (instructions), deadline (seconds), and the
-    /// limits that policies have. Repeatable
-    #[arg(long = "limit", value_name = "NAME=VALUE", value_parser = limit)]
-    pub(crate) limits: Vec<(String, String)>,
+    #[command(flatten)]
+    pub(crate) sandbox: SandboxOptions,
 
     /// Worker threads for loading; by default one per core
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -342,7 +376,7 @@ pub(crate) struct CheckOptions {
     #[arg(long, value_name = "FILE")]
     pub(crate) junit: Option<PathBuf>,
     #[command(flatten)]
-    pub(crate) limits: LimitOptions,
+    pub(crate) sandbox: SandboxOptions,
     /// Print the result as JSON, sizes in bytes
     #[arg(long)]
     pub(crate) json: bool,
@@ -358,7 +392,7 @@ pub(crate) enum PolicyCommand {
         /// A built-in policy, or a wasm file
         policy: String,
         #[command(flatten)]
-        limits: LimitOptions,
+        sandbox: SandboxOptions,
         #[command(flatten)]
         output: OutputOptions,
     },
@@ -413,6 +447,14 @@ fn limit(text: &str) -> Result<(String, String), String> {
     let checked = Limits::default().set(name, value);
     checked.map_err(|error| error.to_string())?;
     Ok((name.to_owned(), value.to_owned()))
+}
+
+fn wasi(text: &str) -> Result<Wasi, String> {
+    match text {
+        "none" => Ok(Wasi::None),
+        "empty" => Ok(Wasi::Empty),
+        _ => Err("it is none or empty".to_owned()),
+    }
 }
 
 fn pair(text: &str) -> Option<(&str, &str)> {

@@ -58,6 +58,10 @@ pub(crate) enum Failure {
     },
     #[error("setting '{name}' is one of neither '{a}' nor '{b}'")]
     NobodysSetting { name: String, a: String, b: String },
+    #[error("cannot tell which program this is, to compile policies with it: {0}")]
+    NoCompiler(std::io::Error),
+    #[error("cannot compile for another process: {0}")]
+    CompilePolicy(std::io::Error),
     #[error("A: {a}; B: {b}")]
     BothRefuse { a: Box<Failure>, b: Box<Failure> },
 }
@@ -138,6 +142,8 @@ impl Failure {
             Failure::Unexpected { .. }
             | Failure::Report { .. }
             | Failure::TemporaryDirectory(_)
+            | Failure::NoCompiler(_)
+            | Failure::CompilePolicy(_)
             | Failure::Output(_)
             | Failure::Picture { .. } => Status::Other,
         }

@@ -18,9 +18,11 @@ mod save;
 mod session;
 mod synth;
 
+use std::io;
 use std::process::ExitCode;
 
 use clap::Parser;
+use tightfit::sandbox;
 
 use args::{Arguments, Command};
 use failure::Failure;
@@ -50,5 +52,9 @@ fn run(command: Command, verbose: bool) -> Result<(), Failure> {
         Command::Check(options) => check::run(&options, verbose, &session::cancel_on_interrupt()),
         Command::Policy(command) => policy::run(&command),
         Command::Devices(options) => session::list_devices(&options),
+        Command::CompilePolicy => {
+            sandbox::compile_for_parent(io::stdin().lock(), io::stdout().lock())
+                .map_err(Failure::CompilePolicy)
+        }
     }
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde::Serialize;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, open_devices};
-use tightfit::driver::{Outcome, WasmDriver};
+use tightfit::driver::{Outcome, WasmDriver, default_limits};
 use tightfit::load::CancelToken;
 use tightfit::report::printable;
 use tightfit::wit::driver::DriverContext;
@@ -45,7 +45,10 @@ pub(crate) fn run(options: &RunOptions, cancel: CancelToken) -> Result<(), Failu
         Checkpoint::open(path)?;
         context = context.grant(name, path);
     }
-    let driver = WasmDriver::open(&options.driver, options.limits())?;
+    let driver = WasmDriver::open(
+        &options.driver,
+        options.sandbox.options_from(default_limits())?,
+    )?;
     let start = Instant::now();
     let outcome = driver.run(context, &options.arguments)?;
     let seconds = start.elapsed().as_secs_f64();

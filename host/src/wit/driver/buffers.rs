@@ -13,7 +13,7 @@ impl buffers::HostBuffer for DriverContextView<'_> {
     fn allocate(&mut self, device: u32, bytes: u64) -> Result<Resource<Buffer>, CallError> {
         self.context.stop.check()?;
         let buffer = self.context.memory.allocate(device, bytes)?;
-        self.push(buffer)
+        Ok(self.table.push(buffer)?)
     }
 
     fn length(&mut self, buffer: Resource<Buffer>) -> wasmtime::Result<u64> {

@@ -12,7 +12,7 @@ use super::buffer::{Buffer, PIECE};
 use super::error::CallError;
 use crate::checkpoint::Checkpoint;
 use crate::wit::convert;
-use crate::wit::{MESSAGE_LIMIT, truncate};
+use crate::wit::{TEXT_LIMIT, truncate};
 
 /// Tensors, or ties, that are given in one call.
 const MOST_ITEMS: usize = 4096;
@@ -41,7 +41,7 @@ impl Grants {
 
     fn open(&mut self, mut name: String) -> Result<Arc<Checkpoint>, CallError> {
         let Some(grant) = self.0.get_mut(&name) else {
-            truncate(&mut name, MESSAGE_LIMIT);
+            truncate(&mut name, TEXT_LIMIT);
             return Err(CallError::not_found(format_args!(
                 "no checkpoint has been granted as '{name}'"
             )));
@@ -73,7 +73,7 @@ impl checkpoints::HostCheckpoint for DriverContextView<'_> {
     fn open(&mut self, name: String) -> Result<Resource<OpenCheckpoint>, CallError> {
         self.context.stop.check()?;
         let checkpoint = self.context.grants.open(name)?;
-        self.push(OpenCheckpoint(checkpoint))
+        Ok(self.table.push(OpenCheckpoint(checkpoint))?)
     }
 
     fn config_json(&mut self, checkpoint: Resource<OpenCheckpoint>) -> wasmtime::Result<String> {

@@ -21,14 +21,6 @@ pub enum CallError {
     Trap(wasmtime::Error),
 }
 
-/// A driver wants more handles than the host's table has room for; the cause of a trap.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("too many buffers, checkpoints and models: at most {limit} are allowed at once")]
-pub struct TooManyHandles {
-    /// The most there may be.
-    pub limit: usize,
-}
-
 impl CallError {
     pub(super) fn invalid(message: impl ToString) -> CallError {
         CallError::Guest(errors::Error::InvalidArgument(message.to_string()))

@@ -6,7 +6,7 @@
 //! 2. Implement [`DriverView`] for that data.
 //! 3. Call [`add_driver_to_linker`], which adds what [`add_to_linker`](super::add_to_linker) does
 //!    too.
-//! 4. Instantiate a driver and call it through [`bindings::Driver`].
+//! 4. Instantiate a driver and call it through [`Run`].
 //!
 //! A driver's memory is bounded by its quota, and given back by `Drop` of what is in the table: when
 //! a guest has trapped, drop its store and nothing of it is left.
@@ -25,6 +25,7 @@ mod error;
 mod memory;
 mod models;
 mod nf4;
+mod run;
 mod stop;
 #[cfg(test)]
 mod tests;
@@ -34,12 +35,13 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use tightfit_kernels::Kernels;
-use wasmtime::component::{HasData, Linker, Resource, ResourceTable, ResourceTableError};
+use wasmtime::component::{HasData, Linker, ResourceTable};
 
 pub use buffer::Buffer;
 pub use checkpoints::OpenCheckpoint;
-pub use error::{CallError, TooManyHandles};
+pub use error::CallError;
 pub use models::LoadedModel;
+pub use run::Run;
 pub use stop::Stopped;
 
 use super::View;
@@ -163,18 +165,6 @@ impl errors::Host for DriverContextView<'_> {
         match error {
             CallError::Guest(error) => Ok(error),
             CallError::Trap(trap) => Err(trap),
-        }
-    }
-}
-
-impl DriverContextView<'_> {
-    /// Gives the driver a handle.
-    fn push<T: Send + 'static>(&mut self, resource: T) -> Result<Resource<T>, CallError> {
-        let limit = self.table.max_capacity();
-        match self.table.push(resource) {
-            Ok(handle) => Ok(handle),
-            Err(ResourceTableError::Full) => Err(CallError::Trap(TooManyHandles { limit }.into())),
-            Err(error) => Err(error.into()),
         }
     }
 }

@@ -200,7 +200,7 @@ impl models::HostModel for DriverContextView<'_> {
         let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
         let placements: Vec<Placement> = placements.into_iter().map(convert::placement).collect();
         let model = self.context.load(checkpoint, &placements, &headroom)?;
-        self.push(model)
+        Ok(self.table.push(model)?)
     }
 
     fn get_statistics(

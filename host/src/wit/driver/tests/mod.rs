@@ -9,6 +9,7 @@ mod nf4;
 use std::path::Path;
 
 use tempfile::TempDir;
+use wasmtime::component::{Resource, ResourceTableError};
 
 use super::bindings::tightfit::host::buffers::{HostBuffer as _, Place};
 use super::bindings::tightfit::host::checkpoints::HostCheckpoint as _;
