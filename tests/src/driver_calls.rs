@@ -7,10 +7,9 @@ use std::sync::{Arc, OnceLock};
 use tempfile::TempDir;
 use tightfit::device::{Device, HostDevice};
 use tightfit::wit::bindings::tightfit::host::types;
-use tightfit::wit::driver::bindings::tightfit::host::buffers::{Host as _, HostBuffer, Place};
-use tightfit::wit::driver::bindings::tightfit::host::checkpoints::{Host as _, HostCheckpoint};
-use tightfit::wit::driver::bindings::tightfit::host::devices::Host as _;
-use tightfit::wit::driver::bindings::tightfit::host::models::{Host as _, HostModel, PartKind};
+use tightfit::wit::driver::bindings::tightfit::host::buffers::{HostBuffer, Place};
+use tightfit::wit::driver::bindings::tightfit::host::checkpoints::HostCheckpoint;
+use tightfit::wit::driver::bindings::tightfit::host::models::{HostModel, PartKind};
 use tightfit::wit::driver::bindings::tightfit::host::nf4::Host as _;
 use tightfit::wit::driver::{
     Buffer, CallError, DriverContext, DriverContextView, LoadedModel, OpenCheckpoint,
@@ -105,6 +104,13 @@ struct Driver<'a> {
     went_well: Cell<usize>,
 }
 
+#[derive(Clone, Copy)]
+enum Kind {
+    Buffer,
+    Checkpoint,
+    Model,
+}
+
 fn checkpoint() -> &'static TempDir {
     static DIRECTORY: OnceLock<TempDir> = OnceLock::new();
     DIRECTORY.get_or_init(|| {
@@ -175,10 +181,18 @@ impl Driver<'_> {
         }
     }
 
+    fn handles(&self, kind: Kind) -> &[u32] {
+        match kind {
+            Kind::Buffer => &self.buffers,
+            Kind::Checkpoint => &self.checkpoints,
+            Kind::Model => &self.models,
+        }
+    }
+
     /// One of the handles, or now and then a number.
-    fn pick(&mut self, handles: fn(&Driver<'_>) -> &Vec<u32>) -> u32 {
+    fn pick(&mut self, kind: Kind) -> u32 {
         let choice = self.input.byte();
-        let picked = match handles(self).as_slice() {
+        let picked = match self.handles(kind) {
             [] => None,
             handles => Some(handles[usize::from(choice) % handles.len()]),
         };
@@ -186,14 +200,14 @@ impl Driver<'_> {
             Some(handle) if choice < 250 => handle,
             _ => {
                 let number = u32::from(self.input.byte());
-                self.forged |= !handles(self).contains(&number);
+                self.forged |= !self.handles(kind).contains(&number);
                 number
             }
         }
     }
 
     fn buffer(&mut self) -> Resource<Buffer> {
-        Resource::new_borrow(self.pick(|driver| &driver.buffers))
+        Resource::new_borrow(self.pick(Kind::Buffer))
     }
 
     fn place(&mut self) -> Place {
@@ -204,11 +218,11 @@ impl Driver<'_> {
     }
 
     fn checkpoint(&mut self) -> Resource<OpenCheckpoint> {
-        Resource::new_borrow(self.pick(|driver| &driver.checkpoints))
+        Resource::new_borrow(self.pick(Kind::Checkpoint))
     }
 
     fn model(&mut self) -> Resource<LoadedModel> {
-        Resource::new_borrow(self.pick(|driver| &driver.models))
+        Resource::new_borrow(self.pick(Kind::Model))
     }
 
     /// What a call gave, if it was more than an error.
@@ -240,7 +254,7 @@ impl Driver<'_> {
                 let rep = self.buffer().rep();
                 let result = HostBuffer::drop(&mut self.view(), Resource::new_own(rep));
                 self.done(result.map_err(CallError::Trap));
-                self.buffers.retain(|&other| other != rep);
+                self.forget(rep);
             }
             5 | 6 => {
                 let (buffer, offset) = (self.buffer(), self.input.number());
@@ -316,7 +330,7 @@ impl Driver<'_> {
                 let rep = self.checkpoint().rep();
                 let result = HostCheckpoint::drop(&mut self.view(), Resource::new_own(rep));
                 self.done(result.map_err(CallError::Trap));
-                self.checkpoints.retain(|&other| other != rep);
+                self.forget(rep);
             }
             17 => self.look_at_checkpoint(),
             18 => {
@@ -332,7 +346,7 @@ impl Driver<'_> {
                 let rep = self.model().rep();
                 let result = HostModel::drop(&mut self.view(), Resource::new_own(rep));
                 self.done(result.map_err(CallError::Trap));
-                self.models.retain(|&other| other != rep);
+                self.forget(rep);
             }
             22 => {
                 let (model, tensor) = (self.model(), self.input.index());
@@ -376,6 +390,14 @@ impl Driver<'_> {
                     view.read_elements_into(model, tensor, first, count, to, buffer, offset);
                 self.done(result);
             }
+        }
+    }
+
+    /// A forged handle may be that of something else, which a store would not let a driver drop;
+    /// without a store it is gone.
+    fn forget(&mut self, handle: u32) {
+        for handles in [&mut self.buffers, &mut self.checkpoints, &mut self.models] {
+            handles.retain(|&other| other != handle);
         }
     }
 

@@ -43,7 +43,7 @@ fn one_byte_more_than_the_quota_is_refused() {
     told(&["allocate-twice", "4194304", "1"], &expected);
     told(
         &["exhaust-memory-in-pieces"],
-        &over_quota(4096, "4.000 KiB", 0, "0 B"),
+        &over_quota(8192, "8.000 KiB", 0, "0 B"),
     );
 }
 

@@ -52,7 +52,9 @@ fn drivers_have_no_wasi_and_no_planner() {
         is_for_another_host(&component(&text), interface);
     }
     let text = r#"(component
-        (import "tightfit:host/devices@0.1.0" (instance (export "reset" (func)))))"#;
+        (import "tightfit:host/devices@0.1.0" (instance (export "reset" (func))))
+        (instance $run)
+        (export "tightfit:host/run@0.1.0" (instance $run)))"#;
     is_for_another_host(&component(text), "reset");
 }
 

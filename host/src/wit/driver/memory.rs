@@ -159,13 +159,16 @@ impl Memory {
         let need = need.and_then(round).ok_or_else(too_much)?;
         let reserved = pool.chunk_bytes();
         let chunk = round(reserved.clamp(SMALLEST_CHUNK, LARGEST_CHUNK)).unwrap_or(need);
-        let grown = pool.grow(chunk.max(need)).or_else(|_| {
-            // There may be just enough, or what is kept for later is what is missing now.
-            pool.grow(need).or_else(|_| {
-                self.trim();
-                pool.grow(need)
-            })
-        });
+        let mut grown = pool.grow(chunk.max(need));
+        if is_short(&grown) {
+            // There may be just enough.
+            grown = pool.grow(need);
+        }
+        if is_short(&grown) {
+            // What is kept for later may be what is missing now.
+            self.trim();
+            grown = pool.grow(need);
+        }
         grown?;
         DevicePool::allocate(pool, bytes).ok_or_else(too_much)
     }
@@ -197,6 +200,16 @@ impl Memory {
             entries.extend(Ledger::enter(&pool.ledger, size, u64::MAX));
         }
         Ok(entries)
+    }
+}
+
+/// Whether less would do.
+fn is_short(grown: &Result<(), MemoryError>) -> bool {
+    use DeviceError::{Driver, OutOfMemory};
+    match grown {
+        Err(MemoryError::Quota { .. } | MemoryError::Device(OutOfMemory { .. })) => true,
+        Err(MemoryError::Device(Driver { out_of_memory, .. })) => *out_of_memory,
+        _ => false,
     }
 }
 

@@ -81,7 +81,7 @@ fn plan(fault: &str) -> Answer {
         "too-few" => placements.truncate(1),
         "too-many" => placements.push(placements[0]),
         "a-million" => placements = vec![placements[0]; 1_000_000],
-        "no-such-device" => placements[1].device = Some(2),
+        "no-such-device" => placements[2].device = Some(2),
         "block-48" => placements[2].format = nf4(48),
         "integers" => placements[3].format = nf4(64),
         "cast-i8" => placements[2].format = Format::Cast(DType::I8),
