@@ -1,4 +1,4 @@
-//! Compiles the hostile policy in `guests/` to wasm.
+//! Compiles the hostile policy and the hostile driver in `guests/`, and the example driver, to wasm.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -10,19 +10,24 @@ fn main() -> ExitCode {
     for path in [
         "build.rs",
         "guests/src",
+        "guests/driver",
         "guests/Cargo.toml",
         "guests/Cargo.lock",
+        "../guest/driver",
+        "../guest/examples/load-and-check",
         "../guest/names",
         "../guest/src",
         "../guest/Cargo.toml",
-        "../guest/names",
+        "../Cargo.lock",
         "../wit",
     ] {
         println!("cargo::rerun-if-changed={path}");
     }
-    match target_is_installed().and_then(|()| build()) {
-        Ok(module) => {
-            println!("cargo::rustc-env=HOSTILE_POLICY={}", module.display());
+    match target_is_installed().and_then(|()| build_all()) {
+        Ok(modules) => {
+            for (name, module) in modules {
+                println!("cargo::rustc-env={name}={}", module.display());
+            }
             ExitCode::SUCCESS
         }
         Err(problem) => {
@@ -48,19 +53,32 @@ fn target_is_installed() -> Result<(), String> {
     match added {
         Ok(status) if status.success() => Ok(()),
         _ => Err(format!(
-            "the tests' policies need the target {TARGET}: run `rustup target add {TARGET}`"
+            "the tests' guests need the target {TARGET}: run `rustup target add {TARGET}`"
         )),
     }
 }
 
-/// Gives the path of the module.
-fn build() -> Result<PathBuf, String> {
-    let guests = path_from_environment("CARGO_MANIFEST_DIR")?.join("guests");
-    let target = path_from_environment("OUT_DIR")?.join("guests");
+/// Gives the modules with the variables that tests find them by.
+fn build_all() -> Result<[(&'static str, PathBuf); 3], String> {
+    let tests = path_from_environment("CARGO_MANIFEST_DIR")?;
+    let guests = build(&tests.join("guests"), "guests", &["--workspace"])?;
+    // Where a guest's author would build it.
+    let examples = build(&tests, "examples", &["--package", "load-and-check"])?;
+    Ok([
+        ("HOSTILE_POLICY", guests.join("hostile.wasm")),
+        ("HOSTILE_DRIVER", guests.join("hostile_driver.wasm")),
+        ("LOAD_AND_CHECK", examples.join("load_and_check.wasm")),
+    ])
+}
+
+/// Builds packages of a workspace. Gives the directory of their modules.
+fn build(workspace: &Path, target: &str, packages: &[&str]) -> Result<PathBuf, String> {
+    let target = path_from_environment("OUT_DIR")?.join(target);
     let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     cargo
         .args(["build", "--release", "--locked", "--target", TARGET])
-        .current_dir(&guests);
+        .args(packages)
+        .current_dir(workspace);
     // What cargo tells this build about itself would be taken for orders by the next.
     for (name, _) in env::vars_os() {
         let text = name.to_string_lossy();
@@ -75,19 +93,19 @@ fn build() -> Result<PathBuf, String> {
     let output = cargo
         .env("CARGO_TARGET_DIR", &target)
         .output()
-        .map_err(|error| format!("cannot run cargo for the tests' policies: {error}"))?;
+        .map_err(|error| format!("cannot run cargo for the tests' guests: {error}"))?;
     if !output.status.success() {
         let text = String::from_utf8_lossy(&output.stderr);
         // A directive is one line; the compiler's own message goes where cargo shows it.
         eprintln!("{text}");
         let reason = text.lines().find(|line| line.starts_with("error"));
         return Err(format!(
-            "the tests' policies in {} do not build: {}",
-            guests.display(),
+            "the tests' guests in {} do not build: {}",
+            workspace.display(),
             reason.unwrap_or("no reason given")
         ));
     }
-    Ok(target.join(TARGET).join("release/hostile.wasm"))
+    Ok(target.join(TARGET).join("release"))
 }
 
 fn path_from_environment(name: &str) -> Result<PathBuf, String> {

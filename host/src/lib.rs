@@ -10,6 +10,8 @@
 pub mod check;
 pub mod checkpoint;
 pub mod device;
+#[cfg(feature = "wasm-policies")]
+pub mod driver;
 #[cfg(feature = "hub")]
 pub mod hub;
 pub mod load;
@@ -18,6 +20,7 @@ pub mod model;
 pub mod plan;
 pub mod policy;
 pub mod report;
+pub mod sandbox;
 pub mod save;
 pub mod status;
 pub mod synth;

@@ -1,13 +1,18 @@
 //! What has been loaded: look it up, use it, unload it.
 
+mod pieces;
+
+#[cfg(feature = "wit")]
+pub(crate) use pieces::table;
+
 use std::collections::HashMap;
 use std::marker::PhantomData;
 
-use tightfit_kernels::{BlockSize, FloatType, KernelError, Kernels};
+use tightfit_kernels::{FloatType, KernelError};
 
 use crate::checkpoint::{Checkpoint, Quantized};
 use crate::device::{DeviceAddress, DeviceError, Reservation};
-use crate::load::{LoadStats, float_type};
+use crate::load::LoadStats;
 use crate::plan::{PartKind, Plan, PlannedPart, PlannedTensor};
 use crate::types::{DType, Format, QuantType, elements};
 
@@ -56,6 +61,28 @@ pub enum ModelError {
         tensor: String,
         /// Its element type.
         dtype: DType,
+    },
+    /// Its format has no such part.
+    #[error("tensor '{tensor}' has no {kind:?} as it is stored")]
+    NoPart {
+        /// The tensor.
+        tensor: String,
+        /// The part asked for.
+        kind: PartKind,
+    },
+    /// A range outside of a tensor or of its part.
+    #[error("{unit} {first}..{end} of tensor '{tensor}' were asked for, which has {have}")]
+    OutsideTensor {
+        /// The tensor.
+        tensor: String,
+        /// What is counted: bytes of a part, or elements.
+        unit: &'static str,
+        /// The first asked for.
+        first: u64,
+        /// Behind the last asked for.
+        end: u64,
+        /// How many there are.
+        have: u64,
     },
     /// A kernel was called with lengths that do not belong together: a fault of ours.
     #[error("internal error: {0}")]
@@ -286,51 +313,9 @@ impl<'m> Tensor<'m> {
     /// # Errors
     /// [`ModelError`] when the elements are not floating-point numbers or cannot be read.
     pub fn to_float(&self, to: FloatType) -> Result<Vec<u8>, ModelError> {
-        let not_float = || ModelError::NotFloat {
-            tensor: self.name().to_owned(),
-            dtype: self.dtype(),
-        };
-        let kernels = Kernels::detect();
         let elements = elements(self.shape()).unwrap_or(0) as usize;
         let mut out = vec![0; elements * to.bytes()];
-        let part = |kind| self.read_part(kind).map(Option::unwrap_or_default);
-        let Some(quantization) = self.quantization() else {
-            let stored = match self.format() {
-                Format::Cast(target) => target,
-                Format::Stored | Format::Nf4 { .. } => self.dtype(),
-            };
-            let from = float_type(stored).ok_or_else(not_float)?;
-            kernels.cast(&part(PartKind::Data)?, from, to, &mut out)?;
-            return Ok(out);
-        };
-        let stored = part(PartKind::Absmax)?;
-        let absmax = match quantization.nested_offset {
-            None => floats(&stored),
-            Some(offset) => {
-                let nested = floats(&part(PartKind::NestedAbsmax)?);
-                let mut absmax = vec![0.0; stored.len()];
-                kernels.dequantize_absmax(&stored, &nested, offset, &mut absmax)?;
-                absmax
-            }
-        };
-        kernels.dequantize(
-            match quantization.quant_type {
-                QuantType::Nf4 => tightfit_kernels::QuantType::Nf4,
-                QuantType::Fp4 => tightfit_kernels::QuantType::Fp4,
-            },
-            &part(PartKind::Codes)?,
-            &absmax,
-            BlockSize::new(quantization.block_size as usize)?,
-            elements,
-            to,
-            &mut out,
-        )?;
+        self.to_float_at(0, to, &mut out)?;
         Ok(out)
     }
-}
-
-/// Little-endian bytes as numbers.
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    let (chunks, _) = bytes.as_chunks::<4>();
-    chunks.iter().copied().map(f32::from_le_bytes).collect()
 }

@@ -3,6 +3,8 @@
 
 use crate::checkpoint::CheckpointError;
 use crate::device::DeviceError;
+#[cfg(feature = "wasm-policies")]
+use crate::driver::DriverError;
 use crate::load::{LoadError, PlaceError};
 use crate::plan::ProposeError;
 use crate::policy::{PolicyError, RefusalReason};
@@ -21,7 +23,7 @@ pub enum Status {
     Checkpoint = 3,
     /// The model does not fit on the devices, or the policy refuses it.
     DoesNotFit = 4,
-    /// The policy itself failed: a trap, a limit, a bad plan.
+    /// The policy or the driver itself failed: a trap, a limit, a bad plan.
     Policy = 5,
     /// A device failed or has less memory than it said.
     Device = 6,
@@ -89,6 +91,19 @@ impl From<&PlaceError> for Status {
             PlaceError::Propose(error) => error.into(),
             PlaceError::Revised { source, .. } => source.as_ref().into(),
             PlaceError::Load(error) => error.into(),
+        }
+    }
+}
+
+#[cfg(feature = "wasm-policies")]
+impl From<&DriverError> for Status {
+    fn from(error: &DriverError) -> Status {
+        match error {
+            DriverError::Unreadable { .. } => Status::Usage,
+            DriverError::Failed { .. }
+            | DriverError::GaveUp { .. }
+            | DriverError::LongAnswer { .. } => Status::Policy,
+            DriverError::Cancelled => Status::Interrupted,
         }
     }
 }

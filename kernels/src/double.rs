@@ -9,7 +9,7 @@ use crate::{
 };
 
 /// Width of one group of the sum in [`mean`].
-const GROUP: usize = 256;
+pub(crate) const GROUP: usize = 256;
 
 /// The mean as [`crate::Kernels::absmax_mean`] defines it; 0.0 of nothing.
 #[inline(always)]
@@ -53,7 +53,7 @@ pub(crate) fn group_sum(values: &[f32]) -> f64 {
 
 /// The sum of 256 values, by halving: value `i` plus value `i + 128`, and so on.
 #[inline(always)]
-fn halve<T: Copy>(to_f64: &impl Fn(T) -> f64, values: &[T; GROUP]) -> f64 {
+pub(crate) fn halve<T: Copy>(to_f64: &impl Fn(T) -> f64, values: &[T; GROUP]) -> f64 {
     // One array per step, so that all lengths are known when compiling.
     macro_rules! halve {
         ($sums:ident, $($stride:literal)*) => {

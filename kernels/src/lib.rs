@@ -31,6 +31,7 @@ mod float;
 mod formats;
 mod isa;
 mod kernels;
+mod mean;
 mod quantize;
 mod tables;
 #[cfg(target_arch = "x86_64")]
@@ -40,4 +41,5 @@ pub use error::KernelError;
 pub use formats::{BlockSize, FloatType, NESTED_BLOCK_SIZE, QuantType, blocks, packed_bytes};
 pub use isa::Isa;
 pub use kernels::{Kernels, QuantizeStats};
+pub use mean::AbsmaxMean;
 pub use tables::{DYNAMIC_MAP, FP4, NF4, NF4_THRESHOLDS};

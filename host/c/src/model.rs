@@ -381,7 +381,9 @@ pub unsafe extern "C" fn tightfit_model_to_f32(
             use tightfit::model::ModelError;
             let status = match &error {
                 ModelError::Device(_) => Status::Device,
-                ModelError::NotFloat { .. } => Status::Usage,
+                ModelError::NotFloat { .. }
+                | ModelError::NoPart { .. }
+                | ModelError::OutsideTensor { .. } => Status::Usage,
                 ModelError::Kernel(_) => Status::Other,
             };
             Error::new(status, error)

@@ -128,11 +128,18 @@ impl FromStr for Fails {
 pub(super) enum FailureKind {
     NotAPolicy,
     TooLarge,
+    TooMany,
+    Compile,
     OutOfFuel,
     Deadline,
     Memory,
     Tables,
+    HostCall,
+    Handles,
+    Resources,
     StackOverflow,
+    EmptyWasi,
+    Exit,
     Panic,
     Trap,
     /// Its plan contradicts the request.
@@ -142,14 +149,21 @@ pub(super) enum FailureKind {
 }
 
 impl FailureKind {
-    const ALL: [FailureKind; 11] = [
+    const ALL: [FailureKind; 18] = [
         FailureKind::NotAPolicy,
         FailureKind::TooLarge,
+        FailureKind::TooMany,
+        FailureKind::Compile,
         FailureKind::OutOfFuel,
         FailureKind::Deadline,
         FailureKind::Memory,
         FailureKind::Tables,
+        FailureKind::HostCall,
+        FailureKind::Handles,
+        FailureKind::Resources,
         FailureKind::StackOverflow,
+        FailureKind::EmptyWasi,
+        FailureKind::Exit,
         FailureKind::Panic,
         FailureKind::Trap,
         FailureKind::BadPlan,
@@ -160,11 +174,18 @@ impl FailureKind {
         match self {
             FailureKind::NotAPolicy => "not-a-policy",
             FailureKind::TooLarge => "too-large",
+            FailureKind::TooMany => "too-many",
+            FailureKind::Compile => "compile",
             FailureKind::OutOfFuel => "out-of-fuel",
             FailureKind::Deadline => "deadline",
             FailureKind::Memory => "memory",
             FailureKind::Tables => "tables",
+            FailureKind::HostCall => "host-call",
+            FailureKind::Handles => "handles",
+            FailureKind::Resources => "resources",
             FailureKind::StackOverflow => "stack-overflow",
+            FailureKind::EmptyWasi => "empty-wasi",
+            FailureKind::Exit => "exit",
             FailureKind::Panic => "panic",
             FailureKind::Trap => "trap",
             FailureKind::BadPlan => "bad-plan",
@@ -172,18 +193,29 @@ impl FailureKind {
         }
     }
 
-    pub(super) const fn of(failure: &Failure) -> FailureKind {
-        match failure {
-            Failure::NotAPolicy { .. } => FailureKind::NotAPolicy,
+    /// `None` where the policy is not to blame.
+    pub(super) const fn of(failure: &Failure) -> Option<FailureKind> {
+        Some(match failure {
+            Failure::NotAComponent { .. } | Failure::WrongWorld(_) => FailureKind::NotAPolicy,
             Failure::TooLarge { .. } => FailureKind::TooLarge,
+            Failure::TooMany { .. } => FailureKind::TooMany,
+            Failure::CompileTime { .. }
+            | Failure::CompileMemory { .. }
+            | Failure::Compiler { .. } => FailureKind::Compile,
             Failure::OutOfFuel { .. } => FailureKind::OutOfFuel,
             Failure::Deadline { .. } => FailureKind::Deadline,
             Failure::Memory { .. } => FailureKind::Memory,
             Failure::Tables { .. } => FailureKind::Tables,
+            Failure::HostCall { .. } => FailureKind::HostCall,
+            Failure::Handles { .. } => FailureKind::Handles,
+            Failure::Resources { .. } => FailureKind::Resources,
             Failure::StackOverflow => FailureKind::StackOverflow,
+            Failure::EmptyWasi { .. } => FailureKind::EmptyWasi,
+            Failure::Exit { .. } => FailureKind::Exit,
             Failure::Panic { .. } => FailureKind::Panic,
             Failure::Trap { .. } => FailureKind::Trap,
-        }
+            Failure::Host { .. } => return None,
+        })
     }
 }
 

@@ -126,9 +126,7 @@ fn failure(expect: &Fails, outcome: Result<&Plan, &ProposeError>) -> Finding {
         wanted += &format!(", a message with '{text}'");
     }
     let found = match outcome {
-        Err(ProposeError::Policy(PolicyError::Failed { failure, .. })) => {
-            Some(FailureKind::of(failure))
-        }
+        Err(ProposeError::Policy(PolicyError::Failed { failure, .. })) => FailureKind::of(failure),
         Err(ProposeError::BadPlan { .. }) => Some(FailureKind::BadPlan),
         Err(ProposeError::DoesNotFit { .. }) => Some(FailureKind::Overfull),
         Err(ProposeError::Policy(_) | ProposeError::FormatRule(_)) | Ok(_) => None,

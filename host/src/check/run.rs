@@ -13,7 +13,8 @@ use super::outcome::{CaseReport, FileReport, Finding, Status};
 use super::parse::{Case, PolicySource, ScenarioFile};
 use crate::device::{DeviceInfo, open_devices};
 use crate::plan::{ProposeError, propose};
-use crate::policy::{BUILTIN_POLICIES, Limits, PolicyError, WasmPolicy};
+use crate::policy::{BUILTIN_POLICIES, PolicyError, WasmPolicy};
+use crate::sandbox::Options;
 use crate::synth::SynthError;
 
 /// Models that stay open: scenarios in a row mostly share one, and open files are few.
@@ -22,17 +23,17 @@ const OPEN_MODELS: usize = 4;
 /// Runs cases, and keeps what many of them need.
 #[derive(Debug, Default)]
 pub struct Runner {
-    limits: Limits,
+    options: Options,
     policies: HashMap<PolicySource, Arc<WasmPolicy>>,
     /// The one used last is the last.
     models: Vec<(ModelSource, Arc<OpenModel>)>,
 }
 
 impl Runner {
-    /// With these limits for policies.
-    pub fn new(limits: Limits) -> Runner {
+    /// With these limits, or other options, for policies.
+    pub fn new(options: impl Into<Options>) -> Runner {
         Runner {
-            limits,
+            options: options.into(),
             ..Runner::default()
         }
     }
@@ -136,8 +137,8 @@ impl Runner {
             return Ok(Arc::clone(policy));
         }
         let policy = match source {
-            PolicySource::Builtin(name) => WasmPolicy::open(name, self.limits.clone())?,
-            PolicySource::File(path) => open_file(path, self.limits.clone())?,
+            PolicySource::Builtin(name) => WasmPolicy::open(name, self.options.clone())?,
+            PolicySource::File(path) => open_file(path, self.options.clone())?,
         };
         let policy = Arc::new(policy);
         self.policies.insert(source.clone(), Arc::clone(&policy));
@@ -146,7 +147,7 @@ impl Runner {
 }
 
 /// A policy in a file. What has neither a file nor a file's ending was meant as a name.
-fn open_file(path: &Path, limits: Limits) -> Result<WasmPolicy, PolicyError> {
+fn open_file(path: &Path, options: Options) -> Result<WasmPolicy, PolicyError> {
     if path.extension().is_none() && !path.exists() {
         let name = path.file_name().unwrap_or(path.as_os_str());
         return Err(PolicyError::Unknown {
@@ -160,7 +161,7 @@ fn open_file(path: &Path, limits: Limits) -> Result<WasmPolicy, PolicyError> {
             source: std::io::Error::other("its path is not UTF-8"),
         });
     };
-    WasmPolicy::open(text, limits)
+    WasmPolicy::open(text, options)
 }
 
 impl std::fmt::Display for PolicySource {

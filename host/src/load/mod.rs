@@ -378,4 +378,4 @@ impl Run<'_, '_> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

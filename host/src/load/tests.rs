@@ -12,14 +12,14 @@ use crate::plan::PartKind;
 use crate::types::{DType, Placement};
 
 /// A tensor of a test checkpoint: pseudo-random weights, the same on every run.
-struct Source {
-    name: &'static str,
-    dtype: DType,
-    shape: Vec<u64>,
-    bytes: Vec<u8>,
+pub(crate) struct Source {
+    pub(crate) name: &'static str,
+    pub(crate) dtype: DType,
+    pub(crate) shape: Vec<u64>,
+    pub(crate) bytes: Vec<u8>,
 }
 
-fn source(name: &'static str, dtype: DType, shape: &[u64]) -> Source {
+pub(crate) fn source(name: &'static str, dtype: DType, shape: &[u64]) -> Source {
     let elements: u64 = shape.iter().product();
     let mut state = name
         .bytes()
@@ -51,7 +51,7 @@ fn source(name: &'static str, dtype: DType, shape: &[u64]) -> Source {
     }
 }
 
-fn write_checkpoint(directory: &Path, sources: &[Source]) {
+pub(crate) fn write_checkpoint(directory: &Path, sources: &[Source]) {
     let mut header = serde_json::Map::new();
     let mut data = Vec::new();
     for source in sources {
@@ -73,7 +73,7 @@ fn write_checkpoint(directory: &Path, sources: &[Source]) {
     std::fs::write(directory.join("model.safetensors"), file).unwrap();
 }
 
-fn nf4(block_size: u32, double_quantized: bool) -> Format {
+pub(crate) fn nf4(block_size: u32, double_quantized: bool) -> Format {
     Format::Nf4 {
         block_size,
         double_quantized,

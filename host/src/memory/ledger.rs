@@ -24,12 +24,12 @@ pub struct Gauge {
 }
 
 impl Gauge {
-    fn add(&mut self, bytes: u64) {
+    pub(super) fn add(&mut self, bytes: u64) {
         self.now += bytes;
         self.peak = self.peak.max(self.now);
     }
 
-    fn subtract(&mut self, bytes: u64) {
+    pub(super) fn subtract(&mut self, bytes: u64) {
         self.now = self.now.saturating_sub(bytes);
     }
 }

@@ -1,21 +1,19 @@
-//! Who decides where tensors go: the trait, and the runner for policies in wasm.
+//! Who decides where tensors go: the trait, and policies in wasm.
 //!
 //! A policy sees metadata only and answers with one placement per tensor. Whatever it answers is
 //! checked again when the plan is made, so a policy can be wrong but not harmful.
 
 mod error;
 #[cfg(feature = "wasm-policies")]
-mod limits;
-#[cfg(feature = "wasm-policies")]
-mod precheck;
-#[cfg(feature = "wasm-policies")]
 mod wasm;
 
-pub use error::{Failure, PolicyError};
-#[cfg(feature = "wasm-policies")]
-pub use limits::{BadLimit, Limits};
+pub use error::PolicyError;
 #[cfg(feature = "wasm-policies")]
 pub use wasm::{BUILTIN_POLICIES, WasmPolicy};
+
+pub use crate::sandbox::Failure;
+#[cfg(feature = "wasm-policies")]
+pub use crate::sandbox::{BadLimit, Limits};
 
 use crate::checkpoint::{TensorInfo, Tie};
 use crate::device::DeviceInfo;

@@ -1,18 +1,16 @@
-//! Runs policies written in wasm, within [`Limits`].
+//! Runs policies written in wasm, in the [`sandbox`](crate::sandbox).
 //!
 //! Every call gets a fresh instance: nothing of one request is left for the next, and a trap
 //! leaves nothing behind.
 
 use std::path::Path;
-use std::sync::mpsc;
-use std::time::Instant;
 
-use wasmtime::component::{Component, Linker};
-use wasmtime::{Config, Engine, Store, Trap, UpdateDeadline};
+use wasmtime::Store;
+use wasmtime::component::Linker;
 
-use super::limits::{Exceeded, Limiter};
-use super::{Answer, Description, Failure, Limits, Policy, PolicyError, Request, precheck};
-use crate::wit::{self, Context, View, bindings};
+use super::{Answer, Description, Policy, PolicyError, Request};
+use crate::sandbox::{Compiler, Failure, Mismatch, Options, Sandbox, State, World, read_component};
+use crate::wit::{self, bindings};
 
 /// The policies that are part of the program.
 pub const BUILTIN_POLICIES: [&str; 4] = ["auto", "packed", "huggingface", "map"];
@@ -22,48 +20,43 @@ static HUGGINGFACE: &[u8] = include_bytes!("builtin/huggingface.wasm");
 static MAP: &[u8] = include_bytes!("builtin/map.wasm");
 static PACKED: &[u8] = include_bytes!("builtin/packed.wasm");
 
+/// What a policy may import and has to export.
+const WORLD: World = World {
+    imports: &[
+        "tightfit:host/types@0.1.0",
+        "tightfit:host/sizing@0.1.0",
+        "tightfit:host/log@0.1.0",
+    ],
+    exports: &[PLANNER],
+};
+
+const PLANNER: &str = "tightfit:host/planner@0.1.0";
+
 /// A compiled policy.
 pub struct WasmPolicy {
     /// Its built-in name, or its file: how errors name it before it has described itself.
     label: String,
-    engine: Engine,
-    pre: bindings::PolicyPre<State>,
-    limits: Limits,
+    sandbox: Sandbox,
+    pre: bindings::PolicyPre<State<()>>,
 }
 
 impl std::fmt::Debug for WasmPolicy {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("WasmPolicy")
             .field("label", &self.label)
-            .field("limits", &self.limits)
+            .field("limits", self.sandbox.limits())
             .finish_non_exhaustive()
     }
 }
-
-/// What belongs to one call.
-struct State {
-    context: Context,
-    limiter: Limiter,
-}
-
-impl View for State {
-    fn tightfit(&mut self) -> &mut Context {
-        &mut self.context
-    }
-}
-
-/// The cause of a trap at the deadline.
-#[derive(Debug, thiserror::Error)]
-#[error("deadline exceeded")]
-struct DeadlineExceeded;
 
 impl WasmPolicy {
     /// The built-in policy of this name, or the policy in the file of this name.
     ///
     /// # Errors
     /// [`PolicyError::Unknown`], [`PolicyError::Unreadable`], or as [`WasmPolicy::new`].
-    pub fn open(name: &str, limits: Limits) -> Result<WasmPolicy, PolicyError> {
-        if let Some(policy) = WasmPolicy::builtin(name, limits.clone()) {
+    pub fn open(name: &str, options: impl Into<Options>) -> Result<WasmPolicy, PolicyError> {
+        let options = options.into();
+        if let Some(policy) = WasmPolicy::builtin(name, options.clone()) {
             return policy;
         }
         let path = Path::new(name);
@@ -77,65 +70,65 @@ impl WasmPolicy {
             path: path.to_owned(),
             source,
         };
-        let metadata = std::fs::metadata(path).map_err(unreadable)?;
-        // A pipe can block for ever, and a device such as /dev/zero has no end.
-        if !metadata.is_file() {
-            return Err(unreadable(std::io::Error::other("not a regular file")));
-        }
-        let length = metadata.len();
-        if length > limits.component {
-            return Err(PolicyError::Failed {
-                policy: name.to_owned(),
-                failure: Failure::TooLarge {
-                    what: "file",
-                    have: length,
-                    limit: limits.component,
-                },
-            });
-        }
-        let bytes = std::fs::read(path).map_err(unreadable)?;
-        WasmPolicy::new(name, &bytes, limits)
+        let bytes = read_component(path, &options.limits).map_err(unreadable)?;
+        let bytes = bytes.map_err(|failure| PolicyError::Failed {
+            policy: name.to_owned(),
+            failure,
+        })?;
+        WasmPolicy::new(name, &bytes, options)
     }
 
-    /// A built-in policy, if there is one of this name.
-    pub fn builtin(name: &str, limits: Limits) -> Option<Result<WasmPolicy, PolicyError>> {
-        match name {
-            "auto" => Some(WasmPolicy::new(name, AUTO, limits)),
-            "huggingface" => Some(WasmPolicy::new(name, HUGGINGFACE, limits)),
-            "map" => Some(WasmPolicy::new(name, MAP, limits)),
-            "packed" => Some(WasmPolicy::new(name, PACKED, limits)),
-            _ => None,
-        }
+    /// A built-in policy, if there is one of this name. It is as much to be trusted as this program,
+    /// and so compiled in this process.
+    pub fn builtin(
+        name: &str,
+        options: impl Into<Options>,
+    ) -> Option<Result<WasmPolicy, PolicyError>> {
+        let bytes = match name {
+            "auto" => AUTO,
+            "huggingface" => HUGGINGFACE,
+            "map" => MAP,
+            "packed" => PACKED,
+            _ => return None,
+        };
+        let options = Options {
+            compiler: Compiler::InProcess,
+            ..options.into()
+        };
+        Some(WasmPolicy::new(name, bytes, options))
     }
 
     /// Compiles a policy: a component, or a core module that carries its component type.
     ///
     /// # Errors
     /// [`PolicyError::Failed`] when the bytes are not a policy for this host or exceed its limits.
-    pub fn new(label: &str, bytes: &[u8], limits: Limits) -> Result<WasmPolicy, PolicyError> {
-        let failed = |failure| PolicyError::Failed {
+    pub fn new(
+        label: &str,
+        bytes: &[u8],
+        options: impl Into<Options>,
+    ) -> Result<WasmPolicy, PolicyError> {
+        let compiled = || -> Result<_, Failure> {
+            let sandbox = Sandbox::new(options)?;
+            let component = sandbox.compile(bytes, &WORLD)?;
+            let mut linker = Linker::new(sandbox.engine());
+            wit::add_to_linker::<State<()>>(&mut linker).map_err(Failure::host)?;
+            let pre = sandbox.link(&mut linker, &component)?;
+            let pre = bindings::PolicyPre::new(pre).map_err(|error| {
+                Failure::WrongWorld(Mismatch::ExportType {
+                    export: PLANNER.to_owned(),
+                    reason: format!("{error:#}"),
+                })
+            })?;
+            Ok((sandbox, pre))
+        };
+        let (sandbox, pre) = compiled().map_err(|failure| PolicyError::Failed {
             policy: label.to_owned(),
             failure,
-        };
-        let not_a_policy = |error: wasmtime::Error| {
-            failed(Failure::NotAPolicy {
-                reason: format!("{error:#}"),
-            })
-        };
-        let bytes = precheck::component(bytes, &limits).map_err(failed)?;
-        let engine = Engine::new(&config(&limits)).map_err(not_a_policy)?;
-        let component = Component::from_binary(&engine, &bytes).map_err(not_a_policy)?;
-        let mut linker = Linker::new(&engine);
-        wit::add_to_linker::<State>(&mut linker).map_err(not_a_policy)?;
-        let pre = linker
-            .instantiate_pre(&component)
-            .and_then(bindings::PolicyPre::new)
-            .map_err(not_a_policy)?;
+        })?;
         Ok(WasmPolicy {
             label: label.to_owned(),
-            engine,
+            sandbox,
             pre,
-            limits,
         })
     }
 
@@ -145,7 +138,7 @@ impl WasmPolicy {
             .instance_pre()
             .component()
             .component_type()
-            .imports(&self.engine)
+            .imports(self.sandbox.engine())
             .map(|(name, _)| name.to_owned())
             .collect()
     }
@@ -154,102 +147,38 @@ impl WasmPolicy {
     fn run<R>(
         &self,
         tensors: usize,
-        call: impl FnOnce(&bindings::Policy, &mut Store<State>) -> wasmtime::Result<R>,
+        call: impl FnOnce(&bindings::Policy, &mut Store<State<()>>) -> wasmtime::Result<R>,
     ) -> Result<(R, u64), PolicyError> {
-        let fuel = self
-            .limits
-            .fuel_per_tensor
-            .saturating_mul(tensors as u64)
-            .saturating_add(self.limits.fuel);
-        let mut store = Store::new(
-            &self.engine,
-            State {
-                context: Context::new(),
-                limiter: Limiter::new(&self.limits),
-            },
-        );
-        store.limiter(|state| &mut state.limiter);
-        store.set_hostcall_fuel(self.limits.host_call_bytes);
-        let result = store.set_fuel(fuel).and_then(|()| {
-            let _alarm = self.set_alarm(&mut store);
+        let fuel = self.sandbox.limits().fuel_for(tensors);
+        let result = self.sandbox.run((), fuel, |store| {
             // Instantiation runs guest code too: everything is limited from here on.
-            let policy = self.pre.instantiate(&mut store)?;
-            call(&policy, &mut store)
+            let policy = self.pre.instantiate(&mut *store)?;
+            call(&policy, store)
         });
-        match result {
-            Ok(value) => Ok((value, fuel - store.get_fuel().unwrap_or(0))),
-            Err(error) => Err(PolicyError::Failed {
-                policy: self.label.clone(),
-                failure: self.failure(&error, fuel, store.data().context.last_error()),
-            }),
-        }
+        result.map_err(|failure| self.failed(failure))
     }
 
-    /// Interrupts the store's guest when its time is up. Other calls on this engine are woken too
-    /// and find that theirs is not.
-    fn set_alarm(&self, store: &mut Store<State>) -> Alarm {
-        let deadline = Instant::now() + self.limits.deadline;
-        store.set_epoch_deadline(1);
-        store.epoch_deadline_callback(move |_| {
-            if Instant::now() >= deadline {
-                Err(DeadlineExceeded.into())
-            } else {
-                Ok(UpdateDeadline::Continue(1))
-            }
-        });
-        let (disarm, armed) = mpsc::channel::<()>();
-        let engine = self.engine.clone();
-        let thread = std::thread::spawn(move || {
-            while armed.recv_timeout(deadline.saturating_duration_since(Instant::now()))
-                == Err(mpsc::RecvTimeoutError::Timeout)
-            {
-                // Repeated by the loop, at no more than this rate, in case the clock was early.
-                engine.increment_epoch();
-                if Instant::now() > deadline {
-                    break;
-                }
-            }
-        });
-        Alarm {
-            disarm: Some(disarm),
-            thread: Some(thread),
-        }
-    }
-
-    fn failure(&self, error: &wasmtime::Error, fuel: u64, last_log: Option<&str>) -> Failure {
-        if let Some(exceeded) = error.downcast_ref::<Exceeded>() {
-            return match *exceeded {
-                Exceeded::Memory { need, limit } => Failure::Memory { need, limit },
-                Exceeded::Tables { need, limit } => Failure::Tables { need, limit },
-            };
-        }
-        if error.is::<DeadlineExceeded>() {
-            return Failure::Deadline {
-                seconds: self.limits.deadline.as_secs_f64(),
-            };
-        }
-        match (error.downcast_ref::<Trap>(), last_log) {
-            (Some(Trap::OutOfFuel), _) => Failure::OutOfFuel { fuel },
-            (Some(Trap::StackOverflow), _) => Failure::StackOverflow,
-            (Some(Trap::UnreachableCodeReached), Some(message)) => Failure::Panic {
-                message: message.to_owned(),
-            },
-            (Some(trap), _) => Failure::Trap {
-                message: trap.to_string(),
-            },
-            (None, _) => Failure::Trap {
-                message: format!("{error:#}"),
-            },
+    fn failed(&self, failure: Failure) -> PolicyError {
+        PolicyError::Failed {
+            policy: self.label.clone(),
+            failure,
         }
     }
 }
 
 impl Policy for WasmPolicy {
     fn describe(&self) -> Result<Description, PolicyError> {
-        self.run(0, |policy, store| {
+        let (description, _) = self.run(0, |policy, store| {
             policy.tightfit_host_planner().call_describe(store)
-        })
-        .map(|(description, _)| wit::convert::description(description))
+        })?;
+        let limits = self.sandbox.limits();
+        if description.settings.len() > limits.settings {
+            return Err(self.failed(Failure::TooMany {
+                what: "settings",
+                limit: limits.settings,
+            }));
+        }
+        Ok(wit::convert::description(description, limits.text_bytes))
     }
 
     fn plan(&self, request: &Request<'_>) -> Result<Answer, PolicyError> {
@@ -264,39 +193,8 @@ impl Policy for WasmPolicy {
             }),
             Err(refusal) => Err(PolicyError::Refused {
                 policy: self.label.clone(),
-                refusal: wit::convert::refusal(refusal),
+                refusal: wit::convert::refusal(refusal, self.sandbox.limits().text_bytes),
             }),
         }
     }
-}
-
-/// Disarmed when dropped.
-struct Alarm {
-    disarm: Option<mpsc::Sender<()>>,
-    thread: Option<std::thread::JoinHandle<()>>,
-}
-
-impl Drop for Alarm {
-    fn drop(&mut self) {
-        self.disarm.take();
-        if let Some(thread) = self.thread.take() {
-            // The thread does nothing that panics; if it did there would be nothing to mend.
-            let _ = thread.join();
-        }
-    }
-}
-
-/// Deterministic, and with nothing on that policies do not need.
-fn config(limits: &Limits) -> Config {
-    let mut config = Config::new();
-    config
-        .wasm_component_model(true)
-        .consume_fuel(true)
-        .epoch_interruption(true)
-        .max_wasm_stack(limits.stack)
-        .cranelift_nan_canonicalization(true)
-        .relaxed_simd_deterministic(true)
-        .wasm_relaxed_simd(false)
-        .wasm_backtrace_max_frames(None);
-    config
 }

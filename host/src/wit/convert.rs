@@ -3,7 +3,7 @@
 pub(crate) use policy::*;
 
 use super::bindings::tightfit::host::types;
-use crate::types::{DType, Format};
+use crate::types::{DType, Format, Placement, QuantType};
 
 /// Both directions of an enumeration whose cases have corresponding names.
 macro_rules! same_cases {
@@ -14,7 +14,7 @@ macro_rules! same_cases {
             match given { $(Theirs::$wit => $ours::$case),* }
         }
 
-        fn $to_theirs(given: $ours) -> $theirs {
+        pub(crate) fn $to_theirs(given: $ours) -> $theirs {
             use $theirs as Theirs;
             match given { $($ours::$case => Theirs::$wit),* }
         }
@@ -27,6 +27,15 @@ same_cases!(dtype, wit_dtype, DType, types::Dtype:
     F8E8M0 = F8E8m0, F16 = F16, Bf16 = Bf16, F32 = F32, F64 = F64, C64 = C64,
 );
 
+same_cases!(quant_type, wit_quant_type, QuantType, types::QuantType: Nf4 = Nf4, Fp4 = Fp4);
+
+pub(crate) fn placement(placement: types::Placement) -> Placement {
+    Placement {
+        device: placement.device,
+        format: format(placement.format),
+    }
+}
+
 pub(crate) fn format(format: types::Format) -> Format {
     match format {
         types::Format::Stored => Format::Stored,
@@ -38,7 +47,7 @@ pub(crate) fn format(format: types::Format) -> Format {
     }
 }
 
-fn wit_format(format: Format) -> types::Format {
+pub(crate) fn wit_format(format: Format) -> types::Format {
     match format {
         Format::Stored => types::Format::Stored,
         Format::Cast(target) => types::Format::Cast(wit_dtype(target)),
@@ -55,29 +64,25 @@ fn wit_format(format: Format) -> types::Format {
 mod policy {
     use super::super::bindings::exports::tightfit::host::planner;
     use super::super::bindings::tightfit::host::types;
-    use super::super::{MESSAGE_LIMIT, truncate};
-    use super::{format, wit_dtype, wit_format};
+    use super::super::truncate;
+    use super::{placement, wit_dtype, wit_format, wit_quant_type};
     use crate::checkpoint::{TensorInfo, Tie};
     use crate::device::{DeviceInfo, DeviceKind};
     use crate::policy::{Description, Proposal, Refusal, RefusalReason, Request, Setting};
-    use crate::types::{Placement, QuantType};
 
     /// Tensor counts are bounded by the checkpoint reader, far below 2^32.
-    fn index(index: usize) -> u32 {
+    pub(crate) fn index(index: usize) -> u32 {
         u32::try_from(index).expect("a tensor index fits in 32 bits")
     }
 
-    fn tensor(tensor: &TensorInfo) -> types::Tensor {
+    pub(crate) fn tensor(tensor: &TensorInfo) -> types::Tensor {
         types::Tensor {
             name: tensor.name.clone(),
             dtype: wit_dtype(tensor.dtype),
             shape: tensor.shape.clone(),
             bytes: tensor.source_bytes(),
             quantized: tensor.quantized.as_ref().map(|given| types::Quantization {
-                quant_type: match given.quant_type {
-                    QuantType::Nf4 => types::QuantType::Nf4,
-                    QuantType::Fp4 => types::QuantType::Fp4,
-                },
+                quant_type: wit_quant_type(given.quant_type),
                 block_size: given.block_size,
                 double_quantized: given.nested.is_some(),
             }),
@@ -92,7 +97,7 @@ mod policy {
         }
     }
 
-    fn device(device: &DeviceInfo) -> types::Device {
+    pub(crate) fn device(device: &DeviceInfo) -> types::Device {
         types::Device {
             name: device.name.clone(),
             kind: match device.kind {
@@ -130,22 +135,23 @@ mod policy {
     }
 
     /// A text to be shown to people, who are not to be flooded by it.
-    fn text(mut given: String) -> String {
-        truncate(&mut given, MESSAGE_LIMIT);
+    fn text(mut given: String, limit: usize) -> String {
+        truncate(&mut given, limit);
         given
     }
 
-    pub(crate) fn description(given: planner::Description) -> Description {
+    /// Of each text at most `limit` bytes are kept.
+    pub(crate) fn description(given: planner::Description, limit: usize) -> Description {
         Description {
-            name: text(given.name),
-            version: text(given.version),
+            name: text(given.name, limit),
+            version: text(given.version, limit),
             settings: given
                 .settings
                 .into_iter()
                 .map(|setting| Setting {
-                    name: text(setting.name),
-                    default: text(setting.default),
-                    help: text(setting.help),
+                    name: text(setting.name, limit),
+                    default: text(setting.default, limit),
+                    help: text(setting.help, limit),
                 })
                 .collect(),
         }
@@ -153,26 +159,20 @@ mod policy {
 
     pub(crate) fn proposal(given: planner::Proposal) -> Proposal {
         Proposal {
-            placements: given
-                .placements
-                .into_iter()
-                .map(|placement| Placement {
-                    device: placement.device,
-                    format: format(placement.format),
-                })
-                .collect(),
+            placements: given.placements.into_iter().map(placement).collect(),
             headroom: given.headroom,
         }
     }
 
-    pub(crate) fn refusal(given: planner::Refusal) -> Refusal {
+    /// Of the message at most `limit` bytes are kept.
+    pub(crate) fn refusal(given: planner::Refusal, limit: usize) -> Refusal {
         Refusal {
             reason: match given.reason {
                 planner::RefusalReason::DoesNotFit => RefusalReason::DoesNotFit,
                 planner::RefusalReason::BadSetting => RefusalReason::BadSetting,
                 planner::RefusalReason::Unsupported => RefusalReason::Unsupported,
             },
-            message: text(given.message),
+            message: text(given.message, limit),
             missing_bytes: given.missing_bytes,
         }
     }

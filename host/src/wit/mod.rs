@@ -10,9 +10,12 @@
 //!
 //! No engine is made and no guest is called here; the runner in [`crate::policy`] is one user of
 //! this module and another application's linker can be the next. Host functions never block.
+//!
+//! Drivers, which load models and use devices' memory, import more: see [`driver`].
 
 pub mod bindings;
 pub(crate) mod convert;
+pub mod driver;
 mod planner;
 
 pub use planner::Planner;
@@ -23,22 +26,40 @@ use crate::plan::{SizeError, part_sizes};
 use bindings::tightfit::host::{log, sizing, types};
 
 /// What the host functions need of one guest's state.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Context {
     last_error: Option<String>,
-    logged: usize,
+    /// Bytes of messages that may still be passed on.
+    log_left: usize,
+    text_limit: usize,
 }
 
-/// Bytes of messages that are passed on for one guest; what comes after is dropped.
+/// Bytes of messages that are passed on for one guest unless told otherwise.
 const LOG_LIMIT: usize = 64 << 10;
 
-/// Bytes that are kept of a single message, or of another text to be shown.
-const MESSAGE_LIMIT: usize = 4 << 10;
+/// Bytes that are kept of a single message, or of another text to be shown, unless told otherwise.
+pub(crate) const TEXT_LIMIT: usize = 4 << 10;
+
+impl Default for Context {
+    fn default() -> Context {
+        Context::with_limits(LOG_LIMIT, TEXT_LIMIT)
+    }
+}
 
 impl Context {
-    /// A context with nothing in it.
+    /// A context that passes on 64 KiB of messages, 4 KiB of each.
     pub fn new() -> Context {
         Context::default()
+    }
+
+    /// A context that passes on this many bytes of messages, and of a single one at most
+    /// `text_bytes`. What is longer is cut; what comes after is dropped.
+    pub fn with_limits(log_bytes: usize, text_bytes: usize) -> Context {
+        Context {
+            last_error: None,
+            log_left: log_bytes,
+            text_limit: text_bytes,
+        }
     }
 
     /// The last message that the guest logged as an error: before a trap, why it gave up.
@@ -98,9 +119,10 @@ impl sizing::Host for Context {
 
 impl log::Host for Context {
     fn write(&mut self, level: log::Level, mut message: String) {
-        truncate(&mut message, MESSAGE_LIMIT);
-        if self.logged < LOG_LIMIT {
-            self.logged += message.len().max(1);
+        truncate(&mut message, self.text_limit);
+        if self.log_left > 0 {
+            // An empty message takes room as well.
+            self.log_left = self.log_left.saturating_sub(message.len().max(1));
             match level {
                 log::Level::Error => tracing::error!(target: "tightfit::guest", "{message}"),
                 log::Level::Warn => tracing::warn!(target: "tightfit::guest", "{message}"),
@@ -153,7 +175,7 @@ mod tests {
         for _ in 0..1000 {
             context.write(log::Level::Error, "é".repeat(100_000));
         }
-        assert!(context.last_error().unwrap().len() <= MESSAGE_LIMIT + '…'.len_utf8());
-        assert!(context.logged < LOG_LIMIT + 2 * MESSAGE_LIMIT);
+        assert!(context.last_error().unwrap().len() <= TEXT_LIMIT + '…'.len_utf8());
+        assert_eq!(context.log_left, 0);
     }
 }

@@ -4,7 +4,7 @@ use wasmtime::AsContextMut;
 use wasmtime::component::{Instance, TypedFunc};
 
 use super::bindings::exports::tightfit::host::planner as wit;
-use super::convert;
+use super::{TEXT_LIMIT, convert};
 use crate::policy::{Description, Proposal, Refusal, Request};
 
 /// The interface as components name it.
@@ -57,7 +57,7 @@ impl Planner {
     /// When it traps, or the store is asynchronous.
     pub fn describe(&self, store: impl AsContextMut) -> wasmtime::Result<Description> {
         let (description,) = self.describe.call(store, ())?;
-        Ok(convert::description(description))
+        Ok(convert::description(description, TEXT_LIMIT))
     }
 
     /// Asks where every tensor goes.
@@ -85,7 +85,7 @@ impl Planner {
         store: impl AsContextMut<Data: Send>,
     ) -> wasmtime::Result<Description> {
         let (description,) = self.describe.call_async(store, ()).await?;
-        Ok(convert::description(description))
+        Ok(convert::description(description, TEXT_LIMIT))
     }
 
     /// [`Planner::plan`] in an asynchronous store.
@@ -106,5 +106,7 @@ impl Planner {
 }
 
 fn converted(answer: Result<wit::Proposal, wit::Refusal>) -> Result<Proposal, Refusal> {
-    answer.map(convert::proposal).map_err(convert::refusal)
+    answer
+        .map(convert::proposal)
+        .map_err(|refusal| convert::refusal(refusal, TEXT_LIMIT))
 }

@@ -2,6 +2,10 @@
 //! store data, WASI in the same linker, synchronous or asynchronous.
 #![forbid(unsafe_code)]
 
+mod drivers;
+
+pub use drivers::DriverHost;
+
 use tightfit::policy::{Answer, Description, Failure, Policy, PolicyError, Request};
 use tightfit::wit::{Context, Planner, View, add_to_linker};
 use wasmtime::component::{Component, Linker, ResourceTable};

@@ -1,5 +1,6 @@
 //! The command `tightfit`, run as users run it.
 
+mod drivers;
 mod formats;
 #[cfg(target_os = "linux")]
 mod interrupts;

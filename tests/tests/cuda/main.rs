@@ -3,6 +3,7 @@
 #![cfg(target_os = "linux")]
 
 mod command;
+mod drivers;
 mod faults;
 mod memory;
 mod same_bytes;

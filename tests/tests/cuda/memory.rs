@@ -9,7 +9,7 @@ use tightfit_tests::loading::{Planned, auto, contents, load_with_auto};
 
 use super::{Driver, MIB, decoder, stand_in};
 
-fn open(specs: &[&str]) -> Vec<Box<dyn Device>> {
+pub(super) fn open(specs: &[&str]) -> Vec<Box<dyn Device>> {
     let specs: Vec<_> = specs.iter().map(|spec| spec.parse().unwrap()).collect();
     open_devices(&specs).unwrap_or_else(|error| panic!("{error}"))
 }

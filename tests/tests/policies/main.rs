@@ -11,7 +11,7 @@ use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, DeviceInfo, open_devices};
 use tightfit::memory::Usage;
 use tightfit::plan::{ProposeError, Proposed, propose};
-use tightfit::policy::{Failure, Policy, PolicyError, Refusal, Request};
+use tightfit::policy::{Failure, Limits, Policy, PolicyError, Refusal, Request, WasmPolicy};
 use tightfit_tests::loading::auto;
 use tightfit_tests::{guests, models};
 
@@ -111,7 +111,7 @@ impl Bench {
 /// How bytes that are no policy are turned down.
 #[track_caller]
 fn rejection(bytes: &[u8]) -> Failure {
-    let result = tightfit::policy::WasmPolicy::new("test.wasm", bytes, Default::default());
+    let result = WasmPolicy::new("test.wasm", bytes, Limits::default());
     let Err(error) = result else {
         panic!("it was taken for a policy");
     };

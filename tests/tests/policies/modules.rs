@@ -11,7 +11,7 @@ use super::{Bench, rejection};
 #[track_caller]
 fn is_no_policy(bytes: &[u8], word: &str) {
     let failure = rejection(bytes);
-    let Failure::NotAPolicy { reason } = &failure else {
+    let (Failure::NotAComponent { reason } | Failure::WrongWorld { reason }) = &failure else {
         panic!("{failure:?}");
     };
     assert!(reason.contains(word), "{reason}");

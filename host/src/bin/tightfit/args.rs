@@ -3,18 +3,21 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 use tightfit::device::DeviceSpec;
-use tightfit::policy::Limits;
+use tightfit::sandbox::{Cache, CacheError, Compiler, CompilerProgram, Limits, Options, Wasi};
 use tightfit::types::{Bytes, parse_bytes};
 use tightfit_kernels::{Isa, KernelError, Kernels};
+
+use crate::failure::Failure;
 
 /// Loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
 ///
 /// MODEL is a directory, a .safetensors file, or a Hugging Face id (org/name), which is downloaded
 /// unless it is in the local cache. Exit status: 0 done, 2 usage, 3 checkpoint invalid, unreadable or not to be had, 4 does not fit or
-/// refused by the policy, 5 the policy itself failed, 6 device failure, 130 interrupted.
+/// refused by the policy, 5 the policy or the driver itself failed, 6 device failure, 130 interrupted.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub(crate) struct Arguments {
@@ -40,6 +43,8 @@ pub(crate) enum Command {
     Load(LoadOptions),
     /// Quantize a checkpoint and write it, as bitsandbytes and transformers read it
     Save(SaveCommand),
+    /// Run a driver: a program in wasm that loads models and works with them, sandboxed
+    Run(RunOptions),
     /// Test policies: run scenario files, and judge what comes of them
     ///
     /// Exit status: 0 every expectation holds, 1 some do not or a scenario could not be run,
@@ -50,7 +55,13 @@ pub(crate) enum Command {
     Policy(PolicyCommand),
     /// What devices there are
     Devices(DevicesOptions),
+    /// Compile a policy for the process that started this one
+    #[command(name = COMPILE, hide = true)]
+    CompilePolicy,
 }
+
+/// What this program is started with to compile a policy.
+const COMPILE: &str = "compile-policy";
 
 /// What to open.
 #[derive(Debug, Clone, Args)]
@@ -92,28 +103,67 @@ pub(crate) struct PolicyOptions {
     pub(crate) settings: Vec<(String, String)>,
 
     #[command(flatten)]
-    pub(crate) limits: LimitOptions,
+    pub(crate) sandbox: SandboxOptions,
 }
 
-/// How much a policy may use.
+/// What a policy or a driver may use, and how it is compiled.
 #[derive(Debug, Clone, Default, Args)]
-pub(crate) struct LimitOptions {
-    /// Give the policy more, or less, of something: fuel and fuel-per-tensor (instructions),
-    /// deadline (seconds), memory, host-call-bytes, component, function (bytes, for example
-    /// 512MiB), table-elements. Repeatable
-    #[arg(long = "policy-limit", value_name = "NAME=VALUE", value_parser = limit)]
+pub(crate) struct SandboxOptions {
+    /// Give the policy or driver more, or less, of something: fuel and fuel-per-tensor (instructions),
+    /// deadline and compile-time (seconds), memory, host-call-bytes, component, function,
+    /// compile-memory, log-bytes and text-bytes (bytes, for example 512MiB), memories,
+    /// table-elements, tables, instances, handles, resources and settings (counts). Repeatable
+    #[arg(long = "policy-limit", alias = "limit", value_name = "NAME=VALUE", value_parser = limit)]
     limits: Vec<(String, String)>,
+
+    /// What a guest is given that asks for WASI: none (it is turned down), or empty (no files, no
+    /// environment, no network, a clock that stands still)
+    #[arg(long, value_name = "none|empty", default_value = "none", value_parser = wasi, hide_short_help = true)]
+    wasi: Wasi,
+
+    /// Neither use nor keep compiled guests in $XDG_CACHE_HOME/tightfit or ~/.cache/tightfit
+    #[arg(long, hide_short_help = true)]
+    no_cache: bool,
 }
 
-impl LimitOptions {
-    /// The default limits with what was asked for; what is given twice counts as given last.
-    pub(crate) fn limits(&self) -> Limits {
-        let mut limits = Limits::default();
+impl SandboxOptions {
+    /// The default limits with what was asked for; what is given twice counts as given last. What
+    /// users bring is compiled by this program, started once more.
+    pub(crate) fn options(&self) -> Result<Options, Failure> {
+        self.options_from(Limits::default())
+    }
+
+    /// The same from other defaults.
+    pub(crate) fn options_from(&self, mut limits: Limits) -> Result<Options, Failure> {
         for (name, value) in &self.limits {
             let set = limits.set(name, value);
             debug_assert!(set.is_ok(), "checked as it was parsed");
         }
-        limits
+        let compiler = CompilerProgram::itself([COMPILE]).map_err(Failure::NoCompiler)?;
+        Ok(Options {
+            limits,
+            compiler: Compiler::Child(compiler),
+            cache: self.cache(),
+            wasi: self.wasi,
+        })
+    }
+
+    /// Without one everything works, and policies are compiled anew.
+    fn cache(&self) -> Option<Arc<Cache>> {
+        if self.no_cache {
+            return None;
+        }
+        match Cache::open(&Cache::default_path()?, Cache::MOST_BYTES) {
+            Ok(cache) => Some(Arc::new(cache)),
+            Err(error @ CacheError::NotPrivate { .. }) => {
+                tracing::warn!("{error}");
+                None
+            }
+            Err(error) => {
+                tracing::debug!("{error}");
+                None
+            }
+        }
     }
 }
 
@@ -122,7 +172,7 @@ impl Default for PolicyOptions {
         PolicyOptions {
             policy: "auto".to_owned(),
             settings: Vec::new(),
-            limits: LimitOptions::default(),
+            sandbox: SandboxOptions::default(),
         }
     }
 }
@@ -280,6 +330,44 @@ pub(crate) struct SaveCommand {
 }
 
 #[derive(Debug, Args)]
+pub(crate) struct RunOptions {
+    /// The driver, a wasm file
+    #[arg(value_name = "DRIVER.wasm")]
+    pub(crate) driver: PathBuf,
+    /// What the driver is given, as it is
+    pub(crate) arguments: Vec<String>,
+
+    /// Let the driver open the checkpoint at PATH (a directory, a .safetensors file or an index) under
+    /// this name; it has no other files. Repeatable
+    #[arg(long = "grant", value_name = "NAME=PATH", value_parser = grant)]
+    pub(crate) grants: Vec<(String, PathBuf)>,
+
+    /// A device that the driver may use, as for `tightfit plan`. Repeatable; by default all CUDA
+    /// devices, else cpu
+    #[arg(long = "device", value_name = "SPEC")]
+    pub(crate) devices: Vec<DeviceSpec>,
+
+    /// The most that the driver may reserve on all devices together, for example 8GiB [default: all
+    /// that is free on them]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) quota: Option<u64>,
+
+    #[command(flatten)]
+    pub(crate) sandbox: SandboxOptions,
+
+    /// Worker threads for loading; by default one per core
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+
+    /// Host memory for staging in all while loading, for example 64MiB
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub(crate) staging: Option<u64>,
+
+    #[command(flatten)]
+    pub(crate) output: OutputOptions,
+}
+
+#[derive(Debug, Args)]
 pub(crate) struct CheckOptions {
     /// Scenario files (TOML); paths in them are relative to the file
     #[arg(required = true, value_name = "SCENARIO.toml")]
@@ -288,7 +376,7 @@ pub(crate) struct CheckOptions {
     #[arg(long, value_name = "FILE")]
     pub(crate) junit: Option<PathBuf>,
     #[command(flatten)]
-    pub(crate) limits: LimitOptions,
+    pub(crate) sandbox: SandboxOptions,
     /// Print the result as JSON, sizes in bytes
     #[arg(long)]
     pub(crate) json: bool,
@@ -304,7 +392,7 @@ pub(crate) enum PolicyCommand {
         /// A built-in policy, or a wasm file
         policy: String,
         #[command(flatten)]
-        limits: LimitOptions,
+        sandbox: SandboxOptions,
         #[command(flatten)]
         output: OutputOptions,
     },
@@ -349,11 +437,24 @@ fn setting_in(file: &str) -> Result<String, String> {
     String::from_utf8(bytes).map_err(|error| format!("it is not UTF-8 text ({error})"))
 }
 
+fn grant(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, path) = pair(text).ok_or("expected NAME=PATH")?;
+    Ok((name.to_owned(), path.into()))
+}
+
 fn limit(text: &str) -> Result<(String, String), String> {
     let (name, value) = pair(text).ok_or("expected NAME=VALUE")?;
     let checked = Limits::default().set(name, value);
     checked.map_err(|error| error.to_string())?;
     Ok((name.to_owned(), value.to_owned()))
+}
+
+fn wasi(text: &str) -> Result<Wasi, String> {
+    match text {
+        "none" => Ok(Wasi::None),
+        "empty" => Ok(Wasi::Empty),
+        _ => Err("it is none or empty".to_owned()),
+    }
 }
 
 fn pair(text: &str) -> Option<(&str, &str)> {

@@ -16,7 +16,7 @@ pub(crate) fn run(
     cancel: &CancelToken,
 ) -> Result<(), Failure> {
     let files = read(options)?;
-    let mut runner = Runner::new(options.limits.limits());
+    let mut runner = Runner::new(options.sandbox.options()?);
     let mut reports = Vec::new();
     for file in &files {
         reports.push(runner.run_file(file, cancel.flag())?);

@@ -20,7 +20,8 @@ pub(crate) fn run(
     policy: &PolicyOptions,
     options: &OutputOptions,
 ) -> Result<(), Failure> {
-    let open = |name: &str| WasmPolicy::open(name, policy.limits.limits());
+    let sandbox = policy.sandbox.options()?;
+    let open = |name: &str| WasmPolicy::open(name, sandbox.clone());
     let policies = [open(asked[0])?, open(asked[1])?];
     let known = [policies[0].describe()?, policies[1].describe()?];
     let [for_a, for_b] = divide(&policy.settings, &known)?;

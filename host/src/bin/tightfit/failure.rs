@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use tightfit::check::CheckError;
 use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
+use tightfit::driver::DriverError;
 use tightfit::hub::HubError;
 use tightfit::load::{LoadError, PlaceError};
 use tightfit::plan::ProposeError;
@@ -36,6 +37,8 @@ pub(crate) enum Failure {
     #[error(transparent)]
     Kernel(#[from] KernelError),
     #[error(transparent)]
+    Driver(#[from] DriverError),
+    #[error(transparent)]
     Check(#[from] CheckError),
     #[error("{failed} of {cases} cases did not go as expected")]
     Unexpected { failed: usize, cases: usize },
@@ -55,6 +58,10 @@ pub(crate) enum Failure {
     },
     #[error("setting '{name}' is one of neither '{a}' nor '{b}'")]
     NobodysSetting { name: String, a: String, b: String },
+    #[error("cannot tell which program this is, to compile policies with it: {0}")]
+    NoCompiler(std::io::Error),
+    #[error("cannot compile for another process: {0}")]
+    CompilePolicy(std::io::Error),
     #[error("A: {a}; B: {b}")]
     BothRefuse { a: Box<Failure>, b: Box<Failure> },
 }
@@ -81,10 +88,16 @@ impl Failure {
             .is_some_and(|error| Status::from(error) == Status::DoesNotFit)
     }
 
-    /// The limit that a policy ran into, if that is what happened.
-    pub(crate) fn policy_limit(&self) -> Option<&'static str> {
+    /// The limit that a policy or a driver ran into, if that is what happened, and the option that
+    /// changes it.
+    pub(crate) fn limit(&self) -> Option<(&'static str, &'static str)> {
+        if let Failure::Driver(DriverError::Failed { failure, .. }) = self {
+            return Some(("--limit", failure.limit()?));
+        }
         match self.no_plan()? {
-            ProposeError::Policy(PolicyError::Failed { failure, .. }) => failure.limit(),
+            ProposeError::Policy(PolicyError::Failed { failure, .. }) => {
+                Some(("--policy-limit", failure.limit()?))
+            }
             _ => None,
         }
     }
@@ -120,6 +133,7 @@ impl Failure {
                 | SynthError::NotADirectory { .. } => Status::Usage,
                 SynthError::Io { .. } | SynthError::Unsupported { .. } => Status::Checkpoint,
             },
+            Failure::Driver(error) => error.into(),
             Failure::Kernel(_) => Status::Usage,
             Failure::NobodysSetting { .. } => Status::Usage,
             Failure::BothRefuse { .. } => Status::DoesNotFit,
@@ -128,6 +142,8 @@ impl Failure {
             Failure::Unexpected { .. }
             | Failure::Report { .. }
             | Failure::TemporaryDirectory(_)
+            | Failure::NoCompiler(_)
+            | Failure::CompilePolicy(_)
             | Failure::Output(_)
             | Failure::Picture { .. } => Status::Other,
         }

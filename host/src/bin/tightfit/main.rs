@@ -13,13 +13,16 @@ mod output;
 mod plan;
 mod policy;
 mod progress;
+mod run;
 mod save;
 mod session;
 mod synth;
 
+use std::io;
 use std::process::ExitCode;
 
 use clap::Parser;
+use tightfit::sandbox;
 
 use args::{Arguments, Command};
 use failure::Failure;
@@ -45,8 +48,13 @@ fn run(command: Command, verbose: bool) -> Result<(), Failure> {
         Command::Plan(options) => plan::run(&options),
         Command::Load(options) => load::load(&options, session::cancel_on_interrupt()),
         Command::Save(options) => save::run(&options, session::cancel_on_interrupt()),
+        Command::Run(options) => run::run(&options, session::cancel_on_interrupt()),
         Command::Check(options) => check::run(&options, verbose, &session::cancel_on_interrupt()),
         Command::Policy(command) => policy::run(&command),
         Command::Devices(options) => session::list_devices(&options),
+        Command::CompilePolicy => {
+            sandbox::compile_for_parent(io::stdin().lock(), io::stdout().lock())
+                .map_err(Failure::CompilePolicy)
+        }
     }
 }

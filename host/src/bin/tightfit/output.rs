@@ -57,8 +57,8 @@ fn is_utf8(variable: impl Fn(&str) -> Option<String>) -> bool {
 /// Prints an error. What comes from checkpoints and policies cannot control the terminal.
 pub(crate) fn error(failure: &Failure) {
     let mut text = failure.to_string();
-    if let Some(limit) = failure.policy_limit() {
-        text += &format!(" - if you trust it, change that with --policy-limit {limit}=VALUE");
+    if let Some((option, limit)) = failure.limit() {
+        text += &format!(" - if you trust it, change that with {option} {limit}=VALUE");
     }
     // Nothing is left to be done when even stderr is gone.
     let _ = writeln!(io::stderr().lock(), "tightfit: {}", printable(&text));

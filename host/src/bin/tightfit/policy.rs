@@ -28,10 +28,10 @@ pub(crate) fn run(command: &PolicyCommand) -> Result<(), Failure> {
         PolicyCommand::List => output::print(&(BUILTIN_POLICIES.join("\n") + "\n")),
         PolicyCommand::Show {
             policy,
-            limits,
+            sandbox,
             output: options,
         } => {
-            let policy = WasmPolicy::open(policy, limits.limits())?;
+            let policy = WasmPolicy::open(policy, sandbox.options()?)?;
             let description = policy.describe()?;
             let shown = Shown {
                 name: description.name,

@@ -90,7 +90,7 @@ pub(crate) fn propose_with(
     checkpoint: &Checkpoint,
     devices: &[DeviceInfo],
 ) -> Result<Proposed, Failure> {
-    let policy = WasmPolicy::open(&options.policy, options.limits.limits())?;
+    let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
     Ok(propose(checkpoint, &policy, devices, &options.settings)?)
 }
 
@@ -101,7 +101,7 @@ pub(crate) fn place_with(
     checkpoint: &Checkpoint,
     devices: &[Box<dyn Device>],
 ) -> Result<Placed, Failure> {
-    let policy = WasmPolicy::open(&options.policy, options.limits.limits())?;
+    let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
     Ok(place(checkpoint, &policy, devices, &options.settings)?)
 }
 

@@ -1,12 +1,10 @@
-//! What a policy may use, and the limiter that enforces memory and tables.
+//! What a guest may use.
 
 use std::time::Duration;
 
-use wasmtime::ResourceLimiter;
-
 use crate::types::parse_bytes;
 
-/// What a policy may use. The defaults let policies written in any language plan the largest
+/// What a guest may use. The defaults let policies written in any language plan the largest
 /// models, and stop everything else within seconds.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
@@ -18,16 +16,38 @@ pub struct Limits {
     pub deadline: Duration,
     /// Bytes of all its memories together.
     pub memory: u64,
+    /// How many memories it may have. Every toolchain's component has one.
+    pub memories: usize,
     /// Elements of all its tables together.
     pub table_elements: u64,
+    /// How many tables it may have.
+    pub tables: usize,
+    /// How many core instances it may be made of: Rust takes 5, Python up to 108.
+    pub instances: usize,
     /// Bytes of stack.
     pub stack: usize,
     /// Bytes that one call between guest and host may carry to the host.
     pub host_call_bytes: usize,
+    /// Handles that it may hold at the same time.
+    pub handles: usize,
+    /// Resources that the host may keep for it at the same time.
+    pub resources: usize,
+    /// Bytes of messages that are passed on for one call; what comes after is dropped.
+    pub log_bytes: usize,
+    /// Bytes that are kept of one text to be shown: a message, a description, a refusal. What is
+    /// longer is cut.
+    pub text_bytes: usize,
+    /// How many settings it may describe.
+    pub settings: usize,
     /// Bytes of the component.
     pub component: u64,
     /// Bytes of a single function: compile time grows faster than linearly with it.
     pub function: u64,
+    /// Time for compiling it, where that is done by [`Compiler::Child`](super::Compiler::Child).
+    pub compile_time: Duration,
+    /// Bytes of address space for compiling it, where that is done by
+    /// [`Compiler::Child`](super::Compiler::Child).
+    pub compile_memory: u64,
 }
 
 impl Default for Limits {
@@ -37,11 +57,21 @@ impl Default for Limits {
             fuel_per_tensor: 500_000,
             deadline: Duration::from_secs(10),
             memory: 256 << 20,
+            memories: 1,
             table_elements: 100_000,
+            tables: 256,
+            instances: 256,
             stack: 512 << 10,
             host_call_bytes: 32 << 20,
+            handles: 10_000,
+            resources: 10_000,
+            log_bytes: 64 << 10,
+            text_bytes: 4 << 10,
+            settings: 256,
             component: 32 << 20,
             function: 512 << 10,
+            compile_time: Duration::from_secs(60),
+            compile_memory: 2 << 30,
         }
     }
 }
@@ -71,20 +101,37 @@ pub enum BadLimit {
 const LONGEST: f64 = 86_400.0;
 
 impl Limits {
+    /// Fuel for a call about this many tensors.
+    pub(crate) fn fuel_for(&self, tensors: usize) -> u64 {
+        self.fuel_per_tensor
+            .saturating_mul(tensors as u64)
+            .saturating_add(self.fuel)
+    }
+
     /// What [`Limits::set`] can set. Not the stack: how much there is of it depends on the thread.
-    pub const NAMES: [&str; 8] = [
+    pub const NAMES: [&str; 18] = [
         "fuel",
         "fuel-per-tensor",
         "deadline",
         "memory",
+        "memories",
         "table-elements",
+        "tables",
+        "instances",
         "host-call-bytes",
+        "handles",
+        "resources",
+        "log-bytes",
+        "text-bytes",
+        "settings",
         "component",
         "function",
+        "compile-time",
+        "compile-memory",
     ];
 
-    /// Sets one limit, given as people write it: units of fuel and elements as whole numbers, the
-    /// deadline in seconds, the rest in bytes such as `512MiB`.
+    /// Sets one limit, given as people write it: units of fuel, elements and other counts as whole
+    /// numbers, times in seconds, the rest in bytes such as `512MiB`.
     ///
     /// # Errors
     /// When there is no such limit, or the value is none for it.
@@ -102,25 +149,35 @@ impl Limits {
             let bytes = parse_bytes(value);
             bytes.map_err(|_| bad("a number of bytes such as 512MiB"))
         };
+        let seconds = || {
+            let seconds = value.trim().trim_end_matches('s').trim_end().parse();
+            match seconds {
+                Ok(seconds) if (0.0..=LONGEST).contains(&seconds) => {
+                    Ok(Duration::from_secs_f64(seconds))
+                }
+                _ => Err(bad("seconds from 0 to 86400, such as 30 or 0.5")),
+            }
+        };
+        let size = |given: u64| usize::try_from(given).unwrap_or(usize::MAX);
         match name {
             "fuel" => self.fuel = count()?,
             "fuel-per-tensor" => self.fuel_per_tensor = count()?,
-            "deadline" => {
-                let seconds = value.trim().trim_end_matches('s').trim_end().parse();
-                self.deadline = match seconds {
-                    Ok(seconds) if (0.0..=LONGEST).contains(&seconds) => {
-                        Duration::from_secs_f64(seconds)
-                    }
-                    _ => return Err(bad("seconds from 0 to 86400, such as 30 or 0.5")),
-                };
-            }
+            "deadline" => self.deadline = seconds()?,
             "memory" => self.memory = bytes()?,
+            "memories" => self.memories = size(count()?),
             "table-elements" => self.table_elements = count()?,
-            "host-call-bytes" => {
-                self.host_call_bytes = usize::try_from(bytes()?).unwrap_or(usize::MAX);
-            }
+            "tables" => self.tables = size(count()?),
+            "instances" => self.instances = size(count()?),
+            "host-call-bytes" => self.host_call_bytes = size(bytes()?),
+            "handles" => self.handles = size(count()?),
+            "resources" => self.resources = size(count()?),
+            "log-bytes" => self.log_bytes = size(bytes()?),
+            "text-bytes" => self.text_bytes = size(bytes()?),
+            "settings" => self.settings = size(count()?),
             "component" => self.component = bytes()?,
             "function" => self.function = bytes()?,
+            "compile-time" => self.compile_time = seconds()?,
+            "compile-memory" => self.compile_memory = bytes()?,
             _ => {
                 return Err(BadLimit::Unknown {
                     name: name.to_owned(),
@@ -128,95 +185,6 @@ impl Limits {
             }
         }
         Ok(())
-    }
-}
-
-/// A limit of [`Limiter`] that was exceeded; kept as the cause of the trap.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Exceeded {
-    #[error("memory: {need} bytes wanted, {limit} allowed")]
-    Memory { need: u64, limit: u64 },
-    #[error("tables: {need} elements wanted, {limit} allowed")]
-    Tables { need: u64, limit: u64 },
-}
-
-/// Sums all memories and all tables of a store: wasmtime's own limits are for each of them.
-#[derive(Debug)]
-pub(super) struct Limiter {
-    memory: u64,
-    memory_limit: u64,
-    tables: u64,
-    tables_limit: u64,
-}
-
-impl Limiter {
-    pub(super) fn new(limits: &Limits) -> Limiter {
-        Limiter {
-            memory: 0,
-            memory_limit: limits.memory,
-            tables: 0,
-            tables_limit: limits.table_elements,
-        }
-    }
-}
-
-/// Component-model adapters and language runtimes bring many small core instances.
-const INSTANCES: usize = 256;
-const TABLES: usize = 256;
-/// Every toolchain's component has one; a second only helps to get around a limit.
-const MEMORIES: usize = 1;
-
-impl ResourceLimiter for Limiter {
-    fn memory_growing(
-        &mut self,
-        current: usize,
-        desired: usize,
-        _maximum: Option<usize>,
-    ) -> wasmtime::Result<bool> {
-        let need = self
-            .memory
-            .saturating_add((desired as u64).saturating_sub(current as u64));
-        if need > self.memory_limit {
-            return Err(Exceeded::Memory {
-                need,
-                limit: self.memory_limit,
-            }
-            .into());
-        }
-        self.memory = need;
-        Ok(true)
-    }
-
-    fn table_growing(
-        &mut self,
-        current: usize,
-        desired: usize,
-        _maximum: Option<usize>,
-    ) -> wasmtime::Result<bool> {
-        let need = self
-            .tables
-            .saturating_add((desired as u64).saturating_sub(current as u64));
-        if need > self.tables_limit {
-            return Err(Exceeded::Tables {
-                need,
-                limit: self.tables_limit,
-            }
-            .into());
-        }
-        self.tables = need;
-        Ok(true)
-    }
-
-    fn instances(&self) -> usize {
-        INSTANCES
-    }
-
-    fn tables(&self) -> usize {
-        TABLES
-    }
-
-    fn memories(&self) -> usize {
-        MEMORIES
     }
 }
 
@@ -256,6 +224,8 @@ mod tests {
             ("deadline", "-1"),
             ("deadline", "86401"),
             ("deadline", ""),
+            ("compile-time", "soon"),
+            ("handles", "1MiB"),
         ] {
             let error = limits.set(name, value).unwrap_err().to_string();
             assert!(error.contains(name) && error.contains(value), "{error}");

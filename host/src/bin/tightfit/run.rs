@@ -1,0 +1,84 @@
+//! `tightfit run`.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+use tightfit::checkpoint::Checkpoint;
+use tightfit::device::{Device, open_devices};
+use tightfit::driver::{Outcome, WasmDriver, default_limits};
+use tightfit::load::CancelToken;
+use tightfit::report::printable;
+use tightfit::wit::driver::DriverContext;
+
+use crate::args::RunOptions;
+use crate::failure::Failure;
+use crate::output;
+
+#[derive(Serialize)]
+struct Ran {
+    schema: u32,
+    driver: String,
+    answer: String,
+    fuel: u64,
+    seconds: f64,
+    /// The most that was reserved on all devices together.
+    peak_reserved: u64,
+    devices: Vec<RanDevice>,
+}
+
+#[derive(Serialize)]
+struct RanDevice {
+    name: String,
+    peak_reserved: u64,
+}
+
+/// `tightfit run`.
+pub(crate) fn run(options: &RunOptions, cancel: CancelToken) -> Result<(), Failure> {
+    let devices: Arc<[Box<dyn Device>]> = open_devices(&options.devices)?.into();
+    let quota = options.quota.unwrap_or(u64::MAX);
+    let mut context = DriverContext::new(Arc::clone(&devices), quota)
+        .cancelled_by(cancel)
+        .load_with(options.threads.map(usize::from), options.staging);
+    for (name, path) in &options.grants {
+        // The driver is only told that something is wrong with it; the user is told what.
+        Checkpoint::open(path)?;
+        context = context.grant(name, path);
+    }
+    let driver = WasmDriver::open(
+        &options.driver,
+        options.sandbox.options_from(default_limits())?,
+    )?;
+    let start = Instant::now();
+    let outcome = driver.run(context, &options.arguments)?;
+    let seconds = start.elapsed().as_secs_f64();
+    if options.output.json {
+        return output::print_json(&ran(options, &devices, outcome, seconds));
+    }
+    match options.output.quiet {
+        true => Ok(()),
+        false => output::print(&lines(&outcome.answer)),
+    }
+}
+
+fn ran(options: &RunOptions, devices: &[Box<dyn Device>], outcome: Outcome, seconds: f64) -> Ran {
+    let device = |device: &Box<dyn Device>| RanDevice {
+        name: device.info().name,
+        peak_reserved: device.usage().reserved.peak,
+    };
+    Ran {
+        schema: 1,
+        driver: options.driver.display().to_string(),
+        answer: outcome.answer,
+        fuel: outcome.fuel,
+        seconds,
+        peak_reserved: outcome.peak_reserved,
+        devices: devices.iter().map(device).collect(),
+    }
+}
+
+/// An answer's lines, none of which can do anything to a terminal.
+fn lines(answer: &str) -> String {
+    let lines = answer.lines().map(|line| format!("{}\n", printable(line)));
+    lines.collect()
+}

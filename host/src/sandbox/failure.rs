@@ -1,0 +1,186 @@
+//! Every way in which a guest can fail.
+
+use super::Mismatch;
+use crate::types::Bytes;
+
+/// How a guest failed: its own fault, not the user's and not the model's.
+///
+/// A host function or a limiter that has to end a guest returns one of these as its error; it comes
+/// out as it is.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Failure {
+    /// It is not WebAssembly, or damaged, or nothing that can be made a component.
+    #[error("it is not a component: {reason}")]
+    NotAComponent {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// It is made for another host: it imports what is not here, or lacks what is asked for.
+    #[error("{0}")]
+    WrongWorld(Mismatch),
+    /// Its file, or a function in it, is larger than the host compiles.
+    #[error("its {what} takes {}, at most {} are compiled (limit `{}`)", Bytes(*have), Bytes(*limit), limit_on_size(what))]
+    TooLarge {
+        /// What is too large.
+        what: &'static str,
+        /// Bytes it takes.
+        have: u64,
+        /// Bytes allowed.
+        limit: u64,
+    },
+    /// It has more of something than allowed.
+    #[error("it has more than {limit} {what} (limit `{what}`)")]
+    TooMany {
+        /// Of what: `memories`, `tables`, `instances` or `settings`.
+        what: &'static str,
+        /// How many are allowed.
+        limit: usize,
+    },
+    /// Compiling it took too long.
+    #[error("compiling it took longer than {seconds} s (limit `compile-time`)")]
+    CompileTime {
+        /// The limit in seconds.
+        seconds: f64,
+    },
+    /// Compiling it took too much memory.
+    #[error("compiling it took more than {} of memory (limit `compile-memory`)", Bytes(*limit))]
+    CompileMemory {
+        /// Bytes allowed.
+        limit: u64,
+    },
+    /// The compiler came to grief over it.
+    #[error("the compiler failed: {message}")]
+    Compiler {
+        /// How the compiler ended.
+        message: String,
+    },
+    /// It used up its budget of instructions.
+    #[error(
+        "it ran out of fuel: {fuel} units are what limits `fuel` and `fuel-per-tensor` give for this model"
+    )]
+    OutOfFuel {
+        /// The budget.
+        fuel: u64,
+    },
+    /// It took too long.
+    #[error("it took longer than {seconds} s (limit `deadline`)")]
+    Deadline {
+        /// The limit in seconds.
+        seconds: f64,
+    },
+    /// It wanted more memory than allowed.
+    #[error("it wanted {} of memory, at most {} are allowed (limit `memory`)", Bytes(*need), Bytes(*limit))]
+    Memory {
+        /// Bytes it wanted in all.
+        need: u64,
+        /// Bytes allowed.
+        limit: u64,
+    },
+    /// It wanted larger tables than allowed.
+    #[error(
+        "it wanted tables of {need} elements, at most {limit} are allowed (limit `table-elements`)"
+    )]
+    Tables {
+        /// Elements it wanted in all.
+        need: u64,
+        /// Elements allowed.
+        limit: u64,
+    },
+    /// It handed over more in one call than allowed.
+    #[error("it handed over more than {} in one call (limit `host-call-bytes`)", Bytes(*limit))]
+    HostCall {
+        /// Bytes allowed.
+        limit: u64,
+    },
+    /// It held more handles than allowed.
+    #[error("it held more than {limit} handles (limit `handles`)")]
+    Handles {
+        /// How many are allowed.
+        limit: usize,
+    },
+    /// It had the host keep more resources than allowed.
+    #[error("it had the host keep more than {limit} resources (limit `resources`)")]
+    Resources {
+        /// How many are allowed.
+        limit: usize,
+    },
+    /// Its recursion was too deep.
+    #[error("its stack overflowed")]
+    StackOverflow,
+    /// It called a function that an empty WASI does not have.
+    #[error("it called {function}, and the WASI that it is given is empty")]
+    EmptyWasi {
+        /// The function.
+        function: String,
+    },
+    /// It ended itself, as a program does with an exit status.
+    #[error("it ended itself with exit status {status}")]
+    Exit {
+        /// The status.
+        status: u8,
+    },
+    /// It panicked.
+    #[error("it panicked: {message}")]
+    Panic {
+        /// What it logged last.
+        message: String,
+    },
+    /// Any other trap.
+    #[error("it trapped: {message}")]
+    Trap {
+        /// What the runtime says.
+        message: String,
+    },
+    /// Not the guest but the host could not go on.
+    #[error("it could not be run: {message}")]
+    Host {
+        /// Why not.
+        message: String,
+    },
+}
+
+impl Failure {
+    /// The name of the limit that stood in the way, as [`Limits::set`](super::Limits::set) takes
+    /// it; where it was none that can be set, none.
+    pub fn limit(&self) -> Option<&'static str> {
+        match self {
+            Failure::TooLarge { what, .. } => Some(limit_on_size(what)),
+            Failure::TooMany { what, .. } => Some(what),
+            Failure::CompileTime { .. } => Some("compile-time"),
+            Failure::CompileMemory { .. } => Some("compile-memory"),
+            Failure::OutOfFuel { .. } => Some("fuel"),
+            Failure::Deadline { .. } => Some("deadline"),
+            Failure::Memory { .. } => Some("memory"),
+            Failure::Tables { .. } => Some("table-elements"),
+            Failure::HostCall { .. } => Some("host-call-bytes"),
+            Failure::Handles { .. } => Some("handles"),
+            Failure::Resources { .. } => Some("resources"),
+            Failure::NotAComponent { .. }
+            | Failure::WrongWorld(_)
+            | Failure::Compiler { .. }
+            | Failure::StackOverflow
+            | Failure::EmptyWasi { .. }
+            | Failure::Exit { .. }
+            | Failure::Panic { .. }
+            | Failure::Trap { .. }
+            | Failure::Host { .. } => None,
+        }
+    }
+
+    /// Of an error that is not about the guest.
+    pub(crate) fn host(error: impl std::fmt::Display) -> Failure {
+        Failure::Host {
+            // With a wasmtime error's causes.
+            message: format!("{error:#}"),
+        }
+    }
+}
+
+/// The name of the limit that [`Failure::TooLarge`] is about.
+fn limit_on_size(what: &str) -> &'static str {
+    match what {
+        "file" => "component",
+        _ => "function",
+    }
+}

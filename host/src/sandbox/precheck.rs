@@ -1,0 +1,138 @@
+//! What is checked of a guest's bytes before anything is compiled: one pass over its sections.
+
+use std::borrow::Cow;
+
+use wasmparser::{BinaryReaderError, Parser, Payload};
+
+use super::instances::Counter;
+use super::world::World;
+use super::{Failure, Limits, Wasi};
+
+/// Checks sizes, counts, and what is imported and exported.
+///
+/// # Errors
+/// [`Failure::NotAComponent`], [`Failure::TooLarge`], [`Failure::TooMany`],
+/// [`Failure::WrongWorld`].
+pub(super) fn check(
+    bytes: &[u8],
+    world: &World,
+    wasi: Wasi,
+    limits: &Limits,
+) -> Result<(), Failure> {
+    check_size("file", bytes.len() as u64, limits.component)?;
+    if !bytes.starts_with(b"\0asm") {
+        return Err(not_a_component(
+            "not a WebAssembly binary (text and precompiled code are not accepted)",
+        ));
+    }
+    if !Parser::is_component(bytes) && !Parser::is_core_wasm(bytes) {
+        return Err(not_a_component("an unknown version of WebAssembly"));
+    }
+    let mut exports = Vec::new();
+    let mut instances = Counter::default();
+    for payload in Parser::new(0).parse_all(bytes) {
+        let payload = payload.map_err(damaged)?;
+        instances.read(&payload).map_err(damaged)?;
+        match &payload {
+            Payload::CodeSectionEntry(body) => {
+                let range = body.range();
+                let bytes = (range.end - range.start) as u64;
+                check_size("largest function", bytes, limits.function)?;
+            }
+            Payload::ComponentImportSection(section) if instances.depth() == 1 => {
+                for import in section.clone() {
+                    let name = import.map_err(damaged)?.name.name;
+                    world
+                        .check_import(name, wasi)
+                        .map_err(Failure::WrongWorld)?;
+                }
+            }
+            Payload::ComponentExportSection(section) if instances.depth() == 1 => {
+                for export in section.clone() {
+                    let name = export.map_err(damaged)?.name.name;
+                    world.check_export(name).map_err(Failure::WrongWorld)?;
+                    exports.push(name);
+                }
+            }
+            // A core module names interfaces as the component will that is made of it.
+            Payload::ImportSection(section) if instances.depth() == 1 => {
+                for import in section.clone().into_imports() {
+                    let name = import.map_err(damaged)?.module;
+                    if is_interface(name) || name == "wasi_snapshot_preview1" {
+                        world
+                            .check_import(name, wasi)
+                            .map_err(Failure::WrongWorld)?;
+                    }
+                }
+            }
+            Payload::ExportSection(section) if instances.depth() == 1 => {
+                for export in section.clone() {
+                    let name = export.map_err(damaged)?.name;
+                    let interface = name.split('#').next().unwrap_or(name);
+                    world.check_export(interface).map_err(Failure::WrongWorld)?;
+                }
+            }
+            _ => {}
+        }
+    }
+    if Parser::is_component(bytes) {
+        world
+            .check_exports(exports.iter().copied())
+            .map_err(Failure::WrongWorld)?;
+    }
+    let limit = limits.instances;
+    match instances.count() {
+        Some(count) if count > limit as u64 => Err(Failure::TooMany {
+            what: "instances",
+            limit,
+        }),
+        Some(_) => Ok(()),
+        None => Err(not_a_component(
+            "it instantiates components that it is given, which this host does not link",
+        )),
+    }
+}
+
+/// A component ready to be compiled: the input itself, or a core module wrapped into one. The input
+/// has been checked.
+///
+/// # Errors
+/// What keeps a core module from being made a component.
+pub(super) fn component(bytes: &[u8]) -> Result<Cow<'_, [u8]>, String> {
+    if Parser::is_component(bytes) {
+        return Ok(Cow::Borrowed(bytes));
+    }
+    // What wit-bindgen and cargo give: a core module that carries its component type.
+    wit_component::ComponentEncoder::default()
+        .module(bytes)
+        .and_then(|encoder| encoder.validate(true).encode())
+        .map(Cow::Owned)
+        .map_err(|error| {
+            format!(
+                "a core module that cannot be made a component (was it built with the SDK or wit-bindgen?): {error:#}"
+            )
+        })
+}
+
+/// Whether a core module's import is of an interface, and not of what tools make up for themselves,
+/// such as `[export]` and `env`.
+fn is_interface(name: &str) -> bool {
+    name.contains(':') && name.contains('/') && !name.starts_with('[')
+}
+
+fn not_a_component(reason: &str) -> Failure {
+    Failure::NotAComponent {
+        reason: reason.to_owned(),
+    }
+}
+
+fn damaged(error: BinaryReaderError) -> Failure {
+    not_a_component(&format!("damaged: {error}"))
+}
+
+fn check_size(what: &'static str, have: u64, limit: u64) -> Result<(), Failure> {
+    if have > limit {
+        return Err(Failure::TooLarge { what, have, limit });
+    }
+    Ok(())
+}

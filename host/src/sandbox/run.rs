@@ -1,0 +1,230 @@
+//! Compiling, linking and running guests.
+
+use wasmtime::component::{Component, InstancePre, Linker, ResourceTableError};
+use wasmtime::{Config, Engine, Store, Trap};
+
+use super::limiter::Limiter;
+use super::wasi::EmptyWasi;
+use super::world::World;
+use super::{
+    Cache, Compiler, Failure, Limits, Mismatch, Options, Wasi, alarm, child, precheck, wasi,
+};
+use crate::wit::{Context, View};
+
+/// Where guests run: an engine, and the options that hold for each of them.
+pub(crate) struct Sandbox {
+    engine: Engine,
+    options: Options,
+}
+
+/// What belongs to one guest: all that a store holds, gone with it.
+pub(crate) struct State<T> {
+    pub(super) context: Context,
+    pub(super) wasi: EmptyWasi,
+    limiter: Limiter,
+    /// What the interfaces beyond `tightfit:host`'s `sizing` and `log` need.
+    #[allow(dead_code, reason = "policies need nothing")]
+    pub(crate) own: T,
+}
+
+impl<T: Send> View for State<T> {
+    fn tightfit(&mut self) -> &mut Context {
+        &mut self.context
+    }
+}
+
+impl Sandbox {
+    /// # Errors
+    /// [`Failure::Host`] where this machine cannot run wasm, or not with this stack.
+    pub(crate) fn new(options: impl Into<Options>) -> Result<Sandbox, Failure> {
+        let options = options.into();
+        let engine = Engine::new(&config(options.limits.stack)).map_err(Failure::host)?;
+        Ok(Sandbox { engine, options })
+    }
+
+    pub(crate) fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.options.limits
+    }
+
+    /// Checks bytes and compiles them, or takes what was compiled before: a component, or a core
+    /// module that carries its component type.
+    ///
+    /// # Errors
+    /// [`Failure::NotAComponent`], [`Failure::WrongWorld`], the limits on sizes and on compiling.
+    pub(crate) fn compile(&self, bytes: &[u8], world: &World) -> Result<Component, Failure> {
+        let limits = &self.options.limits;
+        precheck::check(bytes, world, self.options.wasi, limits)?;
+        let Some(cache) = &self.options.cache else {
+            return self.compile_anew(bytes);
+        };
+        let id = Cache::id(&self.engine, bytes);
+        if let Some(code) = cache.find(&id) {
+            match code.load(&self.engine) {
+                Ok(component) => return Ok(component),
+                Err(error) => tracing::warn!("compiled code is not used: {error:#}"),
+            }
+        }
+        let component = self.compile_anew(bytes)?;
+        cache.keep(&id, &component.serialize().map_err(Failure::host)?);
+        Ok(component)
+    }
+
+    fn compile_anew(&self, bytes: &[u8]) -> Result<Component, Failure> {
+        match &self.options.compiler {
+            Compiler::InProcess => precheck::component(bytes)
+                .and_then(|bytes| {
+                    let compiled = Component::from_binary(&self.engine, &bytes);
+                    compiled.map_err(|error| format!("{error:#}"))
+                })
+                .map_err(|reason| Failure::NotAComponent { reason }),
+            Compiler::Child(program) => {
+                let code = child::compile(program, bytes, &self.options.limits)?;
+                code.load(&self.engine).map_err(Failure::host)
+            }
+        }
+    }
+
+    /// Finds all that the component imports: what the linker has and, where it is asked for, an
+    /// empty WASI.
+    ///
+    /// # Errors
+    /// [`Failure::WrongWorld`] where something is not there.
+    pub(crate) fn link<T: Send + 'static>(
+        &self,
+        linker: &mut Linker<State<T>>,
+        component: &Component,
+    ) -> Result<InstancePre<State<T>>, Failure> {
+        if self.options.wasi == Wasi::Empty {
+            wasi::add_to_linker(linker, component).map_err(Failure::host)?;
+        }
+        linker.instantiate_pre(component).map_err(|error| {
+            let reason = format!("{error:#}");
+            // The interfaces are there, so it is about something in one of them.
+            let ty = component.component_type();
+            let import = ty.imports(&self.engine).map(|(name, _)| name.to_owned());
+            let import = import.filter(|name| reason.contains(name.as_str())).next();
+            Failure::WrongWorld(Mismatch::ImportType {
+                import: import.unwrap_or_default(),
+                reason,
+            })
+        })
+    }
+
+    /// Has `call` instantiate a guest and ask it, within the limits and this much fuel. Gives its
+    /// result and the fuel it took. The store is gone when this returns.
+    ///
+    /// # Errors
+    /// How the guest failed.
+    pub(crate) fn run<T: 'static, R>(
+        &self,
+        own: T,
+        fuel: u64,
+        call: impl FnOnce(&mut Store<State<T>>) -> wasmtime::Result<R>,
+    ) -> Result<(R, u64), Failure> {
+        let limits = &self.options.limits;
+        let state = State {
+            context: Context::with_limits(limits.log_bytes, limits.text_bytes),
+            wasi: EmptyWasi::default(),
+            limiter: Limiter::new(limits),
+            own,
+        };
+        let mut store = Store::new(&self.engine, state);
+        store.limiter(|state| &mut state.limiter);
+        store.set_hostcall_fuel(limits.host_call_bytes);
+        store.set_max_component_handles(limits.handles);
+        let alarm = alarm::set(&mut store, limits.deadline);
+        let _alarm = alarm.map_err(|error| {
+            Failure::host(format_args!("no thread to watch its deadline: {error}"))
+        })?;
+        match store.set_fuel(fuel).and_then(|()| call(&mut store)) {
+            Ok(value) => Ok((value, fuel - store.get_fuel().unwrap_or(0))),
+            Err(error) => Err(failure(error, fuel, limits, store.data())),
+        }
+    }
+}
+
+fn failure<T>(error: wasmtime::Error, fuel: u64, limits: &Limits, state: &State<T>) -> Failure {
+    let error = match error.downcast::<Failure>() {
+        Ok(failure) => return failure,
+        Err(error) => error,
+    };
+    if let Some(ResourceTableError::Full) = error.downcast_ref() {
+        let limit = limits.resources;
+        return Failure::Resources { limit };
+    }
+    let last_words = || {
+        let logged = state.context.last_error().map(str::to_owned);
+        logged.or_else(|| state.wasi.last_words())
+    };
+    match error.downcast_ref::<Trap>() {
+        Some(Trap::OutOfFuel) => return Failure::OutOfFuel { fuel },
+        Some(Trap::StackOverflow) => return Failure::StackOverflow,
+        Some(trap) => {
+            return match last_words() {
+                Some(message) if *trap == Trap::UnreachableCodeReached => {
+                    Failure::Panic { message }
+                }
+                _ => Failure::Trap {
+                    message: trap.to_string(),
+                },
+            };
+        }
+        None => {}
+    }
+    let message = format!("{error:#}");
+    limit_in(&message, limits).unwrap_or(Failure::Trap { message })
+}
+
+/// The limit of which wasmtime says only in words that it was exceeded.
+fn limit_in(message: &str, limits: &Limits) -> Option<Failure> {
+    let too_many = |what, limit| Failure::TooMany { what, limit };
+    [
+        (
+            "memory count too high",
+            too_many("memories", limits.memories),
+        ),
+        ("table count too high", too_many("tables", limits.tables)),
+        (
+            "instance count too high",
+            too_many("instances", limits.instances),
+        ),
+        (
+            "store handle limit exceeded",
+            Failure::Handles {
+                limit: limits.handles,
+            },
+        ),
+        (
+            "fuel allocated for hostcalls has been exhausted",
+            Failure::HostCall {
+                limit: limits.host_call_bytes as u64,
+            },
+        ),
+    ]
+    .into_iter()
+    .find(|(words, _)| message.contains(words))
+    .map(|(_, failure)| failure)
+}
+
+/// Deterministic, and with nothing on that guests do not need. What it compiles to is the same in
+/// every process.
+pub(super) fn config(stack: usize) -> Config {
+    let mut config = Config::new();
+    config
+        .wasm_component_model(true)
+        .consume_fuel(true)
+        .epoch_interruption(true)
+        .max_wasm_stack(stack)
+        .cranelift_nan_canonicalization(true)
+        .relaxed_simd_deterministic(true)
+        .wasm_relaxed_simd(false)
+        .wasm_gc(false)
+        .wasm_backtrace_max_frames(None)
+        // Halves what a call between guest and host takes; nothing here is asynchronous.
+        .concurrency_support(false);
+    config
+}

@@ -1,0 +1,174 @@
+//! Which interfaces guests are given and asked through, and whether a component is made for them.
+
+use semver::Version;
+
+use super::{Mismatch, Wasi};
+
+/// What a kind of guest imports at most, and exports at least.
+#[derive(Debug)]
+pub(crate) struct World {
+    /// Interfaces with their versions, for example `tightfit:host/log@0.1.0`.
+    pub(crate) imports: &'static [&'static str],
+    pub(crate) exports: &'static [&'static str],
+}
+
+/// The versions of WASI of which there is an empty one.
+const WASI: &str = "0.2.0";
+
+impl World {
+    /// Whether this host has what is imported under this name.
+    pub(super) fn check_import(&self, name: &str, wasi: Wasi) -> Result<(), Mismatch> {
+        let import = name.to_owned();
+        let (interface, version) = split(name);
+        let other_version = |have: &str| Mismatch::ImportVersion {
+            import: import.clone(),
+            have: have.to_owned(),
+            newer: is_newer(version, have),
+        };
+        if interface.starts_with("wasi:") {
+            return match wasi {
+                Wasi::None => Err(Mismatch::Wasi { import }),
+                Wasi::Empty if is_compatible(version, WASI) => Ok(()),
+                Wasi::Empty => Err(other_version(WASI)),
+            };
+        }
+        match find(self.imports, interface) {
+            Some(have) if is_compatible(version, have) => Ok(()),
+            Some(have) => Err(other_version(have)),
+            None => Err(Mismatch::Import { import }),
+        }
+    }
+
+    /// Whether an export of this name is another version of what is asked for.
+    pub(super) fn check_export(&self, name: &str) -> Result<(), Mismatch> {
+        let (interface, version) = split(name);
+        match find(self.exports, interface) {
+            Some(want) if !is_compatible(version, want) => Err(Mismatch::ExportVersion {
+                export: name.to_owned(),
+                want: want.to_owned(),
+                newer: is_newer(version, want),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether all that is asked for is among the exports, whatever their versions.
+    pub(super) fn check_exports<'a>(
+        &self,
+        names: impl Iterator<Item = &'a str> + Clone,
+    ) -> Result<(), Mismatch> {
+        let is_there = |wanted: &str| names.clone().any(|name| split(name).0 == split(wanted).0);
+        match self.exports.iter().find(|wanted| !is_there(wanted)) {
+            Some(&missing) => Err(Mismatch::Export {
+                export: missing.to_owned(),
+            }),
+            None => Ok(()),
+        }
+    }
+}
+
+/// An interface and its version, which may be missing.
+fn split(name: &str) -> (&str, &str) {
+    name.split_once('@').unwrap_or((name, ""))
+}
+
+/// The version that a list has of an interface.
+fn find(list: &[&'static str], interface: &str) -> Option<&'static str> {
+    list.iter()
+        .map(|name| split(name))
+        .find(|(known, _)| *known == interface)
+        .map(|(_, version)| version)
+}
+
+/// Whether one can stand for the other, by the rules by which wasmtime links.
+fn is_compatible(version: &str, have: &str) -> bool {
+    match (Version::parse(version), Version::parse(have)) {
+        (Ok(version), Ok(have)) => {
+            let track = |v: &Version| match (v.major, v.minor) {
+                (0, 0) => (0, 0, v.patch),
+                (0, minor) => (0, minor, 0),
+                (major, _) => (major, 0, 0),
+            };
+            version.pre.is_empty() && have.pre.is_empty() && track(&version) == track(&have)
+        }
+        _ => version == have,
+    }
+}
+
+fn is_newer(version: &str, have: &str) -> bool {
+    match (Version::parse(version), Version::parse(have)) {
+        (Ok(version), Ok(have)) => version > have,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_compatible_as_semver_says() {
+        for (version, have, compatible) in [
+            ("0.1.0", "0.1.0", true),
+            ("0.1.7", "0.1.0", true),
+            ("0.2.0", "0.1.0", false),
+            ("0.0.1", "0.0.2", false),
+            ("1.4.0", "1.0.0", true),
+            ("2.0.0", "1.0.0", false),
+            ("0.1.0-rc1", "0.1.0", false),
+            ("", "0.1.0", false),
+            ("new", "0.1.0", false),
+        ] {
+            assert_eq!(is_compatible(version, have), compatible, "{version} {have}");
+        }
+    }
+
+    #[test]
+    fn each_mismatch_names_the_interface_and_both_versions() {
+        let world = World {
+            imports: &["tightfit:host/log@0.1.0"],
+            exports: &["tightfit:host/planner@0.1.0"],
+        };
+        let import = |name, wasi| world.check_import(name, wasi).unwrap_err().to_string();
+        assert_eq!(
+            import("tightfit:host/log@0.2.0", Wasi::None),
+            "it imports tightfit:host/log@0.2.0, this host has 0.1.0: it is for a newer release"
+        );
+        assert_eq!(
+            import("tightfit:host/log@0.0.9", Wasi::None),
+            "it imports tightfit:host/log@0.0.9, this host has 0.1.0: it is for an older release"
+        );
+        let wasi = import("wasi:cli/environment@0.2.6", Wasi::None);
+        assert!(wasi.contains("--wasi empty"), "{wasi}");
+        let wasi = import("wasi:cli/environment@0.3.0", Wasi::Empty);
+        assert!(wasi.contains("this host has 0.2.0"), "{wasi}");
+        assert_eq!(
+            import("env", Wasi::Empty),
+            "it imports env, which this host does not have"
+        );
+        assert!(
+            world
+                .check_import("tightfit:host/log@0.1.3", Wasi::None)
+                .is_ok()
+        );
+        assert!(
+            world
+                .check_import("wasi:io/streams@0.2.6", Wasi::Empty)
+                .is_ok()
+        );
+        let export = world.check_export("tightfit:host/planner@1.0.0");
+        assert_eq!(
+            export.unwrap_err().to_string(),
+            "it exports tightfit:host/planner@1.0.0, this host asks through 0.1.0: it is for a newer release"
+        );
+        assert!(world.check_export("tightfit:host/planner@0.1.9").is_ok());
+        assert!(world.check_export("something:else/here@3.0.0").is_ok());
+        let missing = world.check_exports(["run", "tightfit:host/log@0.1.0"].into_iter());
+        assert_eq!(
+            missing.unwrap_err(),
+            Mismatch::Export {
+                export: "tightfit:host/planner@0.1.0".to_owned()
+            }
+        );
+    }
+}

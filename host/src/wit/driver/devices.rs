@@ -1,0 +1,47 @@
+//! The interface `devices`.
+
+use super::DriverContextView;
+use super::bindings::tightfit::host::{devices, types};
+use super::error::CallError;
+use crate::memory::Gauge;
+use crate::wit::convert;
+
+fn gauge(gauge: Gauge) -> devices::Gauge {
+    devices::Gauge {
+        now: gauge.now,
+        peak: gauge.peak,
+    }
+}
+
+impl devices::Host for DriverContextView<'_> {
+    fn get_devices(&mut self) -> wasmtime::Result<Vec<types::Device>> {
+        self.context.stop.check()?;
+        let memory = &self.context.memory;
+        let left = memory.quota() - memory.reserved().reserved.now.min(memory.quota());
+        let device = |device: &Box<dyn crate::device::Device>| {
+            let mut info = device.info();
+            info.available = info.available.min(left);
+            convert::device(&info)
+        };
+        Ok(self.context.devices.iter().map(device).collect())
+    }
+
+    fn get_usage(&mut self, device: u32) -> Result<devices::Usage, CallError> {
+        self.context.stop.check()?;
+        let usage = self.context.memory.usage(device)?;
+        Ok(devices::Usage {
+            requested: gauge(usage.requested),
+            padded: gauge(usage.padded),
+            reserved: gauge(usage.reserved),
+        })
+    }
+
+    fn get_quota(&mut self) -> wasmtime::Result<devices::Quota> {
+        self.context.stop.check()?;
+        let memory = &self.context.memory;
+        Ok(devices::Quota {
+            limit: memory.quota(),
+            reserved: gauge(memory.reserved().reserved),
+        })
+    }
+}

@@ -1,0 +1,108 @@
+//! `tightfit run`.
+
+use std::fs;
+
+use tightfit_tests::command::Place;
+use tightfit_tests::drivers::{HOSTILE, LOAD_AND_CHECK};
+use tightfit_tests::models;
+
+const USAGE: i32 = 2;
+const CHECKPOINT: i32 = 3;
+const DRIVER: i32 = 5;
+
+/// With a model `m`, the example driver and the hostile one.
+fn place() -> Place {
+    let place = Place::new();
+    models::write_decoder(&place.path("m"), 1, 64);
+    fs::write(place.path("check.wasm"), LOAD_AND_CHECK).unwrap();
+    fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
+    place
+}
+
+#[test]
+fn a_driver_loads_what_it_was_granted() {
+    let place = place();
+    let arguments = [
+        "run",
+        "check.wasm",
+        "qwen",
+        "--grant",
+        "qwen=m",
+        "--device",
+        "sim:64MiB",
+    ];
+    let text = place.run(&arguments).succeeds().stdout;
+    // Seven matrices of the layer, embeddings and head.
+    assert!(text.starts_with("9 of 10 tensors quantized, "), "{text}");
+    assert_eq!(text.lines().count(), 4);
+
+    let outcome = place.run(&[&arguments[..], &["--json", "--quota", "8MiB"]].concat());
+    let ran = outcome.succeeds().json();
+    assert_eq!(ran["schema"], 1);
+    assert_eq!(ran["answer"], text);
+    assert!(ran["fuel"].as_u64().is_some_and(|fuel| fuel > 0));
+    let peak = ran["peak_reserved"].as_u64().unwrap();
+    assert!(peak > 0 && peak <= 8 << 20);
+    assert_eq!(ran["devices"][0]["name"], "sim:0");
+    assert_eq!(ran["devices"][0]["peak_reserved"], peak);
+}
+
+#[test]
+fn what_goes_wrong_has_a_sentence_and_a_status() {
+    let place = place();
+    let device = ["--device", "sim:64MiB", "--device", "sim:64MiB"];
+    for (arguments, status, words) in [
+        (
+            &["check.wasm", "qwen"][..],
+            DRIVER,
+            &["check.wasm", "gave up", "'qwen'"][..],
+        ),
+        (&["check.wasm"], DRIVER, &["gave up", "give the name"]),
+        (
+            &["check.wasm", "qwen", "--grant", "qwen=m", "--quota", "4KiB"],
+            DRIVER,
+            &["gave up", "quota", "4.000 KiB"],
+        ),
+        (
+            &["check.wasm", "--grant", "qwen=nowhere"],
+            CHECKPOINT,
+            &["nowhere"],
+        ),
+        (&["check.wasm", "--grant", "qwen"], USAGE, &["NAME=PATH"]),
+        (
+            &["nowhere.wasm"],
+            USAGE,
+            &["cannot read driver nowhere.wasm"],
+        ),
+        (&["m/config.json"], DRIVER, &["not a WebAssembly binary"]),
+        (
+            &["hostile.wasm", "panic"],
+            DRIVER,
+            &["failed", "lost its head"],
+        ),
+        (
+            &["hostile.wasm", "loop", "--limit", "fuel=1000000"],
+            DRIVER,
+            &["ran out of fuel", "--limit fuel=VALUE"],
+        ),
+        (
+            &["hostile.wasm", "give-up-with-escapes"],
+            DRIVER,
+            &["evil\\u{1b}[2J"],
+        ),
+        (&["hostile.wasm", "--limit", "speed=9"], USAGE, &["speed"]),
+    ] {
+        let arguments = [&["run"], arguments, &device].concat();
+        place.run(&arguments).fails(status, words);
+    }
+}
+
+#[test]
+fn an_answer_cannot_control_the_terminal() {
+    let outcome = place().run(&["run", "hostile.wasm", "escape", "--device", "sim:1MiB"]);
+    let text = outcome.succeeds().stdout;
+    assert_eq!(
+        text,
+        "evil\\u{1b}[2J\\u{1b}]0;owned\\u{7}\\r\\u{9b}31m\\u{202e}txt\n"
+    );
+}

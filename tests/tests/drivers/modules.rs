@@ -1,0 +1,127 @@
+//! Components that are no drivers, and what drivers and policies may not import.
+
+use tempfile::TempDir;
+use tightfit::driver::{DriverError, Failure, WasmDriver, default_limits};
+use tightfit::policy::{Limits, PolicyError, WasmPolicy};
+use tightfit_tests::drivers::{Bench, HOSTILE, LOAD_AND_CHECK};
+use tightfit_tests::guests;
+
+#[track_caller]
+fn rejection(bytes: &[u8]) -> Failure {
+    let result = WasmDriver::new("test.wasm", bytes, default_limits());
+    Bench::default().is_unharmed();
+    match result {
+        Err(DriverError::Failed { failure, .. }) => failure,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn component(text: &str) -> Vec<u8> {
+    wat::parse_str(text).unwrap()
+}
+
+#[track_caller]
+fn is_for_another_host(bytes: &[u8], word: &str) {
+    let failure = rejection(bytes);
+    assert!(matches!(failure, Failure::WrongWorld { .. }), "{failure:?}");
+    assert!(failure.to_string().contains(word), "{failure}");
+}
+
+#[test]
+fn what_is_no_component_is_no_driver() {
+    for bytes in [&b""[..], b"(component)", &[0; 100]] {
+        let failure = rejection(bytes);
+        assert!(
+            matches!(failure, Failure::NotAComponent { .. }),
+            "{failure:?}"
+        );
+    }
+    is_for_another_host(&component("(component)"), "run");
+}
+
+#[test]
+fn drivers_have_no_wasi_and_no_planner() {
+    for interface in [
+        "wasi:clocks/wall-clock@0.2.0",
+        "wasi:filesystem/types@0.2.0",
+        "wasi:sockets/tcp@0.2.0",
+        "tightfit:host/planner@0.1.0",
+        "tightfit:host/models@0.2.0",
+    ] {
+        let text = format!(r#"(component (import "{interface}" (instance (export "f" (func)))))"#);
+        is_for_another_host(&component(&text), interface);
+    }
+    let text = r#"(component
+        (import "tightfit:host/devices@0.1.0" (instance (export "reset" (func)))))"#;
+    is_for_another_host(&component(text), "reset");
+}
+
+#[test]
+fn a_policy_is_no_driver_and_a_driver_is_no_policy() {
+    is_for_another_host(guests::HOSTILE, "run");
+    for driver in [HOSTILE, LOAD_AND_CHECK] {
+        let error = WasmPolicy::new("test.wasm", driver, Limits::default()).unwrap_err();
+        let PolicyError::Failed { failure, .. } = error else {
+            panic!("{error:?}");
+        };
+        // Not for what it exports, but for what a policy is not given.
+        assert!(matches!(failure, Failure::WrongWorld { .. }), "{failure:?}");
+        assert!(failure.to_string().contains("tightfit:host/"), "{failure}");
+    }
+    // Each interface that is a driver's alone.
+    for interface in [
+        "errors",
+        "devices",
+        "buffers",
+        "nf4",
+        "checkpoints",
+        "models",
+    ] {
+        let interface = format!("tightfit:host/{interface}@0.1.0");
+        let text = format!(r#"(component (import "{interface}" (instance (export "f" (func)))))"#);
+        let error = WasmPolicy::new("test.wasm", &component(&text), Limits::default());
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains(&interface), "{error}");
+    }
+}
+
+#[test]
+fn files_that_are_no_drivers() {
+    let directory = TempDir::new().unwrap();
+    let path = directory.path().join("driver.wasm");
+    for path in [path.as_path(), directory.path()] {
+        let error = WasmDriver::open(path, default_limits()).unwrap_err();
+        assert!(
+            matches!(&error, DriverError::Unreadable { path: named, .. } if named == path),
+            "{error:?}"
+        );
+    }
+    std::fs::File::create(&path)
+        .unwrap()
+        .set_len(1 << 40)
+        .unwrap();
+    let error = WasmDriver::open(&path, default_limits()).unwrap_err();
+    assert!(
+        matches!(error, DriverError::Failed { failure: Failure::TooLarge { have, .. }, .. } if have == 1 << 40)
+    );
+}
+
+#[test]
+fn a_driver_says_what_it_imports() {
+    let driver = WasmDriver::new("test.wasm", LOAD_AND_CHECK, default_limits()).unwrap();
+    let mut imports = driver.imports();
+    imports.sort();
+    let expected = [
+        "buffers",
+        "checkpoints",
+        "devices",
+        "errors",
+        "log",
+        "models",
+        "types",
+    ];
+    assert_eq!(
+        imports,
+        expected.map(|name| format!("tightfit:host/{name}@0.1.0"))
+    );
+}
