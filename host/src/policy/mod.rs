@@ -14,6 +14,10 @@ mod wasm;
 pub use error::{Failure, PolicyError};
 #[cfg(feature = "wasm-policies")]
 pub use limits::{BadLimit, Limits};
+/// For the fuzz target of it.
+#[cfg(feature = "wasm-policies")]
+#[doc(hidden)]
+pub use precheck::component as precheck_component;
 #[cfg(feature = "wasm-policies")]
 pub use wasm::{BUILTIN_POLICIES, WasmPolicy};
 

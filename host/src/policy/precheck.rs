@@ -10,7 +10,7 @@ use super::{Failure, Limits};
 ///
 /// # Errors
 /// [`Failure::NotAPolicy`] or [`Failure::TooLarge`].
-pub(super) fn component<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Cow<'a, [u8]>, Failure> {
+pub fn component<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Cow<'a, [u8]>, Failure> {
     let not_a_policy = |reason: &str| Failure::NotAPolicy {
         reason: reason.to_owned(),
     };

@@ -6,6 +6,7 @@ mod command;
 mod faults;
 mod memory;
 mod same_bytes;
+mod sharing;
 mod writer;
 
 use std::path::{Path, PathBuf};
