@@ -19,7 +19,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 pub use error::LoadError;
-pub use reserve::{MAX_REVISIONS, PlaceError, Placed, Reserved, Revision, place};
+pub use reserve::{MAX_REVISIONS, PlaceError, Placed, Reserved, Revision, place, place_with_tail};
 
 use tightfit_kernels::Kernels;
 

@@ -91,6 +91,8 @@ pub struct DeviceReport {
     pub peak_reserved: u64,
     /// Bytes that the policy leaves free.
     pub headroom: u64,
+    /// Bytes that are reserved behind the weights, for the application.
+    pub tail: u64,
     /// Tensors stored there.
     pub tensors: u64,
     /// What fills it, as planned.
@@ -179,6 +181,7 @@ impl Report {
                     reserved: device.size.reserved,
                     peak_reserved: device.size.reserved,
                     headroom: device.headroom,
+                    tail: device.tail,
                     tensors: device.tensors,
                     fill,
                 })

@@ -7,6 +7,7 @@ mod drivers;
 mod faults;
 mod memory;
 mod same_bytes;
+mod sharing;
 mod writer;
 
 use std::path::{Path, PathBuf};
