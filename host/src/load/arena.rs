@@ -43,6 +43,14 @@ impl<'m> Target<'m> {
         }
     }
 
+    /// The device and the first byte in its reservation, where the processor cannot write.
+    pub(super) fn on_device(&self) -> Option<(usize, u64)> {
+        match self {
+            Target::Host(_) => None,
+            Target::Device { device, offset, .. } => Some((*device, *offset)),
+        }
+    }
+
     /// Cuts the first `length` bytes off, of which there are as many.
     pub(super) fn take(&mut self, length: usize) -> Target<'m> {
         match self {
