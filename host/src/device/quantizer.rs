@@ -4,7 +4,7 @@ use std::fmt;
 
 use tightfit_kernels::{BlockSize, FloatType};
 
-use super::{DeviceError, Writer};
+use super::{DeviceError, Piece, Writer};
 
 /// Memory of a device for what its kernels need beside the results, for as long as they are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -64,6 +64,12 @@ pub trait QuantizingWriter: Writer {
     /// [`DeviceError::OutOfBounds`] for what lies outside the buffer, the workspace or the
     /// reservation, and when the driver refuses.
     fn quantize(&mut self, job: &QuantizeJob) -> Result<(), DeviceError>;
+
+    /// Like [`Writer::write`]; another piece of the buffer, f32 scales, goes into the workspace.
+    ///
+    /// # Errors
+    /// As [`Writer::write`].
+    fn write_scaled(&mut self, pieces: &[Piece], scales: &Piece) -> Result<(), DeviceError>;
 
     /// Quantizes the scales of a tensor after everything that the quantizer's workers have started
     /// so far, and waits until that is done.

@@ -7,7 +7,7 @@ use tightfit_kernels::Kernels;
 
 use super::LoadError;
 use super::arena::Target;
-use super::on_device::OnDevice;
+use super::on_device::OnDevices;
 use super::put::{BUFFER_GAP, Writers, as_f32, put};
 use crate::plan::NESTED_BLOCK_SIZE;
 
@@ -24,9 +24,9 @@ pub(super) struct DoubleState<'m> {
 /// Where f32 scales are until then.
 #[derive(Debug)]
 pub(super) enum Kept {
-    /// In host memory: the processor quantizes the tensor.
+    /// In host memory: the processor quantizes all of the tensor.
     OnHost(Mutex<Vec<f32>>),
-    /// In scratch of this number: the device does.
+    /// In scratch of this number: the device quantizes them, and whoever is chosen each chunk.
     OnDevice(u64),
 }
 
@@ -75,7 +75,7 @@ impl<'m> DoubleState<'m> {
         self.is_last().then(|| std::mem::take(&mut *kept))
     }
 
-    /// Notes that the kernel of one chunk has been started. Whether it was the last.
+    /// Notes that the scales of one chunk are on their way. Whether they were the last.
     pub(super) fn finish_on_device(&self) -> bool {
         self.is_last()
     }
@@ -111,27 +111,26 @@ impl<'m> DoubleState<'m> {
         Ok(offset)
     }
 
-    /// Has the device quantize all scales into their place. Gives their mean.
+    /// Has the device quantize all scales into their place. Gives its number, and their mean.
     pub(super) fn quantize_on_device(
         &self,
         tensor: usize,
         scratch: u64,
-        device: &OnDevice,
+        on_devices: &OnDevices,
         writers: &mut Writers,
-    ) -> Result<f32, LoadError> {
+    ) -> Result<(usize, f32), LoadError> {
         let targets = lock(&self.targets).take();
-        let Some((codes, nested)) = targets else {
-            return Err(LoadError::OtherPlan);
-        };
-        let (Some((number, codes)), Some((_, nested))) = (codes.on_device(), nested.on_device())
-        else {
-            return Err(LoadError::OtherPlan);
-        };
-        let job = device.scales_job(tensor, scratch, self.scales, codes, nested);
-        let job = job.ok_or(LoadError::OtherPlan)?;
+        let job = targets.and_then(|(codes, nested)| {
+            let ((number, codes), (_, nested)) = codes.on_device().zip(nested.on_device())?;
+            let device = on_devices.get(number)?;
+            let job = device.scales_job(tensor, scratch, self.scales, codes, nested)?;
+            Some((number, device, job))
+        });
+        let (number, device, job) = job.ok_or(LoadError::OtherPlan)?;
         let writer = writers.quantizing(number)?;
         writer.quantize_scales(&job).map_err(LoadError::Device)?;
-        device.mean(&job).map_err(LoadError::Device)
+        let mean = device.mean(&job).map_err(LoadError::Device)?;
+        Ok((number, mean))
     }
 }
 

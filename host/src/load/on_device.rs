@@ -8,6 +8,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use super::balance::{Balance, QuantizeOn, Side};
 use super::put::is_away;
@@ -147,23 +148,10 @@ impl OnDevices {
         })
     }
 
-    /// Who is to quantize so many bytes for a device.
-    pub(super) fn choose(&self, device: Option<usize>, bytes: usize) -> Side {
-        match device.and_then(|device| self.get(device)) {
-            None => Side::Host,
-            Some(device) => match &device.balance {
-                None => Side::Device,
-                Some(_) if !device.quantizer.is_prepared() => Side::Host,
-                Some(balance) => balance.choose(bytes),
-            },
-        }
-    }
-
-    /// The balance of a device, where there is something to be balanced.
-    pub(super) fn balance(&self, device: Option<usize>) -> Option<&Balance> {
-        let device = self.get(device?)?;
-        let balance = device.balance.as_ref()?;
-        device.quantizer.is_prepared().then_some(balance)
+    /// The same once its kernels are there.
+    pub(super) fn ready(&self, device: usize) -> Option<&OnDevice> {
+        self.get(device)
+            .filter(|device| device.quantizer.is_prepared())
     }
 
     /// Whether plain tensors of the device have to wait until it has quantized everything.
@@ -293,6 +281,21 @@ impl OnDevice {
             is_worth_compiling: stored.saturating_mul(3) >= options.compile_from,
             scratch: Mutex::new((0..layout.scratches).collect()),
         }))
+    }
+
+    /// Who is to quantize the next so many bytes.
+    pub(super) fn choose(&self, bytes: usize) -> Side {
+        match &self.balance {
+            None => Side::Device,
+            Some(balance) => balance.choose(bytes),
+        }
+    }
+
+    /// Notes that so many bytes have been quantized or sent, at a time since some beginning.
+    pub(super) fn record(&self, bytes: usize, at: Duration) {
+        if let Some(balance) = &self.balance {
+            balance.record(bytes, at);
+        }
     }
 
     /// Has the kernels compiled. Without them the processor goes on quantizing.

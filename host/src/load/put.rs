@@ -148,33 +148,43 @@ pub(super) fn put<const N: usize, T>(
         return produce(places);
     };
     let way = writers.by_device.get_mut(device).and_then(Option::as_mut);
-    let writer = way.ok_or(LoadError::OtherPlan)?.writer();
-    let mut pieces = [Piece {
+    let way = way.ok_or(LoadError::OtherPlan)?;
+    let nothing = Piece {
         start: 0,
         len: 0,
         offset: 0,
-    }; N];
-    let mut rest = writer.stage().map_err(LoadError::Device)?;
+    };
+    let (mut pieces, mut scales) = ([nothing; N], None);
+    let mut rest = way.writer().stage().map_err(LoadError::Device)?;
     let mut start = 0;
     for ((place, piece), target) in places.iter_mut().zip(&mut pieces).zip(targets) {
-        let (offset, len) = match target {
+        let (offset, len, in_workspace) = match target {
             Target::Device {
                 device: same,
                 offset,
                 len,
-            } if same == device => (offset, len),
-            Target::Host([]) => (0, 0),
+                in_workspace,
+            } if same == device => (offset, len, in_workspace),
+            Target::Host([]) => (0, 0, false),
             _ => return Err(LoadError::OtherPlan),
         };
         let padded = len.next_multiple_of(ALIGNMENT).min(rest.len());
         let (first, others) = rest.split_at_mut(padded);
         *place = first.get_mut(..len).ok_or(LoadError::OtherPlan)?;
-        *piece = Piece { start, len, offset };
+        match in_workspace {
+            true => scales = Some(Piece { start, len, offset }),
+            false => *piece = Piece { start, len, offset },
+        }
         start += padded;
         rest = others;
     }
     let result = produce(places)?;
-    writer.write(&pieces).map_err(LoadError::Device)?;
+    let written = match (way, &scales) {
+        (way, None) => way.writer().write(&pieces),
+        (Way::Quantizes { writer, .. }, Some(scales)) => writer.write_scaled(&pieces, scales),
+        (Way::Carries(_), Some(_)) => return Err(LoadError::OtherPlan),
+    };
+    written.map_err(LoadError::Device)?;
     Ok(result)
 }
 

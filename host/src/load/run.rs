@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use tightfit_kernels::{blocks, packed_bytes};
 
+use super::arena::Target;
 use super::balance::Side;
 use super::double::{DoubleState, Kept, Returned};
 use super::on_device::OnDevices;
@@ -223,40 +224,35 @@ impl<'a, 'm> Run<'a, 'm> {
         piece: ToQuantize<'_>,
         worker: &mut Worker<'_>,
     ) -> Result<(), LoadError> {
-        let device = piece.codes.on_device().map(|(device, _)| device);
-        let side = match &piece.scales {
-            Scales::Stored(_) => self.on_devices.choose(device, source.bytes),
-            Scales::Quantized { state, .. } => match state.kept() {
-                Kept::OnHost(_) => Side::Host,
-                Kept::OnDevice(_) => Side::Device,
-            },
-        };
         let state = match &piece.scales {
             Scales::Stored(_) => None,
             Scales::Quantized { first, state } => Some((*first, Arc::clone(state))),
         };
+        // A tensor that was begun before the kernels were there is the processor's to its end.
+        let is_free = match &state {
+            None => true,
+            Some((_, state)) => matches!(state.kept(), Kept::OnDevice(_)),
+        };
+        let device = piece.codes.on_device().filter(|_| is_free);
+        let ready = device.and_then(|(device, _)| self.on_devices.ready(device));
+        let side = ready.map_or(Side::Host, |ready| ready.choose(source.bytes));
         match side {
             Side::Host => self.quantize_on_host(source, piece, worker)?,
             Side::Device => self.quantize_on_device(source, piece, worker)?,
         }
-        if let Some(balance) = self.on_devices.balance(device) {
-            balance.record(source.bytes, self.start.elapsed());
+        if let Some(ready) = ready {
+            ready.record(source.bytes, self.start.elapsed());
         }
-        self.on_devices.count(
-            self.plan.tensors[source.tensor].placement.device,
-            side,
-            source.bytes,
-        );
+        let device = self.plan.tensors[source.tensor].placement.device;
+        self.on_devices.count(device, side, source.bytes);
         match state {
             None => Ok(()),
-            Some((first, state)) => {
-                self.quantize_scales(source.tensor, device, first, &state, worker)
-            }
+            Some((first, state)) => self.quantize_scales(source.tensor, first, &state, worker),
         }
     }
 
-    /// Reads and quantizes as much at a time as stays in the processor's cache. Scales that are to be
-    /// quantized are left in the worker's.
+    /// Reads and quantizes as much at a time as stays in the processor's cache. Scales that the
+    /// processor is to quantize are left in the worker's.
     fn quantize_on_host(
         &self,
         source: &Source<'_>,
@@ -286,13 +282,14 @@ impl<'a, 'm> Run<'a, 'm> {
             }
             Ok(nonfinite_blocks)
         };
-        let nonfinite_blocks = match piece.scales {
-            Scales::Stored(absmax) => put(writers, [piece.codes, absmax], |[codes, absmax]| {
+        let count = blocks(piece.elements, block_size);
+        let nonfinite_blocks = match self.scale_target(&piece.codes, piece.scales, count) {
+            Some(absmax) => put(writers, [piece.codes, absmax], |[codes, absmax]| {
                 produce(codes, as_f32(absmax))
             }),
-            Scales::Quantized { .. } => {
+            None => {
                 scales.clear();
-                scales.resize(blocks(piece.elements, block_size), 0.0);
+                scales.resize(count, 0.0);
                 put(writers, [piece.codes], |[codes]| produce(codes, scales))
             }
         }?;
@@ -306,39 +303,71 @@ impl<'a, 'm> Run<'a, 'm> {
         piece: ToQuantize<'_>,
         worker: &mut Worker<'_>,
     ) -> Result<(), LoadError> {
-        let place = piece.codes.on_device().and_then(|(number, codes)| {
-            let device = self.on_devices.get(number)?;
-            let absmax = match &piece.scales {
-                Scales::Stored(absmax) => ScalePlace::Reservation(absmax.on_device()?.1),
-                Scales::Quantized { first, state } => match state.kept() {
-                    Kept::OnHost(_) => return None,
-                    Kept::OnDevice(scratch) => {
-                        ScalePlace::Workspace(device.scales(*scratch) + 4 * *first as u64)
-                    }
-                },
-            };
-            Some((number, codes, absmax, device.nonfinite_of(source.tensor)?))
-        });
-        let (number, codes, absmax, nonfinite) = place.ok_or(LoadError::OtherPlan)?;
+        let count = blocks(piece.elements, piece.block_size);
+        let (
+            Some((number, codes)),
+            Some(Target::Device {
+                offset,
+                in_workspace,
+                ..
+            }),
+        ) = (
+            piece.codes.on_device(),
+            self.scale_target(&piece.codes, piece.scales, count),
+        )
+        else {
+            return Err(LoadError::OtherPlan);
+        };
+        let nonfinite = self
+            .on_devices
+            .get(number)
+            .and_then(|device| device.nonfinite_of(source.tensor));
         let job = QuantizeJob {
             float: piece.float,
             block_size: piece.block_size,
             elements: piece.elements,
             source: 0,
             codes,
-            absmax,
-            nonfinite,
+            absmax: match in_workspace {
+                true => ScalePlace::Workspace(offset),
+                false => ScalePlace::Reservation(offset),
+            },
+            nonfinite: nonfinite.ok_or(LoadError::OtherPlan)?,
         };
         put_to_quantize(&mut worker.writers, number, job, |buffer| {
             source.read(0, buffer)
         })
     }
 
+    /// Where so many f32 scales go that belong to these codes; none where the worker has them.
+    fn scale_target<'t>(
+        &self,
+        codes: &Target<'_>,
+        scales: Scales<'t>,
+        count: usize,
+    ) -> Option<Target<'t>> {
+        match scales {
+            Scales::Stored(absmax) => Some(absmax),
+            Scales::Quantized { first, state } => match *state.kept() {
+                Kept::OnHost(_) => None,
+                Kept::OnDevice(scratch) => {
+                    let (device, _) = codes.on_device()?;
+                    let scales = self.on_devices.get(device)?.scales(scratch);
+                    Some(Target::Device {
+                        device,
+                        offset: scales + 4 * first as u64,
+                        len: 4 * count,
+                        in_workspace: true,
+                    })
+                }
+            },
+        }
+    }
+
     /// Quantizes the scales of a tensor, if those of this chunk are the last.
     fn quantize_scales(
         &self,
         tensor: usize,
-        device: Option<usize>,
         first: usize,
         state: &DoubleState<'_>,
         worker: &mut Worker<'_>,
@@ -357,11 +386,8 @@ impl<'a, 'm> Run<'a, 'm> {
                 if !state.finish_on_device() {
                     return Ok(());
                 }
-                let (number, on_device) = device
-                    .and_then(|number| Some((number, self.on_devices.get(number)?)))
-                    .ok_or(LoadError::OtherPlan)?;
-                let offset = state.quantize_on_device(tensor, scratch, on_device, writers)?;
-                let device = number;
+                let (device, offset) =
+                    state.quantize_on_device(tensor, scratch, self.on_devices, writers)?;
                 (offset, Returned::OnDevice { device, scratch })
             }
         };

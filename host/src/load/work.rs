@@ -8,7 +8,6 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use tightfit_kernels::{BlockSize, FloatType, blocks};
 
 use super::arena::{Place, Target};
-use super::balance::Side;
 use super::double::{DoubleState, Kept, Returned};
 use super::on_device::OnDevices;
 use crate::checkpoint::{Checkpoint, Extent, TensorInfo};
@@ -117,8 +116,6 @@ struct Tensor<'m> {
     kind: Kind,
     place: Place<'m>,
     scratch: u64,
-    /// Who quantizes it, where one has to do all of it and that has been decided.
-    side: Option<Side>,
 }
 
 #[derive(Clone, Copy)]
@@ -224,24 +221,18 @@ impl<'m> Queue<'m> {
 
     /// Starts the next tensor, if there is enough scratch for it.
     fn start_tensor(&self, state: &mut State<'m>) -> Option<Cursor<'m>> {
-        let tensor = state.waiting.front_mut()?;
-        let mut kept = None;
-        if tensor.scratch > 0 {
-            let device = tensor.place.codes.on_device().map(|(device, _)| device);
-            let choose = || self.on_devices.choose(device, tensor.bytes);
-            let side = *tensor.side.get_or_insert_with(choose);
-            kept = Some(match side {
-                Side::Device => {
-                    let device = device.and_then(|device| self.on_devices.get(device));
-                    Kept::OnDevice(device?.take_scratch()?)
-                }
-                Side::Host if tensor.scratch > state.scratch_left => return None,
-                Side::Host => {
-                    state.scratch_left -= tensor.scratch;
-                    Kept::on_host((tensor.scratch / 4) as usize)
-                }
-            });
-        }
+        let tensor = state.waiting.front()?;
+        let device = tensor.place.codes.on_device();
+        let device = device.and_then(|(device, _)| self.on_devices.ready(device));
+        let kept = match (tensor.scratch, device) {
+            (0, _) => None,
+            (_, Some(device)) => Some(Kept::OnDevice(device.take_scratch()?)),
+            (needed, None) if needed > state.scratch_left => return None,
+            (needed, None) => {
+                state.scratch_left -= needed;
+                Some(Kept::on_host((needed / 4) as usize))
+            }
+        };
         let tensor = state.waiting.pop_front()?;
         Some(Cursor::new(tensor, kept, self.sizes))
     }
@@ -305,7 +296,6 @@ fn add<'m>(
             kind,
             place,
             scratch: planned.scratch_bytes(),
-            side: None,
         });
         return;
     };
@@ -333,7 +323,6 @@ fn add<'m>(
                 ..Place::default()
             },
             scratch: 0,
-            side: None,
         });
     }
 }

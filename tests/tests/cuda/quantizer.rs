@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use tightfit::device::{
-    CudaDevice, Device, DeviceError, QuantizeJob, Quantizer, Reservation, ScalePlace, ScalesJob,
-    Workspace,
+    CudaDevice, Device, DeviceError, Piece, QuantizeJob, Quantizer, Reservation, ScalePlace,
+    ScalesJob, Workspace,
 };
 use tightfit::memory::ReservationSize;
 use tightfit_kernels::{BlockSize, FloatType, Kernels};
@@ -214,6 +214,24 @@ fn what_lies_outside_is_refused() {
         assert!(
             matches!(result, Err(DeviceError::OutOfBounds { .. })),
             "{job:?}: {result:?}"
+        );
+    }
+    let piece = |len, offset| Piece {
+        start: 0,
+        len,
+        offset,
+    };
+    for (codes, scales) in [
+        (piece(1, end), piece(4, 0)),
+        (piece(1, 0), piece(4, LEN - 3)),
+        (piece(1, 0), piece(4, u64::MAX)),
+        (piece(4 * ELEMENTS + 1, 0), piece(4, 0)),
+    ] {
+        worker.stage().unwrap();
+        let result = worker.write_scaled(&[codes], &scales);
+        assert!(
+            matches!(result, Err(DeviceError::OutOfBounds { .. })),
+            "{codes:?} {scales:?}: {result:?}"
         );
     }
     for (offset, len) in [(LEN, 1), (0, LEN + 1), (u64::MAX, 2)] {

@@ -55,8 +55,8 @@ struct Shared {
     kernels: Arc<Kernels>,
     results: Arc<DeviceMemory>,
     workspace: WorkspaceMemory,
-    /// Of every worker, recorded after each of its launches.
-    launched: Mutex<Vec<Arc<Event>>>,
+    /// Of every worker, recorded after each time it has started something in the workspace.
+    started: Mutex<Vec<Arc<Event>>>,
 }
 
 impl KernelQuantizer {
@@ -71,7 +71,7 @@ impl KernelQuantizer {
                 kernels: Arc::clone(kernels),
                 results: Arc::clone(results),
                 workspace,
-                launched: Mutex::default(),
+                started: Mutex::default(),
             }),
         }
     }
@@ -113,17 +113,17 @@ impl Quantizer for KernelQuantizer {
 
     fn worker(&self, buffer_bytes: usize) -> Result<Box<dyn QuantizingWriter>, DeviceError> {
         let staging = Staging::new(&self.shared.results, buffer_bytes)?;
-        let launched = Arc::new(Event::new(self.shared.results.context())?);
+        let started = Arc::new(Event::new(self.shared.results.context())?);
         let mut all = self
             .shared
-            .launched
+            .started
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        all.push(Arc::clone(&launched));
+        all.push(Arc::clone(&started));
         drop(all);
         Ok(Box::new(QuantizingStaging {
             staging,
-            launched,
+            started,
             shared: Arc::clone(&self.shared),
         }))
     }
@@ -160,7 +160,7 @@ impl Quantizer for KernelQuantizer {
 struct QuantizingStaging {
     /// Dropped first: it waits for the stream.
     staging: Staging,
-    launched: Arc<Event>,
+    started: Arc<Event>,
     shared: Arc<Shared>,
 }
 
@@ -202,7 +202,7 @@ impl QuantizingWriter for QuantizingStaging {
             len: bytes,
             offset: workspace.start + job.source,
         };
-        self.staging.copy(&workspace.memory, &[source])?;
+        self.staging.copy(&[(&workspace.memory, source)])?;
         let _current = shared.kernels.context().enter()?;
         self.staging.is_busy = true;
         // SAFETY: source and scales in the workspace, codes and scales among the results, and the
@@ -213,7 +213,24 @@ impl QuantizingWriter for QuantizingStaging {
                 .kernels
                 .launch(&self.staging.stream, launch, arguments)
         }?;
-        self.launched.record(&self.staging.stream)
+        self.started.record(&self.staging.stream)
+    }
+
+    fn write_scaled(&mut self, pieces: &[Piece], scales: &Piece) -> Result<(), DeviceError> {
+        let shared = &self.shared;
+        shared.workspace.at(scales.offset, scales.len)?;
+        let scales = Piece {
+            offset: shared.workspace.start + scales.offset,
+            ..*scales
+        };
+        let mut all: Vec<_> = pieces
+            .iter()
+            .map(|&piece| (&shared.results, piece))
+            .collect();
+        all.push((&shared.workspace.memory, scales));
+        self.staging.copy(&all)?;
+        let _current = shared.kernels.context().enter()?;
+        self.started.record(&self.staging.stream)
     }
 
     fn quantize_scales(&mut self, job: &ScalesJob) -> Result<(), DeviceError> {
@@ -235,9 +252,9 @@ impl QuantizingWriter for QuantizingStaging {
         let stream = &self.staging.stream;
         {
             let _current = kernels.context().enter()?;
-            let all = shared.launched.lock();
-            for launched in all.unwrap_or_else(PoisonError::into_inner).iter() {
-                stream.wait_for(launched)?;
+            let all = shared.started.lock();
+            for started in all.unwrap_or_else(PoisonError::into_inner).iter() {
+                stream.wait_for(started)?;
             }
             let launch = checked(cuda::sum_absmax(n))?;
             // SAFETY: here and below: lengths have been checked above, sums of sums lie behind the

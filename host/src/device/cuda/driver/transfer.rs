@@ -82,19 +82,20 @@ impl Staging {
         Ok(())
     }
 
-    /// Starts to copy pieces of the buffer that was staged last.
+    /// Starts to copy pieces of the buffer that was staged last, each to its place in a memory.
     pub(super) fn copy(
         &mut self,
-        memory: &Arc<DeviceMemory>,
-        pieces: &[Piece],
+        pieces: &[(&Arc<DeviceMemory>, Piece)],
     ) -> Result<(), DeviceError> {
         // Free already, unless something is written that has not been staged.
         self.stage()?;
-        self.keep(memory);
+        for (memory, _) in pieces {
+            self.keep(memory);
+        }
         let buffer = &mut self.buffers[self.next];
-        let context = memory.context();
+        let context = self.memory.context();
         let _current = context.enter()?;
-        for piece in pieces.iter().filter(|piece| piece.len > 0) {
+        for (memory, piece) in pieces.iter().filter(|(_, piece)| piece.len > 0) {
             let target = memory.at(piece.offset, piece.len)?;
             let end = piece.start.saturating_add(piece.len);
             if end > buffer.pinned.len() {
@@ -109,7 +110,8 @@ impl Staging {
             self.is_busy = true;
             // SAFETY: the bytes lie inside the buffer, which nobody can write or free before the
             // stream or the event has been waited for, and go to bytes inside of the device's
-            // memory, which is kept as long. The stream is of the same context, which is current.
+            // memory, which is kept as long. Stream and memories are of the same context, which is
+            // current.
             let code = unsafe {
                 let source = buffer.pinned.as_ptr().add(piece.start).cast();
                 (context.api.cuMemcpyHtoDAsync_v2)(target, source, piece.len, self.stream.raw)
@@ -139,7 +141,8 @@ impl Writer for Staging {
 
     fn write(&mut self, pieces: &[Piece]) -> Result<(), DeviceError> {
         let memory = Arc::clone(&self.memory);
-        self.copy(&memory, pieces)
+        let pieces: Vec<_> = pieces.iter().map(|&piece| (&memory, piece)).collect();
+        self.copy(&pieces)
     }
 
     fn finish(&mut self) -> Result<(), DeviceError> {
