@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::load::{
-    CancelToken, LoadError, LoadOptions, Progress, load_reserved, place, place_with_tail,
+    CancelToken, LoadError, LoadOptions, Progress, QuantizeOn, load_reserved, place,
+    place_with_tail,
 };
 use tightfit::memory::{DEFAULT_STAGING, Usage};
 use tightfit::plan::{Proposed, propose};
@@ -73,7 +74,11 @@ pub struct TightfitLoadOptions {
     pub staging_bytes: u64,
     /// Nonzero: blocks with infinities or NaN are an error.
     pub strict: u32,
-    /// NULL, or called after every chunk (at most 512 KiB) with the bytes that are in their place and
+    /// Where weights for GPUs are quantized. 0: on processor and GPU, shared out by what is measured
+    /// while loading; 1: on the processor; 2: on the GPU, which may take more memory of it than
+    /// planned for the time of the load. The bytes are the same.
+    pub quantize_on: u32,
+    /// NULL, or called after every chunk (at most 4 MiB) with the bytes that are in their place and
     /// the bytes of all. Calls come from several threads at once and not in the order of the bytes;
     /// they end before tightfit_load returns. May call this library. Must not throw, longjmp or end
     /// its thread.
@@ -350,6 +355,16 @@ fn carry_out(
             options.staging_bytes = given.staging_bytes;
         }
         options.strict = given.strict != 0;
+        options.quantize_on = match given.quantize_on {
+            0 => QuantizeOn::Auto,
+            1 => QuantizeOn::Cpu,
+            2 => QuantizeOn::Gpu,
+            other => {
+                return Err(Error::usage(format!(
+                    "quantize_on is {other}, not 0, 1 or 2"
+                )));
+            }
+        };
     }
     ask();
     if cancel.is_cancelled() {
