@@ -2,14 +2,15 @@
 //!
 //! Data flows one way: [`checkpoint`] -> [`policy`] -> [`plan`] -> [`load`] -> [`model`] ->
 //! [`report`].
-// Denied and not forbidden: a GPU's driver is a C library, and `device::cuda::driver`, which calls
-// it, is the one module that may.
+// Denied and not forbidden: a GPU's driver is a C library that `device::cuda::driver` calls, and
+// `dlpack::abi` is called back by C. No other module may.
 #![deny(unsafe_code)]
 
 #[cfg(feature = "check")]
 pub mod check;
 pub mod checkpoint;
 pub mod device;
+pub mod dlpack;
 #[cfg(feature = "wasm-policies")]
 pub mod driver;
 #[cfg(feature = "hub")]

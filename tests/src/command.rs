@@ -76,6 +76,8 @@ impl Place {
             .env("TMPDIR", self.temporary())
             // No test may ask the real hub.
             .env("HF_HUB_OFFLINE", "1")
+            // Without `--device` tests mean the processor, also on a machine with GPUs.
+            .env("CUDA_VISIBLE_DEVICES", "")
             .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
             .stdout(Stdio::piped())

@@ -22,6 +22,11 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// Of DLPack's own header, dlpack/dlpack.h, which is needed only to look inside.
+typedef struct DLManagedTensor DLManagedTensor;
+typedef struct DLManagedTensorVersioned DLManagedTensorVersioned;
+
+
 // The elements themselves, row-major.
 #define TIGHTFIT_PART_DATA 0
 
@@ -53,6 +58,10 @@ typedef enum {
   // It was cancelled.
   TIGHTFIT_STATUS_INTERRUPTED = 130,
 } TightfitStatus;
+
+// A piece of the memory that a model has reserved behind its weights. It keeps its device's memory
+// when the model is unloaded.
+typedef struct TightfitAllocation TightfitAllocation;
 
 // A checkpoint whose files are open and whose headers have been checked. Can be used from several
 // threads at once.
@@ -105,6 +114,8 @@ typedef struct {
   uint64_t headroom;
   // Tensors stored there.
   uint64_t tensors;
+  // Bytes reserved behind the weights, for tightfit_model_allocate.
+  uint64_t tail;
 } TightfitDeviceUse;
 
 // How to load. Zero everywhere but in `struct_size` means the defaults.
@@ -127,6 +138,9 @@ typedef struct {
   int32_t (*cancelled)(void *user_data);
   // Given to both. What it points to must bear use from several threads.
   void *user_data;
+  // Nonzero: what the policy leaves free beside the weights (its settings `context`, `batch` and
+  // `reserve`) is reserved in one piece with them, for tightfit_model_allocate.
+  uint32_t reserve_headroom;
 } TightfitLoadOptions;
 
 // One loaded tensor. The library fills as much as `struct_size` says; later versions add fields at
@@ -177,6 +191,9 @@ typedef struct {
   // The bytes in place, where the processor can read the device's memory; otherwise NULL. Read
   // only, valid until the model is unloaded. Any address where the length is 0.
   const uint8_t *host;
+  // Its address in a GPU's memory, valid in the device's primary context until the model is
+  // unloaded; 0 for host memory.
+  uint64_t device_address;
 } TightfitPart;
 
 // What a load took. Growing as TightfitTensor.
@@ -198,6 +215,18 @@ typedef struct {
   // Bytes allowed for the scales of double-quantized tensors in flight.
   uint64_t scratch_bytes;
 } TightfitLoadStatistics;
+
+// Where an allocation is. Growing as TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitMemory).
+  size_t struct_size;
+  // Length in bytes.
+  uint64_t length;
+  // Its address in a GPU's memory, valid in the device's primary context; 0 for host memory.
+  uint64_t device_address;
+  // Its bytes to read and write, in host memory; otherwise NULL.
+  uint8_t *host;
+} TightfitMemory;
 
 #ifdef __cplusplus
 extern "C" {
@@ -407,6 +436,69 @@ TightfitStatus tightfit_policy_open(const char *name,
 // # Safety
 // `*policy` came from tightfit_policy_open, and no other call uses it now or later.
 void tightfit_policy_close(TightfitPolicy **policy);
+
+// One part (TIGHTFIT_PART_...) of a tensor for PyTorch, NumPy and others, in place: a DLPack tensor
+// in the form since DLPack 1.0, in Python the capsule "dltensor_versioned". It must not be written
+// to, and says so. A part of kind DATA has the tensor's type and shape; codes are uint8 [bytes, 1],
+// scales float [blocks], or uint8 under double quantization. On success the caller calls
+// `(*out)->deleter(*out)` once, from any thread, also after the model is unloaded: its device's
+// memory is kept until then. Otherwise `*out` is NULL.
+//
+// # Safety
+// `model` is loaded; `out` can be written.
+TightfitStatus tightfit_tensor_to_dlpack(const TightfitModel *model,
+                                         size_t tensor,
+                                         uint32_t kind,
+                                         DLManagedTensorVersioned **out);
+
+// The same in the form before DLPack 1.0, in Python the capsule "dltensor", which cannot say that it
+// must not be written to.
+//
+// # Safety
+// `model` is loaded; `out` can be written.
+TightfitStatus tightfit_tensor_to_dlpack_unversioned(const TightfitModel *model,
+                                                     size_t tensor,
+                                                     uint32_t kind,
+                                                     DLManagedTensor **out);
+
+// Takes `bytes` bytes of what was reserved behind the weights of a device (`reserve_headroom` of
+// TightfitLoadOptions), at a multiple of 256. On success `*out` is for tightfit_allocation_free or
+// tightfit_allocation_to_dlpack; otherwise it is NULL. TIGHTFIT_STATUS_DEVICE if no free piece is
+// large enough.
+//
+// # Safety
+// `model` is loaded; `out` can be written.
+TightfitStatus tightfit_model_allocate(const TightfitModel *model,
+                                       size_t device,
+                                       uint64_t bytes,
+                                       TightfitAllocation **out);
+
+// Where an allocation is.
+//
+// # Safety
+// `allocation` has not been given back; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_allocation_memory(const TightfitAllocation *allocation,
+                                          TightfitMemory *out);
+
+// Makes an allocation a DLPack tensor of this type (as safetensors names it, for example "BF16") and
+// row-major shape, to which others may write, and sets `*allocation` to NULL: its deleter gives it
+// back. On failure it is given back at once, and `*out` is NULL.
+//
+// # Safety
+// `*allocation` has not been given back, and no other call uses it now or later; `dtype` is
+// NUL-terminated; `shape` has `rank` numbers; `out` can be written.
+TightfitStatus tightfit_allocation_to_dlpack(TightfitAllocation **allocation,
+                                             const char *dtype,
+                                             const uint64_t *shape,
+                                             size_t rank,
+                                             DLManagedTensorVersioned **out);
+
+// Gives an allocation back and sets `*allocation` to NULL. Kernels that use it must have ended. NULL,
+// or a pointer to NULL, does nothing.
+//
+// # Safety
+// `*allocation` has not been given back, and no other call uses it now or later.
+void tightfit_allocation_free(TightfitAllocation **allocation);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -166,13 +166,26 @@ pub(crate) unsafe fn give<T>(
     what: &str,
     make: impl FnOnce() -> Result<T, Error>,
 ) -> Result<(), Error> {
+    // SAFETY: as the caller promises.
+    unsafe { give_pointer(out, what, || Ok(Box::into_raw(Box::new(make()?)))) }
+}
+
+/// Gives the caller what a pointer leads to, which becomes its own.
+///
+/// # Safety
+/// `out` is NULL or can be written.
+pub(crate) unsafe fn give_pointer<T>(
+    out: *mut *mut T,
+    what: &str,
+    make: impl FnOnce() -> Result<*mut T, Error>,
+) -> Result<(), Error> {
     if out.is_null() {
         return Err(Error::usage(format_args!("{what} is NULL")));
     }
     // Also when this fails the caller has something to close.
     // SAFETY: not NULL, so it can be written, as the caller promises.
     unsafe { out.write(std::ptr::null_mut()) };
-    let object = Box::into_raw(Box::new(make()?));
+    let object = make()?;
     // SAFETY: as above.
     unsafe { out.write(object) };
     Ok(())
@@ -183,17 +196,27 @@ pub(crate) unsafe fn give<T>(
 /// # Safety
 /// `object` is NULL, or points to NULL or to what [`give`] gave and nobody else uses.
 pub(crate) unsafe fn take<T>(object: *mut *mut T) {
+    // SAFETY: as the caller promises.
+    let given = unsafe { take_value(object) };
+    // A panic must not reach the caller, who can do nothing about one here.
+    let _ = catch_unwind(AssertUnwindSafe(|| drop(given)));
+}
+
+/// Takes an object back from the caller, whose pointer becomes NULL.
+///
+/// # Safety
+/// As [`take`].
+pub(crate) unsafe fn take_value<T>(object: *mut *mut T) -> Option<Box<T>> {
     if object.is_null() {
-        return;
+        return None;
     }
     // SAFETY: not NULL, so it can be read and written, as the caller promises.
     let given = unsafe { object.replace(std::ptr::null_mut()) };
-    if !given.is_null() {
-        // SAFETY: made by `give`, and not taken before because the pointer is NULL from then on.
-        let given = unsafe { Box::from_raw(given) };
-        // A panic must not reach the caller, who can do nothing about one here.
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(given)));
+    if given.is_null() {
+        return None;
     }
+    // SAFETY: made by `give`, and not taken before because the pointer is NULL from then on.
+    Some(unsafe { Box::from_raw(given) })
 }
 
 /// A structure that begins with its size, so that it can grow.

@@ -9,6 +9,7 @@ mod boundary;
 mod load;
 mod model;
 mod open;
+mod share;
 
 use std::ffi::c_char;
 
@@ -17,6 +18,7 @@ use tightfit::status::Status;
 pub use load::*;
 pub use model::*;
 pub use open::*;
+pub use share::*;
 
 /// How a call ended. The values are those of the command's exit statuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

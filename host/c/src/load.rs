@@ -4,13 +4,16 @@ use std::ffi::{CString, c_char, c_void};
 use std::sync::Arc;
 
 use tightfit::checkpoint::Checkpoint;
-use tightfit::load::{CancelToken, LoadError, LoadOptions, Progress, load_reserved, place};
+use tightfit::load::{
+    CancelToken, LoadError, LoadOptions, Progress, QuantizeOn, load_reserved, place,
+    place_with_tail,
+};
 use tightfit::memory::{DEFAULT_STAGING, Usage};
 use tightfit::plan::{Proposed, propose};
 use tightfit::report::Report;
 
 use crate::boundary::{
-    Error, Growing, c_string, call, give, object, read_sized, take, write_sized,
+    Error, Growing, c_string, call, give, give_pointer, object, read_sized, take, write_sized,
 };
 use crate::open::settings;
 use crate::{
@@ -51,11 +54,13 @@ pub struct TightfitDeviceUse {
     pub headroom: u64,
     /// Tensors stored there.
     pub tensors: u64,
+    /// Bytes reserved behind the weights, for tightfit_model_allocate.
+    pub tail: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, and holds numbers and a pointer.
 unsafe impl Growing for TightfitDeviceUse {
-    const FIRST: usize = size_of::<TightfitDeviceUse>();
+    const FIRST: usize = std::mem::offset_of!(TightfitDeviceUse, tail);
 }
 
 /// How to load. Zero everywhere but in `struct_size` means the defaults.
@@ -69,7 +74,11 @@ pub struct TightfitLoadOptions {
     pub staging_bytes: u64,
     /// Nonzero: blocks with infinities or NaN are an error.
     pub strict: u32,
-    /// NULL, or called after every chunk (at most 512 KiB) with the bytes that are in their place and
+    /// Where weights for GPUs are quantized. 0: on processor and GPU, shared out by what is measured
+    /// while loading; 1: on the processor; 2: on the GPU, which may take more memory of it than
+    /// planned for the time of the load. The bytes are the same.
+    pub quantize_on: u32,
+    /// NULL, or called after every chunk (at most 4 MiB) with the bytes that are in their place and
     /// the bytes of all. Calls come from several threads at once and not in the order of the bytes;
     /// they end before tightfit_load returns. May call this library. Must not throw, longjmp or end
     /// its thread.
@@ -80,11 +89,14 @@ pub struct TightfitLoadOptions {
     pub cancelled: Option<unsafe extern "C" fn(user_data: *mut c_void) -> i32>,
     /// Given to both. What it points to must bear use from several threads.
     pub user_data: *mut c_void,
+    /// Nonzero: what the policy leaves free beside the weights (its settings `context`, `batch` and
+    /// `reserve`) is reserved in one piece with them, for tightfit_model_allocate.
+    pub reserve_headroom: u32,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, and holds numbers, pointers and optional functions.
 unsafe impl Growing for TightfitLoadOptions {
-    const FIRST: usize = size_of::<TightfitLoadOptions>();
+    const FIRST: usize = std::mem::offset_of!(TightfitLoadOptions, reserve_headroom);
 }
 
 /// The callbacks, as the workers share them.
@@ -206,6 +218,7 @@ pub(crate) fn device_use(
         peak_reserved: value(|usage| usage.reserved.peak, planned.reserved),
         headroom: device.headroom,
         tensors: device.tensors,
+        tail: device.tail,
     })
 }
 
@@ -243,16 +256,13 @@ pub(crate) unsafe fn give_report(
     out: *mut *mut c_char,
     make: impl FnOnce() -> Result<Report, Error>,
 ) -> Result<(), Error> {
-    if out.is_null() {
-        return Err(Error::usage("out is NULL"));
-    }
-    // SAFETY: not NULL, so it can be written, as the caller promises.
-    unsafe { out.write(std::ptr::null_mut()) };
-    let other = |error| Error::new(tightfit::status::Status::Other, error);
-    let text = serde_json::to_string(&make()?).map_err(other)?;
-    // SAFETY: as above.
-    unsafe { out.write(c_string(&text).into_raw()) };
-    Ok(())
+    let text = || {
+        let other = |error| Error::new(tightfit::status::Status::Other, error);
+        let text = serde_json::to_string(&make()?).map_err(other)?;
+        Ok(c_string(&text).into_raw())
+    };
+    // SAFETY: as the caller promises.
+    unsafe { give_pointer(out, "out", text) }
 }
 
 /// Frees a text that the library gave away and sets `*string` to NULL. NULL, or a pointer to NULL,
@@ -345,11 +355,25 @@ fn carry_out(
             options.staging_bytes = given.staging_bytes;
         }
         options.strict = given.strict != 0;
+        options.quantize_on = match given.quantize_on {
+            0 => QuantizeOn::Auto,
+            1 => QuantizeOn::Cpu,
+            2 => QuantizeOn::Gpu,
+            other => {
+                return Err(Error::usage(format!(
+                    "quantize_on is {other}, not 0, 1 or 2"
+                )));
+            }
+        };
     }
     ask();
     if cancel.is_cancelled() {
         return Err(LoadError::Cancelled.into());
     }
+    let place = match callbacks {
+        Some(Callbacks(given)) if given.reserve_headroom != 0 => place_with_tail,
+        _ => place,
+    };
     let placed = place(&checkpoint.inner, &policy.inner, &devices.inner, settings)?;
     let base = Report::of_plan(&checkpoint.inner, &placed.proposed, options.staging_bytes)
         .with_revisions(&placed.revisions);

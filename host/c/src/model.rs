@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::Device;
-use tightfit::model::{Model, Tensor};
-use tightfit::plan::{PartKind, Proposed};
+use tightfit::model::{Model, TailAllocator, Tensor};
+use tightfit::plan::{PartKind, PlannedPart, Proposed};
 use tightfit::report::Report;
 use tightfit::status::Status;
 use tightfit::types::{QuantType, elements};
@@ -80,7 +80,15 @@ impl TightfitModel {
         }
     }
 
-    fn tensor(&self, index: usize) -> Result<Tensor<'_>, Error> {
+    pub(crate) fn tail(&self, device: usize) -> Result<&TailAllocator, Error> {
+        self.model.tail(device).ok_or_else(|| {
+            Error::usage(format_args!(
+                "nothing is reserved behind weights on a device {device}"
+            ))
+        })
+    }
+
+    pub(crate) fn tensor(&self, index: usize) -> Result<Tensor<'_>, Error> {
         let in_checkpoint = self.loaded.get(index);
         in_checkpoint
             .and_then(|&index| self.model.tensor_at(index))
@@ -148,11 +156,14 @@ pub struct TightfitPart {
     /// The bytes in place, where the processor can read the device's memory; otherwise NULL. Read
     /// only, valid until the model is unloaded. Any address where the length is 0.
     pub host: *const u8,
+    /// Its address in a GPU's memory, valid in the device's primary context until the model is
+    /// unloaded; 0 for host memory.
+    pub device_address: u64,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, and holds numbers and a pointer.
 unsafe impl Growing for TightfitPart {
-    const FIRST: usize = size_of::<TightfitPart>();
+    const FIRST: usize = std::mem::offset_of!(TightfitPart, device_address);
 }
 
 /// What a load took. Growing as TightfitTensor.
@@ -300,6 +311,7 @@ pub unsafe extern "C" fn tightfit_model_part(
                 ))
             })?;
             let host = tensor.part(planned.kind);
+            let device = tensor.device_part(planned.kind);
             Ok(TightfitPart {
                 struct_size,
                 kind: match planned.kind {
@@ -311,6 +323,7 @@ pub unsafe extern "C" fn tightfit_model_part(
                 offset: planned.offset,
                 length: planned.bytes,
                 host: host.map_or(std::ptr::null(), <[u8]>::as_ptr),
+                device_address: device.map_or(0, |device| device.address().pointer),
             })
         };
         // SAFETY: as the caller promises.
@@ -334,16 +347,7 @@ pub unsafe extern "C" fn tightfit_model_read_part(
     call(|| {
         // SAFETY: as the caller promises.
         let tensor = unsafe { object(model, "model") }?.tensor(tensor)?;
-        let part = KINDS.get(kind as usize).and_then(|&kind| {
-            let parts = tensor.parts().iter();
-            parts.copied().find(|part| part.kind == kind)
-        });
-        let Some(part) = part else {
-            let name = tensor.name();
-            return Err(Error::usage(format_args!(
-                "tensor '{name}' has no part of kind {kind}"
-            )));
-        };
+        let part = part_kind(tensor, kind)?;
         check_length(tensor.name(), "bytes", part.bytes, length)?;
         // SAFETY: as the caller promises.
         let buffer = unsafe { array_mut(buffer, length, "buffer") }?;
@@ -393,6 +397,18 @@ pub unsafe extern "C" fn tightfit_model_to_f32(
             *value = f32::from_le_bytes(bytes);
         }
         Ok(())
+    })
+}
+
+/// The part of this kind (TIGHTFIT_PART_...) of a tensor.
+pub(crate) fn part_kind(tensor: Tensor<'_>, kind: u32) -> Result<PlannedPart, Error> {
+    let part = KINDS.get(kind as usize).and_then(|&kind| {
+        let parts = tensor.parts().iter();
+        parts.copied().find(|part| part.kind == kind)
+    });
+    part.ok_or_else(|| {
+        let name = tensor.name();
+        Error::usage(format_args!("tensor '{name}' has no part of kind {kind}"))
     })
 }
 

@@ -87,6 +87,8 @@ fn run(source: &str, arguments: &[&str], status: i32) -> Vec<(String, String)> {
         let output = Command::new(&program)
             .args(arguments)
             .env("ASAN_OPTIONS", "detect_leaks=1")
+            // Cargo's value leads to what an earlier `cargo build` left one directory up.
+            .env("LD_LIBRARY_PATH", libraries())
             .output()
             .unwrap();
         let text = |bytes| String::from_utf8(bytes).unwrap();
@@ -166,4 +168,42 @@ fn misuse_is_an_error_and_nothing_leaks() {
     for (printed, _) in run("tests/programs/misuse.c", &[path.to_str().unwrap()], 0) {
         assert_eq!(printed, "as it must be\n");
     }
+}
+
+#[test]
+fn what_is_shared_outlives_the_model_and_nothing_leaks() {
+    let golden = GoldenModel::unpack("llama");
+    let path = golden.path("bf16");
+    let arguments = [path.to_str().unwrap(), TENSOR];
+    for (printed, _) in run("tests/programs/share.c", &arguments, 0) {
+        assert_eq!(printed, "as it must be\n");
+    }
+}
+
+/// The script says what is not installed; `TIGHTFIT_REQUIRE_TORCH=1` and `TIGHTFIT_REQUIRE_NUMPY=1`
+/// make that a failure. `TIGHTFIT_PYTHON` is the interpreter to use.
+#[test]
+fn python_takes_tensors_without_a_copy() {
+    let python = std::env::var("TIGHTFIT_PYTHON").unwrap_or_else(|_| "python3".to_owned());
+    let required = |package| std::env::var_os(package).is_some_and(|value| value == "1");
+    if !cfg!(target_os = "linux") || Command::new(&python).arg("--version").output().is_err() {
+        assert!(
+            !required("TIGHTFIT_REQUIRE_TORCH") && !required("TIGHTFIT_REQUIRE_NUMPY"),
+            "there is no {python}"
+        );
+        eprintln!("not run: there is no {python}");
+        return;
+    }
+    let golden = GoldenModel::unpack("llama");
+    let output = Command::new(&python)
+        .arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/dlpack_torch.py"))
+        .arg(libraries().join("libtightfit_c.so"))
+        .arg(golden.path("bf16"))
+        .output()
+        .unwrap();
+    let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{out}{err}");
+    eprint!("{out}");
+    assert!(out.lines().count() >= 2, "{out}");
 }

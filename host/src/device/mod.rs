@@ -4,14 +4,17 @@
 mod cuda;
 mod host;
 mod host_memory;
+mod quantizer;
 mod spec;
 mod writer;
 
 use std::fmt;
+use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
 pub use cuda::CudaDevice;
 pub use host::HostDevice;
+pub use quantizer::{QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Workspace};
 pub use spec::{DeviceSpec, SpecError, open_devices};
 pub use writer::{Piece, WRITER_BUFFERS, Writer};
 
@@ -110,6 +113,18 @@ pub trait Reservation: Send + Sync + fmt::Debug {
     /// When the driver refuses the buffers.
     fn writer(&self, buffer_bytes: usize) -> Result<Option<Box<dyn Writer>>, DeviceError> {
         let _ = buffer_bytes;
+        Ok(None)
+    }
+
+    /// The device's own kernels for results in this memory. `None` where it has none that would be
+    /// faster than the processor's.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] where the workspace is memory of its own and there is too
+    /// little, [`DeviceError::OutOfBounds`] where it does not lie within, and when the driver
+    /// refuses.
+    fn quantizer(&self, workspace: Workspace) -> Result<Option<Arc<dyn Quantizer>>, DeviceError> {
+        let _ = workspace;
         Ok(None)
     }
 

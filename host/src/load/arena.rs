@@ -23,9 +23,10 @@ pub(super) enum Target<'m> {
     Device {
         /// The device's index in the plan.
         device: usize,
-        /// First byte in its reservation.
+        /// First byte in its reservation, or in the workspace of its kernels.
         offset: u64,
         len: usize,
+        in_workspace: bool,
     },
 }
 
@@ -43,6 +44,14 @@ impl<'m> Target<'m> {
         }
     }
 
+    /// The device and the first byte there, where the processor cannot write.
+    pub(super) fn on_device(&self) -> Option<(usize, u64)> {
+        match self {
+            Target::Host(_) => None,
+            Target::Device { device, offset, .. } => Some((*device, *offset)),
+        }
+    }
+
     /// Cuts the first `length` bytes off, of which there are as many.
     pub(super) fn take(&mut self, length: usize) -> Target<'m> {
         match self {
@@ -55,11 +64,13 @@ impl<'m> Target<'m> {
                 device,
                 offset,
                 len,
+                in_workspace,
             } => {
                 let first = Target::Device {
                     device: *device,
                     offset: *offset,
                     len: length,
+                    in_workspace: *in_workspace,
                 };
                 *len -= length;
                 *offset += length as u64;
@@ -103,6 +114,7 @@ pub(super) fn split<'m>(
                         device: number,
                         offset: 0,
                         len,
+                        in_workspace: false,
                     },
                 }
             }

@@ -4,22 +4,27 @@
 //! Memory beyond the devices' own is the staging ring and, under double quantization, the f32
 //! scales of the tensors in flight; both are fixed before the first byte is read, whatever the
 //! model's size. The stored bytes depend on the checkpoint and the plan alone, not on the number of
-//! threads, the size of staging or the instruction set.
+//! threads, the size of staging, the instruction set, or who quantizes.
 
 mod arena;
+mod balance;
+mod double;
 mod error;
+mod on_device;
 mod put;
 mod reserve;
+mod run;
 mod work;
 
 pub(crate) use work::float_type;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+pub use balance::QuantizeOn;
 pub use error::LoadError;
-pub use reserve::{MAX_REVISIONS, PlaceError, Placed, Reserved, Revision, place};
+pub use reserve::{MAX_REVISIONS, PlaceError, Placed, Reserved, Revision, place, place_with_tail};
 
 use tightfit_kernels::Kernels;
 
@@ -29,8 +34,10 @@ use crate::memory::{DEFAULT_STAGING, StagingRing};
 use crate::model::Model;
 use crate::plan::Plan;
 use crate::types::Format;
-use put::{Writers, put};
-use work::{Chunk, Finished, Queue, Task, as_f32};
+use on_device::OnDevices;
+use put::Writers;
+use run::Run;
+use work::{ChunkSizes, Queue};
 
 /// Asks a load to stop. Clones ask for the same.
 #[derive(Debug, Clone, Default)]
@@ -67,6 +74,10 @@ pub struct Progress {
     pub bytes_total: u64,
 }
 
+/// The least that it is worth to have a GPU's kernels compiled for, unless the user says otherwise:
+/// with less the load would be over first.
+pub const DEFAULT_COMPILE_FROM: u64 = 4 << 30;
+
 /// How to load.
 pub struct LoadOptions<'a> {
     /// Worker threads; each reads and quantizes. At least one, and no more than staging has slots.
@@ -75,7 +86,13 @@ pub struct LoadOptions<'a> {
     pub staging_bytes: u64,
     /// Blocks with infinities or NaN are an error instead of a number in the report.
     pub strict: bool,
-    /// The kernels to quantize with.
+    /// Where weights for a GPU are quantized.
+    pub quantize_on: QuantizeOn,
+    /// Bytes of the checkpoint that have to be quantized for a GPU before [`QuantizeOn::Auto`] has the
+    /// driver compile its kernels, which takes it about a tenth of a second once on every machine.
+    /// Kernels that are there already are used for less.
+    pub compile_from: u64,
+    /// The processor's kernels.
     pub kernels: Kernels,
     /// Called from the workers after every chunk.
     pub progress: &'a (dyn Fn(Progress) + Sync),
@@ -89,6 +106,8 @@ impl Default for LoadOptions<'_> {
             threads: std::thread::available_parallelism().map_or(1, |n| n.get()),
             staging_bytes: DEFAULT_STAGING,
             strict: false,
+            quantize_on: QuantizeOn::default(),
+            compile_from: DEFAULT_COMPILE_FROM,
             kernels: Kernels::detect(),
             progress: &|_| {},
             cancel: CancelToken::new(),
@@ -109,10 +128,21 @@ pub struct LoadStats {
     pub stored: u64,
     /// Quantized tensors with infinities or NaN: index and number of blocks that have one.
     pub nonfinite: Vec<(usize, u64)>,
+    /// Who quantized for each device, in the order of the plan.
+    pub quantized_on: Vec<QuantizedBytes>,
     /// Bytes of the staging ring and of the page-locked buffers.
     pub staging_bytes: u64,
     /// Bytes allowed for the f32 scales of double-quantized tensors in flight.
     pub scratch_bytes: u64,
+}
+
+/// Bytes of the checkpoint that were quantized for one device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct QuantizedBytes {
+    /// By the processor.
+    pub by_host: u64,
+    /// By the device itself.
+    pub by_device: u64,
 }
 
 impl LoadStats {
@@ -161,35 +191,31 @@ pub fn load_reserved(
     let buffers = put::buffers(&memory);
     let mut ring = StagingRing::new(options.staging_bytes, options.threads, buffers)?;
     let staging_bytes = ring.bytes();
-    let slot_bytes = ring.slot_bytes();
+    let sizes = ChunkSizes {
+        slot: ring.slot_bytes(),
+        buffer: ring.buffer_bytes(),
+    };
     let scratch_bytes = plan.scratch_budget();
-    let total = placed_bytes(checkpoint, plan);
+    // Before the first worker's writers: whatever fails, nothing of theirs has been started.
+    let on_devices = OnDevices::open(plan, &memory, options, ring.workers(), sizes.buffer)?;
     let mut writers = Vec::with_capacity(ring.workers());
-    for _ in 0..ring.workers() {
-        writers.push(Writers::new(plan, &memory, slot_bytes)?);
+    for worker in 0..ring.workers() {
+        let of_worker = Writers::new(plan, &memory, &on_devices, worker, sizes.buffer)?;
+        writers.push(of_worker);
     }
 
     let places = arena::split(plan, &mut memory)?;
-    let run = Run {
-        checkpoint,
-        options,
-        queue: Queue::new(checkpoint, plan, places, slot_bytes, scratch_bytes),
-        stop: AtomicBool::new(false),
-        error: Mutex::new(None),
-        bytes_read: AtomicU64::new(0),
-        bytes_total: total,
-        finished: Mutex::new(Finished::new(checkpoint.tensors().len())),
-    };
+    let queue = Queue::new(checkpoint, plan, places, sizes, scratch_bytes, &on_devices);
+    let run = Run::new(checkpoint, plan, options, queue, &on_devices);
     std::thread::scope(|scope| {
+        for device in on_devices.to_compile() {
+            spawn(scope, "tightfit-kernels", || device.compile());
+        }
         let mut slots = ring.slots().zip(writers);
         let mine = slots.next();
         for (slot, writers) in slots {
             // With fewer threads than asked for, the load is slower but the same.
-            let spawned = std::thread::Builder::new()
-                .name("tightfit-load".to_owned())
-                .spawn_scoped(scope, || run.work(slot, writers));
-            if let Err(error) = spawned {
-                tracing::warn!("cannot start another thread: {error}");
+            if !spawn(scope, "tightfit-load", || run.work(slot, writers)) {
                 break;
             }
         }
@@ -197,18 +223,10 @@ pub fn load_reserved(
             run.work(slot, writers);
         }
     });
-    let Run {
-        error,
-        finished,
-        bytes_read,
-        ..
-    } = run;
-    if let Some(error) = error.into_inner().unwrap_or_else(PoisonError::into_inner) {
-        return Err(error);
-    }
-    let finished = finished
-        .into_inner()
-        .unwrap_or_else(PoisonError::into_inner);
+    let (finished, bytes_read) = run.finish()?;
+    let quantized_on = on_devices.counts();
+    // What its kernels worked in, where that was not part of the plan.
+    drop(on_devices);
     let count = |quantized: bool| {
         plan.tensors
             .iter()
@@ -218,10 +236,11 @@ pub fn load_reserved(
     };
     let stats = LoadStats {
         elapsed: elapsed + start.elapsed(),
-        bytes_read: bytes_read.into_inner(),
+        bytes_read,
         quantized: count(true),
         stored: count(false),
         nonfinite: finished.nonfinite.into_iter().collect(),
+        quantized_on,
         staging_bytes,
         scratch_bytes,
     };
@@ -234,146 +253,19 @@ pub fn load_reserved(
     ))
 }
 
-/// Bytes of the checkpoint that belong to tensors that are loaded.
-fn placed_bytes(checkpoint: &Checkpoint, plan: &Plan) -> u64 {
-    checkpoint
-        .tensors()
-        .iter()
-        .zip(&plan.tensors)
-        .filter(|(_, planned)| planned.placement.device.is_some())
-        .map(|(tensor, _)| tensor.source_bytes())
-        .sum()
-}
-
-/// One load while it goes on; shared by its workers.
-struct Run<'a, 'm> {
-    checkpoint: &'a Checkpoint,
-    options: &'a LoadOptions<'a>,
-    queue: Queue<'m>,
-    stop: AtomicBool,
-    error: Mutex<Option<LoadError>>,
-    bytes_read: AtomicU64,
-    bytes_total: u64,
-    finished: Mutex<Finished>,
-}
-
-impl Run<'_, '_> {
-    /// Works until nothing is left, something fails, or the user cancels.
-    fn work(&self, slot: &mut [u8], mut writers: Writers) {
-        self.work_with(slot, &mut writers);
-        // Also after an error elsewhere: what is under way ends before memory is given back.
-        if let Err(error) = writers.finish() {
-            self.fail(error);
+/// Starts a thread, if the system has one.
+fn spawn<'scope, F: FnOnce() + Send + 'scope>(
+    scope: &'scope std::thread::Scope<'scope, '_>,
+    name: &str,
+    work: F,
+) -> bool {
+    let builder = std::thread::Builder::new().name(name.to_owned());
+    match builder.spawn_scoped(scope, work) {
+        Ok(_) => true,
+        Err(error) => {
+            tracing::warn!("cannot start another thread: {error}");
+            false
         }
-    }
-
-    fn work_with(&self, slot: &mut [u8], writers: &mut Writers) {
-        let mut scales = Vec::new();
-        while !self.stop.load(Ordering::Relaxed) {
-            if self.options.cancel.is_cancelled() {
-                return self.fail(LoadError::Cancelled);
-            }
-            let Some(chunk) = self.queue.next(&self.stop) else {
-                return;
-            };
-            let bytes = chunk.bytes;
-            if let Err(error) = self.carry_out(chunk, slot, &mut scales, writers) {
-                return self.fail(error);
-            }
-            let bytes_read = self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
-            (self.options.progress)(Progress {
-                bytes_read: bytes_read + bytes as u64,
-                bytes_total: self.bytes_total,
-            });
-        }
-    }
-
-    /// The first error wins, and wakes whoever waits for scratch.
-    fn fail(&self, error: LoadError) {
-        let mut first = self.error.lock().unwrap_or_else(PoisonError::into_inner);
-        first.get_or_insert(error);
-        drop(first);
-        self.stop.store(true, Ordering::Relaxed);
-        self.queue.wake();
-    }
-
-    fn carry_out(
-        &self,
-        chunk: Chunk<'_>,
-        slot: &mut [u8],
-        scales: &mut Vec<f32>,
-        writers: &mut Writers,
-    ) -> Result<(), LoadError> {
-        let kernels = self.options.kernels;
-        let read = |buffer: &mut [u8]| {
-            self.checkpoint
-                .read_at(chunk.shard, chunk.offset, buffer)
-                .map_err(LoadError::Checkpoint)
-        };
-        match chunk.task {
-            // No staging of ours: what the processor cannot write is read into what is copied.
-            Task::Copy { data } => put(writers, [data], |[data]| read(data)),
-            Task::Cast { from, to, data } => {
-                let source = &mut slot[..chunk.bytes];
-                read(source)?;
-                put(writers, [data], |[data]| {
-                    Ok(kernels.cast(source, from, to, data)?)
-                })
-            }
-            Task::Quantize {
-                float,
-                block_size,
-                codes,
-                absmax,
-            } => {
-                let source = &mut slot[..chunk.bytes];
-                read(source)?;
-                let stats = put(writers, [codes, absmax], |[codes, absmax]| {
-                    let absmax = as_f32(absmax);
-                    Ok(kernels.quantize_nf4(source, float, block_size, codes, absmax)?)
-                })?;
-                self.count_nonfinite(chunk.tensor, stats.nonfinite_blocks)
-            }
-            Task::QuantizeDouble {
-                float,
-                block_size,
-                codes,
-                first_block,
-                state,
-            } => {
-                let source = &mut slot[..chunk.bytes];
-                read(source)?;
-                let elements = chunk.bytes / float.bytes();
-                scales.clear();
-                scales.resize(tightfit_kernels::blocks(elements, block_size), 0.0);
-                let stats = put(writers, [codes], |[codes]| {
-                    Ok(kernels.quantize_nf4(source, float, block_size, codes, scales)?)
-                })?;
-                if let Some(scratch) = state.finish_chunk(first_block, scales) {
-                    let offset = state.quantize_scales(kernels, &scratch, writers)?;
-                    let mut finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
-                    finished.nested_offsets[chunk.tensor] = offset;
-                    drop(finished);
-                    self.queue.return_scratch(4 * scratch.len() as u64);
-                }
-                self.count_nonfinite(chunk.tensor, stats.nonfinite_blocks)
-            }
-        }
-    }
-
-    fn count_nonfinite(&self, tensor: usize, blocks: u64) -> Result<(), LoadError> {
-        if blocks == 0 {
-            return Ok(());
-        }
-        if self.options.strict {
-            return Err(LoadError::NonFinite {
-                tensor: self.checkpoint.tensors()[tensor].name.clone(),
-                blocks,
-            });
-        }
-        let mut finished = self.finished.lock().unwrap_or_else(PoisonError::into_inner);
-        *finished.nonfinite.entry(tensor).or_default() += blocks;
-        Ok(())
     }
 }
 

@@ -3,7 +3,8 @@
 
 use super::LoadError;
 use super::arena::Target;
-use crate::device::{Piece, Reservation, WRITER_BUFFERS, Writer};
+use super::on_device::OnDevices;
+use crate::device::{Piece, QuantizeJob, QuantizingWriter, Reservation, WRITER_BUFFERS, Writer};
 use crate::plan::Plan;
 
 /// Results lie in a buffer at multiples of this many bytes.
@@ -15,8 +16,28 @@ pub(super) const BUFFER_GAP: usize = ALIGNMENT;
 /// One worker's ways to the devices, by index; none to those that the processor can write.
 #[derive(Debug)]
 pub(super) struct Writers {
-    by_device: Vec<Option<Box<dyn Writer>>>,
+    by_device: Vec<Option<Way>>,
     buffer_bytes: usize,
+}
+
+#[derive(Debug)]
+enum Way {
+    /// Carries results.
+    Carries(Box<dyn Writer>),
+    /// Carries what is to be quantized, too; to this place in the workspace.
+    Quantizes {
+        writer: Box<dyn QuantizingWriter>,
+        source: u64,
+    },
+}
+
+impl Way {
+    fn writer(&mut self) -> &mut dyn Writer {
+        match self {
+            Way::Carries(writer) => &mut **writer,
+            Way::Quantizes { writer, .. } => &mut **writer,
+        }
+    }
 }
 
 /// How many buffers a worker needs for all of its writers.
@@ -26,12 +47,12 @@ pub(super) fn buffers(memory: &[Option<Box<dyn Reservation>>]) -> usize {
 }
 
 /// Whether the processor cannot write it.
-fn is_away(memory: &dyn Reservation) -> bool {
+pub(super) fn is_away(memory: &dyn Reservation) -> bool {
     memory.host_memory().is_none() && !memory.is_empty()
 }
 
 impl Writers {
-    /// Takes the buffers of one worker.
+    /// Takes the buffers of one worker, which has this number.
     ///
     /// # Errors
     /// [`LoadError::Device`] when they are refused, and [`LoadError::NoTransfer`] for memory that
@@ -39,24 +60,47 @@ impl Writers {
     pub(super) fn new(
         plan: &Plan,
         memory: &[Option<Box<dyn Reservation>>],
+        on_devices: &OnDevices,
+        worker: usize,
         buffer_bytes: usize,
     ) -> Result<Writers, LoadError> {
         let mut by_device = Vec::with_capacity(memory.len());
-        for (memory, plan) in memory.iter().zip(&plan.devices) {
-            by_device.push(match memory {
-                Some(memory) if is_away(&**memory) => {
-                    let writer = memory.writer(buffer_bytes).map_err(LoadError::Device)?;
-                    Some(writer.ok_or_else(|| LoadError::NoTransfer {
-                        device: plan.device.name.clone(),
-                    })?)
+        for (index, (memory, plan)) in memory.iter().zip(&plan.devices).enumerate() {
+            let memory = memory.as_deref().filter(|memory| is_away(*memory));
+            by_device.push(match (memory, on_devices.get(index)) {
+                (None, _) => None,
+                (Some(_), Some(device)) => {
+                    let writer = device.quantizer.worker(buffer_bytes);
+                    Some(Way::Quantizes {
+                        writer: writer.map_err(LoadError::Device)?,
+                        source: device.source(worker),
+                    })
                 }
-                _ => None,
+                (Some(memory), None) => {
+                    let writer = memory.writer(buffer_bytes).map_err(LoadError::Device)?;
+                    Some(Way::Carries(writer.ok_or_else(|| {
+                        LoadError::NoTransfer {
+                            device: plan.device.name.clone(),
+                        }
+                    })?))
+                }
             });
         }
         Ok(Writers {
             by_device,
             buffer_bytes,
         })
+    }
+
+    /// The way to a device that quantizes by itself.
+    pub(super) fn quantizing(
+        &mut self,
+        device: usize,
+    ) -> Result<&mut dyn QuantizingWriter, LoadError> {
+        match self.by_device.get_mut(device) {
+            Some(Some(Way::Quantizes { writer, .. })) => Ok(&mut **writer),
+            _ => Err(LoadError::OtherPlan),
+        }
     }
 
     /// Bytes that can be put into this place at once; `None` where that is not limited.
@@ -72,8 +116,8 @@ impl Writers {
     /// # Errors
     /// [`LoadError::Device`] when a copy has failed.
     pub(super) fn finish(&mut self) -> Result<(), LoadError> {
-        for writer in self.by_device.iter_mut().flatten() {
-            writer.finish().map_err(LoadError::Device)?;
+        for way in self.by_device.iter_mut().flatten() {
+            way.writer().finish().map_err(LoadError::Device)?;
         }
         Ok(())
     }
@@ -103,33 +147,71 @@ pub(super) fn put<const N: usize, T>(
         }
         return produce(places);
     };
-    let writer = writers.by_device.get_mut(device).and_then(Option::as_mut);
-    let writer = writer.ok_or(LoadError::OtherPlan)?;
-    let mut pieces = [Piece {
+    let way = writers.by_device.get_mut(device).and_then(Option::as_mut);
+    let way = way.ok_or(LoadError::OtherPlan)?;
+    let nothing = Piece {
         start: 0,
         len: 0,
         offset: 0,
-    }; N];
-    let mut rest = writer.stage().map_err(LoadError::Device)?;
+    };
+    let (mut pieces, mut scales) = ([nothing; N], None);
+    let mut rest = way.writer().stage().map_err(LoadError::Device)?;
     let mut start = 0;
     for ((place, piece), target) in places.iter_mut().zip(&mut pieces).zip(targets) {
-        let (offset, len) = match target {
+        let (offset, len, in_workspace) = match target {
             Target::Device {
                 device: same,
                 offset,
                 len,
-            } if same == device => (offset, len),
-            Target::Host([]) => (0, 0),
+                in_workspace,
+            } if same == device => (offset, len, in_workspace),
+            Target::Host([]) => (0, 0, false),
             _ => return Err(LoadError::OtherPlan),
         };
         let padded = len.next_multiple_of(ALIGNMENT).min(rest.len());
         let (first, others) = rest.split_at_mut(padded);
         *place = first.get_mut(..len).ok_or(LoadError::OtherPlan)?;
-        *piece = Piece { start, len, offset };
+        match in_workspace {
+            true => scales = Some(Piece { start, len, offset }),
+            false => *piece = Piece { start, len, offset },
+        }
         start += padded;
         rest = others;
     }
     let result = produce(places)?;
-    writer.write(&pieces).map_err(LoadError::Device)?;
+    let written = match (way, &scales) {
+        (way, None) => way.writer().write(&pieces),
+        (Way::Quantizes { writer, .. }, Some(scales)) => writer.write_scaled(&pieces, scales),
+        (Way::Carries(_), Some(_)) => return Err(LoadError::OtherPlan),
+    };
+    written.map_err(LoadError::Device)?;
     Ok(result)
+}
+
+/// Has `read` fill a buffer, and a device quantize it as `job` says; from where is filled in here.
+///
+/// # Errors
+/// Those of `read`, [`LoadError::Device`], and [`LoadError::OtherPlan`] for places that do not belong
+/// together.
+pub(super) fn put_to_quantize(
+    writers: &mut Writers,
+    device: usize,
+    mut job: QuantizeJob,
+    read: impl FnOnce(&mut [u8]) -> Result<(), LoadError>,
+) -> Result<(), LoadError> {
+    let way = writers.by_device.get_mut(device);
+    let Some(Some(Way::Quantizes { writer, source })) = way else {
+        return Err(LoadError::OtherPlan);
+    };
+    let buffer = writer.stage().map_err(LoadError::Device)?;
+    let bytes = job.elements * job.float.bytes();
+    read(buffer.get_mut(..bytes).ok_or(LoadError::OtherPlan)?)?;
+    job.source = *source;
+    writer.quantize(&job).map_err(LoadError::Device)
+}
+
+/// Scales where they are stored or staged: parts are aligned to 256 bytes, pieces of buffers too,
+/// and scales are cut at whole ones.
+pub(super) fn as_f32(bytes: &mut [u8]) -> &mut [f32] {
+    bytemuck::cast_slice_mut(bytes)
 }

@@ -145,11 +145,35 @@ pub fn place(
     devices: &[Box<dyn Device>],
     settings: &[(String, String)],
 ) -> Result<Placed, PlaceError> {
+    place_tail(checkpoint, policy, devices, settings, false)
+}
+
+/// [`place`], but the policy's headroom is reserved in one piece with the weights, as a tail for the
+/// application: [`Plan::with_tail`].
+///
+/// # Errors
+/// [`PlaceError`].
+pub fn place_with_tail(
+    checkpoint: &Checkpoint,
+    policy: &dyn Policy,
+    devices: &[Box<dyn Device>],
+    settings: &[(String, String)],
+) -> Result<Placed, PlaceError> {
+    place_tail(checkpoint, policy, devices, settings, true)
+}
+
+fn place_tail(
+    checkpoint: &Checkpoint,
+    policy: &dyn Policy,
+    devices: &[Box<dyn Device>],
+    settings: &[(String, String)],
+    tail: bool,
+) -> Result<Placed, PlaceError> {
     let mut infos: Vec<DeviceInfo> = devices.iter().map(|device| device.info()).collect();
     let mut revisions: Vec<Revision> = Vec::new();
     let mut failure = None;
     loop {
-        let proposed = match propose_again(checkpoint, policy, &infos, settings, failure) {
+        let proposed = match propose_again(checkpoint, policy, &infos, settings, tail, failure) {
             Ok(proposed) => proposed,
             Err(error) if revisions.is_empty() => return Err(error.into()),
             Err(error) => {

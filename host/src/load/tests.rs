@@ -1,6 +1,7 @@
 //! The loader against the kernels run over whole tensors, and what it leaves behind when it fails.
 
 use std::path::Path;
+use std::sync::atomic::AtomicU64;
 
 use tempfile::TempDir;
 use tightfit_kernels::{BlockSize, FloatType, Isa};

@@ -1,16 +1,17 @@
-//! What there is to do: one chunk after the other, in the order of the files.
+//! What there is to do: one chunk after the other, in the order of the files. What lies where a
+//! device's kernels work is left for a second round, after they are done.
 
-use std::collections::{BTreeMap, VecDeque};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use tightfit_kernels::{BlockSize, FloatType, Kernels, blocks};
+use tightfit_kernels::{BlockSize, FloatType, blocks};
 
-use super::LoadError;
 use super::arena::{Place, Target};
-use super::put::{BUFFER_GAP, Writers, put};
+use super::double::{DoubleState, Kept, Returned};
+use super::on_device::OnDevices;
 use crate::checkpoint::{Checkpoint, Extent, TensorInfo};
-use crate::plan::{NESTED_BLOCK_SIZE, PartKind, Plan, PlannedTensor};
+use crate::plan::{Plan, PlannedTensor};
 use crate::types::{DType, Format};
 
 /// Bytes of a plain tensor that are read at once: it needs no staging, so that this only bounds
@@ -40,96 +41,70 @@ pub(super) enum Task<'m> {
         to: FloatType,
         data: Target<'m>,
     },
-    Quantize {
-        float: FloatType,
-        block_size: BlockSize,
-        codes: Target<'m>,
-        /// As f32.
-        absmax: Target<'m>,
-    },
-    QuantizeDouble {
-        float: FloatType,
-        block_size: BlockSize,
-        codes: Target<'m>,
-        first_block: usize,
+    Quantize(ToQuantize<'m>),
+}
+
+/// Elements to be quantized: whole blocks, but for the last of a tensor.
+pub(super) struct ToQuantize<'m> {
+    pub(super) float: FloatType,
+    pub(super) block_size: BlockSize,
+    pub(super) elements: usize,
+    pub(super) codes: Target<'m>,
+    pub(super) scales: Scales<'m>,
+}
+
+/// What becomes of scales.
+pub(super) enum Scales<'m> {
+    /// They are stored as f32.
+    Stored(Target<'m>),
+    /// They are quantized with all others of their tensor.
+    Quantized {
+        /// How many lie before them.
+        first: usize,
         state: Arc<DoubleState<'m>>,
     },
-}
-
-/// A tensor of which the scales are quantized once all of them are known.
-pub(super) struct DoubleState<'m> {
-    scratch: Mutex<Vec<f32>>,
-    chunks_left: AtomicUsize,
-    targets: Mutex<Option<(Target<'m>, Target<'m>)>>,
-}
-
-impl DoubleState<'_> {
-    /// Takes the scales of one chunk. Whoever brings the last ones gets all of them.
-    pub(super) fn finish_chunk(&self, first_block: usize, scales: &[f32]) -> Option<Vec<f32>> {
-        let mut scratch = lock(&self.scratch);
-        scratch[first_block..first_block + scales.len()].copy_from_slice(scales);
-        // Under the lock, so that the last one sees what all others have written.
-        let left = self.chunks_left.fetch_sub(1, Ordering::Relaxed) - 1;
-        (left == 0).then(|| std::mem::take(&mut *scratch))
-    }
-
-    /// Quantizes all scales into their place. Gives their mean.
-    pub(super) fn quantize_scales(
-        &self,
-        kernels: Kernels,
-        scales: &[f32],
-        writers: &mut Writers,
-    ) -> Result<f32, LoadError> {
-        let offset = kernels.absmax_mean(scales);
-        let Some((mut codes, mut nested)) = lock(&self.targets).take() else {
-            return Ok(offset);
-        };
-        let block = NESTED_BLOCK_SIZE as usize;
-        // What fits into a buffer: a byte for each scale, and an f32 for each block of them.
-        let most = match writers.buffer_bytes(&codes) {
-            None => scales.len().max(1),
-            Some(bytes) => bytes.saturating_sub(BUFFER_GAP) / (block + 4) * block,
-        };
-        for scales in scales.chunks(most.max(block)) {
-            let codes = codes.take(scales.len());
-            let nested = nested.take(4 * scales.len().div_ceil(block));
-            put(writers, [codes, nested], |[codes, nested]| {
-                Ok(kernels.quantize_absmax(scales, offset, codes, as_f32(nested))?)
-            })?;
-        }
-        Ok(offset)
-    }
-}
-
-/// What is known of tensors only after they were read.
-pub(super) struct Finished {
-    /// The offset of every double-quantized tensor.
-    pub(super) nested_offsets: Vec<f32>,
-    /// Blocks with infinities or NaN, by tensor.
-    pub(super) nonfinite: BTreeMap<usize, u64>,
-}
-
-impl Finished {
-    pub(super) fn new(tensors: usize) -> Finished {
-        Finished {
-            nested_offsets: vec![0.0; tensors],
-            nonfinite: BTreeMap::new(),
-        }
-    }
 }
 
 /// Hands out chunks.
 pub(super) struct Queue<'m> {
     state: Mutex<State<'m>>,
-    scratch_returned: Condvar,
-    slot_bytes: usize,
+    /// Notified when scratch has been returned, and when devices are done.
+    changed: Condvar,
+    sizes: ChunkSizes,
+    on_devices: &'m OnDevices,
+}
+
+/// The most bytes of a chunk that is not merely copied in host memory.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ChunkSizes {
+    /// What the processor's kernels read at once.
+    pub(super) slot: usize,
+    /// What is sent to a device at once.
+    pub(super) buffer: usize,
 }
 
 struct State<'m> {
     /// Tensors of which no chunk has been handed out.
     waiting: VecDeque<Tensor<'m>>,
+    /// Those of the second round.
+    later: VecDeque<Tensor<'m>>,
     current: Option<Cursor<'m>>,
     scratch_left: u64,
+    /// Workers that have to finish before the second round.
+    busy: usize,
+    /// Whether the second round has to wait: from the first quantized chunk on until all workers
+    /// have finished and one of them has seen to the results.
+    is_unsettled: bool,
+}
+
+/// What a worker is to do next.
+pub(super) enum Next<'m> {
+    /// This.
+    Chunk(Chunk<'m>),
+    /// To finish what it has started, and to say so by [`Queue::finished`].
+    Finish,
+    /// Nothing more.
+    Nothing,
 }
 
 /// A tensor to be loaded, or a part of one that is quantized in the checkpoint.
@@ -153,7 +128,6 @@ enum Kind {
     Nf4 {
         float: FloatType,
         block_size: BlockSize,
-        double_quantized: bool,
     },
 }
 
@@ -169,8 +143,9 @@ impl<'m> Queue<'m> {
         checkpoint: &Checkpoint,
         plan: &Plan,
         places: Vec<Place<'m>>,
-        slot_bytes: usize,
+        sizes: ChunkSizes,
         scratch: u64,
+        on_devices: &'m OnDevices,
     ) -> Queue<'m> {
         let mut waiting: Vec<Tensor<'m>> = Vec::with_capacity(places.len());
         for (index, place) in places.into_iter().enumerate() {
@@ -182,58 +157,121 @@ impl<'m> Queue<'m> {
         waiting.retain(|tensor| tensor.bytes > 0);
         // In the order of the files, which for the parts of quantized weights is not that of tensors.
         waiting.sort_by_key(|tensor| (tensor.shard, tensor.offset));
+        let (later, waiting): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|tensor| {
+            let device = tensor.place.data.on_device();
+            device.is_some_and(|(device, _)| on_devices.is_in_the_way(device))
+        });
         Queue {
             state: Mutex::new(State {
                 waiting: waiting.into(),
+                later: later.into(),
                 current: None,
                 scratch_left: scratch,
+                busy: 0,
+                is_unsettled: false,
             }),
-            scratch_returned: Condvar::new(),
-            slot_bytes,
+            changed: Condvar::new(),
+            sizes,
+            on_devices,
         }
     }
 
-    /// The next chunk. Waits while the next tensor needs more scratch than is left; gives `None`
-    /// when nothing is left to do, or `stop` is set.
-    pub(super) fn next(&self, stop: &AtomicBool) -> Option<Chunk<'m>> {
+    /// What a worker is to do next. `is_busy` is its own, and says whether it has to finish.
+    ///
+    /// Waits while the next tensor needs more scratch than is left, and for the second round.
+    /// Gives [`Next::Nothing`] also when it would have to wait and `stop` is set.
+    pub(super) fn next(&self, stop: &AtomicBool, is_busy: &mut bool) -> Next<'m> {
         let mut state = lock(&self.state);
         loop {
-            if let Some(cursor) = &mut state.current {
-                if let Some(chunk) = cursor.next(self.slot_bytes) {
-                    return Some(chunk);
+            if let Some(chunk) = state
+                .current
+                .as_mut()
+                .and_then(|cursor| cursor.next(self.sizes))
+            {
+                if matches!(chunk.task, Task::Quantize(_)) && !*is_busy {
+                    *is_busy = true;
+                    state.busy += 1;
+                    state.is_unsettled = true;
                 }
-                state.current = None;
+                return Next::Chunk(chunk);
             }
-            let scratch = state.waiting.front()?.scratch;
-            if scratch > state.scratch_left {
-                if stop.load(Ordering::Relaxed) {
-                    return None;
+            state.current = None;
+            if !state.waiting.is_empty() {
+                if let Some(cursor) = self.start_tensor(&mut state) {
+                    state.current = Some(cursor);
+                    continue;
                 }
-                state = self
-                    .scratch_returned
-                    .wait(state)
-                    .unwrap_or_else(PoisonError::into_inner);
+            } else if *is_busy {
+                return Next::Finish;
+            } else if state.later.is_empty() {
+                return Next::Nothing;
+            } else if !state.is_unsettled {
+                state.waiting = std::mem::take(&mut state.later);
                 continue;
             }
-            state.scratch_left -= scratch;
-            state.current = state
-                .waiting
-                .pop_front()
-                .map(|tensor| Cursor::new(tensor, self.slot_bytes));
+            if stop.load(Ordering::Relaxed) {
+                return Next::Nothing;
+            }
+            state = self
+                .changed
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Starts the next tensor, if there is enough scratch for it.
+    fn start_tensor(&self, state: &mut State<'m>) -> Option<Cursor<'m>> {
+        let tensor = state.waiting.front()?;
+        let device = tensor.place.codes.on_device();
+        let device = device.and_then(|(device, _)| self.on_devices.ready(device));
+        let kept = match (tensor.scratch, device) {
+            (0, _) => None,
+            (_, Some(device)) => Some(Kept::OnDevice(device.take_scratch()?)),
+            (needed, None) if needed > state.scratch_left => return None,
+            (needed, None) => {
+                state.scratch_left -= needed;
+                Some(Kept::on_host((needed / 4) as usize))
+            }
+        };
+        let tensor = state.waiting.pop_front()?;
+        Some(Cursor::new(tensor, kept, self.sizes))
+    }
+
+    /// Notes that a worker has finished what it had started. Whether all have: then it has to see to
+    /// the results, and say so by [`Queue::settled`].
+    pub(super) fn finished(&self, is_busy: &mut bool) -> bool {
+        if !std::mem::take(is_busy) {
+            return false;
+        }
+        let mut state = lock(&self.state);
+        state.busy -= 1;
+        state.busy == 0
+    }
+
+    /// Begins the second round.
+    pub(super) fn settled(&self) {
+        lock(&self.state).is_unsettled = false;
+        self.changed.notify_all();
     }
 
     /// Gives back scratch of a tensor that is done.
-    pub(super) fn return_scratch(&self, bytes: u64) {
-        lock(&self.state).scratch_left += bytes;
+    pub(super) fn return_scratch(&self, returned: Returned) {
+        match returned {
+            Returned::OnHost { bytes } => lock(&self.state).scratch_left += bytes,
+            Returned::OnDevice { device, scratch } => {
+                if let Some(device) = self.on_devices.get(device) {
+                    device.return_scratch(scratch);
+                }
+            }
+        }
         self.wake();
     }
 
-    /// Wakes whoever waits for scratch.
+    /// Wakes whoever waits.
     pub(super) fn wake(&self) {
         // Taking the lock first: a worker between its check of `stop` and its wait must not miss it.
         drop(lock(&self.state));
-        self.scratch_returned.notify_all();
+        self.changed.notify_all();
     }
 }
 
@@ -290,24 +328,16 @@ fn add<'m>(
 }
 
 impl<'m> Cursor<'m> {
-    fn new(mut tensor: Tensor<'m>, slot_bytes: usize) -> Cursor<'m> {
-        let state = match tensor.kind {
-            Kind::Nf4 {
-                double_quantized: true,
-                ..
-            } => {
-                let scales = (tensor.scratch / 4) as usize;
-                let codes = std::mem::take(&mut tensor.place.absmax);
-                let nested = std::mem::take(&mut tensor.place.nested_absmax);
-                let chunk = chunk_bytes(tensor.kind, &tensor.place, slot_bytes);
-                Some(Arc::new(DoubleState {
-                    scratch: Mutex::new(vec![0.0; scales]),
-                    chunks_left: AtomicUsize::new(tensor.bytes.div_ceil(chunk)),
-                    targets: Mutex::new(Some((codes, nested))),
-                }))
-            }
-            _ => None,
-        };
+    /// `kept` where scales are quantized, too.
+    fn new(mut tensor: Tensor<'m>, kept: Option<Kept>, sizes: ChunkSizes) -> Cursor<'m> {
+        let state = kept.map(|kept| {
+            let scales = (tensor.scratch / 4) as usize;
+            let codes = std::mem::take(&mut tensor.place.absmax);
+            let nested = std::mem::take(&mut tensor.place.nested_absmax);
+            let chunk = chunk_bytes(tensor.kind, &tensor.place, sizes);
+            let chunks = tensor.bytes.div_ceil(chunk);
+            Arc::new(DoubleState::new(scales, kept, chunks, codes, nested))
+        });
         Cursor {
             tensor,
             start: 0,
@@ -315,16 +345,12 @@ impl<'m> Cursor<'m> {
         }
     }
 
-    fn next(&mut self, slot_bytes: usize) -> Option<Chunk<'m>> {
+    fn next(&mut self, sizes: ChunkSizes) -> Option<Chunk<'m>> {
         let left = self.tensor.bytes - self.start;
         if left == 0 {
             return None;
         }
-        let bytes = left.min(chunk_bytes(
-            self.tensor.kind,
-            &self.tensor.place,
-            slot_bytes,
-        ));
+        let bytes = left.min(chunk_bytes(self.tensor.kind, &self.tensor.place, sizes));
         let place = &mut self.tensor.place;
         let task = match self.tensor.kind {
             Kind::Copy => Task::Copy {
@@ -335,26 +361,23 @@ impl<'m> Cursor<'m> {
                 to,
                 data: place.data.take(bytes / from.bytes() * to.bytes()),
             },
-            Kind::Nf4 {
-                float, block_size, ..
-            } => {
+            Kind::Nf4 { float, block_size } => {
                 let elements = bytes / float.bytes();
                 let codes = place.codes.take(tightfit_kernels::packed_bytes(elements));
-                match &self.state {
-                    None => Task::Quantize {
-                        float,
-                        block_size,
-                        codes,
-                        absmax: place.absmax.take(4 * blocks(elements, block_size)),
-                    },
-                    Some(state) => Task::QuantizeDouble {
-                        float,
-                        block_size,
-                        codes,
-                        first_block: blocks(self.start / float.bytes(), block_size),
+                let scales = match &self.state {
+                    None => Scales::Stored(place.absmax.take(4 * blocks(elements, block_size))),
+                    Some(state) => Scales::Quantized {
+                        first: blocks(self.start / float.bytes(), block_size),
                         state: Arc::clone(state),
                     },
-                }
+                };
+                Task::Quantize(ToQuantize {
+                    float,
+                    block_size,
+                    elements,
+                    codes,
+                    scales,
+                })
             }
         };
         let offset = self.tensor.offset + self.start as u64;
@@ -370,21 +393,20 @@ impl<'m> Cursor<'m> {
 }
 
 /// Bytes of the checkpoint in one chunk. Quantized tensors are cut at block boundaries (a slot
-/// holds several of the largest blocks), so that a cut changes no scale.
-fn chunk_bytes(kind: Kind, place: &Place<'_>, slot_bytes: usize) -> usize {
+/// holds several of the largest blocks), so that a cut changes no scale. A buffer holds a chunk as
+/// it is read, and even more so when it is quantized.
+fn chunk_bytes(kind: Kind, place: &Place<'_>, sizes: ChunkSizes) -> usize {
     match (kind, &place.data) {
         (Kind::Copy, Target::Host(_)) => COPY_CHUNK,
-        // A buffer has the size of a slot.
-        (Kind::Copy, Target::Device { .. }) => slot_bytes,
-        (Kind::Cast { from, to }, _) => slot_bytes / from.bytes().max(to.bytes()) * from.bytes(),
-        (
-            Kind::Nf4 {
-                float, block_size, ..
-            },
-            _,
-        ) => {
+        (Kind::Copy, Target::Device { .. }) => sizes.buffer,
+        (Kind::Cast { from, to }, _) => sizes.slot / from.bytes().max(to.bytes()) * from.bytes(),
+        (Kind::Nf4 { float, block_size }, _) => {
             let block = block_size.elements() * float.bytes();
-            slot_bytes / block * block
+            let most = match place.codes {
+                Target::Host(_) => sizes.slot,
+                Target::Device { .. } => sizes.buffer,
+            };
+            most / block * block
         }
     }
 }
@@ -397,13 +419,9 @@ fn kind(dtype: DType, planned: &PlannedTensor) -> Option<Kind> {
             from: float_type(dtype)?,
             to: float_type(target)?,
         },
-        Format::Nf4 {
-            block_size,
-            double_quantized,
-        } => Kind::Nf4 {
+        Format::Nf4 { block_size, .. } => Kind::Nf4 {
             float: float_type(dtype)?,
             block_size: BlockSize::new(block_size as usize).ok()?,
-            double_quantized: double_quantized && planned.part(PartKind::NestedAbsmax).is_some(),
         },
     })
 }
@@ -416,12 +434,6 @@ pub(crate) fn float_type(dtype: DType) -> Option<FloatType> {
         DType::Bf16 => Some(FloatType::Bf16),
         _ => None,
     }
-}
-
-/// Scales where they are stored or staged: parts are aligned to 256 bytes, pieces of buffers too,
-/// and scales are cut at whole ones.
-pub(super) fn as_f32(bytes: &mut [u8]) -> &mut [f32] {
-    bytemuck::cast_slice_mut(bytes)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

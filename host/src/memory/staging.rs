@@ -13,13 +13,17 @@ const SMALLEST_SLOT: u64 = 64 << 10;
 /// Larger slots would fall out of a core's second-level cache between being read and quantized.
 const LARGEST_SLOT: u64 = 512 << 10;
 
-/// One slot per worker thread, in one allocation, and room for buffers of the same size that are
-/// taken elsewhere.
+/// Buffers for a device are better larger: each is a transfer and some calls of its driver. Beyond
+/// this there is nothing to gain, and page-locking them takes time.
+const LARGEST_BUFFER: u64 = 1 << 20;
+
+/// One slot per worker thread, in one allocation, and room for buffers that are taken elsewhere.
 #[derive(Debug)]
 pub struct StagingRing {
     memory: Vec<u8>,
     slot: usize,
     buffers: usize,
+    buffer: usize,
 }
 
 /// Staging that cannot work.
@@ -35,8 +39,8 @@ pub struct StagingError {
 impl StagingRing {
     /// Slots for up to `workers` threads within `limit` bytes. Where the limit is too small for
     /// all of them there are fewer slots, and the caller starts fewer workers. Each worker has
-    /// `buffers` more of a slot's size, for transfers to devices; the caller takes these, and they
-    /// count towards the limit.
+    /// `buffers` more of at least a slot's size, for transfers to devices; the caller takes these,
+    /// and they count towards the limit.
     ///
     /// # Errors
     /// [`StagingError`] when not even one worker has room.
@@ -48,17 +52,24 @@ impl StagingRing {
         }
         let workers = (workers.max(1) as u64).min(limit / need);
         // Multiples of the page, so that a slot's reads start on one.
-        let slot = (limit / workers / each).min(LARGEST_SLOT) / 4096 * 4096;
+        let pages = |bytes: u64| bytes / 4096 * 4096;
+        let slot = pages((limit / workers / each).min(LARGEST_SLOT));
+        let buffer = match buffers as u64 {
+            0 => 0,
+            buffers => pages(((limit / workers - slot) / buffers).min(LARGEST_BUFFER)),
+        };
         Ok(StagingRing {
             memory: vec![0; (slot * workers) as usize],
             slot: slot as usize,
             buffers,
+            buffer: buffer as usize,
         })
     }
 
     /// Bytes taken in all, the workers' buffers included.
     pub fn bytes(&self) -> u64 {
-        self.memory.len() as u64 * (self.buffers as u64 + 1)
+        let buffers = self.buffers as u64 * self.buffer as u64;
+        self.memory.len() as u64 + self.workers() as u64 * buffers
     }
 
     /// How many workers have a slot.
@@ -69,6 +80,11 @@ impl StagingRing {
     /// Bytes of one slot.
     pub fn slot_bytes(&self) -> usize {
         self.slot
+    }
+
+    /// Bytes of one buffer; zero where workers have none.
+    pub fn buffer_bytes(&self) -> usize {
+        self.buffer
     }
 
     /// The slots, one for each worker.
@@ -95,7 +111,10 @@ mod tests {
                     let slots = ring.slots().len();
                     assert!(slots >= 1 && slots <= workers.max(1));
                     assert_eq!(slots, ring.workers());
-                    let all = slots * (buffers + 1) * ring.slot_bytes();
+                    assert_eq!(ring.buffer_bytes() == 0, buffers == 0);
+                    assert!(buffers == 0 || ring.buffer_bytes() >= ring.slot_bytes());
+                    assert!(ring.buffer_bytes() as u64 <= LARGEST_BUFFER);
+                    let all = slots * (ring.slot_bytes() + buffers * ring.buffer_bytes());
                     assert_eq!(ring.bytes(), all as u64);
                 }
             }

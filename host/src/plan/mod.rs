@@ -15,7 +15,7 @@ use std::collections::HashMap;
 pub use error::{BadPlan, DeviceTotal, PlanError};
 pub use format_rules::{FormatRuleError, FormatRules};
 pub(crate) use propose::propose_again;
-pub use propose::{ProposeError, Proposed, propose};
+pub use propose::{ProposeError, Proposed, propose, propose_with_tail};
 pub use size::{
     NESTED_BLOCK_SIZE, PART_ALIGNMENT, PartKind, PartSizes, SizeError, part_sizes,
     tensor_part_sizes,
@@ -78,6 +78,9 @@ pub struct DevicePlan {
     pub size: ReservationSize,
     /// Bytes to be left free beside the weights.
     pub headroom: u64,
+    /// Bytes behind the weights that are reserved with them, for the application: see
+    /// [`Plan::with_tail`]. They begin at `size.padded`.
+    pub tail: u64,
     /// How many tensors it will hold.
     pub tensors: u64,
 }
@@ -104,6 +107,35 @@ impl Plan {
         devices: &[DeviceInfo],
         placements: &[Placement],
         headroom: &[u64],
+    ) -> Result<Plan, PlanError> {
+        Plan::lay_out(tensors, ties, devices, placements, headroom, false)
+    }
+
+    /// [`Plan::new`], but the headroom of a device that holds weights is not left free: it is
+    /// reserved in one piece with them, as the tail that [`Model::tail`] hands out. It is rounded up
+    /// to [`PART_ALIGNMENT`].
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    ///
+    /// [`Model::tail`]: crate::model::Model::tail
+    pub fn with_tail(
+        tensors: &[TensorInfo],
+        ties: &[Tie],
+        devices: &[DeviceInfo],
+        placements: &[Placement],
+        headroom: &[u64],
+    ) -> Result<Plan, PlanError> {
+        Plan::lay_out(tensors, ties, devices, placements, headroom, true)
+    }
+
+    fn lay_out(
+        tensors: &[TensorInfo],
+        ties: &[Tie],
+        devices: &[DeviceInfo],
+        placements: &[Placement],
+        headroom: &[u64],
+        reserve_headroom: bool,
     ) -> Result<Plan, PlanError> {
         if placements.len() != tensors.len() {
             return Err(PlanError::Bad(BadPlan::PlacementCount {
@@ -148,11 +180,19 @@ impl Plan {
                 .iter()
                 .zip(devices)
                 .zip(headroom)
-                .map(|((arena, device), &headroom)| DevicePlan {
-                    device: device.clone(),
-                    size: arena.size(device.granularity),
-                    headroom,
-                    tensors: arena.tensors,
+                .map(|((arena, device), &headroom)| {
+                    let (headroom, tail) = match reserve_headroom {
+                        false => (headroom, 0),
+                        true if arena.padded == 0 => (0, 0),
+                        true => (0, round_up(headroom, PART_ALIGNMENT)),
+                    };
+                    DevicePlan {
+                        device: device.clone(),
+                        size: arena.size(tail, device.granularity),
+                        headroom,
+                        tail,
+                        tensors: arena.tensors,
+                    }
                 })
                 .collect(),
         };
@@ -163,7 +203,9 @@ impl Plan {
     /// Host bytes that a load keeps for the f32 scales of double-quantized tensors in flight: two
     /// of the largest, so that one can be read while the scales of another are quantized.
     pub fn scratch_budget(&self) -> u64 {
-        let all: u64 = self.tensors.iter().map(PlannedTensor::scratch_bytes).sum();
+        let each = self.tensors.iter().map(PlannedTensor::scratch_bytes);
+        // Many devices can hold more than one number can say.
+        let all = each.fold(0, u64::saturating_add);
         let largest = self.tensors.iter().map(PlannedTensor::scratch_bytes).max();
         all.min(2 * largest.unwrap_or(0))
     }
@@ -171,8 +213,9 @@ impl Plan {
     fn check_fit(&self, tensors: &[TensorInfo], arenas: &[Arena]) -> Result<(), PlanError> {
         let broken = self.devices.iter().zip(arenas).find(|(plan, _)| {
             let need = plan.size.reserved.saturating_add(plan.headroom);
-            // Headroom on a device that holds nothing constrains nothing.
-            plan.size.reserved > 0 && need > plan.device.available
+            // Headroom on a device that holds nothing constrains nothing. What is beyond 64 bits is
+            // not the number that stands for it.
+            plan.size.reserved > 0 && (need > plan.device.available || need == u64::MAX)
         });
         let Some((plan, arena)) = broken else {
             return Ok(());
@@ -225,7 +268,7 @@ impl Arena {
             .map(|(kind, bytes)| {
                 let offset = self.padded;
                 self.requested = self.requested.saturating_add(bytes);
-                self.padded = offset.saturating_add(bytes.next_multiple_of(PART_ALIGNMENT));
+                self.padded = offset.saturating_add(round_up(bytes, PART_ALIGNMENT));
                 PlannedPart {
                     kind,
                     offset,
@@ -241,17 +284,19 @@ impl Arena {
         parts
     }
 
-    fn size(&self, granularity: u64) -> ReservationSize {
-        let granularity = granularity.max(1);
+    /// With `tail` bytes behind the weights.
+    fn size(&self, tail: u64, granularity: u64) -> ReservationSize {
         ReservationSize {
             requested: self.requested,
             padded: self.padded,
-            reserved: self
-                .padded
-                .checked_next_multiple_of(granularity)
-                .unwrap_or(u64::MAX),
+            reserved: round_up(self.padded.saturating_add(tail), granularity.max(1)),
         }
     }
+}
+
+/// The next multiple, or the largest number where 64 bits do not hold it.
+fn round_up(bytes: u64, multiple: u64) -> u64 {
+    bytes.checked_next_multiple_of(multiple).unwrap_or(u64::MAX)
 }
 
 /// The size of every tensor that is loaded.

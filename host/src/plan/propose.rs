@@ -64,15 +64,31 @@ pub fn propose(
     devices: &[DeviceInfo],
     settings: &[(String, String)],
 ) -> Result<Proposed, ProposeError> {
-    propose_again(checkpoint, policy, devices, settings, None)
+    propose_again(checkpoint, policy, devices, settings, false, None)
 }
 
-/// [`propose`], telling the policy why its previous plan failed.
+/// [`propose`], but the headroom that the policy leaves is reserved too ([`Plan::with_tail`]): what
+/// it counted for the KV cache, and what the user has it reserve.
+///
+/// # Errors
+/// [`ProposeError`].
+pub fn propose_with_tail(
+    checkpoint: &Checkpoint,
+    policy: &dyn Policy,
+    devices: &[DeviceInfo],
+    settings: &[(String, String)],
+) -> Result<Proposed, ProposeError> {
+    propose_again(checkpoint, policy, devices, settings, true, None)
+}
+
+/// [`propose`] or, with `tail`, [`propose_with_tail`], telling the policy why its previous plan
+/// failed.
 pub(crate) fn propose_again(
     checkpoint: &Checkpoint,
     policy: &dyn Policy,
     devices: &[DeviceInfo],
     settings: &[(String, String)],
+    tail: bool,
     failure: Option<PreviousFailure>,
 ) -> Result<Proposed, ProposeError> {
     let start = Instant::now();
@@ -80,11 +96,19 @@ pub(crate) fn propose_again(
     let description = policy.describe()?;
     check_settings(&description, &settings)?;
     let required_formats = rules.formats(checkpoint.tensors(), checkpoint.ties())?;
+    let mut offered = devices.to_vec();
+    if tail {
+        // Weights and headroom are rounded up together. Where only whole units are offered, that
+        // always fits.
+        for device in &mut offered {
+            device.available -= device.available % device.granularity.max(1);
+        }
+    }
     let request = Request {
         config_json: checkpoint.config().map_or("{}", |config| &config.text),
         tensors: checkpoint.tensors(),
         ties: checkpoint.ties(),
-        devices,
+        devices: &offered,
         settings: &settings,
         required_formats: &required_formats,
         failure,
@@ -96,7 +120,11 @@ pub(crate) fn propose_again(
             placement.format = format;
         }
     }
-    let plan = Plan::new(
+    let lay_out = match tail {
+        false => Plan::new,
+        true => Plan::with_tail,
+    };
+    let plan = lay_out(
         checkpoint.tensors(),
         checkpoint.ties(),
         devices,

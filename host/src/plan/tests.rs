@@ -123,6 +123,74 @@ proptest! {
     }
 }
 
+proptest! {
+    #[test]
+    fn a_tail_takes_the_headrooms_place_behind_the_same_weights(
+        rows in prop::collection::vec(0u64..200, 1..5),
+        headroom in prop::collection::vec(0u64..100_000, 3),
+        granularity in prop_oneof![Just(1u64), Just(4096), Just(2 << 20)],
+    ) {
+        let tensors: Vec<TensorInfo> = rows.iter().enumerate()
+            .map(|(i, &rows)| tensor(&format!("t{i}"), DType::Bf16, &[rows, 64]))
+            .collect();
+        let placements: Vec<Placement> = (0..rows.len() as u32).map(|i| on(i % 2, NF4)).collect();
+        let devices: Vec<DeviceInfo> =
+            (0..3).map(|i| device(&format!("d{i}"), 1 << 40, granularity)).collect();
+        let without = Plan::new(&tensors, &[], &devices, &placements, &headroom).unwrap();
+        let plan = Plan::with_tail(&tensors, &[], &devices, &placements, &headroom).unwrap();
+        prop_assert_eq!(&plan.tensors, &without.tensors);
+        for ((device, before), &headroom) in plan.devices.iter().zip(&without.devices).zip(&headroom) {
+            prop_assert_eq!(device.headroom, 0);
+            prop_assert_eq!(device.size.requested, before.size.requested);
+            prop_assert_eq!(device.size.padded, before.size.padded);
+            // A device that holds nothing is left alone.
+            let tail = if device.size.padded == 0 { 0 } else { headroom.next_multiple_of(256) };
+            prop_assert_eq!(device.tail, tail);
+            let end = device.size.padded + tail;
+            prop_assert_eq!(device.size.reserved, end.next_multiple_of(granularity));
+            prop_assert_eq!(before.tail, 0);
+        }
+    }
+
+    #[test]
+    fn a_plan_with_a_tail_fits_exactly_when_the_reservation_does(
+        units in 0u64..8,
+        rest in 0u64..4096,
+        headroom in 0u64..20_000,
+    ) {
+        let tensors = [tensor("w", DType::Bf16, &[100, 64])];
+        // 3200 bytes of codes and 400 of scales, each in 256s.
+        let need = (3328 + 512 + headroom.next_multiple_of(256)).next_multiple_of(4096);
+        let available = 4096 * units + rest;
+        let devices = [device("d", available, 4096)];
+        let plan = Plan::with_tail(&tensors, &[], &devices, &[on(0, NF4)], &[headroom]);
+        prop_assert_eq!(plan.is_ok(), need <= available);
+        if let Ok(plan) = plan {
+            prop_assert_eq!(plan.devices[0].size.reserved, need);
+        }
+    }
+}
+
+#[test]
+fn what_exceeds_64_bits_does_not_fit_whatever_a_device_has() {
+    let tensors: Vec<TensorInfo> = (0..17)
+        .map(|i| tensor(&format!("t{i}"), DType::U8, &[1 << 60]))
+        .collect();
+    let devices = [device("d", u64::MAX, 1)];
+    let placements = [on(0, Format::Stored); 17];
+    assert!(Plan::new(&tensors[..15], &[], &devices, &placements[..15], &[0]).is_ok());
+    for (count, headroom) in [(17, 0), (16, 0), (15, u64::MAX)] {
+        let plan = Plan::new(
+            &tensors[..count],
+            &[],
+            &devices,
+            &placements[..count],
+            &[headroom],
+        );
+        assert!(matches!(plan, Err(PlanError::DoesNotFit { .. })), "{count}");
+    }
+}
+
 #[test]
 fn what_does_not_fit_is_named_with_need_have_and_every_total() {
     let tensors = [

@@ -9,6 +9,9 @@ mod wasm;
 
 pub use error::PolicyError;
 #[cfg(feature = "wasm-policies")]
+#[doc(hidden)]
+pub use wasm::precheck_component;
+#[cfg(feature = "wasm-policies")]
 pub use wasm::{BUILTIN_POLICIES, WasmPolicy};
 
 pub use crate::sandbox::Failure;

@@ -3,13 +3,17 @@
 //! Every call gets a fresh instance: nothing of one request is left for the next, and a trap
 //! leaves nothing behind.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use wasmtime::Store;
 use wasmtime::component::Linker;
 
 use super::{Answer, Description, Policy, PolicyError, Request};
-use crate::sandbox::{Compiler, Failure, Mismatch, Options, Sandbox, State, World, read_component};
+use crate::sandbox::{
+    Compiler, Failure, Limits, Mismatch, Options, Sandbox, State, World, checked_component,
+    read_component,
+};
 use crate::wit::{self, bindings};
 
 /// The policies that are part of the program.
@@ -29,6 +33,16 @@ const WORLD: World = World {
     ],
     exports: &[PLANNER],
 };
+
+/// What is checked of a policy's bytes and made of them before they are compiled: what the fuzz
+/// target of it calls.
+///
+/// # Errors
+/// As [`WasmPolicy::new`].
+#[doc(hidden)]
+pub fn precheck_component<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Cow<'a, [u8]>, Failure> {
+    checked_component(bytes, &WORLD, limits)
+}
 
 const PLANNER: &str = "tightfit:host/planner@0.1.0";
 

@@ -24,7 +24,8 @@ pub enum Content {
     Scales,
     /// What alignment and the device's granularity add.
     Padding,
-    /// What the policy leaves free for the KV cache, activations and what the user reserves.
+    /// What the policy leaves for the KV cache, activations and what the user reserves: free, or
+    /// reserved as the tail.
     Headroom,
     /// What was not available when the plan was made.
     InUse,
@@ -140,9 +141,10 @@ pub fn fills(tensors: &[TensorInfo], plan: &Plan) -> Vec<Fill> {
         }
     }
     for (fill, device) in fills.iter_mut().zip(&plan.devices) {
-        fill.padding = device.size.reserved - device.size.requested;
+        fill.padding = device.size.reserved - device.size.requested - device.tail;
         let rest = rest(device);
-        (fill.headroom, fill.in_use, fill.free) = (rest.headroom, rest.in_use, rest.free);
+        fill.headroom = rest.headroom + device.tail;
+        (fill.in_use, fill.free) = (rest.in_use, rest.free);
     }
     fills
 }

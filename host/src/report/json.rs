@@ -91,6 +91,8 @@ pub struct DeviceReport {
     pub peak_reserved: u64,
     /// Bytes that the policy leaves free.
     pub headroom: u64,
+    /// Bytes that are reserved behind the weights, for the application.
+    pub tail: u64,
     /// Tensors stored there.
     pub tensors: u64,
     /// What fills it, as planned.
@@ -119,11 +121,22 @@ pub struct LoadReport {
     pub quantized: u64,
     /// Tensors that were stored otherwise.
     pub stored: u64,
+    /// Who quantized, by the name of the device; devices for which nothing was are left out.
+    pub quantized_on: BTreeMap<String, QuantizedReport>,
     /// Blocks with infinities or NaN among what was quantized.
     pub nonfinite_blocks: u64,
     /// The tensors that have such blocks, with their number.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub nonfinite: BTreeMap<String, u64>,
+}
+
+/// Bytes of the checkpoint that were quantized for one device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct QuantizedReport {
+    /// By the processor.
+    pub by_host: u64,
+    /// By the device itself.
+    pub by_device: u64,
 }
 
 /// What became of one tensor.
@@ -179,6 +192,7 @@ impl Report {
                     reserved: device.size.reserved,
                     peak_reserved: device.size.reserved,
                     headroom: device.headroom,
+                    tail: device.tail,
                     tensors: device.tensors,
                     fill,
                 })
@@ -227,6 +241,19 @@ impl Report {
             bytes_read: stats.bytes_read,
             quantized: stats.quantized,
             stored: stats.stored,
+            quantized_on: self
+                .devices
+                .iter()
+                .zip(&stats.quantized_on)
+                .filter(|(_, bytes)| bytes.by_host + bytes.by_device > 0)
+                .map(|(device, bytes)| {
+                    let bytes = QuantizedReport {
+                        by_host: bytes.by_host,
+                        by_device: bytes.by_device,
+                    };
+                    (device.name.clone(), bytes)
+                })
+                .collect(),
             nonfinite_blocks: stats.nonfinite_blocks(),
             nonfinite: stats
                 .nonfinite

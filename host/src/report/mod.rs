@@ -16,8 +16,8 @@ pub use diff::{Comparison, DeviceChange, FormatChange, Move, Side, Totals};
 pub use fill::{Content, Fill, fills};
 pub use inspect::Inspection;
 pub use json::{
-    DeviceReport, HostReport, LoadReport, ModelReport, PlacementReport, PolicyReport, Report,
-    RevisionReport,
+    DeviceReport, HostReport, LoadReport, ModelReport, PlacementReport, PolicyReport,
+    QuantizedReport, Report, RevisionReport,
 };
 pub use places::map;
 pub use svg::{Heading, svg};

@@ -58,6 +58,8 @@ pub use limits::{BadLimit, Limits};
 #[cfg(feature = "wasm-policies")]
 pub use options::{Compiler, CompilerProgram, Options, Wasi};
 #[cfg(feature = "wasm-policies")]
+pub(crate) use precheck::checked_component;
+#[cfg(feature = "wasm-policies")]
 pub(crate) use run::{Sandbox, State};
 #[cfg(feature = "wasm-policies")]
 pub(crate) use world::World;

@@ -93,6 +93,19 @@ pub(super) fn check(
     }
 }
 
+/// Both: checks the bytes and gives what is compiled.
+///
+/// # Errors
+/// As [`check`], and [`Failure::NotAComponent`] for a core module that is none.
+pub(crate) fn checked_component<'a>(
+    bytes: &'a [u8],
+    world: &World,
+    limits: &Limits,
+) -> Result<Cow<'a, [u8]>, Failure> {
+    check(bytes, world, Wasi::None, limits)?;
+    component(bytes).map_err(|reason| Failure::NotAComponent { reason })
+}
+
 /// A component ready to be compiled: the input itself, or a core module wrapped into one. The input
 /// has been checked.
 ///

@@ -246,6 +246,7 @@ impl Writer<'_> {
                     });
                 },
                 cancel: self.options.cancel.clone(),
+                ..load::LoadOptions::default()
             },
         )?;
         self.done += model.stats().bytes_read;

@@ -1,18 +1,7 @@
 //! What can launch a kernel: a GPU, or the emulator.
 
+pub(crate) use tightfit_cuda_emulator::Argument;
 use tightfit_kernels::cuda::Launch;
-
-/// An argument of a kernel.
-pub(crate) enum Argument<'a> {
-    /// By value, whatever its width.
-    Number(u64),
-    /// By address: these bytes are copied to the device, to `misalignment` bytes behind a multiple
-    /// of 16, and back after the kernel.
-    Buffer {
-        misalignment: usize,
-        bytes: &'a mut [u8],
-    },
-}
 
 /// Runs one kernel at a time. Panics, naming the kernel, if it cannot be run, or if it writes to
 /// memory beside a buffer.

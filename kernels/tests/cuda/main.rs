@@ -4,6 +4,8 @@
 //! `TIGHTFIT_REQUIRE_CXX=1` and `TIGHTFIT_REQUIRE_CUDA=1` turn their absence into failures.
 
 mod calls;
+#[path = "../cases/mod.rs"]
+mod cases;
 mod device;
 mod double;
 mod emulator;
@@ -18,7 +20,7 @@ macro_rules! on_every_device {
         mod emulated {
             $(#[test]
             fn $test() {
-                if let Some(mut emulator) = crate::emulator::Emulator::start() {
+                if let Some(mut emulator) = crate::emulator::start() {
                     crate::$module::$test(&mut emulator);
                 }
             })*

@@ -6,6 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::host::HostMemory;
 use crate::memory::{Pages, Range};
+use crate::modules::Modules;
 use crate::setup::Setup;
 use crate::streams::{Event, Stream};
 
@@ -18,6 +19,7 @@ pub(crate) const NOT_INITIALIZED: u32 = 3;
 pub(crate) const NO_DEVICE: u32 = 100;
 pub(crate) const INVALID_DEVICE: u32 = 101;
 pub(crate) const INVALID_CONTEXT: u32 = 201;
+pub(crate) const UNSUPPORTED_PTX_VERSION: u32 = 222;
 
 /// Addresses of devices start here: no host memory can, so that the processor cannot use them.
 const FIRST_ADDRESS: u64 = 1 << 60;
@@ -36,6 +38,7 @@ pub(crate) struct Books {
     pub(crate) host: BTreeMap<usize, HostMemory>,
     pub(crate) streams: HashMap<u64, Stream>,
     pub(crate) events: HashMap<u64, Event>,
+    pub(crate) modules: Modules,
     /// Names of the calls, in order.
     pub(crate) calls: Vec<&'static str>,
     pub(crate) faults: Vec<String>,
@@ -87,6 +90,7 @@ impl Books {
             host: BTreeMap::new(),
             streams: HashMap::new(),
             events: HashMap::new(),
+            modules: Modules::default(),
             calls: Vec::new(),
             faults: Vec::new(),
             host_peak: 0,
@@ -144,6 +148,7 @@ impl Books {
         count("pieces of host memory", self.host.len());
         count("streams", self.streams.len());
         count("events", self.events.len());
+        count("modules", self.modules.loaded.len());
         let retained: u64 = self.devices.iter().map(|gpu| gpu.retained).sum();
         count("primary contexts", retained as usize);
         leaks

@@ -34,6 +34,7 @@ pub unsafe extern "C" fn cuGetErrorName(code: u32, out: *mut *const c_char) -> u
         100 => c"CUDA_ERROR_NO_DEVICE",
         101 => c"CUDA_ERROR_INVALID_DEVICE",
         201 => c"CUDA_ERROR_INVALID_CONTEXT",
+        222 => c"CUDA_ERROR_UNSUPPORTED_PTX_VERSION",
         719 => c"CUDA_ERROR_LAUNCH_FAILED",
         803 => c"CUDA_ERROR_SYSTEM_DRIVER_MISMATCH",
         _ => return INVALID_VALUE,

@@ -27,6 +27,7 @@ pub const FUNCTIONS: &[&str] = &[
     "cuEventSynchronize",
     "cuGetErrorName",
     "cuInit",
+    "cuLaunchKernel",
     "cuMemAddressFree",
     "cuMemAddressReserve",
     "cuMemAlloc_v2",
@@ -42,9 +43,14 @@ pub const FUNCTIONS: &[&str] = &[
     "cuMemUnmap",
     "cuMemcpyDtoH_v2",
     "cuMemcpyHtoDAsync_v2",
+    "cuMemsetD8Async",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuModuleUnload",
     "cuStreamCreate",
     "cuStreamDestroy_v2",
     "cuStreamSynchronize",
+    "cuStreamWaitEvent",
 ];
 
 /// The library, which cargo builds beside the tests.

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use crate::books::{Books, INVALID_DEVICE, INVALID_VALUE, Kind, OUT_OF_MEMORY, call};
+use crate::books::{Answer, Books, INVALID_DEVICE, INVALID_VALUE, Kind, OUT_OF_MEMORY, call};
 
 /// Reserved addresses.
 #[derive(Debug)]
@@ -109,13 +109,28 @@ impl Books {
         }
     }
 
+    /// The same where the memory has to be that of a device.
+    pub(crate) fn find_on(
+        &mut self,
+        call: &str,
+        device: usize,
+        address: u64,
+        len: usize,
+    ) -> Answer {
+        let (pages, _) = self.find(call, address, len)?;
+        if self.pages[&pages].device != device {
+            return Err(self.fault(format!("{call} under another context")));
+        }
+        Ok(())
+    }
+
     fn unmap(&mut self, call: &str, address: u64) -> Result<(), u32> {
         let Some(range) = self.ranges.get(&address) else {
             return Err(self.fault(format!("{call} of addresses that are not reserved")));
         };
         let end = address + range.len;
-        if self.is_written(address, end) {
-            self.fault(format!("{call} while something is copied there"));
+        if self.is_used(address, end) {
+            self.fault(format!("{call} while something is done there"));
         }
         let Some(handle) = self
             .ranges
@@ -376,8 +391,8 @@ pub unsafe extern "C" fn cuMemGetAllocationGranularity(
 pub unsafe extern "C" fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, len: usize) -> u32 {
     call("cuMemcpyDtoH", Kind::Takes, |books| {
         books.current("cuMemcpyDtoH")?;
-        if books.is_written(from, from.saturating_add(len as u64)) {
-            books.fault("cuMemcpyDtoH of what is still being copied".to_owned());
+        if books.is_used(from, from.saturating_add(len as u64)) {
+            books.fault("cuMemcpyDtoH of what is still being worked on".to_owned());
         }
         let (pages, position) = books.find("cuMemcpyDtoH", from, len)?;
         let bytes = &books.pages[&pages].bytes[position..position + len];

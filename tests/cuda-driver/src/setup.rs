@@ -23,6 +23,8 @@ pub struct Setup {
     pub hidden: u64,
     /// Bytes that somebody else takes just before pages are created for the first time.
     pub stolen: u64,
+    /// Whether the driver cannot compile any module.
+    pub refuses_modules: bool,
     /// Where the books go when the process ends; empty for nowhere.
     pub report: String,
 }
@@ -38,6 +40,7 @@ impl Default for Setup {
             for_good: false,
             hidden: 0,
             stolen: 0,
+            refuses_modules: false,
             report: String::new(),
         }
     }
@@ -48,7 +51,7 @@ impl fmt::Display for Setup {
         let devices: Vec<String> = self.devices.iter().map(u64::to_string).collect();
         write!(
             f,
-            "{};{};{};{};{};{};{};{};{}",
+            "{};{};{};{};{};{};{};{};{};{}",
             devices.join(","),
             self.virtual_memory,
             self.granularity,
@@ -57,6 +60,7 @@ impl fmt::Display for Setup {
             self.for_good,
             self.hidden,
             self.stolen,
+            self.refuses_modules,
             self.report,
         )
     }
@@ -66,7 +70,7 @@ impl FromStr for Setup {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Setup, String> {
-        let mut fields = text.splitn(9, ';');
+        let mut fields = text.splitn(10, ';');
         let mut next = || {
             fields
                 .next()
@@ -90,6 +94,7 @@ impl FromStr for Setup {
             for_good: read(next()?)?,
             hidden: read(next()?)?,
             stolen: read(next()?)?,
+            refuses_modules: read(next()?)?,
             report: next()?.to_owned(),
         })
     }

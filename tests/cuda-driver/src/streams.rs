@@ -1,79 +1,238 @@
-//! Streams of copies, and events that mark points in them. A copy is carried out when its stream or
-//! an event after it is waited for, and not before.
+//! Streams of work, and events that mark points in them. Work is carried out when its stream or an
+//! event after it is waited for, and not before.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::ffi::c_void;
 
-use crate::books::{Books, Kind, call};
+use crate::books::{Answer, Books, Kind, call};
+use crate::kernels::{Access, Passed, run};
 
-/// Copies that have not been carried out.
+/// Work that has not been carried out.
 #[derive(Debug)]
 pub(crate) struct Stream {
     device: usize,
-    waiting: VecDeque<Copy>,
-    /// Copies that were ever given to it.
+    waiting: VecDeque<Step>,
+    /// How much was ever given to it.
     given: u64,
 }
 
 #[derive(Debug)]
-struct Copy {
-    to: u64,
-    from: usize,
-    /// What was there when the copy was asked for.
-    bytes: Vec<u8>,
+struct Step {
     number: u64,
+    work: Work,
+}
+
+/// What a stream is given.
+#[derive(Debug)]
+pub(crate) enum Work {
+    Copy {
+        to: u64,
+        from: usize,
+        /// What was there when the copy was asked for.
+        bytes: Vec<u8>,
+    },
+    Set {
+        at: u64,
+        value: u8,
+        len: usize,
+    },
+    Launch {
+        module: u64,
+        kernel: &'static str,
+        shape: (u32, u32),
+        passed: Vec<Passed>,
+    },
+    /// Until this step of that stream has been carried out.
+    Wait {
+        stream: u64,
+        number: u64,
+    },
 }
 
 /// A point in a stream.
 #[derive(Debug)]
 pub(crate) struct Event {
     device: usize,
-    /// The stream, and the number of its last copy before the point.
+    /// The stream, and the number of its last step before the point.
     recorded: Option<(u64, u64)>,
+}
+
+impl Work {
+    /// What it does with memory of the device: first and last address, and how.
+    fn accesses(&self) -> Vec<(u64, u64, Access)> {
+        let write = |start: u64, len: usize| vec![(start, start + len as u64, Access::Write)];
+        match self {
+            Work::Copy { to, bytes, .. } => write(*to, bytes.len()),
+            Work::Set { at, len, .. } => write(*at, *len),
+            Work::Wait { .. } => Vec::new(),
+            Work::Launch { passed, .. } => passed
+                .iter()
+                .filter_map(|argument| match *argument {
+                    Passed::Number(_) => None,
+                    Passed::Memory {
+                        address,
+                        len,
+                        access,
+                    } => Some((address, address + len as u64, access)),
+                })
+                .collect(),
+        }
+    }
+
+    /// Whether the result depends on which of both is carried out first.
+    fn conflicts(&self, other: &Work) -> bool {
+        let others = other.accesses();
+        self.accesses().iter().any(|&(start, end, access)| {
+            others
+                .iter()
+                .any(|&(other_start, other_end, other_access)| {
+                    let harmless = access == other_access && access != Access::Write;
+                    !harmless && start < other_end && other_start < end
+                })
+        })
+    }
 }
 
 impl Books {
     /// Whether copies from these host addresses are waiting.
     pub(crate) fn is_read(&self, start: usize, end: usize) -> bool {
-        self.copies()
-            .any(|copy| copy.from < end && copy.from + copy.bytes.len() > start)
+        self.works().any(|work| match work {
+            Work::Copy { from, bytes, .. } => *from < end && from + bytes.len() > start,
+            _ => false,
+        })
     }
 
-    /// Whether copies to these device addresses are waiting.
-    pub(crate) fn is_written(&self, start: u64, end: u64) -> bool {
-        self.copies()
-            .any(|copy| copy.to < end && copy.to + copy.bytes.len() as u64 > start)
+    /// Whether something is waiting that uses these device addresses.
+    pub(crate) fn is_used(&self, start: u64, end: u64) -> bool {
+        self.works()
+            .flat_map(Work::accesses)
+            .any(|(used, used_end, _)| used < end && start < used_end)
     }
 
-    fn copies(&self) -> impl Iterator<Item = &Copy> {
-        self.streams.values().flat_map(|stream| &stream.waiting)
+    /// Whether kernels of this module are waiting.
+    pub(crate) fn runs(&self, module: u64) -> bool {
+        self.works()
+            .any(|work| matches!(work, Work::Launch { module: of, .. } if *of == module))
     }
 
-    /// Carries out a stream's copies up to one.
-    fn carry_out(&mut self, stream: u64, until: u64) {
-        loop {
-            let Some(stream) = self.streams.get_mut(&stream) else {
-                return;
-            };
-            let Some(copy) = stream.waiting.pop_front_if(|copy| copy.number <= until) else {
-                return;
-            };
-            if !self.is_locked(copy.from, copy.bytes.len()) {
-                self.fault("host memory was freed before it was copied".to_owned());
-                continue;
-            }
-            let source = std::ptr::with_exposed_provenance::<u8>(copy.from);
-            // SAFETY: in the books as ours and not freed.
-            let source = unsafe { std::slice::from_raw_parts(source, copy.bytes.len()) };
-            if source != copy.bytes {
-                self.fault("host memory was changed before it was copied".to_owned());
-            }
-            if let Ok((pages, position)) = self.find("a copy", copy.to, copy.bytes.len())
-                && let Some(pages) = self.pages.get_mut(&pages)
+    fn works(&self) -> impl Iterator<Item = &Work> {
+        let steps = self.streams.values().flat_map(|stream| &stream.waiting);
+        steps.map(|step| &step.work)
+    }
+
+    /// Gives work to a stream. Work of others that is not waited for must not get in its way.
+    pub(crate) fn give(&mut self, call: &str, device: usize, stream: u64, work: Work) -> Answer {
+        if self
+            .streams
+            .get(&stream)
+            .is_none_or(|stream| stream.device != device)
+        {
+            return Err(self.fault(format!("{call} in what is no stream of the context")));
+        }
+        let mut waited = HashMap::new();
+        self.waited_for(stream, u64::MAX, &mut waited);
+        let race = self.streams.iter().any(|(other, steps)| {
+            let until = waited.get(other).copied().unwrap_or(0);
+            *other != stream
+                && steps
+                    .waiting
+                    .iter()
+                    .any(|step| step.number > until && step.work.conflicts(&work))
+        });
+        if race {
+            self.fault(format!("{call} races with another stream"));
+        }
+        if let Some(stream) = self.streams.get_mut(&stream) {
+            stream.given += 1;
+            let number = stream.given;
+            stream.waiting.push_back(Step { number, work });
+        }
+        Ok(())
+    }
+
+    /// The steps of all streams that come before step `until` of one.
+    fn waited_for(&self, stream: u64, until: u64, waited: &mut HashMap<u64, u64>) {
+        if waited.get(&stream).is_some_and(|&known| known >= until) {
+            return;
+        }
+        waited.insert(stream, until);
+        let steps = self.streams.get(&stream).map(|stream| &stream.waiting);
+        for step in steps.into_iter().flatten() {
+            if let Work::Wait { stream, number } = step.work
+                && step.number <= until
             {
-                pages.bytes[position..position + copy.bytes.len()].copy_from_slice(&copy.bytes);
+                self.waited_for(stream, number, waited);
             }
         }
+    }
+
+    /// Carries out a stream's work up to one step.
+    fn carry_out(&mut self, stream: u64, until: u64) {
+        loop {
+            let Some(steps) = self.streams.get_mut(&stream) else {
+                return;
+            };
+            let Some(step) = steps.waiting.pop_front_if(|step| step.number <= until) else {
+                return;
+            };
+            match step.work {
+                Work::Copy { to, from, bytes } => self.copy(to, from, &bytes),
+                Work::Set { at, value, len } => {
+                    if let Some(memory) = self.memory_mut("a memset", at, len) {
+                        memory.fill(value);
+                    }
+                }
+                Work::Wait { stream, number } => self.carry_out(stream, number),
+                Work::Launch {
+                    kernel,
+                    shape,
+                    passed,
+                    ..
+                } => self.launch(kernel, shape, &passed),
+            }
+        }
+    }
+
+    fn copy(&mut self, to: u64, from: usize, bytes: &[u8]) {
+        if !self.is_locked(from, bytes.len()) {
+            self.fault("host memory was freed before it was copied".to_owned());
+            return;
+        }
+        let source = std::ptr::with_exposed_provenance::<u8>(from);
+        // SAFETY: in the books as ours and not freed.
+        let source = unsafe { std::slice::from_raw_parts(source, bytes.len()) };
+        if source != bytes {
+            self.fault("host memory was changed before it was copied".to_owned());
+        }
+        if let Some(memory) = self.memory_mut("a copy", to, bytes.len()) {
+            memory.copy_from_slice(bytes);
+        }
+    }
+
+    fn launch(&mut self, kernel: &str, shape: (u32, u32), passed: &[Passed]) {
+        let places: Vec<(u64, usize)> = passed.iter().filter_map(Passed::memory).collect();
+        let mut memory = Vec::with_capacity(places.len());
+        for &(address, len) in &places {
+            match self.memory_mut(kernel, address, len) {
+                Some(bytes) => memory.push(bytes.to_vec()),
+                None => return,
+            }
+        }
+        if let Err(problem) = run(kernel, shape, passed, &mut memory) {
+            self.fault(problem);
+        }
+        for (&(address, len), result) in places.iter().zip(&memory) {
+            if let Some(bytes) = self.memory_mut(kernel, address, len) {
+                bytes.copy_from_slice(result);
+            }
+        }
+    }
+
+    /// Memory of a device. What is not there is a fault.
+    fn memory_mut(&mut self, call: &str, address: u64, len: usize) -> Option<&mut [u8]> {
+        let (pages, position) = self.find(call, address, len).ok()?;
+        let pages = self.pages.get_mut(&pages)?;
+        pages.bytes.get_mut(position..position + len)
     }
 }
 
@@ -109,7 +268,7 @@ pub extern "C" fn cuStreamDestroy_v2(stream: u64) -> u32 {
                 books.fault("cuStreamDestroy under another context".to_owned());
             }
             Some(stream) if !stream.waiting.is_empty() => {
-                books.fault("cuStreamDestroy while it copies".to_owned());
+                books.fault("cuStreamDestroy while it works".to_owned());
             }
             Some(_) => {}
         }
@@ -204,6 +363,25 @@ pub extern "C" fn cuEventSynchronize(event: u64) -> u32 {
     })
 }
 
+/// `cuStreamWaitEvent`.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamWaitEvent(stream: u64, event: u64, _: u32) -> u32 {
+    call("cuStreamWaitEvent", Kind::Takes, |books| {
+        let device = books.current("cuStreamWaitEvent")?;
+        match books.events.get(&event) {
+            Some(event) if event.device == device => match event.recorded {
+                // One that was never recorded is past already.
+                None => Ok(()),
+                Some((of, number)) => {
+                    let work = Work::Wait { stream: of, number };
+                    books.give("cuStreamWaitEvent", device, stream, work)
+                }
+            },
+            _ => Err(books.fault("cuStreamWaitEvent for what is not there".to_owned())),
+        }
+    })
+}
+
 /// `cuMemcpyHtoDAsync_v2`.
 ///
 /// # Safety
@@ -217,30 +395,14 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
 ) -> u32 {
     call("cuMemcpyHtoDAsync", Kind::Takes, |books| {
         let device = books.current("cuMemcpyHtoDAsync")?;
-        let (pages, _) = books.find("cuMemcpyHtoDAsync", to, len)?;
-        if books.pages[&pages].device != device {
-            return Err(books.fault("cuMemcpyHtoDAsync under another context".to_owned()));
-        }
+        books.find_on("cuMemcpyHtoDAsync", device, to, len)?;
         if !books.is_locked(from.addr(), len) {
             return Err(books.fault("cuMemcpyHtoDAsync of memory not page-locked".to_owned()));
-        }
-        if books.is_written(to, to + len as u64) {
-            books.fault("two copies to the same place at a time".to_owned());
         }
         // SAFETY: in the books as ours and not freed.
         let bytes = unsafe { std::slice::from_raw_parts(from.cast::<u8>(), len) }.to_vec();
         let from = from.expose_provenance();
-        let stream = books.streams.get_mut(&stream);
-        let Some(stream) = stream.filter(|stream| stream.device == device) else {
-            return Err(books.fault("cuMemcpyHtoDAsync in what is no stream".to_owned()));
-        };
-        stream.given += 1;
-        stream.waiting.push_back(Copy {
-            to,
-            from,
-            bytes,
-            number: stream.given,
-        });
-        Ok(())
+        let work = Work::Copy { to, from, bytes };
+        books.give("cuMemcpyHtoDAsync", device, stream, work)
     })
 }

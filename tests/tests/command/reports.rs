@@ -73,6 +73,7 @@ fn has_the_promised_form(report: &Value) {
                 ("padded", "integer"),
                 ("peak_reserved", "integer"),
                 ("reserved", "integer"),
+                ("tail", "integer"),
                 ("tensors", "integer")
             ]
         );

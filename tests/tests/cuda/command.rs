@@ -144,26 +144,69 @@ fn a_driver_that_fails_while_loading_is_quoted_with_status_6() {
     }
     let directory = decoder(1);
     let model = directory.path().to_str().unwrap();
-    // One worker in both runs: the Nth call is the same call only in the same order.
-    let load = ["load", model, "--quiet", "--threads", "1"];
-    let (place, books) = with_stand_in(&Setup::default(), None);
-    place.run(&load).succeeds();
-    let calls = Report::read(&fs::read_to_string(books).unwrap()).calls;
-    for call in [
-        "cuMemCreate",
-        "cuMemHostAlloc",
-        "cuMemcpyHtoDAsync",
-        "cuEventRecord",
+    for (quantize_on, failing) in [
+        (
+            "cpu",
+            &[
+                "cuMemCreate",
+                "cuMemHostAlloc",
+                "cuMemcpyHtoDAsync",
+                "cuEventRecord",
+            ][..],
+        ),
+        (
+            "gpu",
+            &["cuModuleLoadData", "cuLaunchKernel", "cuMemsetD8Async"],
+        ),
     ] {
-        let at = calls.iter().position(|name| name == call).unwrap() as u64 + 1;
-        let setup = Setup {
-            fail_at: Some(at),
-            ..Setup::default()
-        };
-        let (place, books) = with_stand_in(&setup, None);
-        place
-            .run(&load)
-            .fails(6, &["cuda:0", "CUDA_ERROR_LAUNCH_FAILED"]);
-        Report::read(&fs::read_to_string(books).unwrap()).is_clean(call);
+        // One worker in all runs, and who quantizes is settled: the Nth call is the same call only in
+        // the same order.
+        let load = ["load", model, "--quiet", "--threads", "1"];
+        let load = [&load[..], &["--quantize-on", quantize_on]].concat();
+        let (place, books) = with_stand_in(&Setup::default(), None);
+        place.run(&load).succeeds();
+        let calls = Report::read(&fs::read_to_string(books).unwrap()).calls;
+        for call in failing {
+            let at = calls.iter().position(|name| name == call).unwrap() as u64 + 1;
+            let setup = Setup {
+                fail_at: Some(at),
+                ..Setup::default()
+            };
+            let (place, books) = with_stand_in(&setup, None);
+            place
+                .run(&load)
+                .fails(6, &["cuda:0", call, "CUDA_ERROR_LAUNCH_FAILED"]);
+            Report::read(&fs::read_to_string(books).unwrap()).is_clean(call);
+        }
     }
+}
+
+#[test]
+fn who_has_quantized_is_reported() {
+    if is_real() {
+        return;
+    }
+    let directory = decoder(2);
+    let model = directory.path().to_str().unwrap();
+    let load = ["load", model, "--json", "--quantize-on"];
+    for (quantize_on, side, other) in [
+        ("cpu", "by_host", "by_device"),
+        ("gpu", "by_device", "by_host"),
+    ] {
+        let (place, books) = with_stand_in(&Setup::default(), None);
+        let arguments = [&load[..], &[quantize_on]].concat();
+        let report = place.run(&arguments).succeeds().json();
+        let quantized = &report["load"]["quantized_on"]["cuda:0"];
+        assert!(quantized[side].as_u64().unwrap() > 0, "{quantized}");
+        assert_eq!(quantized[other], 0, "{quantized}");
+        Report::read(&fs::read_to_string(books).unwrap()).is_clean(quantize_on);
+    }
+    let (place, _) = with_stand_in(&Setup::default(), None);
+    place
+        .run(&["load", model, "--quantize-on", "gpu"])
+        .succeeds()
+        .shows(&["quantized for cuda:0", "by the GPU"]);
+    place
+        .run(&["load", model, "--quantize-on", "elsewhere"])
+        .fails(2, &["--quantize-on", "cpu, gpu and auto"]);
 }

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use cuda_stand_in::control::{Report, Setup, StandIn};
 use tightfit::device::{Device, open_devices};
-use tightfit::load::{CancelToken, LoadError, LoadOptions};
+use tightfit::load::{CancelToken, LoadError, LoadOptions, QuantizeOn};
 use tightfit::plan::PartKind;
 
 use super::{Driver, Kinds, MIB, in_small_pieces, is_real};
@@ -19,6 +19,7 @@ const GIVES_BACK: &[&str] = &[
     "cuMemFreeHost",
     "cuMemRelease",
     "cuMemUnmap",
+    "cuModuleUnload",
     "cuStreamDestroy",
 ];
 
@@ -29,23 +30,30 @@ const PARTS: [PartKind; 4] = [
     PartKind::NestedAbsmax,
 ];
 
+/// Who quantizes, where that is settled beforehand.
+const PLACES: [QuantizeOn; 2] = [QuantizeOn::Cpu, QuantizeOn::Gpu];
+
+/// What is loaded, and how.
+#[derive(Clone, Copy)]
+struct Load<'a> {
+    kinds: &'a Kinds,
+    quantize_on: QuantizeOn,
+    workers: usize,
+}
+
 /// Opens devices, loads, reads everything, and closes all of it. Gives the bytes.
-fn whole_run(kinds: &Kinds, workers: usize) -> Result<Vec<Vec<u8>>, String> {
+fn whole_run(load: Load<'_>) -> Result<Vec<Vec<u8>>, String> {
     let specs = ["cuda:0", "cuda:1"].map(|spec| spec.parse().unwrap());
     let devices = open_devices(&specs).map_err(|error| error.to_string())?;
-    let result = load_and_read(kinds, &devices, workers);
+    let result = load_and_read(load, &devices);
     for device in &devices {
         assert_eq!(device.usage().reserved.now, 0);
     }
     result
 }
 
-fn load_and_read(
-    kinds: &Kinds,
-    devices: &[Box<dyn Device>],
-    workers: usize,
-) -> Result<Vec<Vec<u8>>, String> {
-    let model = kinds.load(devices, workers);
+fn load_and_read(load: Load<'_>, devices: &[Box<dyn Device>]) -> Result<Vec<Vec<u8>>, String> {
+    let model = load.kinds.load(devices, load.quantize_on, load.workers);
     let model = model.map_err(|error| error.to_string())?;
     let mut bytes = Vec::new();
     for tensor in model.tensors() {
@@ -58,9 +66,9 @@ fn load_and_read(
 }
 
 /// A run on a driver of which a call fails.
-fn run_on(setup: &Setup, kinds: &Kinds, workers: usize) -> (Result<Vec<Vec<u8>>, String>, Report) {
+fn run_on(setup: &Setup, load: Load<'_>) -> (Result<Vec<Vec<u8>>, String>, Report) {
     let stand_in = StandIn::start(setup);
-    let result = whole_run(kinds, workers);
+    let result = whole_run(load);
     let report = stand_in.report();
     assert!(report.faults.is_empty(), "{setup:?}: {:?}", report.faults);
     (result, report)
@@ -73,48 +81,73 @@ fn two_devices() -> Setup {
     }
 }
 
+/// Devices with and without virtual memory, and such where the kernels have to work beside the plan.
+fn setups() -> [Setup; 3] {
+    let setup = two_devices();
+    [
+        setup.clone(),
+        Setup {
+            virtual_memory: false,
+            ..setup.clone()
+        },
+        Setup {
+            granularity: 4096,
+            ..setup
+        },
+    ]
+}
+
 #[test]
 fn whichever_call_fails_it_is_an_error_and_everything_is_given_back() {
     if is_real() {
         return;
     }
     let kinds = Kinds::new(Kinds::FEW);
-    for virtual_memory in [true, false] {
-        let setup = Setup {
-            virtual_memory,
-            ..two_devices()
-        };
-        let (expected, report) = run_on(&setup, &kinds, 1);
-        let expected = expected.unwrap();
-        report.is_clean("without a failure");
-        assert!(report.calls.len() > 150, "{}", report.calls.len());
-        for (index, call) in report.calls.iter().enumerate() {
-            let setup = Setup {
-                fail_at: Some(index as u64 + 1),
-                ..setup.clone()
+    for setup in setups() {
+        for quantize_on in PLACES {
+            let load = Load {
+                kinds: &kinds,
+                quantize_on,
+                workers: 1,
             };
-            let context = format!("{call}, call {}", index + 1);
-            let (result, report) = run_on(&setup, &kinds, 1);
-            assert_eq!(&report.calls[index], call, "runs differ");
-            assert!(report.leaks.is_empty(), "{context}: {:?}", report.leaks);
-            match result {
-                Err(text) => {
-                    assert!(text.contains(call), "{context}: {text}");
-                    assert!(
-                        text.contains("CUDA_ERROR_LAUNCH_FAILED"),
-                        "{context}: {text}"
-                    );
-                    assert!(
-                        text.contains("cuda:") || call == "cuInit",
-                        "{context}: {text}"
-                    );
-                }
-                // Entered only to give something back, or given back: done all the same.
-                Ok(bytes) => {
-                    let entered = call == "cuCtxPushCurrent";
-                    assert!(entered || GIVES_BACK.contains(&&call[..]), "{context}");
-                    assert!(bytes == expected, "{context}");
-                }
+            fail_every_call_of(&setup, load);
+        }
+    }
+}
+
+fn fail_every_call_of(setup: &Setup, load: Load<'_>) {
+    let (expected, report) = run_on(setup, load);
+    let expected = expected.unwrap();
+    report.is_clean("without a failure");
+    assert!(report.calls.len() > 150, "{}", report.calls.len());
+    let launches = report.calls.iter().any(|call| call == "cuLaunchKernel");
+    assert_eq!(launches, load.quantize_on == QuantizeOn::Gpu);
+    for (index, call) in report.calls.iter().enumerate() {
+        let setup = Setup {
+            fail_at: Some(index as u64 + 1),
+            ..setup.clone()
+        };
+        let context = format!("{call}, call {}, on {}", index + 1, load.quantize_on);
+        let (result, report) = run_on(&setup, load);
+        assert_eq!(&report.calls[index], call, "runs differ");
+        assert!(report.leaks.is_empty(), "{context}: {:?}", report.leaks);
+        match result {
+            Err(text) => {
+                assert!(text.contains(call), "{context}: {text}");
+                assert!(
+                    text.contains("CUDA_ERROR_LAUNCH_FAILED"),
+                    "{context}: {text}"
+                );
+                assert!(
+                    text.contains("cuda:") || call == "cuInit",
+                    "{context}: {text}"
+                );
+            }
+            // Entered only to give something back, or given back: done all the same.
+            Ok(bytes) => {
+                let entered = call == "cuCtxPushCurrent";
+                assert!(entered || GIVES_BACK.contains(&&call[..]), "{context}");
+                assert!(bytes == expected, "{context}");
             }
         }
     }
@@ -126,19 +159,26 @@ fn a_driver_that_fails_for_good_ends_the_load_and_is_given_back_what_it_takes() 
         return;
     }
     let kinds = Kinds::new(Kinds::FEW);
-    let (_, report) = run_on(&two_devices(), &kinds, 1);
-    let calls = report.calls.len() as u64;
-    let last_read = report.calls.iter().rposition(|call| call == "cuMemcpyDtoH");
-    for at in 1..=calls {
-        let setup = Setup {
-            fail_at: Some(at),
-            for_good: true,
-            ..two_devices()
+    for quantize_on in PLACES {
+        let load = Load {
+            kinds: &kinds,
+            quantize_on,
+            workers: 1,
         };
-        let (result, _) = run_on(&setup, &kinds, 1);
-        // Nothing is left to fail once everything has been read.
-        let done = last_read.is_some_and(|last| at > last as u64 + 1);
-        assert_eq!(result.is_ok(), done, "call {at}");
+        let (_, report) = run_on(&two_devices(), load);
+        let calls = report.calls.len() as u64;
+        let last_read = report.calls.iter().rposition(|call| call == "cuMemcpyDtoH");
+        for at in 1..=calls {
+            let setup = Setup {
+                fail_at: Some(at),
+                for_good: true,
+                ..two_devices()
+            };
+            let (result, _) = run_on(&setup, load);
+            // Nothing is left to fail once everything has been read.
+            let done = last_read.is_some_and(|last| at > last as u64 + 1);
+            assert_eq!(result.is_ok(), done, "call {at}, on {quantize_on}");
+        }
     }
 }
 
@@ -148,19 +188,26 @@ fn whichever_call_fails_among_several_workers_nothing_is_left() {
         return;
     }
     let kinds = Kinds::new(Kinds::FEW);
-    let (_, report) = run_on(&two_devices(), &kinds, 3);
-    let calls = report.calls.len() as u64;
-    for at in (1..=calls).step_by(3) {
-        let setup = Setup {
-            fail_at: Some(at),
-            error: 999_999,
-            ..two_devices()
+    for quantize_on in PLACES {
+        let load = Load {
+            kinds: &kinds,
+            quantize_on,
+            workers: 3,
         };
-        let (result, report) = run_on(&setup, &kinds, 3);
-        assert!(report.leaks.is_empty(), "call {at}: {:?}", report.leaks);
-        if let Err(text) = result {
-            // The driver has no name for it.
-            assert!(text.contains("error 999999"), "{text}");
+        let (_, report) = run_on(&two_devices(), load);
+        let calls = report.calls.len() as u64;
+        for at in (1..=calls).step_by(3) {
+            let setup = Setup {
+                fail_at: Some(at),
+                error: 999_999,
+                ..two_devices()
+            };
+            let (result, report) = run_on(&setup, load);
+            assert!(report.leaks.is_empty(), "call {at}: {:?}", report.leaks);
+            if let Err(text) = result {
+                // The driver has no name for it.
+                assert!(text.contains("error 999999"), "{text}");
+            }
         }
     }
 }
@@ -168,7 +215,9 @@ fn whichever_call_fails_among_several_workers_nothing_is_left() {
 #[test]
 fn a_cancelled_load_waits_for_what_is_under_way_and_gives_everything_back() {
     let kinds = Kinds::new(Kinds::ALL);
-    for (after, workers) in [(0, 1), (1, 1), (5, 2), (17, 4), (60, 3)] {
+    let times = [(0, 1), (1, 1), (5, 2), (17, 4), (60, 3)];
+    let all = PLACES.map(|place| times.map(|(after, workers)| (place, after, workers)));
+    for (quantize_on, after, workers) in all.into_iter().flatten() {
         let driver = Driver::start(2);
         let devices = open_devices(&[]).unwrap();
         let cancel = CancelToken::new();
@@ -182,7 +231,7 @@ fn a_cancelled_load_waits_for_what_is_under_way_and_gives_everything_back() {
                     }
                 },
                 cancel: cancel.clone(),
-                ..in_small_pieces(2 * workers)
+                ..in_small_pieces(quantize_on, 2 * workers)
             },
         );
         assert!(matches!(result, Err(LoadError::Cancelled)), "{result:?}");
@@ -196,29 +245,54 @@ fn a_cancelled_load_waits_for_what_is_under_way_and_gives_everything_back() {
 
 #[test]
 fn a_checkpoint_cut_short_while_it_is_loaded_gives_everything_back() {
-    let kinds = Kinds::new(Kinds::ALL);
-    let driver = Driver::start(2);
-    let devices = open_devices(&[]).unwrap();
-    let path = kinds.path();
-    let cut = std::sync::Once::new();
-    let result = kinds.load_with(
-        &devices,
-        &LoadOptions {
-            progress: &|_| {
-                cut.call_once(|| {
-                    let file = std::fs::OpenOptions::new().write(true).open(&path);
-                    file.unwrap().set_len(4096).unwrap();
-                });
+    for quantize_on in PLACES {
+        let kinds = Kinds::new(Kinds::ALL);
+        let driver = Driver::start(2);
+        let devices = open_devices(&[]).unwrap();
+        let path = kinds.path();
+        let cut = std::sync::Once::new();
+        let result = kinds.load_with(
+            &devices,
+            &LoadOptions {
+                progress: &|_| {
+                    cut.call_once(|| {
+                        let file = std::fs::OpenOptions::new().write(true).open(&path);
+                        file.unwrap().set_len(4096).unwrap();
+                    });
+                },
+                ..in_small_pieces(quantize_on, 4)
             },
-            ..in_small_pieces(4)
-        },
-    );
-    assert!(
-        matches!(result, Err(LoadError::Checkpoint(_))),
-        "{result:?}"
-    );
-    drop(devices);
-    driver.clean_report("cut short");
+        );
+        assert!(
+            matches!(result, Err(LoadError::Checkpoint(_))),
+            "{result:?}"
+        );
+        drop(devices);
+        driver.clean_report("cut short");
+    }
+}
+
+#[test]
+fn a_callback_that_panics_ends_the_load_and_gives_everything_back() {
+    let kinds = Kinds::new(Kinds::ALL);
+    for quantize_on in PLACES {
+        let driver = Driver::start(1);
+        let devices = open_devices(&[]).unwrap();
+        let chunks = AtomicU64::new(0);
+        let options = LoadOptions {
+            // The others go on, and wait for the one that does not.
+            progress: &|_| assert_ne!(chunks.fetch_add(1, Ordering::SeqCst), 7, "as it should"),
+            ..in_small_pieces(quantize_on, 3 * devices.len())
+        };
+        let load = || kinds.load_with(&devices, &options).map(drop);
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(load));
+        assert!(result.is_err(), "on {quantize_on}");
+        for device in &devices {
+            assert_eq!(device.usage().reserved.now, 0);
+        }
+        drop(devices);
+        driver.clean_report("panicked");
+    }
 }
 
 #[test]

@@ -6,7 +6,10 @@ mod command;
 mod drivers;
 mod faults;
 mod memory;
+mod quantize_on;
+mod quantizer;
 mod same_bytes;
+mod sharing;
 mod writer;
 
 use std::path::{Path, PathBuf};
@@ -14,11 +17,12 @@ use std::path::{Path, PathBuf};
 use cuda_stand_in::control::{Report, Setup, StandIn};
 use tempfile::TempDir;
 use tightfit::checkpoint::Checkpoint;
-use tightfit::device::{CudaDevice, Device};
-use tightfit::load::{LoadError, LoadOptions, load};
+use tightfit::device::{CudaDevice, Device, HostDevice};
+use tightfit::load::{LoadError, LoadOptions, QuantizeOn, load};
 use tightfit::model::Model;
 use tightfit::plan::Plan;
 use tightfit::types::{DType, Format, Placement};
+use tightfit_tests::loading::{Contents, contents};
 use tightfit_tests::models;
 
 const MIB: u64 = 1 << 20;
@@ -73,11 +77,13 @@ fn stand_in(setup: &Setup) -> Option<StandIn> {
     (!is_real()).then(|| StandIn::start(setup))
 }
 
-/// Smallest staging for `workers` on one device: most chunks, most copies.
-fn in_small_pieces(workers: usize) -> LoadOptions<'static> {
+/// Smallest staging for `workers` on one device: most chunks, most copies. On the processor or the GPU
+/// the calls of one worker are always the same.
+fn in_small_pieces(quantize_on: QuantizeOn, workers: usize) -> LoadOptions<'static> {
     LoadOptions {
         threads: workers,
         staging_bytes: 3 * (64 << 10) * workers as u64,
+        quantize_on,
         ..LoadOptions::default()
     }
 }
@@ -180,8 +186,20 @@ impl Kinds {
     }
 
     /// Plans and loads, in the smallest pieces.
-    fn load(&self, devices: &[Box<dyn Device>], workers: usize) -> Result<Model, LoadError> {
-        self.load_with(devices, &in_small_pieces(workers * devices.len()))
+    fn load(
+        &self,
+        devices: &[Box<dyn Device>],
+        quantize_on: QuantizeOn,
+        workers: usize,
+    ) -> Result<Model, LoadError> {
+        let options = in_small_pieces(quantize_on, workers * devices.len());
+        self.load_with(devices, &options)
+    }
+
+    /// What the processor makes of them.
+    fn on_the_processor(&self) -> Contents {
+        let devices: [Box<dyn Device>; 1] = [Box::new(HostDevice::cpu(None))];
+        contents(&self.load(&devices, QuantizeOn::Cpu, 1).unwrap())
     }
 
     fn load_with(

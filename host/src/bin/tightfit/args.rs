@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 use tightfit::device::DeviceSpec;
+use tightfit::load::QuantizeOn;
 use tightfit::sandbox::{Cache, CacheError, Compiler, CompilerProgram, Limits, Options, Wasi};
 use tightfit::types::{Bytes, parse_bytes};
 use tightfit_kernels::{Isa, KernelError, Kernels};
@@ -222,6 +223,9 @@ pub(crate) struct DemoOptions {
     pub(crate) placement: PlacementOptions,
     #[command(flatten)]
     pub(crate) engine: EngineOptions,
+    /// Where weights for GPUs are quantized: cpu, gpu, or auto, by what is measured while loading
+    #[arg(long, value_name = "WHERE", default_value_t)]
+    pub(crate) quantize_on: QuantizeOn,
     #[command(flatten)]
     pub(crate) output: OutputOptions,
 }
@@ -289,6 +293,9 @@ pub(crate) struct LoadOptions {
     pub(crate) placement: PlacementOptions,
     #[command(flatten)]
     pub(crate) engine: EngineOptions,
+    /// Where weights for GPUs are quantized: cpu, gpu, or auto, by what is measured while loading
+    #[arg(long, value_name = "WHERE", default_value_t)]
+    pub(crate) quantize_on: QuantizeOn,
     #[command(flatten)]
     pub(crate) output: OutputOptions,
     /// List every tensor's device, format and bytes

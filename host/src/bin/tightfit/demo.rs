@@ -75,6 +75,7 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
         placed,
         &devices,
         &options.engine,
+        options.quantize_on,
         quiet,
         cancel,
     )?;

@@ -2,7 +2,7 @@
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, open_devices};
-use tightfit::load::{self, CancelToken, Placed, Progress};
+use tightfit::load::{self, CancelToken, Placed, Progress, QuantizeOn};
 use tightfit::model::Model;
 use tightfit::report::{Report, Table, printable};
 use tightfit::save::check_target;
@@ -28,6 +28,7 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
         placed,
         &devices,
         &options.engine,
+        options.quantize_on,
         quiet,
         cancel.clone(),
     )?;
@@ -60,6 +61,7 @@ pub(crate) fn carry_out(
     placed: Placed,
     devices: &[Box<dyn Device>],
     engine: &EngineOptions,
+    quantize_on: QuantizeOn,
     quiet: bool,
     cancel: CancelToken,
 ) -> Result<(Model, Report), Failure> {
@@ -69,6 +71,8 @@ pub(crate) fn carry_out(
         threads: engine.threads.map_or(defaults.threads, usize::from),
         staging_bytes: engine.staging.unwrap_or(defaults.staging_bytes),
         strict: engine.strict,
+        quantize_on,
+        compile_from: defaults.compile_from,
         kernels: engine.kernels()?,
         progress: &|progress: Progress| {
             bar.set_length(progress.bytes_total);
@@ -149,6 +153,16 @@ pub(crate) fn text(report: &Report) -> String {
             load.quantized,
             load.stored,
         );
+        for (device, bytes) in &load.quantized_on {
+            if bytes.by_device > 0 {
+                text += &format!(
+                    "quantized for {}: {} by the GPU, {} by the processor\n",
+                    printable(device),
+                    Bytes(bytes.by_device),
+                    Bytes(bytes.by_host),
+                );
+            }
+        }
         if load.nonfinite_blocks > 0 {
             text += &format!(
                 "warning: {} blocks with infinities or NaN, in {}\n",

@@ -6,9 +6,12 @@ mod driver;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::{Device, DeviceAddress, DeviceError, DeviceInfo, DeviceKind, Reservation, Writer};
+use super::{
+    Device, DeviceAddress, DeviceError, DeviceInfo, DeviceKind, Quantizer, Reservation, Workspace,
+    Writer,
+};
 use crate::memory::{Ledger, LedgerEntry, ReservationSize, Usage};
-use driver::{Context, DeviceMemory, Staging};
+use driver::{Context, DeviceMemory, KernelQuantizer, Kernels, Staging, WorkspaceMemory};
 
 /// What devices without virtual memory round to.
 const PLAIN_GRANULARITY: u64 = 2 << 20;
@@ -16,6 +19,16 @@ const PLAIN_GRANULARITY: u64 = 2 << 20;
 /// `cuda:<index>`: one GPU.
 #[derive(Debug)]
 pub struct CudaDevice {
+    gpu: Arc<Gpu>,
+    /// The driver's last word on free memory.
+    last: Mutex<Last>,
+}
+
+/// What a device shares with its reservations.
+#[derive(Debug)]
+struct Gpu {
+    /// Dropped, and with that unloaded, before the context.
+    kernels: Arc<Kernels>,
     context: Arc<Context>,
     /// Bytes that the user allows; by default all there are.
     limit: Option<u64>,
@@ -23,8 +36,6 @@ pub struct CudaDevice {
     granularity: u64,
     has_virtual_memory: bool,
     ledger: Arc<Ledger>,
-    /// The driver's last word on free memory.
-    last: Mutex<Last>,
 }
 
 #[derive(Debug)]
@@ -54,19 +65,24 @@ impl CudaDevice {
         let granularity = context.virtual_granularity()?;
         let (free, total) = context.memory()?;
         Ok(CudaDevice {
-            limit: capacity,
-            total,
-            granularity: granularity.unwrap_or(PLAIN_GRANULARITY),
-            has_virtual_memory: granularity.is_some(),
-            ledger: Arc::default(),
+            gpu: Arc::new(Gpu {
+                kernels: Arc::new(Kernels::new(&context)),
+                context,
+                limit: capacity,
+                total,
+                granularity: granularity.unwrap_or(PLAIN_GRANULARITY),
+                has_virtual_memory: granularity.is_some(),
+                ledger: Arc::default(),
+            }),
             last: Mutex::new(Last {
                 free,
                 failure: None,
             }),
-            context,
         })
     }
+}
 
+impl Gpu {
     fn capacity(&self) -> u64 {
         self.limit.unwrap_or(self.total).min(self.total)
     }
@@ -98,6 +114,20 @@ impl CudaDevice {
             Err(error) => Err(error),
         }
     }
+
+    /// Enters a reservation in the ledger, and takes its memory.
+    fn reserve(
+        &self,
+        size: ReservationSize,
+    ) -> Result<(Option<Arc<DeviceMemory>>, LedgerEntry), DeviceError> {
+        let (free, _) = self.context.memory()?;
+        if size.reserved > free {
+            return Err(self.out_of_memory(size.reserved, free));
+        }
+        let entry = Ledger::enter(&self.ledger, size, self.capacity())
+            .map_err(|have| self.out_of_memory(size.reserved, have))?;
+        Ok((self.take(size.reserved)?, entry))
+    }
 }
 
 fn is_out_of_memory(error: &DeviceError) -> bool {
@@ -113,19 +143,18 @@ fn is_out_of_memory(error: &DeviceError) -> bool {
 impl Device for CudaDevice {
     fn info(&self) -> DeviceInfo {
         let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        match self.context.memory() {
+        match self.gpu.context.memory() {
             Ok((free, _)) => last.free = free,
             Err(error) => last.failure = Some(error),
         }
-        let within = self
-            .capacity()
-            .saturating_sub(self.ledger.usage().reserved.now);
+        let gpu = &self.gpu;
+        let used = gpu.ledger.usage().reserved.now;
         DeviceInfo {
-            name: self.context.name().to_owned(),
+            name: gpu.context.name().to_owned(),
             kind: DeviceKind::Cuda,
-            capacity: self.capacity(),
-            available: last.free.min(within),
-            granularity: self.granularity,
+            capacity: gpu.capacity(),
+            available: last.free.min(gpu.capacity().saturating_sub(used)),
+            granularity: gpu.granularity,
         }
     }
 
@@ -137,21 +166,16 @@ impl Device for CudaDevice {
         if let Some(failure) = failure {
             return Err(failure);
         }
-        let (free, _) = self.context.memory()?;
-        if size.reserved > free {
-            return Err(self.out_of_memory(size.reserved, free));
-        }
-        let entry = Ledger::enter(&self.ledger, size, self.capacity())
-            .map_err(|have| self.out_of_memory(size.reserved, have))?;
+        let (memory, entry) = self.gpu.reserve(size)?;
         Ok(Box::new(CudaReservation {
-            memory: self.take(size.reserved)?,
-            context: Arc::clone(&self.context),
+            memory,
+            gpu: Arc::clone(&self.gpu),
             _entry: entry,
         }))
     }
 
     fn usage(&self) -> Usage {
-        self.ledger.usage()
+        self.gpu.ledger.usage()
     }
 }
 
@@ -159,7 +183,7 @@ impl Device for CudaDevice {
 struct CudaReservation {
     /// Given back before the ledger's entry is struck out: fields drop in this order.
     memory: Option<Arc<DeviceMemory>>,
-    context: Arc<Context>,
+    gpu: Arc<Gpu>,
     _entry: LedgerEntry,
 }
 
@@ -181,7 +205,7 @@ impl Reservation for CudaReservation {
             Some(memory) => memory.read(offset, out),
             None if offset == 0 && out.is_empty() => Ok(()),
             None => Err(DeviceError::OutOfBounds {
-                device: self.context.name().to_owned(),
+                device: self.gpu.context.name().to_owned(),
                 offset,
                 end: offset.saturating_add(out.len() as u64),
                 len: 0,
@@ -196,9 +220,53 @@ impl Reservation for CudaReservation {
         }
     }
 
+    fn quantizer(&self, workspace: Workspace) -> Result<Option<Arc<dyn Quantizer>>, DeviceError> {
+        let Some(results) = &self.memory else {
+            return Ok(None);
+        };
+        let workspace = match workspace {
+            Workspace::Within { offset, len } => {
+                let end = offset.saturating_add(len);
+                if end > results.len() {
+                    return Err(DeviceError::OutOfBounds {
+                        device: self.gpu.context.name().to_owned(),
+                        offset,
+                        end,
+                        len: results.len(),
+                    });
+                }
+                WorkspaceMemory {
+                    memory: Arc::clone(results),
+                    start: offset,
+                    len,
+                    _entry: None,
+                }
+            }
+            Workspace::Beside { len } => {
+                let reserved = len.max(1).next_multiple_of(self.gpu.granularity);
+                let (memory, entry) = self.gpu.reserve(ReservationSize {
+                    requested: len,
+                    padded: len,
+                    reserved,
+                })?;
+                let Some(memory) = memory else {
+                    return Ok(None);
+                };
+                WorkspaceMemory {
+                    memory,
+                    start: 0,
+                    len: reserved,
+                    _entry: Some(entry),
+                }
+            }
+        };
+        let quantizer = KernelQuantizer::new(&self.gpu.kernels, results, workspace);
+        Ok(Some(Arc::new(quantizer)))
+    }
+
     fn address(&self) -> Option<DeviceAddress> {
         Some(DeviceAddress {
-            ordinal: self.context.ordinal(),
+            ordinal: self.gpu.context.ordinal(),
             pointer: self.memory.as_ref()?.address(),
         })
     }

@@ -1,12 +1,19 @@
 //! What has been loaded: look it up, use it, unload it.
 
 mod pieces;
-
-#[cfg(feature = "wit")]
-pub(crate) use pieces::table;
+mod shared;
+mod tail;
+#[cfg(test)]
+pub(crate) mod tests;
 
 use std::collections::HashMap;
 use std::marker::PhantomData;
+use std::sync::Arc;
+
+#[cfg(feature = "wit")]
+pub(crate) use pieces::table;
+pub use shared::SharedPart;
+pub use tail::{TailAllocation, TailAllocator};
 
 use tightfit_kernels::{FloatType, KernelError};
 
@@ -16,13 +23,15 @@ use crate::load::LoadStats;
 use crate::plan::{PartKind, Plan, PlannedPart, PlannedTensor};
 use crate::types::{DType, Format, QuantType, elements};
 
-/// A loaded model. Dropping it gives its memory back.
+/// A loaded model. Dropping it gives its memory back, unless [`SharedPart`]s, tails or exported
+/// tensors still use it: each keeps its device's memory until the last is dropped.
 #[derive(Debug)]
 pub struct Model {
     plan: Plan,
     tensors: Vec<Stored>,
     by_name: HashMap<String, usize>,
-    memory: Vec<Option<Box<dyn Reservation>>>,
+    memory: Vec<Option<Arc<dyn Reservation>>>,
+    tails: Vec<Option<TailAllocator>>,
     stats: LoadStats,
 }
 
@@ -117,7 +126,13 @@ impl Model {
         for tie in checkpoint.ties().iter().filter(|tie| loaded(tie.tensor)) {
             by_name.entry(tie.alias.clone()).or_insert(tie.tensor);
         }
+        let memory: Vec<Option<Arc<dyn Reservation>>> = memory
+            .into_iter()
+            .map(|reservation| reservation.map(Arc::from))
+            .collect();
+        let tail = |(plan, memory): (_, &Option<_>)| TailAllocator::new(plan, memory.as_ref()?);
         Model {
+            tails: plan.devices.iter().zip(&memory).map(tail).collect(),
             plan,
             tensors,
             by_name,
@@ -134,6 +149,12 @@ impl Model {
     /// What loading took.
     pub fn stats(&self) -> &LoadStats {
         &self.stats
+    }
+
+    /// What hands out the bytes that the plan reserved behind the weights of this device
+    /// ([`Plan::with_tail`]); `None` where it reserved none.
+    pub fn tail(&self, device: usize) -> Option<&TailAllocator> {
+        self.tails.get(device)?.as_ref()
     }
 
     /// The tensor with this name, also under its tied name. `None` for what was not loaded.
@@ -194,9 +215,9 @@ impl<'m> Tensor<'m> {
         &self.model.plan.tensors[self.index]
     }
 
-    fn reservation(&self) -> Option<&'m dyn Reservation> {
+    fn reservation(&self) -> Option<&'m Arc<dyn Reservation>> {
         let device = self.planned().placement.device? as usize;
-        self.model.memory.get(device)?.as_deref()
+        self.model.memory.get(device)?.as_ref()
     }
 
     /// Its index in the checkpoint and in the plan.
@@ -268,25 +289,26 @@ impl<'m> Tensor<'m> {
     /// A part in place, where the processor can read the device's memory.
     pub fn part(&self, kind: PartKind) -> Option<&'m [u8]> {
         let part = self.planned().part(kind)?;
-        let memory = match self.reservation() {
-            Some(reservation) => reservation.host_memory()?,
+        match self.reservation() {
+            Some(memory) => shared::host_bytes(&**memory, part.offset, part.bytes),
             // An empty tensor on a device that holds nothing else.
-            None => &[],
-        };
-        let start = usize::try_from(part.offset).ok()?;
-        memory.get(start..start.checked_add(usize::try_from(part.bytes).ok()?)?)
+            None => Some(&[]),
+        }
+    }
+
+    /// A part that stays in place, wherever it is, when the model is gone.
+    pub fn shared_part(&self, kind: PartKind) -> Option<SharedPart> {
+        let part = self.planned().part(kind)?;
+        let memory = self.reservation().cloned();
+        Some(SharedPart::new(memory, part.offset, part.bytes))
     }
 
     /// A part in place in a GPU's memory, for kernels of the application's own. `None` for parts in
     /// host memory.
     pub fn device_part(&self, kind: PartKind) -> Option<DevicePart<'m>> {
         let part = self.planned().part(kind)?;
-        let start = self.reservation()?.address()?;
         Some(DevicePart {
-            address: DeviceAddress {
-                pointer: start.pointer + part.offset,
-                ..start
-            },
+            address: shared::address(&**self.reservation()?, part.offset)?,
             bytes: part.bytes,
             _model: PhantomData,
         })

@@ -1,0 +1,412 @@
+//! One load while it goes on: what its workers do.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tightfit_kernels::{blocks, packed_bytes};
+
+use super::arena::Target;
+use super::balance::Side;
+use super::double::{DoubleState, Kept, Returned};
+use super::on_device::OnDevices;
+use super::put::{Writers, as_f32, put, put_to_quantize};
+use super::work::{Chunk, Next, Queue, Scales, Task, ToQuantize};
+use super::{LoadError, LoadOptions, Progress};
+use crate::checkpoint::Checkpoint;
+use crate::device::{QuantizeJob, ScalePlace};
+use crate::plan::Plan;
+
+/// What is known of tensors only after they were read.
+pub(super) struct Finished {
+    /// The offset of every double-quantized tensor.
+    pub(super) nested_offsets: Vec<f32>,
+    /// Blocks with infinities or NaN, by tensor.
+    pub(super) nonfinite: BTreeMap<usize, u64>,
+}
+
+/// One load while it goes on; shared by its workers.
+pub(super) struct Run<'a, 'm> {
+    checkpoint: &'a Checkpoint,
+    plan: &'a Plan,
+    options: &'a LoadOptions<'a>,
+    queue: Queue<'m>,
+    on_devices: &'m OnDevices,
+    stop: AtomicBool,
+    error: Mutex<Option<LoadError>>,
+    start: Instant,
+    bytes_read: AtomicU64,
+    bytes_total: u64,
+    finished: Mutex<Finished>,
+}
+
+/// Ends the load when a worker panics, because the caller's callback does: the others may be waiting
+/// for it.
+struct StopOnPanic<'r, 'a, 'm>(&'r Run<'a, 'm>);
+
+impl Drop for StopOnPanic<'_, '_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop();
+        }
+    }
+}
+
+/// What one worker has for itself.
+struct Worker<'w> {
+    /// What the processor quantizes and casts is read into it.
+    slot: &'w mut [u8],
+    scales: Vec<f32>,
+    writers: Writers,
+}
+
+/// Where a chunk is read from.
+struct Source<'a> {
+    checkpoint: &'a Checkpoint,
+    tensor: usize,
+    shard: usize,
+    offset: u64,
+    bytes: usize,
+}
+
+impl Source<'_> {
+    /// Reads from `start` bytes behind the chunk's first on.
+    fn read(&self, start: usize, buffer: &mut [u8]) -> Result<(), LoadError> {
+        let offset = self.offset + start as u64;
+        let read = self.checkpoint.read_at(self.shard, offset, buffer);
+        read.map_err(LoadError::Checkpoint)
+    }
+}
+
+impl<'a, 'm> Run<'a, 'm> {
+    pub(super) fn new(
+        checkpoint: &'a Checkpoint,
+        plan: &'a Plan,
+        options: &'a LoadOptions<'a>,
+        queue: Queue<'m>,
+        on_devices: &'m OnDevices,
+    ) -> Run<'a, 'm> {
+        let tensors = checkpoint.tensors();
+        let placed = tensors
+            .iter()
+            .zip(&plan.tensors)
+            .filter(|(_, planned)| planned.placement.device.is_some());
+        Run {
+            checkpoint,
+            plan,
+            options,
+            queue,
+            on_devices,
+            stop: AtomicBool::new(false),
+            error: Mutex::new(None),
+            start: Instant::now(),
+            bytes_read: AtomicU64::new(0),
+            bytes_total: placed.map(|(tensor, _)| tensor.source_bytes()).sum(),
+            finished: Mutex::new(Finished {
+                nested_offsets: vec![0.0; tensors.len()],
+                nonfinite: BTreeMap::new(),
+            }),
+        }
+    }
+
+    /// What came of it, and the bytes that were read.
+    ///
+    /// # Errors
+    /// The first of any worker.
+    pub(super) fn finish(self) -> Result<(Finished, u64), LoadError> {
+        let error = self.error.into_inner();
+        if let Some(error) = error.unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        let finished = self.finished.into_inner();
+        let finished = finished.unwrap_or_else(PoisonError::into_inner);
+        Ok((finished, self.bytes_read.into_inner()))
+    }
+
+    /// Works until nothing is left, something fails, or the user cancels.
+    pub(super) fn work(&self, slot: &mut [u8], writers: Writers) {
+        let _guard = StopOnPanic(self);
+        let mut worker = Worker {
+            slot,
+            scales: Vec::new(),
+            writers,
+        };
+        if let Err(error) = self.work_with(&mut worker) {
+            self.fail(error);
+        }
+        // Also after an error elsewhere: what is under way ends before memory is given back.
+        if let Err(error) = worker.writers.finish() {
+            self.fail(error);
+        }
+    }
+
+    fn work_with(&self, worker: &mut Worker<'_>) -> Result<(), LoadError> {
+        let mut is_busy = false;
+        while !self.stop.load(Ordering::Relaxed) {
+            if self.options.cancel.is_cancelled() {
+                return Err(LoadError::Cancelled);
+            }
+            match self.queue.next(&self.stop, &mut is_busy) {
+                Next::Nothing => break,
+                Next::Finish => {
+                    worker.writers.finish()?;
+                    if self.queue.finished(&mut is_busy) {
+                        self.settle()?;
+                    }
+                }
+                Next::Chunk(chunk) => {
+                    let bytes = chunk.bytes;
+                    self.carry_out(chunk, worker)?;
+                    let bytes_read = self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
+                    (self.options.progress)(Progress {
+                        bytes_read: bytes_read + bytes as u64,
+                        bytes_total: self.bytes_total,
+                    });
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Sees to what devices have found while they quantized, before plain tensors take its place.
+    fn settle(&self) -> Result<(), LoadError> {
+        let found = self.on_devices.nonfinite().map_err(LoadError::Device)?;
+        for (tensor, blocks) in found {
+            self.count_nonfinite(tensor, blocks)?;
+        }
+        self.queue.settled();
+        Ok(())
+    }
+
+    /// The first error wins, and wakes whoever waits.
+    fn fail(&self, error: LoadError) {
+        let mut first = self.error.lock().unwrap_or_else(PoisonError::into_inner);
+        first.get_or_insert(error);
+        drop(first);
+        self.stop();
+    }
+
+    fn stop(&self) {
+        self.stop.store(true, Ordering::Relaxed);
+        self.queue.wake();
+    }
+
+    fn finished(&self) -> MutexGuard<'_, Finished> {
+        self.finished.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn carry_out(&self, chunk: Chunk<'_>, worker: &mut Worker<'_>) -> Result<(), LoadError> {
+        let source = Source {
+            checkpoint: self.checkpoint,
+            tensor: chunk.tensor,
+            shard: chunk.shard,
+            offset: chunk.offset,
+            bytes: chunk.bytes,
+        };
+        match chunk.task {
+            // No staging of ours: what the processor cannot write is read into what is copied.
+            Task::Copy { data } => put(&mut worker.writers, [data], |[data]| source.read(0, data)),
+            Task::Cast { from, to, data } => {
+                let slot = &mut worker.slot[..chunk.bytes];
+                source.read(0, slot)?;
+                put(&mut worker.writers, [data], |[data]| {
+                    Ok(self.options.kernels.cast(slot, from, to, data)?)
+                })
+            }
+            Task::Quantize(piece) => self.quantize(&source, piece, worker),
+        }
+    }
+
+    fn quantize(
+        &self,
+        source: &Source<'_>,
+        piece: ToQuantize<'_>,
+        worker: &mut Worker<'_>,
+    ) -> Result<(), LoadError> {
+        let state = match &piece.scales {
+            Scales::Stored(_) => None,
+            Scales::Quantized { first, state } => Some((*first, Arc::clone(state))),
+        };
+        // A tensor that was begun before the kernels were there is the processor's to its end.
+        let is_free = match &state {
+            None => true,
+            Some((_, state)) => matches!(state.kept(), Kept::OnDevice(_)),
+        };
+        let device = piece.codes.on_device().filter(|_| is_free);
+        let ready = device.and_then(|(device, _)| self.on_devices.ready(device));
+        let side = ready.map_or(Side::Host, |ready| ready.choose(source.bytes));
+        match side {
+            Side::Host => self.quantize_on_host(source, piece, worker)?,
+            Side::Device => self.quantize_on_device(source, piece, worker)?,
+        }
+        if let Some(ready) = ready {
+            ready.record(source.bytes, self.start.elapsed());
+        }
+        let device = self.plan.tensors[source.tensor].placement.device;
+        self.on_devices.count(device, side, source.bytes);
+        match state {
+            None => Ok(()),
+            Some((first, state)) => self.quantize_scales(source.tensor, first, &state, worker),
+        }
+    }
+
+    /// Reads and quantizes as much at a time as stays in the processor's cache. Scales that the
+    /// processor is to quantize are left in the worker's.
+    fn quantize_on_host(
+        &self,
+        source: &Source<'_>,
+        piece: ToQuantize<'_>,
+        worker: &mut Worker<'_>,
+    ) -> Result<(), LoadError> {
+        let Worker {
+            slot,
+            scales,
+            writers,
+        } = worker;
+        let (float, block_size) = (piece.float, piece.block_size);
+        let block_bytes = block_size.elements() * float.bytes();
+        let step = slot.len() / block_bytes * block_bytes;
+        let mut produce = |codes: &mut [u8], absmax: &mut [f32]| {
+            let mut nonfinite_blocks = 0;
+            for start in (0..source.bytes).step_by(step) {
+                let slot = &mut slot[..step.min(source.bytes - start)];
+                source.read(start, slot)?;
+                let (first, elements) = (start / float.bytes(), slot.len() / float.bytes());
+                let codes = &mut codes[packed_bytes(first)..][..packed_bytes(elements)];
+                let absmax =
+                    &mut absmax[blocks(first, block_size)..][..blocks(elements, block_size)];
+                let kernels = self.options.kernels;
+                let stats = kernels.quantize_nf4(slot, float, block_size, codes, absmax)?;
+                nonfinite_blocks += stats.nonfinite_blocks;
+            }
+            Ok(nonfinite_blocks)
+        };
+        let count = blocks(piece.elements, block_size);
+        let nonfinite_blocks = match self.scale_target(&piece.codes, piece.scales, count) {
+            Some(absmax) => put(writers, [piece.codes, absmax], |[codes, absmax]| {
+                produce(codes, as_f32(absmax))
+            }),
+            None => {
+                scales.clear();
+                scales.resize(count, 0.0);
+                put(writers, [piece.codes], |[codes]| produce(codes, scales))
+            }
+        }?;
+        self.count_nonfinite(source.tensor, nonfinite_blocks)
+    }
+
+    /// Reads, and has the device quantize.
+    fn quantize_on_device(
+        &self,
+        source: &Source<'_>,
+        piece: ToQuantize<'_>,
+        worker: &mut Worker<'_>,
+    ) -> Result<(), LoadError> {
+        let count = blocks(piece.elements, piece.block_size);
+        let (
+            Some((number, codes)),
+            Some(Target::Device {
+                offset,
+                in_workspace,
+                ..
+            }),
+        ) = (
+            piece.codes.on_device(),
+            self.scale_target(&piece.codes, piece.scales, count),
+        )
+        else {
+            return Err(LoadError::OtherPlan);
+        };
+        let nonfinite = self
+            .on_devices
+            .get(number)
+            .and_then(|device| device.nonfinite_of(source.tensor));
+        let job = QuantizeJob {
+            float: piece.float,
+            block_size: piece.block_size,
+            elements: piece.elements,
+            source: 0,
+            codes,
+            absmax: match in_workspace {
+                true => ScalePlace::Workspace(offset),
+                false => ScalePlace::Reservation(offset),
+            },
+            nonfinite: nonfinite.ok_or(LoadError::OtherPlan)?,
+        };
+        put_to_quantize(&mut worker.writers, number, job, |buffer| {
+            source.read(0, buffer)
+        })
+    }
+
+    /// Where so many f32 scales go that belong to these codes; none where the worker has them.
+    fn scale_target<'t>(
+        &self,
+        codes: &Target<'_>,
+        scales: Scales<'t>,
+        count: usize,
+    ) -> Option<Target<'t>> {
+        match scales {
+            Scales::Stored(absmax) => Some(absmax),
+            Scales::Quantized { first, state } => match *state.kept() {
+                Kept::OnHost(_) => None,
+                Kept::OnDevice(scratch) => {
+                    let (device, _) = codes.on_device()?;
+                    let scales = self.on_devices.get(device)?.scales(scratch);
+                    Some(Target::Device {
+                        device,
+                        offset: scales + 4 * first as u64,
+                        len: 4 * count,
+                        in_workspace: true,
+                    })
+                }
+            },
+        }
+    }
+
+    /// Quantizes the scales of a tensor, if those of this chunk are the last.
+    fn quantize_scales(
+        &self,
+        tensor: usize,
+        first: usize,
+        state: &DoubleState<'_>,
+        worker: &mut Worker<'_>,
+    ) -> Result<(), LoadError> {
+        let writers = &mut worker.writers;
+        let (offset, returned) = match *state.kept() {
+            Kept::OnHost(_) => {
+                let Some(scales) = state.finish_on_host(first, &worker.scales) else {
+                    return Ok(());
+                };
+                let offset = state.quantize_on_host(self.options.kernels, &scales, writers)?;
+                let bytes = 4 * scales.len() as u64;
+                (offset, Returned::OnHost { bytes })
+            }
+            Kept::OnDevice(scratch) => {
+                if !state.finish_on_device() {
+                    return Ok(());
+                }
+                let (device, offset) =
+                    state.quantize_on_device(tensor, scratch, self.on_devices, writers)?;
+                (offset, Returned::OnDevice { device, scratch })
+            }
+        };
+        self.finished().nested_offsets[tensor] = offset;
+        self.queue.return_scratch(returned);
+        Ok(())
+    }
+
+    fn count_nonfinite(&self, tensor: usize, blocks: u64) -> Result<(), LoadError> {
+        if blocks == 0 {
+            return Ok(());
+        }
+        if self.options.strict {
+            return Err(LoadError::NonFinite {
+                tensor: self.checkpoint.tensors()[tensor].name.clone(),
+                blocks,
+            });
+        }
+        *self.finished().nonfinite.entry(tensor).or_default() += blocks;
+        Ok(())
+    }
+}

@@ -1,0 +1,276 @@
+//! What the kernels take and do: by the emulator, which runs their own sources, or where there was
+//! no C++ compiler to compile it by the processor's kernels.
+
+use std::ffi::c_void;
+use std::sync::{Mutex, PoisonError};
+
+use tightfit_cuda_emulator::{Argument, Emulator, MISSING, REQUIRE};
+use tightfit_kernels::cuda::{self, Launch};
+use tightfit_kernels::{
+    BlockSize, FloatType, Isa, Kernels, NESTED_BLOCK_SIZE, blocks, packed_bytes,
+};
+
+/// What a kernel does with memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    Write,
+    /// Adds, so that others may do the same at the same time.
+    Add,
+}
+
+/// An argument of a launch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Passed {
+    Number(u64),
+    Memory {
+        address: u64,
+        len: usize,
+        access: Access,
+    },
+}
+
+impl Passed {
+    /// Address and length, of memory.
+    pub(crate) fn memory(&self) -> Option<(u64, usize)> {
+        match *self {
+            Passed::Number(_) => None,
+            Passed::Memory { address, len, .. } => Some((address, len)),
+        }
+    }
+}
+
+/// The parameters of a launch, as they are passed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Parameters(*const *const c_void);
+
+impl Parameters {
+    /// # Safety
+    /// Pointers to as many parameters as the kernel has, of their types, for as long as this lives.
+    pub(crate) unsafe fn new(pointers: *const *const c_void) -> Parameters {
+        Parameters(pointers)
+    }
+
+    fn u64(self, index: usize) -> u64 {
+        // SAFETY: the kernels' table in tightfit_kernels::cuda has a pointer or a u64 there.
+        unsafe { self.0.add(index).read().cast::<u64>().read() }
+    }
+
+    fn u32(self, index: usize) -> u32 {
+        // SAFETY: that table has a u32 there.
+        unsafe { self.0.add(index).read().cast::<u32>().read() }
+    }
+}
+
+fn quantized_type(kernel: &str) -> Option<FloatType> {
+    match kernel {
+        "tightfit_quantize_nf4_f32" => Some(FloatType::F32),
+        "tightfit_quantize_nf4_f16" => Some(FloatType::F16),
+        "tightfit_quantize_nf4_bf16" => Some(FloatType::Bf16),
+        _ => None,
+    }
+}
+
+/// The arguments of a launch, by the table in [`tightfit_kernels::cuda`]. An error is what is wrong
+/// with them.
+pub(crate) fn arguments(
+    kernel: &str,
+    shape: (u32, u32),
+    parameters: Parameters,
+) -> Result<Vec<Passed>, String> {
+    let number = |index| usize::try_from(parameters.u64(index)).map_err(|error| error.to_string());
+    let memory = |index, elements: usize, width: usize, access| {
+        let address = parameters.u64(index);
+        match address.is_multiple_of(width as u64) && address != 0 {
+            true => Ok(Passed::Memory {
+                address,
+                len: elements * width,
+                access,
+            }),
+            false => Err(format!("argument {index} is at {address:#x}")),
+        }
+    };
+    let value = |index| Passed::Number(parameters.u64(index));
+    let narrow = |index| Passed::Number(parameters.u32(index).into());
+    use Access::{Add, Read, Write};
+    let (expected, passed) = if let Some(float) = quantized_type(kernel) {
+        let n = number(1)?;
+        let block_size = BlockSize::new(parameters.u32(2) as usize);
+        let block_size = block_size.map_err(|error| error.to_string())?;
+        let passed = vec![
+            memory(0, n, float.bytes(), Read)?,
+            value(1),
+            narrow(2),
+            memory(3, packed_bytes(n), 1, Write)?,
+            memory(4, blocks(n, block_size), 4, Write)?,
+            memory(5, 1, 8, Add)?,
+        ];
+        (cuda::quantize_nf4(float, n), passed)
+    } else if kernel == "tightfit_mean" {
+        let sums = parameters.u32(1) as usize;
+        if sums > 256 {
+            return Err(format!("{sums} sums"));
+        }
+        let passed = vec![
+            memory(0, sums, 8, Read)?,
+            narrow(1),
+            value(2),
+            memory(3, 1, 4, Write)?,
+        ];
+        (Ok(cuda::mean()), passed)
+    } else {
+        let n = number(1)?;
+        match kernel {
+            "tightfit_sum_absmax" => {
+                let sums = memory(2, cuda::sums(n), 8, Write)?;
+                let passed = vec![memory(0, n, 4, Read)?, value(1), sums];
+                (cuda::sum_absmax(n), passed)
+            }
+            "tightfit_sum_sums" => {
+                let sums = memory(2, cuda::sums(n), 8, Write)?;
+                let passed = vec![memory(0, n, 8, Read)?, value(1), sums];
+                (cuda::sum_sums(n), passed)
+            }
+            "tightfit_quantize_absmax" => {
+                let passed = vec![
+                    memory(0, n, 4, Read)?,
+                    value(1),
+                    memory(2, 1, 4, Read)?,
+                    memory(3, n, 1, Write)?,
+                    memory(4, n.div_ceil(NESTED_BLOCK_SIZE), 4, Write)?,
+                ];
+                (cuda::quantize_absmax(n), passed)
+            }
+            _ => return Err("nobody is known to launch it".to_owned()),
+        }
+    };
+    let Launch { grid, threads, .. } = expected.map_err(|error| error.to_string())?;
+    if (grid, threads) != shape {
+        return Err(format!("launched as {shape:?}, not {:?}", (grid, threads)));
+    }
+    check_overlaps(&passed)?;
+    Ok(passed)
+}
+
+/// Nothing may overlap what is written.
+fn check_overlaps(passed: &[Passed]) -> Result<(), String> {
+    for (index, one) in passed.iter().enumerate() {
+        for other in &passed[index + 1..] {
+            let both = one.memory().zip(other.memory());
+            if both.is_some_and(|((a, a_len), (b, b_len))| {
+                a < b + b_len as u64 && b < a + a_len as u64
+            }) {
+                return Err(format!("{one:?} and {other:?} overlap"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Runs a kernel. `memory` is what the arguments that are memory point to, in their order.
+pub(crate) fn run(
+    kernel: &str,
+    (grid, threads): (u32, u32),
+    passed: &[Passed],
+    memory: &mut [Vec<u8>],
+) -> Result<(), String> {
+    static EMULATOR: Mutex<Option<Emulator>> = Mutex::new(None);
+    let mut emulator = EMULATOR.lock().unwrap_or_else(PoisonError::into_inner);
+    if emulator.is_none() {
+        *emulator = Emulator::start().map_err(|error| error.to_string())?;
+    }
+    let Some(emulator) = &mut *emulator else {
+        if std::env::var_os(REQUIRE).is_some_and(|value| value == "1") {
+            return Err(format!("{REQUIRE} is set, but {MISSING}"));
+        }
+        return on_the_processor(kernel, passed, memory);
+    };
+    let mut memory = memory.iter_mut();
+    let mut arguments: Vec<Argument<'_>> = passed
+        .iter()
+        .filter_map(|argument| {
+            Some(match argument {
+                Passed::Number(value) => Argument::Number(*value),
+                Passed::Memory { address, .. } => Argument::Buffer {
+                    misalignment: (address % 16) as usize,
+                    bytes: memory.next()?,
+                },
+            })
+        })
+        .collect();
+    let result = emulator.launch(kernel, grid, threads, &mut arguments);
+    result.map_err(|error| error.to_string())
+}
+
+fn on_the_processor(kernel: &str, passed: &[Passed], memory: &mut [Vec<u8>]) -> Result<(), String> {
+    let text = |error: tightfit_kernels::KernelError| error.to_string();
+    let kernels = Kernels::new(Isa::Portable).map_err(text)?;
+    let number = |index: usize| match passed[index] {
+        Passed::Number(value) => value,
+        Passed::Memory { .. } => 0,
+    };
+    match (kernel, memory) {
+        (_, [source, packed, absmax, count]) if quantized_type(kernel).is_some() => {
+            let float = quantized_type(kernel).unwrap_or(FloatType::F32);
+            let block_size = BlockSize::new(number(2) as usize).map_err(text)?;
+            let mut scales = vec![0.0; absmax.len() / 4];
+            let stats = kernels.quantize_nf4(source, float, block_size, packed, &mut scales);
+            let found = stats.map_err(text)?.nonfinite_blocks;
+            absmax.copy_from_slice(&to_bytes(&scales, f32::to_le_bytes));
+            let before = from_bytes(count, u64::from_le_bytes)[0];
+            count.copy_from_slice(&(before + found).to_le_bytes());
+        }
+        ("tightfit_sum_absmax", [absmax, sums]) => {
+            let values: Vec<f64> = from_bytes(absmax, f32::from_le_bytes)
+                .into_iter()
+                .map(f64::from)
+                .collect();
+            sums.copy_from_slice(&to_bytes(&sums_of(&values), f64::to_le_bytes));
+        }
+        ("tightfit_sum_sums", [values, sums]) => {
+            let values = from_bytes(values, f64::from_le_bytes);
+            sums.copy_from_slice(&to_bytes(&sums_of(&values), f64::to_le_bytes));
+        }
+        ("tightfit_mean", [sums, mean]) => {
+            let sum = sums_of(&from_bytes(sums, f64::from_le_bytes))[0];
+            mean.copy_from_slice(&((sum / number(2) as f64) as f32).to_le_bytes());
+        }
+        ("tightfit_quantize_absmax", [absmax, offset, codes, nested]) => {
+            let absmax = from_bytes(absmax, f32::from_le_bytes);
+            let offset = from_bytes(offset, f32::from_le_bytes)[0];
+            let mut scales = vec![0.0; nested.len() / 4];
+            kernels
+                .quantize_absmax(&absmax, offset, codes, &mut scales)
+                .map_err(text)?;
+            nested.copy_from_slice(&to_bytes(&scales, f32::to_le_bytes));
+        }
+        _ => return Err(format!("{kernel} is not known")),
+    }
+    Ok(())
+}
+
+/// Sums of groups of 256, each by halving.
+fn sums_of(values: &[f64]) -> Vec<f64> {
+    let sum = |group: &[f64]| {
+        let mut sums = [0.0; 256];
+        sums[..group.len()].copy_from_slice(group);
+        let mut half = 128;
+        while half > 0 {
+            for index in 0..half {
+                sums[index] += sums[index + half];
+            }
+            half /= 2;
+        }
+        sums[0]
+    };
+    values.chunks(256).map(sum).collect()
+}
+
+fn to_bytes<T: Copy, const N: usize>(values: &[T], bytes: impl Fn(T) -> [u8; N]) -> Vec<u8> {
+    values.iter().flat_map(|&value| bytes(value)).collect()
+}
+
+fn from_bytes<T, const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> T) -> Vec<T> {
+    let (values, _) = bytes.as_chunks::<N>();
+    values.iter().map(|bytes| value(*bytes)).collect()
+}

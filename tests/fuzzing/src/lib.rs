@@ -1,0 +1,42 @@
+//! What the fuzz targets do: each takes bytes from anyone and asserts what must hold whatever they
+//! are. `fuzz/` calls these from libFuzzer; a test here runs them over the committed seeds, so that
+//! CI needs no fuzzer.
+#![forbid(unsafe_code)]
+
+mod checkpoint;
+#[cfg(feature = "component")]
+mod component;
+mod plan;
+mod quant_state;
+
+pub use checkpoint::checkpoint;
+#[cfg(feature = "component")]
+pub use component::component;
+pub use plan::plan;
+pub use quant_state::quant_state;
+
+use std::path::PathBuf;
+
+use tempfile::TempDir;
+
+/// A target: whether the input was accepted. It panics where something does not hold.
+pub type Target = fn(&[u8]) -> bool;
+
+/// Every target with the name that it has in `fuzz/`.
+pub const TARGETS: &[(&str, Target)] = &[
+    ("checkpoint", checkpoint),
+    #[cfg(feature = "component")]
+    ("component", component),
+    ("plan", plan),
+    ("quant_state", quant_state),
+];
+
+/// A file with these bytes, in a directory that is this thread's alone.
+fn file(name: &str, bytes: &[u8]) -> PathBuf {
+    thread_local! {
+        static DIRECTORY: TempDir = tempfile::tempdir().expect("there is room for files");
+    }
+    let path = DIRECTORY.with(|directory| directory.path().join(name));
+    std::fs::write(&path, bytes).expect("files can be written");
+    path
+}

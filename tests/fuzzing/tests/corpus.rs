@@ -1,0 +1,147 @@
+//! Every fuzz target over what is committed in `fuzz/`: `seeds`, to start a fuzzer from, and
+//! `regressions`, inputs that once broke something.
+
+use std::path::{Path, PathBuf};
+
+use tightfit::policy::precheck_component;
+use tightfit::sandbox::Limits;
+use tightfit_fuzzing::{TARGETS, Target};
+use tightfit_tests::guests::Handwritten;
+
+/// Set to write the seeds before they are run.
+const WRITE: &str = "TIGHTFIT_WRITE_SEEDS";
+
+fn directory(kind: &str, target: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../../fuzz")
+        .join(kind)
+        .join(target)
+}
+
+/// Runs the inputs of one kind and gives how many were accepted.
+fn run(kind: &str, name: &str, target: Target) -> (usize, usize) {
+    let directory = directory(kind, name);
+    let mut paths: Vec<PathBuf> = match std::fs::read_dir(&directory) {
+        Ok(entries) => entries.map(|entry| entry.unwrap().path()).collect(),
+        Err(_) => return (0, 0),
+    };
+    paths.sort();
+    let accept = |path: &&PathBuf| {
+        // Shown where the target panics.
+        println!("{}", path.display());
+        target(&std::fs::read(path).unwrap())
+    };
+    (paths.len(), paths.iter().filter(accept).count())
+}
+
+#[test]
+fn every_target_bears_its_seeds_and_what_once_broke_it() {
+    if std::env::var_os(WRITE).is_some() {
+        write_seeds();
+    }
+    for &(name, target) in TARGETS {
+        let (seeds, accepted) = run("seeds", name, target);
+        // Some are well-formed, so that a fuzzer gets past the first check, and some are not.
+        assert!(
+            accepted > 0 && accepted < seeds,
+            "{name}: {accepted} of {seeds}"
+        );
+        run("regressions", name, target);
+    }
+}
+
+fn write_seeds() {
+    for (target, name, bytes) in seeds() {
+        let directory = directory("seeds", target);
+        std::fs::create_dir_all(&directory).unwrap();
+        std::fs::write(directory.join(name), bytes).unwrap();
+    }
+}
+
+fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
+    let mut seeds = Vec::new();
+    for (name, header, data) in [
+        (
+            "plain",
+            r#"{"__metadata__":{"format":"pt"},"a":{"dtype":"BF16","shape":[3,1],"data_offsets":[0,6]},"b":{"dtype":"F32","shape":[],"data_offsets":[6,10]},"e":{"dtype":"U8","shape":[0,9],"data_offsets":[10,10]}}"#,
+            10,
+        ),
+        (
+            "overlapping",
+            r#"{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"U8","shape":[4],"data_offsets":[2,6]}}"#,
+            6,
+        ),
+        (
+            "incomplete-set",
+            r#"{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"w.absmax":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}"#,
+            6,
+        ),
+    ] {
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend_from_slice(header.as_bytes());
+        bytes.extend(0..data);
+        seeds.push(("checkpoint", name, bytes));
+    }
+    for (name, index) in [
+        (
+            "index",
+            r#"{"metadata":{"total_size":4},"weight_map":{"a":"a.safetensors","b":"b.safetensors"}}"#,
+        ),
+        (
+            "index-outside",
+            r#"{"weight_map":{"a":"../../a.safetensors"}}"#,
+        ),
+    ] {
+        seeds.push(("checkpoint", name, index.as_bytes().to_vec()));
+    }
+
+    let state = |kind: &str, nested: &str| {
+        format!(
+            r#"{{"quant_type":"{kind}","blocksize":64,"dtype":"bfloat16","shape":[8,16]{nested}}}"#
+        )
+    };
+    let nested =
+        r#","nested_blocksize":256,"nested_dtype":"float32","nested_offset":0.04313725605607033"#;
+    for (name, layout, text) in [
+        ("nf4", [0, 64, 2], state("nf4", "")),
+        ("nf4-nested", [1, 64, 2], state("nf4", nested)),
+        ("fp4", [2, 64, 2], state("fp4", "")),
+        ("other-table", [2, 64, 2], state("nf4", "")),
+        ("too-few-scales", [0, 64, 1], state("nf4", "")),
+    ] {
+        let mut bytes = layout.to_vec();
+        bytes.extend_from_slice(text.as_bytes());
+        seeds.push(("quant_state", name, bytes));
+    }
+
+    let module = Handwritten::default().module();
+    let component = precheck_component(&module, &Limits::default())
+        .unwrap()
+        .into_owned();
+    let long = Handwritten {
+        extra: format!("(func {})", "nop ".repeat(2000)),
+        ..Handwritten::default()
+    };
+    seeds.push(("component", "module", module));
+    seeds.push(("component", "component", component));
+    seeds.push(("component", "long-function", long.module()));
+
+    // Sources of choices: their bytes mean nothing by themselves.
+    let mut state = 1u64;
+    for (name, length) in [
+        ("short", 48),
+        ("medium", 256),
+        ("long", 1024),
+        ("other", 1024),
+    ] {
+        let bytes = (0..length).map(|_| {
+            // Marsaglia's xorshift.
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            state.to_le_bytes()[4]
+        });
+        seeds.push(("plan", name, bytes.collect()));
+    }
+    seeds
+}
