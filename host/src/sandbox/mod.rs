@@ -29,6 +29,8 @@ mod limiter;
 #[cfg(feature = "wasm-policies")]
 mod limits;
 #[cfg(feature = "wasm-policies")]
+mod module;
+#[cfg(feature = "wasm-policies")]
 mod options;
 #[cfg(feature = "wasm-policies")]
 mod precheck;

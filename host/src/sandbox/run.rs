@@ -7,7 +7,7 @@ use super::limiter::Limiter;
 use super::wasi::EmptyWasi;
 use super::world::World;
 use super::{
-    Cache, Compiler, Failure, Limits, Mismatch, Options, Wasi, alarm, child, precheck, wasi,
+    Cache, Compiler, Failure, Limits, Mismatch, Options, Wasi, alarm, child, module, precheck, wasi,
 };
 use crate::wit::{Context, View};
 
@@ -58,24 +58,28 @@ impl Sandbox {
     pub(crate) fn compile(&self, bytes: &[u8], world: &World) -> Result<Component, Failure> {
         let limits = &self.options.limits;
         precheck::check(bytes, world, self.options.wasi, limits)?;
+        let bytes = module::described(bytes, world.component_type).map_err(|error| {
+            let reason = format!("damaged: {error}");
+            Failure::NotAComponent { reason }
+        })?;
         let Some(cache) = &self.options.cache else {
-            return self.compile_anew(bytes);
+            return self.compile_anew(&bytes);
         };
-        let id = Cache::id(&self.engine, bytes);
+        let id = Cache::id(&self.engine, &bytes);
         if let Some(code) = cache.find(&id) {
             match code.load(&self.engine) {
                 Ok(component) => return Ok(component),
                 Err(error) => tracing::warn!("compiled code is not used: {error:#}"),
             }
         }
-        let component = self.compile_anew(bytes)?;
+        let component = self.compile_anew(&bytes)?;
         cache.keep(&id, &component.serialize().map_err(Failure::host)?);
         Ok(component)
     }
 
     fn compile_anew(&self, bytes: &[u8]) -> Result<Component, Failure> {
         match &self.options.compiler {
-            Compiler::InProcess => precheck::component(bytes)
+            Compiler::InProcess => module::component(bytes)
                 .and_then(|bytes| {
                     let compiled = Component::from_binary(&self.engine, &bytes);
                     compiled.map_err(|error| format!("{error:#}"))
@@ -105,10 +109,12 @@ impl Sandbox {
             let reason = format!("{error:#}");
             // The interfaces are there, so it is about something in one of them.
             let ty = component.component_type();
-            let import = ty.imports(&self.engine).map(|(name, _)| name.to_owned());
-            let import = import.filter(|name| reason.contains(name.as_str())).next();
+            let mut imports = ty.imports(&self.engine).map(|(name, _)| name);
+            let import = imports
+                .find(|name| reason.contains(name))
+                .unwrap_or_default();
             Failure::WrongWorld(Mismatch::ImportType {
-                import: import.unwrap_or_default(),
+                import: import.to_owned(),
                 reason,
             })
         })
