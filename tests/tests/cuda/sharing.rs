@@ -3,7 +3,7 @@
 
 use tightfit::device::{Device, DeviceError, open_devices};
 use tightfit::dlpack::DLDevice;
-use tightfit::load::{LoadOptions, load, load_reserved, place_with_tail};
+use tightfit::load::{LoadOptions, QuantizeOn, load, load_reserved, place_with_tail};
 use tightfit::plan::{PartKind, Plan};
 use tightfit::types::DType;
 use tightfit_tests::loading::auto;
@@ -26,7 +26,7 @@ fn a_part_keeps_its_own_device_and_no_other() {
     let names: Vec<&str> = names.iter().take(2).map(String::as_str).collect();
     let kinds = Kinds::new(Kinds::FEW);
     let devices = open(&names);
-    let model = kinds.load(&devices, 1).unwrap();
+    let model = kinds.load(&devices, QuantizeOn::Cpu, 1).unwrap();
     // The tensors go to the devices in turn.
     let plain = model.tensor("bf16").unwrap();
     let bytes = plain.read_part(PartKind::Data).unwrap().unwrap();
@@ -76,7 +76,13 @@ fn a_tail_lies_behind_the_weights_in_the_same_reservation() {
         .collect();
     let plan = Plan::with_tail(tensors, &[], &infos, &placements, &[3 * MIB]).unwrap();
     let size = plan.devices[0].size;
-    let model = load(&kinds.checkpoint, &plan, &devices, &in_small_pieces(1)).unwrap();
+    let model = load(
+        &kinds.checkpoint,
+        &plan,
+        &devices,
+        &in_small_pieces(QuantizeOn::Cpu, 1),
+    )
+    .unwrap();
     let usage = devices[0].usage();
     assert_eq!(
         (usage.reserved.now, usage.reserved.peak),
