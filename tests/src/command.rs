@@ -10,7 +10,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 /// The command that `cargo test --workspace` builds beside the tests.
-fn tightfit() -> PathBuf {
+pub fn tightfit() -> PathBuf {
     let test = std::env::current_exe().expect("a test knows its own path");
     let directory = test.parent().and_then(Path::parent);
     let name = format!("tightfit{}", std::env::consts::EXE_SUFFIX);

@@ -43,8 +43,13 @@ pub struct Handwritten {
     pub describe: String,
     /// Body of `plan`: the address of its result, 128, which is zero: a proposal of nothing.
     pub plan: String,
+    /// What it imports.
+    pub imports: String,
     /// Further parts of the module.
     pub extra: String,
+    /// The section that says which world it is for, if that is not the one of policies: its name
+    /// and its contents.
+    pub component_type: Option<(String, Vec<u8>)>,
 }
 
 impl Default for Handwritten {
@@ -57,7 +62,9 @@ impl Default for Handwritten {
                 .to_owned(),
             describe: "(i32.const 16)".to_owned(),
             plan: "(i32.const 128)".to_owned(),
+            imports: String::new(),
             extra: String::new(),
+            component_type: None,
         }
     }
 }
@@ -65,16 +72,19 @@ impl Default for Handwritten {
 impl Handwritten {
     /// The binary, with the component type that the SDK put into the hostile policy.
     pub fn module(&self) -> Vec<u8> {
-        let (section, data) = component_type(HOSTILE);
         let Handwritten {
             realloc,
             describe,
             plan,
+            imports,
             extra,
+            component_type: other,
         } = self;
+        let (section, data) = other.clone().unwrap_or_else(|| component_type(HOSTILE));
         // At 16: name "wat" and version "1" (address, length), no settings.
         let text = format!(
             r#"(module
+                {imports}
                 (memory (export "memory") 4)
                 (global $next (mut i32) (i32.const 4096))
                 (data (i32.const 16) "\40\00\00\00\03\00\00\00\43\00\00\00\01\00\00\00")
@@ -90,6 +100,55 @@ impl Handwritten {
         );
         wat::parse_str(&text).unwrap_or_else(|error| panic!("{error}"))
     }
+}
+
+/// The component that is made of a core module.
+pub fn component(module: &[u8]) -> Vec<u8> {
+    wit_component::ComponentEncoder::default()
+        .module(module)
+        .and_then(|encoder| encoder.validate(true).encode())
+        .unwrap_or_else(|error| panic!("{error:#}"))
+}
+
+/// A component with one more core module, in text, that is instantiated so many times.
+pub fn with_module(component: &[u8], module: &str, times: u32) -> Vec<u8> {
+    let modules = Parser::new(0)
+        .parse_all(component)
+        .filter(|payload| matches!(payload, Ok(Payload::ModuleSection { .. })))
+        .count();
+    let module = wat::parse_str(module).unwrap_or_else(|error| panic!("{error}"));
+    // What each instance is made of: by instantiation, which module, no arguments.
+    let instance = [&[0], &leb128(modules as u32)[..], &[0]].concat();
+    let instances = [leb128(times), instance.repeat(times as usize)].concat();
+    let mut component = component.to_vec();
+    // The sections of core modules and of core instances.
+    for (id, contents) in [(1, module), (2, instances)] {
+        component.push(id);
+        component.extend(leb128(contents.len() as u32));
+        component.extend(contents);
+    }
+    component
+}
+
+/// A number as the binary format has it.
+fn leb128(mut number: u32) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    while number > 0x7f {
+        bytes.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    bytes.push(number as u8);
+    bytes
+}
+
+/// Where a core module says which world it is for.
+pub fn component_type_range(module: &[u8]) -> (usize, usize) {
+    let (_, data) = component_type(module);
+    let start = module
+        .windows(data.len())
+        .position(|window| window == data)
+        .expect("the section is in the module");
+    (start, start + data.len())
 }
 
 /// Name and contents of the section that says which world a core module is for.

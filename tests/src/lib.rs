@@ -14,3 +14,4 @@ pub mod models;
 pub mod reference;
 pub mod saving;
 pub mod tensors;
+pub mod wasi;

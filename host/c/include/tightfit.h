@@ -128,7 +128,11 @@ typedef struct {
   uint64_t staging_bytes;
   // Nonzero: blocks with infinities or NaN are an error.
   uint32_t strict;
-  // NULL, or called after every chunk (at most 512 KiB) with the bytes that are in their place and
+  // Where weights for GPUs are quantized. 0: on processor and GPU, shared out by what is measured
+  // while loading; 1: on the processor; 2: on the GPU, which may take more memory of it than
+  // planned for the time of the load. The bytes are the same.
+  uint32_t quantize_on;
+  // NULL, or called after every chunk (at most 4 MiB) with the bytes that are in their place and
   // the bytes of all. Calls come from several threads at once and not in the order of the bytes;
   // they end before tightfit_load returns. May call this library. Must not throw, longjmp or end
   // its thread.

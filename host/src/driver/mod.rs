@@ -27,7 +27,7 @@ pub use error::DriverError;
 pub use crate::sandbox::{Failure, Limits};
 
 use crate::sandbox::{Mismatch, Options, Sandbox, State, World, read_component};
-use crate::wit::driver::bindings::DriverPre;
+use crate::wit::driver::bindings::{COMPONENT_TYPE, DriverPre};
 use crate::wit::driver::{
     DriverContext, DriverContextView, DriverView, Stopped, add_driver_to_linker,
 };
@@ -47,6 +47,7 @@ const WORLD: World = World {
         "tightfit:host/models@0.1.0",
     ],
     exports: &[RUN],
+    component_type: COMPONENT_TYPE,
 };
 
 const RUN: &str = "tightfit:host/run@0.1.0";

@@ -3,17 +3,19 @@
 //! Every call gets a fresh instance: nothing of one request is left for the next, and a trap
 //! leaves nothing behind.
 
-use std::borrow::Cow;
 use std::path::Path;
 
-use wasmtime::Store;
-use wasmtime::component::Linker;
+use wasmtime::component::types::ComponentItem;
+use wasmtime::component::{Component, Linker};
+use wasmtime::error::Context as _;
+use wasmtime::{Engine, Store, bail};
 
 use super::{Answer, Description, Policy, PolicyError, Request};
 use crate::sandbox::{
     Compiler, Failure, Limits, Mismatch, Options, Sandbox, State, World, checked_component,
     read_component,
 };
+use crate::wit::bindings::exports::tightfit::host::planner;
 use crate::wit::{self, bindings};
 
 /// The policies that are part of the program.
@@ -32,6 +34,7 @@ const WORLD: World = World {
         "tightfit:host/log@0.1.0",
     ],
     exports: &[PLANNER],
+    component_type: bindings::COMPONENT_TYPE,
 };
 
 /// What is checked of a policy's bytes and made of them before they are compiled: what the fuzz
@@ -40,7 +43,7 @@ const WORLD: World = World {
 /// # Errors
 /// As [`WasmPolicy::new`].
 #[doc(hidden)]
-pub fn precheck_component<'a>(bytes: &'a [u8], limits: &Limits) -> Result<Cow<'a, [u8]>, Failure> {
+pub fn precheck_component(bytes: &[u8], limits: &Limits) -> Result<Vec<u8>, Failure> {
     checked_component(bytes, &WORLD, limits)
 }
 
@@ -127,13 +130,15 @@ impl WasmPolicy {
             let mut linker = Linker::new(sandbox.engine());
             wit::add_to_linker::<State<()>>(&mut linker).map_err(Failure::host)?;
             let pre = sandbox.link(&mut linker, &component)?;
-            let pre = bindings::PolicyPre::new(pre).map_err(|error| {
-                Failure::WrongWorld(Mismatch::ExportType {
-                    export: PLANNER.to_owned(),
-                    reason: format!("{error:#}"),
+            check_planner(&component, sandbox.engine())
+                .and_then(|()| bindings::PolicyPre::new(pre))
+                .map(|pre| (sandbox, pre))
+                .map_err(|error| {
+                    Failure::WrongWorld(Mismatch::ExportType {
+                        export: PLANNER.to_owned(),
+                        reason: format!("{error:#}"),
+                    })
                 })
-            })?;
-            Ok((sandbox, pre))
         };
         let (sandbox, pre) = compiled().map_err(|failure| PolicyError::Failed {
             policy: label.to_owned(),
@@ -178,6 +183,30 @@ impl WasmPolicy {
             failure,
         }
     }
+}
+
+/// Compares the types of the planner's functions, which the generated code does when it is asked.
+fn check_planner(component: &Component, engine: &Engine) -> wasmtime::Result<()> {
+    let ty = component.component_type();
+    let (interface, _) = PLANNER.split_once('@').unwrap_or((PLANNER, ""));
+    let planner = ty
+        .exports(engine)
+        .find(|(name, _)| name.split('@').next() == Some(interface));
+    let Some(ComponentItem::ComponentInstance(planner)) = planner.map(|(_, export)| export.ty)
+    else {
+        bail!("it is not an interface");
+    };
+    let function = |name: &str| match planner.get_export(engine, name).map(|export| export.ty) {
+        Some(ComponentItem::ComponentFunc(function)) => Ok(function),
+        _ => bail!("it has no function {name}"),
+    };
+    let types = ty.instance_type();
+    function("describe")?
+        .typecheck::<(), (planner::Description,)>(&types)
+        .context("its function describe has another type")?;
+    function("plan")?
+        .typecheck::<(&planner::Request,), (Result<planner::Proposal, planner::Refusal>,)>(&types)
+        .context("its function plan has another type")
 }
 
 impl Policy for WasmPolicy {

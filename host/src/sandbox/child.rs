@@ -10,10 +10,10 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
-use wasmtime::Engine;
+use wasmtime::{Engine, OutOfMemory};
 
 use super::code::Code;
-use super::{CompilerProgram, Failure, Limits, precheck, run};
+use super::{CompilerProgram, Failure, Limits, module, run};
 
 /// What the child is told before the component: three numbers of 8 bytes, least significant first.
 struct Order {
@@ -50,6 +50,7 @@ impl Order {
 /// The first byte of an answer; its length and itself follow.
 const COMPILED: u8 = b'+';
 const REFUSED: u8 = b'-';
+const OUT_OF_MEMORY: u8 = b'm';
 
 /// Environment variables without which a program may not start. The child is given no other: it
 /// has no use for what may be secret.
@@ -58,7 +59,7 @@ const ENVIRONMENT: [&str; 3] = ["LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SystemR
 /// Bytes that are read of what the child says as it dies.
 const LAST_WORDS: u64 = 64 << 10;
 
-/// Compiles a component or a core module that has been checked.
+/// Compiles a component, or a core module with the description of its world, that has been checked.
 ///
 /// # Errors
 /// [`Failure::NotAComponent`], [`Failure::CompileTime`], [`Failure::CompileMemory`],
@@ -90,6 +91,9 @@ pub(super) fn compile(
         }
         Some((REFUSED, reason)) => Err(Failure::NotAComponent {
             reason: String::from_utf8_lossy(reason).into_owned(),
+        }),
+        Some((OUT_OF_MEMORY, _)) => Err(Failure::CompileMemory {
+            limit: limits.compile_memory,
         }),
         _ => Err(ended.failure(limits)),
     }
@@ -125,9 +129,9 @@ impl Ended {
             };
         }
         let last = self.last_words.lines().map(str::trim);
-        let last = last.filter(|line| !line.is_empty() && !line.starts_with("note: "));
+        let mut last = last.filter(|line| !line.is_empty() && !line.starts_with("note: "));
         let mut message = self.status.to_string();
-        if let Some(last) = last.last() {
+        if let Some(last) = last.next_back() {
             message += ": ";
             message.extend(last.chars().take(500));
         }
@@ -223,21 +227,31 @@ pub fn compile_for_parent(mut input: impl Read, mut output: impl Write) -> io::R
     let order = Order::read(&mut input)?;
     limit_process(&order)?;
     let mut bytes = Vec::new();
-    input.read_to_end(&mut bytes)?;
-    let compiled = precheck::component(&bytes).and_then(|component| {
-        let stack = usize::try_from(order.stack).unwrap_or(usize::MAX);
-        Engine::new(&run::config(stack))
-            .and_then(|engine| engine.precompile_component(&component))
-            .map_err(|error| format!("{error:#}"))
-    });
-    let (kind, contents) = match compiled {
-        Ok(code) => (COMPILED, code),
-        Err(reason) => (REFUSED, reason.into_bytes()),
+    let (kind, contents) = match input.read_to_end(&mut bytes) {
+        Ok(_) => match compiled(&bytes, order.stack) {
+            Ok(code) => (COMPILED, code),
+            Err(answer) => answer,
+        },
+        Err(error) if error.kind() == io::ErrorKind::OutOfMemory => (OUT_OF_MEMORY, Vec::new()),
+        Err(error) => return Err(error),
     };
     output.write_all(&[kind])?;
     output.write_all(&(contents.len() as u64).to_le_bytes())?;
     output.write_all(&contents)?;
     output.flush()
+}
+
+/// Code, or another answer.
+fn compiled(bytes: &[u8], stack: u64) -> Result<Vec<u8>, (u8, Vec<u8>)> {
+    let refused = |reason: String| (REFUSED, reason.into_bytes());
+    let component = module::component(bytes).map_err(refused)?;
+    let stack = usize::try_from(stack).unwrap_or(usize::MAX);
+    Engine::new(&run::config(stack))
+        .and_then(|engine| engine.precompile_component(&component))
+        .map_err(|error| match error.is::<OutOfMemory>() {
+            true => (OUT_OF_MEMORY, Vec::new()),
+            false => refused(format!("{error:#}")),
+        })
 }
 
 #[cfg(unix)]

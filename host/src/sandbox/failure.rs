@@ -169,6 +169,7 @@ impl Failure {
     }
 
     /// Of an error that is not about the guest.
+    #[cfg(feature = "wasm-policies")]
     pub(crate) fn host(error: impl std::fmt::Display) -> Failure {
         Failure::Host {
             // With a wasmtime error's causes.

@@ -31,6 +31,8 @@ mod limiter;
 #[cfg(feature = "wasm-policies")]
 mod limits;
 #[cfg(feature = "wasm-policies")]
+mod module;
+#[cfg(feature = "wasm-policies")]
 mod options;
 #[cfg(feature = "wasm-policies")]
 mod precheck;
@@ -58,8 +60,6 @@ pub use limits::{BadLimit, Limits};
 #[cfg(feature = "wasm-policies")]
 pub use options::{Compiler, CompilerProgram, Options, Wasi};
 #[cfg(feature = "wasm-policies")]
-pub(crate) use precheck::checked_component;
-#[cfg(feature = "wasm-policies")]
-pub(crate) use run::{Sandbox, State};
+pub(crate) use run::{Sandbox, State, checked_component};
 #[cfg(feature = "wasm-policies")]
 pub(crate) use world::World;

@@ -1,7 +1,5 @@
 //! What is checked of a guest's bytes before anything is compiled: one pass over its sections.
 
-use std::borrow::Cow;
-
 use wasmparser::{BinaryReaderError, Parser, Payload};
 
 use super::instances::Counter;
@@ -75,56 +73,25 @@ pub(super) fn check(
             _ => {}
         }
     }
+    let limit = limits.instances;
+    match instances.count() {
+        Some(count) if count > limit as u64 => {
+            let what = "instances";
+            return Err(Failure::TooMany { what, limit });
+        }
+        Some(_) => {}
+        None => {
+            return Err(not_a_component(
+                "it instantiates components that it is given, which this host does not link",
+            ));
+        }
+    }
     if Parser::is_component(bytes) {
         world
             .check_exports(exports.iter().copied())
             .map_err(Failure::WrongWorld)?;
     }
-    let limit = limits.instances;
-    match instances.count() {
-        Some(count) if count > limit as u64 => Err(Failure::TooMany {
-            what: "instances",
-            limit,
-        }),
-        Some(_) => Ok(()),
-        None => Err(not_a_component(
-            "it instantiates components that it is given, which this host does not link",
-        )),
-    }
-}
-
-/// Both: checks the bytes and gives what is compiled.
-///
-/// # Errors
-/// As [`check`], and [`Failure::NotAComponent`] for a core module that is none.
-pub(crate) fn checked_component<'a>(
-    bytes: &'a [u8],
-    world: &World,
-    limits: &Limits,
-) -> Result<Cow<'a, [u8]>, Failure> {
-    check(bytes, world, Wasi::None, limits)?;
-    component(bytes).map_err(|reason| Failure::NotAComponent { reason })
-}
-
-/// A component ready to be compiled: the input itself, or a core module wrapped into one. The input
-/// has been checked.
-///
-/// # Errors
-/// What keeps a core module from being made a component.
-pub(super) fn component(bytes: &[u8]) -> Result<Cow<'_, [u8]>, String> {
-    if Parser::is_component(bytes) {
-        return Ok(Cow::Borrowed(bytes));
-    }
-    // What wit-bindgen and cargo give: a core module that carries its component type.
-    wit_component::ComponentEncoder::default()
-        .module(bytes)
-        .and_then(|encoder| encoder.validate(true).encode())
-        .map(Cow::Owned)
-        .map_err(|error| {
-            format!(
-                "a core module that cannot be made a component (was it built with the SDK or wit-bindgen?): {error:#}"
-            )
-        })
+    Ok(())
 }
 
 /// Whether a core module's import is of an interface, and not of what tools make up for themselves,

@@ -1,5 +1,7 @@
 //! Compiling, linking and running guests.
 
+use std::borrow::Cow;
+
 use wasmtime::component::{Component, InstancePre, Linker, ResourceTableError};
 use wasmtime::{Config, Engine, Store, Trap};
 
@@ -7,7 +9,7 @@ use super::limiter::Limiter;
 use super::wasi::EmptyWasi;
 use super::world::World;
 use super::{
-    Cache, Compiler, Failure, Limits, Mismatch, Options, Wasi, alarm, child, precheck, wasi,
+    Cache, Compiler, Failure, Limits, Mismatch, Options, Wasi, alarm, child, module, precheck, wasi,
 };
 use crate::wit::{Context, View};
 
@@ -33,6 +35,34 @@ impl<T: Send> View for State<T> {
     }
 }
 
+/// Checks bytes, and sees to it that a core module says what component it is.
+fn checked<'a>(
+    bytes: &'a [u8],
+    world: &World,
+    wasi: Wasi,
+    limits: &Limits,
+) -> Result<Cow<'a, [u8]>, Failure> {
+    precheck::check(bytes, world, wasi, limits)?;
+    module::described(bytes, world.component_type).map_err(|error| Failure::NotAComponent {
+        reason: format!("damaged: {error}"),
+    })
+}
+
+/// What is done with bytes before they are compiled: gives the component.
+///
+/// # Errors
+/// As [`Sandbox::compile`].
+pub(crate) fn checked_component(
+    bytes: &[u8],
+    world: &World,
+    limits: &Limits,
+) -> Result<Vec<u8>, Failure> {
+    let bytes = checked(bytes, world, Wasi::None, limits)?;
+    module::component(&bytes)
+        .map(Cow::into_owned)
+        .map_err(|reason| Failure::NotAComponent { reason })
+}
+
 impl Sandbox {
     /// # Errors
     /// [`Failure::Host`] where this machine cannot run wasm, or not with this stack.
@@ -56,26 +86,25 @@ impl Sandbox {
     /// # Errors
     /// [`Failure::NotAComponent`], [`Failure::WrongWorld`], the limits on sizes and on compiling.
     pub(crate) fn compile(&self, bytes: &[u8], world: &World) -> Result<Component, Failure> {
-        let limits = &self.options.limits;
-        precheck::check(bytes, world, self.options.wasi, limits)?;
+        let bytes = checked(bytes, world, self.options.wasi, &self.options.limits)?;
         let Some(cache) = &self.options.cache else {
-            return self.compile_anew(bytes);
+            return self.compile_anew(&bytes);
         };
-        let id = Cache::id(&self.engine, bytes);
+        let id = Cache::id(&self.engine, &bytes);
         if let Some(code) = cache.find(&id) {
             match code.load(&self.engine) {
                 Ok(component) => return Ok(component),
                 Err(error) => tracing::warn!("compiled code is not used: {error:#}"),
             }
         }
-        let component = self.compile_anew(bytes)?;
+        let component = self.compile_anew(&bytes)?;
         cache.keep(&id, &component.serialize().map_err(Failure::host)?);
         Ok(component)
     }
 
     fn compile_anew(&self, bytes: &[u8]) -> Result<Component, Failure> {
         match &self.options.compiler {
-            Compiler::InProcess => precheck::component(bytes)
+            Compiler::InProcess => module::component(bytes)
                 .and_then(|bytes| {
                     let compiled = Component::from_binary(&self.engine, &bytes);
                     compiled.map_err(|error| format!("{error:#}"))
@@ -105,10 +134,12 @@ impl Sandbox {
             let reason = format!("{error:#}");
             // The interfaces are there, so it is about something in one of them.
             let ty = component.component_type();
-            let import = ty.imports(&self.engine).map(|(name, _)| name.to_owned());
-            let import = import.filter(|name| reason.contains(name.as_str())).next();
+            let mut imports = ty.imports(&self.engine).map(|(name, _)| name);
+            let import = imports
+                .find(|name| reason.contains(name))
+                .unwrap_or_default();
             Failure::WrongWorld(Mismatch::ImportType {
-                import: import.unwrap_or_default(),
+                import: import.to_owned(),
                 reason,
             })
         })

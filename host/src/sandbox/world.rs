@@ -10,6 +10,8 @@ pub(crate) struct World {
     /// Interfaces with their versions, for example `tightfit:host/log@0.1.0`.
     pub(crate) imports: &'static [&'static str],
     pub(crate) exports: &'static [&'static str],
+    /// The same as wit-component encodes it, with types and functions: for core modules.
+    pub(crate) component_type: &'static [u8],
 }
 
 /// The versions of WASI of which there is an empty one.
@@ -128,6 +130,7 @@ mod tests {
         let world = World {
             imports: &["tightfit:host/log@0.1.0"],
             exports: &["tightfit:host/planner@0.1.0"],
+            component_type: &[],
         };
         let import = |name, wasi| world.check_import(name, wasi).unwrap_err().to_string();
         assert_eq!(

@@ -4,4 +4,5 @@
 wasmtime::component::bindgen!({
     path: "../wit",
     world: "policy",
+    include_component_type: true,
 });

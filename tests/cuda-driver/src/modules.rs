@@ -99,7 +99,6 @@ pub unsafe extern "C" fn cuModuleGetFunction(
 /// # Safety
 /// As the driver's.
 #[unsafe(no_mangle)]
-#[expect(clippy::too_many_arguments, reason = "the driver's")]
 pub unsafe extern "C" fn cuLaunchKernel(
     function: u64,
     grid: u32,

@@ -115,9 +115,7 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     }
 
     let module = Handwritten::default().module();
-    let component = precheck_component(&module, &Limits::default())
-        .unwrap()
-        .into_owned();
+    let component = precheck_component(&module, &Limits::default()).unwrap();
     let long = Handwritten {
         extra: format!("(func {})", "nop ".repeat(2000)),
         ..Handwritten::default()

@@ -25,7 +25,7 @@ impl Policy for Hostile {
         let marked = String::from_utf8_lossy(black_box(&IN_DESCRIBE)).into_owned();
         let behavior = marked.trim_end().trim_start_matches("in-describe:");
         let name = match behavior {
-            "honest" => "hostile".to_owned(),
+            "honest" | "many-settings" | "long-help" => "hostile".to_owned(),
             "escape" => ESCAPES.to_owned(),
             "long" => "x".repeat(1 << 20),
             "giant" => "x".repeat(40 << 20),
@@ -34,14 +34,24 @@ impl Policy for Hostile {
                 None => panic!("no behavior in describe is called `{other}`"),
             },
         };
+        let setting = Setting {
+            name: "behavior".to_owned(),
+            default: "honest".to_owned(),
+            help: "What to do.".to_owned(),
+        };
+        let settings = match behavior {
+            "many-settings" => vec![setting; 10_000],
+            "long-help" => vec![Setting {
+                default: "d".repeat(1 << 20),
+                help: "h".repeat(1 << 20),
+                ..setting
+            }],
+            _ => vec![setting],
+        };
         Description {
             name,
             version: "1.0.0".to_owned(),
-            settings: vec![Setting {
-                name: "behavior".to_owned(),
-                default: "honest".to_owned(),
-                help: "What to do.".to_owned(),
-            }],
+            settings,
         }
     }
 
@@ -91,6 +101,26 @@ impl Policy for Hostile {
                 }
                 Ok(honest)
             }
+            "log-a-giant" => {
+                log(Level::Info, &"z".repeat(40 << 20));
+                Ok(honest)
+            }
+            "ask-a-giant-shape" => {
+                let shape = vec![1; 5 << 20];
+                let tensor = Tensor {
+                    name: String::new(),
+                    dtype: DType::Bf16,
+                    shape,
+                    bytes: 0,
+                    quantized: None,
+                };
+                let _ = black_box(Sizer::new().size(&tensor, Format::Stored));
+                Ok(honest)
+            }
+            "millions-of-placements" => Ok(edited(honest, |p| {
+                p.placements = vec![p.placements[0]; 3 << 20];
+            })),
+            "millions-of-headrooms" => Ok(edited(honest, |p| p.headroom = vec![1; 5 << 20])),
             "log-escapes" => {
                 log(Level::Warn, ESCAPES);
                 Ok(honest)

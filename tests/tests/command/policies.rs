@@ -127,7 +127,7 @@ fn a_policy_cannot_fill_the_terminal() {
     assert!(flood.stderr.len() < MOST, "{}", flood.stderr.len());
     let refusal = plan(&place, "refuse-at-length").fails(DOES_NOT_FIT, &["hostile", "xxx"]);
     assert!(refusal.stderr.len() < MOST, "{}", refusal.stderr.len());
-    plan(&place, "refuse-without-end").fails(POLICY, &["hostile.wasm", "trapped"]);
+    plan(&place, "refuse-without-end").fails(POLICY, &["hostile.wasm", "`host-call-bytes`"]);
     fs::write(place.path("hostile.wasm"), hostile_in_describe("long")).unwrap();
     let shown = place.run(&["policy", "show", "hostile.wasm"]).succeeds();
     assert!(shown.stdout.len() < MOST, "{}", shown.stdout.len());
@@ -309,19 +309,91 @@ fn a_setting_is_read_from_a_file() {
 #[test]
 fn a_limit_that_is_hit_is_named_and_can_be_set() {
     let place = hostile_place();
-    let show =
-        |limit: &str| place.run(&["policy", "show", "hostile.wasm", "--policy-limit", limit]);
+    // What is kept need not be compiled.
+    let show = |limit: &str| {
+        let limit = ["--policy-limit", limit];
+        place.run(
+            &[
+                &["policy", "show", "hostile.wasm", "--no-cache"],
+                &limit[..],
+            ]
+            .concat(),
+        )
+    };
     show("memory=1GiB").succeeds();
     for (limit, name) in [
         ("memory=64KiB", "memory"),
         ("fuel=10", "fuel"),
         ("component=1KiB", "component"),
         ("function=16", "function"),
+        ("memories=0", "memories"),
+        ("tables=0", "tables"),
+        ("instances=1", "instances"),
+        ("table-elements=0", "table-elements"),
+        ("settings=0", "settings"),
+        ("host-call-bytes=1", "host-call-bytes"),
+        ("compile-time=0", "compile-time"),
+        ("compile-memory=1MiB", "compile-memory"),
     ] {
         let hint = format!("--policy-limit {name}=VALUE");
         show(limit).fails(POLICY, &["hostile.wasm", &format!("`{name}`"), &hint]);
     }
+    // What is said is cut, not refused.
+    let brief = place.run(&[
+        "policy",
+        "show",
+        "hostile.wasm",
+        "--policy-limit",
+        "text-bytes=3",
+    ]);
+    assert!(brief.succeeds().stdout.starts_with("hos… 1.0…"));
     for limit in ["memory=much", "deadline=-1", "stack=1MiB", "fuel", "=1"] {
         show(limit).fails(USAGE, &["--policy-limit"]);
     }
+}
+
+#[test]
+fn a_policy_for_another_host_is_told_apart_in_a_sentence() {
+    let place = hostile_place();
+    let show = |interface: &str, more: &[&str]| {
+        let text =
+            format!(r#"(component (import "{interface}" (instance (export "now" (func)))))"#);
+        fs::write(place.path("other.wasm"), wat::parse_str(text).unwrap()).unwrap();
+        place.run(&[&["policy", "show", "other.wasm"], more].concat())
+    };
+    let newer =
+        "it imports tightfit:host/log@0.2.0, this host has 0.1.0: it is for a newer release";
+    show("tightfit:host/log@0.2.0", &[]).fails(POLICY, &["other.wasm", newer]);
+    let wasi = "wasi:clocks/wall-clock@0.2.0";
+    show(wasi, &[]).fails(POLICY, &[wasi, "no WASI here", "--wasi empty"]);
+    show(wasi, &["--wasi", "empty"])
+        .fails(POLICY, &["does not export tightfit:host/planner@0.1.0"]);
+    show(wasi, &["--wasi", "full"]).fails(USAGE, &["none or empty"]);
+}
+
+#[test]
+fn what_is_logged_is_bounded_by_a_limit() {
+    let place = hostile_place();
+    let behavior = [
+        "--policy",
+        "hostile.wasm",
+        "--set",
+        "behavior=flood-the-log",
+    ];
+    let flood = |limit: &str| {
+        let limit = ["--policy-limit", limit];
+        let arguments = [
+            &["plan", "m", "--device", "sim:64MiB"],
+            &behavior[..],
+            &limit,
+        ]
+        .concat();
+        place
+            .run(&arguments)
+            .stderr
+            .matches("policy: warn: flood")
+            .count()
+    };
+    assert_eq!(flood("log-bytes=0"), 0);
+    assert_eq!(flood("log-bytes=3KiB"), 4);
 }

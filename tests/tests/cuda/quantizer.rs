@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use cuda_stand_in::control::Setup;
 use tightfit::device::{
     CudaDevice, Device, DeviceError, Piece, QuantizeJob, Quantizer, Reservation, ScalePlace,
     ScalesJob, Workspace,
@@ -9,7 +10,7 @@ use tightfit::device::{
 use tightfit::memory::ReservationSize;
 use tightfit_kernels::{BlockSize, FloatType, Kernels};
 
-use super::Driver;
+use super::{Driver, stand_in};
 
 const ELEMENTS: usize = 5000;
 const BLOCKS: usize = ELEMENTS.div_ceil(64);
@@ -123,6 +124,25 @@ fn scales_are_quantized_after_what_other_workers_have_started() {
     assert_eq!(nonfinite, [0; 8]);
     drop((one, other, quantizer, reservation, device));
     driver.clean_report("by hand");
+}
+
+#[test]
+fn two_workers_in_one_place_are_a_fault_in_the_books() {
+    let Some(stand_in) = stand_in(&Setup::default()) else {
+        return;
+    };
+    let (device, reservation, quantizer) = open();
+    let mut workers = [0, 1].map(|_| quantizer.worker(32 << 10).unwrap());
+    for worker in &mut workers {
+        fill(worker.stage().unwrap(), &weights(0));
+        worker.quantize(&job()).unwrap();
+    }
+    let faults = stand_in.report().faults;
+    assert!(
+        faults.iter().any(|fault| fault.contains("races")),
+        "{faults:?}"
+    );
+    drop((workers, quantizer, reservation, device));
 }
 
 #[test]

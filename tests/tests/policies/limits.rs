@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use tightfit::policy::{Failure, Limits, Policy, PolicyError, Request};
+use tightfit::plan::ProposeError;
+use tightfit::policy::{Failure, Limits, Policy, PolicyError};
 use tightfit_tests::guests::{self, Handwritten, compile, hostile, hostile_in_describe};
-use tightfit_tests::loading::auto;
 
 use super::Bench;
 
@@ -91,27 +91,6 @@ fn describe_is_limited_like_plan() {
 }
 
 #[test]
-fn a_loop_in_the_start_function_or_the_allocator_runs_out_of_fuel() {
-    let bench = Bench::new();
-    let spin = "(loop (br 0)) (unreachable)";
-    let start = handwritten(|policy| policy.extra = format!("(func $spin {spin}) (start $spin)"));
-    let fuel = meager().fuel;
-    assert_eq!(
-        bench.failure(&compile(&start, meager()), ""),
-        Failure::OutOfFuel { fuel }
-    );
-    assert_eq!(
-        bench.failure(&compile(&start, impatient()), ""),
-        Failure::Deadline { seconds: 0.2 }
-    );
-    let allocator = handwritten(|policy| policy.realloc = spin.to_owned());
-    assert_eq!(
-        bench.failure(&compile(&allocator, meager()), ""),
-        Failure::OutOfFuel { fuel }
-    );
-}
-
-#[test]
 fn memory_is_limited_by_need_and_not_by_luck() {
     let failure = Bench::new().failure(hostile(), "eat-memory");
     assert!(
@@ -127,28 +106,6 @@ fn memory_is_limited_by_need_and_not_by_luck() {
         Failure::Memory {
             need: 60_004 * 65_536,
             limit: MEMORY
-        }
-    );
-}
-
-#[test]
-fn a_second_memory_does_not_get_around_the_limit() {
-    let module = handwritten(|policy| policy.extra = "(memory 1)".to_owned());
-    let failure = Bench::new().failure(&compile(&module, Limits::default()), "");
-    assert!(
-        matches!(&failure, Failure::Trap { message } if message.contains("memory")),
-        "{failure:?}"
-    );
-}
-
-#[test]
-fn tables_are_limited() {
-    let module = handwritten(|policy| policy.extra = "(table 200000 funcref)".to_owned());
-    assert_eq!(
-        Bench::new().failure(&compile(&module, Limits::default()), ""),
-        Failure::Tables {
-            need: 200_000,
-            limit: 100_000
         }
     );
 }
@@ -172,29 +129,68 @@ fn a_panic_says_why() {
 }
 
 #[test]
-fn a_trap_without_words_is_named_by_its_kind() {
-    let silent = handwritten(|policy| policy.plan = "(unreachable)".to_owned());
-    let divided = handwritten(|policy| {
-        policy.plan = "(i32.div_u (i32.const 1) (i32.const 0))".to_owned();
-    });
-    for (module, word) in [(silent, "unreachable"), (divided, "divide by zero")] {
-        let failure = Bench::new().failure(&compile(&module, Limits::default()), "");
-        assert!(
-            matches!(&failure, Failure::Trap { message } if message.contains(word)),
-            "{failure:?}"
-        );
+fn more_than_a_call_may_carry_is_not_carried() {
+    const CARRIED: Failure = Failure::HostCall { limit: 32 << 20 };
+    let bench = Bench::new();
+    for behavior in [
+        "refuse-without-end",
+        "log-a-giant",
+        "ask-a-giant-shape",
+        "millions-of-placements",
+        "millions-of-headrooms",
+    ] {
+        assert_eq!(bench.failure(hostile(), behavior), CARRIED, "{behavior}");
     }
+    let giant = compile(&hostile_in_describe("giant"), Limits::default());
+    assert_eq!(bench.failure(&giant, ""), CARRIED);
+    let more = Limits {
+        host_call_bytes: 64 << 20,
+        ..Limits::default()
+    };
+    let refused = bench.error(&compile(guests::HOSTILE, more), "refuse-without-end");
+    assert!(
+        matches!(refused, ProposeError::Policy(PolicyError::Refused { .. })),
+        "{refused:?}"
+    );
 }
 
 #[test]
-fn more_text_than_a_call_may_carry_is_a_trap() {
-    let giant = compile(&hostile_in_describe("giant"), Limits::default());
-    for failure in [
-        Bench::new().failure(hostile(), "refuse-without-end"),
-        Bench::new().failure(&giant, ""),
-    ] {
-        assert!(matches!(&failure, Failure::Trap { .. }), "{failure:?}");
-    }
+fn a_description_has_so_many_settings_and_no_more() {
+    let many = |limits| compile(&hostile_in_describe("many-settings"), limits);
+    let bench = Bench::new();
+    assert_eq!(
+        bench.failure(&many(Limits::default()), ""),
+        Failure::TooMany {
+            what: "settings",
+            limit: 256
+        }
+    );
+    let raised = Limits {
+        settings: 10_000,
+        ..Limits::default()
+    };
+    assert_eq!(many(raised).describe().unwrap().settings.len(), 10_000);
+}
+
+#[test]
+fn a_setting_of_ten_megabytes_costs_the_guest_its_own_memory() {
+    let bench = Bench::new();
+    let setting = "x".repeat(10 << 20);
+    let refused = bench.error(hostile(), &setting);
+    assert!(
+        matches!(refused, ProposeError::Policy(PolicyError::Refused { .. })),
+        "{refused:?}"
+    );
+    let small = Limits {
+        memory: 4 << 20,
+        ..Limits::default()
+    };
+    let failure = bench.failure(&compile(guests::HOSTILE, small), &setting);
+    assert!(
+        matches!(failure, Failure::Memory { need, limit: LIMIT } if need > LIMIT),
+        "{failure:?}"
+    );
+    const LIMIT: u64 = 4 << 20;
 }
 
 #[test]
@@ -206,6 +202,15 @@ fn long_texts_are_cut_to_what_people_read() {
     let description = policy.describe().unwrap();
     assert!(description.name.len() < 5000, "{}", description.name.len());
     assert_eq!(description.version, "1.0.0");
+    let policy = compile(&hostile_in_describe("long-help"), Limits::default());
+    let setting = policy.describe().unwrap().settings.remove(0);
+    assert!(setting.help.len() < 5000 && setting.default.len() < 5000);
+    let brief = Limits {
+        text_bytes: 10,
+        ..Limits::default()
+    };
+    let policy = compile(&hostile_in_describe("long"), brief);
+    assert_eq!(policy.describe().unwrap().name, "xxxxxxxxxx…");
 }
 
 #[test]
@@ -216,25 +221,6 @@ fn a_flood_of_messages_and_absurd_questions_harm_nobody() {
         assert_eq!(proposed.plan.devices[0].tensors, 3, "{behavior}");
         bench.is_unharmed();
     }
-}
-
-#[test]
-fn the_same_request_takes_the_same_fuel_and_gives_the_same_proposal() {
-    let bench = Bench::new();
-    let devices = bench.infos();
-    let request = bench.request(&devices);
-    let again = compile(guests::HOSTILE, Limits::default());
-    for policies in [[hostile(), &again], [auto(), auto()]] {
-        let answers = policies.map(|policy| policy.plan(&request).unwrap());
-        assert_eq!(answers[0], answers[1]);
-        assert!(answers[0].fuel.is_some_and(|fuel| fuel > 0), "{answers:?}");
-    }
-    let fewer = Request {
-        tensors: &request.tensors[..3],
-        ..request
-    };
-    let [some, more] = [fewer, request].map(|request| auto().plan(&request).unwrap().fuel);
-    assert_ne!(some, more, "a larger request takes more");
 }
 
 #[test]

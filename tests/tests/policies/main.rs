@@ -1,10 +1,16 @@
 //! Policies that fail, lie or attack: each is one typed error, and nothing else comes to harm.
 
 mod answers;
+mod damaged;
+mod determinism;
+mod empty_wasi;
 mod formats;
 mod limits;
 mod modules;
+mod parts;
 mod revisions;
+mod traps;
+mod worlds;
 
 use tempfile::TempDir;
 use tightfit::checkpoint::Checkpoint;

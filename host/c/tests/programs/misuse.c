@@ -95,6 +95,8 @@ int main(int argc, char **argv) {
     IS(USAGE, tightfit_load(checkpoint, policy, devices, NULL, 0, &options, &model));
     options = (TightfitLoadOptions){.struct_size = sizeof options, .staging_bytes = 1};
     IS(USAGE, tightfit_load(checkpoint, policy, devices, NULL, 0, &options, &model));
+    options = (TightfitLoadOptions){.struct_size = sizeof options, .quantize_on = 3};
+    IS(USAGE, tightfit_load(checkpoint, policy, devices, NULL, 0, &options, &model));
 
     /* A model outlives what it was made from. */
     IS(DONE, tightfit_load(checkpoint, policy, devices, NULL, 0, NULL, &model));

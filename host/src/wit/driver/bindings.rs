@@ -4,6 +4,7 @@
 wasmtime::component::bindgen!({
     path: "../wit",
     world: "driver",
+    include_component_type: true,
     imports: { default: trappable },
     trappable_error_type: { "tightfit:host/errors.error" => super::CallError },
     with: {

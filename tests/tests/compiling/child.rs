@@ -1,0 +1,206 @@
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use rustix::process::{WaitOptions, wait};
+use tightfit::policy::{Failure, Policy};
+use tightfit::sandbox::{Limits, Options};
+use tightfit_tests::guests::{HOSTILE, Handwritten, component};
+
+use super::{alone, compiler, open, program, unwary, works};
+
+fn in_child(limits: Limits) -> Options {
+    Options {
+        limits,
+        compiler: compiler(),
+        ..Options::default()
+    }
+}
+
+/// One function whose branches the compiler's time grows with faster than linearly.
+fn bomb(branches: usize) -> Vec<u8> {
+    let mut body = String::new();
+    for n in 0..branches {
+        write!(
+            body,
+            "(if (i32.and (local.get {}) (i32.const {n})) (then (local.set {} (i32.add (local.get {}) (i32.const {n})))))",
+            n % 8,
+            (n * 5 + 1) % 8,
+            (n * 3 + 2) % 8,
+        )
+        .unwrap();
+    }
+    let policy = Handwritten {
+        extra: format!("(func (param i32 i32 i32 i32 i32 i32 i32 i32) {body})"),
+        ..Handwritten::default()
+    };
+    policy.module()
+}
+
+/// Open files and children that have ended and nobody waited for.
+fn left_behind() -> (usize, bool) {
+    let files = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    // An error where there are no children at all.
+    let children = wait(WaitOptions::NOHANG).is_ok();
+    (files, children)
+}
+
+#[test]
+fn a_policy_that_was_compiled_elsewhere_works_here() {
+    let _alone = alone();
+    works(in_child(Limits::default()));
+    // A component as well as a core module.
+    let policy = open(&component(HOSTILE), in_child(Limits::default())).unwrap();
+    assert_eq!(policy.describe().unwrap().name, "hostile");
+}
+
+#[test]
+fn a_bomb_is_stopped_by_the_clock() {
+    let _alone = alone();
+    let limits = Limits {
+        compile_time: Duration::from_millis(300),
+        ..unwary()
+    };
+    // The size limits alone would have turned it down.
+    let bomb = bomb(120_000);
+    let limit = Limits::default().function;
+    assert!(matches!(
+        open(&bomb, Limits::default()),
+        Err(Failure::TooLarge { what: "largest function", have, .. }) if have > limit
+    ));
+    let failure = open(&bomb, in_child(limits)).unwrap_err();
+    assert_eq!(failure, Failure::CompileTime { seconds: 0.3 });
+    assert_eq!(failure.limit(), Some("compile-time"));
+    works(in_child(Limits::default()));
+}
+
+#[test]
+fn a_bomb_is_stopped_by_the_memory() {
+    let _alone = alone();
+    let limits = Limits {
+        compile_memory: 96 << 20,
+        ..unwary()
+    };
+    let limit = limits.compile_memory;
+    let failure = open(&bomb(120_000), in_child(limits)).unwrap_err();
+    assert_eq!(failure, Failure::CompileMemory { limit });
+    assert_eq!(failure.limit(), Some("compile-memory"));
+    works(in_child(Limits::default()));
+}
+
+#[test]
+fn a_compiler_without_any_memory_says_so() {
+    let _alone = alone();
+    let limits = Limits {
+        compile_memory: 0,
+        ..Limits::default()
+    };
+    let failure = open(HOSTILE, in_child(limits)).unwrap_err();
+    assert_eq!(failure, Failure::CompileMemory { limit: 0 });
+}
+
+#[test]
+fn nothing_is_left_of_the_compiler_however_it_ends() {
+    let _alone = alone();
+    let endless = || Options {
+        limits: Limits {
+            compile_time: Duration::from_millis(100),
+            ..Limits::default()
+        },
+        compiler: program("/bin/sh", &["-c", "exec sleep 600"]),
+        ..Options::default()
+    };
+    // What the first time opens and keeps.
+    works(in_child(Limits::default()));
+    let (before, _) = left_behind();
+    for _ in 0..3 {
+        works(in_child(Limits::default()));
+        open(b"\0asm\x01\0\0\0", in_child(Limits::default())).unwrap_err();
+        let failure = open(HOSTILE, endless()).unwrap_err();
+        assert_eq!(failure, Failure::CompileTime { seconds: 0.1 });
+    }
+    assert_eq!(left_behind(), (before, false));
+}
+
+#[test]
+fn what_the_child_refuses_is_refused_as_here() {
+    let _alone = alone();
+    // Well-formed sections, a body that is not valid.
+    let invalid = Handwritten {
+        plan: "(i32.const 128)".to_owned(),
+        extra: String::new(),
+        ..Handwritten::default()
+    };
+    let mut invalid = component(&invalid.module());
+    let at = invalid
+        .windows(3)
+        .position(|w| w == [0x41, 0x80, 0x01])
+        .unwrap();
+    // `i64.const` where an `i32` is due.
+    invalid[at] = 0x42;
+    let here = open(&invalid, Limits::default()).unwrap_err();
+    assert!(matches!(here, Failure::NotAComponent { .. }), "{here:?}");
+    assert_eq!(
+        open(&invalid, in_child(Limits::default())).unwrap_err(),
+        here
+    );
+}
+
+#[test]
+fn programs_that_are_no_compilers_are_told_apart() {
+    let _alone = alone();
+    let with = |compiler| {
+        let options = Options {
+            compiler,
+            ..Options::default()
+        };
+        open(HOSTILE, options).unwrap_err()
+    };
+    let missing = with(program("/nowhere/tightfit", &[]));
+    assert!(
+        matches!(&missing, Failure::Host { message } if message.contains("/nowhere/tightfit")),
+        "{missing:?}"
+    );
+    let talkative = with(program(
+        "/bin/sh",
+        &["-c", "echo no compiler here >&2; exit 3"],
+    ));
+    assert!(
+        matches!(&talkative, Failure::Compiler { message }
+            if message.contains("exit status: 3") && message.contains("no compiler here")),
+        "{talkative:?}"
+    );
+    let silent = with(program("/bin/sh", &["-c", "kill -SEGV $$"]));
+    assert!(
+        matches!(&silent, Failure::Compiler { message } if message.contains("signal: 11")),
+        "{silent:?}"
+    );
+    // An answer that is cut short, and one that says it is code and is none.
+    let cut = with(program(
+        "/bin/sh",
+        &["-c", r"printf '+\377\0\0\0\0\0\0\0half'"],
+    ));
+    assert!(matches!(cut, Failure::Compiler { .. }), "{cut:?}");
+    let other = with(program(
+        "/bin/sh",
+        &["-c", r"printf '+\4\0\0\0\0\0\0\0none'"],
+    ));
+    assert!(matches!(other, Failure::Host { .. }), "{other:?}");
+}
+
+#[test]
+fn the_child_is_told_no_secrets() {
+    let _alone = alone();
+    // All names but those that the shell itself makes.
+    let script = r"env | cut -d= -f1 | grep -vx 'PWD\|_\|SHLVL\|OLDPWD\|LD_LIBRARY_PATH' | tr '\n' ' ' >&2; exit 1";
+    let options = Options {
+        compiler: program("/bin/sh", &["-c", script]),
+        ..Options::default()
+    };
+    assert!(
+        std::env::var_os("PATH").is_some(),
+        "there is something to hide"
+    );
+    let failure = open(HOSTILE, options).unwrap_err();
+    let message = "exit status: 1".to_owned();
+    assert_eq!(failure, Failure::Compiler { message });
+}

@@ -1,0 +1,171 @@
+//! Components that ask for WASI, and are given one with nothing in it.
+
+use tightfit::policy::{Failure, WasmPolicy};
+use tightfit::sandbox::{Limits, Mismatch, Options, Wasi};
+use tightfit_tests::guests::{Handwritten, component};
+use tightfit_tests::wasi;
+
+use super::{Bench, rejection};
+
+const IMPORTS: &str = r#"
+    (import "wasi:cli/environment@0.2.6" "get-environment" (func $environment (param i32)))
+    (import "wasi:cli/environment@0.2.6" "get-arguments" (func $arguments (param i32)))
+    (import "wasi:cli/environment@0.2.6" "initial-cwd" (func $directory (param i32)))
+    (import "wasi:cli/exit@0.2.6" "exit" (func $exit (param i32)))
+    (import "wasi:cli/stdout@0.2.6" "get-stdout" (func $stdout (result i32)))
+    (import "wasi:cli/stderr@0.2.6" "get-stderr" (func $stderr (result i32)))
+    (import "wasi:cli/terminal-stdout@0.2.6" "get-terminal-stdout" (func $terminal (param i32)))
+    (import "wasi:clocks/monotonic-clock@0.2.6" "now" (func $ticks (result i64)))
+    (import "wasi:clocks/wall-clock@0.2.6" "now" (func $time (param i32)))
+    (import "wasi:filesystem/preopens@0.2.6" "get-directories" (func $directories (param i32)))
+    (import "wasi:random/random@0.2.6" "get-random-u64" (func $random (result i64)))
+    (import "wasi:random/random@0.2.6" "get-random-bytes" (func $random-bytes (param i64 i32)))
+    (import "wasi:sockets/instance-network@0.2.6" "instance-network" (func $network (result i32)))
+    (import "wasi:io/streams@0.2.6" "[method]output-stream.blocking-write-and-flush"
+        (func $write (param i32 i32 i32 i32)))
+"#;
+
+/// A policy that does this as it is asked for a plan, and then proposes nothing.
+fn asking(plan: &str) -> Vec<u8> {
+    let policy = Handwritten {
+        imports: IMPORTS.to_owned(),
+        plan: format!("{plan} (i32.const 128)"),
+        extra: r#"(data (i32.const 640) "the ground has gone")"#.to_owned(),
+        component_type: Some(wasi::component_type()),
+        ..Handwritten::default()
+    };
+    component(&policy.module())
+}
+
+fn given_an_empty_one(plan: &str) -> WasmPolicy {
+    let options = Options {
+        wasi: Wasi::Empty,
+        ..Options::default()
+    };
+    WasmPolicy::new("test.wasm", &asking(plan), options).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// It got to its answer, which is no good.
+#[track_caller]
+fn comes_to_its_end(plan: &str) {
+    let error = Bench::new().error(&given_an_empty_one(plan), "");
+    assert!(error.to_string().contains("placed 0 tensors"), "{error}");
+}
+
+#[track_caller]
+fn failure(plan: &str) -> Failure {
+    Bench::new().failure(&given_an_empty_one(plan), "")
+}
+
+#[test]
+fn it_has_to_be_asked_for() {
+    let failure = rejection(&asking(""));
+    assert!(
+        matches!(&failure, Failure::WrongWorld(Mismatch::Wasi { import }) if import.starts_with("wasi:")),
+        "{failure:?}"
+    );
+    comes_to_its_end("");
+}
+
+#[test]
+fn there_is_nothing_in_it() {
+    // Lists of no elements, options of nothing: 4 bytes at 516, and the first byte.
+    for list in ["environment", "arguments", "directories"] {
+        comes_to_its_end(&format!(
+            "(i32.store (i32.const 516) (i32.const 7)) (call ${list} (i32.const 512))
+            (if (i32.load (i32.const 516)) (then (unreachable)))"
+        ));
+    }
+    for option in ["directory", "terminal"] {
+        comes_to_its_end(&format!(
+            "(i32.store (i32.const 512) (i32.const 7)) (call ${option} (i32.const 512))
+            (if (i32.load8_u (i32.const 512)) (then (unreachable)))"
+        ));
+    }
+}
+
+#[test]
+fn time_stands_still_and_chance_repeats_itself() {
+    comes_to_its_end(
+        "(call $time (i32.const 512))
+        (if (i64.ne (i64.load (i32.const 512)) (call $ticks)) (then (unreachable)))
+        (if (i64.ne (call $ticks) (i64.const 0)) (then (unreachable)))",
+    );
+    for _ in 0..2 {
+        comes_to_its_end(
+            "(if (i64.ne (call $random) (i64.const 0xe220a8397b1dcdaf)) (then (unreachable)))
+            (if (i64.eq (call $random) (call $random)) (then (unreachable)))",
+        );
+    }
+    comes_to_its_end(
+        "(call $random-bytes (i64.const 16) (i32.const 512))
+        (if (i32.ne (i32.load (i32.const 516)) (i32.const 16)) (then (unreachable)))",
+    );
+}
+
+#[test]
+fn it_cannot_be_asked_for_more_random_bytes_than_fit() {
+    for length in ["1099511627776", "65537", "-1"] {
+        let failure = failure(&format!(
+            "(call $random-bytes (i64.const {length}) (i32.const 512))"
+        ));
+        assert!(
+            matches!(&failure, Failure::Trap { message } if message.contains("random bytes")),
+            "{failure:?}"
+        );
+    }
+}
+
+#[test]
+fn what_is_not_in_it_is_named() {
+    let function = "wasi:sockets/instance-network#instance-network".to_owned();
+    assert_eq!(
+        failure("(drop (call $network))"),
+        Failure::EmptyWasi { function }
+    );
+}
+
+#[test]
+fn a_guest_that_exits_has_failed() {
+    for (result, status) in [(0, 0), (1, 1)] {
+        let failure = failure(&format!("(call $exit (i32.const {result}))"));
+        assert_eq!(failure, Failure::Exit { status });
+    }
+}
+
+#[test]
+fn last_words_on_standard_error_are_passed_on() {
+    let write = |stream| {
+        format!("(call $write (call ${stream}) (i32.const 640) (i32.const 19) (i32.const 512))")
+    };
+    let failure_after = |stream| failure(&format!("{} (unreachable)", write(stream)));
+    let message = "the ground has gone".to_owned();
+    assert_eq!(failure_after("stderr"), Failure::Panic { message });
+    let silent = failure_after("stdout");
+    assert!(matches!(silent, Failure::Trap { .. }), "{silent:?}");
+    comes_to_its_end(&write("stdout"));
+}
+
+#[test]
+fn handles_without_end_run_into_the_limit() {
+    let flood = |stream| {
+        let flood = format!("(loop (drop (call ${stream})) (br 0))");
+        failure(&flood)
+    };
+    let limit = Limits::default().handles;
+    assert_eq!(flood("stdout"), Failure::Handles { limit });
+    assert_eq!(flood("stderr"), Failure::Handles { limit });
+}
+
+#[test]
+fn a_handle_that_was_never_given_is_not_one() {
+    for handle in ["0", "1", "12345", "-1"] {
+        let failure = failure(&format!(
+            "(call $write (i32.const {handle}) (i32.const 640) (i32.const 19) (i32.const 512))"
+        ));
+        assert!(
+            matches!(&failure, Failure::Trap { message } if message.contains("handle")),
+            "{failure:?}"
+        );
+    }
+}
