@@ -5,7 +5,6 @@
 pub mod command;
 pub mod device_maps;
 pub mod double_quant;
-pub mod driver_calls;
 pub mod drivers;
 pub mod golden;
 pub mod guests;

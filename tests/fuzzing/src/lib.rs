@@ -6,12 +6,16 @@
 mod checkpoint;
 #[cfg(feature = "component")]
 mod component;
+#[cfg(feature = "driver")]
+mod driver;
 mod plan;
 mod quant_state;
 
 pub use checkpoint::checkpoint;
 #[cfg(feature = "component")]
 pub use component::component;
+#[cfg(feature = "driver")]
+pub use driver::driver;
 pub use plan::plan;
 pub use quant_state::quant_state;
 
@@ -27,6 +31,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("checkpoint", checkpoint),
     #[cfg(feature = "component")]
     ("component", component),
+    #[cfg(feature = "driver")]
+    ("driver", driver),
     ("plan", plan),
     ("quant_state", quant_state),
 ];

@@ -8,5 +8,4 @@ mod limits;
 mod models;
 mod modules;
 mod neighbours;
-mod sequences;
 mod stopped;
