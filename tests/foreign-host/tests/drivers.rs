@@ -25,8 +25,9 @@ async fn an_asynchronous_host_with_wasi_runs_drivers() {
         let answer = host.run(bench.context(), &owned).await.unwrap().unwrap();
         assert_eq!(answer, bench.answer(hostile(), arguments), "{arguments:?}");
     }
-    let told = host.run(bench.context(), &["open".to_owned(), "/".to_owned()]);
-    let told = told.await.unwrap().unwrap_err();
+    let command = ["open".to_owned(), "/".to_owned()];
+    let told = host.run(bench.context(), &command).await;
+    let told = told.unwrap().unwrap_err();
     assert_eq!(told, bench.told(hostile(), &["open", "/"]));
     let error = host
         .run(bench.context(), &["panic-with-model".to_owned()])
