@@ -42,6 +42,24 @@ pub enum Compiler {
 
 /// A program that calls [`compile_for_parent`](super::compile_for_parent) when it is started with
 /// these arguments: mostly the embedder's own.
+///
+/// ```no_run
+/// use tightfit::policy::WasmPolicy;
+/// use tightfit::sandbox::{Compiler, CompilerProgram, Options, compile_for_parent};
+///
+/// // First of all, before anything else is started or opened.
+/// if std::env::args().nth(1).as_deref() == Some("compile-guest") {
+///     compile_for_parent(std::io::stdin().lock(), std::io::stdout().lock())?;
+///     return Ok(());
+/// }
+/// let options = Options {
+///     compiler: Compiler::Child(CompilerProgram::itself(["compile-guest"])?),
+///     ..Options::default()
+/// };
+/// let policy = WasmPolicy::open("policy.wasm", options)?;
+/// # drop(policy);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CompilerProgram {
     /// Its file.
