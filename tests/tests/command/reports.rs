@@ -139,6 +139,7 @@ fn load_reports_what_the_plan_said() {
             ("bytes_read", "integer"),
             ("nonfinite_blocks", "integer"),
             ("quantized", "integer"),
+            ("quantized_on", "object"),
             ("seconds", "number"),
             ("stored", "integer")
         ]
