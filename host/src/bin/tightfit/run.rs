@@ -62,10 +62,10 @@ pub(crate) fn run(options: &RunOptions, cancel: CancelToken) -> Result<(), Failu
 }
 
 fn ran(options: &RunOptions, devices: &[Box<dyn Device>], outcome: Outcome, seconds: f64) -> Ran {
-    let device = |device: &Box<dyn Device>| RanDevice {
+    let devices = devices.iter().map(|device| RanDevice {
         name: device.info().name,
         peak_reserved: device.usage().reserved.peak,
-    };
+    });
     Ran {
         schema: 1,
         driver: options.driver.display().to_string(),
@@ -73,7 +73,7 @@ fn ran(options: &RunOptions, devices: &[Box<dyn Device>], outcome: Outcome, seco
         fuel: outcome.fuel,
         seconds,
         peak_reserved: outcome.peak_reserved,
-        devices: devices.iter().map(device).collect(),
+        devices: devices.collect(),
     }
 }
 

@@ -98,7 +98,7 @@ impl Buffer {
         let Some(held) = self.held.as_ref().filter(|_| !bytes.is_empty()) else {
             return Ok(());
         };
-        const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+        static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
         while self.written < offset {
             stop.check()?;
             let gap = (offset - self.written).min(ZEROS.len() as u64);

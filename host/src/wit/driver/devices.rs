@@ -18,12 +18,12 @@ impl devices::Host for DriverContextView<'_> {
         self.context.stop.check()?;
         let memory = &self.context.memory;
         let left = memory.quota() - memory.reserved().reserved.now.min(memory.quota());
-        let device = |device: &Box<dyn crate::device::Device>| {
-            let mut info = device.info();
+        let infos = self.context.devices.iter().map(|device| device.info());
+        let devices = infos.map(|mut info| {
             info.available = info.available.min(left);
             convert::device(&info)
-        };
-        Ok(self.context.devices.iter().map(device).collect())
+        });
+        Ok(devices.collect())
     }
 
     fn get_usage(&mut self, device: u32) -> Result<devices::Usage, CallError> {

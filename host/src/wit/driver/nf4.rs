@@ -157,7 +157,7 @@ impl nf4::Host for DriverContextView<'_> {
         self.context.stop.check()?;
         let (float, block) = (float(dtype)?, block_size(block)?);
         list_bytes(source.len() as u64)?;
-        if source.len() % float.bytes() != 0 {
+        if !source.len().is_multiple_of(float.bytes()) {
             return Err(CallError::invalid(format_args!(
                 "{} bytes are no whole number of elements",
                 source.len()
