@@ -76,6 +76,19 @@ fn fill(buffer: &mut [u8], weights: &[f32]) {
     }
 }
 
+/// Says where bytes differ, and how.
+#[track_caller]
+fn assert_same(what: &str, have: &[u8], need: &[u8]) {
+    let pairs = have.iter().zip(need).enumerate();
+    let differ: Vec<_> = pairs.filter(|(_, (have, need))| have != need).collect();
+    let (count, first) = (differ.len(), &differ[..differ.len().min(8)]);
+    assert!(
+        have == need,
+        "{what}: {count} of {} bytes differ, first (index, (have, need)) {first:?}",
+        need.len()
+    );
+}
+
 #[test]
 fn scales_are_quantized_after_what_other_workers_have_started() {
     let driver = Driver::start(1);
@@ -113,8 +126,8 @@ fn scales_are_quantized_after_what_other_workers_have_started() {
         reservation.read(offset, &mut bytes).unwrap();
         bytes
     };
-    assert!(read(0, ELEMENTS / 2) == codes);
-    assert_eq!(read(4096, BLOCKS), scales);
+    assert_same("codes", &read(0, ELEMENTS / 2), &codes);
+    assert_same("scales", &read(4096, BLOCKS), &scales);
     assert_eq!(read(8192, 4), nested[0].to_le_bytes());
     let mut mean = [0; 4];
     quantizer.read(MEAN, &mut mean).unwrap();
@@ -128,7 +141,7 @@ fn scales_are_quantized_after_what_other_workers_have_started() {
 
 #[test]
 fn two_workers_in_one_place_are_a_fault_in_the_books() {
-    let Some(stand_in) = stand_in(&Setup::default()) else {
+    let Some(stand_in) = stand_in("its books", &Setup::default()) else {
         return;
     };
     let (device, reservation, quantizer) = open();

@@ -110,7 +110,7 @@ fn what_lies_outside_is_refused() {
 
 #[test]
 fn a_buffer_is_filled_while_the_other_is_copied() {
-    let Some(stand_in) = stand_in(&Setup::default()) else {
+    let Some(stand_in) = stand_in("its books", &Setup::default()) else {
         return;
     };
     let device = CudaDevice::open(0, None).unwrap();
@@ -136,7 +136,7 @@ fn a_buffer_is_filled_while_the_other_is_copied() {
 #[test]
 fn a_buffer_is_not_touched_after_an_error_before_what_is_under_way_is_over() {
     let calls = |setup: &Setup| -> Option<(StandIn, Vec<String>)> {
-        let stand_in = stand_in(setup)?;
+        let stand_in = stand_in("calls that fail", setup)?;
         let device = CudaDevice::open(0, None).unwrap();
         let reservation = reserve(&device);
         let mut writer = writer(&*reservation);
