@@ -1,7 +1,9 @@
 //! What carries bytes to a device, used by hand.
 
 use cuda_stand_in::control::{Setup, StandIn};
-use tightfit::device::{CudaDevice, Device, DeviceError, Piece, Reservation, Writer};
+use tightfit::device::{
+    CudaDevice, Device, DeviceError, Piece, Reservation, WRITER_BUFFERS, Writer,
+};
 use tightfit::memory::ReservationSize;
 
 use super::{Driver, MIB, stand_in};
@@ -21,10 +23,9 @@ fn reserve(device: &CudaDevice) -> Box<dyn Reservation> {
 }
 
 fn writer(reservation: &dyn Reservation) -> Box<dyn Writer> {
-    reservation
-        .writer(LEN)
-        .unwrap()
-        .expect("the processor cannot write it")
+    let buffers = reservation.page_lock(WRITER_BUFFERS * LEN).unwrap();
+    let buffers = buffers.expect("the processor cannot write it");
+    reservation.writer(buffers).unwrap().unwrap()
 }
 
 fn to(offset: u64) -> [Piece; 1] {
@@ -176,7 +177,7 @@ fn an_empty_reservation_takes_nothing() {
     let reservation = device.reserve(ReservationSize::default()).unwrap();
     assert!(reservation.is_empty());
     assert!(reservation.address().is_none());
-    assert!(reservation.writer(LEN).unwrap().is_none());
+    assert!(reservation.page_lock(LEN).unwrap().is_none());
     reservation.read(0, &mut []).unwrap();
     assert!(reservation.read(0, &mut [0]).is_err());
     drop((reservation, device));

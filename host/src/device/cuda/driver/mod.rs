@@ -7,6 +7,7 @@
 mod context;
 mod kernels;
 mod memory;
+mod page_locked;
 mod quantize;
 mod stream;
 mod transfer;
@@ -25,6 +26,7 @@ use super::super::DeviceError;
 pub(super) use context::Context;
 pub(super) use kernels::Kernels;
 pub(super) use memory::DeviceMemory;
+pub use page_locked::PageLocked;
 pub(super) use quantize::{KernelQuantizer, WorkspaceMemory};
 pub(super) use transfer::Staging;
 
