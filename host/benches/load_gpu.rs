@@ -11,7 +11,7 @@ use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use tightfit::checkpoint::Checkpoint;
-use tightfit::device::{Device, Piece, open_devices};
+use tightfit::device::{Device, Piece, WRITER_BUFFERS, open_devices};
 use tightfit::load::{LoadOptions, QuantizeOn, load};
 use tightfit::memory::ReservationSize;
 use tightfit::plan::{Plan, propose};
@@ -150,9 +150,9 @@ fn copy(device: &dyn Device, bytes: u64) -> Result<Duration, Box<dyn std::error:
         padded: BUFFER as u64,
         reserved,
     })?;
-    let mut writer = memory
-        .writer(BUFFER)?
-        .expect("the processor cannot write it");
+    let buffers = memory.page_lock(WRITER_BUFFERS * BUFFER)?;
+    let writer = buffers.map_or(Ok(None), |buffers| memory.writer(buffers))?;
+    let mut writer = writer.expect("the processor cannot write it");
     let start = Instant::now();
     let mut left = bytes;
     while left > 0 {

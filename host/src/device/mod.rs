@@ -12,10 +12,12 @@ use std::fmt;
 use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
-pub use cuda::CudaDevice;
+pub use cuda::{CudaDevice, PageLocked};
 pub use host::HostDevice;
 pub use quantizer::{QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Workspace};
 pub use spec::{DeviceSpec, SpecError, open_devices};
+#[cfg(not(feature = "cuda"))]
+pub use writer::PageLocked;
 pub use writer::{Piece, WRITER_BUFFERS, Writer};
 
 use crate::memory::{ReservationSize, Usage};
@@ -105,14 +107,24 @@ pub trait Reservation: Send + Sync + fmt::Debug {
     /// [`DeviceError::OutOfBounds`] when the range is not inside the reservation.
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DeviceError>;
 
-    /// What carries bytes there where the processor cannot write the memory, with
-    /// [`WRITER_BUFFERS`] buffers of `buffer_bytes` bytes. It keeps the memory from being given
-    /// back. `None` where the processor can write, and for nothing.
+    /// Takes `bytes` bytes of page-locked host memory for the buffers of writers, also for those of
+    /// other devices of the same driver. `None` where the processor can write, and for nothing.
     ///
     /// # Errors
-    /// When the driver refuses the buffers.
-    fn writer(&self, buffer_bytes: usize) -> Result<Option<Box<dyn Writer>>, DeviceError> {
-        let _ = buffer_bytes;
+    /// When the driver refuses.
+    fn page_lock(&self, bytes: usize) -> Result<Option<PageLocked>, DeviceError> {
+        let _ = bytes;
+        Ok(None)
+    }
+
+    /// What carries bytes there where the processor cannot write the memory, with
+    /// [`WRITER_BUFFERS`] buffers that are equal parts of `buffers`. It keeps the memory from being
+    /// given back. `None` where the processor can write, and for nothing.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    fn writer(&self, buffers: PageLocked) -> Result<Option<Box<dyn Writer>>, DeviceError> {
+        let _ = buffers;
         Ok(None)
     }
 

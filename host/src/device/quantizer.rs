@@ -4,7 +4,7 @@ use std::fmt;
 
 use tightfit_kernels::{BlockSize, FloatType};
 
-use super::{DeviceError, Piece, Writer};
+use super::{DeviceError, PageLocked, Piece, Writer};
 
 /// Memory of a device for what its kernels need beside the results, for as long as they are used.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -36,11 +36,12 @@ pub trait Quantizer: Send + Sync + fmt::Debug {
     /// Whether the kernels are ready.
     fn is_prepared(&self) -> bool;
 
-    /// One worker's way to the device: [`super::WRITER_BUFFERS`] buffers of `buffer_bytes` bytes.
+    /// One worker's way to the device, with [`super::WRITER_BUFFERS`] buffers that are equal parts of
+    /// `buffers`.
     ///
     /// # Errors
-    /// When the driver refuses the buffers.
-    fn worker(&self, buffer_bytes: usize) -> Result<Box<dyn QuantizingWriter>, DeviceError>;
+    /// When the driver refuses.
+    fn worker(&self, buffers: PageLocked) -> Result<Box<dyn QuantizingWriter>, DeviceError>;
 
     /// Sets `len` bytes at `offset` to zero.
     ///

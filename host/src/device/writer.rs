@@ -12,7 +12,7 @@ pub const WRITER_BUFFERS: usize = 2;
 /// A buffer is staged, filled, and written. Writing returns before the bytes have arrived, and the
 /// next buffer can be filled meanwhile. Dropping a writer waits for what is under way.
 pub trait Writer: Send + fmt::Debug {
-    /// The next buffer to be filled, of the length that the writer was made with. Waits until what
+    /// The next buffer to be filled. Waits until what
     /// was in it has arrived.
     ///
     /// # Errors
@@ -42,4 +42,19 @@ pub struct Piece {
     pub len: usize,
     /// Where it goes in the reservation.
     pub offset: u64,
+}
+
+/// Page-locked host memory for buffers, in a build without devices that would read it: there is none.
+#[cfg(not(feature = "cuda"))]
+#[derive(Debug)]
+pub enum PageLocked {}
+
+#[cfg(not(feature = "cuda"))]
+impl PageLocked {
+    /// Cuts off the first `bytes` bytes; all where there are not as many.
+    #[must_use]
+    pub fn take(&mut self, bytes: usize) -> PageLocked {
+        let _ = bytes;
+        match *self {}
+    }
 }

@@ -2,6 +2,7 @@
 //! construction, so that workers can write them at the same time.
 
 use super::LoadError;
+use super::put::is_away;
 use crate::device::Reservation;
 use crate::plan::{PartKind, Plan};
 
@@ -86,14 +87,22 @@ impl<'m> Target<'m> {
     }
 }
 
-/// One place per tensor, in the order of the plan.
+/// The places of a plan, and the memory that the processor cannot write.
+pub(super) struct Split<'m> {
+    /// One for each tensor, in the order of the plan.
+    pub(super) places: Vec<Place<'m>>,
+    /// One for each device.
+    pub(super) away: Vec<Option<&'m dyn Reservation>>,
+}
+
+/// Cuts up what has been reserved for a plan.
 ///
 /// # Errors
 /// [`LoadError::OtherPlan`] for parts that overlap or lie outside the reservation.
 pub(super) fn split<'m>(
     plan: &Plan,
     memory: &'m mut [Option<Box<dyn Reservation>>],
-) -> Result<Vec<Place<'m>>, LoadError> {
+) -> Result<Split<'m>, LoadError> {
     let mut places: Vec<Place<'m>> = plan.tensors.iter().map(|_| Place::default()).collect();
     let mut parts = Vec::with_capacity(plan.tensors.len() * 2);
     for (index, tensor) in plan.tensors.iter().enumerate() {
@@ -103,22 +112,27 @@ pub(super) fn split<'m>(
     }
     parts.sort_unstable_by_key(|&(device, part, _)| (device, part.offset, part.bytes));
     let mut parts = parts.into_iter().peekable();
+    let mut all_away = Vec::with_capacity(memory.len());
     for (number, reservation) in memory.iter_mut().enumerate() {
+        let mut away = None;
         let mut rest = match reservation {
             None => Target::default(),
             Some(reservation) => {
                 let len = usize::try_from(reservation.len()).map_err(|_| LoadError::OtherPlan)?;
-                match reservation.host_memory_mut() {
-                    Some(memory) => Target::Host(memory),
-                    None => Target::Device {
+                if is_away(&**reservation) {
+                    away = Some(&**reservation);
+                    Target::Device {
                         device: number,
                         offset: 0,
                         len,
                         in_workspace: false,
-                    },
+                    }
+                } else {
+                    Target::Host(reservation.host_memory_mut().unwrap_or_default())
                 }
             }
         };
+        all_away.push(away);
         let mut position = 0;
         while let Some((_, part, tensor)) = parts.next_if(|&(device, ..)| device as usize == number)
         {
@@ -136,5 +150,8 @@ pub(super) fn split<'m>(
             }
         }
     }
-    Ok(places)
+    Ok(Split {
+        places,
+        away: all_away,
+    })
 }

@@ -34,8 +34,9 @@ use crate::memory::{DEFAULT_STAGING, StagingRing};
 use crate::model::Model;
 use crate::plan::Plan;
 use crate::types::Format;
+use arena::Split;
 use on_device::OnDevices;
-use put::Writers;
+use put::Ways;
 use run::Run;
 use work::{ChunkSizes, Queue};
 
@@ -196,33 +197,38 @@ pub fn load_reserved(
         buffer: ring.buffer_bytes(),
     };
     let scratch_bytes = plan.scratch_budget();
-    // Before the first worker's writers: whatever fails, nothing of theirs has been started.
+    // Before the first worker: whatever fails, nothing of theirs has been started.
     let on_devices = OnDevices::open(plan, &memory, options, ring.workers(), sizes.buffer)?;
-    let mut writers = Vec::with_capacity(ring.workers());
-    for worker in 0..ring.workers() {
-        let of_worker = Writers::new(plan, &memory, &on_devices, worker, sizes.buffer)?;
-        writers.push(of_worker);
-    }
-
-    let places = arena::split(plan, &mut memory)?;
+    tracing::debug!("who quantizes is settled after {:.1?}", start.elapsed());
+    let Split { places, away } = arena::split(plan, &mut memory)?;
+    let ways = Ways {
+        away,
+        on_devices: &on_devices,
+        buffer_bytes: sizes.buffer,
+    };
+    let buffers = ways.page_lock(ring.workers())?;
     let queue = Queue::new(checkpoint, plan, places, sizes, scratch_bytes, &on_devices);
-    let run = Run::new(checkpoint, plan, options, queue, &on_devices);
+    tracing::debug!("workers are started after {:.1?}", start.elapsed());
+    let run = Run::new(checkpoint, plan, options, queue, ways, start);
     std::thread::scope(|scope| {
         for device in on_devices.to_compile() {
             spawn(scope, "tightfit-kernels", || device.compile());
         }
-        let mut slots = ring.slots().zip(writers);
-        let mine = slots.next();
-        for (slot, writers) in slots {
+        let run = &run;
+        let mut workers = ring.slots().zip(buffers).enumerate();
+        let mine = workers.next();
+        for (number, (slot, buffers)) in workers {
             // With fewer threads than asked for, the load is slower but the same.
-            if !spawn(scope, "tightfit-load", || run.work(slot, writers)) {
+            let work = move || run.work(number, slot, buffers);
+            if !spawn(scope, "tightfit-load", work) {
                 break;
             }
         }
-        if let Some((slot, writers)) = mine {
-            run.work(slot, writers);
+        if let Some((number, (slot, buffers))) = mine {
+            run.work(number, slot, buffers);
         }
     });
+    tracing::debug!("all workers have ended after {:.1?}", start.elapsed());
     let (finished, bytes_read) = run.finish()?;
     let quantized_on = on_devices.counts();
     // What its kernels worked in, where that was not part of the plan.

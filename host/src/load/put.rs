@@ -4,7 +4,9 @@
 use super::LoadError;
 use super::arena::Target;
 use super::on_device::OnDevices;
-use crate::device::{Piece, QuantizeJob, QuantizingWriter, Reservation, WRITER_BUFFERS, Writer};
+use crate::device::{
+    PageLocked, Piece, QuantizeJob, QuantizingWriter, Reservation, WRITER_BUFFERS, Writer,
+};
 use crate::plan::Plan;
 
 /// Results lie in a buffer at multiples of this many bytes.
@@ -51,47 +53,76 @@ pub(super) fn is_away(memory: &dyn Reservation) -> bool {
     memory.host_memory().is_none() && !memory.is_empty()
 }
 
-impl Writers {
-    /// Takes the buffers of one worker, which has this number.
+/// What the writers of a load are made of.
+pub(super) struct Ways<'m> {
+    /// Where the processor cannot write, in the order of the plan.
+    pub(super) away: Vec<Option<&'m dyn Reservation>>,
+    pub(super) on_devices: &'m OnDevices,
+    pub(super) buffer_bytes: usize,
+}
+
+impl Ways<'_> {
+    /// Takes the buffers of all workers at once. Gives each worker's, as far as it needs any.
     ///
     /// # Errors
-    /// [`LoadError::Device`] when they are refused, and [`LoadError::NoTransfer`] for memory that
+    /// [`LoadError::Device`] when they are refused.
+    pub(super) fn page_lock(&self, workers: usize) -> Result<Vec<Option<PageLocked>>, LoadError> {
+        let away = self.away.iter().flatten();
+        let each = (WRITER_BUFFERS * self.buffer_bytes).saturating_mul(away.clone().count());
+        let mut all = match away.clone().next() {
+            None => None,
+            Some(memory) => {
+                let locked = memory.page_lock(each.saturating_mul(workers));
+                locked.map_err(LoadError::Device)?
+            }
+        };
+        let of_worker = |_| all.as_mut().map(|all| all.take(each));
+        Ok((0..workers).map(of_worker).collect())
+    }
+
+    /// The writers of the worker with this number, with its buffers.
+    ///
+    /// # Errors
+    /// [`LoadError::Device`] when the driver refuses, and [`LoadError::NoTransfer`] for memory that
     /// cannot be written at all.
-    pub(super) fn new(
+    pub(super) fn writers(
+        &self,
         plan: &Plan,
-        memory: &[Option<Box<dyn Reservation>>],
-        on_devices: &OnDevices,
         worker: usize,
-        buffer_bytes: usize,
+        mut buffers: Option<PageLocked>,
     ) -> Result<Writers, LoadError> {
-        let mut by_device = Vec::with_capacity(memory.len());
-        for (index, (memory, plan)) in memory.iter().zip(&plan.devices).enumerate() {
-            let memory = memory.as_deref().filter(|memory| is_away(*memory));
-            by_device.push(match (memory, on_devices.get(index)) {
-                (None, _) => None,
-                (Some(_), Some(device)) => {
-                    let writer = device.quantizer.worker(buffer_bytes);
-                    Some(Way::Quantizes {
-                        writer: writer.map_err(LoadError::Device)?,
-                        source: device.source(worker),
-                    })
+        let mut by_device = Vec::with_capacity(self.away.len());
+        for (index, (memory, plan)) in self.away.iter().zip(&plan.devices).enumerate() {
+            let Some(memory) = memory else {
+                by_device.push(None);
+                continue;
+            };
+            let buffers = buffers.as_mut();
+            let buffers = buffers.map(|all| all.take(WRITER_BUFFERS * self.buffer_bytes));
+            let way = match (buffers, self.on_devices.get(index)) {
+                (None, _) => Ok(None),
+                (Some(buffers), Some(device)) => device.quantizer.worker(buffers).map(|writer| {
+                    let source = device.source(worker);
+                    Some(Way::Quantizes { writer, source })
+                }),
+                (Some(buffers), None) => {
+                    let writer = memory.writer(buffers);
+                    writer.map(|writer| writer.map(Way::Carries))
                 }
-                (Some(memory), None) => {
-                    let writer = memory.writer(buffer_bytes).map_err(LoadError::Device)?;
-                    Some(Way::Carries(writer.ok_or_else(|| {
-                        LoadError::NoTransfer {
-                            device: plan.device.name.clone(),
-                        }
-                    })?))
-                }
-            });
+            };
+            let way = way.map_err(LoadError::Device)?;
+            by_device.push(Some(way.ok_or_else(|| LoadError::NoTransfer {
+                device: plan.device.name.clone(),
+            })?));
         }
         Ok(Writers {
             by_device,
-            buffer_bytes,
+            buffer_bytes: self.buffer_bytes,
         })
     }
+}
 
+impl Writers {
     /// The way to a device that quantizes by itself.
     pub(super) fn quantizing(
         &mut self,

@@ -62,10 +62,12 @@ fn take(plan: Plan, devices: &[Box<dyn Device>]) -> Result<Reserved, Refused> {
             },
         });
     }
+    let elapsed = start.elapsed();
+    tracing::debug!("memory of the devices is reserved in {elapsed:.1?}");
     Ok(Reserved {
         plan,
         memory,
-        elapsed: start.elapsed(),
+        elapsed,
     })
 }
 

@@ -10,12 +10,11 @@ use tightfit_kernels::{blocks, packed_bytes};
 use super::arena::Target;
 use super::balance::Side;
 use super::double::{DoubleState, Kept, Returned};
-use super::on_device::OnDevices;
-use super::put::{Writers, as_f32, put, put_to_quantize};
+use super::put::{Ways, Writers, as_f32, put, put_to_quantize};
 use super::work::{Chunk, Next, Queue, Scales, Task, ToQuantize};
 use super::{LoadError, LoadOptions, Progress};
 use crate::checkpoint::Checkpoint;
-use crate::device::{QuantizeJob, ScalePlace};
+use crate::device::{PageLocked, QuantizeJob, ScalePlace};
 use crate::plan::Plan;
 
 /// What is known of tensors only after they were read.
@@ -32,9 +31,10 @@ pub(super) struct Run<'a, 'm> {
     plan: &'a Plan,
     options: &'a LoadOptions<'a>,
     queue: Queue<'m>,
-    on_devices: &'m OnDevices,
+    ways: Ways<'m>,
     stop: AtomicBool,
     error: Mutex<Option<LoadError>>,
+    /// When the load began.
     start: Instant,
     bytes_read: AtomicU64,
     bytes_total: u64,
@@ -85,7 +85,8 @@ impl<'a, 'm> Run<'a, 'm> {
         plan: &'a Plan,
         options: &'a LoadOptions<'a>,
         queue: Queue<'m>,
-        on_devices: &'m OnDevices,
+        ways: Ways<'m>,
+        start: Instant,
     ) -> Run<'a, 'm> {
         let tensors = checkpoint.tensors();
         let placed = tensors
@@ -97,10 +98,10 @@ impl<'a, 'm> Run<'a, 'm> {
             plan,
             options,
             queue,
-            on_devices,
+            ways,
             stop: AtomicBool::new(false),
             error: Mutex::new(None),
-            start: Instant::now(),
+            start,
             bytes_read: AtomicU64::new(0),
             bytes_total: placed.map(|(tensor, _)| tensor.source_bytes()).sum(),
             finished: Mutex::new(Finished {
@@ -124,9 +125,16 @@ impl<'a, 'm> Run<'a, 'm> {
         Ok((finished, self.bytes_read.into_inner()))
     }
 
-    /// Works until nothing is left, something fails, or the user cancels.
-    pub(super) fn work(&self, slot: &mut [u8], writers: Writers) {
+    /// Works until nothing is left, something fails, or the user cancels. Workers have numbers,
+    /// from 0.
+    pub(super) fn work(&self, number: usize, slot: &mut [u8], buffers: Option<PageLocked>) {
         let _guard = StopOnPanic(self);
+        // By the worker itself: a driver takes its time for streams, and others can read meanwhile.
+        let writers = match self.ways.writers(self.plan, number, buffers) {
+            Ok(writers) => writers,
+            Err(error) => return self.fail(error),
+        };
+        tracing::trace!("worker {number} begins after {:.1?}", self.start.elapsed());
         let mut worker = Worker {
             slot,
             scales: Vec::new(),
@@ -139,6 +147,7 @@ impl<'a, 'm> Run<'a, 'm> {
         if let Err(error) = worker.writers.finish() {
             self.fail(error);
         }
+        tracing::trace!("worker {number} ends after {:.1?}", self.start.elapsed());
     }
 
     fn work_with(&self, worker: &mut Worker<'_>) -> Result<(), LoadError> {
@@ -159,6 +168,9 @@ impl<'a, 'm> Run<'a, 'm> {
                     let bytes = chunk.bytes;
                     self.carry_out(chunk, worker)?;
                     let bytes_read = self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
+                    if bytes_read == 0 {
+                        tracing::debug!("first chunk is sent after {:.1?}", self.start.elapsed());
+                    }
                     (self.options.progress)(Progress {
                         bytes_read: bytes_read + bytes as u64,
                         bytes_total: self.bytes_total,
@@ -171,10 +183,15 @@ impl<'a, 'm> Run<'a, 'm> {
 
     /// Sees to what devices have found while they quantized, before plain tensors take its place.
     fn settle(&self) -> Result<(), LoadError> {
-        let found = self.on_devices.nonfinite().map_err(LoadError::Device)?;
+        let found = self
+            .ways
+            .on_devices
+            .nonfinite()
+            .map_err(LoadError::Device)?;
         for (tensor, blocks) in found {
             self.count_nonfinite(tensor, blocks)?;
         }
+        tracing::debug!("everything is quantized after {:.1?}", self.start.elapsed());
         self.queue.settled();
         Ok(())
     }
@@ -234,7 +251,7 @@ impl<'a, 'm> Run<'a, 'm> {
             Some((_, state)) => matches!(state.kept(), Kept::OnDevice(_)),
         };
         let device = piece.codes.on_device().filter(|_| is_free);
-        let ready = device.and_then(|(device, _)| self.on_devices.ready(device));
+        let ready = device.and_then(|(device, _)| self.ways.on_devices.ready(device));
         let side = ready.map_or(Side::Host, |ready| ready.choose(source.bytes));
         match side {
             Side::Host => self.quantize_on_host(source, piece, worker)?,
@@ -244,7 +261,7 @@ impl<'a, 'm> Run<'a, 'm> {
             ready.record(source.bytes, self.start.elapsed());
         }
         let device = self.plan.tensors[source.tensor].placement.device;
-        self.on_devices.count(device, side, source.bytes);
+        self.ways.on_devices.count(device, side, source.bytes);
         match state {
             None => Ok(()),
             Some((first, state)) => self.quantize_scales(source.tensor, first, &state, worker),
@@ -319,6 +336,7 @@ impl<'a, 'm> Run<'a, 'm> {
             return Err(LoadError::OtherPlan);
         };
         let nonfinite = self
+            .ways
             .on_devices
             .get(number)
             .and_then(|device| device.nonfinite_of(source.tensor));
@@ -352,7 +370,7 @@ impl<'a, 'm> Run<'a, 'm> {
                 Kept::OnHost(_) => None,
                 Kept::OnDevice(scratch) => {
                     let (device, _) = codes.on_device()?;
-                    let scales = self.on_devices.get(device)?.scales(scratch);
+                    let scales = self.ways.on_devices.get(device)?.scales(scratch);
                     Some(Target::Device {
                         device,
                         offset: scales + 4 * first as u64,
@@ -387,7 +405,7 @@ impl<'a, 'm> Run<'a, 'm> {
                     return Ok(());
                 }
                 let (device, offset) =
-                    state.quantize_on_device(tensor, scratch, self.on_devices, writers)?;
+                    state.quantize_on_device(tensor, scratch, self.ways.on_devices, writers)?;
                 (offset, Returned::OnDevice { device, scratch })
             }
         };

@@ -16,6 +16,7 @@ pub const VARIABLE: &str = "TIGHTFIT_CUDA_STAND_IN";
 pub const FUNCTIONS: &[&str] = &[
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
+    "cuCtxSynchronize",
     "cuDeviceGet",
     "cuDeviceGetAttribute",
     "cuDeviceGetCount",

@@ -1,6 +1,6 @@
 //! Modules and their functions, and launches of these.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, c_char, c_void};
 
 use tightfit_kernels::cuda::{KERNELS, PTX};
@@ -14,6 +14,8 @@ use crate::streams::Work;
 pub(crate) struct Modules {
     /// The device of each, by handle.
     pub(crate) loaded: HashMap<u64, usize>,
+    /// Those whose data is still on its way to the device, by handle.
+    arriving: HashSet<u64>,
     /// Module and kernel, by handle.
     functions: HashMap<u64, (u64, &'static str)>,
 }
@@ -36,10 +38,20 @@ pub unsafe extern "C" fn cuModuleLoadData(out: *mut u64, image: *const c_void) -
         }
         let handle = books.handle();
         books.modules.loaded.insert(handle, device);
+        books.modules.arriving.insert(handle);
         // SAFETY: the caller's pointer to the result.
         unsafe { out.write(handle) };
         Ok(())
     })
+}
+
+impl Modules {
+    /// Notes that whatever was on its way to a device is there.
+    pub(crate) fn have_arrived(&mut self, device: usize) {
+        let loaded = &self.loaded;
+        self.arriving
+            .retain(|module| loaded.get(module) != Some(&device));
+    }
 }
 
 /// `cuModuleUnload`.
@@ -57,6 +69,7 @@ pub extern "C" fn cuModuleUnload(module: u64) -> u32 {
         if books.runs(module) {
             books.fault("cuModuleUnload while its kernels run".to_owned());
         }
+        books.modules.arriving.remove(&module);
         let functions = &mut books.modules.functions;
         functions.retain(|_, (of, _)| *of != module);
         Ok(())
@@ -120,6 +133,9 @@ pub unsafe extern "C" fn cuLaunchKernel(
         };
         if books.modules.loaded.get(&module) != Some(&device) {
             return Err(books.fault(format!("{kernel} launched under another context")));
+        }
+        if books.modules.arriving.contains(&module) {
+            books.fault(format!("{kernel} launched before its module has arrived"));
         }
         if (grid_y, grid_z, threads_y, threads_z, shared) != (1, 1, 1, 1, 0) || !extra.is_null() {
             return Err(books.fault(format!("{kernel} launched in more than one dimension")));

@@ -293,6 +293,22 @@ pub extern "C" fn cuStreamSynchronize(stream: u64) -> u32 {
     })
 }
 
+/// `cuCtxSynchronize`.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSynchronize() -> u32 {
+    call("cuCtxSynchronize", Kind::Takes, |books| {
+        let device = books.current("cuCtxSynchronize")?;
+        let streams = books.streams.iter();
+        let of_context = streams.filter(|(_, stream)| stream.device == device);
+        let of_context: Vec<u64> = of_context.map(|(&handle, _)| handle).collect();
+        for stream in of_context {
+            books.carry_out(stream, u64::MAX);
+        }
+        books.modules.have_arrived(device);
+        Ok(())
+    })
+}
+
 /// `cuEventCreate`.
 ///
 /// # Safety

@@ -60,7 +60,7 @@ fn a_device_without_virtual_memory_is_used_too() {
         virtual_memory: false,
         ..Setup::default()
     };
-    let Some(stand_in) = stand_in(&setup) else {
+    let Some(stand_in) = stand_in("a device without virtual memory", &setup) else {
         return;
     };
     let directory = decoder(2);
@@ -76,7 +76,7 @@ fn a_device_without_virtual_memory_is_used_too() {
 
 /// Asks the default policy and loads. What devices lose is lost while it is being taken.
 fn place_and_load(setup: &Setup) -> Option<Result<(Plan, Vec<Revision>), PlaceError>> {
-    let stand_in = stand_in(setup)?;
+    let stand_in = stand_in("a driver that says more is free than there is", setup)?;
     let directory = decoder(12);
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
     let devices = open(&[]);
@@ -164,7 +164,7 @@ fn a_driver_that_says_more_is_free_than_it_gives_is_quoted() {
 #[test]
 fn what_others_take_after_the_plan_is_seen_before_memory_is_taken() {
     let setup = Setup::default();
-    let Some(stand_in) = stand_in(&setup) else {
+    let Some(stand_in) = stand_in("somebody who takes memory", &setup) else {
         return;
     };
     let directory = decoder(2);

@@ -1,7 +1,6 @@
 //! Who quantizes, what memory that takes, and what is found on the way.
 
 use cuda_stand_in::control::{Setup, StandIn};
-use tightfit::checkpoint::Checkpoint;
 use tightfit::device::open_devices;
 use tightfit::load::{LoadError, LoadOptions, QuantizeOn};
 use tightfit::model::Model;
@@ -77,7 +76,7 @@ fn the_gpu_works_where_plain_tensors_go_and_the_peak_is_the_plan() {
 fn without_room_in_the_plan_the_gpu_works_beside_it_and_that_is_counted() {
     let kinds = Kinds::new(QUANTIZED);
     let expected = kinds.on_the_processor();
-    let Some(stand_in) = stand_in(&small_pages()) else {
+    let Some(stand_in) = stand_in("small pages", &small_pages()) else {
         return;
     };
     let devices = open_devices(&[]).unwrap();
@@ -98,7 +97,7 @@ fn without_room_in_the_plan_the_gpu_works_beside_it_and_that_is_counted() {
 #[test]
 fn auto_never_takes_more_than_the_plan() {
     let kinds = Kinds::new(QUANTIZED);
-    let Some(stand_in) = stand_in(&small_pages()) else {
+    let Some(stand_in) = stand_in("small pages", &small_pages()) else {
         return;
     };
     let devices = open_devices(&[]).unwrap();
@@ -119,7 +118,7 @@ fn auto_never_takes_more_than_the_plan() {
 #[test]
 fn no_memory_for_the_gpu_to_work_in_is_an_error_that_auto_does_not_have() {
     let kinds = Kinds::new(QUANTIZED);
-    let Some(stand_in) = stand_in(&small_pages()) else {
+    let Some(stand_in) = stand_in("small pages", &small_pages()) else {
         return;
     };
     let devices = open_devices(&[]).unwrap();
@@ -156,7 +155,7 @@ fn auto_gives_both_their_share_once_the_kernels_are_there() {
 #[test]
 fn auto_does_not_have_kernels_compiled_for_little() {
     let kinds = Kinds::new(ROOMY);
-    let Some(stand_in) = stand_in(&Setup::default()) else {
+    let Some(stand_in) = stand_in("its books", &Setup::default()) else {
         return;
     };
     let devices = open_devices(&[]).unwrap();
@@ -170,10 +169,11 @@ fn auto_does_not_have_kernels_compiled_for_little() {
 
 /// A driver that cannot compile the kernels.
 fn without_kernels() -> Option<StandIn> {
-    stand_in(&Setup {
+    let setup = Setup {
         refuses_modules: true,
         ..Setup::default()
-    })
+    };
+    stand_in("a driver that refuses modules", &setup)
 }
 
 #[test]
@@ -219,29 +219,22 @@ fn where_the_kernels_cannot_be_compiled_auto_uses_the_processor() {
 }
 
 /// Replaces elements of a bf16 tensor by what NF4 cannot hold.
-fn spoil(kinds: &mut Kinds, name: &str, elements: &[u64]) {
-    use std::os::unix::fs::FileExt;
-    let tensors = kinds.checkpoint.tensors();
-    let tensor = tensors.iter().find(|tensor| tensor.name == name).unwrap();
-    let file = std::fs::OpenOptions::new()
-        .write(true)
-        .open(kinds.path())
-        .unwrap();
+fn spoil(bytes: &mut [u8], elements: &[usize]) {
     for (index, element) in elements.iter().enumerate() {
         // Infinity, and NaN.
         let value: u16 = [0x7f80, 0xffc0][index % 2];
-        file.write_all_at(&value.to_le_bytes(), tensor.offset + 2 * element)
-            .unwrap();
+        bytes[2 * element..][..2].copy_from_slice(&value.to_le_bytes());
     }
-    kinds.checkpoint = Checkpoint::open(kinds.directory.path()).unwrap();
 }
 
 #[test]
 fn infinities_and_nan_are_counted_by_whoever_quantizes() {
-    let mut kinds = Kinds::new(ROOMY);
-    // Two of them in one block, others in the first and last block and in other chunks.
-    spoil(&mut kinds, "single", &[0, 64, 65, 100_000, 257 * 1030 - 1]);
-    spoil(&mut kinds, "third", &[31, 32]);
+    let kinds = Kinds::edited(ROOMY, |name, bytes| match name {
+        // Two of them in one block, others in the first and last block and in other chunks.
+        "single" => spoil(bytes, &[0, 64, 65, 100_000, 257 * 1030 - 1]),
+        "third" => spoil(bytes, &[31, 32]),
+        _ => {}
+    });
     let expected = kinds.on_the_processor();
     let driver = Driver::start(2);
     let devices = open_devices(&[]).unwrap();

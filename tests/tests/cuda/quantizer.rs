@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use cuda_stand_in::control::Setup;
 use tightfit::device::{
-    CudaDevice, Device, DeviceError, Piece, QuantizeJob, Quantizer, Reservation, ScalePlace,
-    ScalesJob, Workspace,
+    CudaDevice, Device, DeviceError, Piece, QuantizeJob, Quantizer, QuantizingWriter, Reservation,
+    ScalePlace, ScalesJob, WRITER_BUFFERS, Workspace,
 };
 use tightfit::memory::ReservationSize;
 use tightfit_kernels::{BlockSize, FloatType, Kernels};
@@ -38,6 +38,16 @@ fn open() -> (CudaDevice, Box<dyn Reservation>, Arc<dyn Quantizer>) {
     };
     let quantizer = reservation.quantizer(workspace).unwrap().unwrap();
     (device, reservation, quantizer)
+}
+
+/// One worker with buffers of so many bytes.
+fn worker(
+    reservation: &dyn Reservation,
+    quantizer: &dyn Quantizer,
+    buffer_bytes: usize,
+) -> Box<dyn QuantizingWriter> {
+    let buffers = reservation.page_lock(WRITER_BUFFERS * buffer_bytes);
+    quantizer.worker(buffers.unwrap().unwrap()).unwrap()
 }
 
 fn job() -> QuantizeJob {
@@ -76,13 +86,26 @@ fn fill(buffer: &mut [u8], weights: &[f32]) {
     }
 }
 
+/// Says where bytes differ, and how.
+#[track_caller]
+fn assert_same(what: &str, have: &[u8], need: &[u8]) {
+    let pairs = have.iter().zip(need).enumerate();
+    let differ: Vec<_> = pairs.filter(|(_, (have, need))| have != need).collect();
+    let (count, first) = (differ.len(), &differ[..differ.len().min(8)]);
+    assert!(
+        have == need,
+        "{what}: {count} of {} bytes differ, first (index, (have, need)) {first:?}",
+        need.len()
+    );
+}
+
 #[test]
 fn scales_are_quantized_after_what_other_workers_have_started() {
     let driver = Driver::start(1);
     let (device, reservation, quantizer) = open();
     quantizer.clear(0, LEN).unwrap();
-    let mut one = quantizer.worker(32 << 10).unwrap();
-    let mut other = quantizer.worker(32 << 10).unwrap();
+    let mut one = worker(&*reservation, &*quantizer, 32 << 10);
+    let mut other = worker(&*reservation, &*quantizer, 32 << 10);
     // Of what is quantized first, nothing has been waited for.
     fill(other.stage().unwrap(), &weights(0));
     other.quantize(&job()).unwrap();
@@ -113,8 +136,8 @@ fn scales_are_quantized_after_what_other_workers_have_started() {
         reservation.read(offset, &mut bytes).unwrap();
         bytes
     };
-    assert!(read(0, ELEMENTS / 2) == codes);
-    assert_eq!(read(4096, BLOCKS), scales);
+    assert_same("codes", &read(0, ELEMENTS / 2), &codes);
+    assert_same("scales", &read(4096, BLOCKS), &scales);
     assert_eq!(read(8192, 4), nested[0].to_le_bytes());
     let mut mean = [0; 4];
     quantizer.read(MEAN, &mut mean).unwrap();
@@ -128,11 +151,11 @@ fn scales_are_quantized_after_what_other_workers_have_started() {
 
 #[test]
 fn two_workers_in_one_place_are_a_fault_in_the_books() {
-    let Some(stand_in) = stand_in(&Setup::default()) else {
+    let Some(stand_in) = stand_in("its books", &Setup::default()) else {
         return;
     };
     let (device, reservation, quantizer) = open();
-    let mut workers = [0, 1].map(|_| quantizer.worker(32 << 10).unwrap());
+    let mut workers = [0, 1].map(|_| worker(&*reservation, &*quantizer, 32 << 10));
     for worker in &mut workers {
         fill(worker.stage().unwrap(), &weights(0));
         worker.quantize(&job()).unwrap();
@@ -150,7 +173,7 @@ fn what_lies_outside_is_refused() {
     let driver = Driver::start(1);
     let (device, reservation, quantizer) = open();
     let end = reservation.len();
-    let mut worker = quantizer.worker(4 * ELEMENTS).unwrap();
+    let mut worker = worker(&*reservation, &*quantizer, 4 * ELEMENTS);
     let bad = [
         QuantizeJob {
             source: LEN - 4 * ELEMENTS as u64 + 1,

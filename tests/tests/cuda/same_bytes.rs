@@ -112,7 +112,7 @@ fn in_small_pieces_by_one_and_by_several_workers() {
         for workers in [1, 4] {
             for quantize_on in PLACES {
                 let driver = Driver::start(1);
-                let options = in_small_pieces(quantize_on, workers);
+                let options = in_small_pieces(quantize_on, workers * driver.devices().len());
                 check(&driver, directory.path(), settings, &options);
             }
         }

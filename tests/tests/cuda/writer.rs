@@ -1,7 +1,9 @@
 //! What carries bytes to a device, used by hand.
 
 use cuda_stand_in::control::{Setup, StandIn};
-use tightfit::device::{CudaDevice, Device, DeviceError, Piece, Reservation, Writer};
+use tightfit::device::{
+    CudaDevice, Device, DeviceError, Piece, Reservation, WRITER_BUFFERS, Writer,
+};
 use tightfit::memory::ReservationSize;
 
 use super::{Driver, MIB, stand_in};
@@ -21,10 +23,9 @@ fn reserve(device: &CudaDevice) -> Box<dyn Reservation> {
 }
 
 fn writer(reservation: &dyn Reservation) -> Box<dyn Writer> {
-    reservation
-        .writer(LEN)
-        .unwrap()
-        .expect("the processor cannot write it")
+    let buffers = reservation.page_lock(WRITER_BUFFERS * LEN).unwrap();
+    let buffers = buffers.expect("the processor cannot write it");
+    reservation.writer(buffers).unwrap().unwrap()
 }
 
 fn to(offset: u64) -> [Piece; 1] {
@@ -110,7 +111,7 @@ fn what_lies_outside_is_refused() {
 
 #[test]
 fn a_buffer_is_filled_while_the_other_is_copied() {
-    let Some(stand_in) = stand_in(&Setup::default()) else {
+    let Some(stand_in) = stand_in("its books", &Setup::default()) else {
         return;
     };
     let device = CudaDevice::open(0, None).unwrap();
@@ -136,7 +137,7 @@ fn a_buffer_is_filled_while_the_other_is_copied() {
 #[test]
 fn a_buffer_is_not_touched_after_an_error_before_what_is_under_way_is_over() {
     let calls = |setup: &Setup| -> Option<(StandIn, Vec<String>)> {
-        let stand_in = stand_in(setup)?;
+        let stand_in = stand_in("calls that fail", setup)?;
         let device = CudaDevice::open(0, None).unwrap();
         let reservation = reserve(&device);
         let mut writer = writer(&*reservation);
@@ -176,7 +177,7 @@ fn an_empty_reservation_takes_nothing() {
     let reservation = device.reserve(ReservationSize::default()).unwrap();
     assert!(reservation.is_empty());
     assert!(reservation.address().is_none());
-    assert!(reservation.writer(LEN).unwrap().is_none());
+    assert!(reservation.page_lock(LEN).unwrap().is_none());
     reservation.read(0, &mut []).unwrap();
     assert!(reservation.read(0, &mut [0]).is_err());
     drop((reservation, device));

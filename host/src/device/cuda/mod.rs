@@ -11,6 +11,7 @@ use super::{
     Writer,
 };
 use crate::memory::{Ledger, LedgerEntry, ReservationSize, Usage};
+pub use driver::PageLocked;
 use driver::{Context, DeviceMemory, KernelQuantizer, Kernels, Staging, WorkspaceMemory};
 
 /// What devices without virtual memory round to.
@@ -213,9 +214,16 @@ impl Reservation for CudaReservation {
         }
     }
 
-    fn writer(&self, buffer_bytes: usize) -> Result<Option<Box<dyn Writer>>, DeviceError> {
+    fn page_lock(&self, bytes: usize) -> Result<Option<PageLocked>, DeviceError> {
         match &self.memory {
-            Some(memory) => Ok(Some(Box::new(Staging::new(memory, buffer_bytes)?))),
+            Some(memory) => PageLocked::new(memory.context(), bytes).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn writer(&self, buffers: PageLocked) -> Result<Option<Box<dyn Writer>>, DeviceError> {
+        match &self.memory {
+            Some(memory) => Ok(Some(Box::new(Staging::new(memory, buffers)?))),
             None => Ok(None),
         }
     }

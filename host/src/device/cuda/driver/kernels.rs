@@ -164,6 +164,11 @@ impl Module {
             let name = CString::new(name).unwrap_or_default();
             *function = look_up(context, raw, &name)?;
         }
+        // The kernels' tables may still be on their way to the device, and our streams wait for no
+        // other stream, whoever launches next.
+        // SAFETY: takes no pointers; the context is current.
+        let code = unsafe { (context.api.cuCtxSynchronize)() };
+        context.check("cuCtxSynchronize", 0, code)?;
         Ok(module)
     }
 }

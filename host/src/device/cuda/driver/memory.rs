@@ -1,7 +1,6 @@
-//! Memory of a device, and memory of the host that the device can read.
+//! Memory of a device.
 
 use std::ffi::c_void;
-use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
 use cudarc::driver::sys;
@@ -176,68 +175,5 @@ impl Drop for DeviceMemory {
                 context.check_release("cuMemFree", code);
             }
         }
-    }
-}
-
-/// Page-locked host memory, which every device can read while the processor goes on. Given back when
-/// dropped.
-#[derive(Debug)]
-pub(super) struct Pinned {
-    context: Arc<Context>,
-    memory: NonNull<u8>,
-    len: usize,
-}
-
-// SAFETY: the memory is this value's alone and bound to no thread.
-unsafe impl Send for Pinned {}
-
-impl Pinned {
-    /// Takes `len` bytes, more than none.
-    pub(super) fn new(context: &Arc<Context>, len: usize) -> Result<Pinned, DeviceError> {
-        let _current = context.enter()?;
-        let mut memory = ptr::null_mut();
-        // SAFETY: `memory` outlives the call; the context is current.
-        let code = unsafe {
-            (context.api.cuMemHostAlloc)(&raw mut memory, len, sys::CU_MEMHOSTALLOC_PORTABLE)
-        };
-        context.check("cuMemHostAlloc", len as u64, code)?;
-        let memory = NonNull::new(memory.cast::<u8>()).ok_or_else(|| DeviceError::Driver {
-            device: context.name().to_owned(),
-            call: "cuMemHostAlloc",
-            bytes: len as u64,
-            error: "no address".to_owned(),
-            out_of_memory: false,
-        })?;
-        // SAFETY: `len` bytes of ours; what is in them is undefined until now.
-        unsafe { memory.write_bytes(0, len) };
-        Ok(Pinned {
-            context: Arc::clone(context),
-            memory,
-            len,
-        })
-    }
-
-    pub(super) fn len(&self) -> usize {
-        self.len
-    }
-
-    /// Its first byte, for the driver.
-    pub(super) fn as_ptr(&self) -> *const u8 {
-        self.memory.as_ptr()
-    }
-
-    /// Its bytes. Not to be asked for while a device reads them.
-    pub(super) fn bytes(&mut self) -> &mut [u8] {
-        // SAFETY: `len` bytes, initialized, and this value's alone: no device reads them.
-        unsafe { std::slice::from_raw_parts_mut(self.memory.as_ptr(), self.len) }
-    }
-}
-
-impl Drop for Pinned {
-    fn drop(&mut self) {
-        let _current = twice(|| self.context.enter());
-        // SAFETY: allocated by us and freed once; no device reads it (`Staging` sees to that).
-        let code = unsafe { (self.context.api.cuMemFreeHost)(self.memory.as_ptr().cast()) };
-        self.context.check_release("cuMemFreeHost", code);
     }
 }

@@ -7,6 +7,7 @@
 mod context;
 mod kernels;
 mod memory;
+mod page_locked;
 mod quantize;
 mod stream;
 mod transfer;
@@ -25,6 +26,7 @@ use super::super::DeviceError;
 pub(super) use context::Context;
 pub(super) use kernels::Kernels;
 pub(super) use memory::DeviceMemory;
+pub use page_locked::PageLocked;
 pub(super) use quantize::{KernelQuantizer, WorkspaceMemory};
 pub(super) use transfer::Staging;
 
@@ -79,6 +81,7 @@ api! {
     cuDevicePrimaryCtxRelease_v2(CUdevice);
     cuCtxPushCurrent_v2(CUcontext);
     cuCtxPopCurrent_v2(*mut CUcontext);
+    cuCtxSynchronize();
     cuMemGetInfo_v2(*mut usize, *mut usize);
     cuMemGetAllocationGranularity(*mut usize, *const CUmemAllocationProp, c_uint);
     cuMemAddressReserve(*mut CUdeviceptr, usize, usize, CUdeviceptr, c_ulonglong);

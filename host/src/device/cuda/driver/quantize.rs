@@ -6,7 +6,7 @@ use cudarc::driver::sys::CUdeviceptr;
 use tightfit_kernels::{KernelError, NESTED_BLOCK_SIZE, blocks, cuda, packed_bytes};
 
 use super::stream::{Event, Stream};
-use super::{DeviceMemory, Kernels, Staging, unavailable};
+use super::{DeviceMemory, Kernels, PageLocked, Staging, unavailable};
 use crate::device::{
     DeviceError, Piece, QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Writer,
 };
@@ -55,7 +55,7 @@ struct Shared {
     kernels: Arc<Kernels>,
     results: Arc<DeviceMemory>,
     workspace: WorkspaceMemory,
-    /// Of every worker, recorded after each time it has started something in the workspace.
+    /// Of every worker, recorded after each time it has started to write scales to the workspace.
     started: Mutex<Vec<Arc<Event>>>,
 }
 
@@ -111,8 +111,8 @@ impl Quantizer for KernelQuantizer {
         self.shared.kernels.are_ready()
     }
 
-    fn worker(&self, buffer_bytes: usize) -> Result<Box<dyn QuantizingWriter>, DeviceError> {
-        let staging = Staging::new(&self.shared.results, buffer_bytes)?;
+    fn worker(&self, buffers: PageLocked) -> Result<Box<dyn QuantizingWriter>, DeviceError> {
+        let staging = Staging::new(&self.shared.results, buffers)?;
         let started = Arc::new(Event::new(self.shared.results.context())?);
         let mut all = self
             .shared
@@ -213,7 +213,10 @@ impl QuantizingWriter for QuantizingStaging {
                 .kernels
                 .launch(&self.staging.stream, launch, arguments)
         }?;
-        self.started.record(&self.staging.stream)
+        match job.absmax {
+            ScalePlace::Reservation(_) => Ok(()),
+            ScalePlace::Workspace(_) => self.started.record(&self.staging.stream),
+        }
     }
 
     fn write_scaled(&mut self, pieces: &[Piece], scales: &Piece) -> Result<(), DeviceError> {

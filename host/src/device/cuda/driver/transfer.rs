@@ -3,9 +3,8 @@
 use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
-use super::memory::Pinned;
 use super::stream::{Event, Stream};
-use super::{DeviceMemory, twice};
+use super::{DeviceMemory, PageLocked, twice};
 use crate::device::{DeviceError, Piece, WRITER_BUFFERS, Writer};
 
 /// Buffers that are filled in turn and copied to a device, in a stream of their own.
@@ -25,7 +24,7 @@ pub(in crate::device::cuda) struct Staging {
 
 #[derive(Debug)]
 struct Buffer {
-    pinned: Pinned,
+    bytes: PageLocked,
     /// Recorded after its last copy.
     copied: Event,
     state: State,
@@ -42,15 +41,16 @@ enum State {
 }
 
 impl Staging {
-    /// Buffers of `bytes` bytes each for copies to `memory`.
+    /// For copies to `memory`. Buffers are equal parts of `buffers`.
     pub(in crate::device::cuda) fn new(
         memory: &Arc<DeviceMemory>,
-        bytes: usize,
+        mut buffers: PageLocked,
     ) -> Result<Staging, DeviceError> {
         let context = memory.context();
-        let buffer = || {
+        let bytes = buffers.len() / WRITER_BUFFERS;
+        let mut buffer = || {
             Ok::<_, DeviceError>(Buffer {
-                pinned: Pinned::new(context, bytes.max(1))?,
+                bytes: buffers.take(bytes),
                 copied: Event::new(context)?,
                 state: State::Free,
             })
@@ -98,12 +98,12 @@ impl Staging {
         for (memory, piece) in pieces.iter().filter(|(_, piece)| piece.len > 0) {
             let target = memory.at(piece.offset, piece.len)?;
             let end = piece.start.saturating_add(piece.len);
-            if end > buffer.pinned.len() {
+            if end > buffer.bytes.len() {
                 return Err(DeviceError::OutOfBounds {
                     device: context.name().to_owned(),
                     offset: piece.start as u64,
                     end: end as u64,
-                    len: buffer.pinned.len() as u64,
+                    len: buffer.bytes.len() as u64,
                 });
             }
             buffer.state = State::Unknown;
@@ -113,7 +113,7 @@ impl Staging {
             // memory, which is kept as long. Stream and memories are of the same context, which is
             // current.
             let code = unsafe {
-                let source = buffer.pinned.as_ptr().add(piece.start).cast();
+                let source = buffer.bytes.as_ptr().add(piece.start).cast();
                 (context.api.cuMemcpyHtoDAsync_v2)(target, source, piece.len, self.stream.raw)
             };
             context.check("cuMemcpyHtoDAsync", piece.len as u64, code)?;
@@ -136,7 +136,7 @@ impl Writer for Staging {
         }
         let buffer = &mut self.buffers[self.next];
         buffer.state = State::Free;
-        Ok(buffer.pinned.bytes())
+        Ok(buffer.bytes.bytes())
     }
 
     fn write(&mut self, pieces: &[Piece]) -> Result<(), DeviceError> {
@@ -155,8 +155,8 @@ impl Drop for Staging {
         if self.is_busy
             && let Err(error) = twice(|| self.stream.synchronize())
         {
-            // The device may go on reading them: rather lost than given to somebody else. The same
-            // holds for what it may be writing to.
+            // The device may go on reading them: rather lost than given to somebody else, with all
+            // that was locked together. The same holds for what it may be writing to.
             tracing::warn!("{error}, buffers are not given back");
             std::mem::forget(std::mem::take(&mut self.used));
             return;
