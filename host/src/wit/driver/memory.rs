@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::buffer::Buffer;
 use super::stop::Stopped;
-use crate::device::{Device, DeviceError, Piece, Reservation, Writer};
+use crate::device::{Device, DeviceError, Piece, Reservation, WRITER_BUFFERS, Writer};
 use crate::memory::{Allocation, Ledger, LedgerEntry, Pool, ReservationSize, Usage};
 use crate::plan::{PART_ALIGNMENT, Plan};
 use crate::types::Bytes;
@@ -385,7 +385,9 @@ impl DevicePool {
             _ => {
                 // The last one's buffers are released before others are taken.
                 *writer = None;
-                let carrier = chunk.memory.writer(WRITER_BYTES)?;
+                let buffers = chunk.memory.page_lock(WRITER_BUFFERS * WRITER_BYTES)?;
+                let buffers = buffers.ok_or_else(|| self.gone())?;
+                let carrier = chunk.memory.writer(buffers)?;
                 let carrier = carrier.ok_or_else(|| self.gone())?;
                 &mut writer.insert((held.chunk, carrier)).1
             }
