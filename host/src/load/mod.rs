@@ -86,6 +86,7 @@ pub struct LoadOptions<'a> {
     /// Upper bound of host staging in bytes, page-locked buffers included.
     pub staging_bytes: u64,
     /// Blocks with infinities or NaN are an error instead of a number in the report.
+    /// Those that a GPU finds are known when it has quantized everything: the error comes then.
     pub strict: bool,
     /// Where weights for a GPU are quantized.
     pub quantize_on: QuantizeOn,

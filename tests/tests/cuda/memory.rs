@@ -3,7 +3,9 @@
 use cuda_stand_in::control::Setup;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, DeviceError, open_devices};
-use tightfit::load::{LoadError, LoadOptions, PlaceError, Revision, load_reserved, place};
+use tightfit::load::{
+    LoadError, LoadOptions, PlaceError, QuantizeOn, Revision, load_reserved, place,
+};
 use tightfit::plan::Plan;
 use tightfit_tests::loading::{Planned, auto, contents, load_with_auto};
 
@@ -187,4 +189,32 @@ fn what_others_take_after_the_plan_is_seen_before_memory_is_taken() {
             .iter()
             .all(|call| call != "cuMemAddressReserve")
     );
+}
+
+#[test]
+fn a_load_page_locks_its_buffers_at_once_for_all_workers_and_devices() {
+    let setup = Setup {
+        devices: vec![64 * MIB; 2],
+        ..Setup::default()
+    };
+    let Some(stand_in) = stand_in("its books", &setup) else {
+        return;
+    };
+    let directory = decoder(12);
+    for quantize_on in [QuantizeOn::Cpu, QuantizeOn::Gpu] {
+        let planned = Planned::new(directory.path(), &["cuda:0", "cuda:1"], &[]);
+        let before = stand_in.report().calls.len();
+        let model = planned.load(&LoadOptions {
+            threads: 4,
+            quantize_on,
+            ..LoadOptions::default()
+        });
+        let calls = stand_in.report().calls.split_off(before);
+        let count = |name: &str| calls.iter().filter(|call| *call == name).count();
+        // They are given back by the time it ends, not with the model.
+        assert_eq!((count("cuMemHostAlloc"), count("cuMemFreeHost")), (1, 1));
+        assert!(count("cuStreamCreate") >= 8, "{calls:?}");
+        drop((model, planned));
+    }
+    stand_in.report().is_clean("page-locked");
 }
