@@ -2,8 +2,9 @@
 //!
 //! Data flows one way: [`checkpoint`] -> [`policy`] -> [`plan`] -> [`load`] -> [`model`] ->
 //! [`report`].
-// Denied and not forbidden: a GPU's driver is a C library that `device::cuda::driver` calls, and
-// `dlpack::abi` is called back by C. No other module may.
+// Denied and not forbidden: a GPU's driver is a C library that `device::cuda::driver` calls,
+// `dlpack::abi` is called back by C, and `sandbox` trusts code that it has compiled. No other module
+// may.
 #![deny(unsafe_code)]
 
 #[cfg(feature = "check")]
