@@ -44,7 +44,7 @@ unsafe impl Growing for TightfitMemory {
 /// One part (TIGHTFIT_PART_...) of a tensor for PyTorch, NumPy and others, in place: a DLPack tensor
 /// in the form since DLPack 1.0, in Python the capsule "dltensor_versioned". It must not be written
 /// to, and says so. A part of kind DATA has the tensor's type and shape; codes are uint8 [bytes, 1],
-/// scales float [blocks], or uint8 under double quantization. On success the caller calls
+/// scales float `[blocks]`, or uint8 under double quantization. On success the caller calls
 /// `(*out)->deleter(*out)` once, from any thread, also after the model is unloaded: its device's
 /// memory is kept until then. Otherwise `*out` is NULL.
 ///
