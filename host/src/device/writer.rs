@@ -12,8 +12,7 @@ pub const WRITER_BUFFERS: usize = 2;
 /// A buffer is staged, filled, and written. Writing returns before the bytes have arrived, and the
 /// next buffer can be filled meanwhile. Dropping a writer waits for what is under way.
 pub trait Writer: Send + fmt::Debug {
-    /// The next buffer to be filled. Waits until what
-    /// was in it has arrived.
+    /// The next buffer to be filled. Waits until what was in it has arrived.
     ///
     /// # Errors
     /// When a copy has failed.
