@@ -18,6 +18,8 @@ macro_rules! assert_error {
 mod chance;
 mod files;
 mod headers;
+#[cfg(unix)]
+mod links;
 mod quantized;
 
 fn dir() -> TempDir {
