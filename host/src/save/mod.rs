@@ -14,6 +14,8 @@ mod experts;
 mod layout;
 mod quant_state;
 mod target;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::path::Path;

@@ -100,6 +100,12 @@ impl Target {
         })
     }
 
+    /// Where a file is until the checkpoint is complete.
+    #[cfg(test)]
+    pub(super) fn path_of(&self, name: &str) -> PathBuf {
+        self.partial.path().join(name)
+    }
+
     /// Creates a file with our own mode, whatever the checkpoint's files have.
     pub(super) fn create_file(&self, name: &str) -> Result<File, SaveError> {
         let path = self.partial.path().join(name);
