@@ -27,11 +27,13 @@ pub enum DType {
     F32,
     F64,
     C64,
+    F8E4M3Fnuz,
+    F8E5M2Fnuz,
 }
 
 impl DType {
-    /// Every element type, in the order of the WIT enumeration.
-    pub const ALL: [DType; 20] = [
+    /// Every element type; those that the WIT enumeration has come first, in its order.
+    pub const ALL: [DType; 22] = [
         DType::Bool,
         DType::U8,
         DType::I8,
@@ -52,6 +54,8 @@ impl DType {
         DType::F32,
         DType::F64,
         DType::C64,
+        DType::F8E4M3Fnuz,
+        DType::F8E5M2Fnuz,
     ];
 
     /// Bits of one element.
@@ -61,6 +65,7 @@ impl DType {
             DType::F6E2M3 | DType::F6E3M2 => 6,
             DType::Bool | DType::U8 | DType::I8 => 8,
             DType::F8E4M3 | DType::F8E5M2 | DType::F8E8M0 => 8,
+            DType::F8E4M3Fnuz | DType::F8E5M2Fnuz => 8,
             DType::U16 | DType::I16 | DType::F16 | DType::Bf16 => 16,
             DType::U32 | DType::I32 | DType::F32 => 32,
             DType::U64 | DType::I64 | DType::F64 | DType::C64 => 64,
@@ -90,6 +95,8 @@ impl DType {
             DType::F32 => "F32",
             DType::F64 => "F64",
             DType::C64 => "C64",
+            DType::F8E4M3Fnuz => "F8_E4M3FNUZ",
+            DType::F8E5M2Fnuz => "F8_E5M2FNUZ",
         }
     }
 

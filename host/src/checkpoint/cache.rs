@@ -10,8 +10,9 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use super::CheckpointError;
+use super::directory::Directory;
 use super::error::shown;
-use super::file::{io_error, is_plain_file_name, read_text};
+use super::file::{io_error, is_plain_file_name};
 
 /// The variables that say where the cache is, apart from the process, so that tests and embedding
 /// applications can give their own.
@@ -200,7 +201,7 @@ fn snapshot(entry: &Path, model: &str, revision: Option<&str>) -> Result<PathBuf
     }
     let reference = entry.join("refs").join(name);
     if !reference.is_dir()
-        && let Some(text) = read_text(&reference, "a reference (bytes)", 1024)?
+        && let Some(text) = read_reference(entry, name)?
     {
         let commit = text.trim();
         if !is_plain_file_name(commit) {
@@ -208,7 +209,7 @@ fn snapshot(entry: &Path, model: &str, revision: Option<&str>) -> Result<PathBuf
         }
         let snapshot = snapshots.join(commit);
         return if snapshot.is_dir() {
-            Ok(snapshot)
+            check_inside(entry, snapshot)
         } else {
             Err(bad(format!(
                 "refs/{name} names the snapshot {commit}, which is not there"
@@ -218,7 +219,7 @@ fn snapshot(entry: &Path, model: &str, revision: Option<&str>) -> Result<PathBuf
     if let Some(revision) = revision {
         let snapshot = snapshots.join(revision);
         return if is_plain_file_name(revision) && snapshot.is_dir() {
-            Ok(snapshot)
+            check_inside(entry, snapshot)
         } else {
             Err(CheckpointError::RevisionNotInCache {
                 model: model.into(),
@@ -241,11 +242,37 @@ fn snapshot(entry: &Path, model: &str, revision: Option<&str>) -> Result<PathBuf
         }
     }
     match found.len() {
-        1 => Ok(found.remove(0)),
+        1 => check_inside(entry, found.remove(0)),
         0 => Err(bad("it holds no snapshot; download the model again".into())),
         n => Err(bad(format!(
             "it holds {n} snapshots and no refs/main; give the path of one of them"
         ))),
+    }
+}
+
+/// The text of a reference; `None` where there is none.
+fn read_reference(entry: &Path, name: &str) -> Result<Option<String>, CheckpointError> {
+    let references = entry.join("refs");
+    if !references.is_dir() {
+        return Ok(None);
+    }
+    let references = check_inside(entry, references)?;
+    Directory::open(&references)?.read_text(name, "a reference (bytes)", 1024)
+}
+
+/// A directory of an entry that is there, and lies in it with all links followed. The entry itself
+/// may be a link: users move models to other disks.
+fn check_inside(entry: &Path, directory: PathBuf) -> Result<PathBuf, CheckpointError> {
+    let real = |path: &Path| fs::canonicalize(path).map_err(io_error("open", path));
+    let (entry, target) = (real(entry)?, real(&directory)?);
+    if target.starts_with(&entry) {
+        Ok(directory)
+    } else {
+        Err(CheckpointError::LeadsOut {
+            path: directory,
+            target,
+            allowed: vec![entry],
+        })
     }
 }
 
@@ -369,6 +396,50 @@ mod tests {
                 "{snapshots:?} {main:?}: {error:?}"
             );
         }
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn an_entry_may_be_a_link_and_nothing_in_it_may_lead_out() {
+        use std::os::unix::fs::symlink;
+
+        let (dir, environment, entry) = cache(&["abc"], Some("abc"));
+        let moved = dir.path().join("moved");
+        fs::rename(&entry, &moved).unwrap();
+        symlink(&moved, &entry).unwrap();
+        let snapshot = resolve_with("org/name", &environment).unwrap();
+        assert_eq!(snapshot, entry.join("snapshots").join("abc"));
+
+        // A second name for a snapshot of the same entry.
+        symlink("abc", moved.join("snapshots").join("def")).unwrap();
+        assert!(resolve_revision("org/name", Some("def"), &environment).is_ok());
+
+        let outside = dir.path().join("outside");
+        for directory in ["snapshots/abc", "refs"] {
+            fs::create_dir_all(outside.join(directory)).unwrap();
+        }
+        fs::write(outside.join("refs").join("main"), "abc").unwrap();
+        let leads_out = |revision: Option<&str>| {
+            let error = resolve_revision("org/name", revision, &environment).unwrap_err();
+            assert!(
+                matches!(error, CheckpointError::LeadsOut { .. }),
+                "{error:?}"
+            );
+        };
+        symlink(outside.join("snapshots/abc"), moved.join("snapshots/out")).unwrap();
+        leads_out(Some("out"));
+        fs::write(moved.join("refs").join("v1"), "out").unwrap();
+        leads_out(Some("v1"));
+        symlink(outside.join("refs/main"), moved.join("refs/v2")).unwrap();
+        leads_out(Some("v2"));
+        // Whole directories.
+        fs::remove_dir_all(moved.join("refs")).unwrap();
+        symlink(outside.join("refs"), moved.join("refs")).unwrap();
+        leads_out(None);
+        fs::remove_file(moved.join("refs")).unwrap();
+        fs::remove_dir_all(moved.join("snapshots")).unwrap();
+        symlink(outside.join("snapshots"), moved.join("snapshots")).unwrap();
+        leads_out(None);
     }
 
     #[test]

@@ -9,11 +9,12 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::CheckpointError;
-use super::file::read_text;
+use super::directory::Directory;
 
 /// Largest `config.json` that is read, in bytes. Parsed, it can take thirty times as much memory.
 pub const MAX_CONFIG_BYTES: u64 = 4 << 20;
 
+const NAME: &str = "config.json";
 const WHAT: &str = "the configuration";
 
 /// What kind of mixing a layer does over the sequence.
@@ -76,10 +77,9 @@ pub struct Config {
 
 impl Config {
     /// Reads `config.json` of a directory; `None` where there is none.
-    pub(crate) fn read(directory: &Path) -> Result<Option<Config>, CheckpointError> {
-        let path = directory.join("config.json");
-        match read_text(&path, "a configuration (bytes)", MAX_CONFIG_BYTES)? {
-            Some(text) => Config::parse(&path, text).map(Some),
+    pub(crate) fn read(directory: &Directory) -> Result<Option<Config>, CheckpointError> {
+        match directory.read_text(NAME, "a configuration (bytes)", MAX_CONFIG_BYTES)? {
+            Some(text) => Config::parse(&directory.path().join(NAME), text).map(Some),
             None => Ok(None),
         }
     }

@@ -1,5 +1,6 @@
 //! What can be wrong with a checkpoint: what, where, need and have.
 
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
@@ -163,6 +164,21 @@ pub enum CheckpointError {
     #[error("{path:?} is not a regular file")]
     #[allow(missing_docs, reason = "the path")]
     NotAFile { path: PathBuf },
+
+    /// A file of the checkpoint is a link to what does not belong to the checkpoint.
+    #[error(
+        "{path:?} leads to {target:?}, which does not belong to the checkpoint: links are followed \
+         to files (hidden ones excepted) in {} only",
+        Places(.allowed)
+    )]
+    LeadsOut {
+        /// The file, as the checkpoint names it.
+        path: PathBuf,
+        /// Where it leads.
+        target: PathBuf,
+        /// Directories whose files belong to the checkpoint.
+        allowed: Vec<PathBuf>,
+    },
 
     /// A file or a list is larger than any real one.
     #[error("{path:?}: {what} of {have} exceeds the limit of {limit}")]
@@ -471,4 +487,17 @@ pub enum CheckpointError {
     #[error("{path:?} was changed while loading; load the checkpoint again")]
     #[allow(missing_docs, reason = "the file")]
     Changed { path: PathBuf },
+}
+
+/// Directories, in a message.
+struct Places<'a>(&'a [PathBuf]);
+
+impl fmt::Display for Places<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, place) in self.0.iter().enumerate() {
+            let separator = if i == 0 { "" } else { " and " };
+            write!(f, "{separator}{place:?}")?;
+        }
+        Ok(())
+    }
 }

@@ -3,17 +3,45 @@
 use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::CheckpointError;
+use super::directory::Directory;
 
 /// A file of weights. It is either kept open, or opened anew for every read; in both cases the
 /// bytes come from the file that was checked when the checkpoint was opened, or there is an error.
 #[derive(Debug)]
 pub struct Shard {
     path: PathBuf,
+    source: Source,
     state: State,
     file: Option<File>,
+}
+
+/// How a file is found.
+#[derive(Debug, Clone)]
+pub(crate) enum Source {
+    /// By its name in the checkpoint's directory.
+    In(Arc<Directory>, String),
+    /// By a path that the user gave: whoever names a link means what it leads to.
+    Named(PathBuf),
+}
+
+impl Source {
+    pub(crate) fn path(&self) -> PathBuf {
+        match self {
+            Source::In(directory, name) => directory.path().join(name),
+            Source::Named(path) => path.clone(),
+        }
+    }
+
+    fn open(&self) -> Result<File, CheckpointError> {
+        match self {
+            Source::In(directory, name) => directory.open_file(name),
+            Source::Named(path) => open_named(path),
+        }
+    }
 }
 
 /// What tells whether a file is still the one that was opened.
@@ -57,13 +85,15 @@ pub(crate) enum ReadFailure {
 
 impl Shard {
     /// Opens a regular file for positioned reads.
-    pub(crate) fn open(path: &Path) -> Result<Shard, CheckpointError> {
-        let file = open_regular(path)?;
+    pub(crate) fn open(source: Source) -> Result<Shard, CheckpointError> {
+        let path = source.path();
+        let file = source.open()?;
         let metadata = file
             .metadata()
-            .map_err(io_error("read the size of", path))?;
+            .map_err(io_error("read the size of", &path))?;
         Ok(Shard {
-            path: path.into(),
+            path,
+            source,
             state: State::of(&metadata),
             file: Some(file),
         })
@@ -90,7 +120,7 @@ impl Shard {
         let file = match &self.file {
             Some(file) => file,
             None => {
-                reopened = open_regular(&self.path).map_err(ReadFailure::Other)?;
+                reopened = self.source.open().map_err(ReadFailure::Other)?;
                 &reopened
             }
         };
@@ -138,9 +168,9 @@ fn read_once(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
     std::os::windows::fs::FileExt::seek_read(file, buffer, offset)
 }
 
-/// Opens a file that is no pipe, device or directory: opening or reading one of these may block
-/// for ever.
-fn open_regular(path: &Path) -> Result<File, CheckpointError> {
+/// Opens a file that the user named, and that is no pipe, device or directory: opening or reading
+/// one of these may block for ever.
+fn open_named(path: &Path) -> Result<File, CheckpointError> {
     let regular = |metadata: fs::Metadata| {
         if metadata.is_file() {
             Ok(())
@@ -149,23 +179,42 @@ fn open_regular(path: &Path) -> Result<File, CheckpointError> {
         }
     };
     regular(fs::metadata(path).map_err(io_error("open", path))?)?;
-    let file = File::open(path).map_err(io_error("open", path))?;
+    let mut options = File::options();
+    options.read(true);
+    // In case it has become a pipe meanwhile.
+    #[cfg(unix)]
+    {
+        use rustix::fs::OFlags;
+        use std::os::unix::fs::OpenOptionsExt;
+        options.custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32);
+    }
+    let file = options.open(path).map_err(io_error("open", path))?;
     regular(file.metadata().map_err(io_error("open", path))?)?;
     Ok(file)
 }
 
-/// The whole text of a regular file of at most `limit` bytes; `None` where there is none.
+/// The whole text of a regular file that the user named, of at most `limit` bytes; `None` where
+/// there is none.
 pub(crate) fn read_text(
     path: &Path,
     what: &'static str,
     limit: u64,
 ) -> Result<Option<String>, CheckpointError> {
-    let file = match open_regular(path) {
+    match open_named(path) {
         Err(CheckpointError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
-            return Ok(None);
+            Ok(None)
         }
-        other => other?,
-    };
+        other => read_limited(other?, path, what, limit).map(Some),
+    }
+}
+
+/// The whole text of a file of at most `limit` bytes; `path` is named in errors only.
+pub(crate) fn read_limited(
+    file: File,
+    path: &Path,
+    what: &'static str,
+    limit: u64,
+) -> Result<String, CheckpointError> {
     let mut bytes = Vec::new();
     // One byte more than is legal, so that a longer file is seen whatever its size said.
     let mut reader = file.take(limit + 1);
@@ -173,7 +222,11 @@ pub(crate) fn read_text(
         .read_to_end(&mut bytes)
         .map_err(io_error("read", path))?;
     if bytes.len() as u64 > limit {
-        let have = fs::metadata(path).map_or(bytes.len() as u64, |metadata| metadata.len());
+        let file = reader.into_inner();
+        let have = file
+            .metadata()
+            .map_or(0, |metadata| metadata.len())
+            .max(bytes.len() as u64);
         return Err(CheckpointError::TooLarge {
             path: path.into(),
             what,
@@ -181,13 +234,10 @@ pub(crate) fn read_text(
             limit,
         });
     }
-    match String::from_utf8(bytes) {
-        Ok(text) => Ok(Some(text)),
-        Err(_) => Err(CheckpointError::NotUtf8 {
-            path: path.into(),
-            what,
-        }),
-    }
+    String::from_utf8(bytes).map_err(|_| CheckpointError::NotUtf8 {
+        path: path.into(),
+        what,
+    })
 }
 
 /// Turns a system error into ours, for `map_err`.

@@ -2,55 +2,57 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
+use std::sync::Arc;
 
 use super::CheckpointError;
-use super::file::{io_error, read_text};
+use super::directory::Directory;
+use super::file::{Source, io_error, read_text};
 use super::index::{self, Index, MAX_INDEX_BYTES, MAX_SHARDS};
 
 const INDEX: &str = "model.safetensors.index.json";
+const INDEX_WHAT: &str = "an index (bytes)";
 const SINGLE: &str = "model.safetensors";
-/// Files that a directory may hold before it is no model directory.
-const MAX_DIRECTORY_ENTRIES: usize = 100_000;
 
 /// The files of a checkpoint.
 #[derive(Debug)]
 pub(crate) struct Located {
     /// Where config.json would be.
-    pub(crate) directory: PathBuf,
+    pub(crate) directory: Arc<Directory>,
     /// The files with the weights, in checkpoint order.
-    pub(crate) shards: Vec<PathBuf>,
+    pub(crate) shards: Vec<Source>,
     /// The index, where there is one; its shards are those above.
     pub(crate) index: Option<Index>,
 }
 
-/// Finds the files: of a `.safetensors` file, an index, or a directory.
+/// Finds the files: of a `.safetensors` file, an index, or a directory. A file that `path` names
+/// may be a link to anywhere, for the user named it; what lies beside it may not.
 pub(crate) fn locate(path: &Path) -> Result<Located, CheckpointError> {
     let metadata = fs::metadata(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => CheckpointError::NotFound { path: path.into() },
         _ => io_error("open", path)(source),
     })?;
     if metadata.is_dir() {
-        return in_directory(path);
+        return in_directory(Directory::open(path)?.into());
     }
     if !metadata.is_file() {
         return Err(CheckpointError::NotAFile { path: path.into() });
     }
-    let directory = match path.parent() {
-        Some(parent) if parent != Path::new("") => parent.to_path_buf(),
-        _ => PathBuf::from("."),
-    };
+    let directory = Arc::new(Directory::open(match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    })?);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     if name.ends_with(".safetensors.index.json") {
-        return match with_index(&directory, path)? {
-            Some(located) => Ok(located),
+        return match read_text(path, INDEX_WHAT, MAX_INDEX_BYTES)? {
+            Some(text) => with_index(directory, path, &text),
             None => Err(CheckpointError::NotFound { path: path.into() }),
         };
     }
     if is_safetensors(&name) {
         return Ok(Located {
             directory,
-            shards: vec![path.into()],
+            shards: vec![Source::Named(path.into())],
             index: None,
         });
     }
@@ -60,16 +62,18 @@ pub(crate) fn locate(path: &Path) -> Result<Located, CheckpointError> {
     })
 }
 
-fn in_directory(directory: &Path) -> Result<Located, CheckpointError> {
-    if let Some(located) = with_index(directory, &directory.join(INDEX))? {
-        return Ok(located);
+fn in_directory(directory: Arc<Directory>) -> Result<Located, CheckpointError> {
+    if let Some(text) = directory.read_text(INDEX, INDEX_WHAT, MAX_INDEX_BYTES)? {
+        let path = directory.path().join(INDEX);
+        return with_index(directory, &path, &text);
     }
-    let names = list(directory)?;
+    let names = directory.list()?;
     let located = |shards: Vec<String>| Located {
-        directory: directory.into(),
-        shards: shards.iter().map(|name| directory.join(name)).collect(),
+        shards: sources(&directory, shards),
+        directory: Arc::clone(&directory),
         index: None,
     };
+    let directory = directory.path();
     if names.iter().any(|name| name == SINGLE) {
         return Ok(located(vec![SINGLE.into()]));
     }
@@ -100,50 +104,32 @@ fn in_directory(directory: &Path) -> Result<Located, CheckpointError> {
     }
 }
 
-/// The shards that an index lists; `None` where there is no index.
-fn with_index(directory: &Path, path: &Path) -> Result<Option<Located>, CheckpointError> {
-    let Some(text) = read_text(path, "an index (bytes)", MAX_INDEX_BYTES)? else {
-        return Ok(None);
-    };
-    let index = index::parse(path, &text)?;
-    let shards: Vec<PathBuf> = index
-        .shards
-        .iter()
-        .map(|name| directory.join(name))
-        .collect();
-    for (position, shard) in shards.iter().enumerate() {
-        if !shard.exists() {
+/// The shards that an index with this text lists.
+fn with_index(
+    directory: Arc<Directory>,
+    path: &Path,
+    text: &str,
+) -> Result<Located, CheckpointError> {
+    let index = index::parse(path, text)?;
+    for (position, shard) in index.shards.iter().enumerate() {
+        if !directory.has(shard)? {
             let entry = index.entries.iter().find(|(_, at)| *at == position);
             return Err(CheckpointError::MissingShard {
-                path: shard.clone(),
+                path: directory.path().join(shard),
                 tensor: entry.map_or_else(String::new, |(tensor, _)| tensor.clone()),
             });
         }
     }
-    Ok(Some(Located {
-        directory: directory.into(),
-        shards,
+    Ok(Located {
+        shards: sources(&directory, index.shards.clone()),
+        directory,
         index: Some(index),
-    }))
+    })
 }
 
-/// Names of everything in the directory, sorted. What is not Unicode cannot be a shard of ours.
-fn list(directory: &Path) -> Result<Vec<String>, CheckpointError> {
-    let mut names = Vec::new();
-    for entry in fs::read_dir(directory).map_err(io_error("list", directory))? {
-        let entry = entry.map_err(io_error("list", directory))?;
-        if names.len() == MAX_DIRECTORY_ENTRIES {
-            return Err(CheckpointError::TooLarge {
-                path: directory.into(),
-                what: "a number of files",
-                have: MAX_DIRECTORY_ENTRIES as u64 + 1,
-                limit: MAX_DIRECTORY_ENTRIES as u64,
-            });
-        }
-        names.push(entry.file_name().to_string_lossy().into_owned());
-    }
-    names.sort_unstable();
-    Ok(names)
+fn sources(directory: &Arc<Directory>, names: Vec<String>) -> Vec<Source> {
+    let source = |name| Source::In(Arc::clone(directory), name);
+    names.into_iter().map(source).collect()
 }
 
 fn is_safetensors(name: &str) -> bool {

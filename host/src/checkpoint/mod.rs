@@ -9,6 +9,7 @@
 
 mod cache;
 mod config;
+mod directory;
 mod error;
 mod file;
 mod header;
@@ -29,20 +30,20 @@ pub use cache::{CacheEnvironment, resolve, resolve_revision, resolve_with};
 #[cfg(feature = "hub")]
 pub(crate) use cache::{entry_name, is_revision};
 pub use config::{Config, LayerType, MAX_CONFIG_BYTES};
+pub(crate) use directory::Directory;
 pub use error::CheckpointError;
-#[cfg(feature = "hub")]
 pub(crate) use error::shown;
 pub use file::Shard;
-#[cfg(any(feature = "check", feature = "hub"))]
+#[cfg(feature = "check")]
 pub(crate) use file::read_text;
+pub(crate) use file::{ReadFailure, Source, is_plain_file_name};
 pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES, MAX_TENSORS};
+#[cfg(feature = "hub")]
+pub(crate) use index::parse as parse_index;
 pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
 pub use quantized::{Extent, Nested, Quantized};
 pub use ties::Tie;
-#[cfg(feature = "hub")]
-pub(crate) use {file::is_plain_file_name, index::parse as parse_index};
 
-use file::ReadFailure;
 use header::Header;
 
 use crate::types::DType;
@@ -96,6 +97,7 @@ impl TensorInfo {
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
+    directory: Arc<Directory>,
     shards: Arc<[Shard]>,
     tensors: Vec<TensorInfo>,
     /// Indices of `tensors`, sorted by name.
@@ -114,6 +116,10 @@ impl Checkpoint {
     /// is the file; else a complete set of `*-0000i-of-0000N.safetensors`; else the only
     /// `.safetensors` file. `config.json` is read from beside the files.
     ///
+    /// `path` may be a link to anywhere. Every other file must lie, all links followed, in the
+    /// directory, or in `blobs` of the same entry of the Hugging Face cache, and must be a regular
+    /// file.
+    ///
     /// # Errors
     /// A [`CheckpointError`] that names the file and the part of it that is wrong.
     pub fn open(path: &Path) -> Result<Checkpoint, CheckpointError> {
@@ -125,8 +131,9 @@ impl Checkpoint {
         let mut metadata = BTreeMap::new();
         let mut header_bytes = 0;
         let mut source_bytes: u64 = 0;
-        for path in &located.shards {
-            let mut shard = Shard::open(path)?;
+        for source in located.shards {
+            let mut shard = Shard::open(source)?;
+            let path = shard.path().to_owned();
             let (header, data) = read_header(&shard, &mut header_bytes)?;
             if tensors.len() + header.tensors.len() > MAX_TENSORS {
                 return Err(CheckpointError::TooLarge {
@@ -190,6 +197,7 @@ impl Checkpoint {
             .collect();
         Ok(Checkpoint {
             path: path.into(),
+            directory: located.directory,
             ties: ties::find(&named, config.as_ref()),
             source_bytes,
             shards: shards.into(),
@@ -206,6 +214,7 @@ impl Checkpoint {
         by_name.sort_unstable_by_key(|&i| &tensors[i as usize].name);
         Checkpoint {
             path: self.path.clone(),
+            directory: Arc::clone(&self.directory),
             shards: Arc::clone(&self.shards),
             by_name,
             source_bytes: tensors.iter().map(TensorInfo::source_bytes).sum(),
@@ -219,6 +228,11 @@ impl Checkpoint {
     /// What was opened: the path as it was given.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The directory that its files lie in.
+    pub(crate) fn directory(&self) -> &Arc<Directory> {
+        &self.directory
     }
 
     /// The files, in order of their names.

@@ -257,7 +257,9 @@ const fn code(dtype: DType) -> Option<u8> {
         DType::C64 => 5,
         DType::Bool => 6,
         DType::F8E4M3 => 10,
+        DType::F8E4M3Fnuz => 11,
         DType::F8E5M2 => 12,
+        DType::F8E5M2Fnuz => 13,
         DType::F8E8M0 => 14,
         DType::F4 | DType::F6E2M3 | DType::F6E3M2 => return None,
     })

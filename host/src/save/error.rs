@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use tightfit_kernels::KernelError;
 
-use crate::checkpoint::CheckpointError;
+use crate::checkpoint::{CheckpointError, shown};
 use crate::load::LoadError;
 use crate::plan::{PlanError, SizeError};
 
@@ -53,6 +53,18 @@ pub enum SaveError {
     SameName {
         /// The name.
         name: String,
+    },
+    /// What would be written is larger than any checkpoint that can be opened.
+    #[error("writing the tensor '{}' would make {what} {need}, at most {limit} can be opened", shown(.tensor))]
+    TooLarge {
+        /// The tensor, a stack of experts for example, with which it becomes too large.
+        tensor: String,
+        /// What would be too large.
+        what: &'static str,
+        /// How large it would be with this tensor; `u64::MAX` where it needs more than 64 bits.
+        need: u64,
+        /// The most that can be opened.
+        limit: u64,
     },
     /// A header would be larger than readers accept.
     #[error("the header of {file} would be larger than 100 MB; choose a smaller --max-shard-size")]

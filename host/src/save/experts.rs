@@ -6,15 +6,29 @@
 //! `experts.N.gate_proj.weight`, `.up_proj.weight` and `.down_proj.weight`, as transformers 4 and
 //! the 4-bit checkpoints that people share have them.
 
-use crate::checkpoint::{Config, TensorInfo};
+use super::layout::tensors_of;
+use super::{SaveError, is_4bit};
+use crate::checkpoint::{Config, MAX_INDEX_BYTES, MAX_TENSORS, TensorInfo};
 use crate::types::Format;
 
 /// Splits the stacks that are to be quantized and that lie as described; others stay as they are.
+///
+/// # Errors
+/// [`SaveError::TooLarge`] when more tensors would be written than can be opened. Nothing is made
+/// before that is known: a few bytes of a header can claim any number of experts.
 pub(super) fn split_stacks(
     tensors: Vec<(TensorInfo, Format)>,
     config: Option<&Config>,
-) -> Vec<(TensorInfo, Format)> {
+) -> Result<Vec<(TensorInfo, Format)>, SaveError> {
     let hidden = config.and_then(|config| config.hidden_size);
+    let mut size = WrittenSize::default();
+    for (tensor, format) in &tensors {
+        let (weights, name) = match stack(tensor, *format, hidden) {
+            Some(stack) => (stack.weights(), tensor.name.len() + LONGEST_EXPERT),
+            None => (1, tensor.name.len()),
+        };
+        size.add(tensor, *format, weights, name)?;
+    }
     let mut split = Vec::with_capacity(tensors.len());
     for (tensor, format) in tensors {
         match stack(&tensor, format, hidden) {
@@ -22,7 +36,57 @@ pub(super) fn split_stacks(
             None => split.push((tensor, format)),
         }
     }
-    split
+    Ok(split)
+}
+
+/// Bytes that the number of an expert and `.gate_proj.weight` add to a name, at most.
+const LONGEST_EXPERT: usize = 40;
+/// Bytes that `.quant_state.bitsandbytes__nf4` adds to a name.
+const LONGEST_SUFFIX: usize = 30;
+
+/// How large the headers and the index of what is written become.
+#[derive(Default)]
+struct WrittenSize {
+    tensors: u128,
+    name_bytes: u128,
+}
+
+impl WrittenSize {
+    /// Counts a number of weights in, whose names have at most `name` bytes.
+    fn add(
+        &mut self,
+        tensor: &TensorInfo,
+        format: Format,
+        weights: u128,
+        name: usize,
+    ) -> Result<(), SaveError> {
+        // At most 2^64 x 2 weights of 6 tensors, and names of some thousand bytes: far from 2^128.
+        let tensors = weights * tensors_of(tensor, format) as u128;
+        let name = match is_4bit(tensor, format) {
+            true => name + LONGEST_SUFFIX,
+            false => name,
+        };
+        self.tensors += tensors;
+        self.name_bytes += tensors * name as u128;
+        for (what, need, limit) in [
+            ("the number of tensors", self.tensors, MAX_TENSORS as u128),
+            (
+                "the bytes of names",
+                self.name_bytes,
+                MAX_INDEX_BYTES.into(),
+            ),
+        ] {
+            if need > limit {
+                return Err(SaveError::TooLarge {
+                    tensor: tensor.name.clone(),
+                    what,
+                    need: u64::try_from(need).unwrap_or(u64::MAX),
+                    limit: limit as u64,
+                });
+            }
+        }
+        Ok(())
+    }
 }
 
 struct Stack<'a> {
@@ -42,6 +106,10 @@ fn stack(tensor: &TensorInfo, format: Format, hidden: Option<u64>) -> Option<Sta
     let (Format::Nf4 { .. }, None) = (format, &tensor.quantized) else {
         return None;
     };
+    // Without elements, its other sizes say nothing: there may be 2^63 experts of no rows.
+    if tensor.bytes == 0 || !tensor.dtype.is_quantizable() {
+        return None;
+    }
     let [experts, rows, columns] = tensor.shape[..] else {
         return None;
     };
@@ -74,25 +142,26 @@ fn stack(tensor: &TensorInfo, format: Format, hidden: Option<u64>) -> Option<Sta
 }
 
 impl Stack<'_> {
+    /// Weights that it becomes.
+    fn weights(&self) -> u128 {
+        u128::from(self.experts) * self.projections.len() as u128
+    }
+
     fn experts(&self) -> impl Iterator<Item = TensorInfo> + '_ {
-        let count = self.experts * self.projections.len() as u64;
-        let bytes = self.tensor.bytes / count.max(1);
-        (0..count).map(move |number| {
-            let per_expert = self.projections.len() as u64;
-            TensorInfo {
-                name: format!(
-                    "{}.{}.{}.weight",
-                    self.prefix,
-                    number / per_expert,
-                    self.projections[(number % per_expert) as usize],
-                ),
-                dtype: self.tensor.dtype,
-                shape: vec![self.rows, self.columns],
-                bytes,
-                shard: self.tensor.shard,
-                offset: self.tensor.offset + number * bytes,
-                quantized: None,
-            }
+        // Elements are whole bytes, and there is at least one.
+        let bytes = self.rows * self.columns * (self.tensor.dtype.bits() / 8);
+        let names = (0..self.experts).flat_map(move |expert| {
+            let names = self.projections.iter();
+            names.map(move |name| format!("{}.{expert}.{name}.weight", self.prefix))
+        });
+        names.zip(0u64..).map(move |(name, number)| TensorInfo {
+            name,
+            dtype: self.tensor.dtype,
+            shape: vec![self.rows, self.columns],
+            bytes,
+            shard: self.tensor.shard,
+            offset: self.tensor.offset + number * bytes,
+            quantized: None,
         })
     }
 }
@@ -126,6 +195,7 @@ mod tests {
 
     fn names_and_offsets(tensor: TensorInfo, format: Format, hidden: u64) -> Vec<(String, u64)> {
         split_stacks(vec![(tensor, format)], Some(&config(hidden)))
+            .unwrap()
             .into_iter()
             .map(|(tensor, _)| (tensor.name, tensor.offset))
             .collect()

@@ -8,13 +8,16 @@ use serde_json::{Map, Value, json};
 
 use super::target::Target;
 use super::{SaveError, is_4bit, quant_state};
-use crate::checkpoint::TensorInfo;
+use crate::checkpoint::{MAX_NAME_BYTES, TensorInfo};
 use crate::model::Quantization;
 use crate::plan::{PartKind, tensor_part_sizes};
 use crate::types::{DType, Format, QuantType, elements};
 
 /// What safetensors readers accept.
 const MAX_HEADER_BYTES: usize = 100_000_000;
+
+/// Most bytes of all tensors: what a file can have, with room for headers.
+const MAX_BYTES: u64 = 1 << 62;
 
 /// What a tensor of the file holds of a weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -91,16 +94,39 @@ impl Layout {
         let mut states = HashMap::new();
         let mut cuts: Vec<(Range<usize>, Vec<Entry>)> = Vec::new();
         let mut bytes_in_shard = 0;
+        let mut all_bytes = 0u64;
         for (index, (tensor, format)) in weights.iter().enumerate() {
             let (entries, state) = entries(index, tensor, *format)?;
             let added = entries.iter().map(|entry| &entry.key);
             for key in added.chain(state.as_ref().map(|state| &state.key)) {
+                if key.len() > MAX_NAME_BYTES {
+                    return Err(too_large(
+                        tensor,
+                        "the bytes of a name",
+                        key.len() as u64,
+                        MAX_NAME_BYTES as u64,
+                    ));
+                }
                 if !keys.insert(key.clone()) {
                     return Err(SaveError::SameName { name: key.clone() });
                 }
             }
             let state_bytes = state.as_ref().map_or(0, |state| state.longest as u64);
+            // Of one weight, below 2^62.
             let bytes = entries.iter().map(|entry| entry.bytes).sum::<u64>() + state_bytes;
+            // Sparse files can claim anything, and a cast doubles it.
+            all_bytes = match all_bytes.checked_add(bytes) {
+                Some(total) if total <= MAX_BYTES => total,
+                total => {
+                    let need = total.unwrap_or(u64::MAX);
+                    return Err(too_large(
+                        tensor,
+                        "the bytes of all tensors",
+                        need,
+                        MAX_BYTES,
+                    ));
+                }
+            };
             match cuts.last_mut() {
                 Some((range, shard)) if bytes_in_shard + bytes <= max_shard_bytes => {
                     range.end = index + 1;
@@ -118,6 +144,7 @@ impl Layout {
             cuts.push((0..0, Vec::new()));
         }
         let count = cuts.len();
+        // Without the quant states, whose length is only known when they are written.
         let total_bytes = cuts
             .iter()
             .flat_map(|(_, entries)| entries.iter().map(|entry| entry.bytes))
@@ -162,10 +189,12 @@ impl Layout {
                 weight_map.insert(key.clone(), Value::from(shard.file_name.clone()));
             }
         }
-        let parameters: u64 = weights
-            .iter()
-            .map(|(tensor, _)| elements(&tensor.shape).unwrap_or(0))
-            .sum();
+        let mut parameters = 0u64;
+        for (tensor, _) in weights {
+            let sum = elements(&tensor.shape).and_then(|count| parameters.checked_add(count));
+            parameters = sum
+                .ok_or_else(|| too_large(tensor, "the number of parameters", u64::MAX, u64::MAX))?;
+        }
         let index = json!({
             "metadata": {
                 "total_parameters": parameters,
@@ -181,6 +210,30 @@ impl Layout {
 pub(super) fn pretty(value: &impl Serialize) -> String {
     // Maps with string keys always have a JSON form.
     serde_json::to_string_pretty(value).unwrap_or_default()
+}
+
+fn too_large(tensor: &TensorInfo, what: &'static str, need: u64, limit: u64) -> SaveError {
+    SaveError::TooLarge {
+        tensor: tensor.name.clone(),
+        what,
+        need,
+        limit,
+    }
+}
+
+/// Number of tensors of the file that hold one weight.
+pub(super) fn tensors_of(tensor: &TensorInfo, format: Format) -> usize {
+    let double = match (&tensor.quantized, format) {
+        (Some(quantized), _) => quantized.nested.is_some(),
+        (
+            None,
+            Format::Nf4 {
+                double_quantized, ..
+            },
+        ) => double_quantized,
+        (None, Format::Stored | Format::Cast(_)) => return 1,
+    };
+    if double { 6 } else { 4 }
 }
 
 /// The tensors of the file that hold one weight.

@@ -7,16 +7,22 @@
 //! The same tensors in the same formats give the same files, whatever order they were read in:
 //! tensors are sorted by element size and name, as the safetensors library does.
 
+mod companions;
 mod config;
 mod error;
 mod experts;
 mod layout;
 mod quant_state;
 mod target;
+#[cfg(test)]
+mod tests;
 
 use std::fs::File;
 use std::path::Path;
 
+pub use companions::{
+    LeftOut, LeftOutReason, MAX_COMPANION_BYTES, MAX_COMPANIONS, MAX_COMPANIONS_BYTES,
+};
 pub use error::SaveError;
 pub use target::check_target;
 
@@ -29,6 +35,7 @@ use crate::memory::DEFAULT_STAGING;
 use crate::model::{Quantization, Tensor};
 use crate::plan::{PartKind, Plan, tensor_part_sizes};
 use crate::types::{Format, Placement, QuantType};
+use companions::Companions;
 use layout::{Content, Layout, ShardFile};
 use target::Target;
 
@@ -82,7 +89,7 @@ impl Default for SaveOptions<'_> {
 }
 
 /// What was written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Saved {
     /// Files with weights.
     pub shards: usize,
@@ -92,13 +99,19 @@ pub struct Saved {
     pub quantized: u64,
     /// Blocks with infinities or NaN.
     pub nonfinite_blocks: u64,
+    /// Files beside the weights that were not copied, sorted by name.
+    pub left_out: Vec<LeftOut>,
 }
 
 /// Writes the tensors that `placements` load (one placement for each tensor), in their formats, to
 /// the directory `target`.
 ///
 /// Stacks of experts that are to be quantized are written expert by expert, under the keys that
-/// checkpoints with separate experts have.
+/// checkpoints with separate experts have; stacks without elements stay stacks.
+///
+/// Files beside the weights that belong to a model (`*.json`, `*.txt`, `*.model`, `*.jinja`,
+/// `*.tiktoken`, `*.bpe`) are copied as new files of this user, whatever their modes are. What is
+/// larger than [`MAX_COMPANION_BYTES`], or no regular file, is left out, as [`Saved::left_out`] says.
 ///
 /// # Errors
 /// [`SaveError`]; nothing is left at `target`, or what was there before.
@@ -111,6 +124,8 @@ pub fn save(
     if placements.len() != checkpoint.tensors().len() {
         return Err(SaveError::OtherPlan);
     }
+    // First, for what may not be copied is known before hours of work.
+    let companions = Companions::find(checkpoint.directory(), &options.cancel)?;
     let target = Target::create(target, options.force)?;
     let kept: Vec<(TensorInfo, Format)> = checkpoint
         .tensors()
@@ -119,7 +134,7 @@ pub fn save(
         .filter(|(_, placement)| placement.device.is_some())
         .map(|(tensor, placement)| (tensor.clone(), placement.format))
         .collect();
-    let mut weights = experts::split_stacks(kept, checkpoint.config());
+    let mut weights = experts::split_stacks(kept, checkpoint.config())?;
     weights.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
     let layout = Layout::new(&weights, options.max_shard_bytes)?;
     let mut writer = Writer {
@@ -140,7 +155,7 @@ pub fn save(
     }
     let state_bytes = writer.state_bytes;
     layout.write_index(&weights, state_bytes, &target)?;
-    target.copy_companions(checkpoint.path())?;
+    companions.copy(&target, &options.cancel)?;
     config::write(
         checkpoint.config(),
         &weights,
@@ -157,6 +172,7 @@ pub fn save(
             .filter(|(tensor, format)| is_4bit(tensor, *format))
             .count() as u64,
         nonfinite_blocks,
+        left_out: companions.left_out,
     })
 }
 

@@ -9,9 +9,6 @@ use tempfile::TempDir;
 use super::SaveError;
 use crate::load::CancelToken;
 
-/// Files beside the weights that belong to a model: tokenizer, generation settings, chat template.
-const COMPANIONS: [&str; 6] = ["json", "txt", "model", "jinja", "tiktoken", "bpe"];
-
 /// A directory that gets its name when it is complete, and is removed when it is not.
 pub(super) struct Target {
     path: PathBuf,
@@ -103,9 +100,20 @@ impl Target {
         })
     }
 
+    /// Where a file is until the checkpoint is complete.
+    #[cfg(test)]
+    pub(super) fn path_of(&self, name: &str) -> PathBuf {
+        self.partial.path().join(name)
+    }
+
+    /// Creates a file with our own mode, whatever the checkpoint's files have.
     pub(super) fn create_file(&self, name: &str) -> Result<File, SaveError> {
         let path = self.partial.path().join(name);
-        File::create_new(&path).map_err(io_error("create", &path))
+        let mut options = File::options();
+        options.write(true).create_new(true);
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o644);
+        options.open(&path).map_err(io_error("create", &path))
     }
 
     pub(super) fn write_at(
@@ -129,33 +137,6 @@ impl Target {
         let mut file = self.create_file(name)?;
         self.write_at(&mut file, name, 0, text.as_bytes())?;
         self.finish_file(file, name, text.len() as u64)
-    }
-
-    /// Copies what else belongs to the model from where its weights are.
-    pub(super) fn copy_companions(&self, source: &Path) -> Result<(), SaveError> {
-        let directory = match source.is_dir() {
-            true => source,
-            false => parent(source),
-        };
-        let listed = fs::read_dir(directory).map_err(io_error("list", directory))?;
-        for entry in listed {
-            let path = entry.map_err(io_error("list", directory))?.path();
-            let (Some(name), Some(extension)) = (path.file_name(), path.extension()) else {
-                continue;
-            };
-            let name = name.to_string_lossy();
-            let belongs = COMPANIONS.iter().any(|&known| extension == known)
-                && name != "config.json"
-                && !name.ends_with(".index.json")
-                && !name.starts_with('.')
-                // Follows the links of the Hugging Face cache; pipes and devices would block.
-                && path.is_file();
-            if belongs {
-                let to = self.partial.path().join(&*name);
-                fs::copy(&path, to).map_err(io_error("copy", &path))?;
-            }
-        }
-        Ok(())
     }
 
     /// Gives the directory its name.

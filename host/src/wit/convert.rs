@@ -5,9 +5,11 @@ pub(crate) use policy::*;
 use super::bindings::tightfit::host::types;
 use crate::types::{DType, Format, Placement, QuantType};
 
-/// Both directions of an enumeration whose cases have corresponding names.
+/// Both directions of an enumeration whose cases have corresponding names; `more` of ours are told
+/// as one of theirs.
 macro_rules! same_cases {
-    ($(#[$meta:meta])* $to_ours:ident, $to_theirs:ident, $ours:ident, $theirs:path: $($case:ident = $wit:ident),* $(,)?) => {
+    ($(#[$meta:meta])* $to_ours:ident, $to_theirs:ident, $ours:ident, $theirs:path:
+     $($case:ident = $wit:ident),* $(; $($more:ident => $told:ident),*)? $(,)?) => {
         $(#[$meta])*
         pub(crate) fn $to_ours(given: $theirs) -> $ours {
             use $theirs as Theirs;
@@ -16,7 +18,10 @@ macro_rules! same_cases {
 
         pub(crate) fn $to_theirs(given: $ours) -> $theirs {
             use $theirs as Theirs;
-            match given { $($ours::$case => Theirs::$wit),* }
+            match given {
+                $($ours::$case => Theirs::$wit,)*
+                $($($ours::$more => Theirs::$told,)*)?
+            }
         }
     };
 }
@@ -24,7 +29,9 @@ macro_rules! same_cases {
 same_cases!(dtype, wit_dtype, DType, types::Dtype:
     Bool = Bool, U8 = U8, I8 = I8, U16 = U16, I16 = I16, U32 = U32, I32 = I32, U64 = U64,
     I64 = I64, F4 = F4, F6E2M3 = F6E2m3, F6E3M2 = F6E3m2, F8E4M3 = F8E4m3, F8E5M2 = F8E5m2,
-    F8E8M0 = F8E8m0, F16 = F16, Bf16 = Bf16, F32 = F32, F64 = F64, C64 = C64,
+    F8E8M0 = F8E8m0, F16 = F16, Bf16 = Bf16, F32 = F32, F64 = F64, C64 = C64;
+    // A new case would turn away every guest that was built before.
+    F8E4M3Fnuz => F8E4m3, F8E5M2Fnuz => F8E5m2,
 );
 
 same_cases!(quant_type, wit_quant_type, QuantType, types::QuantType: Nf4 = Nf4, Fp4 = Fp4);

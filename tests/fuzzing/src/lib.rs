@@ -10,6 +10,8 @@ mod component;
 mod driver;
 mod plan;
 mod quant_state;
+#[cfg(unix)]
+mod save;
 
 pub use checkpoint::checkpoint;
 #[cfg(feature = "component")]
@@ -18,6 +20,8 @@ pub use component::component;
 pub use driver::driver;
 pub use plan::plan;
 pub use quant_state::quant_state;
+#[cfg(unix)]
+pub use save::save_directory;
 
 use std::path::PathBuf;
 
@@ -35,6 +39,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("driver", driver),
     ("plan", plan),
     ("quant_state", quant_state),
+    #[cfg(unix)]
+    ("save", save_directory),
 ];
 
 /// A file with these bytes, in a directory that is this thread's alone.

@@ -114,6 +114,33 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         seeds.push(("quant_state", name, bytes));
     }
 
+    // A layout and the shape of a stack; kind, name, place and what belongs to the kind.
+    for (name, bytes) in [
+        (
+            "files",
+            &[0, 1, 2, 3, 7, 3, 2, 40, 255, 7, 4, 2, 3, 40, 7, 9, 2, 9, 0][..],
+        ),
+        ("experts-of-no-rows", &[0, 5, 0, 3]),
+        (
+            "snapshot",
+            &[
+                1, 1, 2, 3, 7, 3, 0, 5, 6, 3, 3, 2, 1, 4, 1, 0, 1, 0, 1, 4, 0, 3,
+            ],
+        ),
+        ("links-out", &[0, 1, 2, 3, 3, 4, 2, 1, 3, 1, 0, 1, 3, 0, 4]),
+        ("config-out", &[0, 1, 2, 3, 3, 0, 2, 0, 2, 1, 3, 0, 0]),
+        (
+            "odd-kinds",
+            &[
+                0, 1, 2, 3, 0, 3, 2, 1, 4, 2, 2, 5, 2, 9, 7, 10, 2, 9, 9, 7, 252, 2, 255, 8, 2, 9,
+                9,
+            ],
+        ),
+        ("pipe-for-weights", &[0, 1, 2, 3, 1, 1, 2]),
+    ] {
+        seeds.push(("save", name, bytes.to_vec()));
+    }
+
     let module = Handwritten::default().module();
     let component = precheck_component(&module, &Limits::default()).unwrap();
     let long = Handwritten {

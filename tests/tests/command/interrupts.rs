@@ -98,6 +98,30 @@ fn an_interrupted_save_removes_what_it_has_written() {
 }
 
 #[test]
+fn copying_what_lies_beside_the_weights_is_interrupted() {
+    let place = Place::new();
+    models::write_decoder(&place.path("m"), 1, 64);
+    for number in 0..4 {
+        let file = fs::File::create(place.path(&format!("m/{number}.txt"))).unwrap();
+        file.set_len(60 << 20).unwrap();
+    }
+    // A fast machine may be done before it can be interrupted.
+    for _ in 0..10 {
+        let mut save = place.start(&["save", "m", "new/out"]);
+        if save.interrupt_when(|_| has_weights(&place.path("new"))) {
+            let outcome = save.finish();
+            if outcome.status != Some(0) {
+                outcome.fails(INTERRUPTED, &["cancelled"]);
+                assert_eq!(names(&place.path("")), ["m".to_owned()].into());
+                return;
+            }
+        }
+        fs::remove_dir_all(place.path("new")).unwrap();
+    }
+    panic!("no save was slow enough to be interrupted");
+}
+
+#[test]
 fn a_save_that_is_killed_leaves_nothing_under_its_name_or_everything() {
     const MOMENTS: u64 = 10;
     let place = Place::new();

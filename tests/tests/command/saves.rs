@@ -106,6 +106,63 @@ fn a_single_file_is_saved_from_beside_it() {
 }
 
 #[test]
+fn what_is_too_large_to_be_copied_is_warned_of() {
+    let place = place_with_model();
+    let file = fs::File::create(place.path("m/vocab.txt")).unwrap();
+    file.set_len(3 << 30).unwrap();
+    let warning = "tightfit: warn: \"vocab.txt\" was not copied: it has 3221225472 bytes, and a \
+                   file beside the weights at most 67108864\n";
+    let outcome = place.run(&["save", "m", "out", "--json"]);
+    assert_eq!((outcome.status, &*outcome.stderr), (Some(0), warning));
+    assert_eq!(outcome.json()["left_out"], serde_json::json!(["vocab.txt"]));
+    assert!(!place.path("out/vocab.txt").exists());
+    let load = [
+        "load",
+        "m",
+        "--device=sim:1GiB",
+        "--save",
+        "again",
+        "--quiet",
+    ];
+    let outcome = place.run(&load);
+    assert_eq!((outcome.status, &*outcome.stderr), (Some(0), warning));
+}
+
+#[cfg(unix)]
+#[test]
+fn no_command_follows_a_link_out_of_the_checkpoint() {
+    let place = place_with_model();
+    fs::create_dir(place.path("private")).unwrap();
+    fs::write(
+        place.path("private/auth.json"),
+        r#"{"auth":"dXNlcjpodW50ZXIy"}"#,
+    )
+    .unwrap();
+    for name in ["config.json", "tokenizer.json"] {
+        let link = place.path("m").join(name);
+        let kept = fs::read(&link).ok();
+        let _ = fs::remove_file(&link);
+        std::os::unix::fs::symlink("../private/auth.json", &link).unwrap();
+        let words = [
+            name,
+            "private/auth.json",
+            "does not belong to the checkpoint",
+        ];
+        place.run(&["save", "m", "out"]).fails(CHECKPOINT, &words);
+        if name == "config.json" {
+            for command in ["inspect", "plan", "load"] {
+                place.run(&[command, "m"]).fails(CHECKPOINT, &words);
+            }
+        }
+        fs::remove_file(&link).unwrap();
+        if let Some(bytes) = kept {
+            fs::write(&link, bytes).unwrap();
+        }
+    }
+    has_only(&place, &["m", "private"]);
+}
+
+#[test]
 fn a_directory_that_is_there_is_replaced_only_by_force() {
     let place = place_with_model();
     fs::create_dir(place.path("empty")).unwrap();

@@ -41,6 +41,29 @@ fn what_is_wrong_with_a_checkpoint_does_not_say_where_it_is() {
     assert_eq!(bench.told(hostile(), &["open", "model"]), expected);
 }
 
+#[cfg(unix)]
+#[test]
+fn a_checkpoint_cannot_show_a_driver_what_lies_outside_of_it() {
+    let secret = tempfile::TempDir::new().unwrap();
+    let path = |name: &str| secret.path().join(name);
+    fs::write(path("config.json"), "{}").unwrap();
+    let expected =
+        "Error::BadCheckpoint(\"a file of the checkpoint is a link that leads out of it\")";
+    for (name, target) in [
+        ("config.json", "config.json"),
+        // Whether there is anything is not told either.
+        ("config.json", "nothing"),
+        ("model.safetensors", "config.json"),
+        ("model.safetensors.index.json", "config.json"),
+    ] {
+        let bench = Bench::default();
+        let file = bench.directory.path().join(name);
+        let _ = fs::remove_file(&file);
+        std::os::unix::fs::symlink(path(target), &file).unwrap();
+        assert_eq!(bench.told(hostile(), &["open", "model"]), expected);
+    }
+}
+
 #[test]
 fn names_that_others_were_granted_mean_nothing() {
     let bench = Bench::default();

@@ -115,9 +115,10 @@ impl Failure {
                 SaveError::Exists { .. }
                 | SaveError::NotADirectoryName { .. }
                 | SaveError::HeaderTooLarge { .. } => Status::Usage,
-                SaveError::Io { .. } | SaveError::Checkpoint(_) | SaveError::SameName { .. } => {
-                    Status::Checkpoint
-                }
+                SaveError::Io { .. }
+                | SaveError::Checkpoint(_)
+                | SaveError::SameName { .. }
+                | SaveError::TooLarge { .. } => Status::Checkpoint,
                 SaveError::Load(error) => error.into(),
                 SaveError::Plan(_)
                 | SaveError::Size(_)

@@ -23,6 +23,8 @@ struct SaveReport {
     source_bytes: u64,
     quantized: u64,
     nonfinite_blocks: u64,
+    /// Files beside the weights that were not copied.
+    left_out: Vec<String>,
     seconds: f64,
     peak_rss_bytes: Option<u64>,
 }
@@ -51,6 +53,7 @@ pub(crate) fn run(options: &SaveCommand, cancel: CancelToken) -> Result<(), Fail
             source_bytes: checkpoint.source_bytes(),
             quantized: saved.quantized,
             nonfinite_blocks: saved.nonfinite_blocks,
+            left_out: saved.left_out.into_iter().map(|left| left.file).collect(),
             seconds,
             peak_rss_bytes: tightfit::memory::peak_rss_bytes(),
         });
@@ -105,5 +108,9 @@ pub(crate) fn write(
         .collect();
     let saved = save(checkpoint, &placements, directory, &options);
     bar.finish_and_clear();
-    Ok(saved?)
+    let saved = saved?;
+    for file in &saved.left_out {
+        tracing::warn!("{file}");
+    }
+    Ok(saved)
 }

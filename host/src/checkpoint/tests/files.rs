@@ -61,9 +61,9 @@ fn sets_without_an_index_must_be_complete_and_alone() {
 fn a_device_is_no_file_to_read_from() {
     let dir = dir();
     let link = dir.path().join("model.safetensors");
-    std::os::unix::fs::symlink("/dev/zero", link).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", &link).unwrap();
     assert_error!(
-        Checkpoint::open(dir.path()).unwrap_err(),
+        Checkpoint::open(&link).unwrap_err(),
         CheckpointError::NotAFile { .. }
     );
 }

@@ -18,6 +18,8 @@ macro_rules! assert_error {
 mod chance;
 mod files;
 mod headers;
+#[cfg(unix)]
+mod links;
 mod quantized;
 
 fn dir() -> TempDir {
@@ -100,6 +102,27 @@ fn a_single_file_is_read_in_order_of_offset() {
         checkpoint.read_tensor(0, u64::MAX, &mut bytes).unwrap_err(),
         CheckpointError::OutsideTensor { .. }
     );
+}
+
+#[test]
+fn every_type_that_the_format_has_is_read() {
+    let dir = dir();
+    for dtype in DType::ALL {
+        let name = dtype.safetensors_name();
+        let header = format!(
+            r#"{{"a":{{"dtype":"{name}","shape":[8],"data_offsets":[0,{}]}}}}"#,
+            dtype.bits()
+        );
+        let bytes = file(&header, dtype.bits() as usize);
+        // The format's own reader has it too.
+        safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let path = write(&dir, "x.safetensors", &bytes);
+        assert_eq!(Checkpoint::open(&path).unwrap().tensors()[0].dtype, dtype);
+    }
+    for name in ["F8_E4M3FNUZ", "F8_E5M2FNUZ"] {
+        let dtype = DType::from_safetensors_name(name).unwrap();
+        assert!(!dtype.is_quantizable());
+    }
 }
 
 #[test]

@@ -92,6 +92,9 @@ impl From<CheckpointError> for CallError {
             CheckpointError::CutShort { tensor, .. } => {
                 format!("the checkpoint has been cut short: a file ends before tensor '{tensor}'")
             }
+            CheckpointError::LeadsOut { .. } => {
+                "a file of the checkpoint is a link that leads out of it".to_owned()
+            }
             CheckpointError::Changed { .. } => {
                 "the checkpoint has been changed since it was opened".to_owned()
             }

@@ -1,0 +1,292 @@
+//! The one way to the files of a checkpoint: from its directory, and no further.
+//!
+//! A checkpoint comes from anywhere, so that a file of it may be a link to anything that this user
+//! can read. A file belongs to a checkpoint if it lies, all links followed, in the checkpoint's
+//! directory, or in `blobs` of the same entry of the Hugging Face cache. It is opened from the
+//! directory on without following a link any more, so that what was checked is what is opened.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io;
+use std::path::{Component, Path, PathBuf};
+
+use super::CheckpointError;
+use super::file::{io_error, read_limited};
+
+/// Files that a directory may hold before it is no model directory.
+const MAX_DIRECTORY_ENTRIES: usize = 100_000;
+/// Links that are followed one after the other, as in Linux.
+const MAX_LINKS: usize = 40;
+
+/// A checkpoint's directory. It may itself be reached through links: whoever names it means where
+/// these lead.
+#[derive(Debug)]
+pub(crate) struct Directory {
+    /// As it was given, to name files in errors.
+    given: PathBuf,
+    /// Where its files may lie; the first is the directory itself.
+    places: Vec<Place>,
+}
+
+/// A directory that files may lie in.
+#[derive(Debug)]
+struct Place {
+    /// Without links.
+    path: PathBuf,
+    handle: handle::Handle,
+}
+
+impl Place {
+    fn open(path: PathBuf) -> Result<Place, CheckpointError> {
+        let handle = handle::open(&path).map_err(io_error("open", &path))?;
+        Ok(Place { path, handle })
+    }
+}
+
+impl Directory {
+    pub(crate) fn open(given: &Path) -> Result<Directory, CheckpointError> {
+        let path = fs::canonicalize(given).map_err(|source| match source.kind() {
+            io::ErrorKind::NotFound => CheckpointError::NotFound { path: given.into() },
+            _ => io_error("open", given)(source),
+        })?;
+        let blobs = blobs(&path);
+        let mut places = vec![Place::open(path)?];
+        if let Some(blobs) = blobs {
+            places.push(Place::open(blobs)?);
+        }
+        Ok(Directory {
+            given: given.into(),
+            places,
+        })
+    }
+
+    /// The directory's path, as it was given.
+    pub(crate) fn path(&self) -> &Path {
+        &self.given
+    }
+
+    /// Opens the regular file of this name.
+    ///
+    /// # Errors
+    /// [`CheckpointError::LeadsOut`] for a link to what does not belong to the checkpoint,
+    /// [`CheckpointError::NotAFile`], or [`CheckpointError::Io`].
+    pub(crate) fn open_file(&self, name: &str) -> Result<File, CheckpointError> {
+        let path = self.given.join(name);
+        let (place, relative) = self.resolve(name)?;
+        match handle::open_file(place, &relative).map_err(io_error("open", &path))? {
+            Some(file) => Ok(file),
+            None => Err(CheckpointError::NotAFile { path }),
+        }
+    }
+
+    /// Whether there is something of this name.
+    ///
+    /// # Errors
+    /// As for [`Directory::open_file`].
+    pub(crate) fn has(&self, name: &str) -> Result<bool, CheckpointError> {
+        match self.resolve(name) {
+            Ok(_) => Ok(true),
+            Err(error) if is_not_found(&error) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The whole text of the file of this name and of at most `limit` bytes; `None` where there is
+    /// none.
+    pub(crate) fn read_text(
+        &self,
+        name: &str,
+        what: &'static str,
+        limit: u64,
+    ) -> Result<Option<String>, CheckpointError> {
+        match self.open_file(name) {
+            Ok(file) => read_limited(file, &self.given.join(name), what, limit).map(Some),
+            Err(error) if is_not_found(&error) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Names of everything in the directory, sorted; characters that are not Unicode replaced.
+    pub(crate) fn list(&self) -> Result<Vec<String>, CheckpointError> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.places[0].path).map_err(io_error("list", &self.given))? {
+            let entry = entry.map_err(io_error("list", &self.given))?;
+            if names.len() == MAX_DIRECTORY_ENTRIES {
+                return Err(CheckpointError::TooLarge {
+                    path: self.given.clone(),
+                    what: "a number of files",
+                    have: MAX_DIRECTORY_ENTRIES as u64 + 1,
+                    limit: MAX_DIRECTORY_ENTRIES as u64,
+                });
+            }
+            names.push(entry.file_name().to_string_lossy().into_owned());
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    /// Follows the links of a file: the place that it lies in, and its path from there.
+    fn resolve(&self, name: &str) -> Result<(&Place, PathBuf), CheckpointError> {
+        let path = self.places[0].path.join(name);
+        let end = match fs::canonicalize(&path) {
+            Ok(end) => end,
+            Err(source) => {
+                // A link that leads out says so whether there is something at its end or not: what
+                // else this machine holds is not for a checkpoint to find out.
+                return Err(match dangling_end(&path) {
+                    Some(end) if self.place_of(&path, &end).is_none() => self.leads_out(name, end),
+                    _ => io_error("open", &self.given.join(name))(source),
+                });
+            }
+        };
+        match self.place_of(&path, &end) {
+            Some(found) => Ok(found),
+            None => Err(self.leads_out(name, end)),
+        }
+    }
+
+    /// The place that the end of a path lies in, and the path from there. What is hidden, such as
+    /// `.git` with its passwords, can be opened under its own name but not through a link.
+    fn place_of(&self, path: &Path, end: &Path) -> Option<(&Place, PathBuf)> {
+        self.places.iter().find_map(|place| {
+            let relative = end.strip_prefix(&place.path).ok()?;
+            (path == end || !relative.components().any(is_hidden))
+                .then(|| (place, relative.to_path_buf()))
+        })
+    }
+
+    fn leads_out(&self, name: &str, target: PathBuf) -> CheckpointError {
+        CheckpointError::LeadsOut {
+            path: self.given.join(name),
+            target,
+            allowed: self.places.iter().map(|place| place.path.clone()).collect(),
+        }
+    }
+}
+
+/// `blobs` of the cache entry that a directory without links is a snapshot of, or lies in one.
+/// As a link it would lead to another entry's, or anywhere.
+fn blobs(directory: &Path) -> Option<PathBuf> {
+    let entry = directory.ancestors().find_map(|snapshot| {
+        let snapshots = snapshot.parent()?;
+        let entry = snapshots.parent()?;
+        let is_entry = snapshots.file_name()? == "snapshots"
+            && entry.file_name()?.to_str()?.starts_with("models--");
+        is_entry.then_some(entry)
+    })?;
+    let blobs = entry.join("blobs");
+    fs::canonicalize(&blobs)
+        .is_ok_and(|end| end == blobs && end.is_dir())
+        .then_some(blobs)
+}
+
+/// Where a path ends that cannot be opened, if it is a link.
+fn dangling_end(path: &Path) -> Option<PathBuf> {
+    let mut end = path.to_path_buf();
+    for _ in 0..MAX_LINKS {
+        match fs::read_link(&end) {
+            Ok(target) => end = end.parent()?.join(target),
+            Err(_) if end == path => return None,
+            // Only what is above it can be a link now.
+            Err(_) => {
+                let above = end.parent().map(fs::canonicalize);
+                return match (above, end.file_name()) {
+                    (Some(Ok(above)), Some(name)) => Some(above.join(name)),
+                    _ => Some(end),
+                };
+            }
+        }
+    }
+    Some(end)
+}
+
+fn is_hidden(component: Component<'_>) -> bool {
+    let name: &OsStr = component.as_os_str();
+    name.as_encoded_bytes().first() == Some(&b'.')
+}
+
+fn is_not_found(error: &CheckpointError) -> bool {
+    matches!(error, CheckpointError::Io { source, .. } if source.kind() == io::ErrorKind::NotFound)
+}
+
+#[cfg(unix)]
+mod handle {
+    use std::fs::File;
+    use std::io;
+    use std::os::fd::{AsFd, OwnedFd};
+    use std::path::Path;
+
+    use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
+
+    use super::Place;
+
+    pub(super) type Handle = OwnedFd;
+
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    const DIRECTORY: OFlags = OFlags::PATH
+        .union(OFlags::DIRECTORY)
+        .union(OFlags::NOFOLLOW)
+        .union(OFlags::CLOEXEC);
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    const DIRECTORY: OFlags = OFlags::DIRECTORY
+        .union(OFlags::NOFOLLOW)
+        .union(OFlags::CLOEXEC);
+
+    /// Opening a pipe must not wait for a writer.
+    const FILE: OFlags = OFlags::NOFOLLOW
+        .union(OFlags::NONBLOCK)
+        .union(OFlags::NOCTTY)
+        .union(OFlags::CLOEXEC);
+
+    pub(super) fn open(path: &Path) -> io::Result<Handle> {
+        Ok(rustix::fs::openat(CWD, path, DIRECTORY, Mode::empty())?)
+    }
+
+    /// Opens a file by a path without links; `None` for what is no regular file.
+    pub(super) fn open_file(place: &Place, relative: &Path) -> io::Result<Option<File>> {
+        let Some(name) = relative.file_name() else {
+            return Ok(None);
+        };
+        let mut above = None;
+        for directory in relative.parent().into_iter().flatten() {
+            let at = above.as_ref().unwrap_or(&place.handle).as_fd();
+            above = Some(rustix::fs::openat(at, directory, DIRECTORY, Mode::empty())?);
+        }
+        let at = above.as_ref().unwrap_or(&place.handle).as_fd();
+        // Asked before it is opened too: opening a device can set it going.
+        let stat = rustix::fs::statat(at, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+            return Ok(None);
+        }
+        let file = File::from(rustix::fs::openat(at, name, FILE, Mode::empty())?);
+        Ok(file.metadata()?.is_file().then_some(file))
+    }
+}
+
+#[cfg(not(unix))]
+mod handle {
+    use std::fs::{self, File};
+    use std::io;
+    use std::path::Path;
+
+    use super::Place;
+
+    pub(super) type Handle = ();
+
+    pub(super) fn open(path: &Path) -> io::Result<Handle> {
+        match fs::metadata(path)?.is_dir() {
+            true => Ok(()),
+            false => Err(io::ErrorKind::NotADirectory.into()),
+        }
+    }
+
+    /// Opens a file by a path without links; `None` for what is no regular file.
+    pub(super) fn open_file(place: &Place, relative: &Path) -> io::Result<Option<File>> {
+        let path = place.path.join(relative);
+        if !fs::symlink_metadata(&path)?.is_file() {
+            return Ok(None);
+        }
+        let file = File::open(&path)?;
+        Ok(file.metadata()?.is_file().then_some(file))
+    }
+}
