@@ -9,7 +9,8 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::CheckpointError;
-use super::file::read_text;
+use super::file::read_text_with;
+use crate::cancel::CancelToken;
 
 /// Largest `config.json` that is read, in bytes. Parsed, it can take thirty times as much memory.
 pub const MAX_CONFIG_BYTES: u64 = 4 << 20;
@@ -76,9 +77,12 @@ pub struct Config {
 
 impl Config {
     /// Reads `config.json` of a directory; `None` where there is none.
-    pub(crate) fn read(directory: &Path) -> Result<Option<Config>, CheckpointError> {
+    pub(crate) fn read(
+        directory: &Path,
+        cancel: &CancelToken,
+    ) -> Result<Option<Config>, CheckpointError> {
         let path = directory.join("config.json");
-        match read_text(&path, "a configuration (bytes)", MAX_CONFIG_BYTES)? {
+        match read_text_with(&path, "a configuration (bytes)", MAX_CONFIG_BYTES, cancel)? {
             Some(text) => Config::parse(&path, text).map(Some),
             None => Ok(None),
         }

@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub(crate) use super::shown::{shortened, shown};
+use crate::cancel::Cancelled;
 
 /// Why a checkpoint cannot be found, opened or read.
 ///
@@ -147,6 +148,10 @@ pub enum CheckpointError {
         /// Shards that are there.
         have: u64,
     },
+
+    /// It was asked to stop while it was being opened.
+    #[error("cancelled")]
+    Cancelled,
 
     /// The operating system refused.
     #[error("cannot {action} {path:?}: {source}")]
@@ -471,4 +476,10 @@ pub enum CheckpointError {
     #[error("{path:?} was changed while loading; load the checkpoint again")]
     #[allow(missing_docs, reason = "the file")]
     Changed { path: PathBuf },
+}
+
+impl From<Cancelled> for CheckpointError {
+    fn from(_: Cancelled) -> CheckpointError {
+        CheckpointError::Cancelled
+    }
 }

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use super::CheckpointError;
+use super::text::{PIECE, Text};
+use crate::cancel::CancelToken;
 
 /// A file of weights. It is either kept open, or opened anew for every read; in both cases the
 /// bytes come from the file that was checked when the checkpoint was opened, or there is an error.
@@ -160,34 +162,51 @@ pub(crate) fn read_text(
     what: &'static str,
     limit: u64,
 ) -> Result<Option<String>, CheckpointError> {
+    read_text_with(path, what, limit, &CancelToken::new())
+}
+
+/// [`read_text`] until it is asked to stop.
+pub(crate) fn read_text_with(
+    path: &Path,
+    what: &'static str,
+    limit: u64,
+    cancel: &CancelToken,
+) -> Result<Option<String>, CheckpointError> {
     let file = match open_regular(path) {
         Err(CheckpointError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
             return Ok(None);
         }
         other => other?,
     };
-    let mut bytes = Vec::new();
-    // One byte more than is legal, so that a longer file is seen whatever its size said.
-    let mut reader = file.take(limit + 1);
-    reader
-        .read_to_end(&mut bytes)
-        .map_err(io_error("read", path))?;
-    if bytes.len() as u64 > limit {
-        let have = fs::metadata(path).map_or(bytes.len() as u64, |metadata| metadata.len());
-        return Err(CheckpointError::TooLarge {
-            path: path.into(),
-            what,
-            have,
-            limit,
-        });
+    let length = file.metadata().map_or(0, |metadata| metadata.len());
+    let not_utf8 = |_| CheckpointError::NotUtf8 {
+        path: path.into(),
+        what,
+    };
+    let mut text = Text::with_capacity(length.min(limit) as usize);
+    let mut piece = vec![0; PIECE.min(length.max(1) as usize + 1)];
+    let (mut reader, mut bytes) = (file, 0);
+    loop {
+        cancel.check()?;
+        let read = match reader.read(&mut piece) {
+            Ok(0) => break,
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(io_error("read", path)(error)),
+        };
+        bytes += read as u64;
+        // A longer file is seen whatever its size said.
+        if bytes > limit {
+            return Err(CheckpointError::TooLarge {
+                path: path.into(),
+                what,
+                have: length.max(bytes),
+                limit,
+            });
+        }
+        text.push(&piece[..read]).map_err(not_utf8)?;
     }
-    match String::from_utf8(bytes) {
-        Ok(text) => Ok(Some(text)),
-        Err(_) => Err(CheckpointError::NotUtf8 {
-            path: path.into(),
-            what,
-        }),
-    }
+    text.finish().map(Some).map_err(not_utf8)
 }
 
 /// Turns a system error into ours, for `map_err`.

@@ -5,8 +5,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::CheckpointError;
-use super::file::{io_error, read_text};
+use super::file::{io_error, read_text_with};
 use super::index::{self, Index, MAX_INDEX_BYTES, MAX_SHARDS};
+use crate::cancel::{self, CancelToken, Watch};
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
@@ -25,13 +26,13 @@ pub(crate) struct Located {
 }
 
 /// Finds the files: of a `.safetensors` file, an index, or a directory.
-pub(crate) fn locate(path: &Path) -> Result<Located, CheckpointError> {
+pub(crate) fn locate(path: &Path, cancel: &CancelToken) -> Result<Located, CheckpointError> {
     let metadata = fs::metadata(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => CheckpointError::NotFound { path: path.into() },
         _ => io_error("open", path)(source),
     })?;
     if metadata.is_dir() {
-        return in_directory(path);
+        return in_directory(path, cancel);
     }
     if !metadata.is_file() {
         return Err(CheckpointError::NotAFile { path: path.into() });
@@ -42,7 +43,7 @@ pub(crate) fn locate(path: &Path) -> Result<Located, CheckpointError> {
     };
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     if name.ends_with(".safetensors.index.json") {
-        return match with_index(&directory, path)? {
+        return match with_index(&directory, path, cancel)? {
             Some(located) => Ok(located),
             None => Err(CheckpointError::NotFound { path: path.into() }),
         };
@@ -60,11 +61,11 @@ pub(crate) fn locate(path: &Path) -> Result<Located, CheckpointError> {
     })
 }
 
-fn in_directory(directory: &Path) -> Result<Located, CheckpointError> {
-    if let Some(located) = with_index(directory, &directory.join(INDEX))? {
+fn in_directory(directory: &Path, cancel: &CancelToken) -> Result<Located, CheckpointError> {
+    if let Some(located) = with_index(directory, &directory.join(INDEX), cancel)? {
         return Ok(located);
     }
-    let names = list(directory)?;
+    let names = list(directory, cancel)?;
     let located = |shards: Vec<String>| Located {
         directory: directory.into(),
         shards: shards.iter().map(|name| directory.join(name)).collect(),
@@ -101,17 +102,22 @@ fn in_directory(directory: &Path) -> Result<Located, CheckpointError> {
 }
 
 /// The shards that an index lists; `None` where there is no index.
-fn with_index(directory: &Path, path: &Path) -> Result<Option<Located>, CheckpointError> {
-    let Some(text) = read_text(path, "an index (bytes)", MAX_INDEX_BYTES)? else {
+fn with_index(
+    directory: &Path,
+    path: &Path,
+    cancel: &CancelToken,
+) -> Result<Option<Located>, CheckpointError> {
+    let Some(text) = read_text_with(path, "an index (bytes)", MAX_INDEX_BYTES, cancel)? else {
         return Ok(None);
     };
-    let index = index::parse(path, &text)?;
+    let index = index::parse(path, &text, cancel)?;
     let shards: Vec<PathBuf> = index
         .shards
         .iter()
         .map(|name| directory.join(name))
         .collect();
     for (position, shard) in shards.iter().enumerate() {
+        cancel.check()?;
         if !shard.exists() {
             let entry = index.entries.iter().find(|(_, at)| *at == position);
             return Err(CheckpointError::MissingShard {
@@ -128,10 +134,12 @@ fn with_index(directory: &Path, path: &Path) -> Result<Option<Located>, Checkpoi
 }
 
 /// Names of everything in the directory, sorted. What is not Unicode cannot be a shard of ours.
-fn list(directory: &Path) -> Result<Vec<String>, CheckpointError> {
+fn list(directory: &Path, cancel: &CancelToken) -> Result<Vec<String>, CheckpointError> {
     let mut names = Vec::new();
+    let mut watch = Watch::new(cancel);
     for entry in fs::read_dir(directory).map_err(io_error("list", directory))? {
         let entry = entry.map_err(io_error("list", directory))?;
+        watch.item(0)?;
         if names.len() == MAX_DIRECTORY_ENTRIES {
             return Err(CheckpointError::TooLarge {
                 path: directory.into(),
@@ -142,8 +150,7 @@ fn list(directory: &Path) -> Result<Vec<String>, CheckpointError> {
         }
         names.push(entry.file_name().to_string_lossy().into_owned());
     }
-    names.sort_unstable();
-    Ok(names)
+    Ok(cancel::sort_by(names, cancel, Ord::cmp)?)
 }
 
 fn is_safetensors(name: &str) -> bool {

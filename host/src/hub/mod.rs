@@ -32,7 +32,7 @@ use hf_hub::api::RepoInfo;
 use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
-use crate::checkpoint::{self, CheckpointError, MAX_INDEX_BYTES, parse_index, read_text};
+use crate::checkpoint::{self, CheckpointError, MAX_INDEX_BYTES, parse_index, read_text_with};
 use crate::load::CancelToken;
 
 pub use environment::Hub;
@@ -177,8 +177,9 @@ impl Download<'_> {
         let mut shards = vec![weights.to_owned()];
         if weights == choice::INDEX {
             let path = self.file(weights)?;
-            let text = read_text(&path, "an index (bytes)", MAX_INDEX_BYTES)?.unwrap_or_default();
-            shards = parse_index(&path, &text)?.shards;
+            let cancel = self.client.cancel;
+            let text = read_text_with(&path, "an index (bytes)", MAX_INDEX_BYTES, cancel)?;
+            shards = parse_index(&path, &text.unwrap_or_default(), cancel)?.shards;
             for shard in &shards {
                 if !names.contains(&shard.as_str()) {
                     return Err(HubError::MissingShard {

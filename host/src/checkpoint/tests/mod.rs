@@ -19,6 +19,7 @@ mod chance;
 mod files;
 mod headers;
 mod quantized;
+mod stops;
 
 fn dir() -> TempDir {
     tempfile::tempdir().unwrap()
