@@ -78,7 +78,7 @@ impl Text {
 /// # Errors
 /// [`Cancelled`].
 pub(super) fn long_value(text: &str, cancel: &CancelToken) -> Result<Option<usize>, Cancelled> {
-    if text.len() <= SMALL_TEXT {
+    if text.len() <= SMALL_TEXT || ends_often(text.as_bytes(), cancel)? {
         return Ok(None);
     }
     let (mut length, mut in_string, mut is_escaped) = (0, false, false);
@@ -106,6 +106,23 @@ pub(super) fn long_value(text: &str, cancel: &CancelToken) -> Result<Option<usiz
         }
     }
     Ok(None)
+}
+
+/// Whether every piece of half the longest value has a quote that begins or ends a string: then no
+/// value is longer. So it is in the texts of real models, and quickly seen.
+fn ends_often(text: &[u8], cancel: &CancelToken) -> Result<bool, Cancelled> {
+    for start in (0..text.len()).step_by(MAX_VALUE_BYTES / 2) {
+        cancel.check()?;
+        let end = text.len().min(start + MAX_VALUE_BYTES / 2);
+        let is_end = |at: usize| {
+            let before = text[..at].iter().rev();
+            text[at] == b'"' && before.take_while(|&&byte| byte == b'\\').count() % 2 == 0
+        };
+        if end - start == MAX_VALUE_BYTES / 2 && !(start..end).any(is_end) {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 #[cfg(test)]
