@@ -7,6 +7,7 @@
 // may.
 #![deny(unsafe_code)]
 
+mod cancel;
 #[cfg(feature = "check")]
 pub mod check;
 pub mod checkpoint;

@@ -32,8 +32,11 @@ pub enum Status {
 }
 
 impl From<&CheckpointError> for Status {
-    fn from(_: &CheckpointError) -> Status {
-        Status::Checkpoint
+    fn from(error: &CheckpointError) -> Status {
+        match error {
+            CheckpointError::Cancelled => Status::Interrupted,
+            _ => Status::Checkpoint,
+        }
     }
 }
 
@@ -69,6 +72,7 @@ impl From<&ProposeError> for Status {
             ProposeError::FormatRule(_) => Status::Usage,
             ProposeError::BadPlan { .. } => Status::Policy,
             ProposeError::DoesNotFit { .. } => Status::DoesNotFit,
+            ProposeError::Cancelled => Status::Interrupted,
         }
     }
 }

@@ -27,6 +27,19 @@ pub struct Behavior {
     pub drop_after: Option<(usize, u32)>,
     /// Takes its time between small pieces of an answer.
     pub slow: bool,
+    /// Redirects requests whose path begins with the one text to the other with the path behind it.
+    pub redirect: Option<(String, String)>,
+    /// Of every `.safetensors` answer, sends so many bytes at once and then one every tenth of a
+    /// second, so many times.
+    pub drip: Option<(usize, u32)>,
+    /// The same for the list of files, from its first byte on, always.
+    pub drip_list: bool,
+    /// Says nothing at all where bytes of `.safetensors` files are asked for.
+    pub silent: bool,
+    /// Sends the list of files without its length, and with so many spaces behind it.
+    pub padded_list: Option<usize>,
+    /// Says that files of this name have this length.
+    pub announce: Option<(String, u64)>,
     /// Sends whole files whatever range is asked for.
     pub ignore_ranges: bool,
     /// Adds this to the lengths in answers about files.
@@ -118,9 +131,35 @@ fn serve(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
         let mut state = state.lock().unwrap();
         state.requests.push(request.clone());
         let (bytes, keep) = answer(&request, &mut state.behavior);
-        let slow = state.behavior.slow;
+        let behavior = &mut state.behavior;
+        let slow = behavior.slow;
+        let body = bytes.windows(4).position(|window| window == b"\r\n\r\n");
+        let body = body.map_or(0, |end| end + 4);
+        let is_weights = request.method == "GET" && request.path.ends_with(".safetensors");
+        let is_silent = is_weights && behavior.silent;
+        // How much is sent before it begins to drip.
+        let drip = match &mut behavior.drip {
+            Some((at_once, times @ 1..)) if is_weights => {
+                *times -= 1;
+                Some(body + *at_once)
+            }
+            _ if behavior.drip_list && request.path.contains("/revision/") => Some(body),
+            _ => None,
+        };
         drop(state);
         let mut stream = stream;
+        if is_silent {
+            thread::sleep(Duration::from_secs(600));
+            return None;
+        }
+        if let Some(at_once) = drip.filter(|at_once| *at_once < bytes.len()) {
+            stream.write_all(&bytes[..at_once]).ok()?;
+            for byte in bytes[at_once..].chunks(1) {
+                thread::sleep(Duration::from_millis(100));
+                stream.write_all(byte).ok()?;
+            }
+            continue;
+        }
         for piece in bytes.chunks(if slow { 1000 } else { bytes.len() }) {
             stream.write_all(piece).ok()?;
             if slow {
@@ -161,6 +200,17 @@ fn read_request(reader: &mut impl BufRead) -> Option<Request> {
 
 /// The answer, and whether the connection stays.
 fn answer(request: &Request, behavior: &mut Behavior) -> (Vec<u8>, bool) {
+    if let Some((prefix, base)) = &behavior.redirect
+        && let Some(file) = request.path.strip_prefix(prefix.as_str())
+    {
+        let name = file.rsplit('/').next().unwrap_or_default();
+        let mut headers = vec![format!("Location: {base}{}", request.path)];
+        if let Some(content) = behavior.files.get(name) {
+            headers.push(format!("X-Linked-Size: {}", content.len()));
+            headers.push(format!("X-Linked-Etag: \"{}\"", etag(content)));
+        }
+        return (head(302, 0, &headers), true);
+    }
     if let Some(token) = &behavior.token
         && request.authorization.as_deref() != Some(&format!("Bearer {token}"))
     {
@@ -180,11 +230,19 @@ fn answer(request: &Request, behavior: &mut Behavior) -> (Vec<u8>, bool) {
             .map(|name| json!({ "rfilename": name }))
             .collect();
         let body = json!({ "sha": commit, "siblings": siblings }).to_string();
-        let mut bytes = head(200, body.len() as i64, &[]);
+        let Some(spaces) = behavior.padded_list else {
+            let mut bytes = head(200, body.len() as i64, &[]);
+            bytes.extend(body.as_bytes());
+            return (bytes, true);
+        };
+        let mut bytes = b"HTTP/1.1 200 Status\r\nConnection: close\r\n\r\n".to_vec();
         bytes.extend(body.as_bytes());
-        return (bytes, true);
+        bytes.resize(bytes.len() + spaces, b' ');
+        return (bytes, false);
     }
-    let file = request.path.strip_prefix("/org/name/resolve/");
+    // Where a redirect has led back to.
+    let path = request.path.strip_prefix("/again").unwrap_or(&request.path);
+    let file = path.strip_prefix("/org/name/resolve/");
     let file = file.and_then(|file| file.split_once('/'));
     let Some((name, content)) = file
         .filter(|(revision, _)| known(revision))
@@ -192,19 +250,17 @@ fn answer(request: &Request, behavior: &mut Behavior) -> (Vec<u8>, bool) {
     else {
         return (head(404, 0, &[]), true);
     };
-    let etag = behavior.etag.clone().unwrap_or_else(|| {
-        // Not a digest, but one word for one content.
-        let sum = content.iter().fold(7u64, |sum, b| {
-            sum.wrapping_mul(31).wrapping_add(u64::from(*b))
-        });
-        format!("{sum:040x}")
-    });
+    let etag = behavior.etag.clone().unwrap_or_else(|| etag(content));
     let length = content.len();
+    let announced = match &behavior.announce {
+        Some((other, bytes)) if other == name => *bytes as i64,
+        _ => length as i64,
+    };
     if request.method == "HEAD" {
         let headers = [
             format!("ETag: \"{etag}\""),
             format!("X-Repo-Commit: {commit}"),
-            format!("X-Linked-Size: {}", length as i64 + behavior.longer),
+            format!("X-Linked-Size: {}", announced + behavior.longer),
             format!("X-Linked-Etag: \"{etag}\""),
         ];
         return (head(200, length as i64, &headers), true);
@@ -240,6 +296,14 @@ fn answer(request: &Request, behavior: &mut Behavior) -> (Vec<u8>, bool) {
         return (bytes, false);
     }
     (bytes, true)
+}
+
+/// Not a digest, but one word for one content.
+fn etag(content: &[u8]) -> String {
+    let sum = content.iter().fold(7u64, |sum, b| {
+        sum.wrapping_mul(31).wrapping_add(u64::from(*b))
+    });
+    format!("{sum:040x}")
 }
 
 fn head(status: u16, length: i64, headers: &[String]) -> Vec<u8> {

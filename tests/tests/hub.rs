@@ -420,3 +420,204 @@ fn a_revision_is_downloaded_and_remembered_under_its_name() {
         .run(&["inspect", "org/name", "--offline", "--revision", "v2"])
         .fails(3, &["v2", "models--org--name"]);
 }
+
+/// Where the token of this place's command has been sent.
+fn tokens(server: &HubServer) -> Vec<(String, bool)> {
+    let requests = server.take_requests().into_iter();
+    let sent = requests.map(|request| {
+        let is_sent = request.authorization.is_some();
+        (format!("{} {}", request.method, request.path), is_sent)
+    });
+    sent.collect()
+}
+
+#[test]
+fn the_token_does_not_follow_a_redirect_to_another_port() {
+    // What is redirected: the list, files, everything.
+    for prefix in ["/api/", "/org/name/resolve/", "/"] {
+        let other = HubServer::start(single());
+        let mut behavior = single();
+        behavior.redirect = Some((prefix.into(), other.endpoint()));
+        let (server, mut place) = start(behavior);
+        place.set("HF_TOKEN", "hf_secret");
+        place.run(&LOAD).succeeds();
+        let at_home = tokens(&server);
+        assert!(
+            !at_home.is_empty() && at_home.iter().all(|(_, sent)| *sent),
+            "{at_home:?}"
+        );
+        let away = tokens(&other);
+        assert!(
+            !away.is_empty() && away.iter().all(|(_, sent)| !sent),
+            "{away:?}"
+        );
+    }
+}
+
+#[test]
+fn the_token_follows_a_redirect_within_the_hub() {
+    let server = HubServer::start(single());
+    // Named with its port and in the other case, which is the same server.
+    let base = format!("{}/again", server.endpoint().replace("http", "HTTP"));
+    server.change(|behavior| behavior.redirect = Some(("/org/".into(), base)));
+    let mut place = place(&server);
+    place.set("HF_TOKEN", "hf_secret");
+    place.run(&LOAD).succeeds();
+    let sent = tokens(&server);
+    let again = sent.iter().filter(|(path, _)| path.contains("/again/"));
+    assert!(again.count() > 0, "{sent:?}");
+    assert!(sent.iter().all(|(_, sent)| *sent), "{sent:?}");
+}
+
+#[test]
+fn the_token_does_not_come_back_from_elsewhere() {
+    let (home, away) = (HubServer::start(single()), HubServer::start(single()));
+    home.change(|behavior| behavior.redirect = Some(("/org/".into(), away.endpoint())));
+    let back = format!("{}/again", home.endpoint());
+    away.change(|behavior| behavior.redirect = Some(("/".into(), back)));
+    let mut place = place(&home);
+    place.set("HF_TOKEN", "hf_secret");
+    place.run(&LOAD).succeeds();
+    assert!(tokens(&away).iter().all(|(_, sent)| !sent));
+    for (path, sent) in tokens(&home) {
+        assert_eq!(sent, !path.contains("/again/"), "{path}");
+    }
+}
+
+#[test]
+fn a_resumed_download_is_redirected_without_the_token() {
+    let away = HubServer::start(single());
+    away.change(|behavior| behavior.drop_after = Some((5000, 1)));
+    let mut behavior = single();
+    behavior.redirect = Some(("/org/".into(), away.endpoint()));
+    let (_server, mut place) = start(behavior);
+    place.set("HF_TOKEN", "hf_secret");
+    place.run(&LOAD).succeeds();
+    let requests = away.take_requests();
+    assert!(
+        requests
+            .iter()
+            .all(|request| request.authorization.is_none())
+    );
+    let ranges: Vec<_> = requests.iter().filter_map(|r| r.range.as_deref()).collect();
+    assert_eq!(ranges, ["bytes=5000-"]);
+}
+
+#[test]
+fn redirects_that_cannot_be_followed_are_named() {
+    let cases = [
+        ("ftp://127.0.0.1", "neither http nor https"),
+        ("http://me@127.0.0.1", "user name"),
+        ("http://127.0.0.1:99999", "port"),
+    ];
+    for (base, word) in cases {
+        let mut behavior = single();
+        behavior.redirect = Some(("/api/".into(), base.into()));
+        let (_server, place) = start(behavior);
+        place.run(&LOAD).fails(3, &[word]);
+    }
+    let server = HubServer::start(single());
+    let itself = server.endpoint();
+    server.change(|behavior| behavior.redirect = Some(("/".into(), itself)));
+    place(&server).run(&LOAD).fails(3, &["redirects more than"]);
+}
+
+#[test]
+fn a_server_that_drips_is_given_up_and_what_came_is_kept() {
+    let mut behavior = single();
+    // More often than it is tried again.
+    behavior.drip = Some((1000, 4));
+    let (server, mut place) = start(behavior);
+    place.set("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+    place
+        .run(&LOAD)
+        .fails(3, &["model.safetensors", "bytes came in 1 s", "4096"]);
+    server.take_requests();
+    place.run(&LOAD).succeeds();
+    let requests = server.take_requests();
+    assert_eq!(fetched(&requests), ["model.safetensors"]);
+    let range = requests.iter().find_map(|r| r.range.as_deref()).unwrap();
+    let from: u64 = range
+        .strip_prefix("bytes=")
+        .and_then(|range| range.strip_suffix('-')?.parse().ok())
+        .unwrap();
+    // All that four attempts brought.
+    assert!(from >= 4000, "{range}");
+}
+
+#[test]
+fn a_dripping_server_that_recovers_is_only_tried_again() {
+    let mut behavior = single();
+    behavior.drip = Some((1000, 1));
+    let (server, mut place) = start(behavior);
+    place.set("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+    place.run(&LOAD).succeeds();
+    let requests = server.take_requests();
+    assert_eq!(requests.iter().filter(|r| r.range.is_some()).count(), 1);
+}
+
+#[test]
+fn a_list_that_drips_is_given_up() {
+    let mut behavior = single();
+    behavior.drip_list = true;
+    let (_server, mut place) = start(behavior);
+    place.set("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+    place
+        .run(&LOAD)
+        .fails(3, &["/revision/main", "bytes came in 1 s"]);
+}
+
+#[test]
+fn a_silent_server_is_given_up_and_an_interrupt_does_not_wait_for_it() {
+    let mut behavior = single();
+    behavior.silent = true;
+    let (server, mut place) = start(behavior);
+    let mut running = place.start(&LOAD);
+    assert!(
+        running.interrupt_when(|_| {
+            fetched(&server.take_requests()).contains(&"model.safetensors")
+        })
+    );
+    let start = std::time::Instant::now();
+    running.finish().fails(130, &["interrupted"]);
+    // Patience is 30 s.
+    assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
+    place.set("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+    place
+        .run(&LOAD)
+        .fails(3, &["cannot download", "model.safetensors"]);
+}
+
+#[test]
+fn small_files_and_lists_that_are_large_are_refused_before_they_are_written() {
+    const MIB: u64 = 1 << 20;
+    for (name, bytes) in [
+        ("config.json", 5 * MIB),
+        ("tokenizer.json", 300 * MIB),
+        ("tokenizer_config.json", u64::MAX >> 1),
+    ] {
+        let mut behavior = single();
+        behavior.announce = Some((name.into(), bytes));
+        let (server, place) = start(behavior);
+        place
+            .run(&LOAD)
+            .fails(3, &[name, &bytes.to_string(), "at most"]);
+        assert!(!fetched(&server.take_requests()).contains(&name));
+    }
+    // Longer than it said: not a byte more than that is written.
+    let mut behavior = single();
+    behavior.announce = Some(("config.json".into(), 10));
+    let (_server, place) = start(behavior);
+    place.run(&LOAD).fails(3, &["config.json", "has 10 bytes"]);
+    let mut behavior = single();
+    behavior.padded_list = Some(33 << 20);
+    let (_server, place) = start(behavior);
+    place
+        .run(&LOAD)
+        .fails(3, &["a list of files", "at most 33554432"]);
+    // A list without a length that is none too long is fine.
+    let mut behavior = single();
+    behavior.padded_list = Some(1000);
+    let (_server, place) = start(behavior);
+    place.run(&LOAD).succeeds();
+}

@@ -129,7 +129,8 @@ fn failure(expect: &Fails, outcome: Result<&Plan, &ProposeError>) -> Finding {
         Err(ProposeError::Policy(PolicyError::Failed { failure, .. })) => FailureKind::of(failure),
         Err(ProposeError::BadPlan { .. }) => Some(FailureKind::BadPlan),
         Err(ProposeError::DoesNotFit { .. }) => Some(FailureKind::Overfull),
-        Err(ProposeError::Policy(_) | ProposeError::FormatRule(_)) | Ok(_) => None,
+        Err(ProposeError::Policy(_) | ProposeError::FormatRule(_) | ProposeError::Cancelled)
+        | Ok(_) => None,
     };
     let message = shown(outcome);
     let holds = found == Some(kind)

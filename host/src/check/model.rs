@@ -1,7 +1,6 @@
 //! The models of scenarios: checkpoints that are there, or that are written for the purpose.
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -9,6 +8,7 @@ use tempfile::TempDir;
 
 use super::error::RunError;
 use super::values::{DTypeName, Parsed};
+use crate::cancel::CancelToken;
 use crate::checkpoint::{Checkpoint, MAX_TENSORS};
 use crate::synth::{self, Model, Options, Preset, Tensor};
 use crate::types::DType;
@@ -119,11 +119,11 @@ pub(super) struct OpenModel {
 
 impl ModelSource {
     /// Opens the model; one that is only described is written first, without weights.
-    pub(super) fn open(&self, cancel: &AtomicBool) -> Result<OpenModel, RunError> {
+    pub(super) fn open(&self, cancel: &CancelToken) -> Result<OpenModel, RunError> {
         let model = match self {
             ModelSource::Path(path) => {
                 return Ok(OpenModel {
-                    checkpoint: Checkpoint::open(path)?,
+                    checkpoint: Checkpoint::open_with(path, cancel)?,
                     _directory: None,
                 });
             }
@@ -145,9 +145,15 @@ impl ModelSource {
             headers_only: true,
             ..Options::default()
         };
-        synth::write_model(&model, directory.path(), &options, &mut |_, _| {}, cancel)?;
+        synth::write_model(
+            &model,
+            directory.path(),
+            &options,
+            &mut |_, _| {},
+            cancel.flag(),
+        )?;
         Ok(OpenModel {
-            checkpoint: Checkpoint::open(directory.path())?,
+            checkpoint: Checkpoint::open_with(directory.path(), cancel)?,
             _directory: Some(directory),
         })
     }

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use super::error::{CheckError, RunError};
@@ -11,8 +10,9 @@ use super::judge::judge;
 use super::model::{ModelSource, OpenModel};
 use super::outcome::{CaseReport, FileReport, Finding, Status};
 use super::parse::{Case, PolicySource, ScenarioFile};
+use crate::cancel::CancelToken;
 use crate::device::{DeviceError, DeviceInfo, DeviceSpec, open_devices};
-use crate::plan::{ProposeError, propose};
+use crate::plan::{ProposeError, propose_with};
 use crate::policy::{BUILTIN_POLICIES, PolicyError, WasmPolicy};
 use crate::sandbox::Options;
 use crate::synth::SynthError;
@@ -41,11 +41,11 @@ impl Runner {
     /// Runs every case of a file. One that cannot be run does not stop the others.
     ///
     /// # Errors
-    /// [`CheckError::Cancelled`] when `cancel` was set.
+    /// [`CheckError::Cancelled`] when `cancel` was used.
     pub fn run_file(
         &mut self,
         file: &ScenarioFile,
-        cancel: &AtomicBool,
+        cancel: &CancelToken,
     ) -> Result<FileReport, CheckError> {
         let cases = file.cases.iter().map(|case| self.run(case, cancel));
         Ok(FileReport {
@@ -57,13 +57,11 @@ impl Runner {
     /// Runs one case.
     ///
     /// # Errors
-    /// [`CheckError::Cancelled`] when `cancel` was set.
-    pub fn run(&mut self, case: &Case, cancel: &AtomicBool) -> Result<CaseReport, CheckError> {
+    /// [`CheckError::Cancelled`] when `cancel` was used.
+    pub fn run(&mut self, case: &Case, cancel: &CancelToken) -> Result<CaseReport, CheckError> {
         let start = Instant::now();
         let result = self.findings(case, cancel);
-        if cancel.load(Ordering::Relaxed)
-            || matches!(result, Err(RunError::Synth(SynthError::Cancelled)))
-        {
+        if cancel.is_cancelled() || matches!(result, Err(RunError::Synth(SynthError::Cancelled))) {
             return Err(CheckError::Cancelled);
         }
         let (status, error, expectations) = match result {
@@ -84,13 +82,19 @@ impl Runner {
         })
     }
 
-    fn findings(&mut self, case: &Case, cancel: &AtomicBool) -> Result<Vec<Finding>, RunError> {
+    fn findings(&mut self, case: &Case, cancel: &CancelToken) -> Result<Vec<Finding>, RunError> {
         // Nothing is reserved on them.
         let devices = devices(&case.devices)?;
         let model = self.model(&case.model, cancel)?;
         let checkpoint = &model.checkpoint;
         let result = match self.policy(&case.policy) {
-            Ok(policy) => propose(checkpoint, policy.as_ref(), &devices, &case.settings),
+            Ok(policy) => propose_with(
+                checkpoint,
+                policy.as_ref(),
+                &devices,
+                &case.settings,
+                cancel,
+            ),
             Err(error) => Err(ProposeError::Policy(error)),
         };
         match result {
@@ -112,7 +116,7 @@ impl Runner {
     fn model(
         &mut self,
         source: &ModelSource,
-        cancel: &AtomicBool,
+        cancel: &CancelToken,
     ) -> Result<Arc<OpenModel>, RunError> {
         let found = self.models.iter().position(|(known, _)| known == source);
         let entry = match found {

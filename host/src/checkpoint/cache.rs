@@ -13,6 +13,7 @@ use super::CheckpointError;
 use super::directory::Directory;
 use super::error::shown;
 use super::file::{io_error, is_plain_file_name};
+use crate::cancel::CancelToken;
 
 /// The variables that say where the cache is, apart from the process, so that tests and embedding
 /// applications can give their own.
@@ -257,7 +258,7 @@ fn read_reference(entry: &Path, name: &str) -> Result<Option<String>, Checkpoint
         return Ok(None);
     }
     let references = check_inside(entry, references)?;
-    Directory::open(&references)?.read_text(name, "a reference (bytes)", 1024)
+    Directory::open(&references)?.read_text(name, "a reference (bytes)", 1024, &CancelToken::new())
 }
 
 /// A directory of an entry that is there, and lies in it with all links followed. The entry itself

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 
 use super::CheckpointError;
 use super::directory::Directory;
+use crate::cancel::CancelToken;
 
 /// Largest `config.json` that is read, in bytes. Parsed, it can take thirty times as much memory.
 pub const MAX_CONFIG_BYTES: u64 = 4 << 20;
@@ -77,8 +78,11 @@ pub struct Config {
 
 impl Config {
     /// Reads `config.json` of a directory; `None` where there is none.
-    pub(crate) fn read(directory: &Directory) -> Result<Option<Config>, CheckpointError> {
-        match directory.read_text(NAME, "a configuration (bytes)", MAX_CONFIG_BYTES)? {
+    pub(crate) fn read(
+        directory: &Directory,
+        cancel: &CancelToken,
+    ) -> Result<Option<Config>, CheckpointError> {
+        match directory.read_text(NAME, "a configuration (bytes)", MAX_CONFIG_BYTES, cancel)? {
             Some(text) => Config::parse(&directory.path().join(NAME), text).map(Some),
             None => Ok(None),
         }

@@ -12,6 +12,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::CheckpointError;
 use super::file::{io_error, read_limited};
+use crate::cancel::{self, CancelToken, Watch};
 
 /// Files that a directory may hold before it is no model directory.
 const MAX_DIRECTORY_ENTRIES: usize = 100_000;
@@ -98,19 +99,22 @@ impl Directory {
         name: &str,
         what: &'static str,
         limit: u64,
+        cancel: &CancelToken,
     ) -> Result<Option<String>, CheckpointError> {
         match self.open_file(name) {
-            Ok(file) => read_limited(file, &self.given.join(name), what, limit).map(Some),
+            Ok(file) => read_limited(file, &self.given.join(name), what, limit, cancel).map(Some),
             Err(error) if is_not_found(&error) => Ok(None),
             Err(error) => Err(error),
         }
     }
 
     /// Names of everything in the directory, sorted; characters that are not Unicode replaced.
-    pub(crate) fn list(&self) -> Result<Vec<String>, CheckpointError> {
+    pub(crate) fn list(&self, cancel: &CancelToken) -> Result<Vec<String>, CheckpointError> {
         let mut names = Vec::new();
+        let mut watch = Watch::new(cancel);
         for entry in fs::read_dir(&self.places[0].path).map_err(io_error("list", &self.given))? {
             let entry = entry.map_err(io_error("list", &self.given))?;
+            watch.item(0)?;
             if names.len() == MAX_DIRECTORY_ENTRIES {
                 return Err(CheckpointError::TooLarge {
                     path: self.given.clone(),
@@ -121,8 +125,7 @@ impl Directory {
             }
             names.push(entry.file_name().to_string_lossy().into_owned());
         }
-        names.sort_unstable();
-        Ok(names)
+        Ok(cancel::sort_by(names, cancel, Ord::cmp)?)
     }
 
     /// Follows the links of a file: the place that it lies in, and its path from there.

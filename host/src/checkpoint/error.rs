@@ -5,6 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 pub(crate) use super::shown::{shortened, shown};
+use crate::cancel::Cancelled;
 
 /// Why a checkpoint cannot be found, opened or read.
 ///
@@ -148,6 +149,10 @@ pub enum CheckpointError {
         /// Shards that are there.
         have: u64,
     },
+
+    /// It was asked to stop while it was being opened.
+    #[error("cancelled")]
+    Cancelled,
 
     /// The operating system refused.
     #[error("cannot {action} {path:?}: {source}")]
@@ -499,5 +504,11 @@ impl fmt::Display for Places<'_> {
             write!(f, "{separator}{place:?}")?;
         }
         Ok(())
+    }
+}
+
+impl From<Cancelled> for CheckpointError {
+    fn from(_: Cancelled) -> CheckpointError {
+        CheckpointError::Cancelled
     }
 }

@@ -8,6 +8,8 @@ use std::time::SystemTime;
 
 use super::CheckpointError;
 use super::directory::Directory;
+use super::text::{PIECE, Text};
+use crate::cancel::CancelToken;
 
 /// A file of weights. It is either kept open, or opened anew for every read; in both cases the
 /// bytes come from the file that was checked when the checkpoint was opened, or there is an error.
@@ -200,11 +202,21 @@ pub(crate) fn read_text(
     what: &'static str,
     limit: u64,
 ) -> Result<Option<String>, CheckpointError> {
+    read_text_with(path, what, limit, &CancelToken::new())
+}
+
+/// [`read_text`] until it is asked to stop.
+pub(crate) fn read_text_with(
+    path: &Path,
+    what: &'static str,
+    limit: u64,
+    cancel: &CancelToken,
+) -> Result<Option<String>, CheckpointError> {
     match open_named(path) {
         Err(CheckpointError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
             Ok(None)
         }
-        other => read_limited(other?, path, what, limit).map(Some),
+        other => read_limited(other?, path, what, limit, cancel).map(Some),
     }
 }
 
@@ -214,30 +226,37 @@ pub(crate) fn read_limited(
     path: &Path,
     what: &'static str,
     limit: u64,
+    cancel: &CancelToken,
 ) -> Result<String, CheckpointError> {
-    let mut bytes = Vec::new();
-    // One byte more than is legal, so that a longer file is seen whatever its size said.
-    let mut reader = file.take(limit + 1);
-    reader
-        .read_to_end(&mut bytes)
-        .map_err(io_error("read", path))?;
-    if bytes.len() as u64 > limit {
-        let file = reader.into_inner();
-        let have = file
-            .metadata()
-            .map_or(0, |metadata| metadata.len())
-            .max(bytes.len() as u64);
-        return Err(CheckpointError::TooLarge {
-            path: path.into(),
-            what,
-            have,
-            limit,
-        });
-    }
-    String::from_utf8(bytes).map_err(|_| CheckpointError::NotUtf8 {
+    let length = file.metadata().map_or(0, |metadata| metadata.len());
+    let not_utf8 = |_| CheckpointError::NotUtf8 {
         path: path.into(),
         what,
-    })
+    };
+    let mut text = Text::with_capacity(length.min(limit) as usize);
+    let mut piece = vec![0; PIECE.min(length.max(1) as usize + 1)];
+    let (mut reader, mut bytes) = (file, 0);
+    loop {
+        cancel.check()?;
+        let read = match reader.read(&mut piece) {
+            Ok(0) => break,
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(io_error("read", path)(error)),
+        };
+        bytes += read as u64;
+        // A longer file is seen whatever its size said.
+        if bytes > limit {
+            return Err(CheckpointError::TooLarge {
+                path: path.into(),
+                what,
+                have: length.max(bytes),
+                limit,
+            });
+        }
+        text.push(&piece[..read]).map_err(not_utf8)?;
+    }
+    text.finish().map_err(not_utf8)
 }
 
 /// Turns a system error into ours, for `map_err`.

@@ -10,10 +10,13 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::path::Path;
 
-use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visitor};
 
 use super::CheckpointError;
 use super::error::shortened;
+use super::skip::{Skip, counted};
+use super::text::{MAX_VALUE_BYTES, long_value};
+use crate::cancel::{self, CancelToken, Watch};
 use crate::types::DType;
 
 /// Largest header that is read, in bytes; the same limit as in the safetensors crate.
@@ -82,28 +85,37 @@ pub(crate) fn header_length(
 /// `file_length` bytes long.
 pub(crate) fn parse(
     path: &Path,
-    header: &[u8],
+    text: &str,
     file_length: u64,
+    cancel: &CancelToken,
 ) -> Result<Header, CheckpointError> {
-    let text = std::str::from_utf8(header).map_err(|_| CheckpointError::NotUtf8 {
-        path: path.into(),
-        what: WHAT,
-    })?;
     if !text.starts_with('{') {
         return Err(CheckpointError::NotAnObject {
             path: path.into(),
             what: WHAT,
         });
     }
+    if let Some(have) = long_value(text, cancel)? {
+        return Err(CheckpointError::TooLarge {
+            path: path.into(),
+            what: "a single value in the header (bytes)",
+            have: have as u64,
+            limit: MAX_VALUE_BYTES as u64,
+        });
+    }
     let mut collected = Collected {
         path,
         header: Header::default(),
+        watch: Watch::new(cancel),
         failure: None,
     };
     let mut json = serde_json::Deserializer::from_str(text);
     let outcome = HeaderSeed(&mut collected)
         .deserialize(&mut json)
         .and_then(|()| json.end());
+    if collected.watch.has_stopped() {
+        return Err(CheckpointError::Cancelled);
+    }
     // Our own objections come through serde as text; the typed one is kept beside it.
     if let Some(failure) = collected.failure {
         return Err(failure);
@@ -113,29 +125,37 @@ pub(crate) fn parse(
         what: WHAT,
         source,
     })?;
-    let mut header = collected.header;
-    header
-        .tensors
-        .sort_unstable_by_key(|tensor| (tensor.begin, tensor.end));
-    check_names(path, &header.tensors)?;
-    check_tiling(path, &header.tensors, text.len() as u64 + 8, file_length)?;
-    Ok(header)
+    let Header { tensors, metadata } = collected.header;
+    let tensors = cancel::sort_by(tensors, cancel, |a, b| {
+        (a.begin, a.end).cmp(&(b.begin, b.end))
+    })?;
+    check_names(path, &tensors, cancel)?;
+    check_tiling(path, &tensors, text.len() as u64 + 8, file_length, cancel)?;
+    Ok(Header { tensors, metadata })
 }
 
-const WHAT: &str = "the safetensors header";
+pub(super) const WHAT: &str = "the safetensors header";
 
 /// No name occurs twice.
-fn check_names(path: &Path, tensors: &[HeaderTensor]) -> Result<(), CheckpointError> {
-    let mut names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
-    names.sort_unstable();
-    match names.windows(2).find(|pair| pair[0] == pair[1]) {
-        None => Ok(()),
-        Some(pair) => Err(CheckpointError::DuplicateTensor {
-            tensor: pair[0].into(),
-            first: path.into(),
-            second: path.into(),
-        }),
+fn check_names(
+    path: &Path,
+    tensors: &[HeaderTensor],
+    cancel: &CancelToken,
+) -> Result<(), CheckpointError> {
+    let names: Vec<&str> = tensors.iter().map(|tensor| tensor.name.as_str()).collect();
+    let names = cancel::sort_by(names, cancel, |a, b| a.cmp(b))?;
+    let mut watch = Watch::new(cancel);
+    for pair in names.windows(2) {
+        watch.item(pair[0].len())?;
+        if pair[0] == pair[1] {
+            return Err(CheckpointError::DuplicateTensor {
+                tensor: pair[0].into(),
+                first: path.into(),
+                second: path.into(),
+            });
+        }
     }
+    Ok(())
 }
 
 /// The tensors, sorted by offset, cover the file from `data_start` to its end exactly.
@@ -144,9 +164,12 @@ fn check_tiling(
     tensors: &[HeaderTensor],
     data_start: u64,
     file_length: u64,
+    cancel: &CancelToken,
 ) -> Result<(), CheckpointError> {
     let mut covered = 0;
+    let mut watch = Watch::new(cancel);
     for (i, tensor) in tensors.iter().enumerate() {
+        watch.item(0)?;
         if tensor.begin < covered {
             // The one that reaches furthest is the one before: all earlier ones tile.
             return Err(CheckpointError::Overlap {
@@ -189,6 +212,7 @@ fn check_tiling(
 struct Collected<'p> {
     path: &'p Path,
     header: Header,
+    watch: Watch<'p>,
     failure: Option<CheckpointError>,
 }
 
@@ -293,6 +317,7 @@ impl<'de> Visitor<'de> for HeaderSeed<'_, '_> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut metadata = false;
         while let Some(key) = map.next_key::<String>()? {
+            counted(&mut self.0.watch, key.len())?;
             if key == "__metadata__" {
                 if std::mem::replace(&mut metadata, true) {
                     return Err(de::Error::duplicate_field("__metadata__"));
@@ -309,7 +334,7 @@ impl<'de> Visitor<'de> for HeaderSeed<'_, '_> {
                 }));
             }
             let name = self.0.name(key)?;
-            let entry = map.next_value_seed(EntrySeed)?;
+            let entry = map.next_value_seed(EntrySeed(&mut self.0.watch))?;
             self.0.push(name, entry)?;
         }
         Ok(())
@@ -340,6 +365,7 @@ impl<'de> Visitor<'de> for MetadataSeed<'_, '_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         while let Some((key, value)) = map.next_entry::<String, String>()? {
+            counted(&mut self.0.watch, key.len() + value.len())?;
             // Tiny entries take ten times as much memory as they take in the file.
             if self.0.header.metadata.len() == MAX_METADATA {
                 return Err(self.0.stop(CheckpointError::TooLarge {
@@ -365,9 +391,9 @@ struct Entry {
     offsets: (u64, u64),
 }
 
-struct EntrySeed;
+struct EntrySeed<'a, 'p>(&'a mut Watch<'p>);
 
-impl<'de> DeserializeSeed<'de> for EntrySeed {
+impl<'de> DeserializeSeed<'de> for EntrySeed<'_, '_> {
     type Value = Entry;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Entry, D::Error> {
@@ -375,7 +401,7 @@ impl<'de> DeserializeSeed<'de> for EntrySeed {
     }
 }
 
-impl<'de> Visitor<'de> for EntrySeed {
+impl<'de> Visitor<'de> for EntrySeed<'_, '_> {
     type Value = Entry;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -385,6 +411,7 @@ impl<'de> Visitor<'de> for EntrySeed {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entry, A::Error> {
         let (mut dtype, mut shape, mut offsets) = (None, None, None);
         while let Some(key) = map.next_key_seed(KeySeed)? {
+            counted(self.0, 0)?;
             match key {
                 Key::DType => {
                     if dtype.replace(map.next_value_seed(DTypeSeed)?).is_some() {
@@ -392,7 +419,10 @@ impl<'de> Visitor<'de> for EntrySeed {
                     }
                 }
                 Key::Shape => {
-                    if shape.replace(map.next_value_seed(ShapeSeed)?).is_some() {
+                    if shape
+                        .replace(map.next_value_seed(ShapeSeed(self.0))?)
+                        .is_some()
+                    {
                         return Err(de::Error::duplicate_field("shape"));
                     }
                 }
@@ -402,7 +432,7 @@ impl<'de> Visitor<'de> for EntrySeed {
                     }
                 }
                 Key::Other => {
-                    map.next_value::<IgnoredAny>()?;
+                    map.next_value_seed(Skip(self.0))?;
                 }
             }
         }
@@ -474,9 +504,9 @@ impl Visitor<'_> for DTypeSeed {
 }
 
 /// Reads the dimensions, keeping no more than are legal but counting all.
-struct ShapeSeed;
+struct ShapeSeed<'a, 'p>(&'a mut Watch<'p>);
 
-impl<'de> DeserializeSeed<'de> for ShapeSeed {
+impl<'de> DeserializeSeed<'de> for ShapeSeed<'_, '_> {
     type Value = (Vec<u64>, usize);
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
@@ -484,7 +514,7 @@ impl<'de> DeserializeSeed<'de> for ShapeSeed {
     }
 }
 
-impl<'de> Visitor<'de> for ShapeSeed {
+impl<'de> Visitor<'de> for ShapeSeed<'_, '_> {
     type Value = (Vec<u64>, usize);
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -494,6 +524,7 @@ impl<'de> Visitor<'de> for ShapeSeed {
     fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
         let (mut shape, mut count) = (Vec::new(), 0);
         while let Some(dimension) = seq.next_element::<u64>()? {
+            counted(self.0, 0)?;
             count += 1;
             if count <= MAX_DIMENSIONS {
                 shape.push(dimension);

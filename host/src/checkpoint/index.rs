@@ -6,12 +6,15 @@ use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 
-use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, Visitor};
+use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
 
 use super::CheckpointError;
 use super::error::shortened;
 use super::file::is_plain_file_name;
 use super::header::{MAX_NAME_BYTES, MAX_TENSORS};
+use super::skip::{Skip, counted};
+use super::text::{MAX_VALUE_BYTES, long_value};
+use crate::cancel::{self, CancelToken, Watch};
 
 /// Largest index that is read, in bytes.
 pub const MAX_INDEX_BYTES: u64 = 256_000_000;
@@ -30,11 +33,23 @@ pub(crate) struct Index {
 }
 
 /// Parses the text of the index at `path` (named in errors only).
-pub(crate) fn parse(path: &Path, text: &str) -> Result<Index, CheckpointError> {
+pub(crate) fn parse(
+    path: &Path,
+    text: &str,
+    cancel: &CancelToken,
+) -> Result<Index, CheckpointError> {
     if !text.trim_start().starts_with('{') {
         return Err(CheckpointError::NotAnObject {
             path: path.into(),
             what: WHAT,
+        });
+    }
+    if let Some(have) = long_value(text, cancel)? {
+        return Err(CheckpointError::TooLarge {
+            path: path.into(),
+            what: "a single value in the index (bytes)",
+            have: have as u64,
+            limit: MAX_VALUE_BYTES as u64,
         });
     }
     let mut collected = Collected {
@@ -42,12 +57,16 @@ pub(crate) fn parse(path: &Path, text: &str) -> Result<Index, CheckpointError> {
         shards: HashMap::new(),
         entries: Vec::new(),
         seen: false,
+        watch: Watch::new(cancel),
         failure: None,
     };
     let mut json = serde_json::Deserializer::from_str(text);
     let outcome = IndexSeed(&mut collected)
         .deserialize(&mut json)
         .and_then(|()| json.end());
+    if collected.watch.has_stopped() {
+        return Err(CheckpointError::Cancelled);
+    }
     if let Some(failure) = collected.failure {
         return Err(failure);
     }
@@ -59,13 +78,16 @@ pub(crate) fn parse(path: &Path, text: &str) -> Result<Index, CheckpointError> {
     if collected.entries.is_empty() {
         return Err(CheckpointError::EmptyIndex { path: path.into() });
     }
-    let mut entries = collected.entries;
-    entries.sort_unstable();
-    if let Some(pair) = entries.windows(2).find(|pair| pair[0].0 == pair[1].0) {
-        return Err(CheckpointError::DuplicateEntry {
-            path: path.into(),
-            tensor: pair[0].0.clone(),
-        });
+    let mut entries = cancel::sort_by(collected.entries, cancel, Ord::cmp)?;
+    let mut watch = Watch::new(cancel);
+    for pair in entries.windows(2) {
+        watch.item(pair[0].0.len())?;
+        if pair[0].0 == pair[1].0 {
+            return Err(CheckpointError::DuplicateEntry {
+                path: path.into(),
+                tensor: pair[0].0.clone(),
+            });
+        }
     }
     // Positions in order of appearance become positions in order of name.
     let mut shards: Vec<(String, usize)> = collected.shards.into_iter().collect();
@@ -89,6 +111,7 @@ struct Collected<'p> {
     shards: HashMap<String, usize>,
     entries: Vec<(String, usize)>,
     seen: bool,
+    watch: Watch<'p>,
     failure: Option<CheckpointError>,
 }
 
@@ -161,8 +184,9 @@ impl<'de> Visitor<'de> for IndexSeed<'_, '_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         while let Some(key) = map.next_key::<String>()? {
+            counted(&mut self.0.watch, key.len())?;
             if key != "weight_map" {
-                map.next_value::<IgnoredAny>()?;
+                map.next_value_seed(Skip(&mut self.0.watch))?;
                 continue;
             }
             if std::mem::replace(&mut self.0.seen, true) {
@@ -196,6 +220,7 @@ impl<'de> Visitor<'de> for WeightMapSeed<'_, '_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         while let Some((tensor, shard)) = map.next_entry::<String, String>()? {
+            counted(&mut self.0.watch, tensor.len() + shard.len())?;
             self.0.push(tensor, shard)?;
         }
         Ok(())
@@ -207,7 +232,11 @@ mod tests {
     use super::*;
 
     fn index(text: &str) -> Result<Index, CheckpointError> {
-        parse(Path::new("model.safetensors.index.json"), text)
+        parse(
+            Path::new("model.safetensors.index.json"),
+            text,
+            &CancelToken::new(),
+        )
     }
 
     #[test]

@@ -7,8 +7,9 @@ use std::sync::Arc;
 
 use super::CheckpointError;
 use super::directory::Directory;
-use super::file::{Source, io_error, read_text};
+use super::file::{Source, io_error, read_text_with};
 use super::index::{self, Index, MAX_INDEX_BYTES, MAX_SHARDS};
+use crate::cancel::CancelToken;
 
 const INDEX: &str = "model.safetensors.index.json";
 const INDEX_WHAT: &str = "an index (bytes)";
@@ -27,13 +28,13 @@ pub(crate) struct Located {
 
 /// Finds the files: of a `.safetensors` file, an index, or a directory. A file that `path` names
 /// may be a link to anywhere, for the user named it; what lies beside it may not.
-pub(crate) fn locate(path: &Path) -> Result<Located, CheckpointError> {
+pub(crate) fn locate(path: &Path, cancel: &CancelToken) -> Result<Located, CheckpointError> {
     let metadata = fs::metadata(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound => CheckpointError::NotFound { path: path.into() },
         _ => io_error("open", path)(source),
     })?;
     if metadata.is_dir() {
-        return in_directory(Directory::open(path)?.into());
+        return in_directory(Directory::open(path)?.into(), cancel);
     }
     if !metadata.is_file() {
         return Err(CheckpointError::NotAFile { path: path.into() });
@@ -44,8 +45,8 @@ pub(crate) fn locate(path: &Path) -> Result<Located, CheckpointError> {
     })?);
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     if name.ends_with(".safetensors.index.json") {
-        return match read_text(path, INDEX_WHAT, MAX_INDEX_BYTES)? {
-            Some(text) => with_index(directory, path, &text),
+        return match read_text_with(path, INDEX_WHAT, MAX_INDEX_BYTES, cancel)? {
+            Some(text) => with_index(directory, path, &text, cancel),
             None => Err(CheckpointError::NotFound { path: path.into() }),
         };
     }
@@ -62,12 +63,15 @@ pub(crate) fn locate(path: &Path) -> Result<Located, CheckpointError> {
     })
 }
 
-fn in_directory(directory: Arc<Directory>) -> Result<Located, CheckpointError> {
-    if let Some(text) = directory.read_text(INDEX, INDEX_WHAT, MAX_INDEX_BYTES)? {
+fn in_directory(
+    directory: Arc<Directory>,
+    cancel: &CancelToken,
+) -> Result<Located, CheckpointError> {
+    if let Some(text) = directory.read_text(INDEX, INDEX_WHAT, MAX_INDEX_BYTES, cancel)? {
         let path = directory.path().join(INDEX);
-        return with_index(directory, &path, &text);
+        return with_index(directory, &path, &text, cancel);
     }
-    let names = directory.list()?;
+    let names = directory.list(cancel)?;
     let located = |shards: Vec<String>| Located {
         shards: sources(&directory, shards),
         directory: Arc::clone(&directory),
@@ -109,9 +113,11 @@ fn with_index(
     directory: Arc<Directory>,
     path: &Path,
     text: &str,
+    cancel: &CancelToken,
 ) -> Result<Located, CheckpointError> {
-    let index = index::parse(path, text)?;
+    let index = index::parse(path, text, cancel)?;
     for (position, shard) in index.shards.iter().enumerate() {
+        cancel.check()?;
         if !directory.has(shard)? {
             let entry = index.entries.iter().find(|(_, at)| *at == position);
             return Err(CheckpointError::MissingShard {

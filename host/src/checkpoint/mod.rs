@@ -17,8 +17,10 @@ mod index;
 mod locate;
 mod quantized;
 mod shown;
+mod skip;
 #[cfg(test)]
 mod tests;
+mod text;
 mod ties;
 
 use std::collections::BTreeMap;
@@ -45,7 +47,9 @@ pub use quantized::{Extent, Nested, Quantized};
 pub use ties::Tie;
 
 use header::Header;
+use text::{PIECE, Text};
 
+use crate::cancel::{self, CancelToken, Watch};
 use crate::types::DType;
 
 /// Most headers of a checkpoint in all, in bytes; the largest real ones have a tenth of this.
@@ -123,18 +127,30 @@ impl Checkpoint {
     /// # Errors
     /// A [`CheckpointError`] that names the file and the part of it that is wrong.
     pub fn open(path: &Path) -> Result<Checkpoint, CheckpointError> {
-        let located = locate::locate(path)?;
+        Checkpoint::open_with(path, &CancelToken::new())
+    }
+
+    /// [`Checkpoint::open`] until it is asked to stop: a checkpoint can have hundreds of megabytes of
+    /// headers. The token is looked at after every few milliseconds of work; what was read by then is
+    /// given back.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Cancelled`], and as [`Checkpoint::open`].
+    pub fn open_with(path: &Path, cancel: &CancelToken) -> Result<Checkpoint, CheckpointError> {
+        let located = locate::locate(path, cancel)?;
         // First, because it is small and most likely to be what is broken in an edited model.
-        let config = Config::read(&located.directory)?;
+        let config = Config::read(&located.directory, cancel)?;
+        let mut watch = Watch::new(cancel);
         let mut shards = Vec::with_capacity(located.shards.len());
         let mut tensors = Vec::new();
         let mut metadata = BTreeMap::new();
         let mut header_bytes = 0;
         let mut source_bytes: u64 = 0;
         for source in located.shards {
+            cancel.check()?;
             let mut shard = Shard::open(source)?;
             let path = shard.path().to_owned();
-            let (header, data) = read_header(&shard, &mut header_bytes)?;
+            let (header, data) = read_header(&shard, &mut header_bytes, cancel)?;
             if tensors.len() + header.tensors.len() > MAX_TENSORS {
                 return Err(CheckpointError::TooLarge {
                     path: path.clone(),
@@ -154,6 +170,7 @@ impl Checkpoint {
             })?;
             source_bytes -= data;
             for (key, value) in header.metadata {
+                watch.item(key.len())?;
                 metadata.entry(key).or_insert(value);
             }
             if metadata.len() > MAX_METADATA {
@@ -164,29 +181,33 @@ impl Checkpoint {
                     limit: MAX_METADATA as u64,
                 });
             }
-            tensors.extend(header.tensors.into_iter().map(|tensor| TensorInfo {
-                bytes: tensor.end - tensor.begin,
-                offset: data + tensor.begin,
-                shard: shards.len(),
-                name: tensor.name,
-                dtype: tensor.dtype,
-                shape: tensor.shape,
-                quantized: None,
-            }));
+            tensors.reserve(header.tensors.len());
+            for tensor in header.tensors {
+                watch.item(0)?;
+                tensors.push(TensorInfo {
+                    bytes: tensor.end - tensor.begin,
+                    offset: data + tensor.begin,
+                    shard: shards.len(),
+                    name: tensor.name,
+                    dtype: tensor.dtype,
+                    shape: tensor.shape,
+                    quantized: None,
+                });
+            }
             if shards.len() >= MAX_OPEN_SHARDS {
                 shard.close();
             }
             shards.push(shard);
         }
-        let by_name = sorted_by_name(&tensors, &shards)?;
+        let by_name = sorted_by_name(&tensors, &shards, cancel)?;
         if let Some(index) = located.index {
-            check_index(&index, &tensors, &by_name, &shards)?;
+            check_index(&index, &tensors, &by_name, &shards, cancel)?;
         }
         let count = tensors.len();
-        let tensors = quantized::assemble(tensors, &shards)?;
+        let tensors = quantized::assemble(tensors, &shards, cancel)?;
         let by_name = match tensors.len() == count {
             true => by_name,
-            false => sorted_by_name(&tensors, &shards)?,
+            false => sorted_by_name(&tensors, &shards, cancel)?,
         };
         let named: Vec<ties::Named<'_>> = tensors
             .iter()
@@ -198,7 +219,7 @@ impl Checkpoint {
         Ok(Checkpoint {
             path: path.into(),
             directory: located.directory,
-            ties: ties::find(&named, config.as_ref()),
+            ties: ties::find(&named, config.as_ref(), cancel)?,
             source_bytes,
             shards: shards.into(),
             tensors,
@@ -352,8 +373,12 @@ fn check_index(
     tensors: &[TensorInfo],
     by_name: &[u32],
     shards: &[Shard],
+    cancel: &CancelToken,
 ) -> Result<(), CheckpointError> {
+    let mut watch = Watch::new(cancel);
     for (name, shard) in &index.entries {
+        // Compared as often as a binary search does.
+        watch.item(8 * name.len())?;
         let found = find(name, tensors, by_name).map(|i| tensors[i].shard);
         if found != Some(*shard) {
             return Err(CheckpointError::NotInShard {
@@ -374,7 +399,11 @@ fn find(name: &str, tensors: &[TensorInfo], by_name: &[u32]) -> Option<usize> {
 }
 
 /// Reads and checks the header of a file; gives also the offset of the data.
-fn read_header(shard: &Shard, total: &mut u64) -> Result<(Header, u64), CheckpointError> {
+fn read_header(
+    shard: &Shard,
+    total: &mut u64,
+    cancel: &CancelToken,
+) -> Result<(Header, u64), CheckpointError> {
     let path = shard.path();
     // What was long enough a moment ago.
     let cut = |failure, need| match failure {
@@ -406,22 +435,38 @@ fn read_header(shard: &Shard, total: &mut u64) -> Result<(Header, u64), Checkpoi
         });
     }
     let data = length as u64 + 8;
-    let mut text = vec![0; length];
-    shard
-        .read_at(8, &mut text)
-        .map_err(|failure| cut(failure, data))?;
-    Ok((header::parse(path, &text, shard.length())?, data))
+    let not_utf8 = |_| CheckpointError::NotUtf8 {
+        path: path.into(),
+        what: header::WHAT,
+    };
+    let mut text = Text::with_capacity(length);
+    let mut piece = vec![0; PIECE.min(length)];
+    for start in (0..length).step_by(PIECE) {
+        cancel.check()?;
+        let piece = &mut piece[..PIECE.min(length - start)];
+        shard
+            .read_at(8 + start as u64, piece)
+            .map_err(|failure| cut(failure, data))?;
+        text.push(piece).map_err(not_utf8)?;
+    }
+    let text = text.finish().map_err(not_utf8)?;
+    let header = header::parse(path, &text, shard.length(), cancel)?;
+    Ok((header, data))
 }
 
 /// Indices of the tensors, sorted by name, no name twice.
-fn sorted_by_name(tensors: &[TensorInfo], shards: &[Shard]) -> Result<Vec<u32>, CheckpointError> {
-    // MAX_TENSORS fits.
-    let mut by_name: Vec<u32> = (0..tensors.len() as u32).collect();
-    by_name.sort_unstable_by(|&a, &b| {
-        let key = |i: u32| (&tensors[i as usize].name, i);
-        key(a).cmp(&key(b))
-    });
+fn sorted_by_name(
+    tensors: &[TensorInfo],
+    shards: &[Shard],
+    cancel: &CancelToken,
+) -> Result<Vec<u32>, CheckpointError> {
+    // MAX_TENSORS fits. Equal names stay in the order of the files.
+    let by_name: Vec<u32> = (0..tensors.len() as u32).collect();
+    let name = |i: u32| &tensors[i as usize].name;
+    let by_name = cancel::sort_by(by_name, cancel, |&a, &b| name(a).cmp(name(b)))?;
+    let mut watch = Watch::new(cancel);
     for pair in by_name.windows(2) {
+        watch.item(name(pair[0]).len())?;
         let (first, second) = (&tensors[pair[0] as usize], &tensors[pair[1] as usize]);
         if first.name == second.name {
             return Err(CheckpointError::DuplicateTensor {

@@ -12,6 +12,7 @@ use tightfit_kernels::{DYNAMIC_MAP, FP4, NF4};
 
 use super::error::shortened;
 use super::{CheckpointError, MAX_DIMENSIONS, Shard, TensorInfo};
+use crate::cancel::{CancelToken, Watch};
 use crate::types::{DType, QuantType, elements};
 
 /// Longest quant state that is read; real ones take 200 bytes.
@@ -82,29 +83,28 @@ struct QuantState {
 pub(super) fn assemble(
     tensors: Vec<TensorInfo>,
     shards: &[Shard],
+    cancel: &CancelToken,
 ) -> Result<Vec<TensorInfo>, CheckpointError> {
-    let states: Vec<(usize, &str, QuantType)> = tensors
-        .iter()
-        .enumerate()
-        .filter_map(|(index, tensor)| {
-            STATES.iter().find_map(|&(suffix, quant_type)| {
-                let weight = tensor.name.strip_suffix(suffix)?;
-                Some((index, weight, quant_type))
-            })
-        })
-        .collect();
-    let by_name: HashMap<&str, usize> = tensors
-        .iter()
-        .enumerate()
-        .map(|(index, tensor)| (tensor.name.as_str(), index))
-        .collect();
-    check_orphans(&tensors, &by_name, shards)?;
+    let mut watch = Watch::new(cancel);
+    let mut states: Vec<(usize, &str, QuantType)> = Vec::new();
+    let mut by_name: HashMap<&str, usize> = HashMap::with_capacity(tensors.len());
+    for (index, tensor) in tensors.iter().enumerate() {
+        watch.item(tensor.name.len())?;
+        by_name.insert(&tensor.name, index);
+        states.extend(STATES.iter().find_map(|&(suffix, quant_type)| {
+            let weight = tensor.name.strip_suffix(suffix)?;
+            Some((index, weight, quant_type))
+        }));
+    }
+    check_orphans(&tensors, &by_name, shards, &mut watch)?;
     if states.is_empty() {
         return Ok(tensors);
     }
     let mut used = vec![false; tensors.len()];
     let mut replaced: Vec<(usize, TensorInfo)> = Vec::with_capacity(states.len());
     for (state, weight, quant_type) in states {
+        // Each is read from the file, in several places.
+        cancel.check()?;
         let set = Set {
             tensors: &tensors,
             by_name: &by_name,
@@ -126,14 +126,17 @@ pub(super) fn assemble(
         replaced.push((index, info));
     }
     let mut replaced: HashMap<usize, TensorInfo> = replaced.into_iter().collect();
-    Ok(tensors
-        .into_iter()
-        .enumerate()
-        .filter_map(|(index, tensor)| match replaced.remove(&index) {
-            Some(info) => Some(info),
-            None => (!used[index]).then_some(tensor),
-        })
-        .collect())
+    let mut whole = Vec::with_capacity(tensors.len());
+    for (index, tensor) in tensors.into_iter().enumerate() {
+        watch.item(0)?;
+        match replaced.remove(&index) {
+            Some(info) => whole.push(info),
+            None if used[index] => {}
+            None => whole.push(tensor),
+        }
+    }
+    whole.shrink_to_fit();
+    Ok(whole)
 }
 
 /// Parts of a quantized weight without the quant state that says how to read them.
@@ -141,14 +144,17 @@ fn check_orphans(
     tensors: &[TensorInfo],
     by_name: &HashMap<&str, usize>,
     shards: &[Shard],
+    watch: &mut Watch<'_>,
 ) -> Result<(), CheckpointError> {
     for (index, tensor) in tensors.iter().enumerate() {
+        watch.item(0)?;
         let Some(weight) = PARTS.iter().find_map(|part| tensor.name.strip_suffix(part)) else {
             continue;
         };
         let stated = STATES
             .iter()
             .any(|(suffix, _)| by_name.contains_key(format!("{weight}{suffix}").as_str()));
+        watch.item(2 * weight.len())?;
         // Only beside a weight: other models may use such a name for something else.
         if !stated && by_name.contains_key(weight) {
             return Err(CheckpointError::BadQuantized {

@@ -1,6 +1,7 @@
 //! Tensors that go by two names: the embedding that is also the output head.
 
 use super::config::Config;
+use crate::cancel::{CancelToken, Cancelled, Watch};
 
 /// A tensor that the model uses under a second name.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,37 +44,65 @@ const WRAPPERS: [&str; 6] = [
 ///
 /// They are stated (`tie_word_embeddings`), or, where nothing is stated, follow from a model that
 /// needs an output head and stores none. A stated `false` is believed.
-pub(crate) fn find(tensors: &[Named<'_>], config: Option<&Config>) -> Vec<Tie> {
+///
+/// # Errors
+/// [`Cancelled`].
+pub(crate) fn find(
+    tensors: &[Named<'_>],
+    config: Option<&Config>,
+    cancel: &CancelToken,
+) -> Result<Vec<Tie>, Cancelled> {
     let Some(config) = config else {
-        return Vec::new();
+        return Ok(Vec::new());
     };
+    let mut watch = Watch::new(cancel);
     let tied = match config.tie_word_embeddings {
         Some(stated) => stated,
-        None => config.has_language_head() && !tensors.iter().any(|tensor| is_head(tensor.name)),
+        None if !config.has_language_head() => false,
+        None => {
+            let mut has_head = false;
+            for tensor in tensors {
+                watch.item(2 * tensor.name.len())?;
+                has_head |= is_head(tensor.name);
+            }
+            !has_head
+        }
     };
     if !tied {
-        return Vec::new();
+        return Ok(Vec::new());
     }
     // Of several embeddings, such as those of a vision tower or of a draft model, the outermost.
-    let embedding = tensors
-        .iter()
-        .enumerate()
-        .filter_map(|(i, tensor)| Some((i, alias(tensor.name)?)))
-        .filter(|(i, _)| tensors[*i].shape.len() == 2)
-        .min_by_key(|(i, _)| (tensors[*i].name.split('.').count(), *i));
-    let Some((tensor, alias)) = embedding else {
-        return Vec::new();
+    let mut embedding: Option<(usize, usize, String)> = None;
+    for (i, tensor) in tensors.iter().enumerate() {
+        watch.item(2 * tensor.name.len())?;
+        let Some(alias) = alias(tensor.name).filter(|_| tensor.shape.len() == 2) else {
+            continue;
+        };
+        let depth = tensor.name.split('.').count();
+        if embedding.as_ref().is_none_or(|(least, ..)| depth < *least) {
+            embedding = Some((depth, i, alias));
+        }
+    }
+    let Some((_, tensor, alias)) = embedding else {
+        return Ok(Vec::new());
     };
-    let alias_tensor = tensors.iter().position(|other| other.name == alias);
+    let mut alias_tensor = None;
+    for (i, other) in tensors.iter().enumerate() {
+        watch.item(0)?;
+        if other.name == alias {
+            alias_tensor = Some(i);
+            break;
+        }
+    }
     // A head of another shape cannot be the embedding, whatever the configuration says.
     if alias_tensor.is_some_and(|i| tensors[i].shape != tensors[tensor].shape) {
-        return Vec::new();
+        return Ok(Vec::new());
     }
-    vec![Tie {
+    Ok(vec![Tie {
         tensor,
         alias,
         alias_tensor,
-    }]
+    }])
 }
 
 /// Name of the head that is tied to the embedding of this name; `None` for other tensors.
@@ -134,7 +163,7 @@ mod tests {
             })
             .collect();
         let config = Config::parse(Path::new("config.json"), config.into()).unwrap();
-        find(&tensors, Some(&config))
+        find(&tensors, Some(&config), &CancelToken::new()).unwrap()
     }
 
     #[test]
@@ -232,7 +261,9 @@ mod tests {
         ];
         let config = r#"{"tie_word_embeddings":true}"#;
         let config = Config::parse(Path::new("config.json"), config.into()).unwrap();
-        assert!(find(&tensors, Some(&config)).is_empty());
-        assert!(find(&tensors, None).is_empty());
+        for config in [Some(&config), None] {
+            let ties = find(&tensors, config, &CancelToken::new()).unwrap();
+            assert!(ties.is_empty());
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! Which files of a model are needed.
 
+use crate::checkpoint::{MAX_CONFIG_BYTES, MAX_INDEX_BYTES};
+
 /// The index of weights in several files.
 pub(super) const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
@@ -19,6 +21,25 @@ pub(super) const SMALL: [&str; 12] = [
     "chat_template.json",
     "preprocessor_config.json",
 ];
+
+/// The most that is downloaded of a file, in bytes, and what kind it is; `None` for weights, of which
+/// the hub's length is all that is known. Many times what the largest models have.
+pub(super) fn limit(name: &str) -> Option<(u64, &'static str)> {
+    const MIB: u64 = 1 << 20;
+    match name {
+        INDEX => Some((MAX_INDEX_BYTES, "an index")),
+        "config.json" => Some((MAX_CONFIG_BYTES, "a configuration")),
+        // The largest have 40 MB.
+        "tokenizer.json" => Some((256 * MIB, "a tokenizer")),
+        "tokenizer.model"
+        | "vocab.json"
+        | "merges.txt"
+        | "added_tokens.json"
+        | "tokenizer_config.json" => Some((64 * MIB, "a part of a tokenizer")),
+        _ if SMALL.contains(&name) => Some((4 * MIB, "a small file")),
+        _ => None,
+    }
+}
 
 /// The file to begin the weights with, in the order in which a directory's files are looked at.
 pub(super) fn weights<'a>(names: &[&'a str]) -> Option<&'a str> {
@@ -58,6 +79,18 @@ pub(super) fn other_weights<'a>(names: &[&'a str]) -> Option<&'a str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn everything_but_weights_has_a_limit() {
+        assert!(
+            SMALL
+                .iter()
+                .chain([&INDEX])
+                .all(|name| limit(name).is_some())
+        );
+        assert_eq!(limit(SINGLE), None);
+        assert_eq!(limit("model-00001-of-00002.safetensors"), None);
+    }
 
     #[test]
     fn safetensors_are_preferred_and_the_index_before_all() {

@@ -5,9 +5,16 @@ use std::fmt;
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use super::HubError;
+use super::address::Origin;
 use crate::checkpoint::CacheEnvironment;
+
+/// A server that says nothing for this long is given up, unless the user says otherwise.
+const PATIENCE: Duration = Duration::from_secs(30);
+/// Seconds that a user may say at most.
+const MOST_PATIENCE: u64 = 86_400;
 
 /// A hub and a cache. Its `Debug` output keeps the token to itself.
 #[derive(Clone, PartialEq, Eq)]
@@ -18,6 +25,9 @@ pub struct Hub {
     pub token: Option<String>,
     /// Whether the network must not be asked: `HF_HUB_OFFLINE`.
     pub offline: bool,
+    /// How long a silent server is waited for, and over how long it is averaged what comes:
+    /// `HF_HUB_DOWNLOAD_TIMEOUT` in whole seconds, else 30 s.
+    pub patience: Duration,
     /// Where downloads go.
     pub cache: CacheEnvironment,
 }
@@ -58,34 +68,47 @@ impl Hub {
                 .to_owned(),
             token,
             offline: is_on("HF_HUB_OFFLINE") || is_on("TRANSFORMERS_OFFLINE"),
+            patience: text("HF_HUB_DOWNLOAD_TIMEOUT")
+                .and_then(|seconds| seconds.parse().ok())
+                .filter(|seconds| (1..=MOST_PATIENCE).contains(seconds))
+                .map_or(PATIENCE, Duration::from_secs),
             cache,
         }
     }
 
     /// Refuses what cannot be sent, before it is.
-    pub(super) fn check(&self) -> Result<(), HubError> {
-        let is_address = ["https://", "http://"]
-            .iter()
-            .filter_map(|scheme| self.endpoint.strip_prefix(scheme))
-            .any(|rest| !rest.is_empty() && rest.bytes().all(|b| b.is_ascii_graphic()));
-        if !is_address {
+    /// Gives the server that the token is for.
+    pub(super) fn check(&self) -> Result<Origin, HubError> {
+        let address = Some(&self.endpoint)
+            .filter(|endpoint| !endpoint.contains(['?', '#']))
+            .and_then(|endpoint| endpoint.parse().ok());
+        let Some(Ok(origin)) = address.map(|address| Origin::of(&address)) else {
             return Err(HubError::BadEndpoint {
-                endpoint: self.endpoint.clone(),
+                endpoint: without_user(&self.endpoint),
             });
-        }
+        };
         match &self.token {
             Some(token) if !token.bytes().all(|b| b.is_ascii_graphic()) => Err(HubError::BadToken),
-            _ => Ok(()),
+            _ => Ok(origin),
         }
+    }
+}
+
+/// An address as it may be shown: what stands before its host can be a password.
+fn without_user(address: &str) -> String {
+    match address.rsplit_once('@') {
+        Some((_, rest)) => format!("...@{rest}"),
+        None => address.to_owned(),
     }
 }
 
 impl fmt::Debug for Hub {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Hub")
-            .field("endpoint", &self.endpoint)
+            .field("endpoint", &without_user(&self.endpoint))
             .field("token", &self.token.as_ref().map(|_| "..."))
             .field("offline", &self.offline)
+            .field("patience", &self.patience)
             .field("cache", &self.cache)
             .finish()
     }
@@ -117,6 +140,11 @@ mod tests {
         assert!(set.offline);
         assert!(!format!("{set:?}").contains("secret"));
         assert!(!hub(&[("HF_HUB_OFFLINE", "0")]).offline);
+        let patience = |seconds| hub(&[("HF_HUB_DOWNLOAD_TIMEOUT", seconds)]).patience;
+        assert_eq!(patience("5"), Duration::from_secs(5));
+        for none in ["", "0", "-1", "x", "1e9", "99999999999999999999"] {
+            assert_eq!(patience(none), PATIENCE, "{none}");
+        }
     }
 
     #[test]
@@ -132,9 +160,20 @@ mod tests {
 
     #[test]
     fn what_cannot_be_sent_is_refused() {
-        for endpoint in ["huggingface.co", "file:///x", "http://", "http://a b"] {
+        for endpoint in [
+            "huggingface.co",
+            "file:///x",
+            "http://",
+            "http://a b",
+            "http://a?b",
+            "http://a#b",
+            "http://a:b",
+            "http://me:hidden@a",
+        ] {
             let bad = hub(&[("HF_ENDPOINT", endpoint)]);
-            assert!(matches!(bad.check(), Err(HubError::BadEndpoint { .. })));
+            let error = bad.check().unwrap_err();
+            assert!(matches!(error, HubError::BadEndpoint { .. }), "{endpoint}");
+            assert!(!format!("{error} {error:?} {bad:?}").contains("hidden"));
         }
         let bad = hub(&[("HF_TOKEN", "a\nHost: b")]);
         assert!(matches!(bad.check(), Err(HubError::BadToken)));

@@ -76,6 +76,35 @@ pub enum HubError {
     )]
     BadAnswer { url: String, problem: String },
 
+    /// Fewer bytes came in a while than have to.
+    #[error(
+        "cannot download {url}: {have} bytes came in {seconds} s, and at least {need} have to; what \
+         has come of a file is kept, and the next attempt goes on from there"
+    )]
+    TooSlow {
+        /// The address.
+        url: String,
+        /// How long it was waited for, in seconds.
+        seconds: u64,
+        /// Bytes that have to come in that time.
+        need: u64,
+        /// Bytes that came.
+        have: u64,
+    },
+
+    /// A file or an answer is larger than any real one of its kind.
+    #[error("{url} has {have} bytes or more, and at most {limit} are downloaded of {what}")]
+    TooLarge {
+        /// The address.
+        url: String,
+        /// Its kind.
+        what: &'static str,
+        /// Bytes that were announced, or came before it was given up.
+        have: u64,
+        /// The most that are read.
+        limit: u64,
+    },
+
     /// More or fewer bytes came than the hub had said.
     #[error("{url} has {need} bytes, and {have} came")]
     #[allow(
@@ -123,8 +152,12 @@ pub enum HubError {
     },
 
     /// `HF_ENDPOINT` is not an address.
-    #[error("HF_ENDPOINT is '{}', which is not an http or https address", shown(.endpoint))]
-    #[allow(missing_docs, reason = "its value")]
+    #[error(
+        "HF_ENDPOINT is '{}', which is not an http or https address without a user name, a query and \
+         a fragment",
+        shown(.endpoint)
+    )]
+    #[allow(missing_docs, reason = "its value, without a user name and a password")]
     BadEndpoint { endpoint: String },
 
     /// The token cannot be sent.
@@ -155,7 +188,7 @@ impl HubError {
     /// Whether the same request may succeed a moment later.
     pub(super) fn may_pass(&self) -> bool {
         match self {
-            HubError::Network { .. } => true,
+            HubError::Network { .. } | HubError::TooSlow { .. } => true,
             HubError::Status { status, .. } => *status == 429 || *status >= 500,
             _ => false,
         }

@@ -18,12 +18,15 @@
 //! a file gets its name.
 #![forbid(unsafe_code)]
 
+mod address;
 mod choice;
 mod environment;
 mod error;
 mod http;
+mod pace;
 mod store;
 mod transfer;
+mod watchdog;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -101,11 +104,12 @@ pub fn fetch(
             looked_for: cache.join(name),
         });
     }
-    hub.check()?;
-    let client = Client::new(hub, model, revision, cancel);
+    let home = hub.check()?;
+    let client = Client::new(hub, home, model, revision, cancel);
     let api = ApiBuilder::from_cache(Cache::new(cache.clone()))
         .with_endpoint(hub.endpoint.clone())
-        .with_token(hub.token.clone())
+        // It only knows addresses; whatever is sent, and to whom, is our client's.
+        .with_token(None)
         .with_progress(false)
         .build()
         .map_err(|error| HubError::Network {
@@ -132,8 +136,10 @@ pub fn fetch(
 
 /// What the model consists of at the revision.
 fn info(client: &Client<'_>, repository: &ApiRepo) -> Result<RepoInfo, HubError> {
-    let (url, text) =
-        client.patiently(|| client.text(repository.info_request(), MAX_INFO_BYTES))?;
+    let request = repository.info_request();
+    let url = request.uri_ref().map(ToString::to_string);
+    let url = url.unwrap_or_else(|| client.hub.endpoint.clone());
+    let text = client.patiently(|| client.text(&url, MAX_INFO_BYTES))?;
     let bad = |problem: String| HubError::BadAnswer {
         url: url.clone(),
         problem,
@@ -178,9 +184,9 @@ impl Download<'_> {
         if weights == choice::INDEX {
             let path = self.file(weights)?;
             let directory = Directory::open(&self.entry.snapshot())?;
-            let text = directory.read_text(weights, "an index (bytes)", MAX_INDEX_BYTES)?;
-            let text = text.unwrap_or_default();
-            shards = parse_index(&path, &text)?.shards;
+            let cancel = self.client.cancel;
+            let text = directory.read_text(weights, "an index (bytes)", MAX_INDEX_BYTES, cancel)?;
+            shards = parse_index(&path, &text.unwrap_or_default(), cancel)?.shards;
             for shard in &shards {
                 if !names.contains(&shard.as_str()) {
                     return Err(HubError::MissingShard {

@@ -8,8 +8,9 @@ use sha2::{Digest, Sha256};
 
 use super::error::io_error;
 use super::http::{About, Client, header, network};
+use super::pace::Pace;
 use super::store::{Entry, Part};
-use super::{FileProgress, HubError};
+use super::{FileProgress, HubError, choice};
 
 /// Bytes that are read at once.
 const BUFFER: usize = 256 << 10;
@@ -29,6 +30,16 @@ impl Transfer<'_> {
     /// Downloads what is missing and puts the file in its place.
     pub(super) fn run(&mut self) -> Result<(), HubError> {
         let about = self.client.about(self.url)?;
+        if let Some((limit, what)) = choice::limit(self.name)
+            && about.bytes > limit
+        {
+            return Err(HubError::TooLarge {
+                url: self.url.into(),
+                what,
+                have: about.bytes,
+                limit,
+            });
+        }
         loop {
             match self.entry.open_part(&about.etag)? {
                 Part::Complete => break,
@@ -88,6 +99,7 @@ impl Transfer<'_> {
         file.seek(SeekFrom::Start(done)).map_err(written())?;
         let mut body = response.into_body().into_reader();
         let mut buffer = vec![0; BUFFER];
+        let mut pace = Pace::new(self.client.hub.patience);
         loop {
             (self.progress)(FileProgress {
                 file: self.name,
@@ -95,7 +107,9 @@ impl Transfer<'_> {
                 bytes_total: about.bytes,
             });
             self.client.check_cancelled()?;
-            let read = body.read(&mut buffer).map_err(network(self.url))?;
+            let read = self
+                .client
+                .read(self.url, &mut body, &mut buffer, &mut pace)?;
             if read == 0 {
                 break;
             }

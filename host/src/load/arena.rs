@@ -3,8 +3,9 @@
 
 use super::LoadError;
 use super::put::is_away;
+use crate::cancel::{self, CancelToken, Watch};
 use crate::device::Reservation;
-use crate::plan::{PartKind, Plan};
+use crate::plan::{PartKind, Plan, PlannedPart};
 
 /// The places of one tensor's parts; empty ones for parts that its format does not have.
 #[derive(Debug, Default)]
@@ -98,19 +99,25 @@ pub(super) struct Split<'m> {
 /// Cuts up what has been reserved for a plan.
 ///
 /// # Errors
-/// [`LoadError::OtherPlan`] for parts that overlap or lie outside the reservation.
+/// [`LoadError::OtherPlan`] for parts that overlap or lie outside the reservation, and
+/// [`LoadError::Cancelled`].
 pub(super) fn split<'m>(
     plan: &Plan,
     memory: &'m mut [Option<Box<dyn Reservation>>],
+    cancel: &CancelToken,
 ) -> Result<Split<'m>, LoadError> {
-    let mut places: Vec<Place<'m>> = plan.tensors.iter().map(|_| Place::default()).collect();
+    let mut watch = Watch::new(cancel);
+    let mut places: Vec<Place<'m>> = Vec::with_capacity(plan.tensors.len());
     let mut parts = Vec::with_capacity(plan.tensors.len() * 2);
     for (index, tensor) in plan.tensors.iter().enumerate() {
+        watch.item(0)?;
+        places.push(Place::default());
         if let Some(device) = tensor.placement.device {
             parts.extend(tensor.parts.iter().map(|part| (device, part, index)));
         }
     }
-    parts.sort_unstable_by_key(|&(device, part, _)| (device, part.offset, part.bytes));
+    let key = |&(device, part, _): &(u32, &PlannedPart, usize)| (device, part.offset, part.bytes);
+    let parts = cancel::sort_by(parts, cancel, |a, b| key(a).cmp(&key(b)))?;
     let mut parts = parts.into_iter().peekable();
     let mut all_away = Vec::with_capacity(memory.len());
     for (number, reservation) in memory.iter_mut().enumerate() {
@@ -136,6 +143,7 @@ pub(super) fn split<'m>(
         let mut position = 0;
         while let Some((_, part, tensor)) = parts.next_if(|&(device, ..)| device as usize == number)
         {
+            watch.item(0)?;
             let gap = part.offset.checked_sub(position);
             let gap = gap.and_then(|gap| rest.take_checked(gap));
             let place = gap.and_then(|_| rest.take_checked(part.bytes));

@@ -2,6 +2,7 @@
 
 use tightfit_kernels::KernelError;
 
+use crate::cancel::Cancelled;
 use crate::checkpoint::CheckpointError;
 use crate::device::DeviceError;
 use crate::memory::StagingError;
@@ -43,4 +44,10 @@ pub enum LoadError {
     /// The user asked to stop.
     #[error("cancelled")]
     Cancelled,
+}
+
+impl From<Cancelled> for LoadError {
+    fn from(_: Cancelled) -> LoadError {
+        LoadError::Cancelled
+    }
 }

@@ -18,13 +18,14 @@ mod work;
 
 pub(crate) use work::float_type;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+pub use crate::cancel::CancelToken;
 pub use balance::QuantizeOn;
 pub use error::LoadError;
-pub use reserve::{MAX_REVISIONS, PlaceError, Placed, Reserved, Revision, place, place_with_tail};
+pub use reserve::{
+    MAX_REVISIONS, PlaceError, Placed, Reserved, Revision, place, place_with, place_with_tail,
+};
 
 use tightfit_kernels::Kernels;
 
@@ -39,32 +40,6 @@ use on_device::OnDevices;
 use put::Ways;
 use run::Run;
 use work::{ChunkSizes, Queue};
-
-/// Asks a load to stop. Clones ask for the same.
-#[derive(Debug, Clone, Default)]
-pub struct CancelToken(Arc<AtomicBool>);
-
-impl CancelToken {
-    /// A token that has not been used.
-    pub fn new() -> CancelToken {
-        CancelToken::default()
-    }
-
-    /// Asks whatever was given this token to stop at the next chunk.
-    pub fn cancel(&self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether it has been asked to.
-    pub fn is_cancelled(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
-    }
-
-    /// The flag itself, for what polls it.
-    pub fn flag(&self) -> &AtomicBool {
-        &self.0
-    }
-}
 
 /// How far a load has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,7 +73,7 @@ pub struct LoadOptions<'a> {
     pub kernels: Kernels,
     /// Called from the workers after every chunk.
     pub progress: &'a (dyn Fn(Progress) + Sync),
-    /// Checked before every chunk.
+    /// Looked at before every chunk, and every few milliseconds before the first and after the last.
     pub cancel: CancelToken,
 }
 
@@ -181,6 +156,8 @@ pub fn load_reserved(
     options: &LoadOptions<'_>,
 ) -> Result<Model, LoadError> {
     let start = Instant::now();
+    let cancel = &options.cancel;
+    cancel.check()?;
     let Reserved {
         plan,
         mut memory,
@@ -201,14 +178,22 @@ pub fn load_reserved(
     // Before the first worker: whatever fails, nothing of theirs has been started.
     let on_devices = OnDevices::open(plan, &memory, options, ring.workers(), sizes.buffer)?;
     tracing::debug!("who quantizes is settled after {:.1?}", start.elapsed());
-    let Split { places, away } = arena::split(plan, &mut memory)?;
+    let Split { places, away } = arena::split(plan, &mut memory, cancel)?;
     let ways = Ways {
         away,
         on_devices: &on_devices,
         buffer_bytes: sizes.buffer,
     };
     let buffers = ways.page_lock(ring.workers())?;
-    let queue = Queue::new(checkpoint, plan, places, sizes, scratch_bytes, &on_devices);
+    let queue = Queue::new(
+        checkpoint,
+        plan,
+        places,
+        sizes,
+        scratch_bytes,
+        &on_devices,
+        cancel,
+    )?;
     tracing::debug!("workers are started after {:.1?}", start.elapsed());
     let run = Run::new(checkpoint, plan, options, queue, ways, start);
     std::thread::scope(|scope| {
@@ -253,11 +238,12 @@ pub fn load_reserved(
     };
     Ok(Model::new(
         checkpoint,
-        plan.clone(),
+        plan,
         memory,
         finished.nested_offsets,
         stats,
-    ))
+        cancel,
+    )?)
 }
 
 /// Starts a thread, if the system has one.

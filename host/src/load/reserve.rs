@@ -4,6 +4,7 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use super::LoadError;
+use crate::cancel::CancelToken;
 use crate::checkpoint::Checkpoint;
 use crate::device::{Device, DeviceError, DeviceInfo, Reservation};
 use crate::plan::{Plan, ProposeError, Proposed, propose_again};
@@ -147,7 +148,22 @@ pub fn place(
     devices: &[Box<dyn Device>],
     settings: &[(String, String)],
 ) -> Result<Placed, PlaceError> {
-    place_tail(checkpoint, policy, devices, settings, false)
+    let never = CancelToken::new();
+    place_tail(checkpoint, policy, devices, settings, false, &never)
+}
+
+/// [`place`] until it is asked to stop.
+///
+/// # Errors
+/// [`PlaceError`].
+pub fn place_with(
+    checkpoint: &Checkpoint,
+    policy: &dyn Policy,
+    devices: &[Box<dyn Device>],
+    settings: &[(String, String)],
+    cancel: &CancelToken,
+) -> Result<Placed, PlaceError> {
+    place_tail(checkpoint, policy, devices, settings, false, cancel)
 }
 
 /// [`place`], but the policy's headroom is reserved in one piece with the weights, as a tail for the
@@ -161,7 +177,8 @@ pub fn place_with_tail(
     devices: &[Box<dyn Device>],
     settings: &[(String, String)],
 ) -> Result<Placed, PlaceError> {
-    place_tail(checkpoint, policy, devices, settings, true)
+    let never = CancelToken::new();
+    place_tail(checkpoint, policy, devices, settings, true, &never)
 }
 
 fn place_tail(
@@ -170,12 +187,14 @@ fn place_tail(
     devices: &[Box<dyn Device>],
     settings: &[(String, String)],
     tail: bool,
+    cancel: &CancelToken,
 ) -> Result<Placed, PlaceError> {
     let mut infos: Vec<DeviceInfo> = devices.iter().map(|device| device.info()).collect();
     let mut revisions: Vec<Revision> = Vec::new();
     let mut failure = None;
     loop {
-        let proposed = match propose_again(checkpoint, policy, &infos, settings, tail, failure) {
+        let proposed = propose_again(checkpoint, policy, &infos, settings, tail, failure, cancel);
+        let proposed = match proposed {
             Ok(proposed) => proposed,
             Err(error) if revisions.is_empty() => return Err(error.into()),
             Err(error) => {

@@ -1,7 +1,7 @@
 //! The loader against the kernels run over whole tensors, and what it leaves behind when it fails.
 
 use std::path::Path;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tempfile::TempDir;
 use tightfit_kernels::{BlockSize, FloatType, Isa};
@@ -421,4 +421,79 @@ fn staging_too_small_for_one_worker_is_refused() {
     });
     assert!(matches!(result, Err(LoadError::Staging(_))), "{result:?}");
     assert_eq!(fixture.reserved_now(), 0);
+}
+
+/// Sees to it that a load stops wherever it looks whether to go on, and gives everything back.
+fn stops_everywhere(fixture: &Fixture, threads: usize) -> usize {
+    const MANY: usize = 1 << 40;
+    let load = |cancel: &CancelToken| {
+        fixture.load(&LoadOptions {
+            threads,
+            staging_bytes: 256 << 10,
+            cancel: cancel.clone(),
+            ..LoadOptions::default()
+        })
+    };
+    let all = CancelToken::at_look(MANY);
+    drop(load(&all).unwrap());
+    let looks = MANY - all.looks_left();
+    for look in (0..looks).step_by(looks.div_ceil(100)) {
+        let result = load(&CancelToken::at_look(look));
+        assert!(
+            matches!(result, Err(LoadError::Cancelled)),
+            "{look} of {looks}: {result:?}"
+        );
+        assert_eq!(fixture.reserved_now(), 0);
+    }
+    looks
+}
+
+#[test]
+fn a_load_stops_wherever_it_looks() {
+    let fixture = Fixture::new(&cases());
+    assert!(stops_everywhere(&fixture, 1) > cases().len());
+}
+
+#[test]
+fn loads_and_plans_of_many_tensors_look_before_and_after_the_bytes() {
+    // Without any bytes there is no chunk to look before.
+    let names: Vec<String> = (0..20_000).map(|i| format!("t{}", 99_999 - i)).collect();
+    let empty = |name: &String| source(name.clone().leak(), DType::U8, &[0]);
+    let cases: Vec<_> = names
+        .iter()
+        .map(|name| (empty(name), Format::Stored))
+        .collect();
+    let directory = TempDir::new().unwrap();
+    let sources: Vec<Source> = cases.into_iter().map(|(source, _)| source).collect();
+    write_checkpoint(directory.path(), &sources);
+    let path = directory.path().join("model.safetensors");
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let devices: Vec<Box<dyn Device>> = vec![Box::new(HostDevice::sim(0, 1 << 30))];
+    let placement = Placement {
+        device: Some(0),
+        format: Format::Stored,
+    };
+    let placements = vec![placement; checkpoint.tensors().len()];
+    let plan = |cancel: &CancelToken| {
+        let infos: Vec<_> = devices.iter().map(|device| device.info()).collect();
+        Plan::new_with(checkpoint.tensors(), &[], &infos, &placements, &[0], cancel)
+    };
+    const MANY: usize = 1 << 40;
+    let all = CancelToken::at_look(MANY);
+    let made = plan(&all).unwrap();
+    let looks = MANY - all.looks_left();
+    assert!(looks >= 4 * (placements.len() >> 10), "{looks}");
+    for look in 0..looks {
+        let stopped = plan(&CancelToken::at_look(look));
+        assert_eq!(stopped, Err(crate::plan::PlanError::Cancelled), "{look}");
+    }
+    let fixture = Fixture {
+        _directory: directory,
+        path,
+        checkpoint,
+        plan: made,
+        devices,
+    };
+    let looks = stops_everywhere(&fixture, 1);
+    assert!(looks >= 4 * (placements.len() >> 10), "{looks}");
 }

@@ -10,6 +10,7 @@ use tightfit_kernels::{BlockSize, FloatType, blocks};
 use super::arena::{Place, Target};
 use super::double::{DoubleState, Kept, Returned};
 use super::on_device::OnDevices;
+use crate::cancel::{self, CancelToken, Cancelled, Watch};
 use crate::checkpoint::{Checkpoint, Extent, TensorInfo};
 use crate::plan::{Plan, PlannedTensor};
 use crate::types::{DType, Format};
@@ -139,6 +140,10 @@ struct Cursor<'m> {
 }
 
 impl<'m> Queue<'m> {
+    /// All that the plan has to be read.
+    ///
+    /// # Errors
+    /// [`Cancelled`].
     pub(super) fn new(
         checkpoint: &Checkpoint,
         plan: &Plan,
@@ -146,25 +151,34 @@ impl<'m> Queue<'m> {
         sizes: ChunkSizes,
         scratch: u64,
         on_devices: &'m OnDevices,
-    ) -> Queue<'m> {
+        cancel: &CancelToken,
+    ) -> Result<Queue<'m>, Cancelled> {
+        let mut watch = Watch::new(cancel);
         let mut waiting: Vec<Tensor<'m>> = Vec::with_capacity(places.len());
         for (index, place) in places.into_iter().enumerate() {
+            watch.item(0)?;
             let (info, planned) = (&checkpoint.tensors()[index], &plan.tensors[index]);
             if planned.placement.device.is_some() {
                 add(&mut waiting, index, info, planned, place);
             }
         }
-        waiting.retain(|tensor| tensor.bytes > 0);
         // In the order of the files, which for the parts of quantized weights is not that of tensors.
-        waiting.sort_by_key(|tensor| (tensor.shard, tensor.offset));
-        let (later, waiting): (Vec<_>, Vec<_>) = waiting.into_iter().partition(|tensor| {
+        let key = |tensor: &Tensor<'_>| (tensor.shard, tensor.offset);
+        let all = cancel::sort_by(waiting, cancel, |a, b| key(a).cmp(&key(b)))?;
+        let (mut waiting, mut later) = (VecDeque::with_capacity(all.len()), VecDeque::new());
+        for tensor in all {
+            watch.item(0)?;
             let device = tensor.place.data.on_device();
-            device.is_some_and(|(device, _)| on_devices.is_in_the_way(device))
-        });
-        Queue {
+            match device.is_some_and(|(device, _)| on_devices.is_in_the_way(device)) {
+                _ if tensor.bytes == 0 => {}
+                true => later.push_back(tensor),
+                false => waiting.push_back(tensor),
+            }
+        }
+        Ok(Queue {
             state: Mutex::new(State {
-                waiting: waiting.into(),
-                later: later.into(),
+                waiting,
+                later,
                 current: None,
                 scratch_left: scratch,
                 busy: 0,
@@ -173,7 +187,7 @@ impl<'m> Queue<'m> {
             changed: Condvar::new(),
             sizes,
             on_devices,
-        }
+        })
     }
 
     /// What a worker is to do next. `is_busy` is its own, and says whether it has to finish.

@@ -17,6 +17,7 @@ pub use tail::{TailAllocation, TailAllocator};
 
 use tightfit_kernels::{FloatType, KernelError};
 
+use crate::cancel::{CancelToken, Cancelled, Watch};
 use crate::checkpoint::{Checkpoint, Quantized};
 use crate::device::{DeviceAddress, DeviceError, Reservation};
 use crate::load::LoadStats;
@@ -99,30 +100,46 @@ pub enum ModelError {
 }
 
 impl Model {
+    /// # Errors
+    /// [`Cancelled`].
     pub(crate) fn new(
         checkpoint: &Checkpoint,
-        plan: Plan,
+        plan: &Plan,
         memory: Vec<Option<Box<dyn Reservation>>>,
         nested_offsets: Vec<f32>,
         stats: LoadStats,
-    ) -> Model {
-        let tensors: Vec<Stored> = checkpoint
-            .tensors()
+        cancel: &CancelToken,
+    ) -> Result<Model, Cancelled> {
+        let mut watch = Watch::new(cancel);
+        let mut tensors: Vec<Stored> = Vec::with_capacity(plan.tensors.len());
+        let mut planned: Vec<PlannedTensor> = Vec::with_capacity(plan.tensors.len());
+        // Large enough from the start: growing would hash all names again.
+        let loaded = plan
+            .devices
             .iter()
-            .zip(nested_offsets)
-            .map(|(tensor, nested_offset)| Stored {
+            .map(|device| device.tensors as usize)
+            .sum();
+        let mut by_name: HashMap<String, usize> = HashMap::with_capacity(loaded);
+        let each = checkpoint.tensors().iter().zip(&plan.tensors);
+        for (index, ((tensor, place), nested_offset)) in each.zip(nested_offsets).enumerate() {
+            watch.item(2 * tensor.name.len())?;
+            tensors.push(Stored {
                 name: tensor.name.clone(),
                 dtype: tensor.dtype,
                 shape: tensor.shape.clone(),
                 quantized: tensor.quantized.clone(),
                 nested_offset,
-            })
-            .collect();
+            });
+            if place.placement.device.is_some() {
+                by_name.insert(tensor.name.clone(), index);
+            }
+            planned.push(place.clone());
+        }
+        let plan = Plan {
+            devices: plan.devices.clone(),
+            tensors: planned,
+        };
         let loaded = |index: usize| plan.tensors[index].placement.device.is_some();
-        let mut by_name: HashMap<String, usize> = (0..tensors.len())
-            .filter(|&index| loaded(index))
-            .map(|index| (tensors[index].name.clone(), index))
-            .collect();
         for tie in checkpoint.ties().iter().filter(|tie| loaded(tie.tensor)) {
             by_name.entry(tie.alias.clone()).or_insert(tie.tensor);
         }
@@ -131,14 +148,14 @@ impl Model {
             .map(|reservation| reservation.map(Arc::from))
             .collect();
         let tail = |(plan, memory): (_, &Option<_>)| TailAllocator::new(plan, memory.as_ref()?);
-        Model {
+        Ok(Model {
             tails: plan.devices.iter().zip(&memory).map(tail).collect(),
             plan,
             tensors,
             by_name,
             memory,
             stats,
-        }
+        })
     }
 
     /// The plan that was carried out.

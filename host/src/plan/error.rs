@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::{DevicePlan, SizeError};
+use crate::cancel::Cancelled;
 use crate::types::Bytes;
 
 /// What a plan would put on one device.
@@ -116,6 +117,15 @@ pub enum PlanError {
         /// Every device.
         totals: Vec<DeviceTotal>,
     },
+    /// It was asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl From<Cancelled> for PlanError {
+    fn from(_: Cancelled) -> PlanError {
+        PlanError::Cancelled
+    }
 }
 
 struct Headroom(u64);

@@ -15,12 +15,13 @@ use std::collections::HashMap;
 pub use error::{BadPlan, DeviceTotal, PlanError};
 pub use format_rules::{FormatRuleError, FormatRules};
 pub(crate) use propose::propose_again;
-pub use propose::{ProposeError, Proposed, propose, propose_with_tail};
+pub use propose::{ProposeError, Proposed, propose, propose_with, propose_with_tail};
 pub use size::{
     NESTED_BLOCK_SIZE, PART_ALIGNMENT, PartKind, PartSizes, SizeError, part_sizes,
     tensor_part_sizes,
 };
 
+use crate::cancel::{CancelToken, Watch};
 use crate::checkpoint::{TensorInfo, Tie};
 use crate::device::DeviceInfo;
 use crate::memory::ReservationSize;
@@ -108,7 +109,29 @@ impl Plan {
         placements: &[Placement],
         headroom: &[u64],
     ) -> Result<Plan, PlanError> {
-        Plan::lay_out(tensors, ties, devices, placements, headroom, false)
+        Plan::new_with(
+            tensors,
+            ties,
+            devices,
+            placements,
+            headroom,
+            &CancelToken::new(),
+        )
+    }
+
+    /// [`Plan::new`] until it is asked to stop: a checkpoint can have a million tensors.
+    ///
+    /// # Errors
+    /// [`PlanError::Cancelled`], and as [`Plan::new`].
+    pub fn new_with(
+        tensors: &[TensorInfo],
+        ties: &[Tie],
+        devices: &[DeviceInfo],
+        placements: &[Placement],
+        headroom: &[u64],
+        cancel: &CancelToken,
+    ) -> Result<Plan, PlanError> {
+        Plan::lay_out(tensors, ties, devices, placements, headroom, false, cancel)
     }
 
     /// [`Plan::new`], but the headroom of a device that holds weights is not left free: it is
@@ -126,16 +149,19 @@ impl Plan {
         placements: &[Placement],
         headroom: &[u64],
     ) -> Result<Plan, PlanError> {
-        Plan::lay_out(tensors, ties, devices, placements, headroom, true)
+        let never = CancelToken::new();
+        Plan::lay_out(tensors, ties, devices, placements, headroom, true, &never)
     }
 
-    fn lay_out(
+    /// The headroom is reserved with the weights, or left free.
+    pub(crate) fn lay_out(
         tensors: &[TensorInfo],
         ties: &[Tie],
         devices: &[DeviceInfo],
         placements: &[Placement],
         headroom: &[u64],
         reserve_headroom: bool,
+        cancel: &CancelToken,
     ) -> Result<Plan, PlanError> {
         if placements.len() != tensors.len() {
             return Err(PlanError::Bad(BadPlan::PlacementCount {
@@ -150,17 +176,20 @@ impl Plan {
             }));
         }
         check_ties(tensors, ties, placements)?;
-        let sizes = sizes(tensors, devices, placements)?;
+        let mut watch = Watch::new(cancel);
+        let sizes = sizes(tensors, devices, placements, &mut watch)?;
         let mut arenas: Vec<Arena> = devices.iter().map(|_| Arena::default()).collect();
-        let mut planned: Vec<PlannedTensor> = placements
-            .iter()
-            .map(|&placement| PlannedTensor {
+        let mut planned = Vec::with_capacity(placements.len());
+        for &placement in placements {
+            watch.item(0)?;
+            planned.push(PlannedTensor {
                 placement,
                 parts: Vec::new(),
-            })
-            .collect();
+            });
+        }
         for plain in [false, true] {
             for (index, placement) in placements.iter().enumerate() {
+                watch.item(0)?;
                 let Some((device, sizes)) = placement.device.zip(sizes[index]) else {
                     continue;
                 };
@@ -304,11 +333,13 @@ fn sizes(
     tensors: &[TensorInfo],
     devices: &[DeviceInfo],
     placements: &[Placement],
+    watch: &mut Watch<'_>,
 ) -> Result<Vec<Option<PartSizes>>, PlanError> {
     tensors
         .iter()
         .zip(placements)
         .map(|(tensor, placement)| {
+            watch.item(0)?;
             let Some(device) = placement.device else {
                 return Ok(None);
             };

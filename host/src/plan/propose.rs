@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{BadPlan, FormatRuleError, FormatRules, Plan, PlanError};
+use crate::cancel::{CancelToken, Cancelled};
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceInfo;
 use crate::policy::{Policy, PolicyError, PreviousFailure, Request, check_settings};
@@ -49,6 +50,15 @@ pub enum ProposeError {
         /// Always [`PlanError::DoesNotFit`].
         source: PlanError,
     },
+    /// It was asked to stop.
+    #[error("cancelled")]
+    Cancelled,
+}
+
+impl From<Cancelled> for ProposeError {
+    fn from(_: Cancelled) -> ProposeError {
+        ProposeError::Cancelled
+    }
 }
 
 /// Asks `policy` where the checkpoint's tensors go, and lays them out.
@@ -64,7 +74,23 @@ pub fn propose(
     devices: &[DeviceInfo],
     settings: &[(String, String)],
 ) -> Result<Proposed, ProposeError> {
-    propose_again(checkpoint, policy, devices, settings, false, None)
+    let never = CancelToken::new();
+    propose_again(checkpoint, policy, devices, settings, false, None, &never)
+}
+
+/// [`propose`] until it is asked to stop. The policy itself has a deadline of its own, and is not
+/// ended before.
+///
+/// # Errors
+/// [`ProposeError`].
+pub fn propose_with(
+    checkpoint: &Checkpoint,
+    policy: &dyn Policy,
+    devices: &[DeviceInfo],
+    settings: &[(String, String)],
+    cancel: &CancelToken,
+) -> Result<Proposed, ProposeError> {
+    propose_again(checkpoint, policy, devices, settings, false, None, cancel)
 }
 
 /// [`propose`], but the headroom that the policy leaves is reserved too ([`Plan::with_tail`]): what
@@ -78,7 +104,8 @@ pub fn propose_with_tail(
     devices: &[DeviceInfo],
     settings: &[(String, String)],
 ) -> Result<Proposed, ProposeError> {
-    propose_again(checkpoint, policy, devices, settings, true, None)
+    let never = CancelToken::new();
+    propose_again(checkpoint, policy, devices, settings, true, None, &never)
 }
 
 /// [`propose`] or, with `tail`, [`propose_with_tail`], telling the policy why its previous plan
@@ -90,11 +117,13 @@ pub(crate) fn propose_again(
     settings: &[(String, String)],
     tail: bool,
     failure: Option<PreviousFailure>,
+    cancel: &CancelToken,
 ) -> Result<Proposed, ProposeError> {
     let start = Instant::now();
     let (rules, settings) = FormatRules::take(settings)?;
     let description = policy.describe()?;
     check_settings(&description, &settings)?;
+    cancel.check()?;
     let required_formats = rules.formats(checkpoint.tensors(), checkpoint.ties())?;
     let mut offered = devices.to_vec();
     if tail {
@@ -113,23 +142,23 @@ pub(crate) fn propose_again(
         required_formats: &required_formats,
         failure,
     };
+    cancel.check()?;
     let mut answer = policy.plan(&request)?;
+    cancel.check()?;
     for (tensor, format) in required_formats {
         // Too few placements are found below.
         if let Some(placement) = answer.proposal.placements.get_mut(tensor) {
             placement.format = format;
         }
     }
-    let lay_out = match tail {
-        false => Plan::new,
-        true => Plan::with_tail,
-    };
-    let plan = lay_out(
+    let plan = Plan::lay_out(
         checkpoint.tensors(),
         checkpoint.ties(),
         devices,
         &answer.proposal.placements,
         &answer.proposal.headroom,
+        tail,
+        cancel,
     )
     .map_err(|error| match error {
         PlanError::Bad(bad) => ProposeError::BadPlan {
@@ -140,6 +169,7 @@ pub(crate) fn propose_again(
             policy: description.name.clone(),
             source,
         },
+        PlanError::Cancelled => ProposeError::Cancelled,
     })?;
     let value = |name: &str, default: &str| {
         settings

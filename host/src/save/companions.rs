@@ -91,7 +91,7 @@ impl Companions {
         directory: &Arc<Directory>,
         cancel: &CancelToken,
     ) -> Result<Companions, SaveError> {
-        let mut names = directory.list()?;
+        let mut names = directory.list(cancel)?;
         names.retain(|name| is_companion(name));
         if names.len() > MAX_COMPANIONS {
             return Err(SaveError::Checkpoint(CheckpointError::TooLarge {

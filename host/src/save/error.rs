@@ -35,7 +35,7 @@ pub enum SaveError {
     },
     /// The checkpoint cannot be read.
     #[error(transparent)]
-    Checkpoint(#[from] CheckpointError),
+    Checkpoint(CheckpointError),
     /// A weight could not be quantized.
     #[error(transparent)]
     Load(LoadError),
@@ -84,8 +84,17 @@ impl From<LoadError> for SaveError {
     fn from(error: LoadError) -> SaveError {
         match error {
             LoadError::Cancelled => SaveError::Cancelled,
-            LoadError::Checkpoint(error) => SaveError::Checkpoint(error),
+            LoadError::Checkpoint(error) => error.into(),
             error => SaveError::Load(error),
+        }
+    }
+}
+
+impl From<CheckpointError> for SaveError {
+    fn from(error: CheckpointError) -> SaveError {
+        match error {
+            CheckpointError::Cancelled => SaveError::Cancelled,
+            error => SaveError::Checkpoint(error),
         }
     }
 }

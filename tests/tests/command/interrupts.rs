@@ -52,6 +52,56 @@ fn a_load_is_interrupted() {
     panic!("no load was slow enough to be interrupted");
 }
 
+/// A checkpoint whose headers have 160 MB, as no honest one has.
+fn long_headers(directory: &Path) {
+    fs::create_dir(directory).unwrap();
+    for shard in 1..=2 {
+        let entry = |i: usize| {
+            let name = format!("{}.{shard}.{i:08}", "x".repeat(4000));
+            format!(r#""{name}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#)
+        };
+        let entries: Vec<String> = (0..20_000).map(entry).collect();
+        let header = format!("{{{}}}", entries.join(","));
+        let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+        bytes.extend(header.as_bytes());
+        let name = format!("model-0000{shard}-of-00002.safetensors");
+        fs::write(directory.join(name), bytes).unwrap();
+    }
+}
+
+#[test]
+fn opening_a_checkpoint_is_interrupted() {
+    let place = Place::new();
+    long_headers(&place.path("m"));
+    fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
+    let commands: [&[&str]; 5] = [
+        &["inspect", "m"],
+        &["plan", "m", "--device", "sim:1GiB"],
+        &["load", "m", "--device", "sim:1GiB"],
+        &["save", "m", "out"],
+        &[
+            "run",
+            "hostile.wasm",
+            "--device",
+            "sim:1GiB",
+            "--grant",
+            "m=m",
+        ],
+    ];
+    for command in commands {
+        let mut running = place.start(command);
+        // In the middle of the second header.
+        assert!(running.interrupt_when(|process| bytes_read(process) > 100 << 20));
+        let outcome = running.finish();
+        assert_eq!(
+            outcome.status,
+            Some(INTERRUPTED),
+            "{command:?}: {outcome:?}"
+        );
+    }
+    assert!(!place.path("out").exists());
+}
+
 #[test]
 fn an_interrupted_synth_removes_what_it_has_written() {
     let place = Place::new();

@@ -19,7 +19,7 @@ pub(crate) fn run(
     let mut runner = Runner::new(options.sandbox.options()?);
     let mut reports = Vec::new();
     for file in &files {
-        reports.push(runner.run_file(file, cancel.flag())?);
+        reports.push(runner.run_file(file, cancel)?);
     }
     let report = CheckReport::new(reports);
     if let Some(path) = &options.junit {

@@ -49,13 +49,13 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
         Bytes(written.bytes)
     ))?;
 
-    let checkpoint = Checkpoint::open(&model)?;
+    let checkpoint = Checkpoint::open_with(&model, &cancel)?;
     let specs = match options.placement.devices.as_slice() {
         [] => &[DEVICE],
         given => given,
     };
     let devices = open_devices(specs)?;
-    let placed = session::place_with(&options.placement.policy, &checkpoint, &devices)?;
+    let placed = session::place_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
     let planned: u64 = placed
         .proposed
         .plan

@@ -105,7 +105,7 @@ impl Failure {
     /// The exit status, as `tightfit --help` lists them.
     pub(crate) fn status(&self) -> Status {
         match self {
-            Failure::Checkpoint(_) => Status::Checkpoint,
+            Failure::Checkpoint(error) => error.into(),
             Failure::Hub(HubError::Cancelled) => Status::Interrupted,
             Failure::Hub(_) => Status::Checkpoint,
             Failure::Propose(error) => error.into(),

@@ -1,5 +1,6 @@
 //! `tightfit inspect`.
 
+use tightfit::load::CancelToken;
 use tightfit::report::{Inspection, Table, printable};
 use tightfit::types::Bytes;
 
@@ -9,7 +10,12 @@ use crate::{output, session};
 
 pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
-    let proposed = session::propose_with(&options.policy, &checkpoint, &[session::anywhere()])?;
+    let proposed = session::propose_with(
+        &options.policy,
+        &checkpoint,
+        &[session::anywhere()],
+        &CancelToken::new(),
+    )?;
     let inspection = Inspection::new(&checkpoint, &proposed.plan);
     if options.output.json {
         output::print_json(&inspection)

@@ -20,7 +20,7 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
     }
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
     let devices = open_devices(&options.placement.devices)?;
-    let placed = session::place_with(&options.placement.policy, &checkpoint, &devices)?;
+    let placed = session::place_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
     let proposed = placed.proposed.clone();
     let quiet = options.output.quiet;
     let (model, mut report) = carry_out(

@@ -40,7 +40,12 @@ fn main() -> ExitCode {
 }
 
 fn run(command: Command, verbose: bool) -> Result<(), Failure> {
-    // The others leave nothing behind that an interrupt would have to tidy up.
+    // These leave nothing behind that an interrupt would have to tidy up.
+    if let Command::Inspect(_) | Command::Plan(_) | Command::Policy(_) | Command::Devices(_) =
+        command
+    {
+        session::exit_on_interrupt();
+    }
     match command {
         Command::Demo(options) => demo::run(&options, session::cancel_on_interrupt()),
         Command::Synth(options) => synth::run(&options, &session::cancel_on_interrupt()),

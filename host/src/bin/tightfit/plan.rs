@@ -5,7 +5,7 @@ use std::path::Path;
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{DeviceKind, WRITER_BUFFERS, open_devices};
-use tightfit::load::LoadError;
+use tightfit::load::{CancelToken, LoadError};
 use tightfit::memory::{DEFAULT_STAGING, StagingRing};
 use tightfit::plan::Proposed;
 use tightfit::report::{Heading, Report, bar, map, svg};
@@ -25,7 +25,7 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), Failure> {
     if let Some([a, b]) = options.diff.as_deref() {
         return diff::run(&checkpoint, &devices, [a, b], policy, &options.output);
     }
-    let proposed = session::propose_with(policy, &checkpoint, &devices)?;
+    let proposed = session::propose_with(policy, &checkpoint, &devices, &CancelToken::new())?;
     let gpus = proposed
         .plan
         .devices

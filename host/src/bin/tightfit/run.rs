@@ -38,11 +38,11 @@ pub(crate) fn run(options: &RunOptions, cancel: CancelToken) -> Result<(), Failu
     let devices: Arc<[Box<dyn Device>]> = open_devices(&options.devices)?.into();
     let quota = options.quota.unwrap_or(u64::MAX);
     let mut context = DriverContext::new(Arc::clone(&devices), quota)
-        .cancelled_by(cancel)
+        .cancelled_by(cancel.clone())
         .load_with(options.threads.map(usize::from), options.staging);
     for (name, path) in &options.grants {
         // The driver is only told that something is wrong with it; the user is told what.
-        Checkpoint::open(path)?;
+        Checkpoint::open_with(path, &cancel)?;
         context = context.grant(name, path);
     }
     let driver = WasmDriver::open(

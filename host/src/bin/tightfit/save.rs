@@ -32,7 +32,12 @@ struct SaveReport {
 /// `tightfit save`.
 pub(crate) fn run(options: &SaveCommand, cancel: CancelToken) -> Result<(), Failure> {
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
-    let proposed = session::propose_with(&options.policy, &checkpoint, &[session::anywhere()])?;
+    let proposed = session::propose_with(
+        &options.policy,
+        &checkpoint,
+        &[session::anywhere()],
+        &cancel,
+    )?;
     let start = Instant::now();
     let saved = write(
         &checkpoint,

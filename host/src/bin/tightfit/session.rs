@@ -6,8 +6,8 @@ use serde::Serialize;
 use tightfit::checkpoint::{self, Checkpoint, CheckpointError};
 use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
 use tightfit::hub::{self, Hub};
-use tightfit::load::{CancelToken, Placed, place};
-use tightfit::plan::{Proposed, propose};
+use tightfit::load::{self, CancelToken, Placed};
+use tightfit::plan::{self, Proposed};
 use tightfit::policy::WasmPolicy;
 use tightfit::report::{Table, printable};
 use tightfit::types::Bytes;
@@ -32,6 +32,14 @@ pub(crate) fn cancel_on_interrupt() -> CancelToken {
     token
 }
 
+/// The first interrupt ends the process, wherever it is: for what leaves nothing behind that would
+/// have to be tidied up.
+pub(crate) fn exit_on_interrupt() {
+    if let Err(error) = ctrlc::set_handler(|| std::process::exit(130)) {
+        tracing::warn!("interrupts will be the system's: {error}");
+    }
+}
+
 /// Finds and opens a checkpoint, and downloads what the cache lacks of it. Without a token an
 /// interrupt ends the process, which leaves a download fit to be resumed.
 pub(crate) fn open_checkpoint(
@@ -39,11 +47,13 @@ pub(crate) fn open_checkpoint(
     quiet: bool,
     cancel: Option<&CancelToken>,
 ) -> Result<Checkpoint, Failure> {
+    let never = CancelToken::new();
+    let cancel = cancel.unwrap_or(&never);
     let mut hub = Hub::from_process();
     hub.offline |= options.offline;
     let (model, revision) = (&options.model, options.revision.as_deref());
     let local = checkpoint::resolve_revision(model, revision, &hub.cache)
-        .and_then(|path| Checkpoint::open(&path));
+        .and_then(|path| Checkpoint::open_with(&path, cancel));
     match local {
         Err(error) if is_missing(&error, model, hub.offline) => {}
         other => return Ok(other?),
@@ -63,10 +73,10 @@ pub(crate) fn open_checkpoint(
             }
             bar.set_position(progress.bytes_done);
         },
-        cancel.unwrap_or(&CancelToken::new()),
+        cancel,
     );
     bar.finish_and_clear();
-    Ok(Checkpoint::open(&fetched?)?)
+    Ok(Checkpoint::open_with(&fetched?, cancel)?)
 }
 
 /// Whether a download can help: the id, or some of its files, are not in the cache.
@@ -89,9 +99,13 @@ pub(crate) fn propose_with(
     options: &PolicyOptions,
     checkpoint: &Checkpoint,
     devices: &[DeviceInfo],
+    cancel: &CancelToken,
 ) -> Result<Proposed, Failure> {
     let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
-    Ok(propose(checkpoint, &policy, devices, &options.settings)?)
+    let settings = &options.settings;
+    Ok(plan::propose_with(
+        checkpoint, &policy, devices, settings, cancel,
+    )?)
 }
 
 /// Asks the policy and takes the memory of its plan, as often as that takes. The policy is gone when
@@ -100,9 +114,13 @@ pub(crate) fn place_with(
     options: &PolicyOptions,
     checkpoint: &Checkpoint,
     devices: &[Box<dyn Device>],
+    cancel: &CancelToken,
 ) -> Result<Placed, Failure> {
     let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
-    Ok(place(checkpoint, &policy, devices, &options.settings)?)
+    let settings = &options.settings;
+    Ok(load::place_with(
+        checkpoint, &policy, devices, settings, cancel,
+    )?)
 }
 
 /// A device on which everything fits: for asking a policy about formats, not places.

@@ -134,7 +134,7 @@ proptest! {
     fn random_bytes_never_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), json in ".*") {
         let _ = open_bytes(&bytes);
         let _ = open_bytes(&file(&format!("{{{json}}}"), 0));
-        let _ = index::parse(Path::new("i"), &json);
+        let _ = index::parse(Path::new("i"), &json, &CancelToken::new());
         let _ = Config::parse(Path::new("c"), json);
     }
 

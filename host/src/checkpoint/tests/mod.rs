@@ -21,6 +21,7 @@ mod headers;
 #[cfg(unix)]
 mod links;
 mod quantized;
+mod stops;
 
 fn dir() -> TempDir {
     tempfile::tempdir().unwrap()

@@ -404,6 +404,14 @@ fn the_parts_of_a_weight_may_lie_in_any_files() {
     );
 }
 
+#[test]
+fn assembling_stops() {
+    let dir = dir();
+    let path = write(&dir, "model.safetensors", &double().file());
+    // Before the file, its header, and the only weight.
+    assert!(super::stops::stops_everywhere(&path) >= 3);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 

@@ -6,11 +6,12 @@ use std::sync::{Arc, Weak};
 
 use wasmtime::component::Resource;
 
-use super::DriverContextView;
 use super::bindings::tightfit::host::{checkpoints, types};
 use super::buffer::{Buffer, PIECE};
 use super::error::CallError;
-use crate::checkpoint::Checkpoint;
+use super::stop::Stop;
+use super::{DriverContext, DriverContextView};
+use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::wit::convert;
 use crate::wit::{TEXT_LIMIT, truncate};
 
@@ -39,7 +40,11 @@ impl Grants {
         self.0.insert(name, Grant { path, open });
     }
 
-    fn open(&mut self, mut name: String) -> Result<Arc<Checkpoint>, CallError> {
+    pub(super) fn open(
+        &mut self,
+        mut name: String,
+        stop: &Stop,
+    ) -> Result<Arc<Checkpoint>, CallError> {
         let Some(grant) = self.0.get_mut(&name) else {
             truncate(&mut name, TEXT_LIMIT);
             return Err(CallError::not_found(format_args!(
@@ -49,7 +54,10 @@ impl Grants {
         if let Some(open) = grant.open.upgrade() {
             return Ok(open);
         }
-        let checkpoint = Arc::new(Checkpoint::open(&grant.path)?);
+        let checkpoint = match Checkpoint::open_with(&grant.path, &stop.token()) {
+            Err(CheckpointError::Cancelled) => return Err(stop.reason().into()),
+            other => Arc::new(other?),
+        };
         grant.open = Arc::downgrade(&checkpoint);
         Ok(checkpoint)
     }
@@ -72,7 +80,8 @@ impl checkpoints::Host for DriverContextView<'_> {
 impl checkpoints::HostCheckpoint for DriverContextView<'_> {
     fn open(&mut self, name: String) -> Result<Resource<OpenCheckpoint>, CallError> {
         self.context.stop.check()?;
-        let checkpoint = self.context.grants.open(name)?;
+        let DriverContext { grants, stop, .. } = &mut *self.context;
+        let checkpoint = grants.open(name, stop)?;
         Ok(self.table.push(OpenCheckpoint(checkpoint))?)
     }
 

@@ -18,7 +18,7 @@ impl devices::Host for DriverContextView<'_> {
         self.context.stop.check()?;
         let memory = &self.context.memory;
         let left = memory.quota() - memory.reserved().reserved.now.min(memory.quota());
-        let infos = self.context.devices.iter().map(|device| device.info());
+        let infos = self.context.device_infos().into_iter();
         let devices = infos.map(|mut info| {
             info.available = info.available.min(left);
             convert::device(&info)

@@ -89,6 +89,8 @@ impl From<CheckpointError> for CallError {
         tracing::debug!("a driver's checkpoint: {error}");
         let message = match &error {
             CheckpointError::OutsideTensor { .. } => return CallError::invalid(error),
+            // Whoever knows why has said it already.
+            CheckpointError::Cancelled => return Stopped::Cancelled.into(),
             CheckpointError::CutShort { tensor, .. } => {
                 format!("the checkpoint has been cut short: a file ends before tensor '{tensor}'")
             }
@@ -129,6 +131,7 @@ impl From<PlanError> for CallError {
                 need: need.saturating_add(headroom),
                 have,
             })),
+            PlanError::Cancelled => Stopped::Cancelled.into(),
         }
     }
 }

@@ -13,8 +13,9 @@
 //!
 //! The functions compute and read files before they return, so that an asynchronous host does well
 //! to run drivers on threads that may block. Fuel and epochs do not interrupt them. They ask instead
-//! for the context's deadline and [`CancelToken`], at the start of every call and at least after
-//! every 4 MiB of work; then they trap with [`Stopped`] as the cause.
+//! for the context's deadline and [`CancelToken`]: at the start of every call but those that give a
+//! number or free something, and in longer ones after every few milliseconds of work, be it opening,
+//! planning, loading, copying or computing. Then they trap with [`Stopped`] as the cause.
 
 pub mod bindings;
 mod buffer;
@@ -45,7 +46,7 @@ pub use run::Run;
 pub use stop::Stopped;
 
 use super::View;
-use crate::device::Device;
+use crate::device::{Device, DeviceInfo};
 use crate::load::CancelToken;
 use crate::memory::{DEFAULT_STAGING, Gauge, Usage};
 use bindings::tightfit::host::{
@@ -63,6 +64,8 @@ const MOST_BYTES: usize = 4 << 20;
 #[derive(Debug)]
 pub struct DriverContext {
     devices: Arc<[Box<dyn Device>]>,
+    /// What the devices said of themselves when the driver was given them.
+    offered: Vec<DeviceInfo>,
     memory: Memory,
     grants: Grants,
     models: models::Loader,
@@ -73,9 +76,13 @@ pub struct DriverContext {
 impl DriverContext {
     /// A driver that may use these devices, and reserve at most `quota` bytes on all of them
     /// together. Other drivers may share the devices; each sees its own usage only.
+    ///
+    /// What is free on the devices is asked for here, and never again: what others take or free later
+    /// is nothing that a driver is told.
     pub fn new(devices: Arc<[Box<dyn Device>]>, quota: u64) -> DriverContext {
         DriverContext {
             memory: Memory::new(&devices, quota),
+            offered: devices.iter().map(|device| device.info()).collect(),
             devices,
             grants: Grants::default(),
             models: models::Loader::new(),
@@ -114,6 +121,19 @@ impl DriverContext {
     /// What the driver has of the device with this index; `None` where there is none.
     pub fn usage(&self, device: usize) -> Option<Usage> {
         self.memory.usage(u32::try_from(device).ok()?).ok()
+    }
+
+    /// The devices as they were offered, less what the driver has taken of each since.
+    fn device_infos(&self) -> Vec<DeviceInfo> {
+        let offered = self.offered.iter().enumerate();
+        let infos = offered.map(|(index, offered)| {
+            let taken = self.usage(index).map_or(0, |usage| usage.reserved.now);
+            DeviceInfo {
+                available: offered.available.saturating_sub(taken),
+                ..offered.clone()
+            }
+        });
+        infos.collect()
     }
 
     /// What the driver has reserved on all devices together, in bytes.

@@ -10,19 +10,22 @@ use super::buffer::{Buffer, PIECE};
 use super::checkpoints::OpenCheckpoint;
 use super::error::CallError;
 use super::nf4::float;
+use super::stop::Stop;
 use super::{DriverContext, DriverContextView, list_bytes};
 use crate::checkpoint::Checkpoint;
-use crate::device::DeviceInfo;
-use crate::load::{CancelToken, LoadError, LoadOptions, Progress, Reserved, load_reserved};
+use crate::load::{LoadError, LoadOptions, Reserved, load_reserved};
 use crate::memory::{DEFAULT_STAGING, Ledger, LedgerEntry, ReservationSize};
 use crate::model::{Model, Tensor};
-use crate::plan::{PartKind, Plan};
+use crate::plan::{PartKind, Plan, PlanError};
 use crate::types::{Bytes, Placement};
 use crate::wit::convert;
 
 /// What the host keeps in its own memory for each tensor of a loaded model, at most, in bytes; names
 /// and shapes come on top.
 const TENSOR_BYTES: u64 = 512;
+
+/// Tensors that are gone through between two looks at the clock.
+const CHECKED_TENSORS: usize = 4096;
 
 /// Bytes of its own memory that the host keeps for one driver's models. A model of 100,000 tensors
 /// takes a tenth of it.
@@ -46,12 +49,20 @@ impl Loader {
     }
 
     /// Enters what the host will keep of a model.
-    pub(super) fn keep(&self, checkpoint: &Checkpoint) -> Result<LedgerEntry, CallError> {
-        let tensors = checkpoint.tensors().iter();
-        // A name is kept twice: with the tensor and as what it is found by.
-        let names = tensors.map(|tensor| 2 * tensor.name.len() + 8 * tensor.shape.len());
-        let aliases = checkpoint.ties().iter().map(|tie| tie.alias.len());
-        let texts: usize = names.chain(aliases).sum();
+    pub(super) fn keep(
+        &self,
+        checkpoint: &Checkpoint,
+        stop: &Stop,
+    ) -> Result<LedgerEntry, CallError> {
+        let mut texts: usize = checkpoint.ties().iter().map(|tie| tie.alias.len()).sum();
+        for tensors in checkpoint.tensors().chunks(CHECKED_TENSORS) {
+            stop.check()?;
+            // A name is kept twice: with the tensor and as what it is found by.
+            let kept = tensors
+                .iter()
+                .map(|tensor| 2 * tensor.name.len() + 8 * tensor.shape.len());
+            texts += kept.sum::<usize>();
+        }
         let entries = checkpoint.tensors().len() + checkpoint.ties().len();
         let bytes = texts as u64 + TENSOR_BYTES * entries as u64;
         let size = ReservationSize {
@@ -100,26 +111,26 @@ impl DriverContext {
         headroom: &[u64],
     ) -> Result<LoadedModel, CallError> {
         self.memory.trim();
-        let infos: Vec<DeviceInfo> = self.devices.iter().map(|device| device.info()).collect();
+        let infos = self.device_infos();
         let (tensors, ties) = (checkpoint.tensors(), checkpoint.ties());
-        let plan = Plan::new(tensors, ties, &infos, placements, headroom)?;
+        // Planning and loading look at the clock themselves, and do not know why they are ended.
+        let cancel = self.stop.token();
+        let plan = Plan::new_with(tensors, ties, &infos, placements, headroom, &cancel);
+        let plan = match plan {
+            Err(PlanError::Cancelled) => return Err(self.stop.reason().into()),
+            other => other?,
+        };
         self.memory.check(&plan)?;
-        let kept = self.models.keep(checkpoint)?;
+        let kept = self.models.keep(checkpoint, &self.stop)?;
+        self.stop.check()?;
         let reserved = Reserved::take(plan, &self.devices)?;
         let mut entries = self.memory.enter(reserved.plan())?;
         entries.push(kept);
-        let cancel = CancelToken::new();
-        let stop = |_: Progress| {
-            if self.stop.check().is_err() {
-                cancel.cancel();
-            }
-        };
         let options = LoadOptions {
             threads: self.models.threads,
             staging_bytes: self.models.staging_bytes,
             kernels: self.kernels,
-            progress: &stop,
-            cancel: cancel.clone(),
+            cancel,
             ..LoadOptions::default()
         };
         match load_reserved(checkpoint, reserved, &options) {
@@ -127,11 +138,7 @@ impl DriverContext {
                 model,
                 _entries: entries,
             }),
-            Err(LoadError::Cancelled) => {
-                // With the reason.
-                self.stop.check()?;
-                Err(LoadError::Cancelled.into())
-            }
+            Err(LoadError::Cancelled) => Err(self.stop.reason().into()),
             Err(error) => Err(error.into()),
         }
     }

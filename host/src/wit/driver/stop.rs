@@ -23,6 +23,19 @@ pub enum Stopped {
 }
 
 impl Stop {
+    /// For what the library does: used when the driver is to end, for either reason.
+    pub(super) fn token(&self) -> CancelToken {
+        match self.deadline {
+            Some(deadline) => self.cancel.until(deadline),
+            None => self.cancel.clone(),
+        }
+    }
+
+    /// The reason, after [`Stop::token`] has ended something.
+    pub(super) fn reason(&self) -> Stopped {
+        self.check().err().unwrap_or(Stopped::Cancelled)
+    }
+
     /// Whether the driver may go on.
     ///
     /// # Errors

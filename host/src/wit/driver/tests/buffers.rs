@@ -244,6 +244,35 @@ fn what_is_left_of_the_quota_is_what_a_device_has() {
     assert!(invalid(driver.call().get_usage(2)).contains("no device 2"));
 }
 
+#[test]
+fn what_others_take_and_free_does_not_show() {
+    let devices = devices();
+    let mut other = Driver::on(&devices, 64 * MIB);
+    let held = other.allocate(0, 10 * MIB);
+    let mut driver = Driver::on(&devices, u64::MAX);
+    let available = |driver: &mut Driver| driver.call().get_devices().unwrap()[0].available;
+    assert_eq!(available(&mut driver), 54 * MIB);
+    let more = other.allocate(0, 5 * MIB);
+    assert_eq!(available(&mut driver), 54 * MIB);
+    other.free(held);
+    other.free(more);
+    drop(other);
+    assert_eq!(available(&mut driver), 54 * MIB);
+    // What it takes itself does.
+    let own = driver.allocate(0, 8 * MIB);
+    assert_eq!(available(&mut driver), 46 * MIB);
+    driver.free(own);
+    assert_eq!(available(&mut driver), 46 * MIB, "the chunk is kept");
+    // Where another has taken what was free, it is told when it asks for it.
+    let mut other = Driver::on(&devices, 64 * MIB);
+    let _held = other.allocate(0, 50 * MIB);
+    match told(driver.call().allocate(0, 40 * MIB)) {
+        errors::Error::NoSpace(shortage) => assert_eq!(shortage.need, 40 * MIB),
+        other => panic!("it is something else: {other:?}"),
+    }
+    assert!(available(&mut driver) > 40 * MIB);
+}
+
 proptest! {
     /// A buffer is an array of bytes, whatever else happens in the same memory.
     #[test]

@@ -104,7 +104,7 @@ fn a_deadline_in_the_future_is_none_yet() {
 }
 
 #[test]
-fn a_load_is_cancelled_between_chunks() {
+fn a_load_that_is_cancelled_takes_nothing() {
     let directory = checkpoint();
     let token = CancelToken::new();
     let devices = devices();
@@ -122,13 +122,58 @@ fn a_load_is_cancelled_between_chunks() {
     };
     let result = driver.context.load(&checkpoint, &[placement; 4], &[0, 0]);
     assert_eq!(cause::<Stopped, _>(result), Stopped::Cancelled);
-    assert_eq!(driver.context.reserved().now, 0);
-    assert!(driver.context.reserved().peak > 0, "it had been begun");
-    assert_eq!(devices[0].usage().reserved.now, 0);
+    assert_eq!(driver.context.reserved().peak, 0);
+    assert_eq!(devices[0].usage().reserved.peak, 0);
     assert_eq!(
         cause::<Stopped, _>(driver.call().allocate(0, 1)),
         Stopped::Cancelled
     );
+}
+
+/// A checkpoint of so many empty tensors.
+fn empty_tensors(count: usize) -> tempfile::TempDir {
+    let directory = tempfile::TempDir::new().unwrap();
+    let entry = |i| format!(r#""t{i}.weight":{{"dtype":"BF16","shape":[0],"data_offsets":[0,0]}}"#);
+    let entries: Vec<String> = (0..count).map(entry).collect();
+    let header = format!("{{{}}}", entries.join(","));
+    let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(header.as_bytes());
+    std::fs::write(directory.path().join("model.safetensors"), bytes).unwrap();
+    directory
+}
+
+#[test]
+fn a_deadline_ends_opening_and_planning_in_the_middle() {
+    const TENSORS: usize = 20_000;
+    let directory = empty_tensors(TENSORS);
+    let mut driver = with_model(directory.path(), 16 * MIB);
+    let open = driver.open("model");
+    let OpenCheckpoint(checkpoint) = driver.table.get(&open).unwrap();
+    let checkpoint = Arc::clone(checkpoint);
+    let placement = crate::types::Placement {
+        device: Some(0),
+        format: crate::types::Format::Stored,
+    };
+    let placements = vec![placement; TENSORS];
+    driver.context.set_deadline(Instant::now());
+    // Not at the start of the calls, where they would not have been begun.
+    let result = driver.context.load(&checkpoint, &placements, &[0, 0]);
+    assert_eq!(cause::<Stopped, _>(result), Stopped::Deadline);
+    let mut driver = with_model(directory.path(), 16 * MIB);
+    driver.context.set_deadline(Instant::now());
+    let DriverContext { grants, stop, .. } = &mut driver.context;
+    let result = grants.open("model".to_owned(), stop);
+    assert_eq!(cause::<Stopped, _>(result), Stopped::Deadline);
+    // And a token that is used.
+    let token = CancelToken::new();
+    let context = DriverContext::new(devices(), 16 * MIB)
+        .grant("model", directory.path())
+        .cancelled_by(token.clone());
+    let mut driver = Driver::with(context);
+    token.cancel();
+    let DriverContext { grants, stop, .. } = &mut driver.context;
+    let result = grants.open("model".to_owned(), stop);
+    assert_eq!(cause::<Stopped, _>(result), Stopped::Cancelled);
 }
 
 #[test]
