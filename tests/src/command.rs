@@ -111,6 +111,14 @@ impl Place {
         Running::new(command, arguments).finish()
     }
 
+    /// Runs a line of the shell in which `$TIGHTFIT` is the command: for redirections.
+    #[cfg(unix)]
+    pub fn run_shell(&self, line: &str) -> Outcome {
+        let mut command = self.command_of(Path::new("/bin/sh"));
+        command.args(["-c", line]).env("TIGHTFIT", tightfit());
+        Running::new(command, &[line]).finish()
+    }
+
     /// Starts it.
     pub fn start<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Running {
         let mut command = self.command_of(&tightfit());

@@ -9,6 +9,7 @@ pub mod drivers;
 pub mod golden;
 pub mod guests;
 pub mod hub_server;
+pub mod json_schema;
 pub mod loading;
 pub mod models;
 pub mod reference;

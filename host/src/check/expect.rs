@@ -7,6 +7,7 @@ use serde::Deserialize;
 
 use super::values::{Amount, Count, OneOrMany, Parsed, Range, Ratio, Size, TextOr};
 use crate::policy::{Failure, RefusalReason};
+use crate::report::failure_kind;
 use crate::types::Format;
 
 /// What shall come of asking a policy: a plan with some properties, a refusal, or a failure.
@@ -194,28 +195,8 @@ impl FailureKind {
     }
 
     /// `None` where the policy is not to blame.
-    pub(super) const fn of(failure: &Failure) -> Option<FailureKind> {
-        Some(match failure {
-            Failure::NotAComponent { .. } | Failure::WrongWorld(_) => FailureKind::NotAPolicy,
-            Failure::TooLarge { .. } => FailureKind::TooLarge,
-            Failure::TooMany { .. } => FailureKind::TooMany,
-            Failure::CompileTime { .. }
-            | Failure::CompileMemory { .. }
-            | Failure::Compiler { .. } => FailureKind::Compile,
-            Failure::OutOfFuel { .. } => FailureKind::OutOfFuel,
-            Failure::Deadline { .. } => FailureKind::Deadline,
-            Failure::Memory { .. } => FailureKind::Memory,
-            Failure::Tables { .. } => FailureKind::Tables,
-            Failure::HostCall { .. } => FailureKind::HostCall,
-            Failure::Handles { .. } => FailureKind::Handles,
-            Failure::Resources { .. } => FailureKind::Resources,
-            Failure::StackOverflow => FailureKind::StackOverflow,
-            Failure::EmptyWasi { .. } => FailureKind::EmptyWasi,
-            Failure::Exit { .. } => FailureKind::Exit,
-            Failure::Panic { .. } => FailureKind::Panic,
-            Failure::Trap { .. } => FailureKind::Trap,
-            Failure::Host { .. } => return None,
-        })
+    pub(super) fn of(failure: &Failure) -> Option<FailureKind> {
+        failure_kind(failure).parse().ok()
     }
 }
 

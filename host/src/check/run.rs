@@ -11,7 +11,7 @@ use super::model::{ModelSource, OpenModel};
 use super::outcome::{CaseReport, FileReport, Finding, Status};
 use super::parse::{Case, PolicySource, ScenarioFile};
 use crate::cancel::CancelToken;
-use crate::device::{DeviceError, DeviceInfo, DeviceSpec, open_devices};
+use crate::device::planned_devices;
 use crate::plan::{ProposeError, propose_with};
 use crate::policy::{BUILTIN_POLICIES, PolicyError, WasmPolicy};
 use crate::sandbox::Options;
@@ -84,7 +84,7 @@ impl Runner {
 
     fn findings(&mut self, case: &Case, cancel: &CancelToken) -> Result<Vec<Finding>, RunError> {
         // Nothing is reserved on them.
-        let devices = devices(&case.devices)?;
+        let devices = planned_devices(&case.devices)?;
         let model = self.model(&case.model, cancel)?;
         let checkpoint = &model.checkpoint;
         let result = match self.policy(&case.policy) {
@@ -172,21 +172,4 @@ impl std::fmt::Display for PolicySource {
             PolicySource::File(path) => write!(f, "{}", path.display()),
         }
     }
-}
-
-/// The devices as a scenario describes them: what it says that the host has counts as free, whatever
-/// this machine has.
-fn devices(specs: &[DeviceSpec]) -> Result<Vec<DeviceInfo>, DeviceError> {
-    let opened = open_devices(specs)?;
-    let mut devices: Vec<DeviceInfo> = opened.iter().map(|device| device.info()).collect();
-    for (device, spec) in devices.iter_mut().zip(specs) {
-        if let DeviceSpec::Cpu {
-            capacity: Some(capacity),
-        } = *spec
-        {
-            device.capacity = capacity;
-            device.available = capacity;
-        }
-    }
-    Ok(devices)
 }

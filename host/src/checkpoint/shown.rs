@@ -2,6 +2,8 @@
 
 use std::fmt;
 
+use crate::text::printable;
+
 /// A name from a file, fit for a message: control characters escaped, the middle left out when it
 /// is long.
 pub(crate) fn shown(name: &str) -> Shown<'_> {
@@ -17,14 +19,19 @@ impl fmt::Display for Shown<'_> {
         const TAIL: usize = 40;
         let count = self.0.chars().take(HEAD + TAIL + 1).count();
         if count <= HEAD + TAIL {
-            return write!(f, "{}", self.0.escape_debug());
+            return f.write_str(&escaped(self.0));
         }
         let split = |n| self.0.char_indices().nth(n).map_or(0, |(i, _)| i);
         let tail = self.0.char_indices().rev().nth(TAIL - 1);
         let tail = tail.map_or(self.0.len(), |(i, _)| i);
-        write!(f, "{}", self.0[..split(HEAD)].escape_debug())?;
-        write!(f, "...{}", self.0[tail..].escape_debug())
+        f.write_str(&escaped(&self.0[..split(HEAD)]))?;
+        write!(f, "...{}", escaped(&self.0[tail..]))
     }
+}
+
+/// Quotes and backslashes escaped too, and then what no text shows.
+fn escaped(name: &str) -> String {
+    printable(&name.escape_debug().to_string()).into_owned()
 }
 
 /// The first part of a name that is too long to keep.
@@ -40,6 +47,7 @@ mod tests {
     fn names_in_messages_cannot_write_to_a_terminal_or_fill_it() {
         assert_eq!(shown("a.weight").to_string(), "a.weight");
         assert_eq!(shown("\u{1b}[2J\n").to_string(), "\\u{1b}[2J\\n");
+        assert_eq!(shown("a\u{3164}'").to_string(), "a\\u{3164}\\'");
         let long = format!("{}{}", "é".repeat(100_000), "end");
         let text = shown(&long).to_string();
         assert!(text.chars().count() < 200, "{text}");

@@ -21,6 +21,9 @@ pub struct HostDevice {
 }
 
 impl HostDevice {
+    /// What reservations are rounded up to.
+    pub(super) const GRANULARITY: u64 = PAGE;
+
     /// Host memory; `capacity` in bytes, by default all the machine has.
     pub fn cpu(capacity: Option<u64>) -> HostDevice {
         let total = HostMemory::now().total;

@@ -15,7 +15,7 @@ use std::sync::Arc;
 pub use cuda::{CudaDevice, PageLocked};
 pub use host::HostDevice;
 pub use quantizer::{QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Workspace};
-pub use spec::{DeviceSpec, SpecError, open_devices};
+pub use spec::{DeviceSpec, SpecError, open_devices, planned_devices};
 #[cfg(not(feature = "cuda"))]
 pub use writer::PageLocked;
 pub use writer::{Piece, WRITER_BUFFERS, Writer};

@@ -2,8 +2,8 @@
 
 use std::str::FromStr;
 
-use super::{Device, DeviceError, HostDevice};
-use crate::types::parse_bytes;
+use super::{Device, DeviceError, DeviceInfo, DeviceKind, HostDevice};
+use crate::types::parse_amount;
 
 /// One device as it was asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -45,7 +45,7 @@ impl FromStr for DeviceSpec {
             spec: text.to_owned(),
             reason,
         };
-        let bytes = |part: &str| parse_bytes(part).map_err(&error);
+        let bytes = |part: &str| parse_amount(part).map_err(&error);
         let parts: Vec<&str> = text.split(':').collect();
         match parts[..] {
             ["cpu"] => Ok(DeviceSpec::Cpu { capacity: None }),
@@ -78,24 +78,85 @@ pub fn open_devices(specs: &[DeviceSpec]) -> Result<Vec<Box<dyn Device>>, Device
     if specs.is_empty() {
         return default_devices();
     }
-    let mut devices: Vec<Box<dyn Device>> = Vec::new();
-    let mut sims = 0;
-    for spec in specs {
-        let device: Box<dyn Device> = match *spec {
-            DeviceSpec::Sim { capacity } => {
-                sims += 1;
-                Box::new(HostDevice::sim(sims - 1, capacity))
-            }
-            DeviceSpec::Cpu { capacity } => Box::new(HostDevice::cpu(capacity)),
-            DeviceSpec::Cuda { index, capacity } => open_cuda(index, capacity)?,
+    names(specs)?;
+    let specs = specs.iter().zip(sim_numbers(specs));
+    specs.map(|(spec, sim)| open(spec, sim)).collect()
+}
+
+/// What a plan has to know of devices that need not be there, in the given order. One that is given
+/// a size has that size, all of it free, whatever this machine has; of others it is asked here, and
+/// without any device they are those of [`open_devices`].
+///
+/// # Errors
+/// As [`open_devices`].
+pub fn planned_devices(specs: &[DeviceSpec]) -> Result<Vec<DeviceInfo>, DeviceError> {
+    if specs.is_empty() {
+        let devices = default_devices()?;
+        return Ok(devices.iter().map(|device| device.info()).collect());
+    }
+    let names = names(specs)?;
+    let sims = sim_numbers(specs);
+    let planned = specs
+        .iter()
+        .zip(names)
+        .zip(sims)
+        .map(|((spec, name), sim)| {
+            let (kind, capacity, granularity) = match *spec {
+                DeviceSpec::Cpu {
+                    capacity: Some(capacity),
+                } => (DeviceKind::Cpu, capacity, HostDevice::GRANULARITY),
+                DeviceSpec::Cuda {
+                    capacity: Some(capacity),
+                    ..
+                } => (DeviceKind::Cuda, capacity, CUDA_GRANULARITY),
+                _ => return Ok(open(spec, sim)?.info()),
+            };
+            Ok(DeviceInfo {
+                name,
+                kind,
+                capacity,
+                available: capacity,
+                granularity,
+            })
+        });
+    planned.collect()
+}
+
+/// What memory of an NVIDIA GPU is rounded up to.
+const CUDA_GRANULARITY: u64 = 2 << 20;
+
+/// The names of devices; simulated ones are numbered.
+fn names(specs: &[DeviceSpec]) -> Result<Vec<String>, DeviceError> {
+    let mut names: Vec<String> = Vec::new();
+    for (spec, sim) in specs.iter().zip(sim_numbers(specs)) {
+        let name = match spec {
+            DeviceSpec::Sim { .. } => format!("sim:{sim}"),
+            DeviceSpec::Cpu { .. } => "cpu".to_owned(),
+            DeviceSpec::Cuda { index, .. } => format!("cuda:{index}"),
         };
-        let name = device.info().name;
-        if devices.iter().any(|other| other.info().name == name) {
+        if names.contains(&name) {
             return Err(DeviceError::NamedTwice { device: name });
         }
-        devices.push(device);
+        names.push(name);
     }
-    Ok(devices)
+    Ok(names)
+}
+
+/// For each device how many simulated ones are before it.
+fn sim_numbers(specs: &[DeviceSpec]) -> impl Iterator<Item = usize> {
+    specs.iter().scan(0, |sims, spec| {
+        let number = *sims;
+        *sims += usize::from(matches!(spec, DeviceSpec::Sim { .. }));
+        Some(number)
+    })
+}
+
+fn open(spec: &DeviceSpec, sim: usize) -> Result<Box<dyn Device>, DeviceError> {
+    Ok(match *spec {
+        DeviceSpec::Sim { capacity } => Box::new(HostDevice::sim(sim, capacity)),
+        DeviceSpec::Cpu { capacity } => Box::new(HostDevice::cpu(capacity)),
+        DeviceSpec::Cuda { index, capacity } => open_cuda(index, capacity)?,
+    })
 }
 
 #[cfg(feature = "cuda")]
@@ -145,10 +206,51 @@ mod tests {
             }
         );
         for bad in [
-            "", "gpu:0", "sim", "sim:", "cuda", "cuda:x", "cuda:0:y", "cpu:1:2", "cuda:-1",
+            "",
+            "gpu:0",
+            "sim",
+            "sim:",
+            "cuda",
+            "cuda:x",
+            "cuda:0:y",
+            "cpu:1:2",
+            "cuda:-1",
+            "sim:24",
+            "cuda:0:24",
+            "cpu:100",
         ] {
             assert!(bad.parse::<DeviceSpec>().is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_plan_is_for_the_sizes_that_were_given() {
+        let specs: Vec<DeviceSpec> = ["sim:1GiB", "cuda:7:80GiB", "cpu:4096GiB", "sim:2GiB"]
+            .iter()
+            .map(|text| text.parse().unwrap())
+            .collect();
+        let devices = planned_devices(&specs).unwrap();
+        let told: Vec<(&str, u64, u64)> = devices
+            .iter()
+            .map(|device| (device.name.as_str(), device.capacity, device.available))
+            .collect();
+        let sized = |name, gib: u64| (name, gib << 30, gib << 30);
+        let expected = [
+            sized("sim:0", 1),
+            sized("cuda:7", 80),
+            sized("cpu", 4096),
+            sized("sim:1", 2),
+        ];
+        assert_eq!(told, expected);
+        assert_eq!(devices[1].kind, DeviceKind::Cuda);
+        assert_eq!(devices[1].granularity, 2 << 20);
+        let sims = open_devices(&specs[3..]).unwrap()[0].info();
+        assert_eq!(devices[2].granularity, sims.granularity);
+        let twice = ["cuda:0:1GiB", "cuda:0:2GiB"].map(|text| text.parse().unwrap());
+        assert!(matches!(
+            planned_devices(&twice),
+            Err(DeviceError::NamedTwice { device }) if device == "cuda:0"
+        ));
     }
 
     #[test]

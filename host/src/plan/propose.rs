@@ -34,7 +34,7 @@ pub enum ProposeError {
     /// It answered with something that contradicts the request.
     #[error("policy '{policy}' gave a bad plan: {bad}")]
     BadPlan {
-        /// The policy's name.
+        /// The policy, as it was asked for.
         policy: String,
         /// What is wrong.
         bad: BadPlan,
@@ -45,7 +45,7 @@ pub enum ProposeError {
     /// It proposed more than a device has.
     #[error("what policy '{policy}' proposes does not fit: {source}")]
     DoesNotFit {
-        /// The policy's name.
+        /// The policy, as it was asked for.
         policy: String,
         /// Always [`PlanError::DoesNotFit`].
         source: PlanError,
@@ -122,7 +122,8 @@ pub(crate) fn propose_again(
     let start = Instant::now();
     let (rules, settings) = FormatRules::take(settings)?;
     let description = policy.describe()?;
-    check_settings(&description, &settings)?;
+    let label = policy.label().unwrap_or(&description.name);
+    check_settings(label, &description, &settings)?;
     cancel.check()?;
     let required_formats = rules.formats(checkpoint.tensors(), checkpoint.ties())?;
     let mut offered = devices.to_vec();
@@ -162,11 +163,11 @@ pub(crate) fn propose_again(
     )
     .map_err(|error| match error {
         PlanError::Bad(bad) => ProposeError::BadPlan {
-            policy: description.name.clone(),
+            policy: label.to_owned(),
             bad,
         },
         source @ PlanError::DoesNotFit { .. } => ProposeError::DoesNotFit {
-            policy: description.name.clone(),
+            policy: label.to_owned(),
             source,
         },
         PlanError::Cancelled => ProposeError::Cancelled,

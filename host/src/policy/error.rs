@@ -9,9 +9,9 @@ use crate::sandbox::Failure;
 #[derive(Debug, thiserror::Error)]
 pub enum PolicyError {
     /// It looked at the model and the devices and said no.
-    #[error("policy '{policy}' refuses: {}", refusal.message)]
+    #[error("policy '{policy}' refuses: {refusal}")]
     Refused {
-        /// The policy's name.
+        /// The policy, as it was asked for.
         policy: String,
         /// Its reason.
         refusal: Refusal,
@@ -19,7 +19,7 @@ pub enum PolicyError {
     /// It failed.
     #[error("policy '{policy}' failed: {failure}")]
     Failed {
-        /// The policy's name, or its file where it did not get to say it.
+        /// The policy, as it was asked for.
         policy: String,
         /// How.
         failure: Failure,
@@ -27,7 +27,7 @@ pub enum PolicyError {
     /// A setting it does not have.
     #[error("policy '{policy}' has no setting '{name}' (it has: {})", known.join(", "))]
     UnknownSetting {
-        /// The policy's name.
+        /// The policy, as it was asked for.
         policy: String,
         /// The setting.
         name: String,

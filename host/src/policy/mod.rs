@@ -18,9 +18,11 @@ pub use crate::sandbox::Failure;
 #[cfg(feature = "wasm-policies")]
 pub use crate::sandbox::{BadLimit, Limits};
 
+use std::fmt;
+
 use crate::checkpoint::{TensorInfo, Tie};
 use crate::device::DeviceInfo;
-use crate::types::{Format, Placement};
+use crate::types::{Bytes, Format, Placement};
 
 /// One setting that a policy understands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -106,6 +108,25 @@ pub struct Refusal {
     pub missing_bytes: Option<u64>,
 }
 
+impl fmt::Display for Refusal {
+    /// The message, with the bytes that are missing unless it says them itself.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)?;
+        match self.missing_bytes {
+            Some(bytes) if bytes > 0 && !self.message.contains(" missing") => {
+                let message = self.message.trim_end();
+                let joint = if message.ends_with(['.', '!', '?']) {
+                    ""
+                } else {
+                    ";"
+                };
+                write!(f, "{joint} {} are missing", Bytes(bytes))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
 /// A proposal with what it took to make it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Answer {
@@ -124,6 +145,12 @@ pub trait Policy: Send + Sync {
     /// [`PolicyError::Failed`] when the policy itself fails.
     fn describe(&self) -> Result<Description, PolicyError>;
 
+    /// How errors name it, which is as it was asked for: a built-in name, a file. By default, and
+    /// for policies that nobody asks for by a name, it is what it calls itself.
+    fn label(&self) -> Option<&str> {
+        None
+    }
+
     /// Places every tensor of the request.
     ///
     /// # Errors
@@ -132,18 +159,19 @@ pub trait Policy: Send + Sync {
     fn plan(&self, request: &Request<'_>) -> Result<Answer, PolicyError>;
 }
 
-/// Checks settings against a description.
+/// Checks settings against a description; `policy` is how an error names it.
 ///
 /// # Errors
 /// [`PolicyError::UnknownSetting`], or [`PolicyError::RepeatedSetting`] for one given twice.
 pub fn check_settings(
+    policy: &str,
     description: &Description,
     settings: &[(String, String)],
 ) -> Result<(), PolicyError> {
     for (index, (name, _)) in settings.iter().enumerate() {
         if !description.settings.iter().any(|known| known.name == *name) {
             return Err(PolicyError::UnknownSetting {
-                policy: description.name.clone(),
+                policy: policy.to_owned(),
                 name: name.clone(),
                 known: description
                     .settings

@@ -224,6 +224,10 @@ impl Policy for WasmPolicy {
         Ok(wit::convert::description(description, limits.text_bytes))
     }
 
+    fn label(&self) -> Option<&str> {
+        Some(&self.label)
+    }
+
     fn plan(&self, request: &Request<'_>) -> Result<Answer, PolicyError> {
         let converted = wit::convert::request(request);
         let (answer, fuel) = self.run(request.tensors.len(), |policy, store| {

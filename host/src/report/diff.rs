@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::places::{arrows, rows};
-use super::{Content, PolicyReport, Table, printable, purpose};
+use super::{Content, ErrorReport, PolicyReport, Table, printable, purpose};
 use crate::checkpoint::TensorInfo;
 use crate::plan::{DevicePlan, Plan, Proposed};
 use crate::types::Bytes;
@@ -39,6 +39,8 @@ pub struct Side {
     pub totals: Option<Totals>,
     /// Why there is no plan.
     pub refusal: Option<String>,
+    /// The same for programs.
+    pub error: Option<ErrorReport>,
 }
 
 /// Sums over the devices of a plan.
@@ -97,13 +99,13 @@ pub struct FormatChange {
 }
 
 impl Comparison {
-    /// Compares what two policies, asked for by these names, answered: a plan for `tensors`, or a
-    /// sentence why not. Both plans are for the same devices.
+    /// Compares what two policies, asked for by these names, answered: a plan for `tensors`, or
+    /// why not. Both plans are for the same devices.
     pub fn new(
         tensors: &[TensorInfo],
         asked: [&str; 2],
-        a: Result<&Proposed, &str>,
-        b: Result<&Proposed, &str>,
+        a: Result<&Proposed, &ErrorReport>,
+        b: Result<&Proposed, &ErrorReport>,
     ) -> Comparison {
         let plans = [a, b].map(|side| side.ok().map(|proposed| &proposed.plan));
         let both = plans[0].zip(plans[1]);
@@ -124,12 +126,13 @@ impl Comparison {
 }
 
 impl Side {
-    fn new(asked: &str, side: Result<&Proposed, &str>) -> Side {
+    fn new(asked: &str, side: Result<&Proposed, &ErrorReport>) -> Side {
         Side {
             asked: asked.to_owned(),
             policy: side.ok().map(PolicyReport::from),
             totals: side.ok().map(|proposed| Totals::of(&proposed.plan)),
-            refusal: side.err().map(str::to_owned),
+            refusal: side.err().map(|error| error.message.clone()),
+            error: side.err().cloned(),
         }
     }
 }

@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use super::*;
 use crate::report::samples::{NF4, NF4_DOUBLE, decoder, device};
+use crate::status::Status;
 use crate::types::{Format, Placement};
 
 fn proposed(tensors: &[TensorInfo], matrices: Format, boundary: u32, headroom: u64) -> Proposed {
@@ -90,7 +91,10 @@ fn differences_of_devices_are_those_of_the_plans() {
 fn a_refusal_stands_beside_the_other_plan() {
     let tensors = decoder(2);
     let plan = proposed(&tensors, NF4, 1, 0);
-    let comparison = Comparison::new(&tensors, ["a", "b"], Err("it is\x1b too much"), Ok(&plan));
+    let refusal = ErrorReport::new(Status::DoesNotFit, "does-not-fit", &"it is\x1b too much");
+    let comparison = Comparison::new(&tensors, ["a", "b"], Err(&refusal), Ok(&plan));
+    assert_eq!(comparison.a.error, Some(refusal));
+    assert_eq!(comparison.b.error, None);
     assert_eq!((&comparison.moved, &comparison.formats), (&None, &None));
     assert_eq!(comparison.devices[0].reserved_a, None);
     let text = comparison.text();

@@ -2,6 +2,7 @@
 
 mod bar;
 mod diff;
+mod error;
 mod fill;
 mod inspect;
 mod json;
@@ -10,9 +11,13 @@ mod places;
 mod samples;
 mod svg;
 mod table;
+mod to_json;
 
 pub use bar::{BarStyle, bar};
 pub use diff::{Comparison, DeviceChange, FormatChange, Move, Side, Totals};
+pub use error::ErrorReport;
+#[cfg(feature = "check")]
+pub(crate) use error::failure_kind;
 pub use fill::{Content, Fill, fills};
 pub use inspect::Inspection;
 pub use json::{
@@ -21,7 +26,10 @@ pub use json::{
 };
 pub use places::map;
 pub use svg::{Heading, svg};
-pub use table::{Table, printable};
+pub use table::Table;
+pub use to_json::to_json;
+
+pub use crate::text::{is_hidden, printable, printable_lines};
 
 use tightfit_names::{TensorKind, kind_of};
 

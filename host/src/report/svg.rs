@@ -267,7 +267,7 @@ fn color(content: Content) -> &'static str {
     }
 }
 
-/// Text as XML holds it.
+/// Text as XML holds it: what is no character of XML is escaped as everywhere.
 fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in printable(text).chars() {
@@ -276,8 +276,6 @@ fn escaped(text: &str) -> String {
             '<' => out += "&lt;",
             '>' => out += "&gt;",
             '"' => out += "&quot;",
-            // Not characters of XML at all.
-            '\u{fffe}' | '\u{ffff}' => out.push('\u{fffd}'),
             c => out.push(c),
         }
     }

@@ -1,7 +1,8 @@
 //! Plain-text tables.
 
-use std::borrow::Cow;
 use std::fmt;
+
+use super::printable;
 
 /// A table of text. The first column is aligned left, the others right.
 #[derive(Debug, Clone, Default)]
@@ -28,14 +29,39 @@ impl Table {
     }
 }
 
-impl fmt::Display for Table {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+impl Table {
+    /// Leaves out columns, by their heads and in this order, until its lines are at most `width`
+    /// characters long.
+    pub fn within(mut self, width: usize, expendable: &[&str]) -> Table {
+        for head in expendable {
+            if self.widths().iter().map(|width| width + 2).sum::<usize>() <= width + 2 {
+                break;
+            }
+            let heads = self.rows.first().into_iter().flatten();
+            let Some(column) = heads.into_iter().position(|known| known == head) else {
+                continue;
+            };
+            for row in &mut self.rows {
+                row.remove(column);
+            }
+        }
+        self
+    }
+
+    /// Characters of the widest cell of each column.
+    fn widths(&self) -> Vec<usize> {
         let columns = self.rows.iter().map(Vec::len).max().unwrap_or(0);
         let width = |column: usize| {
             let cells = self.rows.iter().filter_map(|row| row.get(column));
             cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
         };
-        let widths: Vec<usize> = (0..columns).map(width).collect();
+        (0..columns).map(width).collect()
+    }
+}
+
+impl fmt::Display for Table {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let widths = self.widths();
         for row in &self.rows {
             let mut line = String::new();
             for (column, cell) in row.iter().enumerate() {
@@ -49,28 +75,6 @@ impl fmt::Display for Table {
         }
         Ok(())
     }
-}
-
-/// Text from a checkpoint or a policy as it may be shown on a terminal: control characters, which
-/// could move the cursor, recolour the screen or begin a line that looks like ours, are escaped.
-pub fn printable(text: &str) -> Cow<'_, str> {
-    // Unicode's direction overrides hide text as well as control characters do.
-    let hidden = |c: char| {
-        c.is_control()
-            || matches!(c, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
-    };
-    if !text.contains(hidden) {
-        return Cow::Borrowed(text);
-    }
-    let mut shown = String::with_capacity(text.len());
-    for c in text.chars() {
-        if hidden(c) {
-            shown.extend(c.escape_default());
-        } else {
-            shown.push(c);
-        }
-    }
-    Cow::Owned(shown)
 }
 
 #[cfg(test)]
@@ -89,11 +93,19 @@ mod tests {
     }
 
     #[test]
-    fn what_could_control_a_terminal_is_escaped() {
-        assert_eq!(printable("plain – text"), "plain – text");
-        assert_eq!(
-            printable("a\x1b[2Jb\n\u{202e}c"),
-            "a\\u{1b}[2Jb\\n\\u{202e}c"
-        );
+    fn columns_are_left_out_where_there_is_no_room() {
+        let mut table = Table::new(["device", "tensors", "bytes"]);
+        table.row(["sim:0".to_owned(), "12".to_owned(), "5.4 GiB".to_owned()]);
+        let within = |width| {
+            table
+                .clone()
+                .within(width, &["tensors", "none", "bytes"])
+                .to_string()
+        };
+        assert_eq!(within(24), table.to_string());
+        assert_eq!(within(23), "device    bytes\nsim:0   5.4 GiB\n");
+        assert_eq!(within(15), within(23));
+        assert_eq!(within(14), "device\nsim:0\n");
+        assert_eq!(within(0), within(14));
     }
 }

@@ -57,16 +57,33 @@ impl Drop for MadeParents {
 ///
 /// # Errors
 /// [`SaveError::Exists`] when there is something other than an empty directory that may not be
-/// replaced, [`SaveError::NotADirectoryName`] for a path without a name.
+/// replaced, [`SaveError::NotADirectoryName`] for a path without a name, and for a device, a FIFO or
+/// a socket, which are never replaced.
 pub fn check_target(path: &Path, force: bool) -> Result<(), SaveError> {
-    let path = path.to_owned();
+    resolved(path, force).map(drop)
+}
+
+/// The directory that a path means, links followed, if a checkpoint may be written there.
+fn resolved(path: &Path, force: bool) -> Result<PathBuf, SaveError> {
+    let not_a_name = || SaveError::NotADirectoryName { path: path.into() };
     if path.file_name().is_none() {
-        return Err(SaveError::NotADirectoryName { path });
+        return Err(not_a_name());
     }
-    if !force && fs::symlink_metadata(&path).is_ok() && !is_empty_directory(&path) {
-        return Err(SaveError::Exists { path });
+    let Ok(metadata) = fs::symlink_metadata(path) else {
+        return Ok(path.into());
+    };
+    if !force && !is_empty_directory(path) {
+        return Err(SaveError::Exists { path: path.into() });
     }
-    Ok(())
+    if metadata.is_symlink() {
+        // The link stays, and what it leads to is replaced.
+        let behind = fs::canonicalize(path).map_err(io_error("follow the link", path))?;
+        return resolved(&behind, force);
+    }
+    match metadata.is_dir() || metadata.is_file() {
+        true => Ok(path.into()),
+        false => Err(not_a_name()),
+    }
 }
 
 fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> SaveError {
@@ -84,7 +101,7 @@ impl Target {
     /// [`SaveError::Exists`] when there is something at `path` (other than an empty directory)
     /// that may not be replaced.
     pub(super) fn create(path: &Path, force: bool) -> Result<Target, SaveError> {
-        check_target(path, force)?;
+        let path = &resolved(path, force)?;
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let parent = parent(path);
         let made = MadeParents::make(parent)?;
@@ -153,10 +170,13 @@ impl Target {
         make_like_any_directory(partial.path())?;
         sync_directory(partial.path())?;
         let mut replaced = None;
-        if fs::symlink_metadata(&path).is_ok() {
-            // It may have appeared since we began.
-            if !force && !is_empty_directory(&path) {
+        if let Ok(old) = fs::symlink_metadata(&path) {
+            // It may have appeared, or changed, since we began.
+            if resolved(&path, force)? != path {
                 return Err(SaveError::Exists { path });
+            }
+            if old.is_dir() {
+                become_like(partial.path(), &old)?;
             }
             let parent = partial.path().parent().unwrap_or(Path::new("."));
             let aside = tempfile::Builder::new()
@@ -205,6 +225,25 @@ fn make_like_any_directory(path: &Path) -> Result<(), SaveError> {
 
 #[cfg(not(unix))]
 fn make_like_any_directory(_: &Path) -> Result<(), SaveError> {
+    Ok(())
+}
+
+/// A directory that takes another's place is as open as that was, and as far as we may give it
+/// away, its owner's.
+#[cfg(unix)]
+fn become_like(path: &Path, old: &fs::Metadata) -> Result<(), SaveError> {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    let new = fs::metadata(path).map_err(io_error("look at", path))?;
+    if (new.uid(), new.gid()) != (old.uid(), old.gid()) {
+        // Only root may; the checkpoint is then its writer's, as a new one would be.
+        let _ = chown(path, Some(old.uid()), Some(old.gid()));
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(old.mode() & 0o1777))
+        .map_err(io_error("set the permissions of", path))
+}
+
+#[cfg(not(unix))]
+fn become_like(_: &Path, _: &fs::Metadata) -> Result<(), SaveError> {
     Ok(())
 }
 

@@ -103,6 +103,6 @@ fn an_answer_cannot_control_the_terminal() {
     let text = outcome.succeeds().stdout;
     assert_eq!(
         text,
-        "evil\\u{1b}[2J\\u{1b}]0;owned\\u{7}\\r\\u{9b}31m\\u{202e}txt\n"
+        "evil\\u{1b}[2J\\u{1b}]0;owned\\u{7}\\r\\u{9b}31m\\u{202e}txt\\u{200b}\\u{2028}\\u{ad}\\u{61c}\\u{feff}\\u{e0041}\n"
     );
 }

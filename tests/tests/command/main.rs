@@ -2,8 +2,13 @@
 
 mod drivers;
 mod formats;
+#[cfg(unix)]
+mod help;
 #[cfg(target_os = "linux")]
 mod interrupts;
+mod json;
+#[cfg(target_os = "linux")]
+mod outputs;
 mod pictures;
 mod policies;
 mod reports;

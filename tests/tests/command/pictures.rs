@@ -183,14 +183,30 @@ fn a_policy_that_refuses_is_shown_beside_the_other() {
             .unwrap()
             .contains("it is all too much")
     );
-    place
-        .run(&[
-            "plan", "model", "--device", "sim:1KiB", "--diff", "auto", "auto",
-        ])
-        .fails(
-            DOES_NOT_FIT,
-            &["A: policy 'auto' refuses", "B: policy 'auto' refuses"],
+    assert_eq!(report["b"]["error"]["kind"], "does-not-fit");
+    assert_eq!(report["b"]["error"]["guest"], "hostile.wasm");
+    assert_eq!(report["a"]["error"], Value::Null);
+    let both = [
+        "plan", "model", "--device", "sim:1KiB", "--diff", "auto", "packed",
+    ];
+    let words = ["A: policy 'auto' refuses", "B: policy 'packed' refuses"];
+    place.run(&both).fails(DOES_NOT_FIT, &words);
+    let both = place.run(&[&both[..], &["--json"]].concat());
+    let report = both.fails_midway(DOES_NOT_FIT, &words).json();
+    for (error, guest) in [
+        (&report["error"], "auto"),
+        (&report["a"]["error"], "auto"),
+        (&report["b"]["error"], "packed"),
+    ] {
+        assert_eq!(
+            (&error["status"], &error["guest"]),
+            (&json!(4), &json!(guest))
         );
+        assert!(error["missing_bytes"].as_u64() > Some(0), "{error}");
+    }
+    for side in ["a", "b"] {
+        assert!(report[side]["refusal"].is_string(), "{report}");
+    }
     // A fault is no refusal.
     place
         .run(&plan(&[

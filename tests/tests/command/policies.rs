@@ -3,6 +3,7 @@
 use std::fs;
 
 use serde_json::Value;
+use tightfit::report::is_hidden;
 use tightfit_tests::command::{Outcome, Place};
 use tightfit_tests::guests::{HOSTILE, hostile_in_describe};
 use tightfit_tests::models;
@@ -53,7 +54,7 @@ fn a_policy_that_fails_is_named_with_the_reason() {
         ("torn-tie", "lm_head.weight"),
         ("few-headrooms", "headroom"),
     ] {
-        plan(&place, behavior).fails(POLICY, &["policy 'hostile'", "bad plan", word]);
+        plan(&place, behavior).fails(POLICY, &["policy 'hostile.wasm'", "bad plan", word]);
     }
     plan(&place, "honest").succeeds();
 }
@@ -78,7 +79,7 @@ fn a_proposal_that_does_not_fit_names_device_need_have_and_tensor() {
         "plan",
         "m",
         "--device",
-        "sim:6000",
+        "sim:6000B",
         "--policy",
         "hostile.wasm",
     ];
@@ -90,9 +91,7 @@ fn a_proposal_that_does_not_fit_names_device_need_have_and_tensor() {
 
 /// Whether a terminal would show it as text.
 fn is_tame(text: &str) -> bool {
-    !text
-        .chars()
-        .any(|c| (c.is_control() && c != '\n') || c == '\u{202e}')
+    !text.chars().any(|c| c != '\n' && is_hidden(c))
 }
 
 #[test]
@@ -104,7 +103,9 @@ fn a_policy_cannot_write_to_the_terminal() {
         assert!(is_tame(&outcome.stdout), "{outcome:?}");
         assert!(is_tame(&outcome.stderr), "{outcome:?}");
         let all = format!("{}{}", outcome.stdout, outcome.stderr);
-        assert!(all.contains("evil\\u{1b}[2J"), "{outcome:?}");
+        // Errors call it as it was asked for, not as it calls itself.
+        let named = behavior != "too-few";
+        assert_eq!(all.contains("evil\\u{1b}[2J"), named, "{outcome:?}");
     }
     let shown = place
         .run(&["policy", "show", "hostile.wasm"])
@@ -296,14 +297,22 @@ fn a_setting_is_read_from_a_file() {
     assert_eq!(report["policy"]["settings"]["skip"], "lm_head, *.up_proj\n");
     let report = set("skip=@@value").succeeds().json();
     assert_eq!(report["policy"]["settings"]["skip"], "@value");
-    set("skip=@nothing").fails(USAGE, &["skip=@nothing", "'nothing'", "No such file"]);
-    set("skip=@m").fails(USAGE, &["'m'", "directory"]);
-    set("skip=@").fails(USAGE, &["''"]);
+    // With --json the error is on stdout too.
+    let fails = |setting: &str, words: &[&str]| {
+        let outcome = set(setting).fails_midway(USAGE, words);
+        assert_eq!(outcome.json()["error"]["status"], USAGE);
+    };
+    fails(
+        "skip=@nothing",
+        &["skip=@nothing", "'nothing'", "No such file"],
+    );
+    fails("skip=@m", &["'m'", "directory"]);
+    fails("skip=@", &["''"]);
     fs::write(place.path("value"), b"\xff").unwrap();
-    set("skip=@value").fails(USAGE, &["'value'", "UTF-8"]);
+    fails("skip=@value", &["'value'", "UTF-8"]);
     let file = fs::File::create(place.path("value")).unwrap();
     file.set_len((16 << 20) + 1).unwrap();
-    set("skip=@value").fails(USAGE, &["'value'", "longer than 16.00 MiB"]);
+    fails("skip=@value", &["'value'", "longer than 16.00 MiB"]);
 }
 
 #[test]

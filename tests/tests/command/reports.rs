@@ -329,7 +329,9 @@ fn devices_are_listed() {
     let arguments = [
         "devices", "--json", "--device", "sim:3GiB", "--device", "cpu:1GiB",
     ];
-    let devices = place.run(&arguments).succeeds().json();
+    let listed = place.run(&arguments).succeeds().json();
+    assert_eq!(listed["schema"], 1);
+    let devices = &listed["devices"];
     assert_eq!(devices.as_array().unwrap().len(), 2);
     assert_eq!(
         shape(&devices[0]),
@@ -354,6 +356,12 @@ fn policies_are_listed_and_shown() {
     let place = Place::new();
     let list = place.run(&["policy", "list"]).succeeds().stdout;
     assert!(list.lines().any(|line| line == "auto"), "{list}");
+    let policies = place.run(&["policy", "list", "--json"]).succeeds().json();
+    let names = policies["policies"].as_array().unwrap().iter();
+    let names: Vec<&str> = names
+        .map(|policy| policy["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(names, list.lines().collect::<Vec<_>>());
     let text = place.run(&["policy", "show", "auto"]).succeeds().stdout;
     assert!(text.contains("double-quant (default: false)"), "{text}");
     let shown = place
@@ -365,6 +373,7 @@ fn policies_are_listed_and_shown() {
         [
             ("imports", "array"),
             ("name", "string"),
+            ("schema", "integer"),
             ("settings", "array"),
             ("version", "string")
         ]

@@ -7,6 +7,7 @@ use tightfit_tests::command::Place;
 use tightfit_tests::models;
 use tightfit_tests::saving::{files, names, written};
 
+const OUTPUT: i32 = 1;
 const USAGE: i32 = 2;
 const CHECKPOINT: i32 = 3;
 const DOES_NOT_FIT: i32 = 4;
@@ -199,7 +200,7 @@ fn directories_above_are_made_where_that_is_possible() {
     fs::write(place.path("file"), "text").unwrap();
     for target in ["file/out", "file/a/out"] {
         let words = ["cannot", "file"];
-        place.run(&["save", "m", target]).fails(CHECKPOINT, &words);
+        place.run(&["save", "m", target]).fails(OUTPUT, &words);
     }
     for target in ["..", "/"] {
         let words = ["not the name of a directory"];
@@ -277,7 +278,7 @@ fn a_full_disk_leaves_nothing_that_looks_complete() {
         ] {
             place
                 .run_limited(blocks, true, arguments)
-                .fails(CHECKPOINT, &words);
+                .fails(OUTPUT, &words);
         }
         has_only(&place, &["m", "whole"]);
         let killed = place.run_limited(blocks, false, &["save", "m", "out"]);
@@ -316,4 +317,63 @@ fn two_tensors_that_would_have_one_name_are_refused() {
             .fails(CHECKPOINT, &[&expert]);
         has_only(&place, &["m"]);
     }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn only_directories_and_files_are_replaced_and_links_stay() {
+    use rustix::fs::{CWD, FileType, Mode, mknodat};
+    use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
+    use std::os::unix::net::UnixListener;
+
+    let place = place_with_model();
+    place.run(&["save", "m", "expected", "--quiet"]).succeeds();
+    let expected = files(&place.path("expected"));
+    let fifo = place.path("fifo");
+    mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
+    let _listener = UnixListener::bind(place.path("socket")).unwrap();
+    symlink("fifo", place.path("to-fifo")).unwrap();
+    for target in ["fifo", "socket", "to-fifo", "/dev/null"] {
+        let save = ["save", "m", target];
+        place.run(&save).fails(USAGE, &["exists"]);
+        let force = ["save", "m", target, "--force"];
+        place
+            .run(&force)
+            .fails(USAGE, &["not the name of a directory"]);
+        let load = [
+            "load",
+            "m",
+            "--device=sim:1GiB",
+            "--save",
+            target,
+            "--force",
+        ];
+        place
+            .run(&load)
+            .fails(USAGE, &["not the name of a directory"]);
+    }
+    assert!(fs::symlink_metadata(&fifo).unwrap().file_type().is_fifo());
+
+    // A directory keeps its mode, behind a link too.
+    fs::create_dir_all(place.path("elsewhere/real")).unwrap();
+    symlink("elsewhere/real", place.path("link")).unwrap();
+    symlink("nowhere", place.path("dangling")).unwrap();
+    let mode = |path: &str| fs::metadata(place.path(path)).unwrap().permissions().mode() & 0o7777;
+    for (more, before) in [(&[][..], 0o700), (&["--force"], 0o750)] {
+        let permissions = fs::Permissions::from_mode(before);
+        fs::set_permissions(place.path("elsewhere/real"), permissions).unwrap();
+        let save = [&["save", "m", "link", "--quiet"], more].concat();
+        place.run(&save).succeeds();
+        assert!(
+            fs::symlink_metadata(place.path("link"))
+                .unwrap()
+                .is_symlink()
+        );
+        assert_eq!(mode("elsewhere/real"), before);
+        assert!(files(&place.path("elsewhere/real")) == expected);
+    }
+    place
+        .run(&["save", "m", "dangling", "--force"])
+        .fails(OUTPUT, &["cannot follow the link", "dangling"]);
+    assert_eq!(names(&place.path("elsewhere")), ["real".to_owned()].into());
 }

@@ -15,7 +15,7 @@ fn bad_plan(behavior: &str) -> BadPlan {
     let ProposeError::BadPlan { policy, bad } = error else {
         panic!("it is no bad plan: {error:?}");
     };
-    assert_eq!(policy, "hostile");
+    assert_eq!(policy, "test.wasm");
     bad
 }
 
@@ -103,8 +103,8 @@ fn what_does_not_fit(bench: &Bench, behavior: &str) -> (u64, u64, u64, String) {
     else {
         panic!("it fits: {error:?}");
     };
-    assert_eq!((policy.as_str(), device.as_str()), ("hostile", "sim:0"));
-    for part in ["hostile", "sim:0", tensor.as_str()] {
+    assert_eq!((policy.as_str(), device.as_str()), ("test.wasm", "sim:0"));
+    for part in ["test.wasm", "sim:0", tensor.as_str()] {
         assert!(message.contains(part), "{message}");
     }
     (need, headroom, have, tensor)
@@ -121,7 +121,7 @@ fn headroom_without_end_does_not_fit() {
 
 #[test]
 fn a_proposal_beyond_the_device_does_not_fit() {
-    let bench = Bench::with_device("sim:6000");
+    let bench = Bench::with_device("sim:6000B");
     let (need, headroom, have, tensor) = what_does_not_fit(&bench, "honest");
     // Two matrices of 4096 bytes and 128 bytes of positions, in whole pages.
     assert_eq!((need, headroom, have), (3 * 4096, 0, 6000));

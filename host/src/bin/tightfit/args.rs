@@ -9,7 +9,8 @@ use clap::{Args, Parser, Subcommand};
 use tightfit::device::DeviceSpec;
 use tightfit::load::QuantizeOn;
 use tightfit::sandbox::{Cache, CacheError, Compiler, CompilerProgram, Limits, Options, Wasi};
-use tightfit::types::{Bytes, parse_bytes};
+use tightfit::synth::Preset;
+use tightfit::types::{Bytes, parse_amount};
 use tightfit_kernels::{Isa, KernelError, Kernels};
 
 use crate::failure::Failure;
@@ -17,8 +18,7 @@ use crate::failure::Failure;
 /// Loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
 ///
 /// MODEL is a directory, a .safetensors file, or a Hugging Face id (org/name), which is downloaded
-/// unless it is in the local cache. Exit status: 0 done, 2 usage, 3 checkpoint invalid, unreadable or not to be had, 4 does not fit or
-/// refused by the policy, 5 the policy or the driver itself failed, 6 device failure, 130 interrupted.
+/// unless it is in the local cache.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub(crate) struct Arguments {
@@ -47,9 +47,6 @@ pub(crate) enum Command {
     /// Run a driver: a program in wasm that loads models and works with them, sandboxed
     Run(RunOptions),
     /// Test policies: run scenario files, and judge what comes of them
-    ///
-    /// Exit status: 0 every expectation holds, 1 some do not or a scenario could not be run,
-    /// 2 usage or a scenario file that makes no sense (nothing is run then), 130 interrupted.
     Check(CheckOptions),
     /// Look at policies
     #[command(subcommand)]
@@ -59,6 +56,27 @@ pub(crate) enum Command {
     /// Compile a policy for the process that started this one
     #[command(name = COMPILE, hide = true)]
     CompilePolicy,
+}
+
+impl Command {
+    /// Whether the result is to be printed as JSON.
+    pub(crate) fn json(&self) -> bool {
+        match self {
+            Command::Demo(options) => options.output.json,
+            Command::Synth(options) => options.output.json,
+            Command::Inspect(options) => options.output.json,
+            Command::Plan(options) => options.output.json,
+            Command::Load(options) => options.output.json,
+            Command::Save(options) => options.output.json,
+            Command::Run(options) => options.output.json,
+            Command::Check(options) => options.json,
+            Command::Policy(
+                PolicyCommand::Show { output, .. } | PolicyCommand::List { output },
+            ) => output.json,
+            Command::Devices(options) => options.output.json,
+            Command::CompilePolicy => false,
+        }
+    }
 }
 
 /// What this program is started with to compile a policy.
@@ -198,7 +216,7 @@ pub(crate) struct EngineOptions {
     pub(crate) threads: Option<u16>,
 
     /// Host memory for staging in all, for example 64MiB
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_amount)]
     pub(crate) staging: Option<u64>,
 
     /// Fail when a tensor to be quantized has infinities or NaN
@@ -233,7 +251,8 @@ pub(crate) struct DemoOptions {
 #[derive(Debug, Args)]
 pub(crate) struct SynthOptions {
     /// Which model's shape
-    pub(crate) preset: String,
+    #[arg(value_parser = presets())]
+    pub(crate) preset: Preset,
     /// Where to: an empty directory, or one that does not exist yet
     pub(crate) directory: PathBuf,
     /// Sparse files of full length that cost no disk; every weight reads as zero
@@ -242,9 +261,8 @@ pub(crate) struct SynthOptions {
     /// Seed of the weights
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// No progress, no summary
-    #[arg(long, short)]
-    pub(crate) quiet: bool,
+    #[command(flatten)]
+    pub(crate) output: OutputOptions,
 }
 
 #[derive(Debug, Args)]
@@ -268,7 +286,7 @@ pub(crate) struct PlanOptions {
     /// List every tensor's device, format and bytes
     #[arg(long)]
     pub(crate) placements: bool,
-    /// Draw the plan into this file
+    /// Draw the plan into this file, as SVG; - is standard output, in place of the report
     #[arg(long, value_name = "FILE")]
     pub(crate) svg: Option<PathBuf>,
     /// Compare what two policies do. --set goes to those that have the setting, --set A.KEY=VALUE
@@ -281,7 +299,7 @@ pub(crate) struct PlanOptions {
     )]
     pub(crate) diff: Option<Vec<String>>,
     /// Host memory for staging in all, for example 64MiB
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_amount)]
     pub(crate) staging: Option<u64>,
 }
 
@@ -312,7 +330,7 @@ pub(crate) struct LoadOptions {
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct WriteOptions {
     /// Close a file when the next weight would make it larger than this [default: 5GB]
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_amount)]
     pub(crate) max_shard_size: Option<u64>,
 
     /// Replace what is there
@@ -356,7 +374,7 @@ pub(crate) struct RunOptions {
 
     /// The most that the driver may reserve on all devices together, for example 8GiB [default: all
     /// that is free on them]
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_amount)]
     pub(crate) quota: Option<u64>,
 
     #[command(flatten)]
@@ -367,7 +385,7 @@ pub(crate) struct RunOptions {
     pub(crate) threads: Option<u16>,
 
     /// Host memory for staging in all while loading, for example 64MiB
-    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_amount)]
     pub(crate) staging: Option<u64>,
 
     #[command(flatten)]
@@ -379,7 +397,7 @@ pub(crate) struct CheckOptions {
     /// Scenario files (TOML); paths in them are relative to the file
     #[arg(required = true, value_name = "SCENARIO.toml")]
     pub(crate) files: Vec<PathBuf>,
-    /// Write a JUnit report too, to this file
+    /// Write a JUnit report too, to this file; - is standard output, in place of the report
     #[arg(long, value_name = "FILE")]
     pub(crate) junit: Option<PathBuf>,
     #[command(flatten)]
@@ -404,7 +422,10 @@ pub(crate) enum PolicyCommand {
         output: OutputOptions,
     },
     /// The built-in policies
-    List,
+    List {
+        #[command(flatten)]
+        output: OutputOptions,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -468,20 +489,16 @@ fn pair(text: &str) -> Option<(&str, &str)> {
     text.split_once('=').filter(|(key, _)| !key.is_empty())
 }
 
+/// The names of all presets, which help lists.
+fn presets() -> impl clap::builder::TypedValueParser<Value = Preset> {
+    use clap::builder::{PossibleValuesParser, TypedValueParser};
+    let names = Preset::all().iter().map(|preset| preset.name());
+    PossibleValuesParser::new(names).try_map(|name| name.parse::<Preset>())
+}
+
 fn isa(text: &str) -> Result<Isa, String> {
     [Isa::Portable, Isa::Avx2, Isa::Avx512]
         .into_iter()
         .find(|isa| isa.to_string() == text)
         .ok_or_else(|| "it is portable, avx2 or avx512".to_owned())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_definitions_are_consistent() {
-        use clap::CommandFactory;
-        Arguments::command().debug_assert();
-    }
 }

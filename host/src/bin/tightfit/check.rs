@@ -1,7 +1,5 @@
 //! `tightfit check`.
 
-use std::fs;
-
 use tightfit::check::{CaseReport, CheckReport, Runner, ScenarioFile, Status, junit};
 use tightfit::load::CancelToken;
 use tightfit::report::printable;
@@ -22,13 +20,13 @@ pub(crate) fn run(
         reports.push(runner.run_file(file, cancel)?);
     }
     let report = CheckReport::new(reports);
+    let mut written = false;
     if let Some(path) = &options.junit {
-        fs::write(path, junit(&report)).map_err(|source| Failure::Report {
-            path: path.clone(),
-            source,
-        })?;
+        written = output::write("--junit", path, &junit(&report), options.json)?;
     }
-    if options.json {
+    if written {
+        // It is the result.
+    } else if options.json {
         output::print_json(&report)?;
     } else {
         output::print(&text(&report, options.quiet, verbose))?;

@@ -4,7 +4,7 @@ use tightfit::checkpoint::Checkpoint;
 use tightfit::device::DeviceInfo;
 use tightfit::plan::{FormatRules, Proposed, propose};
 use tightfit::policy::{Description, Policy, WasmPolicy};
-use tightfit::report::Comparison;
+use tightfit::report::{Comparison, ErrorReport};
 
 use crate::args::{OutputOptions, PolicyOptions};
 use crate::failure::Failure;
@@ -24,36 +24,20 @@ pub(crate) fn run(
     let open = |name: &str| WasmPolicy::open(name, sandbox.clone());
     let policies = [open(asked[0])?, open(asked[1])?];
     let known = [policies[0].describe()?, policies[1].describe()?];
-    let [for_a, for_b] = divide(&policy.settings, &known)?;
-    let answer = |policy: &WasmPolicy, settings: &Settings| match propose(
-        checkpoint, policy, devices, settings,
-    )
-    .map_err(Failure::from)
-    {
-        Ok(proposed) => Ok(Ok(proposed)),
-        Err(refusal) if refusal.is_refusal() => Ok(Err(refusal)),
-        Err(failure) => Err(failure),
-    };
-    let (a, b) = match (answer(&policies[0], &for_a)?, answer(&policies[1], &for_b)?) {
-        (Err(a), Err(b)) => {
-            return Err(Failure::BothRefuse {
-                a: a.into(),
-                b: b.into(),
-            });
+    let [for_a, for_b] = divide(&policy.settings, &known, asked)?;
+    type Answer = Result<Proposed, ErrorReport>;
+    let answer = |policy: &WasmPolicy, settings: &Settings| -> Result<Answer, Failure> {
+        match propose(checkpoint, policy, devices, settings).map_err(Failure::from) {
+            Ok(proposed) => Ok(Ok(proposed)),
+            Err(refusal) if refusal.is_refusal() => Ok(Err(refusal.report())),
+            Err(failure) => Err(failure),
         }
-        other => other,
     };
-    let sentence = |side: &Result<Proposed, Failure>| match side {
-        Ok(_) => String::new(),
-        Err(refusal) => refusal.to_string(),
-    };
-    let sentences = [sentence(&a), sentence(&b)];
-    let comparison = Comparison::new(
-        checkpoint.tensors(),
-        asked,
-        a.as_ref().map_err(|_| sentences[0].as_str()),
-        b.as_ref().map_err(|_| sentences[1].as_str()),
-    );
+    let (a, b) = (answer(&policies[0], &for_a)?, answer(&policies[1], &for_b)?);
+    let comparison = Comparison::new(checkpoint.tensors(), asked, a.as_ref(), b.as_ref());
+    if a.is_err() && b.is_err() {
+        return Err(Failure::BothRefuse(Box::new(comparison)));
+    }
     if options.json {
         output::print_json(&comparison)
     } else if options.quiet {
@@ -67,6 +51,7 @@ pub(crate) fn run(
 fn divide(
     settings: &[(String, String)],
     known: &[Description; 2],
+    asked: [&str; 2],
 ) -> Result<[Settings; 2], Failure> {
     let has = |policy: &Description, name: &str| policy.settings.iter().any(|s| s.name == name);
     let mut divided = [Settings::new(), Settings::new()];
@@ -87,8 +72,8 @@ fn divide(
         if !found {
             return Err(Failure::NobodysSetting {
                 name: name.clone(),
-                a: known[0].name.clone(),
-                b: known[1].name.clone(),
+                a: asked[0].to_owned(),
+                b: asked[1].to_owned(),
             });
         }
     }
@@ -122,7 +107,9 @@ mod tests {
             .map(|&name| (name.to_owned(), "1".to_owned()))
             .collect();
         let names = |settings: Settings| settings.into_iter().map(|(name, _)| name).collect();
-        divide(&settings, known).ok().map(|both| both.map(names))
+        divide(&settings, known, ["a", "b"])
+            .ok()
+            .map(|both| both.map(names))
     }
 
     #[test]

@@ -71,6 +71,7 @@ fn text(inspection: &Inspection) -> String {
                 Bytes(share.bytes).to_string(),
             ]);
         }
+        let table = table.within(output::columns(), &["tensors", "parameters"]);
         text += &format!("\n{table}");
     }
     text += &format!(

@@ -137,7 +137,16 @@ pub(crate) fn text(report: &Report) -> String {
             format!("{:.1} %", 100.0 * used / device.capacity.max(1) as f64),
         ]);
     }
-    text += &table.to_string();
+    // What says most stays longest.
+    let expendable = [
+        "peak",
+        "allocated",
+        "tensors",
+        "headroom",
+        "capacity",
+        "reserved",
+    ];
+    text += &table.within(output::columns(), &expendable).to_string();
     let allocated: u64 = report.devices.iter().map(|device| device.allocated).sum();
     text += &format!(
         "\n{} in the checkpoint, {} as stored ({:.2} x smaller)\n",
@@ -169,7 +178,7 @@ pub(crate) fn text(report: &Report) -> String {
                 load.nonfinite_blocks,
                 load.nonfinite
                     .keys()
-                    .cloned()
+                    .map(|name| printable(name))
                     .collect::<Vec<_>>()
                     .join(", "),
             );

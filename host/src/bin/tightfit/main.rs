@@ -4,8 +4,10 @@
 mod args;
 mod check;
 mod demo;
+mod destination;
 mod diff;
 mod failure;
+mod help;
 mod inspect;
 mod load;
 mod log;
@@ -21,19 +23,22 @@ mod synth;
 use std::io;
 use std::process::ExitCode;
 
-use clap::Parser;
 use tightfit::sandbox;
 
 use args::{Arguments, Command};
 use failure::Failure;
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    log::install(arguments.verbose);
-    match run(arguments.command, arguments.verbose) {
+    let Arguments { command, verbose } = match help::arguments() {
+        Ok(arguments) => arguments,
+        Err(status) => return status,
+    };
+    log::install(verbose);
+    let json = command.json();
+    match run(command, verbose) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
-            output::error(&failure);
+            output::failed(&failure, json);
             ExitCode::from(failure.status() as u8)
         }
     }

@@ -2,28 +2,72 @@
 
 use std::io::{self, IsTerminal, Write};
 
-use serde::Serialize;
-use tightfit::report::{BarStyle, printable};
+use std::path::Path;
 
+use serde::Serialize;
+use tightfit::report::{BarStyle, Comparison, ErrorReport, printable, printable_lines, to_json};
+
+use crate::destination::Destination;
 use crate::failure::Failure;
 
 /// Prints a result. A reader that has gone away (`tightfit ... | head`) is no error.
+///
+/// Names in it have been escaped, line breaks too; whatever slipped through is escaped here.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
-    let mut stdout = io::stdout().lock();
-    match stdout
-        .write_all(text.as_bytes())
-        .and_then(|()| stdout.flush())
-    {
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(Failure::Output(error)),
-        _ => Ok(()),
+    let text = printable_lines(text);
+    let written = Destination::Stdout.write(text.as_bytes());
+    written.map_err(Failure::Output)
+}
+
+/// What every `--json` prints: a result or an error, beside the version of the form.
+#[derive(Serialize)]
+pub(crate) struct Envelope<T> {
+    schema: u32,
+    #[serde(flatten)]
+    content: T,
+}
+
+impl<T> Envelope<T> {
+    /// Results that do not say the version by themselves.
+    pub(crate) fn new(content: T) -> Envelope<T> {
+        Envelope { schema: 1, content }
     }
 }
 
-/// Prints a result as JSON.
+/// Prints a result, which has a field `schema`, as JSON.
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
-    let text =
-        serde_json::to_string_pretty(value).map_err(|error| Failure::Output(error.into()))?;
+    let text = to_json(value).map_err(|error| Failure::Output(error.into()))?;
     print(&(text + "\n"))
+}
+
+/// Writes a file that was asked for beside the result. Gives whether it went to standard output:
+/// then it is the result, and there is no other.
+pub(crate) fn write(
+    option: &'static str,
+    path: &Path,
+    text: &str,
+    json: bool,
+) -> Result<bool, Failure> {
+    let failed = |source| Failure::Write {
+        path: path.to_owned(),
+        source,
+    };
+    let destination = Destination::of(path).map_err(failed)?;
+    let is_stdout = destination == Destination::Stdout;
+    if is_stdout && json {
+        return Err(Failure::BothToStdout { option });
+    }
+    destination.write(text.as_bytes()).map_err(failed)?;
+    Ok(is_stdout)
+}
+
+/// How many columns a line has; where stdout is no terminal, as many as it likes.
+pub(crate) fn columns() -> usize {
+    let terminal = io::stdout().is_terminal();
+    let columns = terminal.then(|| console::Term::stdout().size_checked());
+    columns
+        .flatten()
+        .map_or(usize::MAX - 2, |(_, columns)| usize::from(columns))
 }
 
 /// How bars look best where stdout goes: plain and of a fixed width unless that is a terminal.
@@ -52,6 +96,42 @@ fn is_utf8(variable: impl Fn(&str) -> Option<String>) -> bool {
         let locale = locale.to_ascii_lowercase();
         locale.contains("utf-8") || locale.contains("utf8")
     })
+}
+
+/// Prints an error to stderr, and with `json` in place of the result to stdout too.
+pub(crate) fn failed(failure: &Failure, json: bool) {
+    error(failure);
+    if !json {
+        return;
+    }
+    match failure {
+        // The report has been printed, or cannot be.
+        Failure::Unexpected { .. } | Failure::Output(_) => {}
+        Failure::BothRefuse(comparison) => {
+            let error = failure.report();
+            // As in `print_error`.
+            let _ = print_json(&BothRefuse { error, comparison });
+        }
+        _ => print_error(failure.report()),
+    }
+}
+
+/// An error that comes with a result.
+#[derive(Serialize)]
+struct BothRefuse<'a> {
+    error: ErrorReport,
+    #[serde(flatten)]
+    comparison: &'a Comparison,
+}
+
+/// Prints an error in place of a result.
+pub(crate) fn print_error(error: ErrorReport) {
+    #[derive(Serialize)]
+    struct Failed {
+        error: ErrorReport,
+    }
+    // Nothing is left to be done when stdout is gone: the status tells.
+    let _ = print_json(&Envelope::new(Failed { error }));
 }
 
 /// Prints an error. What comes from checkpoints and policies cannot control the terminal.

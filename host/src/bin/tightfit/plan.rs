@@ -1,11 +1,9 @@
 //! `tightfit plan`.
 
-use std::io::Write;
-use std::path::Path;
-
 use tightfit::checkpoint::Checkpoint;
-use tightfit::device::{DeviceKind, WRITER_BUFFERS, open_devices};
-use tightfit::load::{CancelToken, LoadError};
+use tightfit::device::{DeviceKind, WRITER_BUFFERS, planned_devices};
+use tightfit::load::CancelToken;
+use tightfit::load::LoadError;
 use tightfit::memory::{DEFAULT_STAGING, StagingRing};
 use tightfit::plan::Proposed;
 use tightfit::report::{Heading, Report, bar, map, svg};
@@ -20,7 +18,7 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), Failure> {
     // What a load would refuse is refused here.
     StagingRing::new(staging, 1, 0).map_err(LoadError::Staging)?;
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
-    let devices = session::infos(&open_devices(&options.placement.devices)?);
+    let devices = planned_devices(&options.placement.devices)?;
     let policy = &options.placement.policy;
     if let Some([a, b]) = options.diff.as_deref() {
         return diff::run(&checkpoint, &devices, [a, b], policy, &options.output);
@@ -34,7 +32,10 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), Failure> {
     let buffers = gpus.count() * WRITER_BUFFERS;
     StagingRing::new(staging, 1, buffers).map_err(LoadError::Staging)?;
     if let Some(path) = &options.svg {
-        draw(path, &checkpoint, &proposed)?;
+        let drawing = drawing(&checkpoint, &proposed);
+        if output::write("--svg", path, &drawing, options.output.json)? {
+            return Ok(());
+        }
     }
     let mut report = Report::of_plan(&checkpoint, &proposed, staging);
     if options.placements {
@@ -55,26 +56,11 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), Failure> {
     output::print(&(text + &load::placements(&report)))
 }
 
-/// Writes the drawing beside its place and gives it its name when it is complete.
-fn draw(path: &Path, checkpoint: &Checkpoint, proposed: &Proposed) -> Result<(), Failure> {
+/// The plan as SVG.
+fn drawing(checkpoint: &Checkpoint, proposed: &Proposed) -> String {
     let heading = Heading {
         model: &checkpoint.path().display().to_string(),
         policy: &format!("{} {}", proposed.policy, proposed.version),
     };
-    let drawing = svg(heading, checkpoint.tensors(), &proposed.plan);
-    let parent = path.parent().filter(|parent| *parent != Path::new(""));
-    let write = || {
-        let mut builder = tempfile::Builder::new();
-        // As other programs make files; by default only their owner may read temporary ones.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut file = builder.tempfile_in(parent.unwrap_or(Path::new(".")))?;
-        file.write_all(drawing.as_bytes())?;
-        file.persist(path)?;
-        Ok(())
-    };
-    write().map_err(|source| Failure::Picture {
-        path: path.to_owned(),
-        source,
-    })
+    svg(heading, checkpoint.tensors(), &proposed.plan)
 }

@@ -7,6 +7,7 @@ use tightfit::report::printable;
 use crate::args::PolicyCommand;
 use crate::failure::Failure;
 use crate::output;
+use crate::output::Envelope;
 
 #[derive(Serialize)]
 struct Shown {
@@ -23,9 +24,24 @@ struct ShownSetting {
     help: String,
 }
 
+#[derive(Serialize)]
+struct PolicyList {
+    policies: Vec<Listed>,
+}
+
+#[derive(Clone, Serialize)]
+struct Listed {
+    name: &'static str,
+}
+
 pub(crate) fn run(command: &PolicyCommand) -> Result<(), Failure> {
     match command {
-        PolicyCommand::List => output::print(&(BUILTIN_POLICIES.join("\n") + "\n")),
+        PolicyCommand::List { output: options } if options.json => {
+            let policies = BUILTIN_POLICIES.map(|name| Listed { name }).to_vec();
+            output::print_json(&Envelope::new(PolicyList { policies }))
+        }
+        PolicyCommand::List { output: options } if options.quiet => Ok(()),
+        PolicyCommand::List { .. } => output::print(&(BUILTIN_POLICIES.join("\n") + "\n")),
         PolicyCommand::Show {
             policy,
             sandbox,
@@ -48,7 +64,7 @@ pub(crate) fn run(command: &PolicyCommand) -> Result<(), Failure> {
                 imports: policy.imports(),
             };
             if options.json {
-                output::print_json(&shown)
+                output::print_json(&Envelope::new(&shown))
             } else if options.quiet {
                 Ok(())
             } else {

@@ -7,6 +7,7 @@ use serde::Serialize;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::load::{CancelToken, Progress};
 use tightfit::plan::Proposed;
+use tightfit::report::printable;
 use tightfit::save::{SaveOptions, Saved, save};
 use tightfit::types::{Bytes, Placement};
 
@@ -68,7 +69,7 @@ pub(crate) fn run(options: &SaveCommand, cancel: CancelToken) -> Result<(), Fail
     }
     output::print(&format!(
         "{}: {} in {} file{}, from {} ({:.1} s); {} weights in 4 bits\n",
-        options.directory.display(),
+        printable(&options.directory.display().to_string()),
         Bytes(saved.bytes),
         saved.shards,
         if saved.shards == 1 { "" } else { "s" },

@@ -9,11 +9,12 @@ use tightfit::hub::{self, Hub};
 use tightfit::load::{self, CancelToken, Placed};
 use tightfit::plan::{self, Proposed};
 use tightfit::policy::WasmPolicy;
-use tightfit::report::{Table, printable};
+use tightfit::report::Table;
 use tightfit::types::Bytes;
 
 use crate::args::{DevicesOptions, ModelOptions, PolicyOptions};
 use crate::failure::Failure;
+use crate::output::Envelope;
 use crate::{output, progress};
 
 /// The first interrupt asks for an orderly end, the second ends at once.
@@ -67,8 +68,8 @@ pub(crate) fn open_checkpoint(
         &mut |progress| {
             if shown != progress.file {
                 shown = progress.file.to_owned();
-                bar.set_message(printable(&shown).to_string());
                 bar.set_length(progress.bytes_total);
+                bar.set_message(progress::message(&shown));
                 bar.reset_eta();
             }
             bar.set_position(progress.bytes_done);
@@ -148,6 +149,11 @@ struct Listed {
     granularity: u64,
 }
 
+#[derive(Serialize)]
+struct DeviceList {
+    devices: Vec<Listed>,
+}
+
 /// `tightfit devices`.
 pub(crate) fn list_devices(options: &DevicesOptions) -> Result<(), Failure> {
     let devices = infos(&open_devices(&options.devices)?);
@@ -162,7 +168,7 @@ pub(crate) fn list_devices(options: &DevicesOptions) -> Result<(), Failure> {
                 granularity: device.granularity,
             })
             .collect();
-        return output::print_json(&listed);
+        return output::print_json(&Envelope::new(DeviceList { devices: listed }));
     }
     if options.output.quiet {
         return Ok(());

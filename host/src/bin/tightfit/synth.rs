@@ -2,17 +2,33 @@
 
 use std::time::Instant;
 
+use serde::Serialize;
 use tightfit::load::CancelToken;
-use tightfit::synth::{self, Options, Preset};
+use tightfit::report::printable;
+use tightfit::synth::{self, Options};
 use tightfit::types::Bytes;
 
 use crate::args::SynthOptions;
 use crate::failure::Failure;
+use crate::output::Envelope;
 use crate::{output, progress};
 
+/// What was written.
+#[derive(Serialize)]
+struct Synthesized {
+    path: String,
+    preset: &'static str,
+    seed: u64,
+    headers_only: bool,
+    shards: usize,
+    tensors: usize,
+    bytes: u64,
+    seconds: f64,
+}
+
 pub(crate) fn run(options: &SynthOptions, cancel: &CancelToken) -> Result<(), Failure> {
-    let preset: Preset = options.preset.parse()?;
-    let bar = progress::bytes("writing", options.quiet);
+    let preset = options.preset;
+    let bar = progress::bytes("writing", options.output.quiet);
     let start = Instant::now();
     let written = synth::write(
         preset,
@@ -30,16 +46,29 @@ pub(crate) fn run(options: &SynthOptions, cancel: &CancelToken) -> Result<(), Fa
     );
     bar.finish_and_clear();
     let written = written?;
-    if options.quiet {
+    let seconds = start.elapsed().as_secs_f64();
+    if options.output.json {
+        return output::print_json(&Envelope::new(Synthesized {
+            path: options.directory.display().to_string(),
+            preset: preset.name(),
+            seed: options.seed,
+            headers_only: options.headers_only,
+            shards: written.shards,
+            tensors: written.tensors,
+            bytes: written.bytes,
+            seconds,
+        }));
+    }
+    if options.output.quiet {
         return Ok(());
     }
     output::print(&format!(
         "{}: {} tensors, {} in {} file{} ({:.1} s)\n",
-        options.directory.display(),
+        printable(&options.directory.display().to_string()),
         written.tensors,
         Bytes(written.bytes),
         written.shards,
         if written.shards == 1 { "" } else { "s" },
-        start.elapsed().as_secs_f64(),
+        seconds,
     ))
 }

@@ -14,7 +14,7 @@ struct Hostile;
 driver!(Hostile);
 
 /// Clears the screen, sets the window's title, rings, returns the carriage, reverses the text.
-const ESCAPES: &str = "evil\x1b[2J\x1b]0;owned\x07\r\u{9b}31m\u{202e}txt";
+const ESCAPES: &str = "evil\x1b[2J\x1b]0;owned\x07\r\u{9b}31m\u{202e}txt\u{200b}\u{2028}\u{ad}\u{61c}\u{feff}\u{e0041}";
 
 impl Driver for Hostile {
     fn run(arguments: Vec<String>) -> Result<String, Failure> {
