@@ -149,7 +149,7 @@ impl World {
             }
             3..=5 => {
                 let mut target = PathBuf::new();
-                if choices.next() % 4 == 0 {
+                if choices.next().is_multiple_of(4) {
                     target.push(&self.root);
                 }
                 for _ in 0..choices.next() % PARTS {
