@@ -26,6 +26,7 @@ pub mod sandbox;
 pub mod save;
 pub mod status;
 pub mod synth;
+mod text;
 pub mod types;
 #[cfg(feature = "wit")]
 pub mod wit;

@@ -201,6 +201,7 @@ impl FailureKind {
             Failure::TooMany { .. } => FailureKind::TooMany,
             Failure::CompileTime { .. }
             | Failure::CompileMemory { .. }
+            | Failure::Compiled { .. }
             | Failure::Compiler { .. } => FailureKind::Compile,
             Failure::OutOfFuel { .. } => FailureKind::OutOfFuel,
             Failure::Deadline { .. } => FailureKind::Deadline,
@@ -214,7 +215,7 @@ impl FailureKind {
             Failure::Exit { .. } => FailureKind::Exit,
             Failure::Panic { .. } => FailureKind::Panic,
             Failure::Trap { .. } => FailureKind::Trap,
-            Failure::Host { .. } => return None,
+            Failure::Host { .. } | Failure::Cancelled => return None,
         })
     }
 }

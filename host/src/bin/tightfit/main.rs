@@ -16,6 +16,7 @@ mod progress;
 mod run;
 mod save;
 mod session;
+mod stderr;
 mod synth;
 
 use std::io;
@@ -41,6 +42,9 @@ fn main() -> ExitCode {
 
 fn run(command: Command, verbose: bool) -> Result<(), Failure> {
     // The others leave nothing behind that an interrupt would have to tidy up.
+    if let Command::Inspect(_) | Command::Plan(_) | Command::Policy(_) = command {
+        session::exit_on_interrupt();
+    }
     match command {
         Command::Demo(options) => demo::run(&options, session::cancel_on_interrupt()),
         Command::Synth(options) => synth::run(&options, &session::cancel_on_interrupt()),

@@ -6,6 +6,7 @@ use serde::Serialize;
 use tightfit::report::{BarStyle, printable};
 
 use crate::failure::Failure;
+use crate::stderr;
 
 /// Prints a result. A reader that has gone away (`tightfit ... | head`) is no error.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
@@ -60,8 +61,7 @@ pub(crate) fn error(failure: &Failure) {
     if let Some((option, limit)) = failure.limit() {
         text += &format!(" - if you trust it, change that with {option} {limit}=VALUE");
     }
-    // Nothing is left to be done when even stderr is gone.
-    let _ = writeln!(io::stderr().lock(), "tightfit: {}", printable(&text));
+    stderr::write(&format!("tightfit: {}\n", printable(&text)));
 }
 
 #[cfg(test)]

@@ -11,8 +11,8 @@ use super::bindings::tightfit::host::{checkpoints, types};
 use super::buffer::{Buffer, PIECE};
 use super::error::CallError;
 use crate::checkpoint::Checkpoint;
-use crate::wit::convert;
-use crate::wit::{TEXT_LIMIT, truncate};
+use crate::text::truncate;
+use crate::wit::{TEXT_LIMIT, convert};
 
 /// Tensors, or ties, that are given in one call.
 const MOST_ITEMS: usize = 4096;
