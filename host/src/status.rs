@@ -8,6 +8,7 @@ use crate::driver::DriverError;
 use crate::load::{LoadError, PlaceError};
 use crate::plan::ProposeError;
 use crate::policy::{PolicyError, RefusalReason};
+use crate::sandbox::Failure;
 
 /// What kind of outcome it is. As a number it is the command's exit status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -25,7 +26,7 @@ pub enum Status {
     DoesNotFit = 4,
     /// The policy or the driver itself failed: a trap, a limit, a bad plan.
     Policy = 5,
-    /// A device failed or has less memory than it said.
+    /// A device failed or has less memory than it said, or this machine cannot run a policy.
     Device = 6,
     /// It was asked to stop.
     Interrupted = 130,
@@ -49,6 +50,17 @@ impl From<&DeviceError> for Status {
     }
 }
 
+impl From<&Failure> for Status {
+    fn from(failure: &Failure) -> Status {
+        match failure {
+            // Not the guest's doing: this machine, or this process, cannot run it.
+            Failure::Host { .. } => Status::Device,
+            Failure::Cancelled => Status::Interrupted,
+            _ => Status::Policy,
+        }
+    }
+}
+
 impl From<&PolicyError> for Status {
     fn from(error: &PolicyError) -> Status {
         match error {
@@ -56,7 +68,7 @@ impl From<&PolicyError> for Status {
                 RefusalReason::BadSetting => Status::Usage,
                 RefusalReason::DoesNotFit | RefusalReason::Unsupported => Status::DoesNotFit,
             },
-            PolicyError::Failed { .. } => Status::Policy,
+            PolicyError::Failed { failure, .. } => failure.into(),
             PolicyError::UnknownSetting { .. }
             | PolicyError::RepeatedSetting { .. }
             | PolicyError::Unknown { .. }
@@ -104,9 +116,8 @@ impl From<&DriverError> for Status {
     fn from(error: &DriverError) -> Status {
         match error {
             DriverError::Unreadable { .. } => Status::Usage,
-            DriverError::Failed { .. }
-            | DriverError::GaveUp { .. }
-            | DriverError::LongAnswer { .. } => Status::Policy,
+            DriverError::Failed { failure, .. } => failure.into(),
+            DriverError::GaveUp { .. } | DriverError::LongAnswer { .. } => Status::Policy,
             DriverError::Cancelled => Status::Interrupted,
         }
     }

@@ -27,11 +27,11 @@ pub use error::DriverError;
 pub use crate::sandbox::{Failure, Limits};
 
 use crate::sandbox::{Mismatch, Options, Sandbox, State, World, read_component};
+use crate::text::{truncate, truncated};
 use crate::wit::driver::bindings::{COMPONENT_TYPE, DriverPre};
 use crate::wit::driver::{
     DriverContext, DriverContextView, DriverView, Stopped, add_driver_to_linker,
 };
-use crate::wit::truncate;
 
 /// What a driver may import and has to export.
 const WORLD: World = World {
@@ -137,6 +137,8 @@ impl WasmDriver {
         bytes: &[u8],
         options: impl Into<Options>,
     ) -> Result<WasmDriver, DriverError> {
+        let options = options.into();
+        let text_bytes = options.limits.text_bytes;
         let compiled = || -> Result<_, Failure> {
             let sandbox = Sandbox::new(options)?;
             let component = sandbox.compile(bytes, &WORLD)?;
@@ -151,9 +153,12 @@ impl WasmDriver {
             })?;
             Ok((sandbox, pre))
         };
-        let (sandbox, pre) = compiled().map_err(|failure| DriverError::Failed {
-            driver: label.to_owned(),
-            failure,
+        let (sandbox, pre) = compiled().map_err(|failure| match failure {
+            Failure::Cancelled => DriverError::Cancelled,
+            failure => DriverError::Failed {
+                driver: label.to_owned(),
+                failure: failure.shortened(text_bytes),
+            },
         })?;
         Ok(WasmDriver {
             label: label.to_owned(),
@@ -183,7 +188,7 @@ impl WasmDriver {
         table.set_max_capacity(limits.resources);
         let own = Own { context, table };
         let mut cancelled = false;
-        let result = self.sandbox.run(own, limits.fuel_for(0), |store| {
+        let result = self.sandbox.run(own, limits.fuel_for(0), true, |store| {
             self.call(store, arguments).map_err(|error| {
                 cancelled = matches!(error.downcast_ref(), Some(Stopped::Cancelled));
                 self.cause(error)
@@ -194,7 +199,7 @@ impl WasmDriver {
             _ if cancelled => Err(DriverError::Cancelled),
             Err(failure) => Err(DriverError::Failed {
                 driver: driver(),
-                failure,
+                failure: failure.shortened(limits.text_bytes),
             }),
             Ok(((Err(mut message), _), _)) => {
                 truncate(&mut message, limits.text_bytes);
@@ -242,12 +247,13 @@ impl WasmDriver {
 
     /// The names of what the component imports, for example `tightfit:host/models@0.1.0`.
     pub fn imports(&self) -> Vec<String> {
+        let text_bytes = self.sandbox.limits().text_bytes;
         self.pre
             .instance_pre()
             .component()
             .component_type()
             .imports(self.sandbox.engine())
-            .map(|(name, _)| name.to_owned())
+            .map(|(name, _)| truncated(name.to_owned(), text_bytes))
             .collect()
     }
 }

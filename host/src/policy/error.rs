@@ -4,6 +4,10 @@ use std::path::PathBuf;
 
 use super::Refusal;
 use crate::sandbox::Failure;
+use crate::text::joined;
+
+/// Bytes that are shown of the names of a policy's settings, all together.
+const MOST_KNOWN: usize = 4 << 10;
 
 /// Why a policy gave no proposal.
 #[derive(Debug, thiserror::Error)]
@@ -25,7 +29,10 @@ pub enum PolicyError {
         failure: Failure,
     },
     /// A setting it does not have.
-    #[error("policy '{policy}' has no setting '{name}' (it has: {})", known.join(", "))]
+    #[error(
+        "policy '{policy}' has no setting '{name}' (it has: {})",
+        joined(known, MOST_KNOWN)
+    )]
     UnknownSetting {
         /// The policy, as it was asked for.
         policy: String,

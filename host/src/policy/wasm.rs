@@ -15,6 +15,7 @@ use crate::sandbox::{
     Compiler, Failure, Limits, Mismatch, Options, Sandbox, State, World, checked_component,
     read_component,
 };
+use crate::text::truncated;
 use crate::wit::bindings::exports::tightfit::host::planner;
 use crate::wit::{self, bindings};
 
@@ -124,6 +125,8 @@ impl WasmPolicy {
         bytes: &[u8],
         options: impl Into<Options>,
     ) -> Result<WasmPolicy, PolicyError> {
+        let options = options.into();
+        let text_bytes = options.limits.text_bytes;
         let compiled = || -> Result<_, Failure> {
             let sandbox = Sandbox::new(options)?;
             let component = sandbox.compile(bytes, &WORLD)?;
@@ -142,7 +145,7 @@ impl WasmPolicy {
         };
         let (sandbox, pre) = compiled().map_err(|failure| PolicyError::Failed {
             policy: label.to_owned(),
-            failure,
+            failure: failure.shortened(text_bytes),
         })?;
         Ok(WasmPolicy {
             label: label.to_owned(),
@@ -153,12 +156,13 @@ impl WasmPolicy {
 
     /// The names of what the component imports, for example `tightfit:host/sizing@0.1.0`.
     pub fn imports(&self) -> Vec<String> {
+        let text_bytes = self.sandbox.limits().text_bytes;
         self.pre
             .instance_pre()
             .component()
             .component_type()
             .imports(self.sandbox.engine())
-            .map(|(name, _)| name.to_owned())
+            .map(|(name, _)| truncated(name.to_owned(), text_bytes))
             .collect()
     }
 
@@ -169,7 +173,7 @@ impl WasmPolicy {
         call: impl FnOnce(&bindings::Policy, &mut Store<State<()>>) -> wasmtime::Result<R>,
     ) -> Result<(R, u64), PolicyError> {
         let fuel = self.sandbox.limits().fuel_for(tensors);
-        let result = self.sandbox.run((), fuel, |store| {
+        let result = self.sandbox.run((), fuel, false, |store| {
             // Instantiation runs guest code too: everything is limited from here on.
             let policy = self.pre.instantiate(&mut *store)?;
             call(&policy, store)
@@ -180,7 +184,7 @@ impl WasmPolicy {
     fn failed(&self, failure: Failure) -> PolicyError {
         PolicyError::Failed {
             policy: self.label.clone(),
-            failure,
+            failure: failure.shortened(self.sandbox.limits().text_bytes),
         }
     }
 }

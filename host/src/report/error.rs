@@ -88,9 +88,10 @@ pub(crate) const fn failure_kind(failure: &Failure) -> &'static str {
         Failure::NotAComponent { .. } | Failure::WrongWorld(_) => "not-a-policy",
         Failure::TooLarge { .. } => "too-large",
         Failure::TooMany { .. } => "too-many",
-        Failure::CompileTime { .. } | Failure::CompileMemory { .. } | Failure::Compiler { .. } => {
-            "compile"
-        }
+        Failure::CompileTime { .. }
+        | Failure::CompileMemory { .. }
+        | Failure::Compiled { .. }
+        | Failure::Compiler { .. } => "compile",
         Failure::OutOfFuel { .. } => "out-of-fuel",
         Failure::Deadline { .. } => "deadline",
         Failure::Memory { .. } => "memory",
@@ -103,7 +104,7 @@ pub(crate) const fn failure_kind(failure: &Failure) -> &'static str {
         Failure::Exit { .. } => "exit",
         Failure::Panic { .. } => "panic",
         Failure::Trap { .. } => "trap",
-        Failure::Host { .. } => "host",
+        Failure::Host { .. } | Failure::Cancelled => "host",
     }
 }
 

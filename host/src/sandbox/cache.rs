@@ -12,7 +12,10 @@ use sha2::{Digest, Sha256};
 use wasmtime::Engine;
 
 use super::code::Code;
-use super::private::{PrivateDirectory, PrivateError};
+use super::private::{Entry, PrivateDirectory, PrivateError};
+
+/// An entry is large that takes more than one part in so many of what a cache holds.
+const LARGE_PART: u64 = 4;
 
 /// Bytes of a key, and of a seal.
 const KEY: usize = 32;
@@ -20,7 +23,7 @@ const KEY_NAME: &str = "key";
 
 /// Names what an entry is made of. Another release keeps other entries.
 const KIND: &str = concat!(
-    "tightfit compiled component 1, release ",
+    "tightfit compiled component 2, release ",
     env!("CARGO_PKG_VERSION")
 );
 
@@ -100,10 +103,11 @@ impl Cache {
         EntryId(hash.0.finalize().into())
     }
 
-    /// The code of this id, if it is there and whole.
-    pub(super) fn find(&self, id: &EntryId) -> Option<Code> {
+    /// The code of this id, if it is there, whole, and of at most so many bytes.
+    pub(super) fn find(&self, id: &EntryId, most: u64) -> Option<Code> {
         let name = id.name();
-        let mut bytes = match self.directory.read(&name, self.most_bytes) {
+        let most = most.saturating_add(KEY as u64).min(self.most_bytes);
+        let mut bytes = match self.directory.read(&name, most) {
             Ok(found) => found?,
             Err(error) => {
                 tracing::warn!("compiled code is not used: {name}: {error}");
@@ -128,8 +132,14 @@ impl Cache {
         Some(code)
     }
 
-    /// Keeps code, which `Component::serialize` gave. That it cannot be kept harms nobody.
-    pub(super) fn keep(&self, id: &EntryId, code: &[u8]) {
+    /// Keeps code. That it cannot be kept harms nobody.
+    pub(super) fn keep(&self, id: &EntryId, code: &Code) {
+        let code = code.bytes();
+        let bytes = (code.len() as u64).saturating_add(KEY as u64);
+        if bytes > self.most_bytes {
+            tracing::debug!("compiled code is not kept: it takes {bytes} bytes");
+            return;
+        }
         let seal = self.seal(id, code).finalize().into_bytes();
         let kept = self
             .directory
@@ -147,15 +157,20 @@ impl Cache {
             .chain_update(code)
     }
 
+    /// Makes room: what was not used for longest goes. What is large only has the room that others
+    /// leave, so that one guest does not drive out those of everybody else.
     fn evict(&self) -> std::io::Result<()> {
         let mut entries = self.directory.entries()?;
         entries.retain(|entry| entry.name != KEY_NAME);
-        entries.sort_by_key(|entry| std::cmp::Reverse(entry.used));
+        let is_large = |entry: &Entry| entry.bytes > self.most_bytes / LARGE_PART;
+        entries.sort_by_key(|entry| (is_large(entry), std::cmp::Reverse(entry.used)));
         let mut held = 0u64;
         for entry in entries {
-            held = held.saturating_add(entry.bytes);
-            if held > self.most_bytes {
+            let with_it = held.saturating_add(entry.bytes);
+            if with_it > self.most_bytes {
                 self.directory.remove(&entry.name)?;
+            } else {
+                held = with_it;
             }
         }
         Ok(())
@@ -170,13 +185,21 @@ impl EntryId {
 
 /// The cache's key, made by whoever comes first.
 fn key(directory: &PrivateDirectory) -> Result<[u8; KEY], PrivateError> {
-    let read = || directory.read(KEY_NAME, KEY as u64);
+    // Others may have read it, or it is no file: for its owner to look at.
+    let told = |error| match error {
+        PrivateError::NotPrivate(problem) => PrivateError::NotPrivate(format!(
+            "{problem}: its file '{KEY_NAME}'; when that is removed, another is made"
+        )),
+        error => error,
+    };
+    let read = || directory.read_start(KEY_NAME, KEY as u64 + 1).map_err(told);
     let whole = |key: Vec<u8>| <[u8; KEY]>::try_from(key).ok();
     if let Some(found) = read()? {
         if let Some(key) = whole(found) {
             return Ok(key);
         }
-        // Cut short, as after a power failure. Nothing that it has sealed can be used.
+        // Cut short, as after a power failure, or added to. Nothing that it has sealed can be used.
+        tracing::warn!("the key of the compiled code that is kept is damaged: it is replaced");
         directory.remove(KEY_NAME)?;
     }
     let mut new = [0; KEY];

@@ -6,16 +6,18 @@
 
 use std::io::{self, Read, Write};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::mpsc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use wasmtime::{Engine, OutOfMemory};
 
 use super::code::Code;
-use super::{CompilerProgram, Failure, Limits, module, run};
+use super::run::{self, Reservation};
+use super::{CompilerProgram, Failure, Limits, module, space};
+use crate::load::CancelToken;
 
-/// What the child is told before the component: three numbers of 8 bytes, least significant first.
+/// What the child is told before the component: four numbers of 8 bytes, least significant first.
 struct Order {
     /// Bytes of address space.
     memory: u64,
@@ -23,11 +25,14 @@ struct Order {
     seconds: u64,
     /// Bytes of stack that guests have.
     stack: u64,
+    /// What their memories reserve: as a number, 1 where that is little.
+    reservation: Reservation,
 }
 
 impl Order {
     fn write(&self, output: &mut impl Write) -> io::Result<()> {
-        for number in [self.memory, self.seconds, self.stack] {
+        let little = u64::from(self.reservation == Reservation::Little);
+        for number in [self.memory, self.seconds, self.stack, little] {
             output.write_all(&number.to_le_bytes())?;
         }
         Ok(())
@@ -43,6 +48,10 @@ impl Order {
             memory: number()?,
             seconds: number()?,
             stack: number()?,
+            reservation: match number()? {
+                0 => Reservation::Whole,
+                _ => Reservation::Little,
+            },
         })
     }
 }
@@ -56,6 +65,12 @@ const OUT_OF_MEMORY: u8 = b'm';
 /// has no use for what may be secret.
 const ENVIRONMENT: [&str; 3] = ["LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SystemRoot"];
 
+/// Bytes that are read of why the child refuses.
+const REASON: u64 = 64 << 10;
+
+/// How often it is asked whether the user still wants the answer.
+const TURN: Duration = Duration::from_millis(20);
+
 /// Bytes that are read of what the child says as it dies.
 const LAST_WORDS: u64 = 64 << 10;
 
@@ -63,60 +78,117 @@ const LAST_WORDS: u64 = 64 << 10;
 ///
 /// # Errors
 /// [`Failure::NotAComponent`], [`Failure::CompileTime`], [`Failure::CompileMemory`],
-/// [`Failure::Compiler`]; [`Failure::Host`] when the child cannot be started.
+/// [`Failure::Compiled`], [`Failure::Compiler`], [`Failure::Cancelled`]; [`Failure::Host`] when the
+/// child cannot be started.
 pub(super) fn compile(
     program: &CompilerProgram,
     bytes: &[u8],
     limits: &Limits,
+    reservation: Reservation,
+    cancel: &CancelToken,
 ) -> Result<Code, Failure> {
     let order = Order {
         memory: limits.compile_memory,
         // The parent's clock is the limit. Should the parent be gone, this one ends the child.
         seconds: limits.compile_time.as_secs().saturating_add(1),
         stack: limits.stack as u64,
+        reservation,
     };
-    let ended = talk(program, &order, bytes, limits.compile_time).map_err(|error| {
+    let ended = talk(program, &order, bytes, limits, cancel).map_err(|error| {
         let program = program.program.display();
         Failure::host(format_args!(
             "the compiler {program} cannot be run: {error}"
         ))
     })?;
-    match answer(&ended.output) {
-        Some((COMPILED, code)) => {
+    match ended.answer {
+        Answer::Compiled(code) => {
             // SAFETY: the child is a program that the embedder chose; it answers with what
             // `compile_for_parent` made, and the answer is complete.
             #[allow(unsafe_code)]
-            let code = unsafe { Code::new(code.to_vec()) };
+            let code = unsafe { Code::new(code) };
             Ok(code)
         }
-        Some((REFUSED, reason)) => Err(Failure::NotAComponent {
-            reason: String::from_utf8_lossy(reason).into_owned(),
+        Answer::TooLong => Err(Failure::Compiled {
+            limit: limits.compiled,
         }),
-        Some((OUT_OF_MEMORY, _)) => Err(Failure::CompileMemory {
-            limit: limits.compile_memory,
+        Answer::Refused(reason) => Err(Failure::NotAComponent {
+            reason: String::from_utf8_lossy(&reason).into_owned(),
         }),
-        _ => Err(ended.failure(limits)),
+        Answer::OutOfMemory => Err(out_of_memory(limits)),
+        Answer::None => Err(ended.failure(limits)),
     }
 }
 
-/// What a complete answer says, and its contents.
-fn answer(output: &[u8]) -> Option<(u8, &[u8])> {
-    let (&kind, rest) = output.split_first()?;
-    let (length, contents) = rest.split_first_chunk()?;
-    (u64::from_le_bytes(*length) == contents.len() as u64).then_some((kind, contents))
+/// What is said where the child ran out of memory: it inherits what this process may use, where that
+/// is less.
+fn out_of_memory(limits: &Limits) -> Failure {
+    match space::limit() {
+        Some(most) if most < limits.compile_memory => space::failure("compiling it takes more"),
+        _ => Failure::CompileMemory {
+            limit: limits.compile_memory,
+        },
+    }
+}
+
+/// What the child says.
+#[derive(Debug)]
+enum Answer {
+    Compiled(Vec<u8>),
+    /// Compiled, to more than is read.
+    TooLong,
+    Refused(Vec<u8>),
+    OutOfMemory,
+    /// Nothing, or nothing whole.
+    None,
+}
+
+impl Answer {
+    /// Reads an answer, and no more of it than is allowed.
+    fn read(input: &mut impl Read, limits: &Limits) -> io::Result<Answer> {
+        let mut head = Vec::with_capacity(9);
+        input.take(9).read_to_end(&mut head)?;
+        let Some((&kind, length)) = head.split_first() else {
+            return Ok(Answer::None);
+        };
+        let Ok(length) = <[u8; 8]>::try_from(length).map(u64::from_le_bytes) else {
+            return Ok(Answer::None);
+        };
+        let limit = match kind {
+            COMPILED if length > limits.compiled => return Ok(Answer::TooLong),
+            COMPILED => length,
+            OUT_OF_MEMORY => return Ok(Answer::OutOfMemory),
+            REFUSED => length.min(REASON),
+            _ => return Ok(Answer::None),
+        };
+        // Memory is taken as the bytes come.
+        let mut contents = Vec::new();
+        input.take(limit).read_to_end(&mut contents)?;
+        if contents.len() as u64 != limit {
+            return Ok(Answer::None);
+        }
+        contents.shrink_to_fit();
+        Ok(match kind {
+            COMPILED => Answer::Compiled(contents),
+            _ => Answer::Refused(contents),
+        })
+    }
 }
 
 /// How a child ended.
 struct Ended {
-    output: Vec<u8>,
+    answer: Answer,
     last_words: String,
     status: ExitStatus,
     timed_out: bool,
+    cancelled: bool,
 }
 
 impl Ended {
     /// Why there is no answer.
     fn failure(&self, limits: &Limits) -> Failure {
+        if self.cancelled {
+            return Failure::Cancelled;
+        }
         if self.timed_out {
             return Failure::CompileTime {
                 seconds: limits.compile_time.as_secs_f64(),
@@ -124,9 +196,7 @@ impl Ended {
         }
         // What the standard library says as it gives up.
         if self.last_words.contains("memory allocation of ") {
-            return Failure::CompileMemory {
-                limit: limits.compile_memory,
-            };
+            return out_of_memory(limits);
         }
         let last = self.last_words.lines().map(str::trim);
         let mut last = last.filter(|line| !line.is_empty() && !line.starts_with("note: "));
@@ -160,8 +230,10 @@ fn talk(
     program: &CompilerProgram,
     order: &Order,
     bytes: &[u8],
-    patience: Duration,
+    limits: &Limits,
+    cancel: &CancelToken,
 ) -> io::Result<Ended> {
+    let due = Instant::now().checked_add(limits.compile_time);
     let mut command = Command::new(&program.program);
     command.args(&program.arguments).env_clear();
     command.envs(
@@ -200,18 +272,27 @@ fn talk(
         })?;
         let (sender, answers) = mpsc::sync_channel(1);
         named("out").spawn_scoped(scope, move || {
-            let mut answer = Vec::new();
-            let read = output.read_to_end(&mut answer);
             // The parent may have stopped waiting.
-            let _ = sender.send(read.map(|_| answer));
+            let _ = sender.send(Answer::read(&mut output, limits));
         })?;
-        let answer = answers.recv_timeout(patience);
+        let (mut cancelled, mut timed_out) = (false, false);
+        let answer = loop {
+            let left = due.map_or(TURN, |due| due.saturating_duration_since(Instant::now()));
+            match answers.recv_timeout(left.min(TURN)) {
+                Ok(answer) => break answer,
+                Err(RecvTimeoutError::Timeout) if cancel.is_cancelled() => cancelled = true,
+                Err(RecvTimeoutError::Timeout) if left > TURN => continue,
+                Err(_) => timed_out = true,
+            }
+            break Ok(Answer::None);
+        };
         let status = kept.end()?;
         Ok(Ended {
-            timed_out: answer.is_err(),
-            output: answer.unwrap_or_else(|_| Ok(Vec::new()))?,
+            answer: answer?,
             last_words: last_words.join().unwrap_or_default(),
             status,
+            timed_out,
+            cancelled,
         })
     })
 }
@@ -228,7 +309,7 @@ pub fn compile_for_parent(mut input: impl Read, mut output: impl Write) -> io::R
     limit_process(&order)?;
     let mut bytes = Vec::new();
     let (kind, contents) = match input.read_to_end(&mut bytes) {
-        Ok(_) => match compiled(&bytes, order.stack) {
+        Ok(_) => match compiled(&bytes, &order) {
             Ok(code) => (COMPILED, code),
             Err(answer) => answer,
         },
@@ -242,11 +323,11 @@ pub fn compile_for_parent(mut input: impl Read, mut output: impl Write) -> io::R
 }
 
 /// Code, or another answer.
-fn compiled(bytes: &[u8], stack: u64) -> Result<Vec<u8>, (u8, Vec<u8>)> {
+fn compiled(bytes: &[u8], order: &Order) -> Result<Vec<u8>, (u8, Vec<u8>)> {
     let refused = |reason: String| (REFUSED, reason.into_bytes());
     let component = module::component(bytes).map_err(refused)?;
-    let stack = usize::try_from(stack).unwrap_or(usize::MAX);
-    Engine::new(&run::config(stack))
+    let stack = usize::try_from(order.stack).unwrap_or(usize::MAX);
+    Engine::new(&run::config(stack, order.reservation))
         .and_then(|engine| engine.precompile_component(&component))
         .map_err(|error| match error.is::<OutOfMemory>() {
             true => (OUT_OF_MEMORY, Vec::new()),

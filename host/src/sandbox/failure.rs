@@ -1,6 +1,8 @@
 //! Every way in which a guest can fail.
 
 use super::Mismatch;
+#[cfg(feature = "wasm-policies")]
+use crate::text::truncate;
 use crate::types::Bytes;
 
 /// How a guest failed: its own fault, not the user's and not the model's.
@@ -32,7 +34,7 @@ pub enum Failure {
     /// It has more of something than allowed.
     #[error("it has more than {limit} {what} (limit `{what}`)")]
     TooMany {
-        /// Of what: `memories`, `tables`, `instances` or `settings`.
+        /// Of what: `memories`, `tables`, `instances`, `modules`, `imports` or `settings`.
         what: &'static str,
         /// How many are allowed.
         limit: usize,
@@ -49,6 +51,15 @@ pub enum Failure {
         /// Bytes allowed.
         limit: u64,
     },
+    /// What it is compiled to is larger than the host loads.
+    #[error("compiled, it takes more than {} (limit `compiled`)", Bytes(*limit))]
+    Compiled {
+        /// Bytes allowed.
+        limit: u64,
+    },
+    /// Compiling it was given up because the user asked to stop.
+    #[error("compiling it was cancelled")]
+    Cancelled,
     /// The compiler came to grief over it.
     #[error("the compiler failed: {message}")]
     Compiler {
@@ -149,6 +160,7 @@ impl Failure {
             Failure::TooMany { what, .. } => Some(what),
             Failure::CompileTime { .. } => Some("compile-time"),
             Failure::CompileMemory { .. } => Some("compile-memory"),
+            Failure::Compiled { .. } => Some("compiled"),
             Failure::OutOfFuel { .. } => Some("fuel"),
             Failure::Deadline { .. } => Some("deadline"),
             Failure::Memory { .. } => Some("memory"),
@@ -159,6 +171,7 @@ impl Failure {
             Failure::NotAComponent { .. }
             | Failure::WrongWorld(_)
             | Failure::Compiler { .. }
+            | Failure::Cancelled
             | Failure::StackOverflow
             | Failure::EmptyWasi { .. }
             | Failure::Exit { .. }
@@ -166,6 +179,39 @@ impl Failure {
             | Failure::Trap { .. }
             | Failure::Host { .. } => None,
         }
+    }
+
+    /// The same with at most `limit` bytes of each of the guest's texts. Every failure comes
+    /// through here before anybody is told of it.
+    #[cfg(feature = "wasm-policies")]
+    pub(crate) fn shortened(mut self, limit: usize) -> Failure {
+        match &mut self {
+            Failure::NotAComponent { reason: text }
+            | Failure::Compiler { message: text }
+            | Failure::EmptyWasi { function: text }
+            | Failure::Panic { message: text }
+            | Failure::Trap { message: text }
+            | Failure::Host { message: text } => truncate(text, limit),
+            Failure::WrongWorld(mismatch) => {
+                mismatch.texts().for_each(|text| truncate(text, limit));
+            }
+            Failure::TooLarge { .. }
+            | Failure::TooMany { .. }
+            | Failure::CompileTime { .. }
+            | Failure::CompileMemory { .. }
+            | Failure::Compiled { .. }
+            | Failure::Cancelled
+            | Failure::OutOfFuel { .. }
+            | Failure::Deadline { .. }
+            | Failure::Memory { .. }
+            | Failure::Tables { .. }
+            | Failure::HostCall { .. }
+            | Failure::Handles { .. }
+            | Failure::Resources { .. }
+            | Failure::StackOverflow
+            | Failure::Exit { .. } => {}
+        }
+        self
     }
 
     /// Of an error that is not about the guest.

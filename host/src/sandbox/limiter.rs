@@ -2,7 +2,7 @@
 
 use wasmtime::ResourceLimiter;
 
-use super::{Failure, Limits};
+use super::{Failure, Limits, space};
 
 /// Sums all memories and all tables of a store: wasmtime's own limits are for each of them. What
 /// would grow past its own maximum does not grow, and is not counted.
@@ -48,6 +48,15 @@ impl ResourceLimiter for Limiter {
         }
         self.memory = need;
         Ok(true)
+    }
+
+    /// It was allowed to grow and could not: for want of this process's memory, which is not for the
+    /// guest to make out.
+    fn memory_grow_failed(&mut self, error: wasmtime::Error) -> wasmtime::Result<()> {
+        match space::is_short(&error) {
+            true => Err(space::failure(format_args!("{error:#}")).into()),
+            false => Ok(()),
+        }
     }
 
     fn table_growing(

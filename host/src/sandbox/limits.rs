@@ -24,18 +24,24 @@ pub struct Limits {
     pub tables: usize,
     /// How many core instances it may be made of: Rust takes 5, Python up to 108.
     pub instances: usize,
+    /// How many core modules it may hold, instantiated or not.
+    pub modules: usize,
+    /// How many interfaces it may import.
+    pub imports: usize,
     /// Bytes of stack.
     pub stack: usize,
-    /// Bytes that one call between guest and host may carry to the host.
+    /// Bytes that one call between guest and host may carry to the host, as the host holds them. At
+    /// its peak the call takes at most three times as much of the host's memory.
     pub host_call_bytes: usize,
     /// Handles that it may hold at the same time.
     pub handles: usize,
     /// Resources that the host may keep for it at the same time.
     pub resources: usize,
-    /// Bytes of messages that are passed on for one call; what comes after is dropped.
+    /// Bytes of messages that are passed on for one call, as they are shown: escaped, and
+    /// [`MESSAGE_BYTES`](crate::wit::MESSAGE_BYTES) more for each. What comes after is dropped.
     pub log_bytes: usize,
-    /// Bytes that are kept of one text to be shown: a message, a description, a refusal. What is
-    /// longer is cut.
+    /// Bytes that are kept of one text of the guest that is shown: a message, a description, a
+    /// refusal, the name of an import, what the compiler or a trap says of it. What is longer is cut.
     pub text_bytes: usize,
     /// How many settings it may describe.
     pub settings: usize,
@@ -48,6 +54,8 @@ pub struct Limits {
     /// Bytes of address space for compiling it, where that is done by
     /// [`Compiler::Child`](super::Compiler::Child).
     pub compile_memory: u64,
+    /// Bytes of what it is compiled to: for Python and JavaScript about 32 MB.
+    pub compiled: u64,
 }
 
 impl Default for Limits {
@@ -61,6 +69,8 @@ impl Default for Limits {
             table_elements: 100_000,
             tables: 256,
             instances: 256,
+            modules: 256,
+            imports: 256,
             stack: 512 << 10,
             host_call_bytes: 32 << 20,
             handles: 10_000,
@@ -72,6 +82,7 @@ impl Default for Limits {
             function: 512 << 10,
             compile_time: Duration::from_secs(60),
             compile_memory: 2 << 30,
+            compiled: 64 << 20,
         }
     }
 }
@@ -109,7 +120,7 @@ impl Limits {
     }
 
     /// What [`Limits::set`] can set. Not the stack: how much there is of it depends on the thread.
-    pub const NAMES: [&str; 18] = [
+    pub const NAMES: [&str; 21] = [
         "fuel",
         "fuel-per-tensor",
         "deadline",
@@ -118,6 +129,8 @@ impl Limits {
         "table-elements",
         "tables",
         "instances",
+        "modules",
+        "imports",
         "host-call-bytes",
         "handles",
         "resources",
@@ -128,6 +141,7 @@ impl Limits {
         "function",
         "compile-time",
         "compile-memory",
+        "compiled",
     ];
 
     /// Sets one limit, given as people write it: units of fuel, elements and other counts as whole
@@ -168,6 +182,8 @@ impl Limits {
             "table-elements" => self.table_elements = count()?,
             "tables" => self.tables = size(count()?),
             "instances" => self.instances = size(count()?),
+            "modules" => self.modules = size(count()?),
+            "imports" => self.imports = size(count()?),
             "host-call-bytes" => self.host_call_bytes = size(bytes()?),
             "handles" => self.handles = size(count()?),
             "resources" => self.resources = size(count()?),
@@ -178,6 +194,7 @@ impl Limits {
             "function" => self.function = bytes()?,
             "compile-time" => self.compile_time = seconds()?,
             "compile-memory" => self.compile_memory = bytes()?,
+            "compiled" => self.compiled = bytes()?,
             _ => {
                 return Err(BadLimit::Unknown {
                     name: name.to_owned(),

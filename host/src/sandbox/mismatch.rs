@@ -62,6 +62,22 @@ pub enum Mismatch {
     },
 }
 
+#[cfg(feature = "wasm-policies")]
+impl Mismatch {
+    /// Everything in it that the guest may have written.
+    pub(super) fn texts(&mut self) -> impl Iterator<Item = &mut String> {
+        let (one, other) = match self {
+            Mismatch::Import { import } | Mismatch::Wasi { import } => (import, None),
+            Mismatch::ImportVersion { import, have, .. } => (import, Some(have)),
+            Mismatch::ImportType { import, reason } => (import, Some(reason)),
+            Mismatch::Export { export } => (export, None),
+            Mismatch::ExportVersion { export, want, .. } => (export, Some(want)),
+            Mismatch::ExportType { export, reason } => (export, Some(reason)),
+        };
+        [Some(one), other].into_iter().flatten()
+    }
+}
+
 fn older_or_newer(newer: bool) -> &'static str {
     match newer {
         true => "it is for a newer release",

@@ -35,6 +35,8 @@ mod module;
 #[cfg(feature = "wasm-policies")]
 mod options;
 #[cfg(feature = "wasm-policies")]
+mod parts;
+#[cfg(feature = "wasm-policies")]
 mod precheck;
 #[cfg(feature = "wasm-policies")]
 #[cfg_attr(not(unix), path = "private_nowhere.rs")]
@@ -42,7 +44,11 @@ mod private;
 #[cfg(feature = "wasm-policies")]
 mod run;
 #[cfg(feature = "wasm-policies")]
+mod space;
+#[cfg(feature = "wasm-policies")]
 mod wasi;
+#[cfg(feature = "wasm-policies")]
+mod wasi_types;
 #[cfg(feature = "wasm-policies")]
 mod world;
 

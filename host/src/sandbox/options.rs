@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::{Cache, Limits};
+use crate::load::CancelToken;
 
 /// How guests are compiled and run.
 #[derive(Debug, Clone, Default)]
@@ -17,6 +18,8 @@ pub struct Options {
     pub cache: Option<Arc<Cache>>,
     /// What a guest that asks for WASI is given.
     pub wasi: Wasi,
+    /// Ends compiling in a child when it is used. What a guest does is ended by the limits.
+    pub cancel: CancelToken,
 }
 
 impl From<Limits> for Options {

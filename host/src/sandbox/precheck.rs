@@ -1,5 +1,7 @@
 //! What is checked of a guest's bytes before anything is compiled: one pass over its sections.
 
+use std::collections::BTreeSet;
+
 use wasmparser::{BinaryReaderError, Parser, Payload};
 
 use super::instances::Counter;
@@ -9,8 +11,8 @@ use super::{Failure, Limits, Wasi};
 /// Checks sizes, counts, and what is imported and exported.
 ///
 /// # Errors
-/// [`Failure::NotAComponent`], [`Failure::TooLarge`], [`Failure::TooMany`],
-/// [`Failure::WrongWorld`].
+/// [`Failure::NotAComponent`], [`Failure::TooLarge`], [`Failure::TooMany`], [`Failure::Tables`],
+/// [`Failure::Memory`], [`Failure::WrongWorld`].
 pub(super) fn check(
     bytes: &[u8],
     world: &World,
@@ -27,10 +29,12 @@ pub(super) fn check(
         return Err(not_a_component("an unknown version of WebAssembly"));
     }
     let mut exports = Vec::new();
+    let mut imports = BTreeSet::new();
     let mut instances = Counter::default();
     for payload in Parser::new(0).parse_all(bytes) {
         let payload = payload.map_err(damaged)?;
         instances.read(&payload).map_err(damaged)?;
+        check_count("modules", instances.modules(), limits.modules)?;
         match &payload {
             Payload::CodeSectionEntry(body) => {
                 let range = body.range();
@@ -43,6 +47,8 @@ pub(super) fn check(
                     world
                         .check_import(name, wasi)
                         .map_err(Failure::WrongWorld)?;
+                    imports.insert(name);
+                    check_count("imports", imports.len() as u64, limits.imports)?;
                 }
             }
             Payload::ComponentExportSection(section) if instances.depth() == 1 => {
@@ -60,6 +66,8 @@ pub(super) fn check(
                         world
                             .check_import(name, wasi)
                             .map_err(Failure::WrongWorld)?;
+                        imports.insert(name);
+                        check_count("imports", imports.len() as u64, limits.imports)?;
                     }
                 }
             }
@@ -73,18 +81,19 @@ pub(super) fn check(
             _ => {}
         }
     }
-    let limit = limits.instances;
-    match instances.count() {
-        Some(count) if count > limit as u64 => {
-            let what = "instances";
-            return Err(Failure::TooMany { what, limit });
-        }
-        Some(_) => {}
-        None => {
-            return Err(not_a_component(
-                "it instantiates components that it is given, which this host does not link",
-            ));
-        }
+    let Some(sum) = instances.sum() else {
+        return Err(not_a_component(
+            "it instantiates components that it is given, or modules, which this host does not link",
+        ));
+    };
+    check_count("instances", sum.instances, limits.instances)?;
+    let (need, limit) = (instances.laid_out(), limits.table_elements);
+    if need > limit {
+        return Err(Failure::Tables { need, limit });
+    }
+    let (need, limit) = (sum.bytes, limits.memory);
+    if need > limit {
+        return Err(Failure::Memory { need, limit });
     }
     if Parser::is_component(bytes) {
         world
@@ -108,6 +117,13 @@ fn not_a_component(reason: &str) -> Failure {
 
 fn damaged(error: BinaryReaderError) -> Failure {
     not_a_component(&format!("damaged: {error}"))
+}
+
+fn check_count(what: &'static str, have: u64, limit: usize) -> Result<(), Failure> {
+    if have > limit as u64 {
+        return Err(Failure::TooMany { what, limit });
+    }
+    Ok(())
 }
 
 fn check_size(what: &'static str, have: u64, limit: u64) -> Result<(), Failure> {

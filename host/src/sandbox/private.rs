@@ -83,6 +83,37 @@ impl PrivateDirectory {
     /// # Errors
     /// When it is another user's, others may do something with it, or it is longer.
     pub(super) fn read(&self, name: &str, limit: u64) -> Result<Option<Vec<u8>>, PrivateError> {
+        let Some((file, length)) = self.open_file(name)? else {
+            return Ok(None);
+        };
+        if length > limit {
+            let problem = format!("it takes {length} bytes, at most {limit} are read");
+            return Err(PrivateError::NotPrivate(problem));
+        }
+        let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
+        file.take(limit).read_to_end(&mut bytes)?;
+        Ok(Some(bytes))
+    }
+
+    /// The first bytes of a file, at most `limit` of them. `None` where there is none.
+    ///
+    /// # Errors
+    /// When it is another user's, or others may do something with it.
+    pub(super) fn read_start(
+        &self,
+        name: &str,
+        limit: u64,
+    ) -> Result<Option<Vec<u8>>, PrivateError> {
+        let Some((file, _)) = self.open_file(name)? else {
+            return Ok(None);
+        };
+        let mut bytes = Vec::new();
+        file.take(limit).read_to_end(&mut bytes)?;
+        Ok(Some(bytes))
+    }
+
+    /// A file that is this user's alone, and its length.
+    fn open_file(&self, name: &str) -> Result<Option<(File, u64)>, PrivateError> {
         // Not blocking, should it be a pipe.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = match openat(&self.directory, name, flags, Mode::empty()) {
@@ -92,13 +123,7 @@ impl PrivateDirectory {
         let stat = fstat(&file)?;
         check(&stat, FileType::RegularFile)?;
         let length = u64::try_from(stat.st_size).unwrap_or(u64::MAX);
-        if length > limit {
-            let problem = format!("it takes {length} bytes, at most {limit} are read");
-            return Err(PrivateError::NotPrivate(problem));
-        }
-        let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
-        file.take(limit).read_to_end(&mut bytes)?;
-        Ok(Some(bytes))
+        Ok(Some((file, length)))
     }
 
     /// Writes a file that appears when it is complete. Where there is one of this name already, it

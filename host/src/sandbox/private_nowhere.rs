@@ -33,6 +33,10 @@ impl PrivateDirectory {
         match self.0 {}
     }
 
+    pub(super) fn read_start(&self, _: &str, _: u64) -> Result<Option<Vec<u8>>, PrivateError> {
+        match self.0 {}
+    }
+
     pub(super) fn write(&self, _: &str, _: &[&[u8]], _: bool) -> io::Result<()> {
         match self.0 {}
     }

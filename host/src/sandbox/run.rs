@@ -5,19 +5,35 @@ use std::borrow::Cow;
 use wasmtime::component::{Component, InstancePre, Linker, ResourceTableError};
 use wasmtime::{Config, Engine, Store, Trap};
 
+use super::code::Code;
 use super::limiter::Limiter;
 use super::wasi::EmptyWasi;
 use super::world::World;
 use super::{
-    Cache, Compiler, Failure, Limits, Mismatch, Options, Wasi, alarm, child, module, precheck, wasi,
+    Cache, Compiler, Failure, Limits, Mismatch, Options, Wasi, alarm, child, module, precheck,
+    space, wasi,
 };
+use crate::wit::messages::Messages;
 use crate::wit::{Context, View};
 
 /// Where guests run: an engine, and the options that hold for each of them.
 pub(crate) struct Sandbox {
     engine: Engine,
     options: Options,
+    reservation: Reservation,
 }
+
+/// Address space that a guest's memory reserves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reservation {
+    /// All that it could ever address, 4 GiB: then no access needs to be checked.
+    Whole,
+    /// What it takes and a little to grow into: where this process's address space is limited.
+    Little,
+}
+
+/// Bytes of address space for [`Reservation::Little`], to begin with and whenever it is used up.
+const LITTLE: u64 = 8 << 20;
 
 /// What belongs to one guest: all that a store holds, gone with it.
 pub(crate) struct State<T> {
@@ -68,8 +84,17 @@ impl Sandbox {
     /// [`Failure::Host`] where this machine cannot run wasm, or not with this stack.
     pub(crate) fn new(options: impl Into<Options>) -> Result<Sandbox, Failure> {
         let options = options.into();
-        let engine = Engine::new(&config(options.limits.stack)).map_err(Failure::host)?;
-        Ok(Sandbox { engine, options })
+        let reservation = match space::limit() {
+            None => Reservation::Whole,
+            Some(_) => Reservation::Little,
+        };
+        let config = config(options.limits.stack, reservation);
+        let engine = Engine::new(&config).map_err(Failure::host)?;
+        Ok(Sandbox {
+            engine,
+            options,
+            reservation,
+        })
     }
 
     pub(crate) fn engine(&self) -> &Engine {
@@ -86,35 +111,43 @@ impl Sandbox {
     /// # Errors
     /// [`Failure::NotAComponent`], [`Failure::WrongWorld`], the limits on sizes and on compiling.
     pub(crate) fn compile(&self, bytes: &[u8], world: &World) -> Result<Component, Failure> {
-        let bytes = checked(bytes, world, self.options.wasi, &self.options.limits)?;
+        let limits = &self.options.limits;
+        let bytes = checked(bytes, world, self.options.wasi, limits)?;
         let Some(cache) = &self.options.cache else {
-            return self.compile_anew(&bytes);
+            return self.load(&self.compile_anew(&bytes)?);
         };
         let id = Cache::id(&self.engine, &bytes);
-        if let Some(code) = cache.find(&id) {
+        if let Some(code) = cache.find(&id, limits.compiled) {
             match code.load(&self.engine) {
                 Ok(component) => return Ok(component),
                 Err(error) => tracing::warn!("compiled code is not used: {error:#}"),
             }
         }
-        let component = self.compile_anew(&bytes)?;
-        cache.keep(&id, &component.serialize().map_err(Failure::host)?);
+        let code = self.compile_anew(&bytes)?;
+        let component = self.load(&code)?;
+        cache.keep(&id, &code);
         Ok(component)
     }
 
-    fn compile_anew(&self, bytes: &[u8]) -> Result<Component, Failure> {
-        match &self.options.compiler {
+    /// Code that has been checked.
+    fn compile_anew(&self, bytes: &[u8]) -> Result<Code, Failure> {
+        let Options { limits, cancel, .. } = &self.options;
+        let code = match &self.options.compiler {
             Compiler::InProcess => module::component(bytes)
                 .and_then(|bytes| {
-                    let compiled = Component::from_binary(&self.engine, &bytes);
-                    compiled.map_err(|error| format!("{error:#}"))
+                    Code::compile(&self.engine, &bytes).map_err(|error| format!("{error:#}"))
                 })
                 .map_err(|reason| Failure::NotAComponent { reason }),
             Compiler::Child(program) => {
-                let code = child::compile(program, bytes, &self.options.limits)?;
-                code.load(&self.engine).map_err(Failure::host)
+                child::compile(program, bytes, limits, self.reservation, cancel)
             }
-        }
+        }?;
+        code.check(bytes.len(), limits)?;
+        Ok(code)
+    }
+
+    fn load(&self, code: &Code) -> Result<Component, Failure> {
+        code.load(&self.engine).map_err(host_failure)
     }
 
     /// Finds all that the component imports: what the linker has and, where it is asked for, an
@@ -128,9 +161,12 @@ impl Sandbox {
         component: &Component,
     ) -> Result<InstancePre<State<T>>, Failure> {
         if self.options.wasi == Wasi::Empty {
-            wasi::add_to_linker(linker, component).map_err(Failure::host)?;
+            wasi::add_to_linker(linker, component)?;
         }
         linker.instantiate_pre(component).map_err(|error| {
+            if space::is_short(&error) {
+                return host_failure(error);
+            }
             let reason = format!("{error:#}");
             // The interfaces are there, so it is about something in one of them.
             let ty = component.component_type();
@@ -148,17 +184,32 @@ impl Sandbox {
     /// Has `call` instantiate a guest and ask it, within the limits and this much fuel. Gives its
     /// result and the fuel it took. The store is gone when this returns.
     ///
+    /// What the guest logs is handed on after the call or, with `live`, by another thread in the
+    /// meantime too: the guest never waits for whoever reads it.
+    ///
     /// # Errors
     /// How the guest failed.
     pub(crate) fn run<T: 'static, R>(
         &self,
         own: T,
         fuel: u64,
+        live: bool,
+        call: impl FnOnce(&mut Store<State<T>>) -> wasmtime::Result<R>,
+    ) -> Result<(R, u64), Failure> {
+        let messages = Messages::default();
+        messages.emit_around(live, || self.run_with(&messages, own, fuel, call))
+    }
+
+    fn run_with<T: 'static, R>(
+        &self,
+        messages: &Messages,
+        own: T,
+        fuel: u64,
         call: impl FnOnce(&mut Store<State<T>>) -> wasmtime::Result<R>,
     ) -> Result<(R, u64), Failure> {
         let limits = &self.options.limits;
         let state = State {
-            context: Context::with_limits(limits.log_bytes, limits.text_bytes),
+            context: Context::keeping(messages.clone(), limits.log_bytes, limits.text_bytes),
             wasi: EmptyWasi::default(),
             limiter: Limiter::new(limits),
             own,
@@ -206,8 +257,21 @@ fn failure<T>(error: wasmtime::Error, fuel: u64, limits: &Limits, state: &State<
         }
         None => {}
     }
+    let short = space::is_short(&error);
     let message = format!("{error:#}");
-    limit_in(&message, limits).unwrap_or(Failure::Trap { message })
+    match limit_in(&message, limits) {
+        Some(failure) => failure,
+        None if short => space::failure(message),
+        None => Failure::Trap { message },
+    }
+}
+
+/// Of an error that is not about the guest.
+fn host_failure(error: wasmtime::Error) -> Failure {
+    match space::is_short(&error) {
+        true => space::failure(format_args!("{error:#}")),
+        false => Failure::host(error),
+    }
 }
 
 /// The limit of which wasmtime says only in words that it was exceeded.
@@ -242,8 +306,8 @@ fn limit_in(message: &str, limits: &Limits) -> Option<Failure> {
 }
 
 /// Deterministic, and with nothing on that guests do not need. What it compiles to is the same in
-/// every process.
-pub(super) fn config(stack: usize) -> Config {
+/// every process; what a memory reserves changes neither answers nor fuel.
+pub(super) fn config(stack: usize, reservation: Reservation) -> Config {
     let mut config = Config::new();
     config
         .wasm_component_model(true)
@@ -255,7 +319,17 @@ pub(super) fn config(stack: usize) -> Config {
         .wasm_relaxed_simd(false)
         .wasm_gc(false)
         .wasm_backtrace_max_frames(None)
+        // A memory's image takes at most twice the data that it is made of; by default a byte at each
+        // end makes 16 MiB, whether the module is instantiated or not.
+        .memory_guaranteed_dense_image_size(0)
         // Halves what a call between guest and host takes; nothing here is asynchronous.
         .concurrency_support(false);
+    if reservation == Reservation::Little {
+        config
+            .memory_reservation(LITTLE)
+            .memory_reservation_for_growth(LITTLE)
+            .memory_guard_size(64 << 10)
+            .guard_before_linear_memory(false);
+    }
     config
 }

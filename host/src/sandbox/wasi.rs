@@ -1,15 +1,16 @@
 //! A WASI with nothing in it, for components whose language runtime asks for one.
 //!
-//! What a component imports of it is made as the component describes it, so it fits every 0.2.x.
-//! Calls that a runtime makes as it starts and ends are answered; any other call ends the guest with
-//! [`Failure::EmptyWasi`], which names it.
+//! What a component imports of it is made as the component names it, so it fits every 0.2.x; it has to
+//! be of the type that WASI declares. Calls that a runtime makes as it starts and ends are answered;
+//! any other call ends the guest with [`Failure::EmptyWasi`], which names it.
 
 use wasmtime::component::types::ComponentItem;
 use wasmtime::component::{Component, Linker, Resource, ResourceType, Val};
 use wasmtime::{StoreContextMut, bail, format_err};
 
-use super::Failure;
 use super::run::State;
+use super::wasi_types::{Declared, Resources, WASI};
+use super::{Failure, Mismatch};
 use crate::wit::bindings::tightfit::host::log::{Host as _, Level};
 
 /// What an empty WASI remembers of one guest.
@@ -71,29 +72,52 @@ const MOST_RANDOM: u64 = 64 << 10;
 /// Adds what the component imports of WASI.
 ///
 /// # Errors
-/// When the linker has some of it already.
+/// [`Failure::WrongWorld`] where it imports a function that WASI does not have, or not of this type.
 pub(super) fn add_to_linker<T: Send + 'static>(
     linker: &mut Linker<State<T>>,
     component: &Component,
-) -> wasmtime::Result<()> {
+) -> Result<(), Failure> {
     let engine = linker.engine().clone();
     let ty = component.component_type();
-    for (interface, import) in ty.imports(&engine) {
-        let ComponentItem::ComponentInstance(import) = import.ty else {
-            continue;
-        };
-        if !interface.starts_with("wasi:") {
-            continue;
-        }
-        let mut instance = linker.instance(interface)?;
+    let instances: Vec<_> = ty
+        .imports(&engine)
+        .filter_map(|(interface, import)| match import.ty {
+            ComponentItem::ComponentInstance(import) if interface.starts_with("wasi:") => {
+                Some((interface, import))
+            }
+            _ => None,
+        })
+        .collect();
+    let mut resources = Resources::new();
+    for (interface, import) in &instances {
         for (name, export) in import.exports(&engine) {
-            match export.ty {
+            if let ComponentItem::Resource(resource) = export.ty {
+                resources.push((resource, full_name(interface, name)));
+            }
+        }
+    }
+    for (interface, import) in &instances {
+        let mut instance = linker.instance(interface).map_err(Failure::host)?;
+        for (name, export) in import.exports(&engine) {
+            let added = match export.ty {
                 ComponentItem::Resource(_) => {
-                    instance.resource(name, ResourceType::host::<Nothing>(), |_, _| Ok(()))?;
+                    instance.resource(name, ResourceType::host::<Nothing>(), |_, _| Ok(()))
                 }
-                ComponentItem::ComponentFunc(_) => {
-                    let plain = interface.split('@').next().unwrap_or(interface);
-                    let function = format!("{plain}#{name}");
+                ComponentItem::ComponentFunc(declared) => {
+                    let function = full_name(interface, name);
+                    let mismatch = match WASI.check(&function, &declared, &resources) {
+                        Declared::Well => None,
+                        Declared::Otherwise => Some(Mismatch::ImportType {
+                            import: (*interface).to_owned(),
+                            reason: format!("WASI 0.2 declares its function {name} otherwise"),
+                        }),
+                        Declared::Unknown => Some(Mismatch::Import {
+                            import: format!("{interface}#{name}"),
+                        }),
+                    };
+                    if let Some(mismatch) = mismatch {
+                        return Err(Failure::WrongWorld(mismatch));
+                    }
                     instance.func_new(name, move |store, _, parameters, results| {
                         let result = answer(store, &function, parameters)?;
                         match (results, result) {
@@ -102,16 +126,22 @@ pub(super) fn add_to_linker<T: Send + 'static>(
                                 *slot = value;
                                 Ok(())
                             }
-                            // Whether the value is of the right type is checked by wasmtime.
-                            _ => bail!("{function} is not declared as it is in WASI 0.2"),
+                            _ => Err(undeclared(&function)),
                         }
-                    })?;
+                    })
                 }
-                _ => {}
-            }
+                _ => Ok(()),
+            };
+            added.map_err(Failure::host)?;
         }
     }
     Ok(())
+}
+
+/// A name without the version: `wasi:io/poll#pollable`.
+fn full_name(interface: &str, name: &str) -> String {
+    let plain = interface.split('@').next().unwrap_or(interface);
+    format!("{plain}#{name}")
 }
 
 /// What a call gives.

@@ -71,11 +71,12 @@ pub(crate) fn wit_format(format: Format) -> types::Format {
 mod policy {
     use super::super::bindings::exports::tightfit::host::planner;
     use super::super::bindings::tightfit::host::types;
-    use super::super::truncate;
     use super::{placement, wit_dtype, wit_format, wit_quant_type};
     use crate::checkpoint::{TensorInfo, Tie};
     use crate::device::{DeviceInfo, DeviceKind};
     use crate::policy::{Description, Proposal, Refusal, RefusalReason, Request, Setting};
+    // To be shown to people, who are not to be flooded by them.
+    use crate::text::truncated as text;
 
     /// Tensor counts are bounded by the checkpoint reader, far below 2^32.
     pub(crate) fn index(index: usize) -> u32 {
@@ -139,12 +140,6 @@ mod policy {
                 available: failure.available,
             }),
         }
-    }
-
-    /// A text to be shown to people, who are not to be flooded by it.
-    fn text(mut given: String, limit: usize) -> String {
-        truncate(&mut given, limit);
-        given
     }
 
     /// Of each text at most `limit` bytes are kept.

@@ -9,13 +9,15 @@
 //! [`add_to_linker`], and with the feature `wit-async` a [`Planner`] can be awaited.
 //!
 //! No engine is made and no guest is called here; the runner in [`crate::policy`] is one user of
-//! this module and another application's linker can be the next. Host functions never block.
+//! this module and another application's linker can be the next. Host functions never block; what a
+//! guest logs goes to `tracing` as it comes, so that a subscriber that blocks makes the guest wait.
 //!
 //! Drivers, which load models and use devices' memory, import more: see [`driver`].
 
 pub mod bindings;
 pub(crate) mod convert;
 pub mod driver;
+pub(crate) mod messages;
 mod planner;
 
 pub use planner::Planner;
@@ -23,7 +25,9 @@ pub use planner::Planner;
 use wasmtime::component::{HasData, Linker};
 
 use crate::plan::{SizeError, part_sizes};
+use crate::text::{shown_bytes, truncate};
 use bindings::tightfit::host::{log, sizing, types};
+use messages::Messages;
 
 /// What the host functions need of one guest's state.
 #[derive(Debug)]
@@ -32,7 +36,13 @@ pub struct Context {
     /// Bytes of messages that may still be passed on.
     log_left: usize,
     text_limit: usize,
+    /// Where messages wait for the end of the call, if they do.
+    kept: Option<Messages>,
 }
+
+/// Bytes that each message counts for beyond its own, as whoever shows it begins a line with whose it
+/// is. An empty message takes room as well.
+pub const MESSAGE_BYTES: usize = 16;
 
 /// Bytes of messages that are passed on for one guest unless told otherwise.
 const LOG_LIMIT: usize = 64 << 10;
@@ -59,6 +69,16 @@ impl Context {
             last_error: None,
             log_left: log_bytes,
             text_limit: text_bytes,
+            kept: None,
+        }
+    }
+
+    /// The same, but messages are put aside.
+    #[cfg(feature = "wasm-policies")]
+    pub(crate) fn keeping(messages: Messages, log_bytes: usize, text_bytes: usize) -> Context {
+        Context {
+            kept: Some(messages),
+            ..Context::with_limits(log_bytes, text_bytes)
         }
     }
 
@@ -111,38 +131,41 @@ impl sizing::Host for Context {
                     }
                     SizeError::Overflow { .. } => types::ErrorCode::Overflow,
                 },
-                message: error.to_string(),
+                message: match error {
+                    // Nobody reads a million lengths.
+                    SizeError::Overflow { .. } if shape.len() > MOST_LENGTHS => format!(
+                        "a tensor of {} dimensions has no size in 64 bits",
+                        shape.len()
+                    ),
+                    error => error.to_string(),
+                },
             }),
         }
     }
 }
 
+/// Lengths of a shape that are repeated in a message.
+const MOST_LENGTHS: usize = 64;
+
 impl log::Host for Context {
     fn write(&mut self, level: log::Level, mut message: String) {
         truncate(&mut message, self.text_limit);
-        if self.log_left > 0 {
-            // An empty message takes room as well.
-            self.log_left = self.log_left.saturating_sub(message.len().max(1));
-            match level {
-                log::Level::Error => tracing::error!(target: "tightfit::guest", "{message}"),
-                log::Level::Warn => tracing::warn!(target: "tightfit::guest", "{message}"),
-                log::Level::Info => tracing::info!(target: "tightfit::guest", "{message}"),
-                log::Level::Debug => tracing::debug!(target: "tightfit::guest", "{message}"),
-                log::Level::Trace => tracing::trace!(target: "tightfit::guest", "{message}"),
+        let left = self.log_left.saturating_sub(MESSAGE_BYTES);
+        if left > 0 {
+            let mut passed_on = message.clone();
+            truncate(&mut passed_on, left);
+            let shown: usize = passed_on.chars().map(shown_bytes).sum();
+            self.log_left = left.saturating_sub(shown);
+            match &self.kept {
+                Some(messages) => messages.push(level, passed_on),
+                None => messages::emit(level, &passed_on),
             }
+        } else {
+            self.log_left = 0;
         }
         if let log::Level::Error = level {
             self.last_error = Some(message);
         }
-    }
-}
-
-/// Cuts at a character boundary.
-pub(crate) fn truncate(text: &mut String, limit: usize) {
-    if text.len() > limit {
-        let end = (0..=limit).rev().find(|&i| text.is_char_boundary(i));
-        text.truncate(end.unwrap_or(0));
-        text.push('…');
     }
 }
 
@@ -167,6 +190,9 @@ mod tests {
         assert_eq!(error.unwrap_err().code, types::ErrorCode::IllegalFormat);
         let error = context.stored_bytes(types::Dtype::Bf16, vec![u64::MAX, 2], nf4);
         assert_eq!(error.unwrap_err().code, types::ErrorCode::Overflow);
+        let error = context.stored_bytes(types::Dtype::Bf16, vec![u64::MAX; 1_000_000], nf4);
+        let message = error.unwrap_err().message;
+        assert!(message.len() < 100, "{message}");
     }
 
     #[test]
@@ -177,5 +203,32 @@ mod tests {
         }
         assert!(context.last_error().unwrap().len() <= TEXT_LIMIT + '…'.len_utf8());
         assert_eq!(context.log_left, 0);
+        assert!(context.last_error.unwrap().capacity() < 2 * TEXT_LIMIT);
+    }
+
+    #[test]
+    fn messages_count_as_they_are_shown() {
+        for message in [
+            "",
+            "\0",
+            "\u{202e}\u{202e}",
+            "é",
+            "plain",
+            &"\n".repeat(10_000),
+        ] {
+            let messages = Messages::default();
+            let mut context = Context::with_limits(LOG_LIMIT, TEXT_LIMIT);
+            context.kept = Some(messages.clone());
+            for _ in 0..10_000 {
+                context.write(log::Level::Warn, message.to_owned());
+            }
+            let shown = messages.shown_bytes(MESSAGE_BYTES);
+            // What is cut off is marked.
+            assert!(shown <= LOG_LIMIT + '…'.len_utf8(), "{message:?}: {shown}");
+            assert!(
+                shown >= LOG_LIMIT - 2 * MESSAGE_BYTES || message.is_empty(),
+                "{message:?}: {shown}"
+            );
+        }
     }
 }

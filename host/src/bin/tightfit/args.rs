@@ -14,6 +14,7 @@ use tightfit::types::{Bytes, parse_amount};
 use tightfit_kernels::{Isa, KernelError, Kernels};
 
 use crate::failure::Failure;
+use crate::session;
 
 /// Loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
 ///
@@ -130,8 +131,9 @@ pub(crate) struct PolicyOptions {
 pub(crate) struct SandboxOptions {
     /// Give the policy or driver more, or less, of something: fuel and fuel-per-tensor (instructions),
     /// deadline and compile-time (seconds), memory, host-call-bytes, component, function,
-    /// compile-memory, log-bytes and text-bytes (bytes, for example 512MiB), memories,
-    /// table-elements, tables, instances, handles, resources and settings (counts). Repeatable
+    /// compile-memory, compiled, log-bytes and text-bytes (bytes, for example 512MiB), memories,
+    /// table-elements, tables, instances, modules, imports, handles, resources and settings (counts).
+    /// Repeatable
     #[arg(long = "policy-limit", alias = "limit", value_name = "NAME=VALUE", value_parser = limit)]
     limits: Vec<(String, String)>,
 
@@ -164,6 +166,7 @@ impl SandboxOptions {
             compiler: Compiler::Child(compiler),
             cache: self.cache(),
             wasi: self.wasi,
+            cancel: session::interrupted(),
         })
     }
 

@@ -1,13 +1,14 @@
 //! Shows what the library and policies log, on stderr.
 
 use std::fmt::{self, Write as _};
-use std::io::Write as _;
 
 use tightfit::report::printable;
 use tracing::field::{Field, Visit};
 use tracing::span::{Attributes, Id, Record};
 use tracing::subscriber::{Interest, Subscriber};
 use tracing::{Event, Level, Metadata};
+
+use crate::stderr;
 
 /// Prints our own events and those of policies; all of them, or from warnings on.
 struct Printer {
@@ -52,12 +53,7 @@ impl Subscriber for Printer {
             _ => "tightfit",
         };
         let level = event.metadata().level().as_str().to_ascii_lowercase();
-        // A log that cannot be written is not worth failing for.
-        let _ = writeln!(
-            std::io::stderr().lock(),
-            "{who}: {level}: {}",
-            printable(&message.0)
-        );
+        stderr::write(&format!("{who}: {level}: {}\n", printable(&message.0)));
     }
 
     fn enter(&self, _: &Id) {}

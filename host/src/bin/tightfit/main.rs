@@ -18,6 +18,7 @@ mod progress;
 mod run;
 mod save;
 mod session;
+mod stderr;
 mod synth;
 
 use std::io;

@@ -1,6 +1,6 @@
 //! Results to stdout, errors to stderr.
 
-use std::io::{self, IsTerminal, Write};
+use std::io::{self, IsTerminal};
 
 use std::path::Path;
 
@@ -9,6 +9,7 @@ use tightfit::report::{BarStyle, Comparison, ErrorReport, printable, printable_l
 
 use crate::destination::Destination;
 use crate::failure::Failure;
+use crate::stderr;
 
 /// Prints a result. A reader that has gone away (`tightfit ... | head`) is no error.
 ///
@@ -140,8 +141,7 @@ pub(crate) fn error(failure: &Failure) {
     if let Some((option, limit)) = failure.limit() {
         text += &format!(" - if you trust it, change that with {option} {limit}=VALUE");
     }
-    // Nothing is left to be done when even stderr is gone.
-    let _ = writeln!(io::stderr().lock(), "tightfit: {}", printable(&text));
+    stderr::write(&format!("tightfit: {}\n", printable(&text)));
 }
 
 #[cfg(test)]

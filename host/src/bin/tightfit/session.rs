@@ -1,6 +1,7 @@
 //! What every subcommand opens: model, policy, devices; and what Ctrl-C does.
 
 use std::path::Path;
+use std::sync::OnceLock;
 
 use serde::Serialize;
 use tightfit::checkpoint::{self, Checkpoint, CheckpointError};
@@ -17,9 +18,23 @@ use crate::failure::Failure;
 use crate::output::Envelope;
 use crate::{output, progress};
 
+/// What an interrupt uses, if it is to be orderly.
+pub(crate) fn interrupted() -> CancelToken {
+    static TOKEN: OnceLock<CancelToken> = OnceLock::new();
+    TOKEN.get_or_init(CancelToken::new).clone()
+}
+
+/// An interrupt ends this process at once, and with it the compiler that it may have started.
+pub(crate) fn exit_on_interrupt() {
+    // Without it the signal does, with another status.
+    if let Err(error) = ctrlc::set_handler(|| std::process::exit(130)) {
+        tracing::debug!("interrupts end the process with the signal: {error}");
+    }
+}
+
 /// The first interrupt asks for an orderly end, the second ends at once.
 pub(crate) fn cancel_on_interrupt() -> CancelToken {
-    let token = CancelToken::new();
+    let token = interrupted();
     let asked = token.clone();
     let handler = move || {
         if asked.is_cancelled() {
@@ -31,14 +46,6 @@ pub(crate) fn cancel_on_interrupt() -> CancelToken {
         tracing::warn!("interrupts will not be orderly: {error}");
     }
     token
-}
-
-/// The first interrupt ends the process, wherever it is: for what leaves nothing behind that would
-/// have to be tidied up.
-pub(crate) fn exit_on_interrupt() {
-    if let Err(error) = ctrlc::set_handler(|| std::process::exit(130)) {
-        tracing::warn!("interrupts will be the system's: {error}");
-    }
 }
 
 /// Finds and opens a checkpoint, and downloads what the cache lacks of it. Without a token an

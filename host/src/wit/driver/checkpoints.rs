@@ -12,8 +12,8 @@ use super::error::CallError;
 use super::stop::Stop;
 use super::{DriverContext, DriverContextView};
 use crate::checkpoint::{Checkpoint, CheckpointError};
-use crate::wit::convert;
-use crate::wit::{TEXT_LIMIT, truncate};
+use crate::text::truncate;
+use crate::wit::{TEXT_LIMIT, convert};
 
 /// Tensors, or ties, that are given in one call.
 const MOST_ITEMS: usize = 4096;
