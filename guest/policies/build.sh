@@ -52,7 +52,7 @@ commit=$(rustc -vV | sed -n 's/^commit-hash: //p')
 flags="$flags$separator--remap-path-prefix=$sysroot/lib/rustlib/src/rust=/rustc/$commit"
 unset RUSTFLAGS
 
-out=host/src/policy/builtin
+out=host/wasm/src/policy/builtin
 build=${CARGO_TARGET_DIR:-target}/$target/policy
 stale=""
 for policy in $policies; do

@@ -4,8 +4,8 @@ use std::sync::{Arc, OnceLock};
 
 use tempfile::TempDir;
 use tightfit::device::{Device, HostDevice};
-use tightfit::driver::{DriverError, Failure, Limits, Outcome, WasmDriver, default_limits};
-use tightfit::wit::driver::DriverContext;
+use tightfit_wasm::driver::{DriverError, Failure, Limits, Outcome, WasmDriver, default_limits};
+use tightfit_wasm::wit::driver::DriverContext;
 
 use crate::models;
 

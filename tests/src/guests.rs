@@ -3,7 +3,8 @@
 
 use std::sync::OnceLock;
 
-use tightfit::policy::{Limits, WasmPolicy};
+use tightfit_wasm::policy::WasmPolicy;
+use tightfit_wasm::sandbox::Limits;
 use wasmparser::{Parser, Payload};
 
 /// The module built from `guests/`. What its `plan` does is said by the setting `behavior`.

@@ -1,4 +1,4 @@
-//! The part of JSON Schema that `host/output.schema.json` is written in.
+//! The part of JSON Schema that `host/cli/output.schema.json` is written in.
 //!
 //! It is stricter than the schema: a field that no `properties` or `additionalProperties` describes
 //! is an error, so that the schema cannot fall behind what is printed.

@@ -6,6 +6,7 @@ pub mod command;
 pub mod device_maps;
 pub mod double_quant;
 pub mod drivers;
+pub mod failures;
 pub mod golden;
 pub mod guests;
 pub mod hub_server;

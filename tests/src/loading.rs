@@ -9,8 +9,9 @@ use tightfit::device::{Device, open_devices};
 use tightfit::load::{LoadError, LoadOptions, load};
 use tightfit::model::{Model, Tensor};
 use tightfit::plan::{PartKind, Plan, ProposeError, propose};
-use tightfit::policy::{Limits, WasmPolicy};
 use tightfit::types::Format;
+use tightfit_wasm::policy::WasmPolicy;
+use tightfit_wasm::sandbox::Limits;
 
 /// The default policy, compiled once.
 pub fn auto() -> &'static WasmPolicy {

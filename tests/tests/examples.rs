@@ -1,16 +1,17 @@
 //! The examples for applications do what they say.
 
-#[path = "../../host/examples/native_policy.rs"]
+#[path = "../../host/core/examples/native_policy.rs"]
 #[allow(dead_code, reason = "its main is not called")]
 mod native_policy;
-#[path = "../../host/examples/own_limits.rs"]
+#[path = "../../host/wasm/examples/own_limits.rs"]
 #[allow(dead_code, reason = "its main is not called")]
 mod own_limits;
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::plan::ProposeError;
-use tightfit::policy::{Limits, PolicyError};
+use tightfit_tests::failures::failure_of;
 use tightfit_tests::golden::GoldenModel;
+use tightfit_wasm::sandbox::Limits;
 
 #[test]
 fn a_native_policy_places_every_tensor() {
@@ -35,8 +36,9 @@ fn an_application_with_its_own_limits_learns_which_one_was_in_the_way() {
         ..own_limits::limits()
     };
     let error = own_limits::plan(&checkpoint, "auto", none).unwrap_err();
-    let ProposeError::Policy(PolicyError::Failed { failure, .. }) = error else {
+    let ProposeError::Policy(error) = error else {
         panic!("{error}");
     };
+    let (_, failure) = failure_of(error);
     assert_eq!(failure.limit(), Some("fuel"));
 }

@@ -16,11 +16,11 @@ use rustix::process::{Pid, Signal, kill_process_group};
 use tempfile::TempDir;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{DeviceInfo, open_devices};
-use tightfit::policy::{
-    Answer, Limits, Policy, PolicyError, Refusal, RefusalReason, Request, WasmPolicy,
-};
+use tightfit::policy::{Answer, Policy, PolicyError, Refusal, RefusalReason, Request};
 use tightfit::synth::{self, Model, Options, Preset, Tensor};
 use tightfit::types::Format;
+use tightfit_wasm::policy::WasmPolicy;
+use tightfit_wasm::sandbox::Limits;
 
 /// For the installation and the build of one language.
 const PATIENCE: Duration = Duration::from_secs(240);

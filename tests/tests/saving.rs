@@ -5,8 +5,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tempfile::TempDir;
+use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::CheckpointError;
-use tightfit::load::{CancelToken, Progress};
+use tightfit::load::Progress;
 use tightfit::save::{SaveError, SaveOptions, save};
 use tightfit_tests::golden::GoldenModel;
 use tightfit_tests::loading::Planned;

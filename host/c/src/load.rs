@@ -3,10 +3,10 @@
 use std::ffi::{CString, c_char, c_void};
 use std::sync::Arc;
 
+use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::load::{
-    CancelToken, LoadError, LoadOptions, Progress, QuantizeOn, load_reserved, place,
-    place_with_tail,
+    LoadError, LoadOptions, Progress, QuantizeOn, load_reserved, place, place_with_tail,
 };
 use tightfit::memory::{DEFAULT_STAGING, Usage};
 use tightfit::plan::{Proposed, propose};

@@ -6,7 +6,8 @@ use std::sync::Arc;
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, DeviceSpec, open_devices};
-use tightfit::policy::{Limits, WasmPolicy};
+use tightfit_wasm::policy::WasmPolicy;
+use tightfit_wasm::sandbox::Limits;
 
 use crate::TightfitStatus;
 use crate::boundary::{Error, array, call, give, object, take, text};

@@ -1,9 +1,9 @@
 //! The same for drivers: devices and models in a host of another's, with one table for WASI's
 //! resources and ours.
 
-use tightfit::wit::driver::add_driver_to_linker;
-use tightfit::wit::driver::{DriverContext, DriverContextView, DriverView, Run};
-use tightfit::wit::{Context, View};
+use tightfit_wasm::wit::driver::add_driver_to_linker;
+use tightfit_wasm::wit::driver::{DriverContext, DriverContextView, DriverView, Run};
+use tightfit_wasm::wit::{Context, View};
 use wasmtime::component::{Component, Linker, ResourceTable};
 use wasmtime::{Config, Engine, Result, Store};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};

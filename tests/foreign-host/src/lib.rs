@@ -6,8 +6,9 @@ mod drivers;
 
 pub use drivers::DriverHost;
 
-use tightfit::policy::{Answer, Description, Failure, Policy, PolicyError, Request};
-use tightfit::wit::{Context, Planner, View, add_to_linker};
+use tightfit::policy::{Answer, Description, Policy, PolicyError, Request};
+use tightfit::status::Status;
+use tightfit_wasm::wit::{Context, Planner, View, add_to_linker};
 use wasmtime::component::{Component, Linker, ResourceTable};
 use wasmtime::{Config, Engine, Result, Store};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
@@ -134,8 +135,7 @@ impl Policy for Host {
 fn failed(error: wasmtime::Error) -> PolicyError {
     PolicyError::Failed {
         policy: "foreign".to_owned(),
-        failure: Failure::Trap {
-            message: format!("{error:#}"),
-        },
+        status: Status::Policy,
+        source: format!("{error:#}").into(),
     }
 }

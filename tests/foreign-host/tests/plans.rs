@@ -12,7 +12,7 @@ use tightfit_tests::loading::Planned;
 /// The default policy as a component.
 fn component() -> Vec<u8> {
     let path =
-        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../host/src/policy/builtin/auto.wasm");
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../host/wasm/src/policy/builtin/auto.wasm");
     wit_component::ComponentEncoder::default()
         .module(&std::fs::read(path).unwrap())
         .unwrap()

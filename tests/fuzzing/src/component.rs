@@ -1,7 +1,7 @@
 //! What is checked of a policy's bytes before anything is compiled.
 
-use tightfit::policy::precheck_component;
-use tightfit::sandbox::Limits;
+use tightfit_wasm::policy::precheck_component;
+use tightfit_wasm::sandbox::Limits;
 use wasmparser::{Parser, Payload};
 
 /// Checks a component, or a core module that becomes one.

@@ -7,12 +7,12 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use tempfile::TempDir;
 use tightfit::device::{Device, HostDevice};
-use tightfit::wit::bindings::tightfit::host::types;
-use tightfit::wit::driver::bindings::tightfit::host::buffers::{HostBuffer, Place};
-use tightfit::wit::driver::bindings::tightfit::host::checkpoints::HostCheckpoint;
-use tightfit::wit::driver::bindings::tightfit::host::models::{HostModel, PartKind};
-use tightfit::wit::driver::bindings::tightfit::host::nf4::Host as _;
-use tightfit::wit::driver::{
+use tightfit_wasm::wit::bindings::tightfit::host::types;
+use tightfit_wasm::wit::driver::bindings::tightfit::host::buffers::{HostBuffer, Place};
+use tightfit_wasm::wit::driver::bindings::tightfit::host::checkpoints::HostCheckpoint;
+use tightfit_wasm::wit::driver::bindings::tightfit::host::models::{HostModel, PartKind};
+use tightfit_wasm::wit::driver::bindings::tightfit::host::nf4::Host as _;
+use tightfit_wasm::wit::driver::{
     Buffer, CallError, DriverContext, DriverContextView, LoadedModel, OpenCheckpoint,
 };
 use wasmtime::component::{Resource, ResourceTable};

@@ -3,10 +3,10 @@
 
 use std::path::{Path, PathBuf};
 
-use tightfit::policy::precheck_component;
-use tightfit::sandbox::Limits;
 use tightfit_fuzzing::{TARGETS, Target};
 use tightfit_tests::guests::Handwritten;
+use tightfit_wasm::policy::precheck_component;
+use tightfit_wasm::sandbox::Limits;
 
 /// Set to write the seeds before they are run.
 const WRITE: &str = "TIGHTFIT_WRITE_SEEDS";

@@ -3,8 +3,8 @@
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
-use tightfit::report::is_hidden;
 use tightfit::synth::Preset;
+use tightfit::text::is_hidden;
 use tightfit_tests::command::{Place, tightfit};
 
 const USAGE: i32 = 2;

@@ -3,7 +3,7 @@
 use std::fs;
 
 use serde_json::Value;
-use tightfit::report::is_hidden;
+use tightfit::text::is_hidden;
 use tightfit_tests::command::{Outcome, Place};
 use tightfit_tests::guests::{HOSTILE, hostile_in_describe};
 use tightfit_tests::models;

@@ -6,10 +6,12 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use tempfile::TempDir;
-use tightfit::policy::{Failure, Limits, Policy, WasmPolicy};
-use tightfit::sandbox::{Cache, CacheError, Options};
+use tightfit::policy::Policy;
 use tightfit_tests::command::Place;
 use tightfit_tests::guests::{HOSTILE, Handwritten};
+use tightfit_wasm::policy::WasmPolicy;
+use tightfit_wasm::sandbox::{Cache, CacheError, Options};
+use tightfit_wasm::sandbox::{Failure, Limits};
 
 use super::{alone, open, program, works};
 

@@ -2,9 +2,10 @@ use std::fmt::Write as _;
 use std::time::Duration;
 
 use rustix::process::{WaitOptions, wait};
-use tightfit::policy::{Failure, Policy};
-use tightfit::sandbox::{Limits, Options};
+use tightfit::policy::Policy;
 use tightfit_tests::guests::{HOSTILE, Handwritten, component};
+use tightfit_wasm::sandbox::Failure;
+use tightfit_wasm::sandbox::{Limits, Options};
 
 use super::{alone, compiler, open, program, unwary, works};
 

@@ -9,10 +9,13 @@ use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use tightfit::policy::{Failure, Policy, PolicyError, WasmPolicy};
-use tightfit::sandbox::{Compiler, CompilerProgram, Limits, Options};
+use tightfit::policy::Policy;
 use tightfit_tests::command::tightfit;
+use tightfit_tests::failures::failure_of;
 use tightfit_tests::guests::HOSTILE;
+use tightfit_wasm::policy::WasmPolicy;
+use tightfit_wasm::sandbox::Failure;
+use tightfit_wasm::sandbox::{Compiler, CompilerProgram, Limits, Options};
 
 /// Held by tests that look at what the whole process has open or has started.
 fn alone() -> MutexGuard<'static, ()> {
@@ -47,10 +50,7 @@ fn unwary() -> Limits {
 }
 
 fn open(bytes: &[u8], options: impl Into<Options>) -> Result<WasmPolicy, Failure> {
-    WasmPolicy::new("test.wasm", bytes, options).map_err(|error| match error {
-        PolicyError::Failed { failure, .. } => failure,
-        other => panic!("{other:?}"),
-    })
+    WasmPolicy::new("test.wasm", bytes, options).map_err(|error| failure_of(error).1)
 }
 
 /// The policy works.

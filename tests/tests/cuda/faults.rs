@@ -3,8 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use cuda_stand_in::control::{Report, Setup, StandIn};
+use tightfit::cancel::CancelToken;
 use tightfit::device::{Device, open_devices};
-use tightfit::load::{CancelToken, LoadError, LoadOptions, QuantizeOn};
+use tightfit::load::{LoadError, LoadOptions, QuantizeOn};
 use tightfit::plan::PartKind;
 
 use super::{Driver, Kinds, MIB, in_small_pieces, is_left_out};

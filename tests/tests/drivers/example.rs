@@ -1,9 +1,9 @@
 //! The SDK's example does what it says.
 
 use tightfit::checkpoint::Checkpoint;
-use tightfit::driver::default_limits;
 use tightfit_tests::drivers::{Bench, LOAD_AND_CHECK, compile, run};
 use tightfit_tests::golden::GoldenModel;
+use tightfit_wasm::driver::default_limits;
 
 #[test]
 fn it_loads_a_checkpoint_and_says_how_far_it_is_off() {

@@ -1,7 +1,7 @@
 //! Handles that are forged, stale, of another kind, or too many.
 
-use tightfit::driver::{Failure, Limits, default_limits};
 use tightfit_tests::drivers::{Bench, HOSTILE, compile, hostile};
+use tightfit_wasm::driver::{Failure, Limits, default_limits};
 
 #[track_caller]
 fn traps(behavior: &str, word: &str) {

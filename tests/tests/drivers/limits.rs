@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use tightfit::driver::{DriverError, Failure, Limits, default_limits};
 use tightfit_tests::drivers::{Bench, HOSTILE, compile, hostile};
+use tightfit_wasm::driver::{DriverError, Failure, Limits, default_limits};
 
 const MIB: u64 = 1 << 20;
 

@@ -5,11 +5,11 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use tightfit::cancel::CancelToken;
 use tightfit::device::{Device, DeviceError, DeviceInfo, HostDevice, Reservation};
-use tightfit::driver::{DriverError, Failure, Limits, default_limits};
-use tightfit::load::CancelToken;
 use tightfit::memory::{ReservationSize, Usage};
 use tightfit_tests::drivers::{Bench, HOSTILE, compile, hostile, run};
+use tightfit_wasm::driver::{DriverError, Failure, Limits, default_limits};
 
 type Hook = Box<dyn Fn() -> Result<(), DeviceError> + Send>;
 

@@ -1,7 +1,9 @@
 //! Binaries that are cut short, or in which bytes are others: turned down or run, never more.
 
-use tightfit::policy::{Failure, Limits, Policy, WasmPolicy};
+use tightfit::policy::Policy;
 use tightfit_tests::guests::{self, HOSTILE, compile};
+use tightfit_wasm::policy::WasmPolicy;
+use tightfit_wasm::sandbox::{Failure, Limits};
 
 use super::{Bench, rejection};
 

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use std::thread;
 
 use tempfile::TempDir;
-use tightfit::policy::{Answer, Limits, Policy, Request, WasmPolicy};
-use tightfit::sandbox::{Cache, Options};
+use tightfit::policy::{Answer, Policy, Request};
 use tightfit_tests::guests::{self, compile, hostile};
 use tightfit_tests::loading::auto;
+use tightfit_wasm::policy::WasmPolicy;
+use tightfit_wasm::sandbox::Limits;
+use tightfit_wasm::sandbox::{Cache, Options};
 
 use super::Bench;
 

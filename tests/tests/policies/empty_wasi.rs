@@ -1,9 +1,10 @@
 //! Components that ask for WASI, and are given one with nothing in it.
 
-use tightfit::policy::{Failure, WasmPolicy};
-use tightfit::sandbox::{Limits, Mismatch, Options, Wasi};
 use tightfit_tests::guests::{Handwritten, component};
 use tightfit_tests::wasi;
+use tightfit_wasm::policy::WasmPolicy;
+use tightfit_wasm::sandbox::Failure;
+use tightfit_wasm::sandbox::{Limits, Mismatch, Options, Wasi};
 
 use super::{Bench, rejection};
 

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use tightfit::plan::ProposeError;
-use tightfit::policy::{Failure, Limits, Policy, PolicyError};
+use tightfit::policy::{Policy, PolicyError};
+use tightfit_tests::failures::failure_of;
 use tightfit_tests::guests::{self, Handwritten, compile, hostile, hostile_in_describe};
+use tightfit_wasm::sandbox::{Failure, Limits};
 
 use super::Bench;
 
@@ -55,9 +57,10 @@ fn a_loop_with_fuel_left_is_ended_by_the_clock() {
     let mut request = bench.request(&devices);
     request.settings = &settings;
     // Without `describe`, which a busy machine could keep from its own deadline.
-    let Err(PolicyError::Failed { failure, .. }) = policy.plan(&request) else {
+    let Err(error) = policy.plan(&request) else {
         panic!("it came to an end");
     };
+    let (_, failure) = failure_of(error);
     assert_eq!(failure, Failure::Deadline { seconds: 0.2 });
     bench.is_unharmed();
 }
@@ -238,9 +241,10 @@ fn fuel_is_a_limit_to_be_relied_on() {
         compile(guests::HOSTILE, limits).plan(&request)
     };
     assert_eq!(with_fuel(needed).unwrap().fuel, Some(needed));
-    let Err(PolicyError::Failed { failure, .. }) = with_fuel(needed / 2) else {
+    let Err(error) = with_fuel(needed / 2) else {
         panic!("half the fuel sufficed");
     };
+    let (_, failure) = failure_of(error);
     let fuel = needed / 2;
     assert_eq!(failure, Failure::OutOfFuel { fuel });
 }

@@ -17,9 +17,12 @@ use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, DeviceInfo, open_devices};
 use tightfit::memory::Usage;
 use tightfit::plan::{ProposeError, Proposed, propose};
-use tightfit::policy::{Failure, Limits, Policy, PolicyError, Refusal, Request, WasmPolicy};
+use tightfit::policy::{Policy, PolicyError, Refusal, Request};
+use tightfit_tests::failures::failure_of;
 use tightfit_tests::loading::auto;
 use tightfit_tests::{guests, models};
+use tightfit_wasm::policy::WasmPolicy;
+use tightfit_wasm::sandbox::{Failure, Limits};
 
 /// A checkpoint and devices for a policy to do its worst to.
 struct Bench {
@@ -74,9 +77,10 @@ impl Bench {
     #[track_caller]
     fn failure(&self, policy: &dyn Policy, behavior: &str) -> Failure {
         let error = self.error(policy, behavior);
-        let ProposeError::Policy(PolicyError::Failed { policy, failure }) = error else {
+        let ProposeError::Policy(error) = error else {
             panic!("it did not fail: {error:?}");
         };
+        let (policy, failure) = failure_of(error);
         assert_eq!(policy, "test.wasm");
         failure
     }
@@ -122,9 +126,7 @@ fn rejection(bytes: &[u8]) -> Failure {
         panic!("it was taken for a policy");
     };
     Bench::new().is_unharmed();
-    let PolicyError::Failed { policy, failure } = error else {
-        panic!("it is another error: {error:?}");
-    };
+    let (policy, failure) = failure_of(error);
     assert_eq!(policy, "test.wasm");
     failure
 }

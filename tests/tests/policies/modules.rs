@@ -3,8 +3,11 @@
 use std::fs::File;
 
 use tempfile::TempDir;
-use tightfit::policy::{Failure, Limits, PolicyError, WasmPolicy};
+use tightfit::policy::PolicyError;
+use tightfit_tests::failures::failure_of;
 use tightfit_tests::guests::{self, Handwritten, compile};
+use tightfit_wasm::policy::WasmPolicy;
+use tightfit_wasm::sandbox::{Failure, Limits};
 
 use super::{Bench, rejection};
 
@@ -49,10 +52,7 @@ fn size_is_checked_before_anything_is_compiled() {
     let path = directory.path().join("sparse.wasm");
     File::create(&path).unwrap().set_len(1 << 40).unwrap();
     let error = WasmPolicy::open(path.to_str().unwrap(), Limits::default()).unwrap_err();
-    assert!(
-        matches!(&error, PolicyError::Failed { failure, .. } if *failure == too_large(1 << 40)),
-        "{error:?}"
-    );
+    assert_eq!(failure_of(error).1, too_large(1 << 40));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Components that are made of more parts than anyone needs.
 
-use tightfit::policy::{Failure, Limits};
 use tightfit_tests::guests::{self, Handwritten, compile, with_module};
+use tightfit_wasm::sandbox::{Failure, Limits};
 
 use super::{Bench, rejection};
 

@@ -3,8 +3,8 @@
 
 use std::time::Duration;
 
-use tightfit::policy::{Failure, Limits};
 use tightfit_tests::guests::{Handwritten, compile};
+use tightfit_wasm::sandbox::{Failure, Limits};
 
 use super::Bench;
 

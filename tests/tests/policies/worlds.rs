@@ -1,8 +1,8 @@
 //! Components made for another host: one sentence that says what does not fit.
 
-use tightfit::policy::Failure;
-use tightfit::sandbox::Mismatch;
 use tightfit_tests::guests::Handwritten;
+use tightfit_wasm::sandbox::Failure;
+use tightfit_wasm::sandbox::Mismatch;
 
 use super::rejection;
 

@@ -1,0 +1,106 @@
+//! `tightfit demo`: a whole run on a model that it makes itself.
+
+use tightfit::cancel::CancelToken;
+use tightfit::checkpoint::Checkpoint;
+use tightfit::device::{DeviceSpec, open_devices};
+use tightfit::synth::{self, Options, Preset};
+use tightfit::text::printable;
+use tightfit::types::Bytes;
+
+use crate::command::args::DemoOptions;
+use crate::command::failure::Failure;
+use crate::command::{load, output, progress, session};
+
+/// An accelerator on which the model fits in 4 bits and not in 16.
+const DEVICE: DeviceSpec = DeviceSpec::Sim {
+    capacity: 128 << 20,
+};
+
+pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Failure> {
+    let quiet = options.output.quiet;
+    let say = |text: String| match quiet || options.output.json {
+        true => Ok(()),
+        false => output::print(&text),
+    };
+    // Removed when dropped, on every way out of this function.
+    let directory = tempfile::Builder::new()
+        .prefix("tightfit-demo-")
+        .tempdir()
+        .map_err(Failure::TemporaryDirectory)?;
+    let model = directory.path().join("model");
+
+    say("1. A model with random weights, as a bf16 checkpoint\n".to_owned())?;
+    let bar = progress::bytes("writing", quiet);
+    let written = synth::write(
+        Preset::Demo,
+        &model,
+        &Options::default(),
+        &mut |written, total| {
+            bar.set_length(total);
+            bar.set_position(written);
+        },
+        cancel.flag(),
+    );
+    bar.finish_and_clear();
+    let written = written?;
+    say(format!(
+        "   {} tensors, {}\n\n",
+        written.tensors,
+        Bytes(written.bytes)
+    ))?;
+
+    let checkpoint = Checkpoint::open_with(&model, &cancel)?;
+    let specs = match options.placement.devices.as_slice() {
+        [] => &[DEVICE],
+        given => given,
+    };
+    let devices = open_devices(specs)?;
+    let placed = session::place_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
+    let planned: u64 = placed
+        .proposed
+        .plan
+        .devices
+        .iter()
+        .map(|device| device.size.reserved)
+        .sum();
+    say(format!(
+        "2. A plan, made by the policy '{}' in its sandbox before any weight is read\n   {} bytes ({}) are reserved\n\n",
+        printable(&placed.proposed.policy),
+        planned,
+        Bytes(planned),
+    ))?;
+
+    let (loaded, report) = load::carry_out(
+        &checkpoint,
+        placed,
+        &devices,
+        &options.engine,
+        options.quantize_on,
+        quiet,
+        cancel,
+    )?;
+    let peak: u64 = report
+        .devices
+        .iter()
+        .map(|device| device.peak_reserved)
+        .sum();
+    say(format!(
+        "3. The load, quantized to NF4 on the way\n   {peak} bytes were reserved at the peak: {}\n\n",
+        match peak.cmp(&planned) {
+            std::cmp::Ordering::Equal => "exactly the plan".to_owned(),
+            std::cmp::Ordering::Less => format!("{} less than planned", Bytes(planned - peak)),
+            std::cmp::Ordering::Greater => format!("{} MORE than planned", Bytes(peak - planned)),
+        }
+    ))?;
+    if options.output.json {
+        output::print_json(&report)?;
+    } else {
+        say(load::text(&report))?;
+    }
+    drop(loaded);
+    let left: u64 = devices
+        .iter()
+        .map(|device| device.usage().reserved.now)
+        .sum();
+    say(format!("\n4. Unloaded: {} still reserved\n", Bytes(left)))
+}

@@ -1,0 +1,245 @@
+//! What ends the command early, and with which exit status.
+
+use std::path::PathBuf;
+
+use crate::check::CheckError;
+use crate::draw::Comparison;
+use crate::error_report::ErrorReport;
+use tightfit::checkpoint::CheckpointError;
+use tightfit::device::DeviceError;
+use tightfit::hub::HubError;
+use tightfit::load::{LoadError, PlaceError};
+use tightfit::plan::ProposeError;
+use tightfit::policy::PolicyError;
+use tightfit::save::SaveError;
+use tightfit::status::Status;
+use tightfit::synth::SynthError;
+use tightfit_kernels::KernelError;
+use tightfit_wasm::driver::DriverError;
+use tightfit_wasm::sandbox;
+
+/// What ends the command early.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Failure {
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    #[error(transparent)]
+    Propose(#[from] ProposeError),
+    #[error(transparent)]
+    Place(#[from] PlaceError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    Synth(#[from] SynthError),
+    #[error(transparent)]
+    Save(#[from] SaveError),
+    #[error(transparent)]
+    Kernel(#[from] KernelError),
+    #[error(transparent)]
+    Driver(#[from] DriverError),
+    #[error(transparent)]
+    Check(#[from] CheckError),
+    #[error("{failed} of {cases} case{} did not go as expected", if *.cases == 1 { "" } else { "s" })]
+    Unexpected { failed: usize, cases: usize },
+    #[error("cannot make a temporary directory: {0}")]
+    TemporaryDirectory(std::io::Error),
+    #[error("cannot write the result: {0}")]
+    Output(std::io::Error),
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{option} and --json cannot both go to standard output: name a file for one of them")]
+    BothToStdout { option: &'static str },
+    #[error("setting '{name}' is one of neither '{a}' nor '{b}'")]
+    NobodysSetting { name: String, a: String, b: String },
+    #[error("cannot tell which program this is, to compile policies with it: {0}")]
+    NoCompiler(std::io::Error),
+    #[error("cannot compile for another process: {0}")]
+    CompilePolicy(std::io::Error),
+    #[error("A: {}; B: {}", sentence(&.0.a.refusal), sentence(&.0.b.refusal))]
+    BothRefuse(Box<Comparison>),
+}
+
+fn sentence(refusal: &Option<String>) -> &str {
+    refusal.as_deref().unwrap_or_default()
+}
+
+impl From<PolicyError> for Failure {
+    fn from(error: PolicyError) -> Failure {
+        Failure::Propose(ProposeError::Policy(error))
+    }
+}
+
+impl Failure {
+    /// Why there is no plan, if that is what happened.
+    fn no_plan(&self) -> Option<&ProposeError> {
+        match self {
+            Failure::Propose(error) | Failure::Place(PlaceError::Propose(error)) => Some(error),
+            Failure::Place(PlaceError::Revised { source, .. }) => Some(source),
+            _ => None,
+        }
+    }
+
+    /// Whether this is the policy's answer to the model and the devices, not a fault.
+    pub(crate) fn is_refusal(&self) -> bool {
+        self.no_plan()
+            .is_some_and(|error| Status::from(error) == Status::DoesNotFit)
+    }
+
+    /// The limit that a policy or a driver ran into, if that is what happened, and the option that
+    /// changes it.
+    pub(crate) fn limit(&self) -> Option<(&'static str, &'static str)> {
+        if let Failure::Driver(DriverError::Failed { failure, .. }) = self {
+            return Some(("--limit", failure.limit()?));
+        }
+        match self.no_plan()? {
+            ProposeError::Policy(error) => {
+                Some(("--policy-limit", sandbox::Failure::of(error)?.limit()?))
+            }
+            _ => None,
+        }
+    }
+
+    /// The exit status, as `tightfit --help` lists them.
+    pub(crate) fn status(&self) -> Status {
+        match self {
+            Failure::Checkpoint(error) => error.into(),
+            Failure::Hub(HubError::Cancelled) => Status::Interrupted,
+            Failure::Hub(_) => Status::Checkpoint,
+            Failure::Propose(error) => error.into(),
+            Failure::Place(error) => error.into(),
+            Failure::Load(error) => error.into(),
+            Failure::Save(error) => match error {
+                SaveError::Exists { .. }
+                | SaveError::NotADirectoryName { .. }
+                | SaveError::HeaderTooLarge { .. } => Status::Usage,
+                // What is listed is read; all else that fails is what is written.
+                SaveError::Checkpoint(_)
+                | SaveError::SameName { .. }
+                | SaveError::TooLarge { .. }
+                | SaveError::Io { action: "list", .. } => Status::Checkpoint,
+                SaveError::Load(error) => error.into(),
+                SaveError::Io { .. }
+                | SaveError::Plan(_)
+                | SaveError::Size(_)
+                | SaveError::Kernel(_)
+                | SaveError::OtherPlan => Status::Other,
+                SaveError::Cancelled => Status::Interrupted,
+            },
+            Failure::Device(error) => error.into(),
+            Failure::Synth(error) => match error {
+                SynthError::Cancelled => Status::Interrupted,
+                SynthError::UnknownPreset { .. }
+                | SynthError::NotEmpty { .. }
+                | SynthError::NotADirectory { .. } => Status::Usage,
+                SynthError::Unsupported { .. } => Status::Checkpoint,
+                SynthError::Io { .. } => Status::Other,
+            },
+            Failure::Driver(error) => error.into(),
+            Failure::Kernel(_) => Status::Usage,
+            Failure::NobodysSetting { .. } | Failure::BothToStdout { .. } => Status::Usage,
+            Failure::BothRefuse(_) => Status::DoesNotFit,
+            Failure::Check(CheckError::Cancelled) => Status::Interrupted,
+            Failure::Check(_) => Status::Usage,
+            Failure::Unexpected { .. }
+            | Failure::TemporaryDirectory(_)
+            | Failure::NoCompiler(_)
+            | Failure::CompilePolicy(_)
+            | Failure::Output(_)
+            | Failure::Write { .. } => Status::Other,
+        }
+    }
+
+    /// The same for programs.
+    pub(crate) fn report(&self) -> ErrorReport {
+        let report = |kind| ErrorReport::new(self.status(), kind, self);
+        match self {
+            Failure::Checkpoint(error) => error.into(),
+            Failure::Propose(error) => error.into(),
+            Failure::Place(error) => error.into(),
+            Failure::Load(error) => error.into(),
+            Failure::Device(error) => error.into(),
+            Failure::Hub(HubError::Checkpoint(error)) => ErrorReport {
+                status: self.status() as u8,
+                ..error.into()
+            },
+            Failure::Hub(error) => match error {
+                HubError::Cancelled => report("interrupted"),
+                HubError::Io { path, .. } => report("hub").at(path),
+                _ => report("hub"),
+            },
+            Failure::Synth(error) => match error {
+                SynthError::Cancelled => report("interrupted"),
+                SynthError::Io { path, .. } => report("output").at(path),
+                SynthError::NotEmpty { path } => report("exists").at(path),
+                SynthError::NotADirectory { path } => report("usage").at(path),
+                SynthError::UnknownPreset { .. } => report("usage"),
+                SynthError::Unsupported { .. } => report("checkpoint"),
+            },
+            Failure::Save(error) => match error {
+                SaveError::Cancelled => report("interrupted"),
+                SaveError::Exists { path } => report("exists").at(path),
+                SaveError::Io {
+                    action: "list",
+                    path,
+                    ..
+                } => report("checkpoint").at(path),
+                SaveError::Io { path, .. } => report("output").at(path),
+                SaveError::NotADirectoryName { path } => report("usage").at(path),
+                SaveError::HeaderTooLarge { .. } => report("usage"),
+                SaveError::Checkpoint(error) => error.into(),
+                SaveError::Load(error) => error.into(),
+                SaveError::SameName { name } => ErrorReport {
+                    tensor: Some(name.clone()),
+                    ..report("checkpoint")
+                },
+                _ => report("internal"),
+            },
+            Failure::Driver(error) => match error {
+                DriverError::Unreadable { path, .. } => report("no-driver").at(path),
+                DriverError::Failed { driver, failure } => {
+                    report("driver").of_guest(driver, failure)
+                }
+                DriverError::GaveUp { driver, .. } => ErrorReport {
+                    guest: Some(driver.clone()),
+                    ..report("gave-up")
+                },
+                DriverError::LongAnswer { driver, .. } => ErrorReport {
+                    guest: Some(driver.clone()),
+                    ..report("too-large")
+                },
+                DriverError::Cancelled => report("interrupted"),
+            },
+            Failure::Check(error) => match error {
+                CheckError::Cancelled => report("interrupted"),
+                CheckError::Missing { path }
+                | CheckError::Unreadable { path, .. }
+                | CheckError::TooLarge { path, .. }
+                | CheckError::Invalid { path, .. } => report("scenario").at(path),
+            },
+            Failure::NobodysSetting { name, .. } => ErrorReport {
+                setting: Some(name.clone()),
+                ..report("bad-setting")
+            },
+            Failure::BothRefuse(comparison) => {
+                let first = comparison.a.error.clone();
+                ErrorReport {
+                    message: self.to_string(),
+                    status: self.status() as u8,
+                    ..first.unwrap_or_else(|| report("does-not-fit"))
+                }
+            }
+            Failure::Write { path, .. } => report("output").at(path),
+            Failure::Output(_) | Failure::TemporaryDirectory(_) => report("output"),
+            Failure::Unexpected { .. } => report("unexpected"),
+            Failure::Kernel(_) | Failure::BothToStdout { .. } => report("usage"),
+            Failure::NoCompiler(_) | Failure::CompilePolicy(_) => report("internal"),
+        }
+    }
+}

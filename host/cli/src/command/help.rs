@@ -1,0 +1,122 @@
+//! Reads the arguments, and prints help and what is wrong with them.
+
+use std::ffi::OsString;
+use std::io;
+use std::process::ExitCode;
+
+use crate::error_report::ErrorReport;
+use clap::error::ErrorKind;
+use clap::{Command, CommandFactory, FromArgMatches};
+use tightfit::status::Status;
+use tightfit::text::printable_lines;
+
+use crate::command::args::Arguments;
+use crate::command::failure::Failure;
+use crate::command::output;
+
+/// What stands below the help of every command.
+const STATUSES: &str = "\
+Exit status:
+  0    done
+  1    an output cannot be written (a full disk, a directory that is not there), or a fault of ours
+  2    usage: an argument, a setting, a name
+  3    the checkpoint is invalid, unreadable or not to be had
+  4    the model does not fit on the devices, or the policy refuses it
+  5    the policy or the driver itself failed: a trap, a limit, a bad plan
+  6    a device failed, is not there, or has less memory than it said
+  130  interrupted, by SIGINT (Ctrl-C), SIGTERM or SIGHUP, and tidied up; inspect, plan, policy and
+       devices have nothing to tidy up, and end by the signal itself
+With --json an error is printed as JSON too; host/cli/JSON.md describes what is printed.";
+
+/// The same for `check`.
+const STATUSES_OF_CHECK: &str = "\
+Exit status:
+  0    every expectation holds
+  1    some do not, a scenario could not be run, or an output cannot be written
+  2    usage, or a scenario file that makes no sense (nothing is run then)
+  130  interrupted, by SIGINT (Ctrl-C), SIGTERM or SIGHUP, and tidied up";
+
+/// The definitions with the exit statuses below each.
+pub(crate) fn command() -> Command {
+    fn with_statuses(command: Command) -> Command {
+        let statuses = match command.get_name() {
+            "check" => STATUSES_OF_CHECK,
+            _ => STATUSES,
+        };
+        let command = command.after_long_help(statuses);
+        command.mut_subcommands(with_statuses)
+    }
+    // Named here: otherwise usage is shown for whatever this program's file is called.
+    with_statuses(Arguments::command()).bin_name("tightfit")
+}
+
+/// What was typed; or, when that was help or nonsense, the status to end with: it has been printed.
+pub(crate) fn arguments() -> Result<Arguments, ExitCode> {
+    let typed: Vec<OsString> = std::env::args_os().collect();
+    let json = asks_for_json(&typed);
+    let matches = command().try_get_matches_from(typed);
+    matches
+        .and_then(|mut matches| Arguments::from_arg_matches_mut(&mut matches))
+        .map_err(|error| print(&error, json))
+}
+
+/// Whether `--json` is among the arguments, where these cannot be understood as a whole.
+fn asks_for_json(typed: &[OsString]) -> bool {
+    let options = typed.iter().take_while(|argument| *argument != "--");
+    options.into_iter().any(|argument| argument == "--json")
+}
+
+/// Prints help to stdout, what is wrong to stderr. Names and values that were typed are repeated in
+/// it, and may come from whoever names files.
+fn print(error: &clap::Error, json: bool) -> ExitCode {
+    let rendered = error.render();
+    if error.use_stderr() {
+        let text = rendered.to_string();
+        // Nothing is left to be done when even stderr is gone.
+        let _ = io::Write::write_all(&mut io::stderr().lock(), printable_lines(&text).as_bytes());
+        if json {
+            let sentence = text.trim_start_matches("error: ");
+            let sentence = sentence.split("\n\n").next().unwrap_or(sentence);
+            let report = ErrorReport::new(Status::Usage, "usage", &sentence.trim_end());
+            output::print_error(report);
+        }
+        return ExitCode::from(Status::Usage as u8);
+    }
+    // Help repeats nothing that was typed, so that it may keep its styles.
+    let styled = anstream::AutoStream::choice(&io::stdout()) != anstream::ColorChoice::Never;
+    let printed = match error.kind() {
+        ErrorKind::DisplayHelp if styled => {
+            let text = rendered.ansi().to_string();
+            crate::command::destination::Destination::Stdout
+                .write(text.as_bytes())
+                .map_err(Failure::Output)
+        }
+        _ => output::print(&rendered.to_string()),
+    };
+    match printed {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            output::failed(&failure, false);
+            ExitCode::from(failure.status() as u8)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_definitions_are_consistent() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn json_is_asked_for_before_the_arguments_of_a_driver() {
+        let typed = |arguments: &[&str]| -> Vec<OsString> {
+            arguments.iter().map(|&argument| argument.into()).collect()
+        };
+        assert!(asks_for_json(&typed(&["tightfit", "plan", "--json", "x"])));
+        assert!(!asks_for_json(&typed(&["tightfit", "run", "--", "--json"])));
+    }
+}

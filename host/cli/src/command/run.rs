@@ -1,0 +1,84 @@
+//! `tightfit run`.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use serde::Serialize;
+use tightfit::cancel::CancelToken;
+use tightfit::checkpoint::Checkpoint;
+use tightfit::device::{Device, open_devices};
+use tightfit::text::printable;
+use tightfit_wasm::driver::{Outcome, WasmDriver, default_limits};
+use tightfit_wasm::wit::driver::DriverContext;
+
+use crate::command::args::RunOptions;
+use crate::command::failure::Failure;
+use crate::command::output;
+
+#[derive(Serialize)]
+struct Ran {
+    schema: u32,
+    driver: String,
+    answer: String,
+    fuel: u64,
+    seconds: f64,
+    /// The most that was reserved on all devices together.
+    peak_reserved: u64,
+    devices: Vec<RanDevice>,
+}
+
+#[derive(Serialize)]
+struct RanDevice {
+    name: String,
+    peak_reserved: u64,
+}
+
+/// `tightfit run`.
+pub(crate) fn run(options: &RunOptions, cancel: CancelToken) -> Result<(), Failure> {
+    let devices: Arc<[Box<dyn Device>]> = open_devices(&options.devices)?.into();
+    let quota = options.quota.unwrap_or(u64::MAX);
+    let mut context = DriverContext::new(Arc::clone(&devices), quota)
+        .cancelled_by(cancel.clone())
+        .load_with(options.threads.map(usize::from), options.staging);
+    for (name, path) in &options.grants {
+        // The driver is only told that something is wrong with it; the user is told what.
+        Checkpoint::open_with(path, &cancel)?;
+        context = context.grant(name, path);
+    }
+    let driver = WasmDriver::open(
+        &options.driver,
+        options.sandbox.options_from(default_limits())?,
+    )?;
+    let start = Instant::now();
+    let outcome = driver.run(context, &options.arguments)?;
+    let seconds = start.elapsed().as_secs_f64();
+    if options.output.json {
+        return output::print_json(&ran(options, &devices, outcome, seconds));
+    }
+    match options.output.quiet {
+        true => Ok(()),
+        false => output::print(&lines(&outcome.answer)),
+    }
+}
+
+fn ran(options: &RunOptions, devices: &[Box<dyn Device>], outcome: Outcome, seconds: f64) -> Ran {
+    let devices = devices.iter().map(|device| RanDevice {
+        name: device.info().name,
+        peak_reserved: device.usage().reserved.peak,
+    });
+    Ran {
+        schema: 1,
+        driver: options.driver.display().to_string(),
+        answer: outcome.answer,
+        fuel: outcome.fuel,
+        seconds,
+        peak_reserved: outcome.peak_reserved,
+        devices: devices.collect(),
+    }
+}
+
+/// An answer's lines, none of which can do anything to a terminal.
+fn lines(answer: &str) -> String {
+    let lines = answer.lines().map(|line| format!("{}\n", printable(line)));
+    lines.collect()
+}

@@ -1,0 +1,123 @@
+//! `tightfit save`, and `tightfit load --save`.
+
+use std::path::Path;
+use std::time::Instant;
+
+use serde::Serialize;
+use tightfit::cancel::CancelToken;
+use tightfit::checkpoint::Checkpoint;
+use tightfit::load::Progress;
+use tightfit::plan::Proposed;
+use tightfit::save::{SaveOptions, Saved, save};
+use tightfit::text::printable;
+use tightfit::types::{Bytes, Placement};
+
+use crate::command::args::{EngineOptions, SaveCommand, WriteOptions};
+use crate::command::failure::Failure;
+use crate::command::{output, progress, session};
+
+#[derive(Serialize)]
+struct SaveReport {
+    schema: u32,
+    path: String,
+    shards: usize,
+    bytes: u64,
+    source_bytes: u64,
+    quantized: u64,
+    nonfinite_blocks: u64,
+    /// Files beside the weights that were not copied.
+    left_out: Vec<String>,
+    seconds: f64,
+    peak_rss_bytes: Option<u64>,
+}
+
+/// `tightfit save`.
+pub(crate) fn run(options: &SaveCommand, cancel: CancelToken) -> Result<(), Failure> {
+    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
+    let proposed = session::propose_with(
+        &options.policy,
+        &checkpoint,
+        &[session::anywhere()],
+        &cancel,
+    )?;
+    let start = Instant::now();
+    let saved = write(
+        &checkpoint,
+        &proposed,
+        &options.directory,
+        &options.engine,
+        &options.write,
+        options.output.quiet,
+        cancel,
+    )?;
+    let seconds = start.elapsed().as_secs_f64();
+    if options.output.json {
+        return output::print_json(&SaveReport {
+            schema: 1,
+            path: options.directory.display().to_string(),
+            shards: saved.shards,
+            bytes: saved.bytes,
+            source_bytes: checkpoint.source_bytes(),
+            quantized: saved.quantized,
+            nonfinite_blocks: saved.nonfinite_blocks,
+            left_out: saved.left_out.into_iter().map(|left| left.file).collect(),
+            seconds,
+            peak_rss_bytes: tightfit::memory::peak_rss_bytes(),
+        });
+    }
+    if options.output.quiet {
+        return Ok(());
+    }
+    output::print(&format!(
+        "{}: {} in {} file{}, from {} ({:.1} s); {} weights in 4 bits\n",
+        printable(&options.directory.display().to_string()),
+        Bytes(saved.bytes),
+        saved.shards,
+        if saved.shards == 1 { "" } else { "s" },
+        Bytes(checkpoint.source_bytes()),
+        seconds,
+        saved.quantized,
+    ))
+}
+
+/// Writes what was proposed, with a progress bar.
+pub(crate) fn write(
+    checkpoint: &Checkpoint,
+    proposed: &Proposed,
+    directory: &Path,
+    engine: &EngineOptions,
+    write: &WriteOptions,
+    quiet: bool,
+    cancel: CancelToken,
+) -> Result<Saved, Failure> {
+    let bar = progress::bytes("saving", quiet);
+    let defaults = SaveOptions::default();
+    let skip = proposed.settings.iter().find(|(name, _)| name == "skip");
+    let options = SaveOptions {
+        threads: engine.threads.map_or(defaults.threads, usize::from),
+        staging_bytes: engine.staging.unwrap_or(defaults.staging_bytes),
+        strict: engine.strict,
+        kernels: engine.kernels()?,
+        max_shard_bytes: write.max_shard_size.unwrap_or(defaults.max_shard_bytes),
+        force: write.force,
+        skipped_on_request: skip.is_some_and(|(_, value)| !value.is_empty()),
+        progress: &|progress: Progress| {
+            bar.set_length(progress.bytes_total);
+            bar.set_position(progress.bytes_read);
+        },
+        cancel,
+    };
+    let placements: Vec<Placement> = proposed
+        .plan
+        .tensors
+        .iter()
+        .map(|tensor| tensor.placement)
+        .collect();
+    let saved = save(checkpoint, &placements, directory, &options);
+    bar.finish_and_clear();
+    let saved = saved?;
+    for file in &saved.left_out {
+        tracing::warn!("{file}");
+    }
+    Ok(saved)
+}

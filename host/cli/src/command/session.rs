@@ -1,0 +1,193 @@
+//! What every subcommand opens: model, policy, devices; and what Ctrl-C does.
+
+use std::path::Path;
+use std::sync::OnceLock;
+
+use crate::draw::Table;
+use serde::Serialize;
+use tightfit::cancel::CancelToken;
+use tightfit::checkpoint::{self, Checkpoint, CheckpointError};
+use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
+use tightfit::hub::{self, Hub};
+use tightfit::load::{self, Placed};
+use tightfit::plan::{self, Proposed};
+use tightfit::types::Bytes;
+use tightfit_wasm::policy::WasmPolicy;
+
+use crate::command::args::{DevicesOptions, ModelOptions, PolicyOptions};
+use crate::command::failure::Failure;
+use crate::command::output::Envelope;
+use crate::command::{output, progress};
+
+/// What an interrupt uses, if it is to be orderly.
+pub(crate) fn interrupted() -> CancelToken {
+    static TOKEN: OnceLock<CancelToken> = OnceLock::new();
+    TOKEN.get_or_init(CancelToken::new).clone()
+}
+
+/// An interrupt ends this process at once, and with it the compiler that it may have started.
+pub(crate) fn exit_on_interrupt() {
+    // Without it the signal does, with another status.
+    if let Err(error) = ctrlc::set_handler(|| std::process::exit(130)) {
+        tracing::debug!("interrupts end the process with the signal: {error}");
+    }
+}
+
+/// The first interrupt asks for an orderly end, the second ends at once.
+pub(crate) fn cancel_on_interrupt() -> CancelToken {
+    let token = interrupted();
+    let asked = token.clone();
+    let handler = move || {
+        if asked.is_cancelled() {
+            std::process::exit(130);
+        }
+        asked.cancel();
+    };
+    if let Err(error) = ctrlc::set_handler(handler) {
+        tracing::warn!("interrupts will not be orderly: {error}");
+    }
+    token
+}
+
+/// Finds and opens a checkpoint, and downloads what the cache lacks of it. Without a token an
+/// interrupt ends the process, which leaves a download fit to be resumed.
+pub(crate) fn open_checkpoint(
+    options: &ModelOptions,
+    quiet: bool,
+    cancel: Option<&CancelToken>,
+) -> Result<Checkpoint, Failure> {
+    let never = CancelToken::new();
+    let cancel = cancel.unwrap_or(&never);
+    let mut hub = Hub::from_process();
+    hub.offline |= options.offline;
+    let (model, revision) = (&options.model, options.revision.as_deref());
+    let local = checkpoint::resolve_revision(model, revision, &hub.cache)
+        .and_then(|path| Checkpoint::open_with(&path, cancel));
+    match local {
+        Err(error) if is_missing(&error, model, hub.offline) => {}
+        other => return Ok(other?),
+    }
+    let bar = progress::bytes("downloading", quiet);
+    let mut shown = String::new();
+    let fetched = hub::fetch(
+        &hub,
+        model,
+        revision,
+        &mut |progress| {
+            if shown != progress.file {
+                shown = progress.file.to_owned();
+                bar.set_length(progress.bytes_total);
+                bar.set_message(progress::message(&shown));
+                bar.reset_eta();
+            }
+            bar.set_position(progress.bytes_done);
+        },
+        cancel,
+    );
+    bar.finish_and_clear();
+    Ok(Checkpoint::open_with(&fetched?, cancel)?)
+}
+
+/// Whether a download can help: the id, or some of its files, are not in the cache.
+fn is_missing(error: &CheckpointError, model: &str, offline: bool) -> bool {
+    match error {
+        CheckpointError::NotInCache { .. } | CheckpointError::RevisionNotInCache { .. } => true,
+        // Other tools fetch single files, and an interrupted download leaves some out.
+        CheckpointError::MissingShard { .. }
+        | CheckpointError::IncompleteSet { .. }
+        | CheckpointError::NotACheckpoint { .. }
+        | CheckpointError::OnlyPickles { .. }
+        | CheckpointError::EmptyDirectory { .. }
+        | CheckpointError::BadCacheEntry { .. } => !offline && !Path::new(model).exists(),
+        _ => false,
+    }
+}
+
+/// Asks the policy. It is gone when this returns: its compiled code would count in the peak.
+pub(crate) fn propose_with(
+    options: &PolicyOptions,
+    checkpoint: &Checkpoint,
+    devices: &[DeviceInfo],
+    cancel: &CancelToken,
+) -> Result<Proposed, Failure> {
+    let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
+    let settings = &options.settings;
+    Ok(plan::propose_with(
+        checkpoint, &policy, devices, settings, cancel,
+    )?)
+}
+
+/// Asks the policy and takes the memory of its plan, as often as that takes. The policy is gone when
+/// this returns.
+pub(crate) fn place_with(
+    options: &PolicyOptions,
+    checkpoint: &Checkpoint,
+    devices: &[Box<dyn Device>],
+    cancel: &CancelToken,
+) -> Result<Placed, Failure> {
+    let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
+    let settings = &options.settings;
+    Ok(load::place_with(
+        checkpoint, &policy, devices, settings, cancel,
+    )?)
+}
+
+/// A device on which everything fits: for asking a policy about formats, not places.
+pub(crate) fn anywhere() -> DeviceInfo {
+    DeviceInfo {
+        name: "any".to_owned(),
+        kind: DeviceKind::Sim,
+        capacity: 1 << 60,
+        available: 1 << 60,
+        granularity: 1,
+    }
+}
+
+/// What the devices say of themselves.
+pub(crate) fn infos(devices: &[Box<dyn Device>]) -> Vec<DeviceInfo> {
+    devices.iter().map(|device| device.info()).collect()
+}
+
+#[derive(Serialize)]
+struct Listed {
+    name: String,
+    kind: String,
+    capacity: u64,
+    available: u64,
+    granularity: u64,
+}
+
+#[derive(Serialize)]
+struct DeviceList {
+    devices: Vec<Listed>,
+}
+
+/// `tightfit devices`.
+pub(crate) fn list_devices(options: &DevicesOptions) -> Result<(), Failure> {
+    let devices = infos(&open_devices(&options.devices)?);
+    if options.output.json {
+        let listed: Vec<Listed> = devices
+            .into_iter()
+            .map(|device| Listed {
+                name: device.name,
+                kind: device.kind.to_string(),
+                capacity: device.capacity,
+                available: device.available,
+                granularity: device.granularity,
+            })
+            .collect();
+        return output::print_json(&Envelope::new(DeviceList { devices: listed }));
+    }
+    if options.output.quiet {
+        return Ok(());
+    }
+    let mut table = Table::new(["device", "capacity", "available"]);
+    for device in devices {
+        table.row([
+            device.name,
+            Bytes(device.capacity).to_string(),
+            Bytes(device.available).to_string(),
+        ]);
+    }
+    output::print(&table.to_string())
+}

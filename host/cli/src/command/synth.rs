@@ -1,0 +1,74 @@
+//! `tightfit synth`.
+
+use std::time::Instant;
+
+use serde::Serialize;
+use tightfit::cancel::CancelToken;
+use tightfit::synth::{self, Options};
+use tightfit::text::printable;
+use tightfit::types::Bytes;
+
+use crate::command::args::SynthOptions;
+use crate::command::failure::Failure;
+use crate::command::output::Envelope;
+use crate::command::{output, progress};
+
+/// What was written.
+#[derive(Serialize)]
+struct Synthesized {
+    path: String,
+    preset: &'static str,
+    seed: u64,
+    headers_only: bool,
+    shards: usize,
+    tensors: usize,
+    bytes: u64,
+    seconds: f64,
+}
+
+pub(crate) fn run(options: &SynthOptions, cancel: &CancelToken) -> Result<(), Failure> {
+    let preset = options.preset;
+    let bar = progress::bytes("writing", options.output.quiet);
+    let start = Instant::now();
+    let written = synth::write(
+        preset,
+        &options.directory,
+        &Options {
+            headers_only: options.headers_only,
+            seed: options.seed,
+            ..Options::default()
+        },
+        &mut |written, total| {
+            bar.set_length(total);
+            bar.set_position(written);
+        },
+        cancel.flag(),
+    );
+    bar.finish_and_clear();
+    let written = written?;
+    let seconds = start.elapsed().as_secs_f64();
+    if options.output.json {
+        return output::print_json(&Envelope::new(Synthesized {
+            path: options.directory.display().to_string(),
+            preset: preset.name(),
+            seed: options.seed,
+            headers_only: options.headers_only,
+            shards: written.shards,
+            tensors: written.tensors,
+            bytes: written.bytes,
+            seconds,
+        }));
+    }
+    if options.output.quiet {
+        return Ok(());
+    }
+    output::print(&format!(
+        "{}: {} tensors, {} in {} file{} ({:.1} s)\n",
+        printable(&options.directory.display().to_string()),
+        written.tensors,
+        Bytes(written.bytes),
+        written.shards,
+        if written.shards == 1 { "" } else { "s" },
+        seconds,
+    ))
+}

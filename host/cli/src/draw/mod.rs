@@ -1,0 +1,15 @@
+//! Plans and reports for people: tables, bars, maps of what is where, comparisons, drawings.
+
+mod bar;
+mod diff;
+mod places;
+#[cfg(test)]
+mod samples;
+mod svg;
+mod table;
+
+pub use bar::{BarStyle, bar};
+pub use diff::{Comparison, DeviceChange, FormatChange, Move, Side, Totals};
+pub use places::map;
+pub use svg::{Heading, svg};
+pub use table::Table;

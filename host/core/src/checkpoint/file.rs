@@ -1,0 +1,273 @@
+//! Opening and reading single files whose sizes and kinds nobody vouches for.
+
+use std::fs::{self, File};
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::CheckpointError;
+use super::directory::Directory;
+use super::text::{PIECE, Text};
+use crate::cancel::CancelToken;
+
+/// A file of weights. It is either kept open, or opened anew for every read; in both cases the
+/// bytes come from the file that was checked when the checkpoint was opened, or there is an error.
+#[derive(Debug)]
+pub struct Shard {
+    path: PathBuf,
+    source: Source,
+    state: State,
+    file: Option<File>,
+}
+
+/// How a file is found.
+#[derive(Debug, Clone)]
+pub(crate) enum Source {
+    /// By its name in the checkpoint's directory.
+    In(Arc<Directory>, String),
+    /// By a path that the user gave: whoever names a link means what it leads to.
+    Named(PathBuf),
+}
+
+impl Source {
+    pub(crate) fn path(&self) -> PathBuf {
+        match self {
+            Source::In(directory, name) => directory.path().join(name),
+            Source::Named(path) => path.clone(),
+        }
+    }
+
+    fn open(&self) -> Result<File, CheckpointError> {
+        match self {
+            Source::In(directory, name) => directory.open_file(name),
+            Source::Named(path) => open_named(path),
+        }
+    }
+}
+
+/// What tells whether a file is still the one that was opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct State {
+    length: u64,
+    modified: Option<SystemTime>,
+    identity: Option<(u64, u64)>,
+}
+
+impl State {
+    fn of(metadata: &fs::Metadata) -> State {
+        State {
+            length: metadata.len(),
+            modified: metadata.modified().ok(),
+            identity: identity(metadata),
+        }
+    }
+}
+
+/// Device and inode, where the system has them.
+#[cfg(unix)]
+fn identity(metadata: &fs::Metadata) -> Option<(u64, u64)> {
+    use std::os::unix::fs::MetadataExt;
+    Some((metadata.dev(), metadata.ino()))
+}
+
+#[cfg(not(unix))]
+fn identity(_: &fs::Metadata) -> Option<(u64, u64)> {
+    None
+}
+
+/// Why a positioned read gave less than was asked for.
+#[derive(Debug)]
+pub(crate) enum ReadFailure {
+    /// The file ended here.
+    CutShort(u64),
+    /// Everything else.
+    Other(CheckpointError),
+}
+
+impl Shard {
+    /// Opens a regular file for positioned reads.
+    pub(crate) fn open(source: Source) -> Result<Shard, CheckpointError> {
+        let path = source.path();
+        let file = source.open()?;
+        let metadata = file
+            .metadata()
+            .map_err(io_error("read the size of", &path))?;
+        Ok(Shard {
+            path,
+            source,
+            state: State::of(&metadata),
+            file: Some(file),
+        })
+    }
+
+    /// Gives the descriptor back; later reads open the file again and check that it is the same.
+    pub(crate) fn close(&mut self) {
+        self.file = None;
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Its length in bytes when it was opened.
+    pub fn length(&self) -> u64 {
+        self.state.length
+    }
+
+    /// Fills the buffer from the bytes at `offset`.
+    pub(crate) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ReadFailure> {
+        let reopened;
+        let file = match &self.file {
+            Some(file) => file,
+            None => {
+                reopened = self.source.open().map_err(ReadFailure::Other)?;
+                &reopened
+            }
+        };
+        let read = read_full(file, offset, buffer)
+            .map_err(io_error("read", &self.path))
+            .map_err(ReadFailure::Other)?;
+        if read < buffer.len() {
+            return Err(ReadFailure::CutShort(offset.saturating_add(read as u64)));
+        }
+        // After the read, so that no write can come between the check and the bytes.
+        let metadata = file
+            .metadata()
+            .map_err(io_error("read the size of", &self.path))
+            .map_err(ReadFailure::Other)?;
+        if State::of(&metadata) != self.state {
+            return Err(ReadFailure::Other(CheckpointError::Changed {
+                path: self.path.clone(),
+            }));
+        }
+        Ok(())
+    }
+}
+
+/// Reads until the buffer is full or the file ends; gives the number of bytes read.
+fn read_full(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match read_once(file, offset + filled as u64, &mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+#[cfg(unix)]
+fn read_once(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    std::os::unix::fs::FileExt::read_at(file, buffer, offset)
+}
+
+#[cfg(windows)]
+fn read_once(file: &File, offset: u64, buffer: &mut [u8]) -> io::Result<usize> {
+    std::os::windows::fs::FileExt::seek_read(file, buffer, offset)
+}
+
+/// Opens a file that the user named, and that is no pipe, device or directory: opening or reading
+/// one of these may block for ever.
+fn open_named(path: &Path) -> Result<File, CheckpointError> {
+    let regular = |metadata: fs::Metadata| {
+        if metadata.is_file() {
+            Ok(())
+        } else {
+            Err(CheckpointError::NotAFile { path: path.into() })
+        }
+    };
+    regular(fs::metadata(path).map_err(io_error("open", path))?)?;
+    let mut options = File::options();
+    options.read(true);
+    // In case it has become a pipe meanwhile.
+    #[cfg(unix)]
+    {
+        use rustix::fs::OFlags;
+        use std::os::unix::fs::OpenOptionsExt;
+        options.custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32);
+    }
+    let file = options.open(path).map_err(io_error("open", path))?;
+    regular(file.metadata().map_err(io_error("open", path))?)?;
+    Ok(file)
+}
+
+/// The whole text of a regular file that the user named, of at most `limit` bytes; `None` where
+/// there is none.
+pub(crate) fn read_text(
+    path: &Path,
+    what: &'static str,
+    limit: u64,
+    cancel: &CancelToken,
+) -> Result<Option<String>, CheckpointError> {
+    match open_named(path) {
+        Err(CheckpointError::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => {
+            Ok(None)
+        }
+        other => read_limited(other?, path, what, limit, cancel).map(Some),
+    }
+}
+
+/// The whole text of a file of at most `limit` bytes; `path` is named in errors only.
+pub(crate) fn read_limited(
+    file: File,
+    path: &Path,
+    what: &'static str,
+    limit: u64,
+    cancel: &CancelToken,
+) -> Result<String, CheckpointError> {
+    let length = file.metadata().map_or(0, |metadata| metadata.len());
+    let not_utf8 = |_| CheckpointError::NotUtf8 {
+        path: path.into(),
+        what,
+    };
+    let mut text = Text::with_capacity(length.min(limit) as usize);
+    let mut piece = vec![0; PIECE.min(length.max(1) as usize + 1)];
+    let (mut reader, mut bytes) = (file, 0);
+    loop {
+        cancel.check()?;
+        let read = match reader.read(&mut piece) {
+            Ok(0) => break,
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => return Err(io_error("read", path)(error)),
+        };
+        bytes += read as u64;
+        // A longer file is seen whatever its size said.
+        if bytes > limit {
+            return Err(CheckpointError::TooLarge {
+                path: path.into(),
+                what,
+                have: length.max(bytes),
+                limit,
+            });
+        }
+        text.push(&piece[..read]).map_err(not_utf8)?;
+    }
+    text.finish().map_err(not_utf8)
+}
+
+/// Turns a system error into ours, for `map_err`.
+pub(crate) fn io_error(
+    action: &'static str,
+    path: &Path,
+) -> impl FnOnce(io::Error) -> CheckpointError {
+    move |source| CheckpointError::Io {
+        action,
+        path: path.into(),
+        source,
+    }
+}
+
+/// Whether the text names a file in a directory and nothing outside of it, on any system.
+pub(crate) fn is_plain_file_name(name: &str) -> bool {
+    !name.is_empty()
+        && name.len() <= 255
+        && name != "."
+        && name != ".."
+        && !name.contains(['/', '\\', ':'])
+        && !name.chars().any(char::is_control)
+}

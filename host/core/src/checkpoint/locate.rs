@@ -1,0 +1,232 @@
+//! Which files of a directory make up a checkpoint.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::CheckpointError;
+use super::directory::Directory;
+use super::file::{Source, io_error, read_text};
+use super::index::{self, Index, MAX_INDEX_BYTES, MAX_SHARDS};
+use crate::cancel::CancelToken;
+
+const INDEX: &str = "model.safetensors.index.json";
+const INDEX_WHAT: &str = "an index (bytes)";
+const SINGLE: &str = "model.safetensors";
+
+/// The files of a checkpoint.
+#[derive(Debug)]
+pub(crate) struct Located {
+    /// Where config.json would be.
+    pub(crate) directory: Arc<Directory>,
+    /// The files with the weights, in checkpoint order.
+    pub(crate) shards: Vec<Source>,
+    /// The index, where there is one; its shards are those above.
+    pub(crate) index: Option<Index>,
+}
+
+/// Finds the files: of a `.safetensors` file, an index, or a directory. A file that `path` names
+/// may be a link to anywhere, for the user named it; what lies beside it may not.
+pub(crate) fn locate(path: &Path, cancel: &CancelToken) -> Result<Located, CheckpointError> {
+    let metadata = fs::metadata(path).map_err(|source| match source.kind() {
+        std::io::ErrorKind::NotFound => CheckpointError::NotFound { path: path.into() },
+        _ => io_error("open", path)(source),
+    })?;
+    if metadata.is_dir() {
+        return in_directory(Directory::open(path)?.into(), cancel);
+    }
+    if !metadata.is_file() {
+        return Err(CheckpointError::NotAFile { path: path.into() });
+    }
+    let directory = Arc::new(Directory::open(match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    })?);
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    if name.ends_with(".safetensors.index.json") {
+        return match read_text(path, INDEX_WHAT, MAX_INDEX_BYTES, cancel)? {
+            Some(text) => with_index(directory, path, &text, cancel),
+            None => Err(CheckpointError::NotFound { path: path.into() }),
+        };
+    }
+    if is_safetensors(&name) {
+        return Ok(Located {
+            directory,
+            shards: vec![Source::Named(path.into())],
+            index: None,
+        });
+    }
+    Err(CheckpointError::NotACheckpoint {
+        path: path.into(),
+        problem: "weights are read from files that end in .safetensors".into(),
+    })
+}
+
+fn in_directory(
+    directory: Arc<Directory>,
+    cancel: &CancelToken,
+) -> Result<Located, CheckpointError> {
+    if let Some(text) = directory.read_text(INDEX, INDEX_WHAT, MAX_INDEX_BYTES, cancel)? {
+        let path = directory.path().join(INDEX);
+        return with_index(directory, &path, &text, cancel);
+    }
+    let names = directory.list(cancel)?;
+    let located = |shards: Vec<String>| Located {
+        shards: sources(&directory, shards),
+        directory: Arc::clone(&directory),
+        index: None,
+    };
+    let directory = directory.path();
+    if names.iter().any(|name| name == SINGLE) {
+        return Ok(located(vec![SINGLE.into()]));
+    }
+    if let Some(shards) = numbered_set(directory, &names)? {
+        return Ok(located(shards));
+    }
+    let mut single = names.iter().filter(|name| is_safetensors(name));
+    match (single.next(), single.next()) {
+        (Some(name), None) => Ok(located(vec![name.clone()])),
+        (Some(first), Some(second)) => Err(CheckpointError::Ambiguous {
+            path: directory.into(),
+            first: first.clone(),
+            second: second.clone(),
+        }),
+        (None, _) if names.is_empty() => Err(CheckpointError::EmptyDirectory {
+            path: directory.into(),
+        }),
+        (None, _) => match names.iter().find(|name| is_pickle(name)) {
+            Some(file) => Err(CheckpointError::OnlyPickles {
+                path: directory.into(),
+                file: file.clone(),
+            }),
+            None => Err(CheckpointError::NotACheckpoint {
+                path: directory.into(),
+                problem: "there is no .safetensors file in it".into(),
+            }),
+        },
+    }
+}
+
+/// The shards that an index with this text lists.
+fn with_index(
+    directory: Arc<Directory>,
+    path: &Path,
+    text: &str,
+    cancel: &CancelToken,
+) -> Result<Located, CheckpointError> {
+    let index = index::parse(path, text, cancel)?;
+    for (position, shard) in index.shards.iter().enumerate() {
+        cancel.check()?;
+        if !directory.has(shard)? {
+            let entry = index.entries.iter().find(|(_, at)| *at == position);
+            return Err(CheckpointError::MissingShard {
+                path: directory.path().join(shard),
+                tensor: entry.map_or_else(String::new, |(tensor, _)| tensor.clone()),
+            });
+        }
+    }
+    Ok(Located {
+        shards: sources(&directory, index.shards.clone()),
+        directory,
+        index: Some(index),
+    })
+}
+
+fn sources(directory: &Arc<Directory>, names: Vec<String>) -> Vec<Source> {
+    let source = |name| Source::In(Arc::clone(directory), name);
+    names.into_iter().map(source).collect()
+}
+
+fn is_safetensors(name: &str) -> bool {
+    name.ends_with(".safetensors")
+}
+
+/// The names that PyTorch weights have on the Hugging Face hub.
+fn is_pickle(name: &str) -> bool {
+    (name.starts_with("pytorch_model") && name.ends_with(".bin"))
+        || [".pt", ".pth", ".ckpt"]
+            .iter()
+            .any(|end| name.ends_with(end))
+}
+
+/// The one set of files named `*-0000i-of-0000N.safetensors`, in order, checked to be complete.
+fn numbered_set(
+    directory: &Path,
+    names: &[String],
+) -> Result<Option<Vec<String>>, CheckpointError> {
+    // Shards by what all of a set share: the text before the number, and the total as written.
+    let mut sets: BTreeMap<(&str, &str), BTreeMap<u64, &String>> = BTreeMap::new();
+    for name in names {
+        let Some(numbered) = Numbered::parse(name) else {
+            continue;
+        };
+        let set = sets.entry((numbered.stem, numbered.total)).or_default();
+        if let Some(first) = set.insert(numbered.number, name) {
+            return Err(CheckpointError::Ambiguous {
+                path: directory.into(),
+                first: first.clone(),
+                second: name.clone(),
+            });
+        }
+    }
+    let mut sets = sets.into_iter();
+    let Some(((stem, total), set)) = sets.next() else {
+        return Ok(None);
+    };
+    if let Some((_, other)) = sets.next() {
+        let first = |set: &BTreeMap<u64, &String>| {
+            set.values()
+                .next()
+                .map_or_else(String::new, |name| name.to_string())
+        };
+        return Err(CheckpointError::Ambiguous {
+            path: directory.into(),
+            first: first(&set),
+            second: first(&other),
+        });
+    }
+    // Numbered::parse admits only totals in range.
+    let need: u64 = total.parse().unwrap_or(0);
+    for number in 1..=need {
+        if !set.contains_key(&number) {
+            let width = total.len();
+            return Err(CheckpointError::IncompleteSet {
+                path: directory.into(),
+                missing: format!("{stem}-{number:0width$}-of-{total}.safetensors"),
+                need,
+                have: set.len() as u64,
+            });
+        }
+    }
+    Ok(Some(set.into_values().cloned().collect()))
+}
+
+/// A name such as `model-00001-of-00004.safetensors`, taken apart.
+struct Numbered<'a> {
+    stem: &'a str,
+    number: u64,
+    total: &'a str,
+}
+
+impl<'a> Numbered<'a> {
+    fn parse(name: &'a str) -> Option<Numbered<'a>> {
+        let (rest, total) = name.strip_suffix(".safetensors")?.rsplit_once("-of-")?;
+        let (stem, number) = rest.rsplit_once('-')?;
+        let digits = |text: &str| {
+            (!text.is_empty() && text.len() <= 9 && text.bytes().all(|b| b.is_ascii_digit()))
+                .then(|| text.parse::<u64>().ok())
+                .flatten()
+        };
+        let (count, number) = (digits(total)?, digits(number)?);
+        (1..=count)
+            .contains(&number)
+            .then_some(())
+            .filter(|()| count <= MAX_SHARDS as u64)?;
+        Some(Numbered {
+            stem,
+            number,
+            total,
+        })
+    }
+}

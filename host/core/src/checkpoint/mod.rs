@@ -1,0 +1,478 @@
+//! What is on disk: checkpoints in the safetensors format, found, opened and checked.
+//!
+//! Everything read here is treated as written by an attacker: sizes are checked before they are
+//! allocated, names before they become paths, and the tensors of an opened [`Checkpoint`] are
+//! known to lie inside of their files without touching each other. Files are read at positions
+//! ([`Checkpoint::read_at`]) and never mapped, so that a file cut short while loading is an error
+//! and not a signal.
+#![forbid(unsafe_code)]
+
+mod cache;
+mod config;
+mod directory;
+mod error;
+mod file;
+mod header;
+mod index;
+mod locate;
+mod quantized;
+mod shown;
+mod skip;
+#[cfg(test)]
+mod tests;
+mod text;
+mod ties;
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+pub use cache::{CacheEnvironment, resolve, resolve_revision, resolve_with};
+#[cfg(feature = "hub")]
+pub(crate) use cache::{entry_name, is_revision};
+pub use config::{Config, LayerType, MAX_CONFIG_BYTES};
+pub(crate) use directory::Directory;
+pub use error::CheckpointError;
+pub(crate) use error::shown;
+pub use file::Shard;
+pub(crate) use file::{ReadFailure, Source, is_plain_file_name};
+pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES, MAX_TENSORS};
+#[cfg(feature = "hub")]
+pub(crate) use index::parse as parse_index;
+pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
+pub use quantized::{Extent, Nested, Quantized};
+pub use ties::Tie;
+
+use header::Header;
+use text::{PIECE, Text};
+
+use crate::cancel::{self, CancelToken, Watch};
+use crate::types::DType;
+
+/// Most headers of a checkpoint in all, in bytes; the largest real ones have a tenth of this.
+const MAX_ALL_HEADERS_BYTES: u64 = 4 * MAX_HEADER_BYTES;
+/// Shards that stay open. Those beyond are opened for each read, so that a checkpoint of thousands
+/// of shards does not use up the process's descriptors.
+const MAX_OPEN_SHARDS: usize = 128;
+
+/// A tensor of a checkpoint and where it lies. A weight that bitsandbytes has quantized is one
+/// tensor, with the type and the shape that it had before.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorInfo {
+    /// Its key, for example `model.layers.0.mlp.up_proj.weight`. Without control characters.
+    pub name: String,
+    /// Type of its elements.
+    pub dtype: DType,
+    /// Row-major; empty for a scalar.
+    pub shape: Vec<u64>,
+    /// Bytes it occupies at `offset`: what `dtype` and `shape` give, or its codes if it is
+    /// quantized.
+    pub bytes: u64,
+    /// Index of its file in [`Checkpoint::shards`].
+    pub shard: usize,
+    /// Its first byte, counted from the start of the file.
+    pub offset: u64,
+    /// How it is quantized in the checkpoint, if it is.
+    pub quantized: Option<Box<Quantized>>,
+}
+
+impl TensorInfo {
+    /// Bytes of all its parts in the checkpoint: its own, and the scales of a quantized weight.
+    pub fn source_bytes(&self) -> u64 {
+        let scales = self.quantized.as_ref().map_or(0, |quantized| {
+            let nested = quantized.nested.map_or(0, |nested| nested.absmax.bytes);
+            quantized.absmax.bytes + nested
+        });
+        self.bytes + scales
+    }
+
+    /// Its bytes in the file.
+    pub fn range(&self) -> Range<u64> {
+        self.offset..self.offset + self.bytes
+    }
+}
+
+/// A checkpoint whose files are open and whose headers have been checked.
+///
+/// Shareable between threads: reads take no lock and no position.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    directory: Arc<Directory>,
+    shards: Arc<[Shard]>,
+    tensors: Vec<TensorInfo>,
+    /// Indices of `tensors`, sorted by name.
+    by_name: Vec<u32>,
+    source_bytes: u64,
+    config: Option<Config>,
+    ties: Vec<Tie>,
+    metadata: BTreeMap<String, String>,
+}
+
+impl Checkpoint {
+    /// Opens a `.safetensors` file, an index, or a directory and reads what is in it, without
+    /// reading weights.
+    ///
+    /// In a directory, `model.safetensors.index.json` names the files; else `model.safetensors`
+    /// is the file; else a complete set of `*-0000i-of-0000N.safetensors`; else the only
+    /// `.safetensors` file. `config.json` is read from beside the files.
+    ///
+    /// `path` may be a link to anywhere. Every other file must lie, all links followed, in the
+    /// directory, or in `blobs` of the same entry of the Hugging Face cache, and must be a regular
+    /// file.
+    ///
+    /// # Errors
+    /// A [`CheckpointError`] that names the file and the part of it that is wrong.
+    pub fn open(path: &Path) -> Result<Checkpoint, CheckpointError> {
+        Checkpoint::open_with(path, &CancelToken::new())
+    }
+
+    /// [`Checkpoint::open`] until it is asked to stop: a checkpoint can have hundreds of megabytes of
+    /// headers. The token is looked at after every few milliseconds of work; what was read by then is
+    /// given back.
+    ///
+    /// # Errors
+    /// [`CheckpointError::Cancelled`], and as [`Checkpoint::open`].
+    pub fn open_with(path: &Path, cancel: &CancelToken) -> Result<Checkpoint, CheckpointError> {
+        let located = locate::locate(path, cancel)?;
+        // First, because it is small and most likely to be what is broken in an edited model.
+        let config = Config::read(&located.directory, cancel)?;
+        let mut watch = Watch::new(cancel);
+        let mut shards = Vec::with_capacity(located.shards.len());
+        let mut tensors = Vec::new();
+        let mut metadata = BTreeMap::new();
+        let mut header_bytes = 0;
+        let mut source_bytes: u64 = 0;
+        for source in located.shards {
+            cancel.check()?;
+            let mut shard = Shard::open(source)?;
+            let path = shard.path().to_owned();
+            let (header, data) = read_header(&shard, &mut header_bytes, cancel)?;
+            if tensors.len() + header.tensors.len() > MAX_TENSORS {
+                return Err(CheckpointError::TooLarge {
+                    path: path.clone(),
+                    what: "a number of tensors in this and earlier files",
+                    have: (tensors.len() + header.tensors.len()) as u64,
+                    limit: MAX_TENSORS as u64,
+                });
+            }
+            // Sparse files can be of any length, so that even this sum needs care.
+            source_bytes = source_bytes.checked_add(shard.length()).ok_or_else(|| {
+                CheckpointError::TooLarge {
+                    path: path.clone(),
+                    what: "the length of this and earlier files (bytes)",
+                    have: u64::MAX,
+                    limit: u64::MAX,
+                }
+            })?;
+            source_bytes -= data;
+            for (key, value) in header.metadata {
+                watch.item(key.len())?;
+                metadata.entry(key).or_insert(value);
+            }
+            if metadata.len() > MAX_METADATA {
+                return Err(CheckpointError::TooLarge {
+                    path: path.clone(),
+                    what: "a number of metadata entries in this and earlier files",
+                    have: metadata.len() as u64,
+                    limit: MAX_METADATA as u64,
+                });
+            }
+            tensors.reserve(header.tensors.len());
+            for tensor in header.tensors {
+                watch.item(0)?;
+                tensors.push(TensorInfo {
+                    bytes: tensor.end - tensor.begin,
+                    offset: data + tensor.begin,
+                    shard: shards.len(),
+                    name: tensor.name,
+                    dtype: tensor.dtype,
+                    shape: tensor.shape,
+                    quantized: None,
+                });
+            }
+            if shards.len() >= MAX_OPEN_SHARDS {
+                shard.close();
+            }
+            shards.push(shard);
+        }
+        let by_name = sorted_by_name(&tensors, &shards, cancel)?;
+        if let Some(index) = located.index {
+            check_index(&index, &tensors, &by_name, &shards, cancel)?;
+        }
+        let count = tensors.len();
+        let tensors = quantized::assemble(tensors, &shards, cancel)?;
+        let by_name = match tensors.len() == count {
+            true => by_name,
+            false => sorted_by_name(&tensors, &shards, cancel)?,
+        };
+        let named: Vec<ties::Named<'_>> = tensors
+            .iter()
+            .map(|tensor| ties::Named {
+                name: &tensor.name,
+                shape: &tensor.shape,
+            })
+            .collect();
+        Ok(Checkpoint {
+            path: path.into(),
+            directory: located.directory,
+            ties: ties::find(&named, config.as_ref(), cancel)?,
+            source_bytes,
+            shards: shards.into(),
+            tensors,
+            by_name,
+            config,
+            metadata,
+        })
+    }
+
+    /// Some tensors of the same files as a checkpoint of their own, for example parts of a stack.
+    pub(crate) fn view(&self, tensors: Vec<TensorInfo>) -> Checkpoint {
+        let mut by_name: Vec<u32> = (0..tensors.len() as u32).collect();
+        by_name.sort_unstable_by_key(|&i| &tensors[i as usize].name);
+        Checkpoint {
+            path: self.path.clone(),
+            directory: Arc::clone(&self.directory),
+            shards: Arc::clone(&self.shards),
+            by_name,
+            source_bytes: tensors.iter().map(TensorInfo::source_bytes).sum(),
+            tensors,
+            config: None,
+            ties: Vec::new(),
+            metadata: BTreeMap::new(),
+        }
+    }
+
+    /// What was opened: the path as it was given.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The directory that its files lie in.
+    pub(crate) fn directory(&self) -> &Arc<Directory> {
+        &self.directory
+    }
+
+    /// The files, in order of their names.
+    pub fn shards(&self) -> &[Shard] {
+        &self.shards
+    }
+
+    /// Every tensor, file by file and in a file by offset. A tensor's index here is its identity.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// Index of the tensor with this name.
+    pub fn find(&self, name: &str) -> Option<usize> {
+        find(name, &self.tensors, &self.by_name)
+    }
+
+    /// Bytes of all tensors, without headers.
+    pub fn source_bytes(&self) -> u64 {
+        self.source_bytes
+    }
+
+    /// The model's configuration, where there is one beside the files.
+    pub fn config(&self) -> Option<&Config> {
+        self.config.as_ref()
+    }
+
+    /// Tensors that the model uses under a second name.
+    pub fn ties(&self) -> &[Tie] {
+        &self.ties
+    }
+
+    /// `__metadata__` of the files; of equal keys that of the first file.
+    pub fn metadata(&self) -> &BTreeMap<String, String> {
+        &self.metadata
+    }
+
+    /// Fills the buffer with the bytes of a file from `offset` on.
+    ///
+    /// # Errors
+    /// [`CheckpointError::CutShort`] when the file ends before, [`CheckpointError::Changed`] when
+    /// it is not the file that was opened any more, [`CheckpointError::Io`] when reading fails.
+    ///
+    /// # Panics
+    /// When there is no such shard.
+    pub fn read_at(
+        &self,
+        shard: usize,
+        offset: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        read_at(&self.shards, &self.tensors, shard, offset, buffer)
+    }
+
+    /// Fills the buffer with the bytes of a tensor from its byte `start` on.
+    ///
+    /// # Errors
+    /// [`CheckpointError::OutsideTensor`] when the tensor ends before, and those of
+    /// [`Checkpoint::read_at`].
+    ///
+    /// # Panics
+    /// When there is no such tensor.
+    pub fn read_tensor(
+        &self,
+        tensor: usize,
+        start: u64,
+        buffer: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        let info = &self.tensors[tensor];
+        match start.checked_add(buffer.len() as u64) {
+            Some(end) if end <= info.bytes => self.read_at(info.shard, info.offset + start, buffer),
+            end => Err(CheckpointError::OutsideTensor {
+                tensor: info.name.clone(),
+                start,
+                end: end.unwrap_or(u64::MAX),
+                have: info.bytes,
+            }),
+        }
+    }
+}
+
+/// Fills the buffer with the bytes of a file from `offset` on. `tensors` serve to name what lies
+/// there in an error.
+fn read_at(
+    shards: &[Shard],
+    tensors: &[TensorInfo],
+    shard: usize,
+    offset: u64,
+    buffer: &mut [u8],
+) -> Result<(), CheckpointError> {
+    let file = &shards[shard];
+    match file.read_at(offset, buffer) {
+        Ok(()) => Ok(()),
+        Err(ReadFailure::Other(error)) => Err(error),
+        Err(ReadFailure::CutShort(have)) => {
+            let holds = |tensor: &&TensorInfo| tensor.shard == shard && tensor.range().end > offset;
+            // The scales of quantized weights lie wherever they lie: no order to search by.
+            let tensor = tensors
+                .iter()
+                .filter(holds)
+                .min_by_key(|tensor| tensor.offset);
+            Err(CheckpointError::CutShort {
+                path: file.path().into(),
+                tensor: tensor.map_or_else(|| "header".into(), |tensor| tensor.name.clone()),
+                start: offset,
+                end: offset.saturating_add(buffer.len() as u64),
+                have,
+            })
+        }
+    }
+}
+
+/// Every entry of the index is in the shard that it names. Tensors that the index does not list
+/// are tensors like all others: transformers loads them too.
+fn check_index(
+    index: &index::Index,
+    tensors: &[TensorInfo],
+    by_name: &[u32],
+    shards: &[Shard],
+    cancel: &CancelToken,
+) -> Result<(), CheckpointError> {
+    let mut watch = Watch::new(cancel);
+    for (name, shard) in &index.entries {
+        // Compared as often as a binary search does.
+        watch.item(8 * name.len())?;
+        let found = find(name, tensors, by_name).map(|i| tensors[i].shard);
+        if found != Some(*shard) {
+            return Err(CheckpointError::NotInShard {
+                path: shards[*shard].path().into(),
+                tensor: name.clone(),
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Index of the tensor with this name.
+fn find(name: &str, tensors: &[TensorInfo], by_name: &[u32]) -> Option<usize> {
+    let position = by_name
+        .binary_search_by(|&i| tensors[i as usize].name.as_str().cmp(name))
+        .ok()?;
+    Some(by_name[position] as usize)
+}
+
+/// Reads and checks the header of a file; gives also the offset of the data.
+fn read_header(
+    shard: &Shard,
+    total: &mut u64,
+    cancel: &CancelToken,
+) -> Result<(Header, u64), CheckpointError> {
+    let path = shard.path();
+    // What was long enough a moment ago.
+    let cut = |failure, need| match failure {
+        ReadFailure::Other(error) => error,
+        ReadFailure::CutShort(have) => CheckpointError::HeaderPastEnd {
+            path: path.into(),
+            need,
+            have,
+        },
+    };
+    if shard.length() < 8 {
+        return Err(CheckpointError::NoHeader {
+            path: path.into(),
+            have: shard.length(),
+        });
+    }
+    let mut first = [0; 8];
+    shard
+        .read_at(0, &mut first)
+        .map_err(|failure| cut(failure, 8))?;
+    let length = header::header_length(path, first, shard.length())?;
+    *total += length as u64;
+    if *total > MAX_ALL_HEADERS_BYTES {
+        return Err(CheckpointError::TooLarge {
+            path: path.into(),
+            what: "the headers of this and earlier files (bytes)",
+            have: *total,
+            limit: MAX_ALL_HEADERS_BYTES,
+        });
+    }
+    let data = length as u64 + 8;
+    let not_utf8 = |_| CheckpointError::NotUtf8 {
+        path: path.into(),
+        what: header::WHAT,
+    };
+    let mut text = Text::with_capacity(length);
+    let mut piece = vec![0; PIECE.min(length)];
+    for start in (0..length).step_by(PIECE) {
+        cancel.check()?;
+        let piece = &mut piece[..PIECE.min(length - start)];
+        shard
+            .read_at(8 + start as u64, piece)
+            .map_err(|failure| cut(failure, data))?;
+        text.push(piece).map_err(not_utf8)?;
+    }
+    let text = text.finish().map_err(not_utf8)?;
+    let header = header::parse(path, &text, shard.length(), cancel)?;
+    Ok((header, data))
+}
+
+/// Indices of the tensors, sorted by name, no name twice.
+fn sorted_by_name(
+    tensors: &[TensorInfo],
+    shards: &[Shard],
+    cancel: &CancelToken,
+) -> Result<Vec<u32>, CheckpointError> {
+    // MAX_TENSORS fits. Equal names stay in the order of the files.
+    let by_name: Vec<u32> = (0..tensors.len() as u32).collect();
+    let name = |i: u32| &tensors[i as usize].name;
+    let by_name = cancel::sort_by(by_name, cancel, |&a, &b| name(a).cmp(name(b)))?;
+    let mut watch = Watch::new(cancel);
+    for pair in by_name.windows(2) {
+        watch.item(name(pair[0]).len())?;
+        let (first, second) = (&tensors[pair[0] as usize], &tensors[pair[1] as usize]);
+        if first.name == second.name {
+            return Err(CheckpointError::DuplicateTensor {
+                tensor: first.name.clone(),
+                first: shards[first.shard].path().into(),
+                second: shards[second.shard].path().into(),
+            });
+        }
+    }
+    Ok(by_name)
+}

@@ -1,0 +1,245 @@
+//! Where tensors can be put: the trait that every device implements, and the devices there are.
+
+#[cfg(feature = "cuda")]
+mod cuda;
+mod host;
+mod host_memory;
+mod quantizer;
+mod spec;
+mod writer;
+
+use std::fmt;
+use std::sync::Arc;
+
+#[cfg(feature = "cuda")]
+pub use cuda::{CudaDevice, PageLocked};
+pub use host::HostDevice;
+pub use quantizer::{QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Workspace};
+pub use spec::{DeviceSpec, SpecError, open_devices, planned_devices};
+#[cfg(not(feature = "cuda"))]
+pub use writer::PageLocked;
+pub use writer::{Piece, WRITER_BUFFERS, Writer};
+
+use crate::memory::{ReservationSize, Usage};
+use crate::status::Status;
+use crate::types::Bytes;
+
+/// What kind of memory a device has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum DeviceKind {
+    /// An NVIDIA GPU.
+    Cuda,
+    /// An accelerator that policies see as one, backed by host memory when loaded.
+    Sim,
+    /// Host memory.
+    Cpu,
+}
+
+impl DeviceKind {
+    /// Whether policies treat it as an accelerator, to be filled before host memory.
+    pub const fn is_accelerator(self) -> bool {
+        matches!(self, DeviceKind::Cuda | DeviceKind::Sim)
+    }
+}
+
+impl fmt::Display for DeviceKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            DeviceKind::Cuda => "cuda",
+            DeviceKind::Sim => "sim",
+            DeviceKind::Cpu => "cpu",
+        })
+    }
+}
+
+/// What a plan has to know of a device.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeviceInfo {
+    /// For example `cuda:0`, `sim:1`, `cpu`.
+    pub name: String,
+    /// What kind of memory it has.
+    pub kind: DeviceKind,
+    /// Bytes that may be used in all.
+    pub capacity: u64,
+    /// Bytes that are free now.
+    pub available: u64,
+    /// A reservation is a multiple of this many bytes.
+    pub granularity: u64,
+}
+
+/// A place that can hold tensors.
+///
+/// Implementations keep a ledger: [`Device::usage`] says at any time what is reserved and what
+/// was at most, and after the last reservation is dropped nothing is.
+pub trait Device: Send + Sync + fmt::Debug {
+    /// The device as it is now.
+    fn info(&self) -> DeviceInfo;
+
+    /// Takes memory in one piece. It is returned when the reservation is dropped.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] when there is too little, with nothing taken.
+    fn reserve(&self, size: ReservationSize) -> Result<Box<dyn Reservation>, DeviceError>;
+
+    /// What is in use now, and what was at most.
+    fn usage(&self) -> Usage;
+}
+
+/// Memory taken from a device in one piece; returned when dropped.
+pub trait Reservation: Send + Sync + fmt::Debug {
+    /// Its length in bytes.
+    fn len(&self) -> u64;
+
+    /// Whether nothing is reserved.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The memory itself where the processor can write it, so that kernels put their results
+    /// straight into their final place.
+    fn host_memory_mut(&mut self) -> Option<&mut [u8]>;
+
+    /// The memory itself where the processor can read it.
+    fn host_memory(&self) -> Option<&[u8]>;
+
+    /// Copies `out.len()` bytes from `offset`.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfBounds`] when the range is not inside the reservation.
+    fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// Takes `bytes` bytes of page-locked host memory for the buffers of writers, also for those of
+    /// other devices of the same driver. `None` where the processor can write, and for nothing.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    fn page_lock(&self, bytes: usize) -> Result<Option<PageLocked>, DeviceError> {
+        let _ = bytes;
+        Ok(None)
+    }
+
+    /// What carries bytes there where the processor cannot write the memory, with
+    /// [`WRITER_BUFFERS`] buffers that are equal parts of `buffers`. It keeps the memory from being
+    /// given back. `None` where the processor can write, and for nothing.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    fn writer(&self, buffers: PageLocked) -> Result<Option<Box<dyn Writer>>, DeviceError> {
+        let _ = buffers;
+        Ok(None)
+    }
+
+    /// The device's own kernels for results in this memory. `None` where it has none that would be
+    /// faster than the processor's.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`] where the workspace is memory of its own and there is too
+    /// little, [`DeviceError::OutOfBounds`] where it does not lie within, and when the driver
+    /// refuses.
+    fn quantizer(&self, workspace: Workspace) -> Result<Option<Arc<dyn Quantizer>>, DeviceError> {
+        let _ = workspace;
+        Ok(None)
+    }
+
+    /// Where the memory is for those who run kernels of their own on it. `None` for memory of the
+    /// host.
+    fn address(&self) -> Option<DeviceAddress> {
+        None
+    }
+}
+
+/// A place in a GPU's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceAddress {
+    /// The driver's number of the device.
+    pub ordinal: u32,
+    /// The pointer, valid in the device's primary context.
+    pub pointer: u64,
+}
+
+/// Why a device could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum DeviceError {
+    /// Less memory than needed.
+    #[error("{device} has too little memory: need {}, have {}", Bytes(*need), Bytes(*have))]
+    OutOfMemory {
+        /// The device's name.
+        device: String,
+        /// Bytes asked for.
+        need: u64,
+        /// Bytes that were free.
+        have: u64,
+    },
+    /// The operating system or driver refused.
+    #[error("{device}: {call} of {} failed: {source}", Bytes(*bytes))]
+    Refused {
+        /// The device's name.
+        device: String,
+        /// What was called.
+        call: &'static str,
+        /// Bytes that the call was about.
+        bytes: u64,
+        /// What it answered.
+        source: std::io::Error,
+    },
+    /// The driver of a device refused.
+    #[error("{device}: {call}{} failed: {error}", OfBytes(*bytes))]
+    Driver {
+        /// The device's name.
+        device: String,
+        /// The driver's function.
+        call: &'static str,
+        /// Bytes that the call was about; zero where it is about none.
+        bytes: u64,
+        /// The driver's name for the error.
+        error: String,
+        /// Whether the error is that memory is short.
+        out_of_memory: bool,
+    },
+    /// A range outside a reservation.
+    #[error("{device}: bytes {offset}..{end} lie outside a reservation of {len} bytes")]
+    OutOfBounds {
+        /// The device's name.
+        device: String,
+        /// First byte asked for.
+        offset: u64,
+        /// End of the range asked for.
+        end: u64,
+        /// Length of the reservation.
+        len: u64,
+    },
+    /// A device that is asked for more than once.
+    #[error("device {device} is named twice")]
+    NamedTwice {
+        /// The device's name.
+        device: String,
+    },
+    /// A kind of device that is not there.
+    #[error("{device}: {reason}")]
+    Unavailable {
+        /// The device's name.
+        device: String,
+        /// Why.
+        reason: String,
+    },
+}
+
+impl From<&DeviceError> for Status {
+    fn from(error: &DeviceError) -> Status {
+        match error {
+            DeviceError::NamedTwice { .. } => Status::Usage,
+            _ => Status::Device,
+        }
+    }
+}
+
+struct OfBytes(u64);
+
+impl fmt::Display for OfBytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            0 => Ok(()),
+            bytes => write!(f, " of {}", Bytes(bytes)),
+        }
+    }
+}

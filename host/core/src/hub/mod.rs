@@ -1,0 +1,229 @@
+//! Downloads of models by their Hugging Face id, into the cache that other Hugging Face tools share.
+//!
+//! ```no_run
+//! use tightfit::{checkpoint::Checkpoint, hub::{self, Hub}, load::CancelToken};
+//!
+//! let hub = Hub::from_process();
+//! let cancel = CancelToken::new();
+//! let path = hub::fetch(&hub, "Qwen/Qwen2.5-0.5B", None, &mut |_| {}, &cancel)?;
+//! let checkpoint = Checkpoint::open(&path)?;
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! The crate `hf-hub` asks what a model consists of and knows the URLs and the layout of the cache.
+//! The transfers are done here, with its HTTP client: its own can neither be stopped nor limited in
+//! time, append to a partial file whatever the server sends, and make paths of what the server calls
+//! a file's etag and commit. Here a server is trusted as little as a checkpoint is: names are
+//! checked before they become paths, lengths and (where the hub knows them) SHA-256 digests before
+//! a file gets its name.
+#![forbid(unsafe_code)]
+
+mod address;
+mod choice;
+mod environment;
+mod error;
+mod http;
+mod pace;
+mod store;
+mod transfer;
+mod watchdog;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use hf_hub::api::RepoInfo;
+use hf_hub::api::sync::{ApiBuilder, ApiRepo};
+use hf_hub::{Cache, Repo, RepoType};
+
+use crate::cancel::CancelToken;
+use crate::checkpoint::{self, CheckpointError, Directory, MAX_INDEX_BYTES, parse_index};
+
+pub use environment::Hub;
+pub use error::HubError;
+
+use http::Client;
+use store::Entry;
+use transfer::Transfer;
+
+/// Most bytes of the answer that lists a model's files.
+const MAX_INFO_BYTES: u64 = 32 << 20;
+/// How often a request is repeated that failed for a reason that may pass.
+const RETRIES: u32 = 3;
+/// Wait before the first repetition; it doubles with every further one.
+const FIRST_WAIT: Duration = Duration::from_millis(200);
+
+/// How far the download of one file has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FileProgress<'a> {
+    /// Its name.
+    pub file: &'a str,
+    /// Bytes that are on the disk, with those of an earlier, interrupted download.
+    pub bytes_done: u64,
+    /// Bytes of the file.
+    pub bytes_total: u64,
+}
+
+/// Downloads a model into the cache, unless it is complete there, and gives its directory.
+///
+/// Only the files that are needed are asked for: configuration, tokenizer, and weights in
+/// safetensors. The revision is a branch, a tag or a commit; `main` without one. A download that was
+/// interrupted is resumed where it ended.
+///
+/// # Errors
+/// A [`HubError`] that says what was asked for and where. Complete files stay in the cache.
+pub fn fetch(
+    hub: &Hub,
+    model: &str,
+    revision: Option<&str>,
+    progress: &mut dyn FnMut(FileProgress<'_>),
+    cancel: &CancelToken,
+) -> Result<PathBuf, HubError> {
+    let revision = revision.unwrap_or("main");
+    let Some(name) = checkpoint::entry_name(model) else {
+        return Err(CheckpointError::NotAModelName {
+            model: model.into(),
+        }
+        .into());
+    };
+    if !checkpoint::is_revision(revision) {
+        return Err(CheckpointError::NotARevision {
+            revision: revision.into(),
+        }
+        .into());
+    }
+    let Some(cache) = hub.cache.cache() else {
+        return Err(CheckpointError::NoCache {
+            model: model.into(),
+        }
+        .into());
+    };
+    if hub.offline {
+        return Err(HubError::Offline {
+            model: model.into(),
+            revision: revision.into(),
+            looked_for: cache.join(name),
+        });
+    }
+    let home = hub.check()?;
+    let client = Client::new(hub, home, model, revision, cancel);
+    let api = ApiBuilder::from_cache(Cache::new(cache.clone()))
+        .with_endpoint(hub.endpoint.clone())
+        // It only knows addresses; whatever is sent, and to whom, is our client's.
+        .with_token(None)
+        .with_progress(false)
+        .build()
+        .map_err(|error| HubError::Network {
+            url: hub.endpoint.clone(),
+            problem: error.to_string(),
+        })?;
+    let repository = |revision: &str| {
+        let repository =
+            Repo::with_revision(model.to_owned(), RepoType::Model, revision.to_owned());
+        api.repo(repository)
+    };
+    let info = info(&client, &repository(revision))?;
+    let mut download = Download {
+        client: &client,
+        entry: Entry::new(cache.join(name), &info.sha),
+        // Of the commit, so that all files belong together even if the branch moves meanwhile.
+        repository: repository(&info.sha),
+        progress,
+    };
+    download.all(model, revision, &info)?;
+    download.entry.refer(revision, &info.sha)?;
+    Ok(download.entry.snapshot())
+}
+
+/// What the model consists of at the revision.
+fn info(client: &Client<'_>, repository: &ApiRepo) -> Result<RepoInfo, HubError> {
+    let request = repository.info_request();
+    let url = request.uri_ref().map(ToString::to_string);
+    let url = url.unwrap_or_else(|| client.hub.endpoint.clone());
+    let text = client.patiently(|| client.text(&url, MAX_INFO_BYTES))?;
+    let bad = |problem: String| HubError::BadAnswer {
+        url: url.clone(),
+        problem,
+    };
+    let info: RepoInfo =
+        serde_json::from_str(&text).map_err(|error| bad(format!("no list of files: {error}")))?;
+    if info.sha.len() == 40 && info.sha.bytes().all(|b| b.is_ascii_hexdigit()) {
+        Ok(info)
+    } else {
+        Err(bad(format!(
+            "'{}' is not a commit",
+            checkpoint::shown(&info.sha)
+        )))
+    }
+}
+
+/// A download under way.
+struct Download<'a> {
+    client: &'a Client<'a>,
+    entry: Entry,
+    repository: ApiRepo,
+    progress: &'a mut dyn FnMut(FileProgress<'_>),
+}
+
+impl Download<'_> {
+    fn all(&mut self, model: &str, revision: &str, info: &RepoInfo) -> Result<(), HubError> {
+        let names: Vec<&str> = info
+            .siblings
+            .iter()
+            .map(|file| file.rfilename.as_str())
+            .collect();
+        let Some(weights) = choice::weights(&names) else {
+            return Err(HubError::NoSafetensors {
+                model: model.into(),
+                revision: revision.into(),
+                have: choice::other_weights(&names).map(str::to_owned),
+            });
+        };
+        // The index first: what is wrong with it is known before anything large is fetched, and
+        // with it an interrupted download is known to be incomplete.
+        let mut shards = vec![weights.to_owned()];
+        if weights == choice::INDEX {
+            let path = self.file(weights)?;
+            let directory = Directory::open(&self.entry.snapshot())?;
+            let cancel = self.client.cancel;
+            let text = directory.read_text(weights, "an index (bytes)", MAX_INDEX_BYTES, cancel)?;
+            shards = parse_index(&path, &text.unwrap_or_default(), cancel)?.shards;
+            for shard in &shards {
+                if !names.contains(&shard.as_str()) {
+                    return Err(HubError::MissingShard {
+                        model: model.into(),
+                        revision: revision.into(),
+                        shard: shard.clone(),
+                    });
+                }
+            }
+        }
+        for name in choice::SMALL
+            .into_iter()
+            .filter(|name| names.contains(name))
+        {
+            self.file(name)?;
+        }
+        for shard in &shards {
+            self.file(shard)?;
+        }
+        Ok(())
+    }
+
+    /// Downloads one file, unless it is there.
+    fn file(&mut self, name: &str) -> Result<PathBuf, HubError> {
+        let path = self.entry.snapshot().join(name);
+        if path.is_file() {
+            return Ok(path);
+        }
+        let url = self.repository.url(name);
+        let mut transfer = Transfer {
+            client: self.client,
+            entry: &self.entry,
+            name,
+            url: &url,
+            progress: self.progress,
+        };
+        self.client.patiently(|| transfer.run())?;
+        Ok(path)
+    }
+}

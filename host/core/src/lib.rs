@@ -1,0 +1,25 @@
+//! Tightfit loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
+//!
+//! Data flows one way: [`checkpoint`] -> [`policy`] -> [`plan`] -> [`load`] -> [`model`] ->
+//! [`report`].
+// Denied and not forbidden: a GPU's driver is a C library that `device::cuda::driver` calls, and
+// `dlpack::abi` is called back by C. No other module may.
+#![deny(unsafe_code)]
+
+pub mod cancel;
+pub mod checkpoint;
+pub mod device;
+pub mod dlpack;
+#[cfg(feature = "hub")]
+pub mod hub;
+pub mod load;
+pub mod memory;
+pub mod model;
+pub mod plan;
+pub mod policy;
+pub mod report;
+pub mod save;
+pub mod status;
+pub mod synth;
+pub mod text;
+pub mod types;

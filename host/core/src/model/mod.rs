@@ -1,0 +1,359 @@
+//! What has been loaded: look it up, use it, unload it.
+
+mod pieces;
+mod shared;
+mod stats;
+mod tail;
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::collections::HashMap;
+use std::marker::PhantomData;
+use std::sync::Arc;
+
+pub use shared::SharedPart;
+pub use stats::{LoadStats, QuantizedBytes};
+pub use tail::{TailAllocation, TailAllocator};
+
+use tightfit_kernels::{FloatType, KernelError};
+
+use crate::cancel::{CancelToken, Cancelled, Watch};
+use crate::checkpoint::{Checkpoint, Quantized};
+use crate::device::{DeviceAddress, DeviceError, Reservation};
+use crate::plan::{PartKind, Plan, PlannedPart, PlannedTensor};
+use crate::types::{DType, Format, QuantType, elements};
+
+/// A loaded model. Dropping it gives its memory back, unless [`SharedPart`]s, tails or exported
+/// tensors still use it: each keeps its device's memory until the last is dropped.
+#[derive(Debug)]
+pub struct Model {
+    plan: Plan,
+    tensors: Vec<Stored>,
+    by_name: HashMap<String, usize>,
+    memory: Vec<Option<Arc<dyn Reservation>>>,
+    tails: Vec<Option<TailAllocator>>,
+    stats: LoadStats,
+}
+
+#[derive(Debug)]
+struct Stored {
+    name: String,
+    dtype: DType,
+    shape: Vec<u64>,
+    /// How it was quantized in the checkpoint.
+    quantized: Option<Box<Quantized>>,
+    nested_offset: f32,
+}
+
+/// How the parts of a 4-bit weight are to be read.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Quantization {
+    /// The table of values.
+    pub quant_type: QuantType,
+    /// Elements that share a scale.
+    pub block_size: u32,
+    /// Under double quantization, the mean of the scales, which was subtracted before they were
+    /// quantized.
+    pub nested_offset: Option<f32>,
+}
+
+/// Why a tensor cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ModelError {
+    /// The device could not be read.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    /// The elements are not floating-point numbers that can be converted.
+    #[error("tensor '{tensor}' holds {dtype} elements, which are not converted")]
+    NotFloat {
+        /// The tensor.
+        tensor: String,
+        /// Its element type.
+        dtype: DType,
+    },
+    /// Its format has no such part.
+    #[error("tensor '{tensor}' has no {kind:?} as it is stored")]
+    NoPart {
+        /// The tensor.
+        tensor: String,
+        /// The part asked for.
+        kind: PartKind,
+    },
+    /// A range outside of a tensor or of its part.
+    #[error("{unit} {first}..{end} of tensor '{tensor}' were asked for, which has {have}")]
+    OutsideTensor {
+        /// The tensor.
+        tensor: String,
+        /// What is counted: bytes of a part, or elements.
+        unit: &'static str,
+        /// The first asked for.
+        first: u64,
+        /// Behind the last asked for.
+        end: u64,
+        /// How many there are.
+        have: u64,
+    },
+    /// A kernel was called with lengths that do not belong together: a fault of ours.
+    #[error("internal error: {0}")]
+    Kernel(#[from] KernelError),
+}
+
+impl Model {
+    /// # Errors
+    /// [`Cancelled`].
+    pub(crate) fn new(
+        checkpoint: &Checkpoint,
+        plan: &Plan,
+        memory: Vec<Option<Box<dyn Reservation>>>,
+        nested_offsets: Vec<f32>,
+        stats: LoadStats,
+        cancel: &CancelToken,
+    ) -> Result<Model, Cancelled> {
+        let mut watch = Watch::new(cancel);
+        let mut tensors: Vec<Stored> = Vec::with_capacity(plan.tensors.len());
+        let mut planned: Vec<PlannedTensor> = Vec::with_capacity(plan.tensors.len());
+        // Large enough from the start: growing would hash all names again.
+        let loaded = plan
+            .devices
+            .iter()
+            .map(|device| device.tensors as usize)
+            .sum();
+        let mut by_name: HashMap<String, usize> = HashMap::with_capacity(loaded);
+        let each = checkpoint.tensors().iter().zip(&plan.tensors);
+        for (index, ((tensor, place), nested_offset)) in each.zip(nested_offsets).enumerate() {
+            watch.item(2 * tensor.name.len())?;
+            tensors.push(Stored {
+                name: tensor.name.clone(),
+                dtype: tensor.dtype,
+                shape: tensor.shape.clone(),
+                quantized: tensor.quantized.clone(),
+                nested_offset,
+            });
+            if place.placement.device.is_some() {
+                by_name.insert(tensor.name.clone(), index);
+            }
+            planned.push(place.clone());
+        }
+        let plan = Plan {
+            devices: plan.devices.clone(),
+            tensors: planned,
+        };
+        let loaded = |index: usize| plan.tensors[index].placement.device.is_some();
+        for tie in checkpoint.ties().iter().filter(|tie| loaded(tie.tensor)) {
+            by_name.entry(tie.alias.clone()).or_insert(tie.tensor);
+        }
+        let memory: Vec<Option<Arc<dyn Reservation>>> = memory
+            .into_iter()
+            .map(|reservation| reservation.map(Arc::from))
+            .collect();
+        let tail = |(plan, memory): (_, &Option<_>)| TailAllocator::new(plan, memory.as_ref()?);
+        Ok(Model {
+            tails: plan.devices.iter().zip(&memory).map(tail).collect(),
+            plan,
+            tensors,
+            by_name,
+            memory,
+            stats,
+        })
+    }
+
+    /// The plan that was carried out.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// What loading took.
+    pub fn stats(&self) -> &LoadStats {
+        &self.stats
+    }
+
+    /// What hands out the bytes that the plan reserved behind the weights of this device
+    /// ([`Plan::with_tail`]); `None` where it reserved none.
+    pub fn tail(&self, device: usize) -> Option<&TailAllocator> {
+        self.tails.get(device)?.as_ref()
+    }
+
+    /// The tensor with this name, also under its tied name. `None` for what was not loaded.
+    pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
+        self.by_name
+            .get(name)
+            .map(|&index| Tensor { model: self, index })
+    }
+
+    /// The tensor with this index in the checkpoint. `None` for what was not loaded.
+    pub fn tensor_at(&self, index: usize) -> Option<Tensor<'_>> {
+        let planned = self.plan.tensors.get(index)?;
+        planned.placement.device?;
+        Some(Tensor { model: self, index })
+    }
+
+    /// Every loaded tensor, in checkpoint order.
+    pub fn tensors(&self) -> impl Iterator<Item = Tensor<'_>> {
+        (0..self.tensors.len())
+            .filter(|&index| self.plan.tensors[index].placement.device.is_some())
+            .map(|index| Tensor { model: self, index })
+    }
+}
+
+/// A part of a tensor in a GPU's memory. It lives as long as the model.
+#[derive(Debug, Clone, Copy)]
+pub struct DevicePart<'m> {
+    address: DeviceAddress,
+    bytes: u64,
+    _model: PhantomData<&'m Model>,
+}
+
+impl DevicePart<'_> {
+    /// Its device, and its first byte there, a multiple of 256.
+    pub fn address(&self) -> DeviceAddress {
+        self.address
+    }
+
+    /// Its length in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+/// One loaded tensor.
+#[derive(Debug, Clone, Copy)]
+pub struct Tensor<'m> {
+    model: &'m Model,
+    index: usize,
+}
+
+impl<'m> Tensor<'m> {
+    fn stored(&self) -> &'m Stored {
+        &self.model.tensors[self.index]
+    }
+
+    fn planned(&self) -> &'m PlannedTensor {
+        &self.model.plan.tensors[self.index]
+    }
+
+    fn reservation(&self) -> Option<&'m Arc<dyn Reservation>> {
+        let device = self.planned().placement.device? as usize;
+        self.model.memory.get(device)?.as_ref()
+    }
+
+    /// Its index in the checkpoint and in the plan.
+    pub fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Its parts, in the order of their offsets on its device.
+    pub fn parts(&self) -> &'m [PlannedPart] {
+        &self.planned().parts
+    }
+
+    /// Its key in the checkpoint.
+    pub fn name(&self) -> &'m str {
+        &self.stored().name
+    }
+
+    /// Type of the elements in the checkpoint.
+    pub fn dtype(&self) -> DType {
+        self.stored().dtype
+    }
+
+    /// Row-major shape in elements.
+    pub fn shape(&self) -> &'m [u64] {
+        &self.stored().shape
+    }
+
+    /// How it is stored.
+    pub fn format(&self) -> Format {
+        self.planned().placement.format
+    }
+
+    /// Index of its device in the plan.
+    pub fn device(&self) -> usize {
+        self.planned()
+            .placement
+            .device
+            .map_or(usize::MAX, |device| device as usize)
+    }
+
+    /// How its parts are to be read if it is a 4-bit weight, quantized while loading or before.
+    pub fn quantization(&self) -> Option<Quantization> {
+        match (self.format(), &self.stored().quantized) {
+            (
+                Format::Nf4 {
+                    block_size,
+                    double_quantized,
+                },
+                _,
+            ) => Some(Quantization {
+                quant_type: QuantType::Nf4,
+                block_size,
+                nested_offset: double_quantized.then_some(self.stored().nested_offset),
+            }),
+            (Format::Stored, Some(quantized)) => Some(Quantization {
+                quant_type: quantized.quant_type,
+                block_size: quantized.block_size,
+                nested_offset: quantized.nested.map(|nested| nested.offset),
+            }),
+            _ => None,
+        }
+    }
+
+    /// The mean of the scales of a double-quantized weight.
+    pub fn nested_offset(&self) -> Option<f32> {
+        self.quantization()?.nested_offset
+    }
+
+    /// A part in place, where the processor can read the device's memory.
+    pub fn part(&self, kind: PartKind) -> Option<&'m [u8]> {
+        let part = self.planned().part(kind)?;
+        match self.reservation() {
+            Some(memory) => shared::host_bytes(&**memory, part.offset, part.bytes),
+            // An empty tensor on a device that holds nothing else.
+            None => Some(&[]),
+        }
+    }
+
+    /// A part that stays in place, wherever it is, when the model is gone.
+    pub fn shared_part(&self, kind: PartKind) -> Option<SharedPart> {
+        let part = self.planned().part(kind)?;
+        let memory = self.reservation().cloned();
+        Some(SharedPart::new(memory, part.offset, part.bytes))
+    }
+
+    /// A part in place in a GPU's memory, for kernels of the application's own. `None` for parts in
+    /// host memory.
+    pub fn device_part(&self, kind: PartKind) -> Option<DevicePart<'m>> {
+        let part = self.planned().part(kind)?;
+        Some(DevicePart {
+            address: shared::address(&**self.reservation()?, part.offset)?,
+            bytes: part.bytes,
+            _model: PhantomData,
+        })
+    }
+
+    /// A copy of a part, wherever it is; `None` when the format has no such part.
+    ///
+    /// # Errors
+    /// When the device cannot be read.
+    pub fn read_part(&self, kind: PartKind) -> Result<Option<Vec<u8>>, DeviceError> {
+        let Some(part) = self.planned().part(kind) else {
+            return Ok(None);
+        };
+        let mut bytes = vec![0; part.bytes as usize];
+        if let Some(reservation) = self.reservation() {
+            reservation.read(part.offset, &mut bytes)?;
+        }
+        Ok(Some(bytes))
+    }
+
+    /// The elements as numbers of type `to`, little-endian and row-major: NF4 weights are
+    /// dequantized (one f32 product, rounded once), others converted.
+    ///
+    /// # Errors
+    /// [`ModelError`] when the elements are not floating-point numbers or cannot be read.
+    pub fn to_float(&self, to: FloatType) -> Result<Vec<u8>, ModelError> {
+        let elements = elements(self.shape()).unwrap_or(0) as usize;
+        let mut out = vec![0; elements * to.bytes()];
+        self.to_float_at(0, to, &mut out)?;
+        Ok(out)
+    }
+}

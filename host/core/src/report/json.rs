@@ -1,0 +1,288 @@
+//! The report as data. Its JSON form is a promise to other programs: fields are added, not
+//! changed, while `schema` is 1. Sizes are in bytes.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+
+use super::{Fill, fills};
+use crate::checkpoint::Checkpoint;
+use crate::load::Revision;
+use crate::memory::{Usage, peak_rss_bytes};
+use crate::model::LoadStats;
+use crate::plan::{Plan, Proposed};
+
+/// What `plan` and `load` report.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Report {
+    /// Version of this form.
+    pub schema: u32,
+    /// The checkpoint.
+    pub model: ModelReport,
+    /// The policy that placed its tensors.
+    pub policy: PolicyReport,
+    /// Every device, in the user's order.
+    pub devices: Vec<DeviceReport>,
+    /// This process.
+    pub host: HostReport,
+    /// What loading took; absent from a mere plan.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub load: Option<LoadReport>,
+    /// Every tensor, where asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub placements: Option<Vec<PlacementReport>>,
+}
+
+/// The checkpoint.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct ModelReport {
+    /// Where it is.
+    pub path: String,
+    /// As config.json names it.
+    pub architecture: Option<String>,
+    /// Tensors in the checkpoint.
+    pub tensors: usize,
+    /// Bytes of them.
+    pub source_bytes: u64,
+}
+
+/// The policy that placed the tensors.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PolicyReport {
+    /// Its name.
+    pub name: String,
+    /// Its version.
+    pub version: String,
+    /// Every setting with the value that was used.
+    pub settings: BTreeMap<String, String>,
+    /// Fuel that it burnt, if it is a wasm policy.
+    pub fuel: Option<u64>,
+    /// Why earlier plans of it were given up: devices that had less memory than they had said.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub revisions: Vec<RevisionReport>,
+    /// Seconds that planning took.
+    pub seconds: f64,
+}
+
+/// A plan that was given up.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RevisionReport {
+    /// The device's name.
+    pub device: String,
+    /// Bytes that the plan needed there, headroom included.
+    pub needed: u64,
+    /// Bytes that there were.
+    pub available: u64,
+}
+
+/// One device.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct DeviceReport {
+    /// Its name.
+    pub name: String,
+    /// Bytes that may be used in all.
+    pub capacity: u64,
+    /// Bytes of everything stored there.
+    pub allocated: u64,
+    /// The same after alignment.
+    pub padded: u64,
+    /// Bytes taken from the device.
+    pub reserved: u64,
+    /// The most that was taken from the device at any time; in a plan, what will be.
+    pub peak_reserved: u64,
+    /// Bytes that the policy leaves free.
+    pub headroom: u64,
+    /// Bytes that are reserved behind the weights, for the application.
+    pub tail: u64,
+    /// Tensors stored there.
+    pub tensors: u64,
+    /// What fills it, as planned.
+    pub fill: Fill,
+}
+
+/// This process.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct HostReport {
+    /// Bytes of the staging ring; in a plan, the most it may take.
+    pub staging_bytes: u64,
+    /// Bytes allowed for the scales of double-quantized tensors in flight.
+    pub scratch_bytes: u64,
+    /// The most resident memory that the process has had.
+    pub peak_rss_bytes: Option<u64>,
+}
+
+/// What loading took.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct LoadReport {
+    /// From the first reservation to the last byte.
+    pub seconds: f64,
+    /// Bytes read from the checkpoint.
+    pub bytes_read: u64,
+    /// Tensors that were quantized.
+    pub quantized: u64,
+    /// Tensors that were stored otherwise.
+    pub stored: u64,
+    /// Who quantized, by the name of the device; devices for which nothing was are left out.
+    pub quantized_on: BTreeMap<String, QuantizedReport>,
+    /// Blocks with infinities or NaN among what was quantized.
+    pub nonfinite_blocks: u64,
+    /// The tensors that have such blocks, with their number.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub nonfinite: BTreeMap<String, u64>,
+}
+
+/// Bytes of the checkpoint that were quantized for one device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct QuantizedReport {
+    /// By the processor.
+    pub by_host: u64,
+    /// By the device itself.
+    pub by_device: u64,
+}
+
+/// What became of one tensor.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct PlacementReport {
+    /// Its name.
+    pub tensor: String,
+    /// The name of its device; `null` when it is not loaded.
+    pub device: Option<String>,
+    /// For example `nf4`, `nf4+double`, `stored`, `cast:bf16`.
+    pub format: String,
+    /// Bytes it takes.
+    pub bytes: u64,
+}
+
+impl From<&Proposed> for PolicyReport {
+    fn from(proposed: &Proposed) -> PolicyReport {
+        PolicyReport {
+            name: proposed.policy.clone(),
+            version: proposed.version.clone(),
+            settings: proposed.settings.iter().cloned().collect(),
+            fuel: proposed.fuel,
+            revisions: Vec::new(),
+            seconds: proposed.elapsed.as_secs_f64(),
+        }
+    }
+}
+
+impl Report {
+    /// The report of a plan. `staging_bytes` is what a load may take.
+    pub fn of_plan(checkpoint: &Checkpoint, proposed: &Proposed, staging_bytes: u64) -> Report {
+        Report {
+            schema: 1,
+            model: ModelReport {
+                path: checkpoint.path().display().to_string(),
+                architecture: checkpoint
+                    .config()
+                    .and_then(|config| config.architecture.clone()),
+                tensors: checkpoint.tensors().len(),
+                source_bytes: checkpoint.source_bytes(),
+            },
+            policy: PolicyReport::from(proposed),
+            devices: proposed
+                .plan
+                .devices
+                .iter()
+                .zip(fills(checkpoint.tensors(), &proposed.plan))
+                .map(|(device, fill)| DeviceReport {
+                    name: device.device.name.clone(),
+                    capacity: device.device.capacity,
+                    allocated: device.size.requested,
+                    padded: device.size.padded,
+                    reserved: device.size.reserved,
+                    peak_reserved: device.size.reserved,
+                    headroom: device.headroom,
+                    tail: device.tail,
+                    tensors: device.tensors,
+                    fill,
+                })
+                .collect(),
+            host: HostReport {
+                staging_bytes,
+                scratch_bytes: proposed.plan.scratch_budget(),
+                peak_rss_bytes: peak_rss_bytes(),
+            },
+            load: None,
+            placements: None,
+        }
+    }
+
+    /// Adds why earlier plans were given up.
+    pub fn with_revisions(mut self, revisions: &[Revision]) -> Report {
+        let report = |revision: &Revision| RevisionReport {
+            device: revision.device.clone(),
+            needed: revision.needed,
+            available: revision.available,
+        };
+        self.policy.revisions = revisions.iter().map(report).collect();
+        self
+    }
+
+    /// Adds what a load did. `usage` is that of each device, measured while the model is loaded.
+    pub fn with_load(
+        mut self,
+        checkpoint: &Checkpoint,
+        stats: &LoadStats,
+        usage: &[Usage],
+    ) -> Report {
+        for (device, usage) in self.devices.iter_mut().zip(usage) {
+            device.allocated = usage.requested.now;
+            device.padded = usage.padded.now;
+            device.reserved = usage.reserved.now;
+            device.peak_reserved = usage.reserved.peak;
+        }
+        self.host = HostReport {
+            staging_bytes: stats.staging_bytes,
+            scratch_bytes: stats.scratch_bytes,
+            peak_rss_bytes: peak_rss_bytes(),
+        };
+        self.load = Some(LoadReport {
+            seconds: stats.elapsed.as_secs_f64(),
+            bytes_read: stats.bytes_read,
+            quantized: stats.quantized,
+            stored: stats.stored,
+            quantized_on: self
+                .devices
+                .iter()
+                .zip(&stats.quantized_on)
+                .filter(|(_, bytes)| bytes.by_host + bytes.by_device > 0)
+                .map(|(device, bytes)| {
+                    let bytes = QuantizedReport {
+                        by_host: bytes.by_host,
+                        by_device: bytes.by_device,
+                    };
+                    (device.name.clone(), bytes)
+                })
+                .collect(),
+            nonfinite_blocks: stats.nonfinite_blocks(),
+            nonfinite: stats
+                .nonfinite
+                .iter()
+                .map(|&(index, blocks)| (checkpoint.tensors()[index].name.clone(), blocks))
+                .collect(),
+        });
+        self
+    }
+
+    /// Adds every tensor's placement.
+    pub fn with_placements(mut self, checkpoint: &Checkpoint, plan: &Plan) -> Report {
+        self.placements = Some(
+            checkpoint
+                .tensors()
+                .iter()
+                .zip(&plan.tensors)
+                .map(|(tensor, planned)| PlacementReport {
+                    tensor: tensor.name.clone(),
+                    device: planned
+                        .placement
+                        .device
+                        .map(|device| plan.devices[device as usize].device.name.clone()),
+                    format: planned.placement.format.to_string(),
+                    bytes: planned.requested(),
+                })
+                .collect(),
+        );
+        self
+    }
+}

@@ -1,0 +1,459 @@
+//! The words that every module speaks.
+
+use std::fmt;
+use std::str::FromStr;
+
+use tightfit_kernels::FloatType;
+
+/// Element type of a tensor, as safetensors names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[allow(missing_docs, reason = "the names are the field's own")]
+pub enum DType {
+    Bool,
+    U8,
+    I8,
+    U16,
+    I16,
+    U32,
+    I32,
+    U64,
+    I64,
+    F4,
+    F6E2M3,
+    F6E3M2,
+    F8E4M3,
+    F8E5M2,
+    F8E8M0,
+    F16,
+    Bf16,
+    F32,
+    F64,
+    C64,
+    F8E4M3Fnuz,
+    F8E5M2Fnuz,
+}
+
+impl DType {
+    /// Every element type; those that the WIT enumeration has come first, in its order.
+    pub const ALL: [DType; 22] = [
+        DType::Bool,
+        DType::U8,
+        DType::I8,
+        DType::U16,
+        DType::I16,
+        DType::U32,
+        DType::I32,
+        DType::U64,
+        DType::I64,
+        DType::F4,
+        DType::F6E2M3,
+        DType::F6E3M2,
+        DType::F8E4M3,
+        DType::F8E5M2,
+        DType::F8E8M0,
+        DType::F16,
+        DType::Bf16,
+        DType::F32,
+        DType::F64,
+        DType::C64,
+        DType::F8E4M3Fnuz,
+        DType::F8E5M2Fnuz,
+    ];
+
+    /// Returns the type by which kernels know it, if they can quantize and convert it.
+    pub const fn float_type(self) -> Option<FloatType> {
+        match self {
+            DType::F32 => Some(FloatType::F32),
+            DType::F16 => Some(FloatType::F16),
+            DType::Bf16 => Some(FloatType::Bf16),
+            _ => None,
+        }
+    }
+
+    /// Bits of one element.
+    pub const fn bits(self) -> u64 {
+        match self {
+            DType::F4 => 4,
+            DType::F6E2M3 | DType::F6E3M2 => 6,
+            DType::Bool | DType::U8 | DType::I8 => 8,
+            DType::F8E4M3 | DType::F8E5M2 | DType::F8E8M0 => 8,
+            DType::F8E4M3Fnuz | DType::F8E5M2Fnuz => 8,
+            DType::U16 | DType::I16 | DType::F16 | DType::Bf16 => 16,
+            DType::U32 | DType::I32 | DType::F32 => 32,
+            DType::U64 | DType::I64 | DType::F64 | DType::C64 => 64,
+        }
+    }
+
+    /// The name in a safetensors header, for example `BF16`.
+    pub const fn safetensors_name(self) -> &'static str {
+        match self {
+            DType::Bool => "BOOL",
+            DType::U8 => "U8",
+            DType::I8 => "I8",
+            DType::U16 => "U16",
+            DType::I16 => "I16",
+            DType::U32 => "U32",
+            DType::I32 => "I32",
+            DType::U64 => "U64",
+            DType::I64 => "I64",
+            DType::F4 => "F4",
+            DType::F6E2M3 => "F6_E2M3",
+            DType::F6E3M2 => "F6_E3M2",
+            DType::F8E4M3 => "F8_E4M3",
+            DType::F8E5M2 => "F8_E5M2",
+            DType::F8E8M0 => "F8_E8M0",
+            DType::F16 => "F16",
+            DType::Bf16 => "BF16",
+            DType::F32 => "F32",
+            DType::F64 => "F64",
+            DType::C64 => "C64",
+            DType::F8E4M3Fnuz => "F8_E4M3FNUZ",
+            DType::F8E5M2Fnuz => "F8_E5M2FNUZ",
+        }
+    }
+
+    /// The type with this name in a safetensors header.
+    pub fn from_safetensors_name(name: &str) -> Option<DType> {
+        DType::ALL
+            .into_iter()
+            .find(|dtype| dtype.safetensors_name() == name)
+    }
+
+    /// Whether the 4-bit formats can be made from this type: `BF16`, `F16`, `F32`.
+    pub const fn is_quantizable(self) -> bool {
+        matches!(self, DType::Bf16 | DType::F16 | DType::F32)
+    }
+
+    /// Bytes of a tensor of this type and shape, as safetensors stores it: row-major, without
+    /// padding. `None` when the size does not fit in 64 bits or is not a whole number of bytes.
+    pub fn tensor_bytes(self, shape: &[u64]) -> Option<u64> {
+        let bits = elements(shape)?.checked_mul(self.bits())?;
+        bits.is_multiple_of(8).then_some(bits / 8)
+    }
+}
+
+impl fmt::Display for DType {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for c in self.safetensors_name().chars() {
+            write!(f, "{}", c.to_ascii_lowercase())?;
+        }
+        Ok(())
+    }
+}
+
+/// Elements of a tensor of this shape (1 for a scalar), or `None` when they do not fit in 64 bits.
+pub fn elements(shape: &[u64]) -> Option<u64> {
+    // A zero anywhere makes the product zero, also where the other factors would overflow.
+    if shape.contains(&0) {
+        return Some(0);
+    }
+    shape
+        .iter()
+        .try_fold(1u64, |product, &dimension| product.checked_mul(dimension))
+}
+
+/// How a tensor is stored on its device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Format {
+    /// Exactly as the checkpoint holds it.
+    Stored,
+    /// Converted to another floating-point type.
+    Cast(DType),
+    /// Quantized to NF4.
+    Nf4 {
+        /// Elements that share a scale: a power of two from 32 to 4096.
+        block_size: u32,
+        /// Scales stored in 8 bits instead of f32.
+        double_quantized: bool,
+    },
+}
+
+impl fmt::Display for Format {
+    /// As reports name it: `stored`, `cast:bf16`, `nf4`, `nf4+double`; a block size other than
+    /// 64 is added as in `nf4/128`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Format::Stored => f.write_str("stored"),
+            Format::Cast(dtype) => write!(f, "cast:{dtype}"),
+            Format::Nf4 {
+                block_size,
+                double_quantized,
+            } => {
+                f.write_str(if double_quantized {
+                    "nf4+double"
+                } else {
+                    "nf4"
+                })?;
+                if block_size != 64 {
+                    write!(f, "/{block_size}")?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+impl FromStr for Format {
+    type Err = ParseFormatError;
+
+    /// Reads what [`Display`](fmt::Display) writes; the type of a cast may stand alone (`bf16`).
+    fn from_str(text: &str) -> Result<Format, ParseFormatError> {
+        let error = || ParseFormatError {
+            text: text.to_owned(),
+        };
+        let (name, block_size) = match text.split_once('/') {
+            None => (text, None),
+            Some((name, digits)) => {
+                let size: u32 = digits.parse().map_err(|_| error())?;
+                let legal = BLOCK_SIZES.contains(&size) && size.is_power_of_two();
+                (name, Some(legal.then_some(size).ok_or_else(error)?))
+            }
+        };
+        let nf4 = |double_quantized| Format::Nf4 {
+            block_size: block_size.unwrap_or(64),
+            double_quantized,
+        };
+        match (name.strip_prefix("cast:").unwrap_or(name), block_size) {
+            ("nf4", _) if name == "nf4" => Ok(nf4(false)),
+            ("nf4+double", _) if name == "nf4+double" => Ok(nf4(true)),
+            ("stored", None) if name == "stored" => Ok(Format::Stored),
+            ("bf16", None) => Ok(Format::Cast(DType::Bf16)),
+            ("f16", None) => Ok(Format::Cast(DType::F16)),
+            ("f32", None) => Ok(Format::Cast(DType::F32)),
+            _ => Err(error()),
+        }
+    }
+}
+
+/// A text that names no format.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "'{text}' is not a format: it must be stored, nf4, nf4+double (with a block size as in \
+     nf4/128, a power of two from 32 to 4096), bf16, f16 or f32"
+)]
+pub struct ParseFormatError {
+    /// The text.
+    pub text: String,
+}
+
+/// Smallest and largest block size that bitsandbytes' 4-bit kernels have.
+pub const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 32..=4096;
+
+/// The table of a 4-bit format.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum QuantType {
+    /// Quantiles of the normal distribution.
+    Nf4,
+    /// A float with one sign, two exponent and one mantissa bit.
+    Fp4,
+}
+
+impl QuantType {
+    /// As bitsandbytes writes it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            QuantType::Nf4 => "nf4",
+            QuantType::Fp4 => "fp4",
+        }
+    }
+}
+
+impl From<QuantType> for tightfit_kernels::QuantType {
+    fn from(quant_type: QuantType) -> tightfit_kernels::QuantType {
+        match quant_type {
+            QuantType::Nf4 => tightfit_kernels::QuantType::Nf4,
+            QuantType::Fp4 => tightfit_kernels::QuantType::Fp4,
+        }
+    }
+}
+
+/// What becomes of one tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Placement {
+    /// Index of the device, or `None`: the tensor is not loaded.
+    pub device: Option<u32>,
+    /// How it is stored there.
+    pub format: Format,
+}
+
+/// A number of bytes that prints as people read it: `5.45 GiB`, `64.0 MiB`, `512 B`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Bytes(pub u64);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        const UNITS: [(&str, u64); 4] = [
+            ("TiB", 1 << 40),
+            ("GiB", 1 << 30),
+            ("MiB", 1 << 20),
+            ("KiB", 1 << 10),
+        ];
+        let text = match UNITS.iter().find(|&&(_, unit)| self.0 >= unit) {
+            None => format!("{} B", self.0),
+            Some(&(name, unit)) => {
+                let value = self.0 as f64 / unit as f64;
+                let decimals = if value < 10.0 {
+                    3
+                } else if value < 100.0 {
+                    2
+                } else {
+                    1
+                };
+                format!("{value:.decimals$} {name}")
+            }
+        };
+        f.pad(&text)
+    }
+}
+
+/// A size as users write it: `1234`, `64MiB`, `1.5GiB`, `24GB` (decimal), `512K` (binary).
+///
+/// # Errors
+/// A sentence naming the text when it is not a number with such a unit or does not fit in 64 bits.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let trimmed = text.trim();
+    let split = trimmed
+        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
+        .unwrap_or(trimmed.len());
+    let (number, unit) = trimmed.split_at(split);
+    let unit: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "ki" | "kib" => 1 << 10,
+        "m" | "mi" | "mib" => 1 << 20,
+        "g" | "gi" | "gib" => 1 << 30,
+        "t" | "ti" | "tib" => 1 << 40,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        _ => {
+            return Err(format!(
+                "'{text}' is not a size: use a number with B, KiB, MiB, GiB, TiB, KB, MB, GB or TB"
+            ));
+        }
+    };
+    let invalid = || format!("'{text}' is not a size such as 24GiB or 512MiB");
+    if let Ok(whole) = number.parse::<u64>() {
+        return whole
+            .checked_mul(unit)
+            .ok_or_else(|| format!("'{text}' does not fit in 64 bits"));
+    }
+    let value: f64 = number.parse().map_err(|_| invalid())?;
+    let bytes = value * unit as f64;
+    if !bytes.is_finite() || bytes >= u64::MAX as f64 {
+        return Err(format!("'{text}' does not fit in 64 bits"));
+    }
+    Ok(bytes as u64)
+}
+
+/// [`parse_bytes`] for what a user types. A number without a unit that is less than 1 MiB is taken for
+/// a unit that was forgotten: `24` is rather 24 GiB than 24 bytes. Nothing (`0`) needs no unit.
+///
+/// # Errors
+/// As [`parse_bytes`], and for such a number.
+pub fn parse_amount(text: &str) -> Result<u64, String> {
+    let bytes = parse_bytes(text)?;
+    let has_unit = text.contains(|c: char| c.is_ascii_alphabetic());
+    if has_unit || bytes == 0 || bytes >= 1 << 20 {
+        return Ok(bytes);
+    }
+    let number = text.trim();
+    Err(format!(
+        "'{text}' has no unit: write {number}GiB, {number}MiB or, for so many bytes, {number}B"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_amount_without_a_unit_is_asked_for_one() {
+        for bad in ["24", "1", "1048575", "0.5", " 24 "] {
+            let error = parse_amount(bad).unwrap_err();
+            assert!(
+                error.contains("has no unit") && error.contains("GiB"),
+                "{error}"
+            );
+        }
+        for (text, bytes) in [
+            ("0", 0),
+            ("24B", 24),
+            ("24 b", 24),
+            ("1k", 1024),
+            ("1048576", 1 << 20),
+        ] {
+            assert_eq!(parse_amount(text), Ok(bytes), "{text}");
+        }
+        assert!(parse_amount("much").is_err());
+    }
+
+    #[test]
+    fn sizes_are_read_as_users_write_them() {
+        assert_eq!(parse_bytes("24GiB"), Ok(24 << 30));
+        assert_eq!(parse_bytes("1.5 GiB"), Ok(3 << 29));
+        assert_eq!(parse_bytes("24GB"), Ok(24_000_000_000));
+        assert_eq!(parse_bytes("4096"), Ok(4096));
+        for bad in [
+            "",
+            "GiB",
+            "1.2.3",
+            "12 parsecs",
+            "-1",
+            "99999999999999999999",
+            "1e400TiB",
+        ] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn formats_are_read_as_they_are_written() {
+        let nf4 = |block_size, double_quantized| Format::Nf4 {
+            block_size,
+            double_quantized,
+        };
+        for format in [
+            Format::Stored,
+            Format::Cast(DType::Bf16),
+            Format::Cast(DType::F16),
+            Format::Cast(DType::F32),
+            nf4(64, false),
+            nf4(64, true),
+            nf4(32, false),
+            nf4(4096, true),
+        ] {
+            assert_eq!(format.to_string().parse(), Ok(format));
+        }
+        assert_eq!("bf16".parse(), Ok(Format::Cast(DType::Bf16)));
+        for bad in [
+            "",
+            "int8",
+            "NF4",
+            "nf4/",
+            "nf4/48",
+            "nf4/16",
+            "nf4/8192",
+            "nf4+double/x",
+            "stored/64",
+            "cast:nf4",
+            "cast:stored",
+            "cast:u8",
+            "bf16/64",
+            "cast:cast:f16",
+            "nf4/64/64",
+        ] {
+            assert!(bad.parse::<Format>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn tensor_bytes_refuses_what_overflows_and_what_ends_inside_a_byte() {
+        assert_eq!(DType::Bf16.tensor_bytes(&[3, 5]), Some(30));
+        assert_eq!(DType::F32.tensor_bytes(&[]), Some(4));
+        assert_eq!(DType::F32.tensor_bytes(&[0, u64::MAX, 2]), Some(0));
+        assert_eq!(DType::Bf16.tensor_bytes(&[1 << 32, 1 << 32]), None);
+        assert_eq!(DType::F64.tensor_bytes(&[1 << 62]), None);
+        assert_eq!(DType::F4.tensor_bytes(&[3]), None);
+    }
+}

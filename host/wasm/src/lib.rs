@@ -1,0 +1,11 @@
+//! Runs Tightfit's placement policies and programs in sandboxed WebAssembly, and has the WIT
+//! interfaces that they import.
+// Denied and not forbidden: `sandbox` trusts code that it has compiled. No other module may.
+#![deny(unsafe_code)]
+
+#[cfg(feature = "compile")]
+pub mod driver;
+#[cfg(feature = "compile")]
+pub mod policy;
+pub mod sandbox;
+pub mod wit;

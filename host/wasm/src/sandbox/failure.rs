@@ -1,0 +1,281 @@
+//! Every way in which a guest can fail.
+
+use super::Mismatch;
+#[cfg(feature = "compile")]
+use tightfit::policy::PolicyError;
+use tightfit::status::Status;
+use tightfit::text::truncate;
+use tightfit::types::Bytes;
+
+/// How a guest failed: its own fault, not the user's and not the model's.
+///
+/// A host function or a limiter that has to end a guest returns one of these as its error; it comes
+/// out as it is.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Failure {
+    /// It is not WebAssembly, or damaged, or nothing that can be made a component.
+    #[error("it is not a component: {reason}")]
+    NotAComponent {
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// It is made for another host: it imports what is not here, or lacks what is asked for.
+    #[error("{0}")]
+    WrongWorld(Mismatch),
+    /// Its file, or a function in it, is larger than the host compiles.
+    #[error("its {what} takes {}, at most {} are compiled (limit `{}`)", Bytes(*have), Bytes(*limit), limit_on_size(what))]
+    TooLarge {
+        /// What is too large.
+        what: &'static str,
+        /// Bytes it takes.
+        have: u64,
+        /// Bytes allowed.
+        limit: u64,
+    },
+    /// It has more of something than allowed.
+    #[error("it has more than {limit} {what} (limit `{what}`)")]
+    TooMany {
+        /// Of what: `memories`, `tables`, `instances`, `modules`, `imports` or `settings`.
+        what: &'static str,
+        /// How many are allowed.
+        limit: usize,
+    },
+    /// Compiling it took too long.
+    #[error("compiling it took longer than {seconds} s (limit `compile-time`)")]
+    CompileTime {
+        /// The limit in seconds.
+        seconds: f64,
+    },
+    /// Compiling it took too much memory.
+    #[error("compiling it took more than {} of memory (limit `compile-memory`)", Bytes(*limit))]
+    CompileMemory {
+        /// Bytes allowed.
+        limit: u64,
+    },
+    /// What it is compiled to is larger than the host loads.
+    #[error("compiled, it takes more than {} (limit `compiled`)", Bytes(*limit))]
+    Compiled {
+        /// Bytes allowed.
+        limit: u64,
+    },
+    /// Compiling it was given up because the user asked to stop.
+    #[error("compiling it was cancelled")]
+    Cancelled,
+    /// The compiler came to grief over it.
+    #[error("the compiler failed: {message}")]
+    Compiler {
+        /// How the compiler ended.
+        message: String,
+    },
+    /// It used up its budget of instructions.
+    #[error(
+        "it ran out of fuel: {fuel} units are what limits `fuel` and `fuel-per-tensor` give for this model"
+    )]
+    OutOfFuel {
+        /// The budget.
+        fuel: u64,
+    },
+    /// It took too long.
+    #[error("it took longer than {seconds} s (limit `deadline`)")]
+    Deadline {
+        /// The limit in seconds.
+        seconds: f64,
+    },
+    /// It wanted more memory than allowed.
+    #[error("it wanted {} of memory, at most {} are allowed (limit `memory`)", Bytes(*need), Bytes(*limit))]
+    Memory {
+        /// Bytes it wanted in all.
+        need: u64,
+        /// Bytes allowed.
+        limit: u64,
+    },
+    /// It wanted larger tables than allowed.
+    #[error(
+        "it wanted tables of {need} elements, at most {limit} are allowed (limit `table-elements`)"
+    )]
+    Tables {
+        /// Elements it wanted in all.
+        need: u64,
+        /// Elements allowed.
+        limit: u64,
+    },
+    /// It handed over more in one call than allowed.
+    #[error("it handed over more than {} in one call (limit `host-call-bytes`)", Bytes(*limit))]
+    HostCall {
+        /// Bytes allowed.
+        limit: u64,
+    },
+    /// It held more handles than allowed.
+    #[error("it held more than {limit} handles (limit `handles`)")]
+    Handles {
+        /// How many are allowed.
+        limit: usize,
+    },
+    /// It had the host keep more resources than allowed.
+    #[error("it had the host keep more than {limit} resources (limit `resources`)")]
+    Resources {
+        /// How many are allowed.
+        limit: usize,
+    },
+    /// Its recursion was too deep.
+    #[error("its stack overflowed")]
+    StackOverflow,
+    /// It called a function that an empty WASI does not have.
+    #[error("it called {function}, and the WASI that it is given is empty")]
+    EmptyWasi {
+        /// The function.
+        function: String,
+    },
+    /// It ended itself, as a program does with an exit status.
+    #[error("it ended itself with exit status {status}")]
+    Exit {
+        /// The status.
+        status: u8,
+    },
+    /// It panicked.
+    #[error("it panicked: {message}")]
+    Panic {
+        /// What it logged last.
+        message: String,
+    },
+    /// Any other trap.
+    #[error("it trapped: {message}")]
+    Trap {
+        /// What the runtime says.
+        message: String,
+    },
+    /// Not the guest but the host could not go on.
+    #[error("it could not be run: {message}")]
+    Host {
+        /// Why not.
+        message: String,
+    },
+}
+
+impl Failure {
+    /// Returns how a policy in wasm failed, if that is what the error says.
+    pub fn of(error: &PolicyError) -> Option<&Failure> {
+        match error {
+            PolicyError::Failed { source, .. } => source.downcast_ref(),
+            _ => None,
+        }
+    }
+
+    /// Returns the kind of failure in a word, as scenario files and JSON name it: `trap`,
+    /// `out-of-fuel`; `host` where it was not the guest.
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Failure::NotAComponent { .. } | Failure::WrongWorld(_) => "not-a-policy",
+            Failure::TooLarge { .. } => "too-large",
+            Failure::TooMany { .. } => "too-many",
+            Failure::CompileTime { .. }
+            | Failure::CompileMemory { .. }
+            | Failure::Compiled { .. }
+            | Failure::Compiler { .. } => "compile",
+            Failure::OutOfFuel { .. } => "out-of-fuel",
+            Failure::Deadline { .. } => "deadline",
+            Failure::Memory { .. } => "memory",
+            Failure::Tables { .. } => "tables",
+            Failure::HostCall { .. } => "host-call",
+            Failure::Handles { .. } => "handles",
+            Failure::Resources { .. } => "resources",
+            Failure::StackOverflow => "stack-overflow",
+            Failure::EmptyWasi { .. } => "empty-wasi",
+            Failure::Exit { .. } => "exit",
+            Failure::Panic { .. } => "panic",
+            Failure::Trap { .. } => "trap",
+            Failure::Host { .. } | Failure::Cancelled => "host",
+        }
+    }
+
+    /// The name of the limit that stood in the way, as [`Limits::set`](super::Limits::set) takes
+    /// it; where it was none that can be set, none.
+    pub fn limit(&self) -> Option<&'static str> {
+        match self {
+            Failure::TooLarge { what, .. } => Some(limit_on_size(what)),
+            Failure::TooMany { what, .. } => Some(what),
+            Failure::CompileTime { .. } => Some("compile-time"),
+            Failure::CompileMemory { .. } => Some("compile-memory"),
+            Failure::Compiled { .. } => Some("compiled"),
+            Failure::OutOfFuel { .. } => Some("fuel"),
+            Failure::Deadline { .. } => Some("deadline"),
+            Failure::Memory { .. } => Some("memory"),
+            Failure::Tables { .. } => Some("table-elements"),
+            Failure::HostCall { .. } => Some("host-call-bytes"),
+            Failure::Handles { .. } => Some("handles"),
+            Failure::Resources { .. } => Some("resources"),
+            Failure::NotAComponent { .. }
+            | Failure::WrongWorld(_)
+            | Failure::Compiler { .. }
+            | Failure::Cancelled
+            | Failure::StackOverflow
+            | Failure::EmptyWasi { .. }
+            | Failure::Exit { .. }
+            | Failure::Panic { .. }
+            | Failure::Trap { .. }
+            | Failure::Host { .. } => None,
+        }
+    }
+
+    /// The same with at most `limit` bytes of each of the guest's texts. Every failure comes
+    /// through here before anybody is told of it.
+    #[cfg(feature = "compile")]
+    pub(crate) fn shortened(mut self, limit: usize) -> Failure {
+        match &mut self {
+            Failure::NotAComponent { reason: text }
+            | Failure::Compiler { message: text }
+            | Failure::EmptyWasi { function: text }
+            | Failure::Panic { message: text }
+            | Failure::Trap { message: text }
+            | Failure::Host { message: text } => truncate(text, limit),
+            Failure::WrongWorld(mismatch) => {
+                mismatch.texts().for_each(|text| truncate(text, limit));
+            }
+            Failure::TooLarge { .. }
+            | Failure::TooMany { .. }
+            | Failure::CompileTime { .. }
+            | Failure::CompileMemory { .. }
+            | Failure::Compiled { .. }
+            | Failure::Cancelled
+            | Failure::OutOfFuel { .. }
+            | Failure::Deadline { .. }
+            | Failure::Memory { .. }
+            | Failure::Tables { .. }
+            | Failure::HostCall { .. }
+            | Failure::Handles { .. }
+            | Failure::Resources { .. }
+            | Failure::StackOverflow
+            | Failure::Exit { .. } => {}
+        }
+        self
+    }
+
+    /// Of an error that is not about the guest.
+    #[cfg(feature = "compile")]
+    pub(crate) fn host(error: impl std::fmt::Display) -> Failure {
+        Failure::Host {
+            // With a wasmtime error's causes.
+            message: format!("{error:#}"),
+        }
+    }
+}
+
+/// The name of the limit that [`Failure::TooLarge`] is about.
+fn limit_on_size(what: &str) -> &'static str {
+    match what {
+        "file" => "component",
+        _ => "function",
+    }
+}
+
+impl From<&Failure> for Status {
+    fn from(failure: &Failure) -> Status {
+        match failure {
+            // Not the guest's doing: this machine, or this process, cannot run it.
+            Failure::Host { .. } => Status::Device,
+            Failure::Cancelled => Status::Interrupted,
+            _ => Status::Policy,
+        }
+    }
+}

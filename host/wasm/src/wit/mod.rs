@@ -1,0 +1,234 @@
+//! The WIT interfaces of `tightfit:host`, implemented for any wasmtime host.
+//!
+//! 1. Keep a [`Context`] in the data of your store.
+//! 2. Implement [`View`] for that data.
+//! 3. Call [`add_to_linker`].
+//! 4. Instantiate a policy and ask it through [`Planner`].
+//!
+//! Asynchronous stores need nothing else: the host functions are added by the same
+//! [`add_to_linker`], and with the feature `wit-async` a [`Planner`] can be awaited.
+//!
+//! No engine is made and no guest is called here; the runner in [`crate::policy`] is one user of
+//! this module and another application's linker can be the next. Host functions never block; what a
+//! guest logs goes to `tracing` as it comes, so that a subscriber that blocks makes the guest wait.
+//!
+//! Drivers, which load models and use devices' memory, import more: see [`driver`].
+
+pub mod bindings;
+pub(crate) mod convert;
+pub mod driver;
+pub(crate) mod messages;
+mod planner;
+
+pub use planner::Planner;
+
+use wasmtime::component::{HasData, Linker};
+
+use bindings::tightfit::host::{log, sizing, types};
+use messages::Messages;
+use tightfit::plan::{SizeError, part_sizes};
+use tightfit::text::{shown_bytes, truncate};
+
+/// What the host functions need of one guest's state.
+#[derive(Debug)]
+pub struct Context {
+    last_error: Option<String>,
+    /// Bytes of messages that may still be passed on.
+    log_left: usize,
+    text_limit: usize,
+    /// Where messages wait for the end of the call, if they do.
+    kept: Option<Messages>,
+}
+
+/// Bytes that each message counts for beyond its own, as whoever shows it begins a line with whose it
+/// is. An empty message takes room as well.
+pub const MESSAGE_BYTES: usize = 16;
+
+/// Bytes of messages that are passed on for one guest unless told otherwise.
+const LOG_LIMIT: usize = 64 << 10;
+
+/// Bytes that are kept of a single message, or of another text to be shown, unless told otherwise.
+pub(crate) const TEXT_LIMIT: usize = 4 << 10;
+
+impl Default for Context {
+    fn default() -> Context {
+        Context::with_limits(LOG_LIMIT, TEXT_LIMIT)
+    }
+}
+
+impl Context {
+    /// A context that passes on 64 KiB of messages, 4 KiB of each.
+    pub fn new() -> Context {
+        Context::default()
+    }
+
+    /// A context that passes on this many bytes of messages, and of a single one at most
+    /// `text_bytes`. What is longer is cut; what comes after is dropped.
+    pub fn with_limits(log_bytes: usize, text_bytes: usize) -> Context {
+        Context {
+            last_error: None,
+            log_left: log_bytes,
+            text_limit: text_bytes,
+            kept: None,
+        }
+    }
+
+    /// The same, but messages are put aside.
+    #[cfg(feature = "compile")]
+    pub(crate) fn keeping(messages: Messages, log_bytes: usize, text_bytes: usize) -> Context {
+        Context {
+            kept: Some(messages),
+            ..Context::with_limits(log_bytes, text_bytes)
+        }
+    }
+
+    /// The last message that the guest logged as an error: before a trap, why it gave up.
+    pub fn last_error(&self) -> Option<&str> {
+        self.last_error.as_deref()
+    }
+}
+
+/// Gives access to the context inside a store's data.
+pub trait View: Send {
+    /// The context.
+    fn tightfit(&mut self) -> &mut Context;
+}
+
+/// Adds the interfaces that a policy imports (`types`, `sizing`, `log`) to a linker.
+///
+/// # Errors
+/// When the linker has one of them already.
+pub fn add_to_linker<T: View + 'static>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
+    types::add_to_linker::<T, HasContext>(linker, T::tightfit)?;
+    sizing::add_to_linker::<T, HasContext>(linker, T::tightfit)?;
+    log::add_to_linker::<T, HasContext>(linker, T::tightfit)
+}
+
+struct HasContext;
+
+impl HasData for HasContext {
+    type Data<'a> = &'a mut Context;
+}
+
+impl types::Host for Context {}
+
+impl sizing::Host for Context {
+    fn stored_bytes(
+        &mut self,
+        dtype: types::Dtype,
+        shape: Vec<u64>,
+        format: types::Format,
+    ) -> Result<sizing::StoredSize, types::Error> {
+        match part_sizes(convert::dtype(dtype), &shape, convert::format(format)) {
+            Ok(sizes) => Ok(sizing::StoredSize {
+                requested: sizes.requested(),
+                padded: sizes.padded(),
+            }),
+            Err(error) => Err(types::Error {
+                code: match error {
+                    SizeError::IllegalFormat { .. } | SizeError::AlreadyQuantized { .. } => {
+                        types::ErrorCode::IllegalFormat
+                    }
+                    SizeError::Overflow { .. } => types::ErrorCode::Overflow,
+                },
+                message: match error {
+                    // Nobody reads a million lengths.
+                    SizeError::Overflow { .. } if shape.len() > MOST_LENGTHS => format!(
+                        "a tensor of {} dimensions has no size in 64 bits",
+                        shape.len()
+                    ),
+                    error => error.to_string(),
+                },
+            }),
+        }
+    }
+}
+
+/// Lengths of a shape that are repeated in a message.
+const MOST_LENGTHS: usize = 64;
+
+impl log::Host for Context {
+    fn write(&mut self, level: log::Level, mut message: String) {
+        truncate(&mut message, self.text_limit);
+        let left = self.log_left.saturating_sub(MESSAGE_BYTES);
+        if left > 0 {
+            let mut passed_on = message.clone();
+            truncate(&mut passed_on, left);
+            let shown: usize = passed_on.chars().map(shown_bytes).sum();
+            self.log_left = left.saturating_sub(shown);
+            match &self.kept {
+                Some(messages) => messages.push(level, passed_on),
+                None => messages::emit(level, &passed_on),
+            }
+        } else {
+            self.log_left = 0;
+        }
+        if let log::Level::Error = level {
+            self.last_error = Some(message);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use log::Host as _;
+    use sizing::Host as _;
+
+    #[test]
+    fn sizing_is_the_plans_own_arithmetic() {
+        let mut context = Context::new();
+        let nf4 = types::Format::Nf4(types::Nf4Format {
+            block_size: 64,
+            double_quantized: false,
+        });
+        let size = context
+            .stored_bytes(types::Dtype::Bf16, vec![5, 13], nf4)
+            .unwrap();
+        assert_eq!((size.requested, size.padded), (41, 512));
+        let error = context.stored_bytes(types::Dtype::U8, vec![5], nf4);
+        assert_eq!(error.unwrap_err().code, types::ErrorCode::IllegalFormat);
+        let error = context.stored_bytes(types::Dtype::Bf16, vec![u64::MAX, 2], nf4);
+        assert_eq!(error.unwrap_err().code, types::ErrorCode::Overflow);
+        let error = context.stored_bytes(types::Dtype::Bf16, vec![u64::MAX; 1_000_000], nf4);
+        let message = error.unwrap_err().message;
+        assert!(message.len() < 100, "{message}");
+    }
+
+    #[test]
+    fn what_is_kept_of_a_flood_of_messages_is_bounded() {
+        let mut context = Context::new();
+        for _ in 0..1000 {
+            context.write(log::Level::Error, "é".repeat(100_000));
+        }
+        assert!(context.last_error().unwrap().len() <= TEXT_LIMIT + '…'.len_utf8());
+        assert_eq!(context.log_left, 0);
+        assert!(context.last_error.unwrap().capacity() < 2 * TEXT_LIMIT);
+    }
+
+    #[test]
+    fn messages_count_as_they_are_shown() {
+        for message in [
+            "",
+            "\0",
+            "\u{202e}\u{202e}",
+            "é",
+            "plain",
+            &"\n".repeat(10_000),
+        ] {
+            let messages = Messages::default();
+            let mut context = Context::with_limits(LOG_LIMIT, TEXT_LIMIT);
+            context.kept = Some(messages.clone());
+            for _ in 0..10_000 {
+                context.write(log::Level::Warn, message.to_owned());
+            }
+            let shown = messages.shown_bytes(MESSAGE_BYTES);
+            // What is cut off is marked.
+            assert!(shown <= LOG_LIMIT + '…'.len_utf8(), "{message:?}: {shown}");
+            assert!(
+                shown >= LOG_LIMIT - 2 * MESSAGE_BYTES || message.is_empty(),
+                "{message:?}: {shown}"
+            );
+        }
+    }
+}
