@@ -2,9 +2,10 @@
 
 /// Bytes that a character takes where it is shown, with what is escaped by then. Never too few.
 pub(crate) fn shown_bytes(c: char) -> usize {
-    match c {
-        ' '..='~' => 1,
-        _ => c.escape_debug().count().max(c.len_utf8()),
+    match c.escape_debug().count() {
+        _ if matches!(c, ' '..='~') => 1,
+        1 => c.len_utf8(),
+        _ => c.escape_default().count(),
     }
 }
 

@@ -6,6 +6,8 @@ mod formats;
 mod interrupts;
 mod pictures;
 mod policies;
+#[cfg(target_os = "linux")]
+mod proportion;
 mod reports;
 mod saves;
 mod scenarios;

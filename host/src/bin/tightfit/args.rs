@@ -19,7 +19,8 @@ use crate::session;
 ///
 /// MODEL is a directory, a .safetensors file, or a Hugging Face id (org/name), which is downloaded
 /// unless it is in the local cache. Exit status: 0 done, 2 usage, 3 checkpoint invalid, unreadable or not to be had, 4 does not fit or
-/// refused by the policy, 5 the policy or the driver itself failed, 6 device failure, 130 interrupted.
+/// refused by the policy, 5 the policy or the driver itself failed, 6 device failure, or this machine
+/// cannot run a policy, 130 interrupted.
 #[derive(Debug, Parser)]
 #[command(version, max_term_width = 100)]
 pub(crate) struct Arguments {
