@@ -285,10 +285,17 @@ impl Outcome {
     }
 
     /// Asserts that it failed with this status, with a message that has all these words, and
-    /// without a result.
+    /// without a result: with `--json` the error takes its place.
     #[track_caller]
     pub fn fails(self, status: i32, words: &[&str]) -> Outcome {
-        assert_eq!(self.stdout, "", "{self:#?}");
+        if self.typed.iter().any(|argument| argument == "--json") {
+            let printed = self.json();
+            let names: Vec<&String> = printed.as_object().expect("an object").keys().collect();
+            assert_eq!(names, ["error", "schema"], "{self:#?}");
+            assert_eq!(printed["error"]["status"], status, "{self:#?}");
+        } else {
+            assert_eq!(self.stdout, "", "{self:#?}");
+        }
         self.fails_midway(status, words)
     }
 

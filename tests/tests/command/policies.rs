@@ -299,22 +299,14 @@ fn a_setting_is_read_from_a_file() {
     assert_eq!(report["policy"]["settings"]["skip"], "lm_head, *.up_proj\n");
     let report = set("skip=@@value").succeeds().json();
     assert_eq!(report["policy"]["settings"]["skip"], "@value");
-    // With --json the error is on stdout too.
-    let fails = |setting: &str, words: &[&str]| {
-        let outcome = set(setting).fails_midway(USAGE, words);
-        assert_eq!(outcome.json()["error"]["status"], USAGE);
-    };
-    fails(
-        "skip=@nothing",
-        &["skip=@nothing", "'nothing'", "No such file"],
-    );
-    fails("skip=@m", &["'m'", "directory"]);
-    fails("skip=@", &["''"]);
+    set("skip=@nothing").fails(USAGE, &["skip=@nothing", "'nothing'", "No such file"]);
+    set("skip=@m").fails(USAGE, &["'m'", "directory"]);
+    set("skip=@").fails(USAGE, &["''"]);
     fs::write(place.path("value"), b"\xff").unwrap();
-    fails("skip=@value", &["'value'", "UTF-8"]);
+    set("skip=@value").fails(USAGE, &["'value'", "UTF-8"]);
     let file = fs::File::create(place.path("value")).unwrap();
     file.set_len((16 << 20) + 1).unwrap();
-    fails("skip=@value", &["'value'", "longer than 16.00 MiB"]);
+    set("skip=@value").fails(USAGE, &["'value'", "longer than 16.00 MiB"]);
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The command `tightfit`.
 #![forbid(unsafe_code)]
 
+mod amount;
 mod args;
 mod check;
 mod demo;
