@@ -2,8 +2,10 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
@@ -119,6 +121,18 @@ impl Place {
         Running::new(command, &[line]).finish()
     }
 
+    /// Runs it where a process may have so many KiB of address space.
+    #[cfg(unix)]
+    pub fn run_in_space(&self, kibibytes: u64, arguments: &[&str]) -> Outcome {
+        let script = format!("ulimit -v {kibibytes}; exec \"$0\" \"$@\"");
+        let mut command = self.command_of(Path::new("/bin/sh"));
+        command
+            .args(["-c", &script])
+            .arg(tightfit())
+            .args(arguments);
+        Running::new(command, arguments).finish()
+    }
+
     /// Starts it.
     pub fn start<S: AsRef<OsStr>>(&self, arguments: &[S]) -> Running {
         let mut command = self.command_of(&tightfit());
@@ -163,9 +177,63 @@ impl Running {
             {
                 return false;
             }
-            std::thread::sleep(std::time::Duration::from_millis(1));
+            std::thread::sleep(Duration::from_millis(1));
         }
         kill_process(Pid::from_child(&self.child), signal).is_ok()
+    }
+
+    /// The next line that it writes to standard error.
+    pub fn next_message(&mut self) -> String {
+        let errors = self.child.stderr.as_mut().expect("it is a pipe");
+        let mut line = Vec::new();
+        let mut byte = [0];
+        // No more than the line, so that the rest is there for `finish`.
+        while line.last() != Some(&b'\n') && errors.read(&mut byte).is_ok_and(|read| read > 0) {
+            line.push(byte[0]);
+        }
+        String::from_utf8(line).expect("messages are UTF-8")
+    }
+
+    /// Waits for its end, at most so long, with nobody reading what it says until then: whether it has
+    /// come.
+    pub fn ends_unread(&mut self, patience: Duration) -> bool {
+        let start = Instant::now();
+        loop {
+            if self
+                .child
+                .try_wait()
+                .expect("it can be waited for")
+                .is_some()
+            {
+                return true;
+            }
+            if start.elapsed() > patience {
+                self.child.kill().expect("it can be ended");
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Waits for its end. Gives the most memory that it had in use, too, in bytes; not that of the
+    /// processes that it has started. What it says has to fit into a pipe.
+    #[cfg(target_os = "linux")]
+    pub fn finish_measured(mut self) -> (Outcome, u64) {
+        let status = format!("/proc/{}/status", self.child.id());
+        let mut peak = 0;
+        while self
+            .child
+            .try_wait()
+            .expect("it can be waited for")
+            .is_none()
+        {
+            let text = fs::read_to_string(&status).unwrap_or_default();
+            let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let kibibytes = line.and_then(|line| line.trim().trim_end_matches(" kB").parse().ok());
+            peak = peak.max(kibibytes.unwrap_or(0) << 10);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        (self.finish(), peak)
     }
 
     /// Waits for its end.
@@ -217,10 +285,17 @@ impl Outcome {
     }
 
     /// Asserts that it failed with this status, with a message that has all these words, and
-    /// without a result.
+    /// without a result: with `--json` the error takes its place.
     #[track_caller]
     pub fn fails(self, status: i32, words: &[&str]) -> Outcome {
-        assert_eq!(self.stdout, "", "{self:#?}");
+        if self.typed.iter().any(|argument| argument == "--json") {
+            let printed = self.json();
+            let names: Vec<&String> = printed.as_object().expect("an object").keys().collect();
+            assert_eq!(names, ["error", "schema"], "{self:#?}");
+            assert_eq!(printed["error"]["status"], status, "{self:#?}");
+        } else {
+            assert_eq!(self.stdout, "", "{self:#?}");
+        }
         self.fails_midway(status, words)
     }
 

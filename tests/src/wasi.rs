@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use wit_component::StringEncoding;
-use wit_parser::Resolve;
+use wit_parser::{LiftLowerAbi, ManglingAndAbi, Resolve};
 
 const WORLD: &str = "
 package test:guest;
@@ -75,6 +75,56 @@ const WASI: [&str; 6] = [
     interface network { resource network; }
     interface instance-network { use network.{network}; instance-network: func() -> network; }",
 ];
+
+/// The WIT by which the sandbox knows WASI.
+const DECLARED: &str = include_str!("../../host/src/sandbox/wasi-0.2.wit");
+
+/// A policy that imports all functions of WASI that the sandbox knows, but those of these names, and
+/// traps whatever it is asked.
+pub fn importing_all_but(left_out: &[&str]) -> Vec<u8> {
+    let mut resolve = Resolve::default();
+    let wit = Path::new(env!("CARGO_MANIFEST_DIR")).join("../wit");
+    resolve
+        .push_dir(wit)
+        .unwrap_or_else(|error| panic!("{error:#}"));
+    let mut push = |text: &str| {
+        let pushed = resolve.push_str("test.wit", text);
+        pushed.unwrap_or_else(|error| panic!("{error:#}"))
+    };
+    let is_kept = |line: &&str| {
+        let name = line.trim_start().split(": func").next();
+        !name.is_some_and(|name| left_out.contains(&name))
+    };
+    push(
+        &DECLARED
+            .lines()
+            .filter(is_kept)
+            .collect::<Vec<_>>()
+            .join("\n"),
+    );
+    let mut world =
+        "package test:guest; world all { include tightfit:host/policy@0.1.0;".to_owned();
+    let mut package = "";
+    let mut count = 0;
+    for line in DECLARED.lines() {
+        if let Some(name) = line.strip_prefix("package wasi:") {
+            package = name.split('@').next().unwrap();
+        } else if let Some(name) = line.strip_prefix("  interface ") {
+            let interface = name.trim_end_matches(" {");
+            world += &format!(" import wasi:{package}/{interface}@0.2.0;");
+            count += 1;
+        }
+    }
+    assert!(count > 25, "{count} interfaces: {world}");
+    let package = push(&(world + " }"));
+    let world = resolve.select_world(&[package], Some("all"));
+    let world = world.unwrap_or_else(|error| panic!("{error:#}"));
+    let mut module =
+        wit_component::dummy_module(&resolve, world, ManglingAndAbi::Legacy(LiftLowerAbi::Sync));
+    wit_component::embed_component_metadata(&mut module, &resolve, world, StringEncoding::UTF8)
+        .unwrap_or_else(|error| panic!("{error:#}"));
+    crate::guests::component(&module)
+}
 
 /// The section by which a core module says that it is for this world: its name and its contents.
 pub fn component_type() -> (String, Vec<u8>) {

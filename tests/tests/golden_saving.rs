@@ -244,7 +244,7 @@ fn the_command_writes_the_same_files_as_the_library() {
             .map(|(key, value)| format!("--set={key}={value}"))
             .collect();
         let loaded = format!("{name}-loaded");
-        let shards = "--max-shard-size=100000";
+        let shards = "--max-shard-size=100000B";
         let mut save = vec!["save", model, name, shards, "--quiet"];
         let mut load = vec!["load", model, "--save", &loaded, shards, "--quiet"];
         load.extend(["--device", "sim:1GiB"]);

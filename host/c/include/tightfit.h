@@ -53,7 +53,7 @@ typedef enum {
   TIGHTFIT_STATUS_DOES_NOT_FIT = 4,
   // The policy itself failed: a trap, a limit, a bad plan.
   TIGHTFIT_STATUS_POLICY = 5,
-  // A device failed or has less memory than it said.
+  // A device failed or has less memory than it said, or this machine cannot run a policy.
   TIGHTFIT_STATUS_DEVICE = 6,
   // It was cancelled.
   TIGHTFIT_STATUS_INTERRUPTED = 130,

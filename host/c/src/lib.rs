@@ -36,7 +36,7 @@ pub enum TightfitStatus {
     DoesNotFit = 4,
     /// The policy itself failed: a trap, a limit, a bad plan.
     Policy = 5,
-    /// A device failed or has less memory than it said.
+    /// A device failed or has less memory than it said, or this machine cannot run a policy.
     Device = 6,
     /// It was cancelled.
     Interrupted = 130,

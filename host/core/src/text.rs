@@ -73,10 +73,10 @@ fn escaped(text: &str, hidden: impl Fn(char) -> bool) -> Cow<'_, str> {
 
 /// Bytes that a character takes where it is shown, with what is escaped by then. Never too few.
 pub fn shown_bytes(c: char) -> usize {
-    match c {
-        ' '..='~' => 1,
-        c if is_hidden(c) => c.escape_default().count(),
-        _ => c.escape_debug().count().max(c.len_utf8()),
+    match c.escape_debug().count() {
+        _ if matches!(c, ' '..='~') => 1,
+        1 if !is_hidden(c) => c.len_utf8(),
+        _ => c.escape_default().count(),
     }
 }
 

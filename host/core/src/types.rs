@@ -346,47 +346,9 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     Ok(bytes as u64)
 }
 
-/// [`parse_bytes`] for what a user types. A number without a unit that is less than 1 MiB is taken for
-/// a unit that was forgotten: `24` is rather 24 GiB than 24 bytes. Nothing (`0`) needs no unit.
-///
-/// # Errors
-/// As [`parse_bytes`], and for such a number.
-pub fn parse_amount(text: &str) -> Result<u64, String> {
-    let bytes = parse_bytes(text)?;
-    let has_unit = text.contains(|c: char| c.is_ascii_alphabetic());
-    if has_unit || bytes == 0 || bytes >= 1 << 20 {
-        return Ok(bytes);
-    }
-    let number = text.trim();
-    Err(format!(
-        "'{text}' has no unit: write {number}GiB, {number}MiB or, for so many bytes, {number}B"
-    ))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_small_amount_without_a_unit_is_asked_for_one() {
-        for bad in ["24", "1", "1048575", "0.5", " 24 "] {
-            let error = parse_amount(bad).unwrap_err();
-            assert!(
-                error.contains("has no unit") && error.contains("GiB"),
-                "{error}"
-            );
-        }
-        for (text, bytes) in [
-            ("0", 0),
-            ("24B", 24),
-            ("24 b", 24),
-            ("1k", 1024),
-            ("1048576", 1 << 20),
-        ] {
-            assert_eq!(parse_amount(text), Ok(bytes), "{text}");
-        }
-        assert!(parse_amount("much").is_err());
-    }
 
     #[test]
     fn sizes_are_read_as_users_write_them() {

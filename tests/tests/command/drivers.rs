@@ -1,6 +1,7 @@
 //! `tightfit run`.
 
 use std::fs;
+use std::time::Duration;
 
 use tightfit_tests::command::Place;
 use tightfit_tests::drivers::{HOSTILE, LOAD_AND_CHECK};
@@ -105,4 +106,41 @@ fn an_answer_cannot_control_the_terminal() {
         text,
         "evil\\u{1b}[2J\\u{1b}]0;owned\\u{7}\\r\\u{9b}31m\\u{202e}txt\\u{200b}\\u{2028}\\u{ad}\\u{61c}\\u{feff}\\u{e0041}\n"
     );
+}
+
+#[test]
+fn what_a_driver_logs_is_heard_while_it_runs_and_does_not_hold_it() {
+    let place = place();
+    let run = [
+        "run",
+        "hostile.wasm",
+        "log-and-loop",
+        "--device",
+        "sim:64MiB",
+    ];
+    // For ever, if nobody stopped it.
+    let limits = [
+        "--limit",
+        "fuel=18446744073709551615",
+        "--limit",
+        "deadline=80000",
+    ];
+    let mut running = place.start(&[&run[..], &limits].concat());
+    assert_eq!(running.next_message(), "policy: warn: it begins\n");
+    assert!(running.kill_when(|_| true));
+    running.finish();
+    // With nobody to hear it.
+    let run = [
+        "run",
+        "hostile.wasm",
+        "flood-the-log",
+        "--device",
+        "sim:64MiB",
+    ];
+    let limits = ["--limit", "log-bytes=1MiB"];
+    let mut running = place.start(&[&run[..], &limits].concat());
+    assert!(running.ends_unread(Duration::from_secs(120)));
+    let outcome = running.finish();
+    assert_eq!(outcome.stdout, "flooded\n");
+    assert!(outcome.stderr.contains("policy: warn: flood"));
 }

@@ -1,11 +1,13 @@
 //! Ctrl-C: status 130, and nothing left behind.
 
+use std::cell::Cell;
 use std::fs;
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit_tests::command::{Place, bytes_read};
-use tightfit_tests::guests::HOSTILE;
+use tightfit_tests::guests::{HOSTILE, Handwritten};
 use tightfit_tests::models;
 use tightfit_tests::saving::{files, names};
 
@@ -225,4 +227,102 @@ fn an_interrupted_check_removes_its_models() {
     assert!(check.interrupt_when(|_| has_weights(&place.temporary())));
     check.finish().fails(INTERRUPTED, &["cancelled"]);
     is_empty(&place.temporary());
+}
+
+/// A policy, and a driver, that take longer to compile than anybody waits.
+fn bombs() -> [Vec<u8>; 2] {
+    let mut body = String::new();
+    for n in 0..30_000 {
+        body += &format!(
+            "(if (i32.and (local.get {}) (i32.const {n})) (then (local.set {} (i32.add (local.get {}) (i32.const {n})))))",
+            n % 8,
+            (n * 5 + 1) % 8,
+            (n * 3 + 2) % 8,
+        );
+    }
+    let bomb = format!("(func (param i32 i32 i32 i32 i32 i32 i32 i32) {body})");
+    let driver = format!(
+        r#"(module
+            (memory (export "memory") 1)
+            (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) (i32.const 64))
+            (func (export "tightfit:host/run@0.1.0#run") (param i32 i32) (result i32) (i32.const 0))
+            {bomb})"#
+    );
+    let policy = Handwritten {
+        extra: bomb,
+        ..Handwritten::default()
+    };
+    [policy.module(), wat::parse_str(driver).unwrap()]
+}
+
+/// The processes that a process has started.
+fn children(process: u32) -> Vec<u32> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task"))
+        .into_iter()
+        .flatten();
+    let children = tasks
+        .flatten()
+        .filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    children
+        .flat_map(|line| {
+            line.split(' ')
+                .filter_map(|id| id.parse().ok())
+                .collect::<Vec<u32>>()
+        })
+        .collect()
+}
+
+#[test]
+fn the_compiling_of_a_policy_is_interrupted() {
+    let place = Place::new();
+    fs::create_dir(place.path("m")).unwrap();
+    models::write_awkward(&place.path("m"));
+    let [policy, driver] = bombs();
+    fs::write(place.path("bomb.wasm"), policy).unwrap();
+    fs::write(place.path("driver.wasm"), driver).unwrap();
+    fs::write(
+        place.path("s.toml"),
+        "[[scenario]]\nname = \"it\"\npolicy = \"bomb.wasm\"\nmodel = { preset = \"demo\" }\n\
+         devices = [\"sim:1GiB\"]\nexpect = { fails = \"compile\" }\n",
+    )
+    .unwrap();
+    let limits = ["--limit", "function=1GiB", "--limit", "compile-time=600"];
+    let policy = ["--policy", "bomb.wasm"];
+    for arguments in [
+        &["policy", "show", "bomb.wasm"][..],
+        &[&["plan", "m"], &policy[..]].concat(),
+        &[&["inspect", "m"], &policy[..]].concat(),
+        &[&["load", "m", "--device", "sim:64MiB"], &policy[..]].concat(),
+        &[&["save", "m", "out"], &policy[..]].concat(),
+        &["run", "driver.wasm", "--device", "sim:64MiB"],
+        &["check", "s.toml"],
+    ] {
+        let compiler = Cell::new(None);
+        let mut running = place.start(&[arguments, &limits].concat());
+        let compiles = |process| {
+            compiler.set(children(process).first().copied());
+            // It has read the policy, and is at it.
+            compiler
+                .get()
+                .is_some_and(|compiler| bytes_read(compiler) > 100_000)
+        };
+        assert!(running.interrupt_when(compiles), "{arguments:?}");
+        assert!(
+            running.ends_unread(Duration::from_secs(60)),
+            "{arguments:?}"
+        );
+        let outcome = running.finish();
+        assert_eq!(outcome.status, Some(INTERRUPTED), "{outcome:?}");
+        // A process that has ended may be listed until it is waited for.
+        let compiler = format!("/proc/{}/status", compiler.get().unwrap());
+        let runs = || {
+            let status = fs::read_to_string(&compiler).unwrap_or_default();
+            status.contains("compile-policy") || status.contains("State:\tR")
+        };
+        let start = Instant::now();
+        while runs() && start.elapsed() < Duration::from_secs(60) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        assert!(!runs(), "{arguments:?} leaves its compiler behind");
+    }
 }

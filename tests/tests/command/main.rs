@@ -11,6 +11,8 @@ mod json;
 mod outputs;
 mod pictures;
 mod policies;
+#[cfg(target_os = "linux")]
+mod proportion;
 mod reports;
 mod saves;
 mod scenarios;

@@ -1,16 +1,18 @@
 //! Hostile policies on the command line: exit status, and a sentence with the policy and why.
 
 use std::fs;
+use std::time::Duration;
 
 use serde_json::Value;
 use tightfit::text::is_hidden;
 use tightfit_tests::command::{Outcome, Place};
-use tightfit_tests::guests::{HOSTILE, hostile_in_describe};
+use tightfit_tests::guests::{HOSTILE, Handwritten, hostile_in_describe};
 use tightfit_tests::models;
 
 const USAGE: i32 = 2;
 const DOES_NOT_FIT: i32 = 4;
 const POLICY: i32 = 5;
+const DEVICE: i32 = 6;
 
 /// With an awkward model and the hostile policy.
 fn hostile_place() -> Place {
@@ -297,22 +299,14 @@ fn a_setting_is_read_from_a_file() {
     assert_eq!(report["policy"]["settings"]["skip"], "lm_head, *.up_proj\n");
     let report = set("skip=@@value").succeeds().json();
     assert_eq!(report["policy"]["settings"]["skip"], "@value");
-    // With --json the error is on stdout too.
-    let fails = |setting: &str, words: &[&str]| {
-        let outcome = set(setting).fails_midway(USAGE, words);
-        assert_eq!(outcome.json()["error"]["status"], USAGE);
-    };
-    fails(
-        "skip=@nothing",
-        &["skip=@nothing", "'nothing'", "No such file"],
-    );
-    fails("skip=@m", &["'m'", "directory"]);
-    fails("skip=@", &["''"]);
+    set("skip=@nothing").fails(USAGE, &["skip=@nothing", "'nothing'", "No such file"]);
+    set("skip=@m").fails(USAGE, &["'m'", "directory"]);
+    set("skip=@").fails(USAGE, &["''"]);
     fs::write(place.path("value"), b"\xff").unwrap();
-    fails("skip=@value", &["'value'", "UTF-8"]);
+    set("skip=@value").fails(USAGE, &["'value'", "UTF-8"]);
     let file = fs::File::create(place.path("value")).unwrap();
     file.set_len((16 << 20) + 1).unwrap();
-    fails("skip=@value", &["'value'", "longer than 16.00 MiB"]);
+    set("skip=@value").fails(USAGE, &["'value'", "longer than 16.00 MiB"]);
 }
 
 #[test]
@@ -338,11 +332,14 @@ fn a_limit_that_is_hit_is_named_and_can_be_set() {
         ("memories=0", "memories"),
         ("tables=0", "tables"),
         ("instances=1", "instances"),
+        ("modules=0", "modules"),
+        ("imports=0", "imports"),
         ("table-elements=0", "table-elements"),
         ("settings=0", "settings"),
         ("host-call-bytes=1", "host-call-bytes"),
         ("compile-time=0", "compile-time"),
         ("compile-memory=1MiB", "compile-memory"),
+        ("compiled=1KiB", "compiled"),
     ] {
         let hint = format!("--policy-limit {name}=VALUE");
         show(limit).fails(POLICY, &["hostile.wasm", &format!("`{name}`"), &hint]);
@@ -405,4 +402,169 @@ fn what_is_logged_is_bounded_by_a_limit() {
     };
     assert_eq!(flood("log-bytes=0"), 0);
     assert_eq!(flood("log-bytes=3KiB"), 4);
+}
+
+#[test]
+fn names_are_cut_as_all_that_a_policy_says() {
+    // Texts of 4 KiB, some with a second one, and what is said around them.
+    const MOST: usize = 9 << 10;
+    let place = hostile_place();
+    let long = "x".repeat(100_000);
+    let control = "\\1b".repeat(50_000);
+    let component = |parts: &str| wat::parse_str(format!("(component {parts})")).unwrap();
+    let module = |parts: &str| Handwritten {
+        imports: parts.to_owned(),
+        ..Handwritten::default()
+    };
+    let planner = r#"(instance $n) (export "tightfit:host/planner@0.1.0" (instance $n))"#;
+    for policy in [
+        component(&format!(r#"(import "{long}" (func))"#)),
+        component(&format!(
+            r#"(import "acme:{long}/{long}@1.0.0" (instance))"#
+        )),
+        component(&format!(r#"(import "wasi:{long}/x@0.2.0" (instance))"#)),
+        component(&format!(
+            r#"(import "tightfit:host/log@0.2.0+{long}" (instance)) {planner}"#
+        )),
+        component(&format!(
+            r#"(import "tightfit:host/log@0.1.0" (instance (export "{long}" (func)))) {planner}"#
+        )),
+        component(&format!(
+            r#"(import "tightfit:host/log@0.1.0+{long}" (instance (export "write" (func)))) {planner}"#
+        )),
+        component(&format!(
+            r#"(instance $n) (export "tightfit:host/planner@9.1.0+{long}" (instance $n))"#
+        )),
+        component(&format!(
+            r#"(core module $m (import "{long}" "{long}" (func)))
+            (core instance (instantiate $m)) {planner}"#
+        )),
+        module(&format!(r#"(import "{long}" "{long}" (func))"#)).module(),
+        module(&format!(r#"(import "{control}" "{control}" (func))"#)).module(),
+        module(&format!(
+            r#"(import "tightfit:host/log@0.1.0" "{control}" (func))"#
+        ))
+        .module(),
+    ] {
+        fs::write(place.path("long.wasm"), &policy).unwrap();
+        for wasi in ["none", "empty"] {
+            let arguments = ["policy", "show", "long.wasm", "--no-cache", "--wasi", wasi];
+            let outcome = place.run(&arguments);
+            let shown = outcome.stderr.len() + outcome.stdout.len();
+            assert_eq!(outcome.status, Some(POLICY), "{:.300}", outcome.stderr);
+            assert!(shown < MOST, "{shown} bytes: {:.300}", outcome.stderr);
+            let brief = [&arguments[..], &["--policy-limit", "text-bytes=20"]].concat();
+            let outcome = place.run(&brief);
+            assert!(outcome.stderr.len() < 400, "{:.500}", outcome.stderr);
+        }
+    }
+    // What a policy that works imports is listed.
+    let interface = format!("tightfit:host/log@0.1.0+{}", "x".repeat(100_000));
+    let import = format!(r#"(import "{interface}" "write" (func (param i32 i32 i32)))"#);
+    fs::write(place.path("long.wasm"), module(&import).module()).unwrap();
+    let outcome = place.run(&["policy", "show", "long.wasm"]);
+    assert!(
+        outcome.stdout.len() + outcome.stderr.len() < MOST,
+        "{:.300}",
+        outcome.stdout
+    );
+}
+
+#[test]
+fn settings_are_listed_as_far_as_one_text_goes() {
+    let place = hostile_place();
+    fs::write(
+        place.path("hostile.wasm"),
+        hostile_in_describe("many-settings"),
+    )
+    .unwrap();
+    let limit = ["--policy-limit", "settings=100000"];
+    let arguments = [
+        &["plan", "m", "--policy", "hostile.wasm", "--set", "none=1"],
+        &limit[..],
+    ]
+    .concat();
+    let outcome = place.run(&arguments).fails(USAGE, &["no setting 'none'"]);
+    assert!(outcome.stderr.len() < 5000, "{}", outcome.stderr.len());
+}
+
+#[test]
+fn a_policy_whose_messages_nobody_reads_does_not_outstay_its_deadline() {
+    let place = hostile_place();
+    // Empty messages, and such that are escaped.
+    for (message, length) in [(0, 0), (1000, 4000), (65, 1)] {
+        let policy = Handwritten {
+            imports:
+                r#"(import "tightfit:host/log@0.1.0" "write" (func $log (param i32 i32 i32)))"#
+                    .to_owned(),
+            describe: format!(
+                "(loop (call $log (i32.const 0) (i32.const {message}) (i32.const {length})) (br 0))
+                (unreachable)"
+            ),
+            ..Handwritten::default()
+        };
+        fs::write(place.path("test.wasm"), policy.module()).unwrap();
+        fs::write(
+            place.path("s.toml"),
+            "[[scenario]]\nname = \"it\"\npolicy = \"test.wasm\"\nmodel = { preset = \"demo\" }\n\
+             devices = [\"sim:1GiB\"]\nexpect = { fails = \"deadline\" }\n",
+        )
+        .unwrap();
+        let commands = [
+            &["policy", "show", "test.wasm"][..],
+            &["plan", "m", "--policy", "test.wasm"],
+            &["check", "s.toml"],
+        ];
+        // Each waits for a reader for a while.
+        let commands = &commands[..if length == 1 { 3 } else { 1 }];
+        for arguments in commands {
+            let limits = [
+                "--policy-limit",
+                "deadline=0.2",
+                "--policy-limit",
+                "log-bytes=1MiB",
+            ];
+            let mut running = place.start(&[*arguments, &limits].concat());
+            assert!(
+                running.ends_unread(Duration::from_secs(120)),
+                "{arguments:?}"
+            );
+            // What was said before is there for who reads it now.
+            let said = running.finish().stderr;
+            assert!(said.contains("policy: error: "), "{said:.300}");
+        }
+        // Within the default limit nothing is lost.
+        let limits = ["--policy-limit", "deadline=0.2"];
+        let outcome = place.run(&[&["policy", "show", "test.wasm"], &limits[..]].concat());
+        let outcome = outcome.fails(POLICY, &["longer than 0.2 s"]);
+        let most = (68 << 10) + 200;
+        assert!(outcome.stderr.len() < most, "{}", outcome.stderr.len());
+    }
+}
+
+#[test]
+fn a_policy_makes_do_with_little_address_space_and_says_what_is_missing() {
+    let place = hostile_place();
+    let arguments = ["plan", "m", "--device", "sim:64MiB", "--json"];
+    let usual = place.run(&arguments).succeeds().json();
+    let scarce = place.run_in_space(400_000, &arguments).succeeds().json();
+    assert_eq!(scarce["fuel"], usual["fuel"]);
+    assert_eq!(scarce["devices"], usual["devices"]);
+    // One that is compiled by another process.
+    let show = ["policy", "show", "hostile.wasm"];
+    place.run_in_space(400_000, &show).succeeds();
+    // The guest may have what the process has not.
+    let greedy = Handwritten {
+        describe: "(drop (memory.grow (i32.const 4000))) (i32.const 16)".to_owned(),
+        ..Handwritten::default()
+    };
+    fs::write(place.path("greedy.wasm"), greedy.module()).unwrap();
+    place.run(&["policy", "show", "greedy.wasm"]).succeeds();
+    let outcome = place.run_in_space(200_000, &["policy", "show", "greedy.wasm"]);
+    outcome.fails(DEVICE, &["could not be run", "address space", "ulimit -v"]);
+    // A limit is a limit all the same.
+    let limits = ["--policy-limit", "memory=1MiB"];
+    let arguments = [&["policy", "show", "greedy.wasm"], &limits[..]].concat();
+    let outcome = place.run_in_space(200_000, &arguments);
+    outcome.fails(POLICY, &["`memory`"]);
 }

@@ -5,6 +5,7 @@ use std::fs;
 use tightfit_tests::command::Place;
 use tightfit_tests::models;
 
+const OUTPUT: i32 = 1;
 const USAGE: i32 = 2;
 const CHECKPOINT: i32 = 3;
 const DOES_NOT_FIT: i32 = 4;
@@ -161,4 +162,42 @@ fn a_device_that_is_not_there_is_a_failure_of_the_device() {
     place
         .run(&["devices", "--device", "cuda:7"])
         .fails(DEVICE, &["cuda:7"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_synthetic_model_on_a_full_disk_is_an_output_that_cannot_be_written() {
+    let place = Place::new();
+    place
+        .run_limited(20 << 10, true, &["synth", "demo", "new/d"])
+        .fails(OUTPUT, &["cannot write", "model.safetensors"]);
+    assert!(!place.path("new").exists());
+    fs::write(place.path("file"), "").unwrap();
+    place
+        .run(&["synth", "demo", "file/d/e"])
+        .fails(USAGE, &["not a directory"]);
+}
+
+#[test]
+fn a_plan_is_for_devices_that_need_not_be_there() {
+    let place = place_with_model();
+    for (device, kind) in [("cpu:4096GiB", "cpu"), ("cuda:3:4096GiB", "cuda:3")] {
+        let report = place
+            .run(&["plan", "m", "--json", "--device", device])
+            .succeeds()
+            .json();
+        assert_eq!(report["devices"][0]["name"], kind);
+        assert_eq!(report["devices"][0]["capacity"], 4096u64 << 30);
+        // A reserve that no machine that runs tests has.
+        let reserve = ["plan", "m", "--device", device, "--set", "reserve=4000GiB"];
+        place.run(&reserve).succeeds();
+    }
+    // Where it is loaded, it has to be there.
+    place
+        .run(&["load", "m", "--device", "cuda:3:4096GiB"])
+        .fails(DEVICE, &["cuda:3"]);
+    let reserve = "--set=reserve=4000GiB";
+    place
+        .run(&["load", "m", "--device", "cpu:4096GiB", reserve])
+        .fails(DOES_NOT_FIT, &["missing"]);
 }

@@ -307,3 +307,86 @@ fn the_command_works_without_a_cache_and_says_when_it_is_unsafe() {
     place.set("XDG_CACHE_HOME", "/proc/nowhere");
     place.run(&["policy", "show", "auto"]).succeeds();
 }
+
+/// A policy with this much data, which takes as much when it is compiled.
+fn with_data(bytes: usize) -> Vec<u8> {
+    let data: String = (0..bytes)
+        .map(|at| char::from(b'a' + (at % 23) as u8))
+        .collect();
+    let policy = Handwritten {
+        extra: format!(r#"(data (i32.const 4096) "{data}")"#),
+        ..Handwritten::default()
+    };
+    policy.module()
+}
+
+#[test]
+fn what_is_large_does_not_drive_out_the_others() {
+    let _alone = alone();
+    let directory = TempDir::new().unwrap();
+    let (_, entry) = filled(&directory);
+    let path = entry.parent().unwrap();
+    let bytes = fs::metadata(&entry).unwrap().len();
+    // Room for the hostile policy and three small ones; then a large one comes, and one that is
+    // larger than all that there is room for.
+    let room = Arc::new(Cache::open(path, 5 * bytes).unwrap());
+    let small: Vec<_> = (1..4).map(|size| with_data(size * 16)).collect();
+    for policy in &small {
+        open(policy, keeping(&room)).unwrap();
+    }
+    let before = entries(path);
+    assert_eq!(before.len(), 4);
+    for large in [5 * bytes - 100_000, 6 * bytes] {
+        let large = with_pages(large);
+        open(&large, keeping(&room)).unwrap();
+        assert_eq!(entries(path), before);
+        let failure = open(&large, kept_only(&room)).unwrap_err();
+        assert!(matches!(failure, Failure::Host { .. }), "{failure:?}");
+    }
+    // What is not so large takes the place of what was not used for longest.
+    works(kept_only(&room));
+}
+
+/// The same for more data than the memory of other policies has room for.
+fn with_pages(bytes: u64) -> Vec<u8> {
+    let data = "abcdefghijklmnop".repeat(bytes as usize / 16);
+    let policy = Handwritten {
+        extra: format!(r#"(data $kept "{data}") (func (data.drop $kept))"#),
+        ..Handwritten::default()
+    };
+    policy.module()
+}
+
+#[test]
+fn a_key_that_is_damaged_is_replaced_and_told_of_once() {
+    let _alone = alone();
+    let mut place = Place::new();
+    let cached = place.path("xdg");
+    place.set("XDG_CACHE_HOME", cached.to_str().unwrap());
+    let key = cached.join("tightfit/compiled/key");
+    let show = || place.run(&["policy", "show", "auto"]);
+    show().succeeds();
+    for damaged in [&b""[..], &[1; 16], &[1; 33], &[1; 100_000]] {
+        fs::write(&key, damaged).unwrap();
+        let outcome = show();
+        assert_eq!(outcome.status, Some(0), "{outcome:?}");
+        assert!(outcome.stderr.contains("key"), "{outcome:?}");
+        assert_eq!(fs::read(&key).unwrap().len(), 32);
+        // What the old one had sealed is made anew, with a word or without.
+        show();
+        show().succeeds();
+    }
+    // Another key of the right length is not to be told from the right one, but what it sealed is.
+    fs::write(&key, [7; 32]).unwrap();
+    let outcome = show();
+    assert!(outcome.stderr.contains("not from here"), "{outcome:?}");
+    show().succeeds();
+    // What is not to be replaced is told with what to do about it.
+    fs::remove_file(&key).unwrap();
+    fs::create_dir(&key).unwrap();
+    let outcome = show();
+    assert_eq!(outcome.status, Some(0), "{outcome:?}");
+    for words in ["no regular file", "'key'", "removed"] {
+        assert!(outcome.stderr.contains(words), "{outcome:?}");
+    }
+}

@@ -1,7 +1,9 @@
 use std::fmt::Write as _;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::{WaitOptions, wait};
+use tightfit::cancel::CancelToken;
 use tightfit::policy::Policy;
 use tightfit_tests::guests::{HOSTILE, Handwritten, component};
 use tightfit_wasm::sandbox::Failure;
@@ -204,4 +206,91 @@ fn the_child_is_told_no_secrets() {
     let failure = open(HOSTILE, options).unwrap_err();
     let message = "exit status: 1".to_owned();
     assert_eq!(failure, Failure::Compiler { message });
+}
+
+#[test]
+fn an_answer_is_bounded_before_it_is_read() {
+    let _alone = alone();
+    let limit = |compiled| Limits {
+        compiled,
+        ..Limits::default()
+    };
+    let failure = open(HOSTILE, in_child(limit(100_000))).unwrap_err();
+    assert_eq!(failure, Failure::Compiled { limit: 100_000 });
+    assert_eq!(failure.limit(), Some("compiled"));
+    assert_eq!(open(HOSTILE, limit(100_000)).unwrap_err(), failure);
+    works(in_child(limit(4 << 20)));
+    // A terabyte, and more than there is: not a byte of it is waited for.
+    for (script, limit) in [
+        (r"printf '+\0\0\0\0\0\001\0\0'; exec sleep 600", 64 << 20),
+        (
+            r"printf '+\377\377\377\377\377\377\377\377'; exec sleep 600",
+            64 << 20,
+        ),
+        (r"printf '+\001\0\0\0\0\0\0\0'; exec sleep 600", 0),
+    ] {
+        let options = Options {
+            limits: Limits {
+                compiled: limit,
+                ..Limits::default()
+            },
+            compiler: program("/bin/sh", &["-c", script]),
+            ..Options::default()
+        };
+        assert_eq!(
+            open(HOSTILE, options).unwrap_err(),
+            Failure::Compiled { limit }
+        );
+    }
+    // Nor of what is within the limit, and out of proportion to the policy.
+    let length = 60 << 20;
+    let script = format!(
+        r"printf '+\0\0\{:o}\{:o}\0\0\0\0'; exec sleep 600",
+        (length >> 16) & 0xff,
+        length >> 24
+    );
+    let options = Options {
+        compiler: program("/bin/sh", &["-c", &script]),
+        ..Options::default()
+    };
+    let failure = open(&Handwritten::default().module(), options).unwrap_err();
+    assert!(
+        matches!(&failure, Failure::NotAComponent { reason } if reason.contains("out of proportion")),
+        "{failure:?}"
+    );
+    // Of a reason as much is read as may be shown.
+    let script = r"printf -- '-\0\0\0\0\1\0\0\0'; yes | tr -d '\n'";
+    let options = Options {
+        compiler: program("/bin/sh", &["-c", script]),
+        ..Options::default()
+    };
+    let failure = open(HOSTILE, options).unwrap_err();
+    let Failure::NotAComponent { reason } = &failure else {
+        panic!("{failure:?}");
+    };
+    assert!(
+        reason.starts_with("yyy") && reason.len() < 5000,
+        "{}",
+        reason.len()
+    );
+}
+
+#[test]
+fn compiling_is_cancelled() {
+    let _alone = alone();
+    let cancel = CancelToken::new();
+    let options = Options {
+        compiler: program("/bin/sh", &["-c", "exec sleep 600"]),
+        cancel: cancel.clone(),
+        ..Options::default()
+    };
+    let start = Instant::now();
+    let failure = thread::scope(|scope| {
+        let opened = scope.spawn(|| open(HOSTILE, options).unwrap_err());
+        thread::sleep(Duration::from_millis(100));
+        cancel.cancel();
+        opened.join().unwrap()
+    });
+    assert_eq!(failure, Failure::Cancelled);
+    assert!(start.elapsed() < Limits::default().compile_time);
 }

@@ -33,6 +33,23 @@ fn what_one_has_does_not_show_in_what_another_is_told() {
 }
 
 #[test]
+fn what_is_taken_after_a_driver_was_started_does_not_show() {
+    let [_, mut other] = two();
+    // Nothing but the devices bounds it.
+    other.quota = u64::MAX;
+    let alone = run(hostile(), other.context(), &["look-around"]).unwrap();
+    let context = other.context();
+    let busy = other.devices[0].reserve(tightfit::memory::ReservationSize {
+        requested: 4 << 20,
+        padded: 4 << 20,
+        reserved: 4 << 20,
+    });
+    let beside = run(hostile(), context, &["look-around"]).unwrap();
+    drop(busy);
+    assert_eq!(alone, beside);
+}
+
+#[test]
 fn memory_that_another_has_written_is_zeros() {
     let [one, other] = two();
     for byte in ["1", "255"] {

@@ -121,7 +121,7 @@ fn headroom_without_end_does_not_fit() {
 
 #[test]
 fn a_proposal_beyond_the_device_does_not_fit() {
-    let bench = Bench::with_device("sim:6000B");
+    let bench = Bench::with_device("sim:6000");
     let (need, headroom, have, tensor) = what_does_not_fit(&bench, "honest");
     // Two matrices of 4096 bytes and 128 bytes of positions, in whole pages.
     assert_eq!((need, headroom, have), (3 * 4096, 0, 6000));

@@ -1,5 +1,6 @@
 //! Components that ask for WASI, and are given one with nothing in it.
 
+use tightfit_tests::failures::failure_of;
 use tightfit_tests::guests::{Handwritten, component};
 use tightfit_tests::wasi;
 use tightfit_wasm::policy::WasmPolicy;
@@ -167,6 +168,144 @@ fn a_handle_that_was_never_given_is_not_one() {
         assert!(
             matches!(&failure, Failure::Trap { message } if message.contains("handle")),
             "{failure:?}"
+        );
+    }
+}
+
+/// How a component is turned down that declares WASI's functions itself.
+#[track_caller]
+fn declaring(text: &str) -> Mismatch {
+    let options = Options {
+        wasi: Wasi::Empty,
+        ..Options::default()
+    };
+    let text = format!(
+        r#"(component {text} (instance $nothing) (export "tightfit:host/planner@0.1.0" (instance $nothing)))"#
+    );
+    let component = wat::parse_str(&text).unwrap_or_else(|error| panic!("{error}"));
+    let error = WasmPolicy::new("test.wasm", &component, options).expect_err(&text);
+    match failure_of(error).1 {
+        Failure::WrongWorld(mismatch) => mismatch,
+        other => panic!("{text}: {other:?}"),
+    }
+}
+
+#[test]
+fn all_functions_of_wasi_are_known() {
+    let options = Options {
+        wasi: Wasi::Empty,
+        ..Options::default()
+    };
+    let policy = WasmPolicy::new("test.wasm", &wasi::importing_all_but(&[]), options);
+    let policy = policy.unwrap_or_else(|error| panic!("{error}"));
+    let imports = policy.imports();
+    for interface in ["wasi:sockets/udp@0.2.0", "wasi:clocks/timezone@0.2.0"] {
+        assert!(imports.contains(&interface.to_owned()), "{imports:?}");
+    }
+}
+
+#[test]
+fn a_function_that_wasi_does_not_have_is_not_given() {
+    for (interface, function, ty) in [
+        ("wasi:cli/terminal-stdout@0.2.0", "f", "(func)"),
+        ("wasi:cli/nothing@0.2.0", "get-stdout", "(func)"),
+        ("wasi:nowhere/at-all@0.2.6", "f", r#"(func (param "x" u8))"#),
+        (
+            "wasi:random/random@0.2.9",
+            "get-random-u32",
+            "(func (result u32))",
+        ),
+    ] {
+        let import = format!(r#"(import "{interface}" (instance (export "{function}" {ty})))"#);
+        assert_eq!(
+            declaring(&import),
+            Mismatch::Import {
+                import: format!("{interface}#{function}")
+            }
+        );
+    }
+}
+
+#[test]
+fn functions_of_wasi_are_given_with_the_types_that_wasi_gives_them() {
+    let flags: String = (0..32).map(|label| format!(r#" "f{label}""#)).collect();
+    let flags = format!(r#"(type $f' (flags{flags})) (export "f" (type $f (eq $f')))"#);
+    let list_of_flags = format!(r#"{flags} (type $l (list $f))"#);
+    let resource = r#"(export "output-stream" (type $s (sub resource)))"#;
+    let write = "[method]output-stream.write";
+    for (interface, function, types, ty) in [
+        // More, fewer, others.
+        (
+            "wasi:cli/environment",
+            "get-arguments",
+            list_of_flags.as_str(),
+            r#"(func (param "x" $l) (result (list string)))"#,
+        ),
+        ("wasi:cli/environment", "get-arguments", "", "(func)"),
+        (
+            "wasi:cli/environment",
+            "get-arguments",
+            "",
+            "(func (result (list u8)))",
+        ),
+        (
+            "wasi:cli/environment",
+            "get-environment",
+            "",
+            "(func (result (list (tuple string))))",
+        ),
+        (
+            "wasi:cli/environment",
+            "get-environment",
+            "",
+            "(func (result (list (tuple string string string))))",
+        ),
+        (
+            "wasi:cli/exit",
+            "exit",
+            list_of_flags.as_str(),
+            r#"(func (param "status" (result $l)))"#,
+        ),
+        (
+            "wasi:cli/exit",
+            "exit",
+            "",
+            r#"(func (param "status" (result string (error string))))"#,
+        ),
+        (
+            "wasi:random/random",
+            "get-random-bytes",
+            "",
+            r#"(func (param "len" (list u64)) (result (list u8)))"#,
+        ),
+        (
+            "wasi:random/insecure-seed",
+            "insecure-seed",
+            "",
+            "(func (result (tuple u64 u32)))",
+        ),
+        // What is written is bytes, to a stream.
+        (
+            "wasi:io/streams",
+            write,
+            resource,
+            r#"(func (param "self" (borrow $s)) (param "contents" (list (list u8))) (result (result)))"#,
+        ),
+        (
+            "wasi:io/streams",
+            write,
+            resource,
+            r#"(func (param "self" (borrow $s)) (param "contents" (list u8)) (result (result)))"#,
+        ),
+    ] {
+        let import = format!(
+            r#"(import "{interface}@0.2.3" (instance {types} (export "{function}" {ty})))"#
+        );
+        let mismatch = declaring(&import);
+        assert!(
+            matches!(&mismatch, Mismatch::ImportType { import, reason }
+                if *import == format!("{interface}@0.2.3") && reason.contains(function)),
+            "{import}: {mismatch:?}"
         );
     }
 }

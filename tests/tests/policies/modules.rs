@@ -158,6 +158,6 @@ fn a_hand_written_policy_without_harm_is_only_wrong() {
     // Without this the tests above could fail for a reason of their own.
     let policy = compile(&Handwritten::default().module(), Limits::default());
     let error = Bench::new().error(&policy, "");
-    let expected = "policy 'wat' gave a bad plan: it placed 0 tensors, the checkpoint has 4";
+    let expected = "policy 'test.wasm' gave a bad plan: it placed 0 tensors, the checkpoint has 4";
     assert_eq!(error.to_string(), expected);
 }

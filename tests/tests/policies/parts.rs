@@ -16,12 +16,138 @@ fn with(module: &str, times: u32, limits: Limits) -> Failure {
     Bench::new().failure(&compile(&component, limits), "")
 }
 
+/// The hostile policy with so many more of a module, none of them instantiated.
+fn with_unused(module: &str, count: usize) -> Vec<u8> {
+    let component = guests::component(guests::HOSTILE);
+    (0..count).fold(component, |component, _| with_module(&component, module, 0))
+}
+
 #[test]
-fn more_modules_alone_do_no_harm() {
+fn a_few_empty_instances_do_no_harm() {
     // Without this the tests below could fail for a reason of their own.
     let component = guests::component(guests::HOSTILE);
     let policy = compile(&with_module(&component, "(module)", 20), Limits::default());
     Bench::new().propose(&policy, "honest").unwrap();
+}
+
+#[test]
+fn modules_that_are_not_instantiated_take_what_their_bytes_take() {
+    // A byte at each end: 16 MiB that need not be there, 3 GiB of all of them.
+    let images =
+        r#"(module (memory 257) (data (i32.const 0) "a") (data (i32.const 16777200) "b"))"#;
+    let limits = Limits {
+        compiled: 4 << 20,
+        ..Limits::default()
+    };
+    let policy = compile(&with_unused(images, 200), limits.clone());
+    Bench::new().propose(&policy, "honest").unwrap();
+    // The end of a table of a million.
+    let table = "(module (table 1048576 funcref) (elem (i32.const 49999) $f) (func $f))";
+    let policy = compile(&with_unused(table, 1), limits);
+    Bench::new().propose(&policy, "honest").unwrap();
+    for (module, need) in [
+        (table, 150_000),
+        (
+            "(module (table 1048576 funcref) (elem (i32.const 1048575) $f) (func $f))",
+            3 << 20,
+        ),
+        (
+            "(module (table 100000 funcref (ref.func $f)) (func $f))",
+            300_000,
+        ),
+    ] {
+        let failure = rejection(&with_unused(module, 3));
+        assert!(
+            matches!(failure, Failure::Tables { need: found, limit: 100_000 } if found >= need),
+            "{module}: {failure:?}"
+        );
+    }
+}
+
+#[test]
+fn modules_are_counted_instantiated_or_not() {
+    assert_eq!(
+        rejection(&with_unused("(module)", 300)),
+        too_many("modules", 256)
+    );
+    let nested = format!("(component (component {}))", "(core module)".repeat(300));
+    let nested = wat::parse_str(nested).unwrap();
+    assert_eq!(rejection(&nested), too_many("modules", 256));
+}
+
+#[test]
+fn what_instances_take_besides_their_memories_is_counted() {
+    const LIMIT: u64 = 256 << 20;
+    let globals = format!("(module {})", "(global i64 (i64.const 0))".repeat(30_000));
+    let elements = format!("(module (func $f) (elem func {}))", "$f ".repeat(80_000));
+    for module in [globals, elements] {
+        let component = with_module(&guests::component(guests::HOSTILE), &module, 230);
+        let failure = rejection(&component);
+        assert!(
+            matches!(failure, Failure::Memory { need, limit: LIMIT } if need > LIMIT),
+            "{failure:?}"
+        );
+        // Once is no more than a module may have.
+        let policy = compile(
+            &with_module(&guests::component(guests::HOSTILE), &module, 1),
+            Limits::default(),
+        );
+        Bench::new().propose(&policy, "honest").unwrap();
+    }
+}
+
+#[test]
+fn empty_components_are_instances_too() {
+    // 2^20 of them, without a single module.
+    let mut text = "(component $c0)".to_owned();
+    for level in 1..=20 {
+        let below = level - 1;
+        text += &format!(
+            "(component $c{level} (alias outer 1 $c{below} (component $b))
+                (instance (instantiate $b)) (instance (instantiate $b)))"
+        );
+    }
+    let bomb = wat::parse_str(format!("(component {text} (instance (instantiate $c20)))")).unwrap();
+    assert_eq!(rejection(&bomb), too_many("instances", 256));
+}
+
+#[test]
+fn a_type_of_a_million_parts_is_not_read_back() {
+    // Each level has the one before twice.
+    let mut text = "(type $t0 (instance))".to_owned();
+    for level in 1..=17 {
+        let below = level - 1;
+        text += &format!(
+            r#"(type $t{level} (instance (alias outer 1 $t{below} (type $b))
+                (export "a" (instance (type $b))) (export "b" (instance (type $b)))))"#
+        );
+    }
+    let component = |levels: u32| {
+        let text = format!(
+            r#"(component {text} (import "tightfit:host/log@0.1.0" (instance (type $t{levels})))
+                (instance $nothing) (export "tightfit:host/planner@0.1.0" (instance $nothing)))"#
+        );
+        rejection(&wat::parse_str(text).unwrap())
+    };
+    for (levels, word) in [(15, "bytes to describe"), (17, "out of proportion")] {
+        let failure = component(levels);
+        assert!(
+            matches!(&failure, Failure::NotAComponent { reason } if reason.contains(word)),
+            "{failure:?}"
+        );
+    }
+    // What is small is refused for what it is.
+    let failure = component(3);
+    assert!(matches!(failure, Failure::WrongWorld(_)), "{failure:?}");
+}
+
+#[test]
+fn interfaces_are_counted() {
+    let imports: String = (0..300)
+        .map(|patch| format!(r#"(import "tightfit:host/log@0.1.{patch}" (instance))"#))
+        .collect();
+    let component = wat::parse_str(format!("(component {imports})")).unwrap();
+    assert_eq!(rejection(&component), too_many("imports", 256));
 }
 
 #[test]

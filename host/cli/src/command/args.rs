@@ -9,10 +9,11 @@ use clap::{Args, Parser, Subcommand};
 use tightfit::device::DeviceSpec;
 use tightfit::load::QuantizeOn;
 use tightfit::synth::Preset;
-use tightfit::types::{Bytes, parse_amount};
+use tightfit::types::Bytes;
 use tightfit_kernels::{Isa, KernelError, Kernels};
 use tightfit_wasm::sandbox::{Cache, CacheError, Compiler, CompilerProgram, Limits, Options, Wasi};
 
+use crate::command::amount::{parse_bytes, parse_device};
 use crate::command::failure::Failure;
 use crate::command::session;
 
@@ -103,7 +104,7 @@ pub(crate) struct ModelOptions {
 pub(crate) struct PlacementOptions {
     /// A device: cuda:0, cuda:0:20GiB, sim:32GiB (simulated, in host memory), cpu, cpu:16GiB.
     /// Repeatable; by default all CUDA devices, else cpu
-    #[arg(long = "device", value_name = "SPEC")]
+    #[arg(long = "device", value_name = "SPEC", value_parser = parse_device)]
     pub(crate) devices: Vec<DeviceSpec>,
 
     #[command(flatten)]
@@ -219,7 +220,7 @@ pub(crate) struct EngineOptions {
     pub(crate) threads: Option<u16>,
 
     /// Host memory for staging in all, for example 64MiB
-    #[arg(long, value_name = "BYTES", value_parser = parse_amount)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) staging: Option<u64>,
 
     /// Fail when a tensor to be quantized has infinities or NaN
@@ -302,7 +303,7 @@ pub(crate) struct PlanOptions {
     )]
     pub(crate) diff: Option<Vec<String>>,
     /// Host memory for staging in all, for example 64MiB
-    #[arg(long, value_name = "BYTES", value_parser = parse_amount)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) staging: Option<u64>,
 }
 
@@ -333,7 +334,7 @@ pub(crate) struct LoadOptions {
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct WriteOptions {
     /// Close a file when the next weight would make it larger than this [default: 5GB]
-    #[arg(long, value_name = "BYTES", value_parser = parse_amount)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) max_shard_size: Option<u64>,
 
     /// Replace what is there
@@ -372,12 +373,12 @@ pub(crate) struct RunOptions {
 
     /// A device that the driver may use, as for `tightfit plan`. Repeatable; by default all CUDA
     /// devices, else cpu
-    #[arg(long = "device", value_name = "SPEC")]
+    #[arg(long = "device", value_name = "SPEC", value_parser = parse_device)]
     pub(crate) devices: Vec<DeviceSpec>,
 
     /// The most that the driver may reserve on all devices together, for example 8GiB [default: all
     /// that is free on them]
-    #[arg(long, value_name = "BYTES", value_parser = parse_amount)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) quota: Option<u64>,
 
     #[command(flatten)]
@@ -388,7 +389,7 @@ pub(crate) struct RunOptions {
     pub(crate) threads: Option<u16>,
 
     /// Host memory for staging in all while loading, for example 64MiB
-    #[arg(long, value_name = "BYTES", value_parser = parse_amount)]
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) staging: Option<u64>,
 
     #[command(flatten)]
@@ -434,7 +435,7 @@ pub(crate) enum PolicyCommand {
 #[derive(Debug, Args)]
 pub(crate) struct DevicesOptions {
     /// Devices to look at; by default all there are
-    #[arg(long = "device", value_name = "SPEC")]
+    #[arg(long = "device", value_name = "SPEC", value_parser = parse_device)]
     pub(crate) devices: Vec<DeviceSpec>,
     #[command(flatten)]
     pub(crate) output: OutputOptions,

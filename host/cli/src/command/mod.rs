@@ -1,4 +1,6 @@
 //! The subcommands. The only place that prints or exits.
+
+mod amount;
 mod args;
 mod check;
 mod demo;

@@ -12,10 +12,15 @@ use super::CheckpointError;
 use super::directory::Directory;
 use crate::cancel::CancelToken;
 
-/// Largest `config.json` that is read, in bytes. Parsed, it can take thirty times as much memory.
+/// Largest `config.json` that is read, in bytes.
 pub const MAX_CONFIG_BYTES: u64 = 4 << 20;
 
 const NAME: &str = "config.json";
+/// Most values in it. Parsed, a value can take a hundred times as much memory as in the file: an
+/// object with one member takes 600 bytes. Real ones have some thousands, those with the labels of a
+/// classifier or the modules that are not quantized some ten thousands.
+const MAX_VALUES: usize = 200_000;
+
 const WHAT: &str = "the configuration";
 
 /// What kind of mixing a layer does over the sequence.
@@ -91,8 +96,18 @@ impl Config {
     /// Parses the text of the file at `path`, which is named in errors only.
     ///
     /// # Errors
-    /// [`CheckpointError::Json`] or [`CheckpointError::NotAnObject`].
+    /// [`CheckpointError::Json`], [`CheckpointError::NotAnObject`], and
+    /// [`CheckpointError::TooLarge`] for too many values.
     pub fn parse(path: &Path, text: String) -> Result<Config, CheckpointError> {
+        let have = most_values(&text);
+        if have > MAX_VALUES {
+            return Err(CheckpointError::TooLarge {
+                path: path.into(),
+                what: "a number of values in the configuration",
+                have: have as u64,
+                limit: MAX_VALUES as u64,
+            });
+        }
         let json: Value = serde_json::from_str(&text).map_err(|source| CheckpointError::Json {
             path: path.into(),
             what: WHAT,
@@ -227,9 +242,46 @@ fn layer_types(model: &Map<String, Value>, layers: Option<u32>) -> Vec<LayerType
     }
 }
 
+/// How many values a JSON text has, or more than it has: one behind each comma, and one in each
+/// object and list.
+fn most_values(text: &str) -> usize {
+    // The shortest takes two bytes.
+    if text.len() / 2 <= MAX_VALUES {
+        return text.len() / 2;
+    }
+    let (mut values, mut in_string, mut is_escaped) = (1, false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if is_escaped => is_escaped = false,
+            b'\\' => is_escaped = in_string,
+            b'"' => in_string = !in_string,
+            b',' | b'[' | b'{' => values += usize::from(!in_string),
+            _ => {}
+        }
+    }
+    values
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_is_in_proportion_to_the_file() {
+        let parse = |text: String| Config::parse(Path::new("config.json"), text);
+        for value in ["0,", "{},", r#"{"":0},"#, r#"[[[["",0]]]],"#] {
+            let text = format!(r#"{{"a":[{}0]}}"#, value.repeat(MAX_VALUES));
+            let error = parse(text).unwrap_err();
+            assert!(
+                matches!(error, CheckpointError::TooLarge { limit: 200_000, .. }),
+                "{value}: {error}"
+            );
+        }
+        // What is in texts does not count, nor do many values in all that real ones have.
+        let text = ",[{\\\"\\\\".repeat(100_000);
+        assert!(parse(format!(r#"{{"a":"{text}"}}"#)).is_ok());
+        assert!(parse(format!(r#"{{"a":[{}0]}}"#, "0,".repeat(150_000))).is_ok());
+    }
 
     fn config(text: &str) -> Config {
         Config::parse(Path::new("config.json"), text.into()).unwrap()

@@ -1,7 +1,7 @@
 //! Downloads of models by their Hugging Face id, into the cache that other Hugging Face tools share.
 //!
 //! ```no_run
-//! use tightfit::{checkpoint::Checkpoint, hub::{self, Hub}, load::CancelToken};
+//! use tightfit::{checkpoint::Checkpoint, hub::{self, Hub}, cancel::CancelToken};
 //!
 //! let hub = Hub::from_process();
 //! let cancel = CancelToken::new();

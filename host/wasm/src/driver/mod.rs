@@ -4,14 +4,14 @@
 //! ```no_run
 //! use std::sync::Arc;
 //! use tightfit::device::{Device, HostDevice};
-//! use tightfit::driver::{WasmDriver, default_limits};
-//! use tightfit::wit::driver::DriverContext;
+//! use tightfit_wasm::driver::{WasmDriver, default_limits};
+//! use tightfit_wasm::wit::driver::DriverContext;
 //!
 //! let devices: Arc<[Box<dyn Device>]> = Arc::new([Box::new(HostDevice::cpu(None))]);
 //! let driver = WasmDriver::open("driver.wasm".as_ref(), default_limits())?;
 //! let context = DriverContext::new(devices, 8 << 30).grant("model", "/models/qwen");
 //! println!("{}", driver.run(context, &["--fast".to_owned()])?.answer);
-//! # Ok::<(), tightfit::driver::DriverError>(())
+//! # Ok::<(), tightfit_wasm::driver::DriverError>(())
 //! ```
 
 mod error;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use wasmtime::{Engine, OutOfMemory};
 
-use super::code::Code;
+use super::code::{Code, check_length};
 use super::run::{self, Reservation};
 use super::{CompilerProgram, Failure, Limits, module, space};
 use tightfit::cancel::CancelToken;
@@ -108,9 +108,7 @@ pub(super) fn compile(
             let code = unsafe { Code::new(code) };
             Ok(code)
         }
-        Answer::TooLong => Err(Failure::Compiled {
-            limit: limits.compiled,
-        }),
+        Answer::TooLong(failure) => Err(failure),
         Answer::Refused(reason) => Err(Failure::NotAComponent {
             reason: String::from_utf8_lossy(&reason).into_owned(),
         }),
@@ -135,7 +133,7 @@ fn out_of_memory(limits: &Limits) -> Failure {
 enum Answer {
     Compiled(Vec<u8>),
     /// Compiled, to more than is read.
-    TooLong,
+    TooLong(Failure),
     Refused(Vec<u8>),
     OutOfMemory,
     /// Nothing, or nothing whole.
@@ -143,8 +141,8 @@ enum Answer {
 }
 
 impl Answer {
-    /// Reads an answer, and no more of it than is allowed.
-    fn read(input: &mut impl Read, limits: &Limits) -> io::Result<Answer> {
+    /// Reads an answer about a guest of so many bytes, and no more of it than is allowed.
+    fn read(input: &mut impl Read, guest: usize, limits: &Limits) -> io::Result<Answer> {
         let mut head = Vec::with_capacity(9);
         input.take(9).read_to_end(&mut head)?;
         let Some((&kind, length)) = head.split_first() else {
@@ -154,8 +152,10 @@ impl Answer {
             return Ok(Answer::None);
         };
         let limit = match kind {
-            COMPILED if length > limits.compiled => return Ok(Answer::TooLong),
-            COMPILED => length,
+            COMPILED => match check_length(length, guest, limits) {
+                Ok(()) => length,
+                Err(failure) => return Ok(Answer::TooLong(failure)),
+            },
             OUT_OF_MEMORY => return Ok(Answer::OutOfMemory),
             REFUSED => length.min(REASON),
             _ => return Ok(Answer::None),
@@ -273,7 +273,7 @@ fn talk(
         let (sender, answers) = mpsc::sync_channel(1);
         named("out").spawn_scoped(scope, move || {
             // The parent may have stopped waiting.
-            let _ = sender.send(Answer::read(&mut output, limits));
+            let _ = sender.send(Answer::read(&mut output, bytes.len(), limits));
         })?;
         let (mut cancelled, mut timed_out) = (false, false);
         let answer = loop {

@@ -5,6 +5,7 @@ use wasmtime::Engine;
 use wasmtime::component::Component;
 
 use super::{Failure, Limits};
+use crate::types::Bytes;
 
 /// Code that this program's own compiler has made, here or in a child, and that nobody else can
 /// have changed since. Only [`child`](super::child) and [`cache`](super::cache) make one of bytes.
@@ -17,8 +18,31 @@ const DESCRIPTION: &[u8] = b".wasmtime.info";
 
 /// Bytes that a description takes at least, and how much of a component it takes at most. A policy's
 /// takes 4 %; a few lines can describe a type of a million parts.
-const SHORT_DESCRIPTION: u64 = 64 << 10;
-const DESCRIBED_BY: u64 = 4;
+const SHORT_DESCRIPTION: u64 = 256 << 10;
+const DESCRIBED_BY: u64 = 2;
+
+/// Bytes that code takes at least, and how many there may be for each of the component. A policy takes
+/// four times its own.
+const SHORT_CODE: u64 = 1 << 20;
+const COMPILED_FROM: u64 = 64;
+
+/// What keeps a guest of so many bytes from being loaded that is compiled to so many: it has to be in
+/// proportion to the limits, and to the guest.
+pub(super) fn check_length(have: u64, guest: usize, limits: &Limits) -> Result<(), Failure> {
+    let limit = limits.compiled;
+    if have > limit {
+        return Err(Failure::Compiled { limit });
+    }
+    let most = SHORT_CODE.saturating_add(COMPILED_FROM.saturating_mul(guest as u64));
+    if have > most {
+        let reason = format!(
+            "compiled, it takes more than {}, which is out of proportion to its size",
+            Bytes(most)
+        );
+        return Err(Failure::NotAComponent { reason });
+    }
+    Ok(())
+}
 
 impl Code {
     /// Takes over bytes.
@@ -48,10 +72,7 @@ impl Code {
     /// # Errors
     /// [`Failure::Compiled`], [`Failure::NotAComponent`].
     pub(super) fn check(&self, guest: usize, limits: &Limits) -> Result<(), Failure> {
-        let limit = limits.compiled;
-        if self.0.len() as u64 > limit {
-            return Err(Failure::Compiled { limit });
-        }
+        check_length(self.0.len() as u64, guest, limits)?;
         let have = section_bytes(&self.0, DESCRIPTION).unwrap_or(0);
         let most = SHORT_DESCRIPTION + guest as u64 / DESCRIBED_BY;
         if have > most {

@@ -14,15 +14,17 @@ pub struct Limits {
     pub fuel_per_tensor: u64,
     /// Wall-clock time of one call.
     pub deadline: Duration,
-    /// Bytes of all its memories together.
+    /// Bytes of all its memories together, and of all its instances besides them.
     pub memory: u64,
     /// How many memories it may have. Every toolchain's component has one.
     pub memories: usize,
-    /// Elements of all its tables together.
+    /// Elements of all its tables together; those that are laid out while compiling, also of modules
+    /// that are not instantiated.
     pub table_elements: u64,
     /// How many tables it may have.
     pub tables: usize,
-    /// How many core instances it may be made of: Rust takes 5, Python up to 108.
+    /// How many instances, of core modules and of components, it may be made of: Rust takes 5, Python
+    /// up to 108.
     pub instances: usize,
     /// How many core modules it may hold, instantiated or not.
     pub modules: usize,
@@ -38,7 +40,8 @@ pub struct Limits {
     /// Resources that the host may keep for it at the same time.
     pub resources: usize,
     /// Bytes of messages that are passed on for one call, as they are shown: escaped, and
-    /// [`MESSAGE_BYTES`](crate::wit::MESSAGE_BYTES) more for each. What comes after is dropped.
+    /// [`MESSAGE_BYTES`](crate::wit::MESSAGE_BYTES) more for each. What comes after the message that
+    /// reaches it is dropped.
     pub log_bytes: usize,
     /// Bytes that are kept of one text of the guest that is shown: a message, a description, a
     /// refusal, the name of an import, what the compiler or a trap says of it. What is longer is cut.
@@ -54,7 +57,8 @@ pub struct Limits {
     /// Bytes of address space for compiling it, where that is done by
     /// [`Compiler::Child`](super::Compiler::Child).
     pub compile_memory: u64,
-    /// Bytes of what it is compiled to: for Python and JavaScript about 32 MB.
+    /// Bytes of what it is compiled to: for Python and JavaScript about 32 MB. While it is loaded twice
+    /// as much is in use.
     pub compiled: u64,
 }
 

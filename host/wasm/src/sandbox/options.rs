@@ -48,7 +48,7 @@ pub enum Compiler {
 ///
 /// ```no_run
 /// use crate::policy::WasmPolicy;
-/// use tightfit::sandbox::{Compiler, CompilerProgram, Options, compile_for_parent};
+/// use tightfit_wasm::sandbox::{Compiler, CompilerProgram, Options, compile_for_parent};
 ///
 /// // First of all, before anything else is started or opened.
 /// if std::env::args().nth(1).as_deref() == Some("compile-guest") {

@@ -61,6 +61,12 @@ fn misbehave(behavior: &str, rest: &[String]) -> Result<String, Failure> {
             }
             Ok("flooded".into())
         }
+        "log-and-loop" => {
+            log(Level::Warn, "it begins");
+            loop {
+                black_box(behavior);
+            }
+        }
         _ => Err(format!("no behavior is called `{behavior}`").into()),
     }
 }
