@@ -77,7 +77,7 @@ const WASI: [&str; 6] = [
 ];
 
 /// The WIT by which the sandbox knows WASI.
-const DECLARED: &str = include_str!("../../host/src/sandbox/wasi-0.2.wit");
+const DECLARED: &str = include_str!("../../host/wasm/src/sandbox/wasi-0.2.wit");
 
 /// A policy that imports all functions of WASI that the sandbox knows, but those of these names, and
 /// traps whatever it is asked.

@@ -5,7 +5,7 @@ use wasmtime::Engine;
 use wasmtime::component::Component;
 
 use super::{Failure, Limits};
-use crate::types::Bytes;
+use tightfit::types::Bytes;
 
 /// Code that this program's own compiler has made, here or in a child, and that nobody else can
 /// have changed since. Only [`child`](super::child) and [`cache`](super::cache) make one of bytes.
