@@ -9,3 +9,8 @@ pub mod driver;
 pub mod policy;
 pub mod sandbox;
 pub mod wit;
+
+/// The Rust code of README.md, compiled.
+#[cfg(all(doctest, feature = "compile"))]
+#[doc = include_str!("../../../README.md")]
+struct Readme;
