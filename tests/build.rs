@@ -1,4 +1,4 @@
-//! Compiles the hostile policy and the hostile driver in `guests/`, and the example driver, to wasm.
+//! Compiles the hostile policy and the hostile program in `guests/`, and the example program, to wasm.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -10,10 +10,10 @@ fn main() -> ExitCode {
     for path in [
         "build.rs",
         "guests/src",
-        "guests/driver",
+        "guests/program",
         "guests/Cargo.toml",
         "guests/Cargo.lock",
-        "../guest/driver",
+        "../guest/program",
         "../guest/examples/load-and-check",
         "../guest/names",
         "../guest/src",
@@ -66,7 +66,7 @@ fn build_all() -> Result<[(&'static str, PathBuf); 3], String> {
     let examples = build(&tests, "examples", &["--package", "load-and-check"])?;
     Ok([
         ("HOSTILE_POLICY", guests.join("hostile.wasm")),
-        ("HOSTILE_DRIVER", guests.join("hostile_driver.wasm")),
+        ("HOSTILE_PROGRAM", guests.join("hostile_program.wasm")),
         ("LOAD_AND_CHECK", examples.join("load_and_check.wasm")),
     ])
 }

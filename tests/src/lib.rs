@@ -5,7 +5,6 @@
 pub mod command;
 pub mod device_maps;
 pub mod double_quant;
-pub mod drivers;
 pub mod failures;
 pub mod golden;
 pub mod guests;
@@ -13,6 +12,7 @@ pub mod hub_server;
 pub mod json_schema;
 pub mod loading;
 pub mod models;
+pub mod programs;
 pub mod reference;
 pub mod saving;
 pub mod tensors;

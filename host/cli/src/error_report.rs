@@ -21,7 +21,7 @@ pub struct ErrorReport {
     pub kind: &'static str,
     /// The sentence for people.
     pub message: String,
-    /// The policy or driver concerned, as it was asked for.
+    /// The policy or program concerned, as it was asked for.
     pub guest: Option<String>,
     /// The device concerned.
     pub device: Option<String>,
@@ -136,7 +136,7 @@ impl From<&DeviceError> for ErrorReport {
     fn from(error: &DeviceError) -> ErrorReport {
         let kind = match error {
             DeviceError::OutOfMemory { .. }
-            | DeviceError::Driver {
+            | DeviceError::Program {
                 out_of_memory: true,
                 ..
             } => "out-of-memory",
@@ -147,7 +147,7 @@ impl From<&DeviceError> for ErrorReport {
         let device = match error {
             DeviceError::OutOfMemory { device, .. }
             | DeviceError::Refused { device, .. }
-            | DeviceError::Driver { device, .. }
+            | DeviceError::Program { device, .. }
             | DeviceError::OutOfBounds { device, .. }
             | DeviceError::NamedTwice { device }
             | DeviceError::Unavailable { device, .. } => device,

@@ -4,9 +4,9 @@
 #![deny(unsafe_code)]
 
 #[cfg(feature = "compile")]
-pub mod driver;
-#[cfg(feature = "compile")]
 pub mod policy;
+#[cfg(feature = "compile")]
+pub mod program;
 pub mod sandbox;
 pub mod wit;
 

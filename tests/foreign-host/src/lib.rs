@@ -2,9 +2,9 @@
 //! store data, WASI in the same linker, synchronous or asynchronous.
 #![forbid(unsafe_code)]
 
-mod drivers;
+mod programs;
 
-pub use drivers::DriverHost;
+pub use programs::ProgramHost;
 
 use tightfit::policy::{Answer, Description, Policy, PolicyError, Request};
 use tightfit::status::Status;

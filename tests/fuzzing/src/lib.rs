@@ -6,9 +6,9 @@
 mod checkpoint;
 #[cfg(feature = "component")]
 mod component;
-#[cfg(feature = "driver")]
-mod driver;
 mod plan;
+#[cfg(feature = "program")]
+mod program;
 mod quant_state;
 #[cfg(unix)]
 mod save;
@@ -16,9 +16,9 @@ mod save;
 pub use checkpoint::checkpoint;
 #[cfg(feature = "component")]
 pub use component::component;
-#[cfg(feature = "driver")]
-pub use driver::driver;
 pub use plan::plan;
+#[cfg(feature = "program")]
+pub use program::program;
 pub use quant_state::quant_state;
 #[cfg(unix)]
 pub use save::save_directory;
@@ -35,8 +35,8 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("checkpoint", checkpoint),
     #[cfg(feature = "component")]
     ("component", component),
-    #[cfg(feature = "driver")]
-    ("driver", driver),
+    #[cfg(feature = "program")]
+    ("program", program),
     ("plan", plan),
     ("quant_state", quant_state),
     #[cfg(unix)]

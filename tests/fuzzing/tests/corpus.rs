@@ -157,15 +157,15 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     sensible.extend([
         0, 0, 22, 0, 0, 0, 23, 0, 1, 1, 0, 100, 25, 0, 1, 0, 100, 2, 21, 0, 16, 0,
     ]);
-    seeds.push(("driver", "sensible", sensible));
+    seeds.push(("program", "sensible", sensible));
     // Two buffers, one written, read, copied, quantized and freed.
     let buffers = [
         255, 0, 0, 128, 0, 4, 0, 0, 128, 0, 4, 5, 0, 10, 7, 100, 7, 0, 0, 100, 8, 1, 0, 9, 0, 100,
         9, 0, 0, 3, 64, 1, 1, 0, 1, 64, 4, 0,
     ];
-    seeds.push(("driver", "buffers", buffers.to_vec()));
+    seeds.push(("program", "buffers", buffers.to_vec()));
     // A handle of which there is none.
-    seeds.push(("driver", "forged", vec![0, 7]));
+    seeds.push(("program", "forged", vec![0, 7]));
 
     // Sources of choices: their bytes mean nothing by themselves.
     let mut state = 1u64;
@@ -183,7 +183,7 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
             state.to_le_bytes()[4]
         });
         let bytes: Vec<u8> = bytes.collect();
-        seeds.push(("driver", name, bytes.clone()));
+        seeds.push(("program", name, bytes.clone()));
         seeds.push(("plan", name, bytes));
     }
     seeds

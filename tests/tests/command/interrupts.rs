@@ -229,7 +229,7 @@ fn an_interrupted_check_removes_its_models() {
     is_empty(&place.temporary());
 }
 
-/// A policy, and a driver, that take longer to compile than anybody waits.
+/// A policy, and a program, that take longer to compile than anybody waits.
 fn bombs() -> [Vec<u8>; 2] {
     let mut body = String::new();
     for n in 0..30_000 {
@@ -241,7 +241,7 @@ fn bombs() -> [Vec<u8>; 2] {
         );
     }
     let bomb = format!("(func (param i32 i32 i32 i32 i32 i32 i32 i32) {body})");
-    let driver = format!(
+    let program = format!(
         r#"(module
             (memory (export "memory") 1)
             (func (export "cabi_realloc") (param i32 i32 i32 i32) (result i32) (i32.const 64))
@@ -252,7 +252,7 @@ fn bombs() -> [Vec<u8>; 2] {
         extra: bomb,
         ..Handwritten::default()
     };
-    [policy.module(), wat::parse_str(driver).unwrap()]
+    [policy.module(), wat::parse_str(program).unwrap()]
 }
 
 /// The processes that a process has started.
@@ -277,9 +277,9 @@ fn the_compiling_of_a_policy_is_interrupted() {
     let place = Place::new();
     fs::create_dir(place.path("m")).unwrap();
     models::write_awkward(&place.path("m"));
-    let [policy, driver] = bombs();
+    let [policy, program] = bombs();
     fs::write(place.path("bomb.wasm"), policy).unwrap();
-    fs::write(place.path("driver.wasm"), driver).unwrap();
+    fs::write(place.path("program.wasm"), program).unwrap();
     fs::write(
         place.path("s.toml"),
         "[[scenario]]\nname = \"it\"\npolicy = \"bomb.wasm\"\nmodel = { preset = \"demo\" }\n\
@@ -294,7 +294,7 @@ fn the_compiling_of_a_policy_is_interrupted() {
         &[&["inspect", "m"], &policy[..]].concat(),
         &[&["load", "m", "--device", "sim:64MiB"], &policy[..]].concat(),
         &[&["save", "m", "out"], &policy[..]].concat(),
-        &["run", "driver.wasm", "--device", "sim:64MiB"],
+        &["run", "program.wasm", "--device", "sim:64MiB"],
         &["check", "s.toml"],
     ] {
         let compiler = Cell::new(None);

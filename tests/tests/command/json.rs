@@ -6,10 +6,10 @@ use std::fs;
 use serde_json::{Value, json};
 use tightfit::text::is_hidden;
 use tightfit_tests::command::{Outcome, Place};
-use tightfit_tests::drivers::{HOSTILE as HOSTILE_DRIVER, LOAD_AND_CHECK};
 use tightfit_tests::guests::{HOSTILE, hostile_in_describe};
 use tightfit_tests::json_schema::Schema;
 use tightfit_tests::models;
+use tightfit_tests::programs::{HOSTILE as HOSTILE_PROGRAM, LOAD_AND_CHECK};
 
 /// Characters that terminals obey, or that hide.
 const ESCAPES: &str = "\x7f\u{80}\u{9b}31m\u{9d}0;x\u{ad}\u{61c}\u{200b}\u{200e}\u{2028}\u{202e}\u{2066}\u{feff}\u{fff9}\u{e0041}";
@@ -23,7 +23,7 @@ fn place() -> Place {
     models::write_decoder(&place.path("m"), 2, 64);
     fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
     fs::write(place.path("check.wasm"), LOAD_AND_CHECK).unwrap();
-    fs::write(place.path("driver.wasm"), HOSTILE_DRIVER).unwrap();
+    fs::write(place.path("program.wasm"), HOSTILE_PROGRAM).unwrap();
     let scenarios = "[defaults]\nmodel = { path = \"m\" }\ndevices = [\"sim:1GiB\"]\n\
         [[scenario]]\nname = \"a\"\nexpect = { fits = true }\n\
         [[scenario]]\nname = \"b\"\nexpect = { fits = false }\n\
@@ -168,7 +168,7 @@ fn every_error_has_the_documented_form() {
         (
             vec!["run", "none.wasm"],
             2,
-            "no-driver",
+            "no-program",
             json!({ "path": "none.wasm" }),
         ),
         (
@@ -262,10 +262,10 @@ fn every_error_has_the_documented_form() {
             json!({}),
         ),
         (
-            vec!["run", "driver.wasm", "panic", small],
+            vec!["run", "program.wasm", "panic", small],
             5,
             "panic",
-            json!({ "guest": "driver.wasm" }),
+            json!({ "guest": "program.wasm" }),
         ),
         (
             vec!["run", "check.wasm", small],
@@ -411,10 +411,10 @@ fn nothing_that_is_printed_can_control_a_terminal() {
         ("error", vec!["save", &model, &scenario]),
         ("saved", vec!["save", &model, &out]),
         ("policy", vec!["policy", "show", "hostile.wasm"]),
-        ("ran", vec!["run", "driver.wasm", "escape", device]),
+        ("ran", vec!["run", "program.wasm", "escape", device]),
         (
             "error",
-            vec!["run", "driver.wasm", "give-up-with-escapes", device],
+            vec!["run", "program.wasm", "give-up-with-escapes", device],
         ),
         ("checked", vec!["check", &scenario]),
         ("error", vec!["check", &out]),

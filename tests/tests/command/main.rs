@@ -1,6 +1,5 @@
 //! The command `tightfit`, run as users run it.
 
-mod drivers;
 mod formats;
 #[cfg(unix)]
 mod help;
@@ -11,6 +10,7 @@ mod json;
 mod outputs;
 mod pictures;
 mod policies;
+mod programs;
 #[cfg(target_os = "linux")]
 mod proportion;
 mod reports;

@@ -3,9 +3,9 @@
 #![cfg(target_os = "linux")]
 
 mod command;
-mod drivers;
 mod faults;
 mod memory;
+mod programs;
 mod quantize_on;
 mod quantizer;
 mod same_bytes;

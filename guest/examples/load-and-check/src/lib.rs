@@ -1,15 +1,15 @@
 //! Loads a checkpoint onto the first device, its matrices in NF4, and says how far they are from what
 //! they were.
 
-use tightfit_driver::{
-    Buffer, Checkpoint, DType, Driver, Failure, Format, Level, Model, Placement,
+use tightfit_program::{
+    Buffer, Checkpoint, DType, Failure, Format, Level, Model, Placement, Program,
 };
-use tightfit_driver::{Tensor, driver, get_devices, get_usage, log};
+use tightfit_program::{Tensor, get_devices, get_usage, log, program};
 
 struct LoadAndCheck;
-driver!(LoadAndCheck);
+program!(LoadAndCheck);
 
-impl Driver for LoadAndCheck {
+impl Program for LoadAndCheck {
     fn run(arguments: Vec<String>) -> Result<String, Failure> {
         let [name] = arguments.as_slice() else {
             return Err("give the name under which a checkpoint was granted".into());

@@ -46,7 +46,7 @@ pub(crate) enum Command {
     Load(LoadOptions),
     /// Quantize a checkpoint and write it, as bitsandbytes and transformers read it
     Save(SaveCommand),
-    /// Run a driver: a program in wasm that loads models and works with them, sandboxed
+    /// Run a program: a program in wasm that loads models and works with them, sandboxed
     Run(RunOptions),
     /// Test policies: run scenario files, and judge what comes of them
     Check(CheckOptions),
@@ -127,10 +127,10 @@ pub(crate) struct PolicyOptions {
     pub(crate) sandbox: SandboxOptions,
 }
 
-/// What a policy or a driver may use, and how it is compiled.
+/// What a policy or a program may use, and how it is compiled.
 #[derive(Debug, Clone, Default, Args)]
 pub(crate) struct SandboxOptions {
-    /// Give the policy or driver more, or less, of something: fuel and fuel-per-tensor (instructions),
+    /// Give the policy or program more, or less, of something: fuel and fuel-per-tensor (instructions),
     /// deadline and compile-time (seconds), memory, host-call-bytes, component, function,
     /// compile-memory, compiled, log-bytes and text-bytes (bytes, for example 512MiB), memories,
     /// table-elements, tables, instances, modules, imports, handles, resources and settings (counts).
@@ -360,23 +360,23 @@ pub(crate) struct SaveCommand {
 
 #[derive(Debug, Args)]
 pub(crate) struct RunOptions {
-    /// The driver, a wasm file
-    #[arg(value_name = "DRIVER.wasm")]
-    pub(crate) driver: PathBuf,
-    /// What the driver is given, as it is
+    /// The program, a wasm file
+    #[arg(value_name = "PROGRAM.wasm")]
+    pub(crate) program: PathBuf,
+    /// What the program is given, as it is
     pub(crate) arguments: Vec<String>,
 
-    /// Let the driver open the checkpoint at PATH (a directory, a .safetensors file or an index) under
+    /// Let the program open the checkpoint at PATH (a directory, a .safetensors file or an index) under
     /// this name; it has no other files. Repeatable
     #[arg(long = "grant", value_name = "NAME=PATH", value_parser = grant)]
     pub(crate) grants: Vec<(String, PathBuf)>,
 
-    /// A device that the driver may use, as for `tightfit plan`. Repeatable; by default all CUDA
+    /// A device that the program may use, as for `tightfit plan`. Repeatable; by default all CUDA
     /// devices, else cpu
     #[arg(long = "device", value_name = "SPEC", value_parser = parse_device)]
     pub(crate) devices: Vec<DeviceSpec>,
 
-    /// The most that the driver may reserve on all devices together, for example 8GiB [default: all
+    /// The most that the program may reserve on all devices together, for example 8GiB [default: all
     /// that is free on them]
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
     pub(crate) quota: Option<u64>,

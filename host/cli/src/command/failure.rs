@@ -15,7 +15,7 @@ use tightfit::save::SaveError;
 use tightfit::status::Status;
 use tightfit::synth::SynthError;
 use tightfit_kernels::KernelError;
-use tightfit_wasm::driver::DriverError;
+use tightfit_wasm::program::ProgramError;
 use tightfit_wasm::sandbox;
 
 /// What ends the command early.
@@ -40,7 +40,7 @@ pub(crate) enum Failure {
     #[error(transparent)]
     Kernel(#[from] KernelError),
     #[error(transparent)]
-    Driver(#[from] DriverError),
+    Program(#[from] ProgramError),
     #[error(transparent)]
     Check(#[from] CheckError),
     #[error("{failed} of {cases} case{} did not go as expected", if *.cases == 1 { "" } else { "s" })]
@@ -92,10 +92,10 @@ impl Failure {
             .is_some_and(|error| Status::from(error) == Status::DoesNotFit)
     }
 
-    /// The limit that a policy or a driver ran into, if that is what happened, and the option that
+    /// The limit that a policy or a program ran into, if that is what happened, and the option that
     /// changes it.
     pub(crate) fn limit(&self) -> Option<(&'static str, &'static str)> {
-        if let Failure::Driver(DriverError::Failed { failure, .. }) = self {
+        if let Failure::Program(ProgramError::Failed { failure, .. }) = self {
             return Some(("--limit", failure.limit()?));
         }
         match self.no_plan()? {
@@ -141,7 +141,7 @@ impl Failure {
                 SynthError::Unsupported { .. } => Status::Checkpoint,
                 SynthError::Io { .. } => Status::Other,
             },
-            Failure::Driver(error) => error.into(),
+            Failure::Program(error) => error.into(),
             Failure::Kernel(_) => Status::Usage,
             Failure::NobodysSetting { .. } | Failure::BothToStdout { .. } => Status::Usage,
             Failure::BothRefuse(_) => Status::DoesNotFit,
@@ -201,20 +201,20 @@ impl Failure {
                 },
                 _ => report("internal"),
             },
-            Failure::Driver(error) => match error {
-                DriverError::Unreadable { path, .. } => report("no-driver").at(path),
-                DriverError::Failed { driver, failure } => {
-                    report("driver").of_guest(driver, failure)
+            Failure::Program(error) => match error {
+                ProgramError::Unreadable { path, .. } => report("no-program").at(path),
+                ProgramError::Failed { program, failure } => {
+                    report("program").of_guest(program, failure)
                 }
-                DriverError::GaveUp { driver, .. } => ErrorReport {
-                    guest: Some(driver.clone()),
+                ProgramError::GaveUp { program, .. } => ErrorReport {
+                    guest: Some(program.clone()),
                     ..report("gave-up")
                 },
-                DriverError::LongAnswer { driver, .. } => ErrorReport {
-                    guest: Some(driver.clone()),
+                ProgramError::LongAnswer { program, .. } => ErrorReport {
+                    guest: Some(program.clone()),
                     ..report("too-large")
                 },
-                DriverError::Cancelled => report("interrupted"),
+                ProgramError::Cancelled => report("interrupted"),
             },
             Failure::Check(error) => match error {
                 CheckError::Cancelled => report("interrupted"),

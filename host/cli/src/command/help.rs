@@ -22,7 +22,7 @@ Exit status:
   2    usage: an argument, a setting, a name
   3    the checkpoint is invalid, unreadable or not to be had
   4    the model does not fit on the devices, or the policy refuses it
-  5    the policy or the driver itself failed: a trap, a limit, a bad plan
+  5    the policy or the program itself failed: a trap, a limit, a bad plan
   6    a device failed, is not there, or has less memory than it said; or this machine cannot run policies
   130  interrupted, by SIGINT (Ctrl-C), SIGTERM or SIGHUP, and tidied up; inspect, plan, policy and
        devices have nothing to tidy up, and end by the signal itself
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn json_is_asked_for_before_the_arguments_of_a_driver() {
+    fn json_is_asked_for_before_the_arguments_of_a_program() {
         let typed = |arguments: &[&str]| -> Vec<OsString> {
             arguments.iter().map(|&argument| argument.into()).collect()
         };

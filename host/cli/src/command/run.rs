@@ -8,8 +8,8 @@ use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, open_devices};
 use tightfit::text::printable;
-use tightfit_wasm::driver::{Outcome, WasmDriver, default_limits};
-use tightfit_wasm::wit::driver::DriverContext;
+use tightfit_wasm::program::{Outcome, WasmProgram, default_limits};
+use tightfit_wasm::wit::program::ProgramContext;
 
 use crate::command::args::RunOptions;
 use crate::command::failure::Failure;
@@ -18,7 +18,7 @@ use crate::command::output;
 #[derive(Serialize)]
 struct Ran {
     schema: u32,
-    driver: String,
+    program: String,
     answer: String,
     fuel: u64,
     seconds: f64,
@@ -37,20 +37,20 @@ struct RanDevice {
 pub(crate) fn run(options: &RunOptions, cancel: CancelToken) -> Result<(), Failure> {
     let devices: Arc<[Box<dyn Device>]> = open_devices(&options.devices)?.into();
     let quota = options.quota.unwrap_or(u64::MAX);
-    let mut context = DriverContext::new(Arc::clone(&devices), quota)
+    let mut context = ProgramContext::new(Arc::clone(&devices), quota)
         .cancelled_by(cancel.clone())
         .load_with(options.threads.map(usize::from), options.staging);
     for (name, path) in &options.grants {
-        // The driver is only told that something is wrong with it; the user is told what.
+        // The program is only told that something is wrong with it; the user is told what.
         Checkpoint::open_with(path, &cancel)?;
         context = context.grant(name, path);
     }
-    let driver = WasmDriver::open(
-        &options.driver,
+    let program = WasmProgram::open(
+        &options.program,
         options.sandbox.options_from(default_limits())?,
     )?;
     let start = Instant::now();
-    let outcome = driver.run(context, &options.arguments)?;
+    let outcome = program.run(context, &options.arguments)?;
     let seconds = start.elapsed().as_secs_f64();
     if options.output.json {
         return output::print_json(&ran(options, &devices, outcome, seconds));
@@ -68,7 +68,7 @@ fn ran(options: &RunOptions, devices: &[Box<dyn Device>], outcome: Outcome, seco
     });
     Ran {
         schema: 1,
-        driver: options.driver.display().to_string(),
+        program: options.program.display().to_string(),
         answer: outcome.answer,
         fuel: outcome.fuel,
         seconds,

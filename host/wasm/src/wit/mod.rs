@@ -12,13 +12,13 @@
 //! this module and another application's linker can be the next. Host functions never block; what a
 //! guest logs goes to `tracing` as it comes, so that a subscriber that blocks makes the guest wait.
 //!
-//! Drivers, which load models and use devices' memory, import more: see [`driver`].
+//! Programs, which load models and use devices' memory, import more: see [`program`].
 
 pub mod bindings;
 pub(crate) mod convert;
-pub mod driver;
 pub(crate) mod messages;
 mod planner;
+pub mod program;
 
 pub use planner::Planner;
 

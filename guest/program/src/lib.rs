@@ -1,0 +1,152 @@
+//! SDK for programs of [Tightfit](https://github.com/tightfit/tightfit).
+//!
+//! A program is a WebAssembly module that loads models and works with them: it has memory of the
+//! devices within a quota, the NF4 kernels, and the checkpoints that it was granted by name. It has no
+//! clock, no randomness, no files and no network. (What only decides where tensors go is a policy, for
+//! which `tightfit-guest` is the SDK. The two cannot be in one module.)
+//!
+//! ```
+//! use tightfit_program::{Checkpoint, Program, Failure, program};
+//!
+//! struct Count;
+//!
+//! impl Program for Count {
+//!     fn run(arguments: Vec<String>) -> Result<String, Failure> {
+//!         let name = arguments.first().ok_or("which checkpoint?")?;
+//!         let checkpoint = Checkpoint::open(name)?;
+//!         Ok(format!("{name} has {} tensors", checkpoint.tensor_count()))
+//!     }
+//! }
+//!
+//! program!(Count);
+//! # fn main() {}
+//! ```
+
+#![deny(unsafe_code)]
+
+// The generated code names this crate from the outside, wherever it is expanded.
+extern crate self as tightfit_program;
+
+#[doc(hidden)]
+pub mod bindings;
+#[doc(hidden)]
+pub mod export;
+
+use std::fmt;
+
+pub use bindings::tightfit::host::buffers::{Buffer, Place};
+pub use bindings::tightfit::host::checkpoints::{Checkpoint, Tie, get_names};
+pub use bindings::tightfit::host::devices::{
+    Gauge, Quota, Usage, get_devices, get_quota, get_usage,
+};
+pub use bindings::tightfit::host::errors::{Error, Shortage};
+pub use bindings::tightfit::host::log::{Level, write as log};
+pub use bindings::tightfit::host::models::{
+    Model, Part, PartKind, Share, Statistics, StoredQuantization, StoredTensor,
+};
+pub use bindings::tightfit::host::nf4;
+pub use bindings::tightfit::host::sizing::{StoredSize, stored_bytes};
+pub use bindings::tightfit::host::types::{
+    Device, DeviceKind, Dtype as DType, Format, Nf4Format, Placement, QuantType, Tensor,
+};
+
+/// A program. Export it with [`program!`].
+pub trait Program {
+    /// Does the program's work. Gives what is to be printed.
+    ///
+    /// # Errors
+    /// A [`Failure`] that says what went wrong, for example what the host has told.
+    fn run(arguments: Vec<String>) -> Result<String, Failure>;
+}
+
+/// Why a program gives up, in a sentence for its user. The host's errors convert to it, and text does.
+#[derive(Debug)]
+pub struct Failure(String);
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl From<String> for Failure {
+    fn from(message: String) -> Failure {
+        Failure(message)
+    }
+}
+
+impl From<&str> for Failure {
+    fn from(message: &str) -> Failure {
+        Failure(message.to_owned())
+    }
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        Failure(match error {
+            Error::NoSpace(shortage) | Error::QuotaExceeded(shortage) => format!(
+                "{} ({} bytes are needed, there are {})",
+                shortage.message, shortage.need, shortage.have
+            ),
+            Error::InvalidArgument(message)
+            | Error::NotFound(message)
+            | Error::Unsupported(message)
+            | Error::DeviceFailed(message)
+            | Error::BadCheckpoint(message) => message,
+        })
+    }
+}
+
+impl Format {
+    /// NF4 as bitsandbytes does it by default: blocks of 64 elements, scales in f32.
+    pub const NF4: Format = Format::Nf4(Nf4Format {
+        block_size: 64,
+        double_quantized: false,
+    });
+}
+
+impl Checkpoint {
+    /// Every tensor, in checkpoint order.
+    pub fn all_tensors(&self) -> Vec<Tensor> {
+        let mut tensors = Vec::new();
+        loop {
+            let batch = self.tensors(tensors.len() as u32, u32::MAX);
+            if batch.is_empty() {
+                return tensors;
+            }
+            tensors.extend(batch);
+        }
+    }
+
+    /// Every tie.
+    pub fn all_ties(&self) -> Vec<Tie> {
+        let mut ties = Vec::new();
+        loop {
+            let batch = self.ties(ties.len() as u32, u32::MAX);
+            if batch.is_empty() {
+                return ties;
+            }
+            ties.extend(batch);
+        }
+    }
+}
+
+/// Exports a type that implements [`Program`] as the program of this crate, which must be a `cdylib`.
+/// Natively nothing is exported.
+#[macro_export]
+#[rustfmt::skip]
+macro_rules! program {
+    ($program:ident) => {
+        #[cfg(target_family = "wasm")]
+        const _: () = {
+            type Exported = $crate::export::Exported<$program>;
+            $crate::bindings::export!(Exported with_types_in $crate::bindings);
+        };
+        // Natively this is what uses the program.
+        #[cfg(not(target_family = "wasm"))]
+        const _: fn(Vec<String>) -> Result<String, $crate::Failure> =
+            <$program as $crate::Program>::run;
+    };
+}

@@ -1,0 +1,184 @@
+//! The interface `checkpoints`.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+
+use wasmtime::component::Resource;
+
+use super::bindings::tightfit::host::{checkpoints, types};
+use super::buffer::{Buffer, PIECE};
+use super::error::CallError;
+use super::stop::Stop;
+use super::{ProgramContext, ProgramContextView};
+use crate::wit::{TEXT_LIMIT, convert};
+use tightfit::checkpoint::{Checkpoint, CheckpointError};
+use tightfit::text::truncate;
+
+/// Tensors, or ties, that are given in one call.
+const MOST_ITEMS: usize = 4096;
+
+/// The checkpoints that a program may open.
+#[derive(Debug, Default)]
+pub(super) struct Grants(BTreeMap<String, Grant>);
+
+#[derive(Debug)]
+struct Grant {
+    path: PathBuf,
+    /// While it is open, opening it again gives the same: what a program can make the host keep does
+    /// not grow with the number of its handles.
+    open: Weak<Checkpoint>,
+}
+
+/// A checkpoint as a program has opened it.
+#[derive(Debug)]
+pub struct OpenCheckpoint(pub(super) Arc<Checkpoint>);
+
+impl Grants {
+    pub(super) fn add(&mut self, name: String, path: PathBuf) {
+        let open = Weak::new();
+        self.0.insert(name, Grant { path, open });
+    }
+
+    pub(super) fn open(
+        &mut self,
+        mut name: String,
+        stop: &Stop,
+    ) -> Result<Arc<Checkpoint>, CallError> {
+        let Some(grant) = self.0.get_mut(&name) else {
+            truncate(&mut name, TEXT_LIMIT);
+            return Err(CallError::not_found(format_args!(
+                "no checkpoint has been granted as '{name}'"
+            )));
+        };
+        if let Some(open) = grant.open.upgrade() {
+            return Ok(open);
+        }
+        let checkpoint = match Checkpoint::open_with(&grant.path, &stop.token()) {
+            Err(CheckpointError::Cancelled) => return Err(stop.reason().into()),
+            other => Arc::new(other?),
+        };
+        grant.open = Arc::downgrade(&checkpoint);
+        Ok(checkpoint)
+    }
+}
+
+/// The items of a batch.
+fn batch<T>(items: &[T], first: u32, count: u32) -> &[T] {
+    let (first, count) = (first as usize, (count as usize).min(MOST_ITEMS));
+    let items = items.get(first..).unwrap_or_default();
+    &items[..count.min(items.len())]
+}
+
+impl checkpoints::Host for ProgramContextView<'_> {
+    fn get_names(&mut self) -> wasmtime::Result<Vec<String>> {
+        self.context.stop.check()?;
+        Ok(self.context.grants.0.keys().cloned().collect())
+    }
+}
+
+impl checkpoints::HostCheckpoint for ProgramContextView<'_> {
+    fn open(&mut self, name: String) -> Result<Resource<OpenCheckpoint>, CallError> {
+        self.context.stop.check()?;
+        let ProgramContext { grants, stop, .. } = &mut *self.context;
+        let checkpoint = grants.open(name, stop)?;
+        Ok(self.table.push(OpenCheckpoint(checkpoint))?)
+    }
+
+    fn config_json(&mut self, checkpoint: Resource<OpenCheckpoint>) -> wasmtime::Result<String> {
+        self.context.stop.check()?;
+        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        let config = checkpoint.config();
+        Ok(config.map_or_else(|| "{}".to_owned(), |config| config.text.clone()))
+    }
+
+    fn tensor_count(&mut self, checkpoint: Resource<OpenCheckpoint>) -> wasmtime::Result<u32> {
+        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        Ok(u32::try_from(checkpoint.tensors().len())?)
+    }
+
+    fn tensors(
+        &mut self,
+        checkpoint: Resource<OpenCheckpoint>,
+        first: u32,
+        count: u32,
+    ) -> wasmtime::Result<Vec<types::Tensor>> {
+        self.context.stop.check()?;
+        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        let tensors = batch(checkpoint.tensors(), first, count);
+        Ok(tensors.iter().map(convert::tensor).collect())
+    }
+
+    fn find(
+        &mut self,
+        checkpoint: Resource<OpenCheckpoint>,
+        name: String,
+    ) -> wasmtime::Result<Option<u32>> {
+        self.context.stop.check()?;
+        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        Ok(checkpoint.find(&name).map(convert::index))
+    }
+
+    fn ties(
+        &mut self,
+        checkpoint: Resource<OpenCheckpoint>,
+        first: u32,
+        count: u32,
+    ) -> wasmtime::Result<Vec<checkpoints::Tie>> {
+        self.context.stop.check()?;
+        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        let ties = batch(checkpoint.ties(), first, count).iter();
+        let tie = |tie: &tightfit::checkpoint::Tie| checkpoints::Tie {
+            tensor: convert::index(tie.tensor),
+            alias: tie.alias.clone(),
+            alias_tensor: tie.alias_tensor.map(convert::index),
+        };
+        Ok(ties.map(tie).collect())
+    }
+
+    fn read_tensor(
+        &mut self,
+        checkpoint: Resource<OpenCheckpoint>,
+        tensor: u32,
+        start: u64,
+        bytes: u64,
+        target: Resource<Buffer>,
+        offset: u64,
+    ) -> Result<(), CallError> {
+        self.context.stop.check()?;
+        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        let checkpoint = Arc::clone(checkpoint);
+        let tensors = checkpoint.tensors();
+        let index = tensor as usize;
+        let Some(info) = tensors.get(index) else {
+            return Err(CallError::invalid(format_args!(
+                "there is no tensor number {tensor}: there are {} (from 0)",
+                tensors.len()
+            )));
+        };
+        if start.checked_add(bytes).is_none_or(|end| end > info.bytes) {
+            return Err(CallError::invalid(format_args!(
+                "{bytes} bytes from {start} on lie outside of tensor '{}', which has {}",
+                info.name, info.bytes
+            )));
+        }
+        self.table.get(&target)?.check(offset, bytes)?;
+        let mut piece = vec![0; bytes.min(PIECE as u64) as usize];
+        let mut done = 0;
+        while done < bytes {
+            self.context.stop.check()?;
+            let length = (bytes - done).min(PIECE as u64);
+            let piece = &mut piece[..length as usize];
+            checkpoint.read_tensor(index, start + done, piece)?;
+            let buffer = self.table.get_mut(&target)?;
+            buffer.write(offset + done, piece, &self.context.stop)?;
+            done += length;
+        }
+        Ok(())
+    }
+
+    fn drop(&mut self, checkpoint: Resource<OpenCheckpoint>) -> wasmtime::Result<()> {
+        self.table.delete(checkpoint)?;
+        Ok(())
+    }
+}
