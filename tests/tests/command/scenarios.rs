@@ -91,6 +91,22 @@ fn what_was_expected_and_what_was_found_is_printed() {
 }
 
 #[test]
+fn one_case_is_counted_as_one_and_a_pattern_without_match_has_failed() {
+    let place = place_with(
+        "[[scenario]]\nname = \"x\"\nmodel = { preset = \"demo\" }\ndevices = [\"sim:1GiB\"]\n\
+         [scenario.expect.tensors]\n\"*.experts.*\" = { format = \"nf4\" }\n",
+    );
+    let outcome = place.run(&["check", "s.toml", "--json"]);
+    let words = ["1 of 1 case did not go as expected"];
+    let report = outcome.fails_midway(FAILED, &words).json();
+    assert_eq!(
+        (&report["failed"], &report["errors"]),
+        (&1.into(), &0.into())
+    );
+    assert_eq!(report["files"][0]["cases"][0]["status"], "failed");
+}
+
+#[test]
 fn programs_get_json_and_junit() {
     let place = place_with(MIXED);
     let outcome = place.run(&["check", "s.toml", "--json", "--junit", "report.xml"]);
