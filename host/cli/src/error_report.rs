@@ -136,7 +136,7 @@ impl From<&DeviceError> for ErrorReport {
     fn from(error: &DeviceError) -> ErrorReport {
         let kind = match error {
             DeviceError::OutOfMemory { .. }
-            | DeviceError::Program {
+            | DeviceError::Driver {
                 out_of_memory: true,
                 ..
             } => "out-of-memory",
@@ -147,7 +147,7 @@ impl From<&DeviceError> for ErrorReport {
         let device = match error {
             DeviceError::OutOfMemory { device, .. }
             | DeviceError::Refused { device, .. }
-            | DeviceError::Program { device, .. }
+            | DeviceError::Driver { device, .. }
             | DeviceError::OutOfBounds { device, .. }
             | DeviceError::NamedTwice { device }
             | DeviceError::Unavailable { device, .. } => device,

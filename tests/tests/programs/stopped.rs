@@ -113,7 +113,7 @@ fn a_deadline_that_passes_in_the_middle_of_a_load_ends_it() {
 fn a_device_that_fails_is_told() {
     let bench = bench(|_| {
         Box::new(|| {
-            Err(DeviceError::Program {
+            Err(DeviceError::Driver {
                 device: "sim:0".to_owned(),
                 call: "reserve",
                 bytes: 0,

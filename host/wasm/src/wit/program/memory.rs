@@ -205,10 +205,10 @@ impl Memory {
 
 /// Whether less would do.
 fn is_short(grown: &Result<(), MemoryError>) -> bool {
-    use DeviceError::{OutOfMemory, Program};
+    use DeviceError::{Driver, OutOfMemory};
     match grown {
         Err(MemoryError::Quota { .. } | MemoryError::Device(OutOfMemory { .. })) => true,
-        Err(MemoryError::Device(Program { out_of_memory, .. })) => *out_of_memory,
+        Err(MemoryError::Device(Driver { out_of_memory, .. })) => *out_of_memory,
         _ => false,
     }
 }
