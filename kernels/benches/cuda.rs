@@ -131,7 +131,7 @@ impl Memory {
             address(&mut self.other, &stream),
         ];
         // SAFETY: every buffer is as long as the largest type and the smallest blocks need.
-        median(gpu, |gpu| unsafe { gpu.queue(launch, &arguments) })
+        median(gpu, |gpu| unsafe { gpu.queue(launch, 0, &arguments) })
     }
 
     /// Of what was quantized last, with the same block size.
@@ -153,7 +153,7 @@ impl Memory {
             address(&mut self.elements, &stream),
         ];
         // SAFETY: as above.
-        let seconds = median(gpu, |gpu| unsafe { gpu.queue(launch, &arguments) });
+        let seconds = median(gpu, |gpu| unsafe { gpu.queue(launch, 0, &arguments) });
         self.fill_with_weights(gpu, float);
         seconds
     }
@@ -176,19 +176,19 @@ impl Memory {
         assert!(groups > 256 && rest <= 256, "two levels, then the mean");
         // SAFETY: the sums fit into their parts.
         let mean_seconds = median(gpu, |gpu| unsafe {
-            gpu.queue(launches[0], &[absmax, n, sums]);
-            gpu.queue(launches[1], &[sums, groups as u64, sums_of_sums]);
-            gpu.queue(cuda::mean(), &[sums_of_sums, rest as u64, n, mean]);
+            gpu.queue(launches[0], 0, &[absmax, n, sums]);
+            gpu.queue(launches[1], 0, &[sums, groups as u64, sums_of_sums]);
+            gpu.queue(cuda::mean(), 0, &[sums_of_sums, rest as u64, n, mean]);
         });
         let launch = cuda::quantize_absmax(values).expect("not too many");
         // SAFETY: as above; there are more packed bytes than codes.
         let quantize = median(gpu, |gpu| unsafe {
-            gpu.queue(launch, &[absmax, n, mean, codes, nested]);
+            gpu.queue(launch, 0, &[absmax, n, mean, codes, nested]);
         });
         let launch = cuda::dequantize_absmax(values).expect("not too many");
         // SAFETY: as above.
         let dequantize = median(gpu, |gpu| unsafe {
-            gpu.queue(launch, &[codes, n, nested, mean, absmax]);
+            gpu.queue(launch, 0, &[codes, n, nested, mean, absmax]);
         });
         (mean_seconds, quantize, dequantize)
     }

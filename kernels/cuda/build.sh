@@ -1,8 +1,8 @@
 #!/bin/sh
-# Compiles the GPU kernels to nf4.ptx, which the crate embeds.
+# Compiles the GPU kernels to PTX and machine code, which the crate embeds.
 #
-#     kernels/cuda/build.sh            compile and replace nf4.ptx
-#     kernels/cuda/build.sh --check    compile and compare; fails when nf4.ptx is stale
+#     kernels/cuda/build.sh            compile and replace what is there
+#     kernels/cuda/build.sh --check    compile and compare; fails when something is stale
 #
 # Needs python3 with pip, on Linux x86-64, and nothing of CUDA: the compiler, NVRTC, is fetched from
 # PyPI at one version and checked. It is of CUDA 12.0 on purpose, since drivers take PTX of their
@@ -66,13 +66,17 @@ if ! verified; then
     fi
 fi
 
-built=$cache/nf4.ptx
-python3 "$directory/compile.py" "$cache/$wheel" "$built"
-if ! $check; then
-    cp "$built" "$directory/nf4.ptx"
-    echo "kernels/cuda/nf4.ptx: $(wc -c <"$built" | tr -d ' ') bytes"
-elif ! cmp -s "$built" "$directory/nf4.ptx"; then
-    echo "$0: kernels/cuda/nf4.ptx is not what the sources compile to" >&2
-    echo "run kernels/cuda/build.sh and commit the result" >&2
-    exit 1
-fi
+built=$cache/built
+rm -rf "$built"
+mkdir "$built"
+names=$(python3 "$directory/compile.py" "$cache/$wheel" "$built")
+for name in $names; do
+    if ! $check; then
+        cp "$built/$name" "$directory/$name"
+        echo "kernels/cuda/$name: $(wc -c <"$built/$name" | tr -d ' ') bytes"
+    elif ! python3 "$directory/compile.py" --same "$built/$name" "$directory/$name"; then
+        echo "$0: kernels/cuda/$name is not what the sources compile to" >&2
+        echo "run kernels/cuda/build.sh and commit the result" >&2
+        exit 1
+    fi
+done

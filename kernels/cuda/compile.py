@@ -1,9 +1,15 @@
 #!/usr/bin/env python3
-"""Compiles nf4.cu to PTX with NVRTC. build.sh calls it; it needs no CUDA toolkit and no GPU.
+"""Compiles the kernels with NVRTC. build.sh calls it; it needs no CUDA toolkit and no GPU.
 
-    compile.py NVRTC_WHEEL OUT
+    compile.py NVRTC_WHEEL DIRECTORY
 
-NVRTC_WHEEL is the wheel of nvidia-cuda-nvrtc-cu12, a zip file with the two shared libraries.
+NVRTC_WHEEL is the wheel of nvidia-cuda-nvrtc-cu12, a zip file with the two shared libraries. The
+results go to the directory, and their names to standard output. Those whose name ends in `.zlib` are
+compressed: the code of the products would be several MiB otherwise.
+
+    compile.py --same A B
+
+says by its status whether two results are the same. Other versions of zlib compress to other bytes.
 """
 
 import ctypes
@@ -11,18 +17,26 @@ import os
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
-SOURCE = "nf4.cu"
-OPTIONS = [
-    # Turing and everything after it: the driver compiles PTX for the GPU that is there.
-    "--gpu-architecture=compute_75",
+QUANTIZE = [
     "--std=c++17",
     # One rounding at a time, as the CPU kernels have it. The last three are the defaults.
     "--fmad=false",
     "--ftz=false",
     "--prec-div=true",
     "--prec-sqrt=true",
+]
+MULTIPLY = ["--std=c++17"]
+# Result, source, architecture, options. PTX is compiled by the driver for the GPU that is there, of
+# that architecture or a later one; machine code runs on its own.
+RESULTS = [
+    ("nf4.ptx", "nf4.cu", "compute_75", QUANTIZE),
+    ("linear.ptx.zlib", "linear.cu", "compute_80", MULTIPLY),
+    ("linear.sm_75.cubin.zlib", "linear.cu", "sm_75", MULTIPLY),
+    ("linear.sm_80.cubin.zlib", "linear.cu", "sm_80", MULTIPLY),
+    ("linear.sm_90a.cubin.zlib", "linear.cu", "sm_90a", MULTIPLY),
 ]
 
 
@@ -38,22 +52,27 @@ def main(wheel, out):
         for builtins in Path(libraries).glob("libnvrtc-builtins.so*"):
             ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
         nvrtc = ctypes.CDLL(str(next(Path(libraries).glob("libnvrtc.so*"))))
-        ptx = compile_to_ptx(nvrtc, directory)
-    Path(out).write_bytes(ptx)
+        for name, source, architecture, options in RESULTS:
+            options = [f"--gpu-architecture={architecture}", *options]
+            result = compile_source(nvrtc, directory, source, options)
+            if name.endswith(".zlib"):
+                result = zlib.compress(result, 9)
+            Path(out, name).write_bytes(result)
+            print(name)
 
 
-def compile_to_ptx(nvrtc, directory):
+def compile_source(nvrtc, directory, source, options):
     def check(status):
         if status != 0:
             nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
-            sys.exit(f"{SOURCE}: {nvrtc.nvrtcGetErrorString(status).decode()}")
+            sys.exit(f"{source}: {nvrtc.nvrtcGetErrorString(status).decode()}")
 
     def text(program, size, read):
         length = ctypes.c_size_t()
         check(size(program, ctypes.byref(length)))
         buffer = ctypes.create_string_buffer(length.value)
         check(read(program, buffer))
-        return buffer.value
+        return buffer.raw
 
     def strings(items):
         return (ctypes.c_char_p * len(items))(*items)
@@ -64,26 +83,35 @@ def compile_to_ptx(nvrtc, directory):
     check(
         nvrtc.nvrtcCreateProgram(
             ctypes.byref(program),
-            (directory / SOURCE).read_bytes(),
-            SOURCE.encode(),
+            (directory / source).read_bytes(),
+            source.encode(),
             len(headers),
             strings([header.read_bytes() for header in headers]),
             strings([header.name.encode() for header in headers]),
         )
     )
-    options = [option.encode() for option in OPTIONS]
+    options = [option.encode() for option in options]
     status = nvrtc.nvrtcCompileProgram(program, len(options), strings(options))
-    log = text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).decode().strip()
+    log = text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).rstrip(b"\0").decode().strip()
     if log:
         print(log, file=sys.stderr)
     check(status)
     # What it warns of would be wrong on the GPU only.
     if log:
-        sys.exit(f"{SOURCE}: NVRTC is not silent about it")
-    return text(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX)
+        sys.exit(f"{source}: NVRTC is not silent about it")
+    if b"--gpu-architecture=sm_" in options[0]:
+        return text(program, nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN)
+    return text(program, nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX).rstrip(b"\0")
+
+
+def content(path):
+    data = Path(path).read_bytes()
+    return zlib.decompress(data) if path.endswith(".zlib") else data
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--same"] and len(sys.argv) == 4:
+        sys.exit(content(sys.argv[2]) != content(sys.argv[3]))
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     main(*sys.argv[1:])

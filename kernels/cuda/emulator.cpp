@@ -2,7 +2,7 @@
 // buffers afterwards to standard output. All numbers are little-endian u64, strings and buffers
 // are preceded by their length.
 //
-//     launch:   name, grid, threads, number of arguments, arguments
+//     launch:   name, grid, threads, bytes of dynamic shared memory, number of arguments, arguments
 //     argument: 0 and a number, or 1, a misalignment, and a buffer
 //     answer:   the buffers
 //
@@ -11,6 +11,8 @@
 #include "host_shim.h"
 
 #include "nf4.cu"
+
+#include "linear.cu"
 
 #include <map>
 #include <string>
@@ -114,6 +116,16 @@ const std::map<std::string, std::function<void(const Arguments&)>> KERNELS = {
     ENTRY(tightfit_dequantize_f32),      ENTRY(tightfit_dequantize_f16),   ENTRY(tightfit_dequantize_bf16),
     ENTRY(tightfit_sum_absmax),          ENTRY(tightfit_sum_sums),         ENTRY(tightfit_mean),
     ENTRY(tightfit_quantize_absmax),     ENTRY(tightfit_dequantize_absmax),
+    ENTRY(tightfit_linear_general_f32),  ENTRY(tightfit_linear_general_f16), ENTRY(tightfit_linear_general_bf16),
+    ENTRY(tightfit_linear_8_f16),        ENTRY(tightfit_linear_16_f16),    ENTRY(tightfit_linear_32_f16),
+    ENTRY(tightfit_linear_64_f16),       ENTRY(tightfit_linear_8_bf16),    ENTRY(tightfit_linear_16_bf16),
+    ENTRY(tightfit_linear_32_bf16),      ENTRY(tightfit_linear_64_bf16),
+    ENTRY(tightfit_linear_transposed_general_f32), ENTRY(tightfit_linear_transposed_general_f16),
+    ENTRY(tightfit_linear_transposed_general_bf16), ENTRY(tightfit_linear_transposed_64_f16),
+    ENTRY(tightfit_linear_transposed_128_f16), ENTRY(tightfit_linear_transposed_64_bf16),
+    ENTRY(tightfit_linear_transposed_128_bf16),
+    ENTRY(tightfit_linear_wide_32_f16),  ENTRY(tightfit_linear_wide_64_f16),
+    ENTRY(tightfit_linear_wide_32_bf16), ENTRY(tightfit_linear_wide_64_bf16),
 };
 
 void answer_launch(std::size_t name_length) {
@@ -124,7 +136,7 @@ void answer_launch(std::size_t name_length) {
         std::fprintf(stderr, "no kernel %s\n", name.c_str());
         std::exit(2);
     }
-    u64 grid = read_number(), threads = read_number(), count = read_number();
+    u64 grid = read_number(), threads = read_number(), shared_bytes = read_number(), count = read_number();
     Arguments arguments;
     std::vector<Buffer> buffers;
     for (u64 i = 0; i < count; i++) {
@@ -135,7 +147,7 @@ void answer_launch(std::size_t name_length) {
             arguments.push_back(reinterpret_cast<u64>(buffers.back().begin));
         }
     }
-    shim::launch(unsigned(grid), unsigned(threads), [&] { kernel->second(arguments); });
+    shim::launch(unsigned(grid), unsigned(threads), std::size_t(shared_bytes), [&] { kernel->second(arguments); });
     for (const Buffer& buffer : buffers) buffer.answer();
     std::fflush(stdout);
     for (const Buffer& buffer : buffers) buffer.free(std::size_t(sysconf(_SC_PAGESIZE)));

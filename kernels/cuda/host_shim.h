@@ -13,6 +13,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <ucontext.h>
@@ -21,7 +22,8 @@
 #define __global__
 #define __device__
 #define __noinline__
-#define __launch_bounds__(THREADS)
+#define __forceinline__ inline
+#define __launch_bounds__(...)
 // Of the one thread block that runs at a time. Like on the GPU it holds what was left there.
 #define __shared__ static
 
@@ -30,6 +32,15 @@ struct Index {
 };
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
 };
 
 inline thread_local Index threadIdx, blockIdx;
@@ -47,6 +58,13 @@ constexpr std::size_t STACK = 64 * 1024;
 // What a fiber waits for. All whom it concerns must wait for the same.
 enum class Wait { NOTHING, BLOCK_OR, EXCHANGE, VOTE, EXITED };
 
+// An asynchronous copy to shared memory. It is made when its thread waits for it, and not earlier.
+struct Copy {
+    void* to;
+    const void* from;
+    unsigned bytes;
+};
+
 struct Fiber {
     std::unique_ptr<char[]> stack{new char[STACK]};
     ucontext_t start;
@@ -56,6 +74,9 @@ struct Fiber {
     // Given by the fiber: a value, and the lane whose value it wants; then what it gets.
     std::uint64_t value = 0;
     unsigned source = 0;
+    // Groups of copies on their way, the oldest first, and the group that is not ended yet.
+    std::deque<std::vector<Copy>> copies;
+    std::vector<Copy> group;
 };
 
 struct Block {
@@ -73,6 +94,11 @@ struct Block {
 };
 
 inline Block block;
+
+// The dynamic shared memory of the block. Behind what the launch gives it is none.
+constexpr std::size_t DYNAMIC_BYTES = 232448;
+alignas(1024) inline unsigned char dynamic_memory[DYNAMIC_BYTES];
+inline std::size_t dynamic_bytes = 0;
 
 inline void Block::entry() {
     block.kernel();
@@ -125,6 +151,8 @@ inline void Block::run(unsigned threads, bool backwards) {
     for (unsigned i = 0; i < threads; i++) {
         fibers[i].started = false;
         fibers[i].wait = Wait::NOTHING;
+        fibers[i].copies.clear();
+        fibers[i].group.clear();
     }
     for (bool moved = true; moved;) {
         moved = false;
@@ -151,17 +179,58 @@ inline void Block::run(unsigned threads, bool backwards) {
     for (unsigned i = 0; i < threads; i++) {
         threadIdx.x = i;
         if (fibers[i].wait != Wait::EXITED) stop("waits for threads that do not come");
+        if (!fibers[i].group.empty()) stop("ends with copies that nobody can wait for");
+        for (const std::vector<Copy>& group : fibers[i].copies) {
+            if (!group.empty()) stop("ends before its copies");
+        }
     }
 }
 
 // Runs a grid, block after block, the threads of every other block in the opposite order.
-inline void launch(unsigned grid, unsigned threads, std::function<void()> kernel) {
+inline void launch(unsigned grid, unsigned threads, std::size_t shared_bytes, std::function<void()> kernel) {
+    if (shared_bytes > DYNAMIC_BYTES) stop("more shared memory than there is");
+    dynamic_bytes = shared_bytes;
     block.kernel = std::move(kernel);
     for (unsigned index = 0; index < grid; index++) {
         blockIdx.x = index;
+        // As floats of any type it is NaN, so that reading what nobody wrote shows.
+        if (shared_bytes > 0) std::memset(dynamic_memory, 0xff, DYNAMIC_BYTES);
         block.run(threads, index % 2 == 1);
+        if (shared_bytes == 0) continue;
+        for (std::size_t i = shared_bytes; i < DYNAMIC_BYTES; i++) {
+            if (dynamic_memory[i] != 0xff) stop("writes behind its shared memory");
+        }
     }
 }
+
+inline void copy_async(void* to, const void* from, unsigned bytes) {
+    auto begin = reinterpret_cast<std::uintptr_t>(to);
+    if (begin % bytes != 0 || reinterpret_cast<std::uintptr_t>(from) % bytes != 0) stop("a copy is not aligned");
+    auto memory = reinterpret_cast<std::uintptr_t>(dynamic_memory);
+    if (begin < memory || begin + bytes > memory + dynamic_bytes) stop("a copy goes beside the shared memory");
+    block.fibers[block.current].group.push_back({to, from, bytes});
+}
+
+inline void end_copy_group() {
+    Fiber& fiber = block.fibers[block.current];
+    fiber.copies.push_back(std::move(fiber.group));
+    fiber.group.clear();
+}
+
+inline void wait_for_copies(std::size_t groups) {
+    Fiber& fiber = block.fibers[block.current];
+    for (; fiber.copies.size() > groups; fiber.copies.pop_front()) {
+        for (const Copy& copy : fiber.copies.front()) std::memcpy(copy.to, copy.from, copy.bytes);
+    }
+}
+
+// What the threads of a block give to a product of warpgroups.
+constexpr unsigned WARPGROUPS_THREADS = 256;
+
+// What the lanes of one warp at a time give to a product.
+struct Operands {
+    unsigned a[4], b[2];
+};
 
 template <class To, class From>
 To bits(From from) {
@@ -246,6 +315,25 @@ inline unsigned __funnelshift_l(unsigned low, unsigned high, unsigned distance) 
     return unsigned((std::uint64_t(high) << 32 | low) << (distance % 32) >> 32);
 }
 
+inline void __syncwarp() { shim::vote(0xffffffffu, false); }
+inline void __threadfence() {}
+inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+inline void launch_dependents() {}
+inline void wait_for_earlier_grids() {}
+inline float4 load_from_l2(const float4* from) { return *from; }
+inline unsigned count_arrival(unsigned* counter) { return (*counter)++; }
+inline void copy_async_16(void* to, const void* from) { shim::copy_async(to, from, 16); }
+inline void copy_async_8(void* to, const void* from) { shim::copy_async(to, from, 8); }
+inline void copy_async_4(void* to, const void* from) { shim::copy_async(to, from, 4); }
+inline void end_copy_group() { shim::end_copy_group(); }
+template <int GROUPS>
+void wait_for_copies() {
+    shim::wait_for_copies(GROUPS);
+}
+
 inline float half_to_float(unsigned short bits) {
     float magnitude;
     if ((bits & 0x7c00) == 0x7c00) {
@@ -273,4 +361,97 @@ inline unsigned short float_to_half(float value) {
     float rounded = sum - rounder;
     return (unsigned short)(sign | unsigned(rounded < 0x1p-14f ? rounded * 0x1p24f
                                             : float((__float_as_int(rounded) - (112 << 23)) >> 13)));
+}
+
+// The product of a warp's 16 x 16 and 16 x 8 tiles of 16-bit floats, added to `sum`. As on the GPU,
+// products are exact; their order is not specified there, and here they are summed up as doubles.
+template <class Float>
+void multiply_tile(float (&sum)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    static shim::Operands operands[64][shim::WARP];
+    unsigned lane = threadIdx.x % shim::WARP;
+    shim::Operands(&warp)[shim::WARP] = operands[threadIdx.x / shim::WARP];
+    warp[lane] = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
+    __syncwarp();
+    auto element = [](unsigned pair, unsigned i) { return double(Float::decode(pair >> i * 16 & 0xffffu)); };
+    double add[4] = {};
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned row = lane / 4, column = lane % 4 * 2 + i % 2;
+        for (unsigned k = 0; k < 16; k++) {
+            unsigned of_a = warp[row * 4 + k % 8 / 2].a[i / 2 + k / 8 * 2];
+            unsigned of_b = warp[column * 4 + k % 8 / 2].b[k / 8];
+            add[i] += element(of_a, k % 2) * element(of_b, k % 2);
+        }
+    }
+    __syncwarp();
+    for (unsigned i = 0; i < 4; i++) sum[i] = float(double(sum[i]) + add[i]);
+}
+
+// Two values rounded to the type.
+template <class Float>
+unsigned round_pair(float first, float second) {
+    return Float::template encode<true>(first) | Float::template encode<true>(second) << 16;
+}
+
+// Four matrices of 8 x 8 elements of 16 bits, transposed or not.
+inline void load_matrices(unsigned (&a)[4], const void* row, bool transposed) {
+    static const void* rows[64][shim::WARP];
+    unsigned lane = threadIdx.x % shim::WARP;
+    const void*(&warp)[shim::WARP] = rows[threadIdx.x / shim::WARP];
+    if (reinterpret_cast<std::uintptr_t>(row) % 16 != 0) shim::stop("a row of a matrix is not aligned");
+    warp[lane] = row;
+    __syncwarp();
+    for (unsigned i = 0; i < 4; i++) {
+        unsigned short pair[2];
+        for (unsigned j = 0; j < 2; j++) {
+            unsigned pair_index = lane % 4 * 2 + j, other = lane / 4;
+            const void* of_row = warp[i * 8 + (transposed ? pair_index : other)];
+            std::memcpy(&pair[j], static_cast<const char*>(of_row) + (transposed ? other : pair_index) * 2, 2);
+        }
+        a[i] = pair[0] | unsigned(pair[1]) << 16;
+    }
+    __syncwarp();
+}
+
+inline void load_transposed(unsigned (&a)[4], const void* row) { load_matrices(a, row, true); }
+inline void load_straight(unsigned (&b)[4], const void* row) { load_matrices(b, row, false); }
+
+// Products of warpgroups. The right operand is described by its address.
+inline unsigned long long describe_tile(const void* tile) { return reinterpret_cast<std::uintptr_t>(tile); }
+inline void show_to_tensor_cores() {}
+inline void begin_products() {}
+inline void end_products() {}
+inline void wait_for_products() {}
+template <unsigned COUNT>
+void keep_behind_wait(float (&)[COUNT]) {}
+
+// All threads of the block take part, since all warpgroups do the same here. The right operand's
+// rows, of 128 bytes, lie in groups of eight at multiples of 1024, each 16 bytes at the place that is
+// theirs exclusive-or the row.
+template <class Float, unsigned COUNT>
+void multiply_async(float (&sum)[COUNT], const unsigned (&a)[4], unsigned long long b, bool add) {
+    static unsigned operands[shim::WARPGROUPS_THREADS][4];
+    std::memcpy(operands[threadIdx.x], a, sizeof a);
+    __syncthreads();
+    auto element = [](unsigned bits) { return double(Float::decode(bits & 0xffffu)); };
+    unsigned lane = threadIdx.x % shim::WARP, first = threadIdx.x - lane;
+    double left[2][16];
+    for (unsigned half = 0; half < 2; half++) {
+        for (unsigned k = 0; k < 16; k++) {
+            unsigned pair = operands[first + lane / 4 * 4 + k % 8 / 2][half + k / 8 * 2];
+            left[half][k] = element(pair >> k % 2 * 16);
+        }
+    }
+    for (unsigned i = 0; i < COUNT; i++) {
+        unsigned column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        double products = 0;
+        for (unsigned k = 0; k < 16; k++) {
+            unsigned long long address = b + column * 128 + k * 2;
+            address ^= (address >> 7 & 7) << 4;
+            unsigned short bits;
+            std::memcpy(&bits, reinterpret_cast<const void*>(address), sizeof bits);
+            products += left[i / 2 % 2][k] * element(bits);
+        }
+        sum[i] = float((add ? double(sum[i]) : 0.0) + products);
+    }
+    __syncthreads();
 }

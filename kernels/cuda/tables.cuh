@@ -27,6 +27,21 @@ __device__ const u32 CODE_VALUE_BITS[2][16] = {
     },
 };
 
+// The same where the compiler knows which.
+static __device__ constexpr u32 code_value_bits(u32 quant_type, u32 code) {
+    constexpr u32 bits[2][16] = {
+    {
+        0xbf800000u, 0xbf3239b1u, 0xbf066b30u, 0xbeca32a0u, 0xbe91a24du, 0xbe3d353fu, 0xbdba7871u, 0x00000000u,
+        0x3da2faffu, 0x3e24cae3u, 0x3e7c04ddu, 0x3ead033au, 0x3ee1a4b8u, 0x3f1007abu, 0x3f3913b3u, 0x3f800000u,
+    },
+    {
+        0x00000000u, 0x3baaaaabu, 0x3f2aaaabu, 0x3f800000u, 0x3eaaaaabu, 0x3f000000u, 0x3e2aaaabu, 0x3e800000u,
+        0x00000000u, 0xbbaaaaabu, 0xbf2aaaabu, 0xbf800000u, 0xbeaaaaabu, 0xbf000000u, 0xbe2aaaabu, 0xbe800000u,
+    },
+};
+    return bits[quant_type][code];
+}
+
 // The positive values of the dynamic 8-bit map below 1.0.
 __device__ const u32 DYNAMIC_MAGNITUDE_BITS[127] = {
     0x3513a3b7u, 0x365a1a94u, 0x370205ffu, 0x37b24206u, 0x38378034u, 0x388aefb3u, 0x38ba1f4bu, 0x3923d70bu,

@@ -34,6 +34,10 @@
 //! - The mean of all absmax values of a tensor, [`crate::Kernels::absmax_mean`], is made of sums of
 //!   256: [`sum_absmax`], [`sum_sums`] as long as there are more than 256 of them, and [`mean`].
 //!   The [`sums`] of `n` values are `n / 256`, rounded up.
+//!
+//! Products are in [`linear`], which has modules of its own.
+
+pub mod linear;
 
 use crate::{FloatType, KernelError, NESTED_BLOCK_SIZE, QuantType};
 

@@ -28,6 +28,17 @@ pub enum KernelError {
         /// Bytes in the source.
         have: usize,
     },
+    /// The GPU is too old for the kernels.
+    #[error(
+        "the kernels need compute capability {}.{}, the GPU has {}.{}",
+        need.0, need.1, have.0, have.1
+    )]
+    ComputeCapability {
+        /// The oldest that they are compiled for, major and minor.
+        need: (u32, u32),
+        /// What the GPU has.
+        have: (u32, u32),
+    },
     /// A GPU cannot do so much in one launch of a kernel.
     #[error("kernel {kernel} takes at most {most} elements, not {have}")]
     Launch {

@@ -24,7 +24,8 @@ macro_rules! dispatch {
 }
 
 /// The kernels, for one instruction set that this machine has. Whichever it is, the results are the
-/// same bytes; only the payload of a NaN is not specified.
+/// same bytes; only the payload of a NaN is not specified, and products ([`Kernels::linear`]) differ
+/// by their rounding.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Kernels {
     isa: Isa,

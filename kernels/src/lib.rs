@@ -5,6 +5,8 @@
 //! bitsandbytes' CUDA kernels give, including for blocks with zeros, subnormals, infinities and
 //! NaN, whichever instruction set computes them: portable Rust, AVX2 or AVX-512.
 //!
+//! Products with such weights, [`Kernels::linear`], take them as they lie.
+//!
 //! [`Kernels`] is the entry point. It knows no files and no devices: sources are little-endian
 //! bytes at any alignment, as they come out of a safetensors file, and results go to slices of the
 //! caller. [`cuda`] holds the same kernels for GPUs.
@@ -31,6 +33,7 @@ mod float;
 mod formats;
 mod isa;
 mod kernels;
+mod linear;
 mod mean;
 mod quantize;
 mod tables;
@@ -41,5 +44,6 @@ pub use error::KernelError;
 pub use formats::{BlockSize, FloatType, NESTED_BLOCK_SIZE, QuantType, blocks, packed_bytes};
 pub use isa::Isa;
 pub use kernels::{Kernels, QuantizeStats};
+pub use linear::{LinearWeights, Scales};
 pub use mean::AbsmaxMean;
 pub use tables::{DYNAMIC_MAP, FP4, NF4, NF4_THRESHOLDS};

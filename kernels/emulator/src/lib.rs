@@ -68,7 +68,22 @@ impl Emulator {
         threads: u32,
         arguments: &mut [Argument<'_>],
     ) -> io::Result<()> {
-        self.exchange(kernel, grid, threads, arguments)
+        self.launch_with_shared(kernel, grid, threads, 0, arguments)
+    }
+
+    /// The same, with `shared_bytes` bytes of dynamic shared memory for each block.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn launch_with_shared(
+        &mut self,
+        kernel: &str,
+        grid: u32,
+        threads: u32,
+        shared_bytes: u32,
+        arguments: &mut [Argument<'_>],
+    ) -> io::Result<()> {
+        self.exchange(kernel, grid, threads, shared_bytes, arguments)
             .map_err(|error| {
                 let status = self.process.wait();
                 io::Error::new(error.kind(), format!("{kernel}: {error}; {status:?}"))
@@ -80,6 +95,7 @@ impl Emulator {
         kernel: &str,
         grid: u32,
         threads: u32,
+        shared_bytes: u32,
         arguments: &mut [Argument<'_>],
     ) -> io::Result<()> {
         let number = |to: &mut dyn Write, value: usize| to.write_all(&(value as u64).to_le_bytes());
@@ -88,6 +104,7 @@ impl Emulator {
         to.write_all(kernel.as_bytes())?;
         number(to, grid as usize)?;
         number(to, threads as usize)?;
+        number(to, shared_bytes as usize)?;
         number(to, arguments.len())?;
         for argument in &*arguments {
             match argument {

@@ -5,6 +5,7 @@
 
 mod absmax;
 mod convert;
+mod linear;
 mod memory;
 
 use std::arch::x86_64::*;
@@ -19,6 +20,7 @@ use crate::{
 pub(crate) use self::{
     absmax::{absmax_mean, dequantize_absmax, quantize_absmax},
     convert::{cast, dequantize},
+    linear::add_products_if_available,
 };
 
 #[target_feature(enable = "avx2,f16c")]

@@ -5,6 +5,7 @@
 
 mod absmax;
 mod convert;
+mod linear;
 mod memory;
 
 use std::arch::x86_64::*;
@@ -21,6 +22,7 @@ use crate::{
 pub(crate) use self::{
     absmax::{absmax_mean, dequantize_absmax, quantize_absmax},
     convert::{cast, dequantize},
+    linear::{add_products_if_available, sums_of_bf16},
 };
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]

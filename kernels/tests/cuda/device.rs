@@ -1,12 +1,18 @@
 //! What can launch a kernel: a GPU, or the emulator.
 
 pub(crate) use tightfit_cuda_emulator::Argument;
-use tightfit_kernels::cuda::Launch;
+use tightfit_kernels::cuda::{Launch, linear::LinearLaunch};
 
 /// Runs one kernel at a time. Panics, naming the kernel, if it cannot be run, or if it writes to
 /// memory beside a buffer.
 pub(crate) trait Device {
     fn launch(&mut self, launch: Launch, arguments: &mut [Argument]);
+
+    /// The same with a kernel of products.
+    fn multiply(&mut self, launch: LinearLaunch, arguments: &mut [Argument]);
+
+    /// Major and minor.
+    fn compute_capability(&self) -> (u32, u32);
 }
 
 /// Whether an environment variable says that a device must be there.

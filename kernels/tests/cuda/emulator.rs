@@ -2,7 +2,7 @@
 
 pub(crate) use tightfit_cuda_emulator::Emulator;
 use tightfit_cuda_emulator::{MISSING, REQUIRE};
-use tightfit_kernels::cuda::Launch;
+use tightfit_kernels::cuda::{Launch, linear::LinearLaunch};
 
 use crate::device::{Argument, Device, skip};
 
@@ -24,5 +24,21 @@ impl Device for Emulator {
         } = launch;
         Emulator::launch(self, kernel, grid, threads, arguments)
             .unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    fn multiply(&mut self, launch: LinearLaunch, arguments: &mut [Argument]) {
+        let LinearLaunch {
+            kernel,
+            grid,
+            threads,
+            shared_bytes,
+            ..
+        } = launch;
+        self.launch_with_shared(kernel, grid, threads, shared_bytes, arguments)
+            .unwrap_or_else(|error| panic!("{error}"));
+    }
+
+    fn compute_capability(&self) -> (u32, u32) {
+        (9, 0)
     }
 }

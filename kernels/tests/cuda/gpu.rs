@@ -8,7 +8,10 @@ use cudarc::driver::{
     PushKernelArg, sys,
 };
 use cudarc::nvrtc::Ptx;
-use tightfit_kernels::cuda::{self, Launch};
+use tightfit_kernels::cuda::{
+    self, Launch,
+    linear::{self, LinearLaunch},
+};
 
 use crate::device::{Argument, Device, skip};
 
@@ -26,6 +29,7 @@ pub(crate) struct Gpu {
     pub(crate) context: Arc<CudaContext>,
     pub(crate) stream: Arc<CudaStream>,
     module: Arc<CudaModule>,
+    products: Arc<CudaModule>,
     functions: HashMap<&'static str, CudaFunction>,
 }
 
@@ -47,16 +51,26 @@ impl Gpu {
         let module = context
             .load_module(Ptx::from_src(cuda::PTX))
             .expect("the driver compiles the PTX");
+        let capability = capability_of(&context);
+        let image = linear::module(capability).expect("kernels for the GPU");
+        let products = context
+            .load_module(Ptx::from_binary(image))
+            .expect("the driver loads the products");
         Some(Gpu {
             stream: context.default_stream(),
             context,
             module,
+            products,
             functions: HashMap::new(),
         })
     }
 
     pub(crate) fn function(&mut self, kernel: &'static str) -> CudaFunction {
-        let module = &self.module;
+        let module = if kernel.starts_with("tightfit_linear") {
+            &self.products
+        } else {
+            &self.module
+        };
         self.functions
             .entry(kernel)
             .or_insert_with(|| module.load_function(kernel).expect(kernel))
@@ -68,8 +82,15 @@ impl Gpu {
     /// # Safety
     /// The arguments must be what the kernel takes, and the addresses those of memory on the
     /// device that is long enough for what the kernel does with it and lives until it is done.
-    pub(crate) unsafe fn queue(&mut self, launch: Launch, arguments: &[u64]) {
+    pub(crate) unsafe fn queue(&mut self, launch: Launch, shared_bytes: u32, arguments: &[u64]) {
         let function = self.function(launch.kernel);
+        if shared_bytes > 0 {
+            let attribute =
+                sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            function
+                .set_attribute(attribute, shared_bytes as i32)
+                .expect("so much shared memory");
+        }
         let stream = self.stream.clone();
         let mut builder = stream.launch_builder(&function);
         for argument in arguments {
@@ -79,12 +100,17 @@ impl Gpu {
         let shape = LaunchConfig {
             grid_dim: (launch.grid, 1, 1),
             block_dim: (launch.threads, 1, 1),
-            shared_mem_bytes: 0,
+            shared_mem_bytes: shared_bytes,
         };
         // SAFETY: as the caller promises.
         unsafe { builder.launch(shape) }
             .unwrap_or_else(|error| panic!("{}: {error}", launch.kernel));
     }
+}
+
+fn capability_of(context: &CudaContext) -> (u32, u32) {
+    let (major, minor) = context.compute_capability().expect("a capability");
+    (major as u32, minor as u32)
 }
 
 /// The address of device memory, for as long as it is not freed. There is only one stream, so
@@ -93,8 +119,8 @@ pub(crate) fn address(memory: &mut CudaSlice<u8>, stream: &CudaStream) -> u64 {
     memory.device_ptr_mut(stream).0
 }
 
-impl Device for Gpu {
-    fn launch(&mut self, launch: Launch, arguments: &mut [Argument]) {
+impl Gpu {
+    fn run(&mut self, launch: Launch, shared_bytes: u32, arguments: &mut [Argument]) {
         let mut buffers = Vec::new();
         let mut passed = Vec::new();
         for argument in &*arguments {
@@ -117,7 +143,7 @@ impl Device for Gpu {
         }
         // SAFETY: tests pass what the module's table says; the buffers live until they are copied
         // back, which waits for the kernel.
-        unsafe { self.queue(launch, &passed) };
+        unsafe { self.queue(launch, shared_bytes, &passed) };
         let mut memory = buffers.into_iter();
         for argument in arguments {
             let Argument::Buffer {
@@ -139,5 +165,31 @@ impl Device for Gpu {
             );
             bytes.copy_from_slice(inside);
         }
+    }
+}
+
+impl Device for Gpu {
+    fn launch(&mut self, launch: Launch, arguments: &mut [Argument]) {
+        self.run(launch, 0, arguments);
+    }
+
+    fn multiply(&mut self, launch: LinearLaunch, arguments: &mut [Argument]) {
+        let LinearLaunch {
+            kernel,
+            grid,
+            threads,
+            shared_bytes,
+            ..
+        } = launch;
+        let launch = Launch {
+            kernel,
+            grid,
+            threads,
+        };
+        self.run(launch, shared_bytes, arguments);
+    }
+
+    fn compute_capability(&self) -> (u32, u32) {
+        capability_of(&self.context)
     }
 }

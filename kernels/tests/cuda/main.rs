@@ -12,6 +12,8 @@ mod emulator;
 mod golden;
 mod gpu;
 mod large;
+mod linear;
+mod transposed;
 mod values;
 mod weights;
 
@@ -48,6 +50,12 @@ on_every_device! {
     double::means,
     double::absmax_to_codes_and_back,
     double::every_code_and_every_midpoint,
+    linear::few_and_some_rows,
+    linear::every_format_and_block_size,
+    linear::odd_lengths_and_alignments,
+    linear::rows_by_themselves,
+    linear::huge_blocks,
+    transposed::transposed,
     golden::quantizing,
     golden::double_quantizing,
     golden::dequantizing_all,

@@ -1,0 +1,140 @@
+//! Products on the processor.
+//!
+//! ```text
+//! cargo bench -p tightfit-kernels --bench linear
+//! ```
+//!
+//! `linear.py` beside this file measures those on a GPU, and asks this program, given `launch` and what
+//! a launch depends on, how to launch them.
+//!
+//! Prints one line for each instruction set, type and number of rows: the median time, and the rate
+//! at which codes and scales are read. `THREADS` says how many threads to use, 2 if it is not set.
+
+use std::{env, num::NonZeroUsize, time::Instant};
+
+use tightfit_kernels::cuda::linear::{Gpu, Linear};
+use tightfit_kernels::{
+    BlockSize, FloatType, Isa, Kernels, LinearWeights, QuantType, Scales, blocks, packed_bytes,
+};
+
+/// The down projection of Llama-3-8B.
+const OUTPUTS: usize = 4096;
+const INPUTS: usize = 14336;
+
+/// Prints a launch: of the compute capability, multiprocessors, rows, outputs, inputs, and whether by
+/// row and transposed.
+fn print_launch(numbers: &[usize]) {
+    let [
+        major,
+        minor,
+        multiprocessors,
+        rows,
+        outputs,
+        inputs,
+        by_row,
+        transposed,
+    ] = *numbers
+    else {
+        panic!("launch takes eight numbers");
+    };
+    let linear = Linear {
+        float: FloatType::Bf16,
+        rows,
+        outputs,
+        inputs,
+        block_size: BlockSize::DEFAULT,
+        aligned: true,
+        by_row: by_row != 0,
+    };
+    let gpu = Gpu {
+        compute_capability: (major as u32, minor as u32),
+        multiprocessors: multiprocessors as u32,
+    };
+    let launch = if transposed != 0 {
+        linear.launch_transposed(gpu)
+    } else {
+        linear.launch(gpu)
+    };
+    let launch = launch.expect("possible");
+    println!(
+        r#"{{"kernel": "{}", "grid": {}, "threads": {}, "shared": {}, "workspace": {}, "rows": {}, "shares": {}}}"#,
+        launch.kernel,
+        launch.grid,
+        launch.threads,
+        launch.shared_bytes,
+        launch.workspace_bytes,
+        launch.rows,
+        launch.shares
+    );
+}
+
+fn main() {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    if let Some(("launch", numbers)) = arguments
+        .split_first()
+        .map(|(first, rest)| (first.as_str(), rest))
+    {
+        let numbers: Result<Vec<usize>, _> = numbers.iter().map(|text| text.parse()).collect();
+        return print_launch(&numbers.expect("numbers"));
+    }
+    let threads = env::var("THREADS").ok().and_then(|text| text.parse().ok());
+    let threads = threads.unwrap_or(NonZeroUsize::MIN.saturating_add(1));
+    let elements = OUTPUTS * INPUTS;
+    let mut state = 1u64;
+    let mut random = || {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        (state >> 33) as u32
+    };
+    let codes: Vec<u8> = (0..packed_bytes(elements))
+        .map(|_| random() as u8)
+        .collect();
+    let absmax: Vec<f32> = (0..blocks(elements, BlockSize::DEFAULT))
+        .map(|_| random() as f32 / 1e12)
+        .collect();
+    let weights = LinearWeights {
+        quant_type: QuantType::Nf4,
+        outputs: OUTPUTS,
+        inputs: INPUTS,
+        block_size: BlockSize::DEFAULT,
+        codes: &codes,
+        scales: Scales::Absmax(&absmax),
+    };
+    println!("{OUTPUTS} x {INPUTS}, {threads} threads");
+    for isa in Isa::available() {
+        let kernels = Kernels::new(isa).expect("available");
+        for float in [FloatType::Bf16, FloatType::F32] {
+            for rows in [1, 2, 8, 64] {
+                if isa == Isa::Portable && rows > 1 {
+                    continue;
+                }
+                let x: Vec<u8> = (0..rows * INPUTS)
+                    .flat_map(|_| match float {
+                        FloatType::F32 => (random() as f32 / 1e9).to_le_bytes().to_vec(),
+                        _ => ((random() as f32 / 1e9).to_bits() >> 16).to_le_bytes()[..2].to_vec(),
+                    })
+                    .collect();
+                let mut y = vec![0; rows * OUTPUTS * float.bytes()];
+                let mut times: Vec<f64> = (0..if rows > 8 { 5 } else { 21 })
+                    .map(|_| {
+                        let start = Instant::now();
+                        kernels
+                            .linear(&weights, float, rows, &x, None, &mut y, threads)
+                            .expect("lengths");
+                        start.elapsed().as_secs_f64()
+                    })
+                    .collect();
+                times.sort_by(f64::total_cmp);
+                let seconds = times[times.len() / 2];
+                let bytes = codes.len() + 4 * absmax.len();
+                println!(
+                    "{isa:<9} {float:<5} {rows:>4} rows {:>8.2} ms, best {:>8.2} {:>7.1} GB/s",
+                    seconds * 1e3,
+                    times[0] * 1e3,
+                    bytes as f64 / seconds / 1e9
+                );
+            }
+        }
+    }
+}
