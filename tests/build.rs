@@ -20,6 +20,7 @@ fn main() -> ExitCode {
         "../guest/Cargo.toml",
         "../Cargo.lock",
         "../wit",
+        "../guest/wit",
     ] {
         println!("cargo::rerun-if-changed={path}");
     }

@@ -8,7 +8,7 @@
 )]
 
 wit_bindgen::generate!({
-    path: "../../wit",
+    path: "wit",
     world: "program",
     pub_export_macro: true,
     default_bindings_module: "tightfit_program::bindings",
