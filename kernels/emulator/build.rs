@@ -5,7 +5,8 @@ use std::process::Command;
 use std::{env, fs};
 
 fn main() {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cuda");
+    let package = env::var_os("CARGO_MANIFEST_DIR").expect("cargo says where this is");
+    let directory = Path::new(&package).join("../cuda");
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed=CXX");
     // Where a compiler may have come to be.

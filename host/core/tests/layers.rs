@@ -5,73 +5,29 @@ use std::path::Path;
 
 /// Every module, each with those that it may import beside itself. What is to the left of a module
 /// knows nothing of it.
-const LAYERS: [(&str, &[&str]); 16] = [
+const LAYERS: [(&str, &[&str]); 17] = [
     ("types", &[]),
     ("cancel", &[]),
+    ("text", &[]),
+    ("status", &[]),
     ("memory", &["types"]),
-    ("device", &["types", "memory"]),
-    ("checkpoint", &["types", "cancel"]),
+    ("device", &["types", "status", "memory"]),
+    ("checkpoint", &["types", "cancel", "text", "status"]),
     ("synth", &["types", "cancel", "checkpoint"]),
-    ("hub", &["cancel", "checkpoint"]),
-    ("policy", &["types", "device", "checkpoint"]),
-    (
-        "plan",
-        &[
-            "types",
-            "cancel",
-            "memory",
-            "device",
-            "checkpoint",
-            "policy",
-        ],
-    ),
-    (
-        "model",
-        &["types", "memory", "device", "checkpoint", "plan"],
-    ),
+    ("hub", &["cancel", "text", "checkpoint"]),
+    ("policy", &["types", "text", "status", "device", "checkpoint"]),
+    ("plan", &["types", "cancel", "status", "memory", "device", "checkpoint", "policy"]),
+    ("model", &["types", "cancel", "memory", "device", "checkpoint", "plan"]),
     (
         "load",
-        &[
-            "types",
-            "cancel",
-            "memory",
-            "device",
-            "checkpoint",
-            "policy",
-            "plan",
-            "model",
-        ],
+        &["types", "cancel", "status", "memory", "device", "checkpoint", "policy", "plan", "model"],
     ),
     ("dlpack", &["types", "device", "plan", "model"]),
     (
         "save",
-        &[
-            "types",
-            "cancel",
-            "memory",
-            "device",
-            "checkpoint",
-            "plan",
-            "model",
-            "load",
-        ],
+        &["types", "cancel", "memory", "device", "checkpoint", "plan", "model", "load"],
     ),
-    (
-        "report",
-        &[
-            "types",
-            "memory",
-            "device",
-            "checkpoint",
-            "plan",
-            "model",
-            "load",
-        ],
-    ),
-    (
-        "status",
-        &["checkpoint", "device", "policy", "plan", "load"],
-    ),
+    ("report", &["types", "text", "memory", "device", "checkpoint", "plan", "model", "load"]),
     ("lib", &[]),
 ];
 

@@ -22,7 +22,7 @@ use crate::command::session;
 /// MODEL is a directory, a .safetensors file, or a Hugging Face id (org/name), which is downloaded
 /// unless it is in the local cache.
 #[derive(Debug, Parser)]
-#[command(version, max_term_width = 100)]
+#[command(name = "tightfit", version, max_term_width = 100)]
 pub(crate) struct Arguments {
     #[command(subcommand)]
     pub(crate) command: Command,

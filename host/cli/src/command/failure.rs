@@ -129,7 +129,8 @@ impl Failure {
                 | SaveError::Plan(_)
                 | SaveError::Size(_)
                 | SaveError::Kernel(_)
-                | SaveError::OtherPlan => Status::Other,
+                | SaveError::OtherPlan
+                | SaveError::Internal(_) => Status::Other,
                 SaveError::Cancelled => Status::Interrupted,
             },
             Failure::Device(error) => error.into(),

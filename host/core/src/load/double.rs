@@ -126,7 +126,9 @@ impl<'m> DoubleState<'m> {
             let job = device.scales_job(tensor, scratch, self.scales, codes, nested)?;
             Some((number, device, job))
         });
-        let (number, device, job) = job.ok_or(LoadError::OtherPlan)?;
+        let (number, device, job) = job.ok_or(LoadError::Internal(
+            "scales are not where they were planned",
+        ))?;
         let writer = writers.quantizing(number)?;
         writer.quantize_scales(&job).map_err(LoadError::Device)?;
         let mean = device.mean(&job).map_err(LoadError::Device)?;

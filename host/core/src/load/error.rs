@@ -42,6 +42,9 @@ pub enum LoadError {
     /// A kernel was called with lengths that do not belong together: a fault of ours.
     #[error("internal error: {0}")]
     Kernel(#[from] KernelError),
+    /// Something that cannot be: a fault of ours, please report it.
+    #[error("internal error: {0}; please report it")]
+    Internal(&'static str),
     /// The user asked to stop.
     #[error("cancelled")]
     Cancelled,
@@ -60,7 +63,8 @@ impl From<&LoadError> for Status {
             LoadError::NonFinite { .. } => Status::Checkpoint,
             LoadError::Device(_) | LoadError::NoTransfer { .. } => Status::Device,
             LoadError::Staging(_) => Status::Usage,
-            LoadError::OtherPlan | LoadError::Kernel(_) => Status::Other,
+            LoadError::OtherPlan => Status::Usage,
+            LoadError::Kernel(_) | LoadError::Internal(_) => Status::Other,
             LoadError::Cancelled => Status::Interrupted,
         }
     }

@@ -125,7 +125,7 @@ pub fn load_reserved(
         elapsed,
     } = reserved;
     let plan = &plan;
-    if plan.tensors.len() != checkpoint.tensors().len() {
+    if !plan.is_for(checkpoint.tensors()) {
         return Err(LoadError::OtherPlan);
     }
     let buffers = put::buffers(&memory);

@@ -130,7 +130,9 @@ impl Writers {
     ) -> Result<&mut dyn QuantizingWriter, LoadError> {
         match self.by_device.get_mut(device) {
             Some(Some(Way::Quantizes { writer, .. })) => Ok(&mut **writer),
-            _ => Err(LoadError::OtherPlan),
+            _ => Err(LoadError::Internal(
+                "a device that does not quantize was asked to",
+            )),
         }
     }
 
@@ -158,7 +160,7 @@ impl Writers {
 /// arrive after this returns.
 ///
 /// # Errors
-/// Those of `produce`, [`LoadError::Device`], and [`LoadError::OtherPlan`] for places that do not
+/// Those of `produce`, [`LoadError::Device`], and [`LoadError::Internal`] for places that do not
 /// belong together.
 pub(super) fn put<const N: usize, T>(
     writers: &mut Writers,
@@ -179,7 +181,7 @@ pub(super) fn put<const N: usize, T>(
         return produce(places);
     };
     let way = writers.by_device.get_mut(device).and_then(Option::as_mut);
-    let way = way.ok_or(LoadError::OtherPlan)?;
+    let way = way.ok_or(LoadError::Internal("a device has no writer"))?;
     let nothing = Piece {
         start: 0,
         len: 0,
@@ -197,11 +199,13 @@ pub(super) fn put<const N: usize, T>(
                 in_workspace,
             } if same == device => (offset, len, in_workspace),
             Target::Host([]) => (0, 0, false),
-            _ => return Err(LoadError::OtherPlan),
+            _ => return Err(LoadError::Internal("parts of a tensor lie on two devices")),
         };
         let padded = len.next_multiple_of(ALIGNMENT).min(rest.len());
         let (first, others) = rest.split_at_mut(padded);
-        *place = first.get_mut(..len).ok_or(LoadError::OtherPlan)?;
+        *place = first
+            .get_mut(..len)
+            .ok_or(LoadError::Internal("a chunk is larger than its buffer"))?;
         match in_workspace {
             true => scales = Some(Piece { start, len, offset }),
             false => *piece = Piece { start, len, offset },
@@ -213,7 +217,11 @@ pub(super) fn put<const N: usize, T>(
     let written = match (way, &scales) {
         (way, None) => way.writer().write(&pieces),
         (Way::Quantizes { writer, .. }, Some(scales)) => writer.write_scaled(&pieces, scales),
-        (Way::Carries(_), Some(_)) => return Err(LoadError::OtherPlan),
+        (Way::Carries(_), Some(_)) => {
+            return Err(LoadError::Internal(
+                "scales for a device that does not quantize",
+            ));
+        }
     };
     written.map_err(LoadError::Device)?;
     Ok(result)
@@ -222,7 +230,7 @@ pub(super) fn put<const N: usize, T>(
 /// Has `read` fill a buffer, and a device quantize it as `job` says; from where is filled in here.
 ///
 /// # Errors
-/// Those of `read`, [`LoadError::Device`], and [`LoadError::OtherPlan`] for places that do not belong
+/// Those of `read`, [`LoadError::Device`], and [`LoadError::Internal`] for places that do not belong
 /// together.
 pub(super) fn put_to_quantize(
     writers: &mut Writers,
@@ -232,11 +240,16 @@ pub(super) fn put_to_quantize(
 ) -> Result<(), LoadError> {
     let way = writers.by_device.get_mut(device);
     let Some(Some(Way::Quantizes { writer, source })) = way else {
-        return Err(LoadError::OtherPlan);
+        return Err(LoadError::Internal(
+            "a device that does not quantize was asked to",
+        ));
     };
     let buffer = writer.stage().map_err(LoadError::Device)?;
     let bytes = job.elements * job.float.bytes();
-    read(buffer.get_mut(..bytes).ok_or(LoadError::OtherPlan)?)?;
+    let buffer = buffer
+        .get_mut(..bytes)
+        .ok_or(LoadError::Internal("a chunk is larger than its buffer"))?;
+    read(buffer)?;
     job.source = *source;
     writer.quantize(&job).map_err(LoadError::Device)
 }

@@ -333,7 +333,9 @@ impl<'a, 'm> Run<'a, 'm> {
             self.scale_target(&piece.codes, piece.scales, count),
         )
         else {
-            return Err(LoadError::OtherPlan);
+            return Err(LoadError::Internal(
+                "codes are not on a device that quantizes",
+            ));
         };
         let nonfinite = self
             .ways
@@ -350,7 +352,7 @@ impl<'a, 'm> Run<'a, 'm> {
                 true => ScalePlace::Workspace(offset),
                 false => ScalePlace::Reservation(offset),
             },
-            nonfinite: nonfinite.ok_or(LoadError::OtherPlan)?,
+            nonfinite: nonfinite.ok_or(LoadError::Internal("a device has no counters"))?,
         };
         put_to_quantize(&mut worker.writers, number, job, |buffer| {
             source.read(0, buffer)

@@ -341,6 +341,39 @@ fn a_device_that_shrank_since_the_plan_is_an_error_with_nothing_left_reserved() 
     assert_eq!(fixture.reserved_now(), 0);
 }
 
+/// As many tensors, each of another shape or type than was planned: a vocabulary that has grown, norms
+/// in f32, rows and columns that end elsewhere.
+#[test]
+fn a_plan_for_another_checkpoint_of_as_many_tensors_is_refused() {
+    let cases = cases();
+    for change in 0..3 {
+        let mut fixture = Fixture::new(&cases);
+        let others: Vec<Source> = cases
+            .iter()
+            .map(|(of, _)| {
+                let (mut dtype, mut shape) = (of.dtype, of.shape.clone());
+                let rows = shape.first_mut();
+                match (change, rows) {
+                    (0, Some(rows)) => *rows += 64,
+                    (1, Some(rows)) => *rows = rows.saturating_sub(1),
+                    (2, _) if dtype == DType::F32 => dtype = DType::Bf16,
+                    (2, _) if dtype.is_quantizable() => dtype = DType::F32,
+                    _ => {}
+                }
+                source(of.name, dtype, &shape)
+            })
+            .collect();
+        write_checkpoint(fixture.path.parent().unwrap(), &others);
+        fixture.checkpoint = Checkpoint::open(&fixture.path).unwrap();
+        let result = fixture.load(&LoadOptions::default());
+        assert!(
+            matches!(result, Err(LoadError::OtherPlan)),
+            "{change}: {result:?}"
+        );
+        assert_eq!(fixture.reserved_now(), 0);
+    }
+}
+
 #[test]
 fn a_plan_for_other_devices_is_refused() {
     let cases = cases();

@@ -153,6 +153,22 @@ impl Plan {
         Plan::lay_out(tensors, ties, devices, placements, headroom, true, &never)
     }
 
+    /// Returns whether the plan can have been made for these tensors: one entry for each, with the
+    /// parts that its type, shape and format give. What is loaded is found by the parts, so a plan for
+    /// another checkpoint would write past their ends.
+    pub fn is_for(&self, tensors: &[TensorInfo]) -> bool {
+        self.tensors.len() == tensors.len()
+            && self.tensors.iter().zip(tensors).all(|(planned, tensor)| {
+                if planned.placement.device.is_none() {
+                    return planned.parts.is_empty();
+                }
+                tensor_part_sizes(tensor, planned.placement.format).is_ok_and(|sizes| {
+                    let parts = planned.parts.iter().map(|part| (part.kind, part.bytes));
+                    sizes.iter().eq(parts)
+                })
+            })
+    }
+
     /// The headroom is reserved with the weights, or left free.
     pub(crate) fn lay_out(
         tensors: &[TensorInfo],

@@ -75,6 +75,9 @@ pub enum SaveError {
     /// The placements were made for another checkpoint.
     #[error("the placements were made for another checkpoint")]
     OtherPlan,
+    /// Something that cannot be: a fault of ours, please report it.
+    #[error("internal error: {0}; please report it")]
+    Internal(&'static str),
     /// The user asked to stop.
     #[error("cancelled")]
     Cancelled,

@@ -267,7 +267,11 @@ fn entries(
     let (quant_type, block_size) = match (&tensor.quantized, format) {
         (Some(quantized), _) => (quantized.quant_type, quantized.block_size),
         (None, Format::Nf4 { block_size, .. }) => (QuantType::Nf4, block_size),
-        (None, Format::Stored | Format::Cast(_)) => return Err(SaveError::OtherPlan),
+        (None, Format::Stored | Format::Cast(_)) => {
+            return Err(SaveError::Internal(
+                "a plain tensor has parts of a 4-bit one",
+            ));
+        }
     };
     let double = sizes.iter().any(|(kind, _)| kind == PartKind::NestedAbsmax);
     let mut entries = Vec::with_capacity(5);
@@ -364,7 +368,9 @@ impl ShardFile {
                 (text.len() <= entry.longest).then_some((entry.key.as_str(), text.len() as u64))
             })
             .collect();
-        let text = self.header_text(&states.ok_or(SaveError::OtherPlan)?);
+        let text = self.header_text(&states.ok_or(SaveError::Internal(
+            "a quant state is longer than was reckoned",
+        ))?);
         let mut header = (self.header_bytes as u64).to_le_bytes().to_vec();
         header.extend_from_slice(text.as_bytes());
         header.resize(8 + self.header_bytes, b' ');

@@ -372,7 +372,7 @@ impl OpenShard<'_> {
         let offset = self
             .shard
             .offset(weight, content)
-            .ok_or(SaveError::OtherPlan)?
+            .ok_or(SaveError::Internal("a shard has no place for a tensor"))?
             + start;
         self.target
             .write_at(&mut self.file, &self.shard.file_name, offset, bytes)
@@ -389,7 +389,9 @@ impl OpenShard<'_> {
                 self.write(weight, content, 0, bytes)?;
             }
         }
-        let quantization = tensor.quantization().ok_or(SaveError::OtherPlan)?;
+        let quantization = tensor.quantization().ok_or(SaveError::Internal(
+            "a 4-bit tensor says nothing of its format",
+        ))?;
         let state = quant_state::text(tensor.dtype(), tensor.shape(), &quantization);
         self.write_constants(weight, &quantization, state)
     }

@@ -150,6 +150,7 @@ impl From<LoadError> for CallError {
             LoadError::NonFinite { .. }
             | LoadError::Staging(_)
             | LoadError::OtherPlan
+            | LoadError::Internal(_)
             | LoadError::Kernel(_) => CallError::Trap(error.into()),
         }
     }
