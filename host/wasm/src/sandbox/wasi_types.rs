@@ -200,7 +200,7 @@ mod tests {
             names.count()
         };
         for (package, functions) in [
-            ("wasi:io/", 18),
+            ("wasi:io/", 19),
             ("wasi:clocks/", 8),
             ("wasi:random/", 5),
             ("wasi:filesystem/", 30),
