@@ -18,6 +18,10 @@ pub enum CheckError {
         path: PathBuf,
         source: std::io::Error,
     },
+    /// It is a directory, a pipe or a device.
+    #[error("{path:?} is not a regular file")]
+    #[allow(missing_docs, reason = "the file")]
+    NotAFile { path: PathBuf },
     /// It is too long.
     #[error("scenario file {path:?} is longer than {limit} bytes")]
     #[allow(missing_docs, reason = "the file, and what is read")]

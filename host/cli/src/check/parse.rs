@@ -1,7 +1,7 @@
 //! From the text of a scenario file to cases that can be run.
 
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
@@ -118,17 +118,22 @@ impl ScenarioFile {
     /// # Errors
     /// [`CheckError`], with the line where there is one.
     pub fn read(path: &Path) -> Result<ScenarioFile, CheckError> {
+        let failed = |source: io::Error| match source.kind() {
+            io::ErrorKind::NotFound => CheckError::Missing { path: path.into() },
+            _ => CheckError::Unreadable {
+                path: path.into(),
+                source,
+            },
+        };
+        // Opening a pipe would wait for whoever writes to it.
+        if !fs::metadata(path).map_err(failed)?.is_file() {
+            return Err(CheckError::NotAFile { path: path.into() });
+        }
         let mut text = String::new();
         // One byte more than is legal, so that a longer file is seen whatever its size said.
         File::open(path)
             .and_then(|file| file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text))
-            .map_err(|source| match source.kind() {
-                io::ErrorKind::NotFound => CheckError::Missing { path: path.into() },
-                _ => CheckError::Unreadable {
-                    path: path.into(),
-                    source,
-                },
-            })?;
+            .map_err(failed)?;
         if text.len() as u64 > MAX_FILE_BYTES {
             return Err(CheckError::TooLarge {
                 path: path.into(),

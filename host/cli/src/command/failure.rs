@@ -221,6 +221,7 @@ impl Failure {
                 CheckError::Cancelled => report("interrupted"),
                 CheckError::Missing { path }
                 | CheckError::Unreadable { path, .. }
+                | CheckError::NotAFile { path }
                 | CheckError::TooLarge { path, .. }
                 | CheckError::Invalid { path, .. } => report("scenario").at(path),
             },
