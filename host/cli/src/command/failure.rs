@@ -172,7 +172,7 @@ impl Failure {
             },
             Failure::Hub(error) => match error {
                 HubError::Cancelled => report("interrupted"),
-                HubError::Io { path, .. } => report("hub").at(path),
+                HubError::Io { path, .. } | HubError::LeadsOut { path } => report("hub").at(path),
                 _ => report("hub"),
             },
             Failure::Synth(error) => match error {

@@ -25,6 +25,15 @@ pub enum HubError {
         looked_for: PathBuf,
     },
 
+    /// A file or directory of the cache is a link, or no file or directory: nothing is written
+    /// through it.
+    #[error(
+        "{path:?} in the local Hugging Face cache is a link, or neither file nor directory; nothing \
+         is written there: remove it, and the model is downloaded"
+    )]
+    #[allow(missing_docs, reason = "what is in the way")]
+    LeadsOut { path: PathBuf },
+
     /// The hub has no such model, or no such revision of it.
     #[error(
         "there is no model '{model}' with revision '{revision}', neither as a path nor in the \
