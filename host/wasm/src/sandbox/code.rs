@@ -24,7 +24,7 @@ const DESCRIBED_BY: u64 = 2;
 /// Bytes that code takes at least, and how many there may be for each of the component. A policy takes
 /// four times its own.
 const SHORT_CODE: u64 = 1 << 20;
-const COMPILED_FROM: u64 = 64;
+const COMPILED_FROM: u64 = 16;
 
 /// What keeps a guest of so many bytes from being loaded that is compiled to so many: it has to be in
 /// proportion to the limits, and to the guest.

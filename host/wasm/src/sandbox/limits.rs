@@ -57,7 +57,7 @@ pub struct Limits {
     /// Bytes of address space for compiling it, where that is done by
     /// [`Compiler::Child`](super::Compiler::Child).
     pub compile_memory: u64,
-    /// Bytes of what it is compiled to: for Python and JavaScript about 32 MB. While it is loaded twice
+    /// Bytes of what it is compiled to: for Python and JavaScript about 40 MB. While it is loaded twice
     /// as much is in use.
     pub compiled: u64,
 }
@@ -86,7 +86,7 @@ impl Default for Limits {
             function: 512 << 10,
             compile_time: Duration::from_secs(60),
             compile_memory: 2 << 30,
-            compiled: 64 << 20,
+            compiled: 128 << 20,
         }
     }
 }
