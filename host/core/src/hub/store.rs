@@ -83,7 +83,7 @@ impl Entry {
 
     /// Makes the directory of a path in the entry.
     fn make_parent<'p>(&self, path: &'p Path) -> Result<&'p Path, HubError> {
-        let directory = path.parent().unwrap_or(&self.path);
+        let directory = path.parent().unwrap_or(path);
         self.make_directory(directory.strip_prefix(&self.path).unwrap_or(directory))?;
         Ok(directory)
     }

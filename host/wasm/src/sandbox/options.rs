@@ -47,7 +47,7 @@ pub enum Compiler {
 /// these arguments: mostly the embedder's own.
 ///
 /// ```no_run
-/// use crate::policy::WasmPolicy;
+/// use tightfit_wasm::policy::WasmPolicy;
 /// use tightfit_wasm::sandbox::{Compiler, CompilerProgram, Options, compile_for_parent};
 ///
 /// // First of all, before anything else is started or opened.
