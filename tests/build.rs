@@ -15,7 +15,7 @@ fn main() -> ExitCode {
         "guests/Cargo.lock",
         "../guest/program",
         "../guest/examples/load-and-check",
-        "../guest/names",
+        "../guest/common",
         "../guest/src",
         "../guest/Cargo.toml",
         "../Cargo.lock",

@@ -61,7 +61,7 @@ pub use bindings::tightfit::host::types::{
     Device, DeviceKind, Dtype as DType, Error, ErrorCode, Format, Nf4Format, Placement, Tensor,
 };
 pub use log::log;
-pub use tightfit_names::patterns;
+pub use tightfit_common::patterns;
 
 /// A placement policy. Export it with [`policy!`].
 pub trait Policy {

@@ -76,47 +76,27 @@ use crate::bindings::tightfit::host::sizing::stored_bytes;
 #[cfg(not(target_family = "wasm"))]
 use native::stored_bytes;
 
-/// The documented arithmetic again, so that policies can be tested without a host. In wasm the
-/// host's own is what counts.
+/// The host's arithmetic, so that policies can be tested without a host.
 #[cfg(not(target_family = "wasm"))]
 mod native {
-    use crate::{DType, Error, ErrorCode, Format, StoredSize};
+    use tightfit_common::sizes;
 
-    /// Every part of a tensor starts at a multiple of this many bytes.
-    const ALIGNMENT: u64 = 256;
-    /// Scales that share a scale of their own in double quantization.
-    const NESTED_BLOCK: u64 = 256;
+    use crate::{DType, Error, ErrorCode, Format, StoredSize};
 
     pub(super) fn stored_bytes(
         dtype: DType,
         shape: &[u64],
         format: Format,
     ) -> Result<StoredSize, Error> {
-        let elements = if shape.contains(&0) {
-            Some(0)
-        } else {
-            shape.iter().try_fold(1u64, |n, &size| n.checked_mul(size))
-        };
-        let elements = elements.ok_or_else(overflow)?;
         let is_float = |dtype| matches!(dtype, DType::Bf16 | DType::F16 | DType::F32);
         let parts = match format {
-            Format::Stored => [bytes(elements, dtype)?, 0, 0],
-            Format::Cast(to) if is_float(dtype) && is_float(to) => [bytes(elements, to)?, 0, 0],
-            Format::Nf4(nf4)
-                if is_float(dtype)
-                    && nf4.block_size.is_power_of_two()
-                    && (32..=4096).contains(&nf4.block_size) =>
-            {
-                let blocks = elements.div_ceil(nf4.block_size.into());
-                if nf4.double_quantized {
-                    [
-                        elements.div_ceil(2),
-                        blocks,
-                        4 * blocks.div_ceil(NESTED_BLOCK),
-                    ]
-                } else {
-                    [elements.div_ceil(2), 4 * blocks, 0]
-                }
+            Format::Stored => sizes::plain(shape, bits(dtype)).map(|bytes| [bytes, 0, 0]),
+            Format::Cast(to) if is_float(dtype) && is_float(to) => {
+                sizes::plain(shape, bits(to)).map(|bytes| [bytes, 0, 0])
+            }
+            Format::Nf4(nf4) if is_float(dtype) && sizes::is_block_size(nf4.block_size) => {
+                sizes::nf4(shape, bits(dtype), nf4.block_size, nf4.double_quantized)
+                    .map(|parts| [parts.codes, parts.absmax, parts.nested_absmax.unwrap_or(0)])
             }
             Format::Cast(_) | Format::Nf4(_) => {
                 return Err(Error {
@@ -125,22 +105,19 @@ mod native {
                 });
             }
         };
-        let mut size = StoredSize {
-            requested: 0,
-            padded: 0,
-        };
-        for part in parts {
-            let padded = part
-                .checked_next_multiple_of(ALIGNMENT)
-                .ok_or_else(overflow)?;
-            size.requested = size.requested.checked_add(part).ok_or_else(overflow)?;
-            size.padded = size.padded.checked_add(padded).ok_or_else(overflow)?;
-        }
-        Ok(size)
+        let parts = parts.ok_or_else(|| Error {
+            code: ErrorCode::Overflow,
+            message: "the size does not fit in 64 bits, or ends inside a byte".into(),
+        })?;
+        let padded = |bytes: u64| bytes.next_multiple_of(sizes::PART_ALIGNMENT);
+        Ok(StoredSize {
+            requested: parts.iter().sum(),
+            padded: parts.into_iter().map(padded).sum(),
+        })
     }
 
-    fn bytes(elements: u64, dtype: DType) -> Result<u64, Error> {
-        let bits = match dtype {
+    fn bits(dtype: DType) -> u64 {
+        match dtype {
             DType::F4 => 4,
             DType::F6E2m3 | DType::F6E3m2 => 6,
             DType::Bool | DType::U8 | DType::I8 => 8,
@@ -148,15 +125,6 @@ mod native {
             DType::U16 | DType::I16 | DType::F16 | DType::Bf16 => 16,
             DType::U32 | DType::I32 | DType::F32 => 32,
             DType::U64 | DType::I64 | DType::F64 | DType::C64 => 64,
-        };
-        let bits = elements.checked_mul(bits).ok_or_else(overflow)?;
-        Ok(bits.div_ceil(8))
-    }
-
-    fn overflow() -> Error {
-        Error {
-            code: ErrorCode::Overflow,
-            message: "the size does not fit in 64 bits".into(),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use tightfit_common::sizes;
 use tightfit_kernels::FloatType;
 
 /// Element type of a tensor, as safetensors names them.
@@ -127,8 +128,7 @@ impl DType {
     /// Bytes of a tensor of this type and shape, as safetensors stores it: row-major, without
     /// padding. `None` when the size does not fit in 64 bits or is not a whole number of bytes.
     pub fn tensor_bytes(self, shape: &[u64]) -> Option<u64> {
-        let bits = elements(shape)?.checked_mul(self.bits())?;
-        bits.is_multiple_of(8).then_some(bits / 8)
+        sizes::tensor_bytes(shape, self.bits())
     }
 }
 
@@ -141,16 +141,7 @@ impl fmt::Display for DType {
     }
 }
 
-/// Elements of a tensor of this shape (1 for a scalar), or `None` when they do not fit in 64 bits.
-pub fn elements(shape: &[u64]) -> Option<u64> {
-    // A zero anywhere makes the product zero, also where the other factors would overflow.
-    if shape.contains(&0) {
-        return Some(0);
-    }
-    shape
-        .iter()
-        .try_fold(1u64, |product, &dimension| product.checked_mul(dimension))
-}
+pub use tightfit_common::sizes::elements;
 
 /// How a tensor is stored on its device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -205,7 +196,7 @@ impl FromStr for Format {
             None => (text, None),
             Some((name, digits)) => {
                 let size: u32 = digits.parse().map_err(|_| error())?;
-                let legal = BLOCK_SIZES.contains(&size) && size.is_power_of_two();
+                let legal = sizes::is_block_size(size);
                 (name, Some(legal.then_some(size).ok_or_else(error)?))
             }
         };
@@ -236,8 +227,7 @@ pub struct ParseFormatError {
     pub text: String,
 }
 
-/// Smallest and largest block size that bitsandbytes' 4-bit kernels have.
-pub const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 32..=4096;
+pub use tightfit_common::sizes::BLOCK_SIZES;
 
 /// The table of a 4-bit format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -306,44 +296,12 @@ impl fmt::Display for Bytes {
     }
 }
 
-/// A size as users write it: `1234`, `64MiB`, `1.5GiB`, `24GB` (decimal), `512K` (binary).
+/// Parses a size as users write it: `1234`, `64MiB`, `1.5GiB`, `24GB` (decimal), `512K` (binary).
 ///
 /// # Errors
 /// A sentence naming the text when it is not a number with such a unit or does not fit in 64 bits.
 pub fn parse_bytes(text: &str) -> Result<u64, String> {
-    let trimmed = text.trim();
-    let split = trimmed
-        .find(|c: char| !(c.is_ascii_digit() || c == '.'))
-        .unwrap_or(trimmed.len());
-    let (number, unit) = trimmed.split_at(split);
-    let unit: u64 = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "k" | "ki" | "kib" => 1 << 10,
-        "m" | "mi" | "mib" => 1 << 20,
-        "g" | "gi" | "gib" => 1 << 30,
-        "t" | "ti" | "tib" => 1 << 40,
-        "kb" => 1_000,
-        "mb" => 1_000_000,
-        "gb" => 1_000_000_000,
-        "tb" => 1_000_000_000_000,
-        _ => {
-            return Err(format!(
-                "'{text}' is not a size: use a number with B, KiB, MiB, GiB, TiB, KB, MB, GB or TB"
-            ));
-        }
-    };
-    let invalid = || format!("'{text}' is not a size such as 24GiB or 512MiB");
-    if let Ok(whole) = number.parse::<u64>() {
-        return whole
-            .checked_mul(unit)
-            .ok_or_else(|| format!("'{text}' does not fit in 64 bits"));
-    }
-    let value: f64 = number.parse().map_err(|_| invalid())?;
-    let bytes = value * unit as f64;
-    if !bytes.is_finite() || bytes >= u64::MAX as f64 {
-        return Err(format!("'{text}' does not fit in 64 bits"));
-    }
-    Ok(bytes as u64)
+    tightfit_common::bytes::parse_bytes(text).map_err(|error| error.to_string())
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use tightfit_names::patterns::{Patterns, glob};
+use tightfit_common::patterns::{Patterns, glob};
 
 use super::expect::{
     Balance, DeviceExpect, DeviceRule, Expect, Fails, FailureKind, Reason, Refused, TensorExpect,

@@ -9,7 +9,7 @@ fn proposed(tensors: &[TensorInfo], matrices: Format, boundary: u32, headroom: u
     let placements: Vec<Placement> = tensors
         .iter()
         .map(|tensor| {
-            let layer = tightfit_names::layer_of(&tensor.name).map(|(_, layer)| layer);
+            let layer = tightfit_common::names::layer_of(&tensor.name).map(|(_, layer)| layer);
             Placement {
                 device: Some(u32::from(layer.is_some_and(|layer| layer >= boundary))),
                 format: match tensor.name.contains("proj") {

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
 
-use tightfit_names::{TensorKind, layer_of, module_of, side_branch_of};
+use tightfit_common::names::{TensorKind, layer_of, module_of, side_branch_of};
 
 use tightfit::checkpoint::TensorInfo;
 use tightfit::plan::Plan;

@@ -4,7 +4,7 @@
 use std::borrow::Cow;
 use std::fmt::Write;
 
-use tightfit_names::{layer_of, module_of, side_branch_of};
+use tightfit_common::names::{layer_of, module_of, side_branch_of};
 
 use super::places::{Names, short};
 use tightfit::checkpoint::TensorInfo;

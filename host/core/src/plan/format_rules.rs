@@ -1,6 +1,6 @@
 //! Formats that the user fixes, whatever the policy: `--set format:"*.experts.*"=nf4`.
 
-use tightfit_names::patterns::Patterns;
+use tightfit_common::patterns::Patterns;
 
 use super::{SizeError, tensor_part_sizes};
 use crate::checkpoint::{TensorInfo, Tie};

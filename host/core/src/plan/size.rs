@@ -1,15 +1,12 @@
-//! What a tensor takes on a device, to the byte. The only place where this is computed: plans,
-//! policies (through `sizing`) and the loader all ask here.
+//! What a tensor takes on a device, to the byte: the arithmetic of [`tightfit_common::sizes`], in the
+//! words of plans.
+
+use tightfit_common::sizes;
 
 use crate::checkpoint::TensorInfo;
-use crate::types::{BLOCK_SIZES, DType, Format, elements};
+use crate::types::{DType, Format};
 
-/// Every stored part starts at a multiple of this many bytes: what CUDA allocations guarantee and
-/// vectorized kernels want.
-pub const PART_ALIGNMENT: u64 = 256;
-
-/// Scales that share one nested scale under double quantization (bitsandbytes' fixed choice).
-pub const NESTED_BLOCK_SIZE: u64 = 256;
+pub use tightfit_common::sizes::{NESTED_BLOCK_SIZE, PART_ALIGNMENT};
 
 /// What a part of a stored tensor holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -103,21 +100,17 @@ pub fn part_sizes(dtype: DType, shape: &[u64], format: Format) -> Result<PartSiz
         dtype,
         shape: shape.to_vec(),
     };
-    // A bound well below 2^64 keeps every later sum and rounding free of overflow checks.
-    let bounded = |bytes: Option<u64>| bytes.filter(|&b| b <= 1 << 60).ok_or_else(overflow);
     match format {
-        Format::Stored => Ok(PartSizes::new([(
-            PartKind::Data,
-            bounded(dtype.tensor_bytes(shape))?,
-        )])),
+        Format::Stored => {
+            let bytes = sizes::plain(shape, dtype.bits()).ok_or_else(overflow)?;
+            Ok(PartSizes::new([(PartKind::Data, bytes)]))
+        }
         Format::Cast(target) => {
             if !dtype.is_quantizable() || !target.is_quantizable() {
                 return Err(illegal("casts are between bf16, f16 and f32"));
             }
-            Ok(PartSizes::new([(
-                PartKind::Data,
-                bounded(target.tensor_bytes(shape))?,
-            )]))
+            let bytes = sizes::plain(shape, target.bits()).ok_or_else(overflow)?;
+            Ok(PartSizes::new([(PartKind::Data, bytes)]))
         }
         Format::Nf4 {
             block_size,
@@ -126,24 +119,16 @@ pub fn part_sizes(dtype: DType, shape: &[u64], format: Format) -> Result<PartSiz
             if !dtype.is_quantizable() {
                 return Err(illegal("NF4 is made from bf16, f16 or f32"));
             }
-            if !BLOCK_SIZES.contains(&block_size) || !block_size.is_power_of_two() {
+            if !sizes::is_block_size(block_size) {
                 return Err(illegal("the block size is a power of two from 32 to 4096"));
             }
-            bounded(dtype.tensor_bytes(shape))?;
-            let n = elements(shape).ok_or_else(overflow)?;
-            let codes = (PartKind::Codes, n.div_ceil(2));
-            let blocks = n.div_ceil(u64::from(block_size));
-            Ok(if double_quantized {
-                PartSizes::new([
-                    codes,
-                    (PartKind::Absmax, blocks),
-                    (
-                        PartKind::NestedAbsmax,
-                        4 * blocks.div_ceil(NESTED_BLOCK_SIZE),
-                    ),
-                ])
-            } else {
-                PartSizes::new([codes, (PartKind::Absmax, 4 * blocks)])
+            let parts = sizes::nf4(shape, dtype.bits(), block_size, double_quantized)
+                .ok_or_else(overflow)?;
+            let codes = (PartKind::Codes, parts.codes);
+            let absmax = (PartKind::Absmax, parts.absmax);
+            Ok(match parts.nested_absmax {
+                Some(nested) => PartSizes::new([codes, absmax, (PartKind::NestedAbsmax, nested)]),
+                None => PartSizes::new([codes, absmax]),
             })
         }
     }

@@ -1,7 +1,7 @@
 //! What fills each device, to the byte.
 
 use serde::Serialize;
-use tightfit_names::TensorKind;
+use tightfit_common::names::TensorKind;
 
 use super::purpose;
 use crate::checkpoint::TensorInfo;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use tightfit_names::TensorKind;
+use tightfit_common::names::TensorKind;
 
 use super::purpose;
 use crate::checkpoint::{Checkpoint, Config, TensorInfo};

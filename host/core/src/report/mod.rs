@@ -16,7 +16,7 @@ pub use json::{
 
 pub use to_json::to_json;
 
-use tightfit_names::{TensorKind, kind_of};
+use tightfit_common::names::{TensorKind, kind_of};
 
 use crate::checkpoint::TensorInfo;
 

@@ -1,6 +1,6 @@
 //! Patterns over module names, as a user writes them in a setting.
 
-use crate::module_of;
+use crate::names::module_of;
 
 /// A list of patterns.
 ///

@@ -6,10 +6,6 @@
 //!
 //! Policies and the host read names by the same rules, so that a report calls a tensor what the
 //! policy took it for.
-#![forbid(unsafe_code)]
-
-pub mod patterns;
-
 /// What a tensor is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum TensorKind {

@@ -1,0 +1,10 @@
+//! What Tightfit's host and its guests have to agree on: what the names of a checkpoint's tensors
+//! say, how users write sizes, and what a tensor takes on a device, to the byte.
+//!
+//! Nothing here depends on anything.
+#![forbid(unsafe_code)]
+
+pub mod bytes;
+pub mod names;
+pub mod patterns;
+pub mod sizes;
