@@ -46,7 +46,7 @@ pub(crate) enum Command {
     Load(LoadOptions),
     /// Quantize a checkpoint and write it, as bitsandbytes and transformers read it
     Save(SaveCommand),
-    /// Run a program: a program in wasm that loads models and works with them, sandboxed
+    /// Run a program in wasm that loads models and works with them, sandboxed
     Run(RunOptions),
     /// Test policies: run scenario files, and judge what comes of them
     Check(CheckOptions),
