@@ -23,3 +23,16 @@ pub mod status;
 pub mod synth;
 pub mod text;
 pub mod types;
+
+pub use cancel::CancelToken;
+pub use checkpoint::Checkpoint;
+pub use device::{Device, HostDevice};
+pub use load::LoadOptions;
+pub use model::{Model, Tensor};
+pub use plan::Plan;
+pub use policy::Policy;
+pub use types::{DType, Format, Placement};
+
+/// The arithmetic, of which [`LoadOptions::kernels`] and [`Tensor::to_float`] speak: `FloatType`,
+/// `Kernels`, `KernelError`.
+pub use tightfit_kernels as kernels;
