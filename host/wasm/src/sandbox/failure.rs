@@ -1,9 +1,9 @@
 //! Every way in which a guest can fail.
 
 use super::Mismatch;
-#[cfg(feature = "compile")]
 use tightfit::policy::PolicyError;
 use tightfit::status::Status;
+#[cfg(feature = "compile")]
 use tightfit::text::truncate;
 use tightfit::types::Bytes;
 

@@ -5,17 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use super::bindings::tightfit::host::log::Level;
-
-/// Hands a message to `tracing`, and waits as long as its subscriber does.
-pub(super) fn emit(level: Level, message: &str) {
-    match level {
-        Level::Error => tracing::error!(target: "tightfit::guest", "{message}"),
-        Level::Warn => tracing::warn!(target: "tightfit::guest", "{message}"),
-        Level::Info => tracing::info!(target: "tightfit::guest", "{message}"),
-        Level::Debug => tracing::debug!(target: "tightfit::guest", "{message}"),
-        Level::Trace => tracing::trace!(target: "tightfit::guest", "{message}"),
-    }
-}
+use super::emit;
 
 /// Messages that wait. How many is limited by whoever puts them here.
 #[derive(Debug, Clone, Default)]

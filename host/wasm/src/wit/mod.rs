@@ -6,7 +6,7 @@
 //! 4. Instantiate a policy and ask it through [`Planner`].
 //!
 //! Asynchronous stores need nothing else: the host functions are added by the same
-//! [`add_to_linker`], and with the feature `wit-async` a [`Planner`] can be awaited.
+//! [`add_to_linker`], and with the feature `async` a [`Planner`] can be awaited.
 //!
 //! No engine is made and no guest is called here; the runner in [`crate::policy`] is one user of
 //! this module and another application's linker can be the next. Host functions never block; what a
@@ -16,6 +16,7 @@
 
 pub mod bindings;
 pub(crate) mod convert;
+#[cfg(feature = "compile")]
 pub(crate) mod messages;
 mod planner;
 pub mod program;
@@ -25,6 +26,7 @@ pub use planner::Planner;
 use wasmtime::component::{HasData, Linker};
 
 use bindings::tightfit::host::{log, sizing, types};
+#[cfg(feature = "compile")]
 use messages::Messages;
 use tightfit::plan::{SizeError, part_sizes};
 use tightfit::text::{shown_bytes, truncate};
@@ -37,6 +39,7 @@ pub struct Context {
     log_left: usize,
     text_limit: usize,
     /// Where messages wait for the end of the call, if they do.
+    #[cfg(feature = "compile")]
     kept: Option<Messages>,
 }
 
@@ -69,6 +72,7 @@ impl Context {
             last_error: None,
             log_left: log_bytes,
             text_limit: text_bytes,
+            #[cfg(feature = "compile")]
             kept: None,
         }
     }
@@ -82,9 +86,30 @@ impl Context {
         }
     }
 
+    /// Puts a message aside where messages wait, and hands it to `tracing` otherwise.
+    fn pass_on(&self, level: log::Level, message: &str) {
+        #[cfg(feature = "compile")]
+        if let Some(messages) = &self.kept {
+            messages.push(level, message.to_owned());
+            return;
+        }
+        emit(level, message);
+    }
+
     /// The last message that the guest logged as an error: before a trap, why it gave up.
     pub fn last_error(&self) -> Option<&str> {
         self.last_error.as_deref()
+    }
+}
+
+/// Hands a message to `tracing`, and waits as long as its subscriber does.
+fn emit(level: log::Level, message: &str) {
+    match level {
+        log::Level::Error => tracing::error!(target: "tightfit::guest", "{message}"),
+        log::Level::Warn => tracing::warn!(target: "tightfit::guest", "{message}"),
+        log::Level::Info => tracing::info!(target: "tightfit::guest", "{message}"),
+        log::Level::Debug => tracing::debug!(target: "tightfit::guest", "{message}"),
+        log::Level::Trace => tracing::trace!(target: "tightfit::guest", "{message}"),
     }
 }
 
@@ -153,10 +178,7 @@ impl log::Host for Context {
         if self.log_left > 0 {
             let shown: usize = message.chars().map(shown_bytes).sum();
             self.log_left = self.log_left.saturating_sub(MESSAGE_BYTES + shown);
-            match &self.kept {
-                Some(messages) => messages.push(level, message.clone()),
-                None => messages::emit(level, &message),
-            }
+            self.pass_on(level, &message);
         }
         if let log::Level::Error = level {
             self.last_error = Some(message);
