@@ -107,7 +107,7 @@ impl Weights {
         } else {
             byte & 15
         };
-        let value = self.quant_type.code_values()[usize::from(code)];
+        let value = tightfit_kernels::code_values(self.quant_type)[usize::from(code)];
         f64::from(value) * f64::from(self.absmax[i / self.block_size.elements()])
     }
 }

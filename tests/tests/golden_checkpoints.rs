@@ -143,7 +143,7 @@ fn check_double_by_hand(loaded: Tensor<'_>, absmax: &[f32], map: &[f32], context
     let expected = double_quantize(absmax, map);
     let name = loaded.name();
     assert_eq!(
-        loaded.nested_offset(),
+        loaded.absmax_mean(),
         Some(expected.offset),
         "offset of {name}, {context}"
     );

@@ -146,7 +146,7 @@ fn what_was_saved_is_loaded_as_it_would_have_been_without_and_saved_again_to_the
             let values = |contents: Contents| -> Vec<_> {
                 let contents = contents.into_iter();
                 contents
-                    .map(|(name, stored)| (name, stored.parts, stored.nested_offset))
+                    .map(|(name, stored)| (name, stored.parts, stored.absmax_mean))
                     .collect()
             };
             let loaded = values(contents(&load_with_auto(&first, SIM, settings)));

@@ -134,7 +134,7 @@ pub struct TightfitTensor {
     /// Nonzero if its scales are stored in 8 bits.
     pub double_quantized: u32,
     /// The mean of the scales of a double-quantized weight, to be added to each.
-    pub nested_offset: f32,
+    pub absmax_mean: f32,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, and holds numbers and pointers.
@@ -265,7 +265,7 @@ fn describe(
     let tensor = model.tensor(index)?;
     let texts = &model.texts[index];
     let quantization = tensor.quantization();
-    let nested_offset = tensor.nested_offset();
+    let absmax_mean = tensor.absmax_mean();
     let quant_type: Option<&'static CStr> = quantization.map(|given| match given.quant_type {
         QuantType::Nf4 => c"nf4",
         QuantType::Fp4 => c"fp4",
@@ -283,9 +283,9 @@ fn describe(
         elements: elements(tensor.shape()).unwrap_or(0),
         parts: tensor.parts().len(),
         quant_type: quant_type.map_or(std::ptr::null(), CStr::as_ptr),
-        block_size: quantization.map_or(0, |given| given.block_size),
-        double_quantized: nested_offset.is_some().into(),
-        nested_offset: nested_offset.unwrap_or(0.0),
+        block_size: quantization.map_or(0, |given| given.block_size.into()),
+        double_quantized: absmax_mean.is_some().into(),
+        absmax_mean: absmax_mean.unwrap_or(0.0),
     })
 }
 

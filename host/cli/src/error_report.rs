@@ -183,6 +183,11 @@ impl From<&PolicyError> for ErrorReport {
                     ..report("policy")
                 },
             },
+            PolicyError::BadAnswer { policy, tensor, .. } => ErrorReport {
+                guest: Some(policy.clone()),
+                tensor: Some(tensor.clone()),
+                ..report("bad-plan")
+            },
             PolicyError::UnknownSetting { policy, name, .. } => ErrorReport {
                 guest: Some(policy.clone()),
                 setting: Some(name.clone()),

@@ -32,10 +32,7 @@ impl Policy for LayersInNf4 {
             Placement {
                 device: Some(0),
                 format: match quantize {
-                    true => Format::Nf4 {
-                        block_size: 64,
-                        double_quantized: false,
-                    },
+                    true => Format::NF4,
                     false => Format::Stored,
                 },
             }

@@ -66,10 +66,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Ok(median(&mut times))
     };
     let shape = [4096, 4096];
-    let format = Format::Nf4 {
-        block_size: 64,
-        double_quantized: false,
-    };
+    let format = Format::NF4;
     let mut arithmetic = Vec::new();
     for _ in 0..REPEATS {
         let start = Instant::now();

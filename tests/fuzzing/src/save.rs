@@ -265,10 +265,7 @@ fn open_and_save(directory: &Path, target: &Path) -> Result<Saved, String> {
     let placement = |dtype: DType| Placement {
         device: Some(0),
         format: match dtype.is_quantizable() {
-            true => Format::Nf4 {
-                block_size: 64,
-                double_quantized: true,
-            },
+            true => Format::NF4_DOUBLE,
             false => Format::Stored,
         },
     };

@@ -21,7 +21,7 @@ use tightfit::device::{CudaDevice, Device, HostDevice};
 use tightfit::load::{LoadError, LoadOptions, QuantizeOn, load};
 use tightfit::model::Model;
 use tightfit::plan::Plan;
-use tightfit::types::{DType, Format, Placement};
+use tightfit::types::{BlockSize, DType, Format, Placement};
 use tightfit_tests::loading::{Contents, contents};
 use tightfit_tests::models;
 
@@ -225,7 +225,10 @@ impl Kinds {
     }
 }
 
-const fn nf4(block_size: u32, double_quantized: bool) -> Format {
+const fn nf4(block_size: usize, double_quantized: bool) -> Format {
+    let Ok(block_size) = BlockSize::new(block_size) else {
+        panic!("it is no block size");
+    };
     Format::Nf4 {
         block_size,
         double_quantized,

@@ -140,7 +140,7 @@ impl Tensor<'_> {
                 (dtype, self.shape().to_vec())
             }
             PartKind::Codes => (DType::U8, vec![bytes, 1]),
-            PartKind::Absmax if self.nested_offset().is_some() => (DType::U8, vec![bytes]),
+            PartKind::Absmax if self.absmax_mean().is_some() => (DType::U8, vec![bytes]),
             PartKind::Absmax | PartKind::NestedAbsmax => (DType::F32, vec![bytes / 4]),
         };
         let host = part.host().map(|bytes| bytes.as_ptr().expose_provenance());

@@ -201,7 +201,7 @@ pub fn load_reserved(
         checkpoint,
         plan,
         memory,
-        finished.nested_offsets,
+        finished.absmax_means,
         stats,
         cancel,
     )?)

@@ -20,7 +20,7 @@ use crate::plan::Plan;
 /// What is known of tensors only after they were read.
 pub(super) struct Finished {
     /// The offset of every double-quantized tensor.
-    pub(super) nested_offsets: Vec<f32>,
+    pub(super) absmax_means: Vec<f32>,
     /// Blocks with infinities or NaN, by tensor.
     pub(super) nonfinite: BTreeMap<usize, u64>,
 }
@@ -105,7 +105,7 @@ impl<'a, 'm> Run<'a, 'm> {
             bytes_read: AtomicU64::new(0),
             bytes_total: placed.map(|(tensor, _)| tensor.source_bytes()).sum(),
             finished: Mutex::new(Finished {
-                nested_offsets: vec![0.0; tensors.len()],
+                absmax_means: vec![0.0; tensors.len()],
                 nonfinite: BTreeMap::new(),
             }),
         }
@@ -411,7 +411,7 @@ impl<'a, 'm> Run<'a, 'm> {
                 (offset, Returned::OnDevice { device, scratch })
             }
         };
-        self.finished().nested_offsets[tensor] = offset;
+        self.finished().absmax_means[tensor] = offset;
         self.queue.return_scratch(returned);
         Ok(())
     }

@@ -15,9 +15,9 @@ use crate::plan::PartKind;
 use crate::types::{DType, Placement};
 use sources::{Source, source, write_checkpoint};
 
-pub(crate) fn nf4(block_size: u32, double_quantized: bool) -> Format {
+pub(crate) fn nf4(block_size: usize, double_quantized: bool) -> Format {
     Format::Nf4 {
-        block_size,
+        block_size: BlockSize::new(block_size).unwrap(),
         double_quantized,
     }
 }
@@ -134,7 +134,6 @@ fn check(source: &Source, format: Format, tensor: Tensor<'_>) {
             double_quantized,
         } => {
             let float = source.dtype.float_type().unwrap();
-            let block_size = BlockSize::new(block_size as usize).unwrap();
             let elements = source.bytes.len() / float.bytes();
             let mut codes = vec![0; tightfit_kernels::packed_bytes(elements)];
             let mut absmax = vec![0.0; tightfit_kernels::blocks(elements, block_size)];
@@ -157,7 +156,7 @@ fn check(source: &Source, format: Format, tensor: Tensor<'_>) {
                     source.name
                 );
                 assert_eq!(
-                    tensor.quantization().unwrap().nested_offset,
+                    tensor.quantization().unwrap().absmax_mean,
                     Some(offset),
                     "{}",
                     source.name

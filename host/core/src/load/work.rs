@@ -435,7 +435,7 @@ fn kind(dtype: DType, planned: &PlannedTensor) -> Option<Kind> {
         },
         Format::Nf4 { block_size, .. } => Kind::Nf4 {
             float: dtype.float_type()?,
-            block_size: BlockSize::new(block_size as usize).ok()?,
+            block_size,
         },
     })
 }

@@ -64,17 +64,12 @@ pub(crate) fn loaded(tensors: &[(&str, Dtype, &[usize], Format)], tail: u64) -> 
     Loaded { devices, model }
 }
 
-pub(crate) const NF4_DOUBLE: Format = Format::Nf4 {
-    block_size: 64,
-    double_quantized: true,
-};
-
 #[test]
 fn parts_outlive_the_model() {
     let loaded = loaded(
         &[
             ("plain", Dtype::BF16, &[30, 7], Format::Stored),
-            ("double", Dtype::BF16, &[257, 64], NF4_DOUBLE),
+            ("double", Dtype::BF16, &[257, 64], Format::NF4_DOUBLE),
             ("empty", Dtype::BF16, &[0, 7], Format::Stored),
         ],
         0,

@@ -1,10 +1,11 @@
 //! The laws of a layout.
 
 use proptest::prelude::*;
+use proptest::sample::select;
 
 use super::*;
 use crate::device::DeviceKind;
-use crate::types::DType;
+use crate::types::{BlockSize, DType};
 
 fn tensor(name: &str, dtype: DType, shape: &[u64]) -> TensorInfo {
     TensorInfo {
@@ -35,18 +36,15 @@ fn on(device: u32, format: Format) -> Placement {
     }
 }
 
-const NF4: Format = Format::Nf4 {
-    block_size: 64,
-    double_quantized: false,
-};
-
 fn formats() -> impl Strategy<Value = Format> {
     prop_oneof![
         Just(Format::Stored),
         Just(Format::Cast(DType::F32)),
-        (5u32..=12, any::<bool>()).prop_map(|(log, double_quantized)| Format::Nf4 {
-            block_size: 1 << log,
-            double_quantized,
+        (select(&BlockSize::ALL[..]), any::<bool>()).prop_map(|(block_size, double_quantized)| {
+            Format::Nf4 {
+                block_size,
+                double_quantized,
+            }
         }),
     ]
 }
@@ -117,7 +115,7 @@ proptest! {
         let need = (rows * 32).next_multiple_of(256) + (rows * 4).next_multiple_of(256);
         let available = (need + headroom).saturating_add_signed(spare);
         let plan = Plan::new(
-            &tensors, &[], &[device("d", available, 1)], &[on(0, NF4)], &[headroom],
+            &tensors, &[], &[device("d", available, 1)], &[on(0, Format::NF4)], &[headroom],
         );
         prop_assert_eq!(plan.is_ok(), available >= need + headroom);
     }
@@ -133,7 +131,7 @@ proptest! {
         let tensors: Vec<TensorInfo> = rows.iter().enumerate()
             .map(|(i, &rows)| tensor(&format!("t{i}"), DType::Bf16, &[rows, 64]))
             .collect();
-        let placements: Vec<Placement> = (0..rows.len() as u32).map(|i| on(i % 2, NF4)).collect();
+        let placements: Vec<Placement> = (0..rows.len() as u32).map(|i| on(i % 2, Format::NF4)).collect();
         let devices: Vec<DeviceInfo> =
             (0..3).map(|i| device(&format!("d{i}"), 1 << 40, granularity)).collect();
         let without = Plan::new(&tensors, &[], &devices, &placements, &headroom).unwrap();
@@ -163,7 +161,7 @@ proptest! {
         let need = (3328 + 512 + headroom.next_multiple_of(256)).next_multiple_of(4096);
         let available = 4096 * units + rest;
         let devices = [device("d", available, 4096)];
-        let plan = Plan::with_tail(&tensors, &[], &devices, &[on(0, NF4)], &[headroom]);
+        let plan = Plan::with_tail(&tensors, &[], &devices, &[on(0, Format::NF4)], &[headroom]);
         prop_assert_eq!(plan.is_ok(), need <= available);
         if let Ok(plan) = plan {
             prop_assert_eq!(plan.devices[0].size.reserved, need);
@@ -291,10 +289,10 @@ fn contradictions_are_the_placements_fault() {
         })
     ));
     assert!(matches!(
-        make(&[stored, stored, on(0, NF4)], &[0; 2]),
+        make(&[stored, stored, on(0, Format::NF4)], &[0; 2]),
         Some(BadPlan::IllegalFormat { ref tensor, .. }) if tensor == "ids"
     ));
-    for torn in [on(1, Format::Stored), on(0, NF4)] {
+    for torn in [on(1, Format::Stored), on(0, Format::NF4)] {
         assert!(matches!(
             make(&[stored, torn, stored], &[0; 2]),
             Some(BadPlan::TornTie { ref alias, .. }) if alias == "head"

@@ -300,7 +300,7 @@ impl Writer<'_> {
         let quantization = Quantization {
             quant_type: quantized.quant_type,
             block_size: quantized.block_size,
-            nested_offset: quantized.nested.map(|nested| nested.offset),
+            absmax_mean: quantized.nested.map(|nested| nested.absmax_mean),
         };
         file.write_tables(weight, tensor, &quantization)
     }
@@ -417,7 +417,7 @@ impl OpenShard<'_> {
             QuantType::Fp4 => FP4,
         };
         self.write(weight, Content::QuantMap, 0, bytemuck::cast_slice(&table))?;
-        if quantization.nested_offset.is_some() {
+        if quantization.absmax_mean.is_some() {
             let map: &[u8] = bytemuck::cast_slice(&DYNAMIC_MAP);
             self.write(weight, Content::NestedQuantMap, 0, map)?;
         }

@@ -10,10 +10,7 @@ use super::*;
 use crate::checkpoint::{CheckpointError, MAX_NAME_BYTES, MAX_TENSORS};
 use crate::types::DType;
 
-const NF4: Format = Format::Nf4 {
-    block_size: 64,
-    double_quantized: true,
-};
+const NF4: Format = Format::NF4_DOUBLE;
 
 /// A directory with a checkpoint `m` of these BF16 tensors; what has elements is one row of a
 /// sparse file.
@@ -425,10 +422,7 @@ fn long_names_are_not_multiplied() {
 
 #[test]
 fn the_number_of_tensors_of_a_weight_is_what_is_written() {
-    let single = Format::Nf4 {
-        block_size: 64,
-        double_quantized: false,
-    };
+    let single = Format::NF4;
     for (format, tensors) in [
         (NF4, 6),
         (single, 4),

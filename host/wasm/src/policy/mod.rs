@@ -15,7 +15,7 @@ use crate::sandbox::{
     read_component,
 };
 use crate::wit::bindings::exports::tightfit::host::planner;
-use crate::wit::{self, bindings};
+use crate::wit::{self, BadPlacement, bindings};
 use tightfit::policy::{Answer, Description, Policy, PolicyError, Request};
 use tightfit::status::Status;
 use tightfit::text::truncated;
@@ -242,10 +242,17 @@ impl Policy for WasmPolicy {
             policy.tightfit_host_planner().call_plan(store, &converted)
         })?;
         match answer {
-            Ok(proposal) => Ok(Answer {
-                proposal: wit::convert::proposal(proposal),
-                fuel: Some(fuel),
-            }),
+            Ok(proposal) => match wit::convert::proposal(proposal, request) {
+                Ok(proposal) => Ok(Answer {
+                    proposal,
+                    fuel: Some(fuel),
+                }),
+                Err(BadPlacement { tensor, source }) => Err(PolicyError::BadAnswer {
+                    policy: self.label.clone(),
+                    tensor,
+                    problem: source.to_string(),
+                }),
+            },
             Err(refusal) => Err(PolicyError::Refused {
                 policy: self.label.clone(),
                 refusal: wit::convert::refusal(refusal, self.sandbox.limits().text_bytes),

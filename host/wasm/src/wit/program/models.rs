@@ -173,8 +173,8 @@ fn stored_tensor(tensor: Tensor<'_>) -> models::StoredTensor {
             .quantization()
             .map(|given| models::StoredQuantization {
                 quant_type: convert::wit_quant_type(given.quant_type),
-                block_size: given.block_size,
-                mean: given.nested_offset,
+                block_size: given.block_size.into(),
+                mean: given.absmax_mean,
             }),
         parts: tensor
             .parts()
@@ -205,7 +205,8 @@ impl models::HostModel for ProgramContextView<'_> {
     ) -> Result<Resource<LoadedModel>, CallError> {
         self.context.stop.check()?;
         let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
-        let placements: Vec<Placement> = placements.into_iter().map(convert::placement).collect();
+        let placements = convert::placements(placements, checkpoint.tensors(), |_| false)
+            .map_err(CallError::invalid)?;
         let model = self.context.load(checkpoint, &placements, &headroom)?;
         Ok(self.table.push(model)?)
     }
