@@ -3,7 +3,7 @@
 use arbitrary::{Arbitrary, Result, Unstructured};
 use tightfit::checkpoint::{Extent, Nested, Quantized, TensorInfo, Tie};
 use tightfit::device::{DeviceInfo, DeviceKind};
-use tightfit::plan::{PART_ALIGNMENT, Plan, PlanError};
+use tightfit::plan::{PART_ALIGNMENT, Plan, PlanError, PlanOptions};
 use tightfit::types::{BlockSize, DType, Format, Placement, QuantType};
 
 /// Everything that a plan is made of.
@@ -140,17 +140,15 @@ pub fn plan(data: &[u8]) -> bool {
     let Ok(case) = Case::arbitrary(&mut Unstructured::new(data)) else {
         return false;
     };
-    let lay_out = match case.tail {
-        false => Plan::new,
-        true => Plan::with_tail,
-    };
+    let options = PlanOptions::default().with_reserved_headroom(case.tail);
     let make = || {
-        lay_out(
+        Plan::new_with(
             &case.tensors,
             &case.ties,
             &case.devices,
             &case.placements,
             &case.headroom,
+            &options,
         )
     };
     let made = make();

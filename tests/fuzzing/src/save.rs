@@ -271,10 +271,7 @@ fn open_and_save(directory: &Path, target: &Path) -> Result<Saved, String> {
     };
     let tensors = checkpoint.tensors().iter();
     let placements: Vec<Placement> = tensors.map(|tensor| placement(tensor.dtype)).collect();
-    let options = SaveOptions {
-        threads: 1,
-        ..SaveOptions::default()
-    };
+    let options = SaveOptions::default().with_threads(1);
     save(&checkpoint, &placements, target, &options).map_err(|error| error.to_string())
 }
 

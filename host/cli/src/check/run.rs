@@ -12,7 +12,7 @@ use super::outcome::{CaseReport, FileReport, Finding, Status};
 use super::parse::{Case, PolicySource, ScenarioFile};
 use tightfit::cancel::CancelToken;
 use tightfit::device::planned_devices;
-use tightfit::plan::{ProposeError, propose_with};
+use tightfit::plan::{PlanOptions, ProposeError, propose_with};
 use tightfit::policy::PolicyError;
 use tightfit::synth::SynthError;
 use tightfit_wasm::policy::{BUILTIN_POLICIES, WasmPolicy};
@@ -94,7 +94,7 @@ impl Runner {
                 policy.as_ref(),
                 &devices,
                 &case.settings,
-                cancel,
+                &PlanOptions::default().with_cancel(cancel.clone()),
             ),
             Err(error) => Err(ProposeError::Policy(error)),
         };

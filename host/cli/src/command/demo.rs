@@ -1,9 +1,10 @@
 //! `tightfit demo`: a whole run on a model that it makes itself.
 
+use tightfit::Progress;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{DeviceSpec, open_devices};
-use tightfit::synth::{self, Options, Preset};
+use tightfit::synth::{self, Preset, SynthOptions};
 use tightfit::text::printable;
 use tightfit::types::Bytes;
 
@@ -31,16 +32,11 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
 
     say("1. A model with random weights, as a bf16 checkpoint\n".to_owned())?;
     let bar = progress::bytes("writing", quiet);
-    let written = synth::write(
-        Preset::Demo,
-        &model,
-        &Options::default(),
-        &mut |written, total| {
-            bar.set_length(total);
-            bar.set_position(written);
-        },
-        cancel.flag(),
-    );
+    let report = |progress: Progress| progress::show(&bar, progress);
+    let how = SynthOptions::default()
+        .with_progress(&report)
+        .with_cancel(cancel.clone());
+    let written = synth::write(Preset::Demo, &model, &how);
     bar.finish_and_clear();
     let written = written?;
     say(format!(
@@ -55,7 +51,7 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
         given => given,
     };
     let devices = open_devices(specs)?;
-    let placed = session::place_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
+    let placed = session::reserve_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
     let planned: u64 = placed
         .proposed
         .plan

@@ -8,7 +8,7 @@ use crate::error_report::ErrorReport;
 use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
 use tightfit::hub::HubError;
-use tightfit::load::{LoadError, PlaceError};
+use tightfit::load::{LoadError, ReserveError};
 use tightfit::plan::ProposeError;
 use tightfit::policy::PolicyError;
 use tightfit::save::SaveError;
@@ -28,7 +28,7 @@ pub(crate) enum Failure {
     #[error(transparent)]
     Propose(#[from] ProposeError),
     #[error(transparent)]
-    Place(#[from] PlaceError),
+    Place(#[from] ReserveError),
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
@@ -80,8 +80,8 @@ impl Failure {
     /// Why there is no plan, if that is what happened.
     fn no_plan(&self) -> Option<&ProposeError> {
         match self {
-            Failure::Propose(error) | Failure::Place(PlaceError::Propose(error)) => Some(error),
-            Failure::Place(PlaceError::Revised { source, .. }) => Some(source),
+            Failure::Propose(error) | Failure::Place(ReserveError::Propose(error)) => Some(error),
+            Failure::Place(ReserveError::Revised { source, .. }) => Some(source),
             _ => None,
         }
     }

@@ -1,10 +1,11 @@
 //! `tightfit load`.
 
 use crate::draw::Table;
+use tightfit::Progress;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, open_devices};
-use tightfit::load::{self, Placed, Progress, QuantizeOn};
+use tightfit::load::{self, QuantizeOn, ReservedPlan};
 use tightfit::model::Model;
 use tightfit::report::Report;
 use tightfit::save::check_target;
@@ -23,7 +24,7 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
     }
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
     let devices = open_devices(&options.placement.devices)?;
-    let placed = session::place_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
+    let placed = session::reserve_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
     let proposed = placed.proposed.clone();
     let quiet = options.output.quiet;
     let (model, mut report) = carry_out(
@@ -61,7 +62,7 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
 /// Loads with a progress bar. Gives the model and the report made while it is loaded.
 pub(crate) fn carry_out(
     checkpoint: &Checkpoint,
-    placed: Placed,
+    placed: ReservedPlan,
     devices: &[Box<dyn Device>],
     engine: &EngineOptions,
     quantize_on: QuantizeOn,
@@ -70,19 +71,15 @@ pub(crate) fn carry_out(
 ) -> Result<(Model, Report), Failure> {
     let bar = progress::bytes("loading", quiet);
     let defaults = load::LoadOptions::default();
-    let options = load::LoadOptions {
-        threads: engine.threads.map_or(defaults.threads, usize::from),
-        staging_bytes: engine.staging.unwrap_or(defaults.staging_bytes),
-        strict: engine.strict,
-        quantize_on,
-        compile_from: defaults.compile_from,
-        kernels: engine.kernels()?,
-        progress: &|progress: Progress| {
-            bar.set_length(progress.bytes_total);
-            bar.set_position(progress.bytes_read);
-        },
-        cancel,
-    };
+    let report = |progress: Progress| progress::show(&bar, progress);
+    let options = load::LoadOptions::default()
+        .with_threads(engine.threads.map_or(defaults.threads, usize::from))
+        .with_staging_bytes(engine.staging.unwrap_or(defaults.staging_bytes))
+        .with_strict(engine.strict)
+        .with_quantize_on(quantize_on)
+        .with_kernels(engine.kernels()?)
+        .with_progress(&report)
+        .with_cancel(cancel);
     let result = load::load_reserved(checkpoint, placed.reserved, &options);
     bar.finish_and_clear();
     let model = result?;

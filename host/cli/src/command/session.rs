@@ -1,16 +1,16 @@
 //! What every subcommand opens: model, policy, devices; and what Ctrl-C does.
 
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::draw::Table;
 use serde::Serialize;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::{self, Checkpoint, CheckpointError};
 use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
-use tightfit::hub::{self, Hub};
-use tightfit::load::{self, Placed};
-use tightfit::plan::{self, Proposed};
+use tightfit::hub::{self, FetchOptions, FileProgress, Hub};
+use tightfit::load::{self, ReservedPlan};
+use tightfit::plan::{self, PlanOptions, Proposed};
 use tightfit::types::Bytes;
 use tightfit_wasm::policy::WasmPolicy;
 
@@ -68,22 +68,22 @@ pub(crate) fn open_checkpoint(
         other => return Ok(other?),
     }
     let bar = progress::bytes("downloading", quiet);
-    let mut shown = String::new();
-    let fetched = hub::fetch(
-        &hub,
-        model,
-        revision,
-        &mut |progress| {
-            if shown != progress.file {
-                shown = progress.file.to_owned();
-                bar.set_length(progress.bytes_total);
-                bar.set_message(progress::message(&shown));
-                bar.reset_eta();
-            }
-            bar.set_position(progress.bytes_done);
-        },
-        cancel,
-    );
+    let shown = Mutex::new(String::new());
+    let report = |progress: FileProgress<'_>| {
+        let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
+        if *shown != progress.file {
+            progress.file.clone_into(&mut shown);
+            bar.set_length(progress.bytes_total);
+            bar.set_message(progress::message(&shown));
+            bar.reset_eta();
+        }
+        bar.set_position(progress.bytes_done);
+    };
+    let options = FetchOptions::default()
+        .with_revision(revision)
+        .with_progress(&report)
+        .with_cancel(cancel.clone());
+    let fetched = hub::fetch(&hub, model, &options);
     bar.finish_and_clear();
     Ok(Checkpoint::open_with(&fetched?, cancel)?)
 }
@@ -112,23 +112,25 @@ pub(crate) fn propose_with(
 ) -> Result<Proposed, Failure> {
     let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
     let settings = &options.settings;
+    let options = PlanOptions::default().with_cancel(cancel.clone());
     Ok(plan::propose_with(
-        checkpoint, &policy, devices, settings, cancel,
+        checkpoint, &policy, devices, settings, &options,
     )?)
 }
 
 /// Asks the policy and takes the memory of its plan, as often as that takes. The policy is gone when
 /// this returns.
-pub(crate) fn place_with(
+pub(crate) fn reserve_with(
     options: &PolicyOptions,
     checkpoint: &Checkpoint,
     devices: &[Box<dyn Device>],
     cancel: &CancelToken,
-) -> Result<Placed, Failure> {
+) -> Result<ReservedPlan, Failure> {
     let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
     let settings = &options.settings;
-    Ok(load::place_with(
-        checkpoint, &policy, devices, settings, cancel,
+    let options = PlanOptions::default().with_cancel(cancel.clone());
+    Ok(load::reserve_with(
+        checkpoint, &policy, devices, settings, &options,
     )?)
 }
 

@@ -3,8 +3,9 @@
 use std::time::Instant;
 
 use serde::Serialize;
+use tightfit::Progress;
 use tightfit::cancel::CancelToken;
-use tightfit::synth::{self, Options};
+use tightfit::synth;
 use tightfit::text::printable;
 use tightfit::types::Bytes;
 
@@ -30,20 +31,13 @@ pub(crate) fn run(options: &SynthOptions, cancel: &CancelToken) -> Result<(), Fa
     let preset = options.preset;
     let bar = progress::bytes("writing", options.output.quiet);
     let start = Instant::now();
-    let written = synth::write(
-        preset,
-        &options.directory,
-        &Options {
-            headers_only: options.headers_only,
-            seed: options.seed,
-            ..Options::default()
-        },
-        &mut |written, total| {
-            bar.set_length(total);
-            bar.set_position(written);
-        },
-        cancel.flag(),
-    );
+    let report = |progress: Progress| progress::show(&bar, progress);
+    let how = synth::SynthOptions::default()
+        .with_headers_only(options.headers_only)
+        .with_seed(options.seed)
+        .with_progress(&report)
+        .with_cancel(cancel.clone());
+    let written = synth::write(preset, &options.directory, &how);
     bar.finish_and_clear();
     let written = written?;
     let seconds = start.elapsed().as_secs_f64();

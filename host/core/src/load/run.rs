@@ -12,10 +12,11 @@ use super::balance::Side;
 use super::double::{DoubleState, Kept, Returned};
 use super::put::{Ways, Writers, as_f32, put, put_to_quantize};
 use super::work::{Chunk, Next, Queue, Scales, Task, ToQuantize};
-use super::{LoadError, LoadOptions, Progress};
+use super::{LoadError, LoadOptions};
 use crate::checkpoint::Checkpoint;
 use crate::device::{PageLocked, QuantizeJob, ScalePlace};
 use crate::plan::Plan;
+use crate::progress::Progress;
 
 /// What is known of tensors only after they were read.
 pub(super) struct Finished {
@@ -171,10 +172,8 @@ impl<'a, 'm> Run<'a, 'm> {
                     if bytes_read == 0 {
                         tracing::debug!("first chunk is sent after {:.1?}", self.start.elapsed());
                     }
-                    (self.options.progress)(Progress {
-                        bytes_read: bytes_read + bytes as u64,
-                        bytes_total: self.bytes_total,
-                    });
+                    let bytes_done = bytes_read + bytes as u64;
+                    (self.options.progress)(Progress::new(bytes_done, self.bytes_total));
                 }
             }
         }

@@ -11,7 +11,7 @@ use tightfit_kernels::{BlockSize, FloatType, Isa};
 use super::*;
 use crate::device::HostDevice;
 use crate::model::Tensor;
-use crate::plan::PartKind;
+use crate::plan::{PartKind, PlanOptions};
 use crate::types::{DType, Placement};
 use sources::{Source, source, write_checkpoint};
 
@@ -181,12 +181,12 @@ fn the_bytes_do_not_depend_on_threads_staging_or_instruction_set() {
         for (threads, staging_bytes) in [(1, 64 << 10), (2, 200_000), (3, 64 << 20), (16, 1 << 20)]
         {
             let model = fixture
-                .load(&LoadOptions {
-                    threads,
-                    staging_bytes,
-                    kernels: Kernels::new(isa).unwrap(),
-                    ..LoadOptions::default()
-                })
+                .load(
+                    &LoadOptions::default()
+                        .with_threads(threads)
+                        .with_staging_bytes(staging_bytes)
+                        .with_kernels(Kernels::new(isa).unwrap()),
+                )
                 .unwrap();
             for (source, format) in &cases {
                 check(source, *format, model.tensor(source.name).unwrap());
@@ -249,18 +249,18 @@ fn a_cancelled_load_stops_and_gives_everything_back() {
     for after in [0, 1, 5, 17] {
         let cancel = CancelToken::new();
         let seen = AtomicU64::new(0);
-        let result = fixture.load(&LoadOptions {
-            threads: 4,
-            staging_bytes: 256 << 10,
-            progress: &|progress| {
-                assert!(progress.bytes_read <= progress.bytes_total);
-                if seen.fetch_add(1, Ordering::Relaxed) >= after {
-                    cancel.cancel();
-                }
-            },
-            cancel: cancel.clone(),
-            ..LoadOptions::default()
-        });
+        let result = fixture.load(
+            &LoadOptions::default()
+                .with_threads(4)
+                .with_staging_bytes(256 << 10)
+                .with_progress(&|progress| {
+                    assert!(progress.bytes_done <= progress.bytes_total);
+                    if seen.fetch_add(1, Ordering::Relaxed) >= after {
+                        cancel.cancel();
+                    }
+                })
+                .with_cancel(cancel.clone()),
+        );
         assert!(matches!(result, Err(LoadError::Cancelled)), "{result:?}");
         assert_eq!(fixture.reserved_now(), 0);
     }
@@ -275,11 +275,11 @@ fn a_file_cut_short_while_loading_is_an_error_and_not_a_signal() {
         .open(&fixture.path)
         .unwrap();
     let cut = std::sync::Once::new();
-    let result = fixture.load(&LoadOptions {
-        threads: 2,
-        progress: &|_| cut.call_once(|| file.set_len(4096).unwrap()),
-        ..LoadOptions::default()
-    });
+    let result = fixture.load(
+        &LoadOptions::default()
+            .with_threads(2)
+            .with_progress(&|_| cut.call_once(|| file.set_len(4096).unwrap())),
+    );
     match result {
         Err(LoadError::Checkpoint(error)) => {
             let text = error.to_string();
@@ -316,10 +316,7 @@ fn infinities_and_nan_are_counted_or_refused() {
         assert_eq!(model.stats().nonfinite_blocks(), 3);
         assert_eq!(model.stats().nonfinite.len(), 1);
         drop(model);
-        let result = fixture.load(&LoadOptions {
-            strict: true,
-            ..LoadOptions::default()
-        });
+        let result = fixture.load(&LoadOptions::default().with_strict(true));
         assert!(
             matches!(result, Err(LoadError::NonFinite { ref tensor, .. }) if tensor == "bad"),
             "{result:?}"
@@ -388,10 +385,7 @@ fn a_plan_for_other_devices_is_refused() {
 fn staging_too_small_for_one_worker_is_refused() {
     let cases = cases();
     let fixture = Fixture::new(&cases);
-    let result = fixture.load(&LoadOptions {
-        staging_bytes: 1000,
-        ..LoadOptions::default()
-    });
+    let result = fixture.load(&LoadOptions::default().with_staging_bytes(1000));
     assert!(matches!(result, Err(LoadError::Staging(_))), "{result:?}");
     assert_eq!(fixture.reserved_now(), 0);
 }
@@ -400,12 +394,12 @@ fn staging_too_small_for_one_worker_is_refused() {
 fn stops_everywhere(fixture: &Fixture, threads: usize) -> usize {
     const MANY: usize = 1 << 40;
     let load = |cancel: &CancelToken| {
-        fixture.load(&LoadOptions {
-            threads,
-            staging_bytes: 256 << 10,
-            cancel: cancel.clone(),
-            ..LoadOptions::default()
-        })
+        fixture.load(
+            &LoadOptions::default()
+                .with_threads(threads)
+                .with_staging_bytes(256 << 10)
+                .with_cancel(cancel.clone()),
+        )
     };
     let all = CancelToken::at_look(MANY);
     drop(load(&all).unwrap());
@@ -449,7 +443,15 @@ fn loads_and_plans_of_many_tensors_look_before_and_after_the_bytes() {
     let placements = vec![placement; checkpoint.tensors().len()];
     let plan = |cancel: &CancelToken| {
         let infos: Vec<_> = devices.iter().map(|device| device.info()).collect();
-        Plan::new_with(checkpoint.tensors(), &[], &infos, &placements, &[0], cancel)
+        let options = PlanOptions::default().with_cancel(cancel.clone());
+        Plan::new_with(
+            checkpoint.tensors(),
+            &[],
+            &infos,
+            &placements,
+            &[0],
+            &options,
+        )
     };
     const MANY: usize = 1 << 40;
     let all = CancelToken::at_look(MANY);

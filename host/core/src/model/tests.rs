@@ -7,6 +7,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::device::{Device, HostDevice};
 use crate::load::{LoadOptions, load};
+use crate::plan::PlanOptions;
 use crate::types::Placement;
 
 /// A model of a few tensors on one device.
@@ -59,7 +60,16 @@ pub(crate) fn loaded(tensors: &[(&str, Dtype, &[usize], Format)], tail: u64) -> 
         .collect();
     let devices: Vec<Box<dyn Device>> = vec![Box::new(HostDevice::sim(0, 1 << 26))];
     let infos = [devices[0].info()];
-    let plan = Plan::with_tail(checkpoint.tensors(), &[], &infos, &placements, &[tail]).unwrap();
+    let with_tail = PlanOptions::default().with_reserved_headroom(true);
+    let plan = Plan::new_with(
+        checkpoint.tensors(),
+        &[],
+        &infos,
+        &placements,
+        &[tail],
+        &with_tail,
+    )
+    .unwrap();
     let model = load(&checkpoint, &plan, &devices, &LoadOptions::default()).unwrap();
     Loaded { devices, model }
 }

@@ -36,6 +36,10 @@ fn on(device: u32, format: Format) -> Placement {
     }
 }
 
+fn with_tail() -> PlanOptions {
+    PlanOptions::default().with_reserved_headroom(true)
+}
+
 fn formats() -> impl Strategy<Value = Format> {
     prop_oneof![
         Just(Format::Stored),
@@ -135,7 +139,7 @@ proptest! {
         let devices: Vec<DeviceInfo> =
             (0..3).map(|i| device(&format!("d{i}"), 1 << 40, granularity)).collect();
         let without = Plan::new(&tensors, &[], &devices, &placements, &headroom).unwrap();
-        let plan = Plan::with_tail(&tensors, &[], &devices, &placements, &headroom).unwrap();
+        let plan = Plan::new_with(&tensors, &[], &devices, &placements, &headroom, &with_tail()).unwrap();
         prop_assert_eq!(&plan.tensors, &without.tensors);
         for ((device, before), &headroom) in plan.devices.iter().zip(&without.devices).zip(&headroom) {
             prop_assert_eq!(device.headroom, 0);
@@ -161,7 +165,9 @@ proptest! {
         let need = (3328 + 512 + headroom.next_multiple_of(256)).next_multiple_of(4096);
         let available = 4096 * units + rest;
         let devices = [device("d", available, 4096)];
-        let plan = Plan::with_tail(&tensors, &[], &devices, &[on(0, Format::NF4)], &[headroom]);
+        let plan = Plan::new_with(
+            &tensors, &[], &devices, &[on(0, Format::NF4)], &[headroom], &with_tail(),
+        );
         prop_assert_eq!(plan.is_ok(), need <= available);
         if let Ok(plan) = plan {
             prop_assert_eq!(plan.devices[0].size.reserved, need);
