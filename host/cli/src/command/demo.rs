@@ -9,7 +9,7 @@ use tightfit::text::printable;
 use tightfit::types::Bytes;
 
 use crate::command::args::DemoOptions;
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::{load, output, progress, session};
 
 /// An accelerator on which the model fits in 4 bits and not in 16.
@@ -17,7 +17,7 @@ const DEVICE: DeviceSpec = DeviceSpec::Sim {
     capacity: 128 << 20,
 };
 
-pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Failure> {
+pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), CommandError> {
     let quiet = options.output.quiet;
     let say = |text: String| match quiet || options.output.json {
         true => Ok(()),
@@ -27,7 +27,7 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
     let directory = tempfile::Builder::new()
         .prefix("tightfit-demo-")
         .tempdir()
-        .map_err(Failure::TemporaryDirectory)?;
+        .map_err(CommandError::TemporaryDirectory)?;
     let model = directory.path().join("model");
 
     say("1. A model with random weights, as a bf16 checkpoint\n".to_owned())?;

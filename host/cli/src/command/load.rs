@@ -13,11 +13,11 @@ use tightfit::text::printable;
 use tightfit::types::Bytes;
 
 use crate::command::args::{EngineOptions, LoadOptions};
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::{output, progress, save, session};
 
 /// `tightfit load`.
-pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Failure> {
+pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), CommandError> {
     if let Some(directory) = &options.save {
         // Before a load that would have been for nothing.
         check_target(directory, options.write.force)?;
@@ -68,7 +68,7 @@ pub(crate) fn carry_out(
     quantize_on: QuantizeOn,
     quiet: bool,
     cancel: CancelToken,
-) -> Result<(Model, Report), Failure> {
+) -> Result<(Model, Report), CommandError> {
     let bar = progress::bytes("loading", quiet);
     let defaults = load::LoadOptions::default();
     let report = |progress: Progress| progress::show(&bar, progress);

@@ -13,7 +13,7 @@ use tightfit::text::printable;
 use tightfit::types::{Bytes, Placement};
 
 use crate::command::args::{EngineOptions, SaveCommand, WriteOptions};
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::{output, progress, session};
 
 #[derive(Serialize)]
@@ -32,7 +32,7 @@ struct SaveReport {
 }
 
 /// `tightfit save`.
-pub(crate) fn run(options: &SaveCommand, cancel: CancelToken) -> Result<(), Failure> {
+pub(crate) fn run(options: &SaveCommand, cancel: CancelToken) -> Result<(), CommandError> {
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
     let proposed = session::propose_with(
         &options.policy,
@@ -89,7 +89,7 @@ pub(crate) fn write(
     write: &WriteOptions,
     quiet: bool,
     cancel: CancelToken,
-) -> Result<Saved, Failure> {
+) -> Result<Saved, CommandError> {
     let bar = progress::bytes("saving", quiet);
     let defaults = SaveOptions::default();
     let skip = proposed.settings.iter().find(|(name, _)| name == "skip");

@@ -15,7 +15,7 @@ use tightfit::types::Bytes;
 use tightfit_wasm::policy::WasmPolicy;
 
 use crate::command::args::{DevicesOptions, ModelOptions, PolicyOptions};
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::output::Envelope;
 use crate::command::{output, progress};
 
@@ -55,7 +55,7 @@ pub(crate) fn open_checkpoint(
     options: &ModelOptions,
     quiet: bool,
     cancel: Option<&CancelToken>,
-) -> Result<Checkpoint, Failure> {
+) -> Result<Checkpoint, CommandError> {
     let never = CancelToken::new();
     let cancel = cancel.unwrap_or(&never);
     let mut hub = Hub::from_process();
@@ -109,7 +109,7 @@ pub(crate) fn propose_with(
     checkpoint: &Checkpoint,
     devices: &[DeviceInfo],
     cancel: &CancelToken,
-) -> Result<Proposed, Failure> {
+) -> Result<Proposed, CommandError> {
     let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
     let settings = &options.settings;
     let options = PlanOptions::default().with_cancel(cancel.clone());
@@ -125,7 +125,7 @@ pub(crate) fn reserve_with(
     checkpoint: &Checkpoint,
     devices: &[Box<dyn Device>],
     cancel: &CancelToken,
-) -> Result<ReservedPlan, Failure> {
+) -> Result<ReservedPlan, CommandError> {
     let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
     let settings = &options.settings;
     let options = PlanOptions::default().with_cancel(cancel.clone());
@@ -165,7 +165,7 @@ struct DeviceList {
 }
 
 /// `tightfit devices`.
-pub(crate) fn list_devices(options: &DevicesOptions) -> Result<(), Failure> {
+pub(crate) fn list_devices(options: &DevicesOptions) -> Result<(), CommandError> {
     let devices = infos(&open_devices(&options.devices)?);
     if options.output.json {
         let listed: Vec<Listed> = devices

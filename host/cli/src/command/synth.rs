@@ -10,7 +10,7 @@ use tightfit::text::printable;
 use tightfit::types::Bytes;
 
 use crate::command::args::SynthOptions;
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::output::Envelope;
 use crate::command::{output, progress};
 
@@ -27,7 +27,7 @@ struct Synthesized {
     seconds: f64,
 }
 
-pub(crate) fn run(options: &SynthOptions, cancel: &CancelToken) -> Result<(), Failure> {
+pub(crate) fn run(options: &SynthOptions, cancel: &CancelToken) -> Result<(), CommandError> {
     let preset = options.preset;
     let bar = progress::bytes("writing", options.output.quiet);
     let start = Instant::now();

@@ -37,7 +37,7 @@ use crate::progress::ReportProgress;
 use crate::types::Format;
 use arena::Split;
 use on_device::OnDevices;
-use put::Ways;
+use put::Transfers;
 use run::Run;
 use work::{ChunkSizes, Queue};
 
@@ -152,24 +152,24 @@ pub fn load_reserved(
     // Before the first worker: whatever fails, nothing of theirs has been started.
     let on_devices = OnDevices::open(plan, &memory, options, ring.workers(), sizes.buffer)?;
     tracing::debug!("who quantizes is settled after {:.1?}", start.elapsed());
-    let Split { places, away } = arena::split(plan, &mut memory, cancel)?;
-    let ways = Ways {
-        away,
+    let Split { targets, remote } = arena::split(plan, &mut memory, cancel)?;
+    let transfers = Transfers {
+        remote,
         on_devices: &on_devices,
         buffer_bytes: sizes.buffer,
     };
-    let buffers = ways.page_lock(ring.workers())?;
+    let buffers = transfers.page_lock(ring.workers())?;
     let queue = Queue::new(
         checkpoint,
         plan,
-        places,
+        targets,
         sizes,
         scratch_bytes,
         &on_devices,
         cancel,
     )?;
     tracing::debug!("workers are started after {:.1?}", start.elapsed());
-    let run = Run::new(checkpoint, plan, options, queue, ways, start);
+    let run = Run::new(checkpoint, plan, options, queue, transfers, start);
     std::thread::scope(|scope| {
         for device in on_devices.to_compile() {
             spawn(scope, "tightfit-kernels", || device.compile());

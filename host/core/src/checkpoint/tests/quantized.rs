@@ -81,7 +81,7 @@ impl Set {
 
     fn open(&self) -> Result<Checkpoint, CheckpointError> {
         let dir = dir();
-        Checkpoint::open(&write(&dir, "model.safetensors", &self.file()))
+        Checkpoint::open(write(&dir, "model.safetensors", &self.file()))
     }
 
     /// Asserts that it is refused, with the weight's name and a problem that has these words.
