@@ -14,7 +14,8 @@ use wasmtime::{Engine, OutOfMemory};
 
 use super::code::{Code, check_length};
 use super::run::{self, Reservation};
-use super::{CompilerProgram, Failure, Limits, module, space};
+use super::{CompilerProgram, Failure, Limits, space};
+use crate::component;
 use tightfit::cancel::CancelToken;
 
 /// What the child is told before the component: four numbers of 8 bytes, least significant first.
@@ -325,7 +326,7 @@ pub fn compile_for_parent(mut input: impl Read, mut output: impl Write) -> io::R
 /// Code, or another answer.
 fn compiled(bytes: &[u8], order: &Order) -> Result<Vec<u8>, (u8, Vec<u8>)> {
     let refused = |reason: String| (REFUSED, reason.into_bytes());
-    let component = module::component(bytes).map_err(refused)?;
+    let component = component::component(bytes).map_err(refused)?;
     let stack = usize::try_from(order.stack).unwrap_or(usize::MAX);
     Engine::new(&run::config(stack, order.reservation))
         .and_then(|engine| engine.precompile_component(&component))

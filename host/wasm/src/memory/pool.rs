@@ -1,80 +1,50 @@
-//! A program's memory on the devices: pieces of chunks that are taken as they are needed and
-//! returned when they are empty, within a quota.
+//! One device's memory as one program has it, in chunks.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::buffer::Buffer;
-use super::stop::Stopped;
+use super::error::MemoryError;
 use tightfit::device::{Device, DeviceError, Piece, Reservation, WRITER_BUFFERS, Writer};
 use tightfit::memory::{Allocation, Ledger, LedgerEntry, Pool, ReservationSize, Usage};
-use tightfit::plan::{PART_ALIGNMENT, Plan};
-use tightfit::types::Bytes;
-
-/// The first chunk on a device. Later ones are as large as all before them, so that there are few.
-const SMALLEST_CHUNK: u64 = 1 << 20;
+use tightfit::plan::PART_ALIGNMENT;
 
 /// Chunks are not larger, unless a single buffer is. A larger one is not kept when it is empty.
-const LARGEST_CHUNK: u64 = 64 << 20;
+pub(super) const LARGEST_CHUNK: u64 = 64 << 20;
 
 /// What is written at once into memory that the processor cannot write.
 const WRITER_BYTES: usize = 256 << 10;
 
-/// Why a program's memory cannot be had or used.
-#[derive(Debug, thiserror::Error)]
-pub enum MemoryError {
-    /// A device that is not there.
-    #[error("there is no device {device}: there are {devices} (from 0)")]
-    NoSuchDevice {
-        /// The index given.
-        device: u32,
-        /// How many devices there are.
-        devices: usize,
-    },
-    /// More than the program may take.
-    #[error("the quota is exceeded: need {}, have {}", Bytes(*need), Bytes(*have))]
-    Quota {
-        /// Bytes that would be reserved.
-        need: u64,
-        /// Bytes of the quota that are left.
-        have: u64,
-    },
-    /// The device has too little memory, or failed.
-    #[error(transparent)]
-    Device(#[from] DeviceError),
-    /// A range outside of a buffer.
-    #[error("{bytes} bytes from {offset} on lie outside of a buffer of {len}")]
-    OutOfBounds {
-        /// First byte asked for.
-        offset: u64,
-        /// Bytes asked for.
-        bytes: u64,
-        /// Length of the buffer.
-        len: u64,
-    },
-    /// The program is to end.
-    #[error(transparent)]
-    Stopped(#[from] Stopped),
-}
-
-/// All devices' memory as one program has it.
-#[derive(Debug)]
-pub(super) struct Memory {
-    pools: Vec<Arc<DevicePool>>,
-    quota: Quota,
-}
-
 /// Bytes that may be reserved on all devices together, and that are.
 #[derive(Debug, Clone)]
-struct Quota {
+pub(super) struct Quota {
     limit: u64,
     ledger: Arc<Ledger>,
 }
 
 impl Quota {
-    /// Whether so much is left. Asked before anything is taken; it is entered when it has been, so
-    /// that a peak is of what there was.
-    fn check(&self, bytes: u64) -> Result<(), MemoryError> {
+    pub(super) fn new(limit: u64) -> Quota {
+        Quota {
+            limit,
+            ledger: Arc::default(),
+        }
+    }
+
+    /// Returns the most that may be reserved, in bytes.
+    pub(super) fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// Returns what is reserved.
+    pub(super) fn usage(&self) -> Usage {
+        self.ledger.usage()
+    }
+
+    /// Checks that this many bytes are left. Asked before anything is taken; it is entered when it
+    /// has been, so that a peak is of what there was.
+    ///
+    /// # Errors
+    /// [`MemoryError::Quota`].
+    pub(super) fn check(&self, bytes: u64) -> Result<(), MemoryError> {
         let have = self.limit.saturating_sub(self.ledger.usage().reserved.now);
         match bytes <= have {
             true => Ok(()),
@@ -82,7 +52,11 @@ impl Quota {
         }
     }
 
-    fn enter(&self, bytes: u64) -> Result<LedgerEntry, MemoryError> {
+    /// Enters what has been reserved.
+    ///
+    /// # Errors
+    /// [`MemoryError::Quota`], with nothing entered.
+    pub(super) fn enter(&self, bytes: u64) -> Result<LedgerEntry, MemoryError> {
         let entry = Ledger::enter(&self.ledger, reserved_only(bytes), self.limit);
         entry.map_err(|have| MemoryError::Quota { need: bytes, have })
     }
@@ -93,130 +67,6 @@ fn reserved_only(bytes: u64) -> ReservationSize {
         reserved: bytes,
         ..ReservationSize::default()
     }
-}
-
-impl Memory {
-    pub(super) fn new(devices: &Arc<[Box<dyn Device>]>, quota: u64) -> Memory {
-        let quota = Quota {
-            limit: quota,
-            ledger: Arc::default(),
-        };
-        let pool = |index| {
-            Arc::new(DevicePool {
-                devices: Arc::clone(devices),
-                index,
-                ledger: Arc::default(),
-                quota: quota.clone(),
-                chunks: Mutex::default(),
-            })
-        };
-        Memory {
-            pools: (0..devices.len()).map(pool).collect(),
-            quota,
-        }
-    }
-
-    /// The most that may be reserved on all devices together, in bytes.
-    pub(super) fn quota(&self) -> u64 {
-        self.quota.limit
-    }
-
-    /// What is reserved on all devices together.
-    pub(super) fn reserved(&self) -> Usage {
-        self.quota.ledger.usage()
-    }
-
-    /// What the program has of a device.
-    pub(super) fn usage(&self, device: u32) -> Result<Usage, MemoryError> {
-        Ok(self.pool(device)?.ledger.usage())
-    }
-
-    fn pool(&self, device: u32) -> Result<&Arc<DevicePool>, MemoryError> {
-        let pool = usize::try_from(device).ok();
-        let pool = pool.and_then(|index| self.pools.get(index));
-        pool.ok_or(MemoryError::NoSuchDevice {
-            device,
-            devices: self.pools.len(),
-        })
-    }
-
-    /// Takes memory, or uses some again.
-    ///
-    /// # Errors
-    /// [`MemoryError`], with nothing taken.
-    pub(super) fn allocate(&self, device: u32, bytes: u64) -> Result<Buffer, MemoryError> {
-        let pool = self.pool(device)?;
-        if let Some(buffer) = DevicePool::allocate(pool, bytes) {
-            return Ok(buffer);
-        }
-        let too_much = || MemoryError::Quota {
-            need: u64::MAX,
-            have: self.quota.limit,
-        };
-        let granularity = pool.device().info().granularity.max(1);
-        let round = |bytes: u64| bytes.checked_next_multiple_of(granularity);
-        let need = bytes.checked_next_multiple_of(PART_ALIGNMENT);
-        let need = need.and_then(round).ok_or_else(too_much)?;
-        let reserved = pool.chunk_bytes();
-        let chunk = round(reserved.clamp(SMALLEST_CHUNK, LARGEST_CHUNK)).unwrap_or(need);
-        let mut grown = pool.grow(chunk.max(need));
-        if is_short(&grown) {
-            // There may be just enough.
-            grown = pool.grow(need);
-        }
-        if is_short(&grown) {
-            // What is kept for later may be what is missing now.
-            self.trim();
-            grown = pool.grow(need);
-        }
-        grown?;
-        DevicePool::allocate(pool, bytes).ok_or_else(too_much)
-    }
-
-    /// Returns what holds nothing to the devices.
-    pub(super) fn trim(&self) {
-        for pool in &self.pools {
-            pool.lock().trim(|_| true);
-        }
-    }
-
-    /// Whether the quota has room for what a plan will reserve.
-    ///
-    /// # Errors
-    /// [`MemoryError::Quota`].
-    pub(super) fn check(&self, plan: &Plan) -> Result<(), MemoryError> {
-        self.quota.check(reserved(plan))
-    }
-
-    /// Enters what has been reserved for a plan.
-    ///
-    /// # Errors
-    /// [`MemoryError::Quota`], with nothing entered.
-    pub(super) fn enter(&self, plan: &Plan) -> Result<Vec<LedgerEntry>, MemoryError> {
-        let mut entries = vec![self.quota.enter(reserved(plan))?];
-        let sizes = plan.devices.iter().map(|device| device.size);
-        for (pool, size) in self.pools.iter().zip(sizes) {
-            // The quota bounds it.
-            entries.extend(Ledger::enter(&pool.ledger, size, u64::MAX));
-        }
-        Ok(entries)
-    }
-}
-
-/// Whether less would do.
-fn is_short(grown: &Result<(), MemoryError>) -> bool {
-    use DeviceError::{Driver, OutOfMemory};
-    match grown {
-        Err(MemoryError::Quota { .. } | MemoryError::Device(OutOfMemory { .. })) => true,
-        Err(MemoryError::Device(Driver { out_of_memory, .. })) => *out_of_memory,
-        _ => false,
-    }
-}
-
-/// Bytes that a plan reserves on all devices.
-fn reserved(plan: &Plan) -> u64 {
-    let reserved = plan.devices.iter().map(|device| device.size.reserved);
-    reserved.fold(0, u64::saturating_add)
 }
 
 /// One device's memory as one program has it.
@@ -257,7 +107,27 @@ pub(super) struct Held {
 }
 
 impl DevicePool {
-    fn device(&self) -> &dyn Device {
+    pub(super) fn new(devices: Arc<[Box<dyn Device>]>, index: usize, quota: Quota) -> DevicePool {
+        DevicePool {
+            devices,
+            index,
+            ledger: Arc::default(),
+            quota,
+            chunks: Mutex::default(),
+        }
+    }
+
+    /// Returns what the program has of the device.
+    pub(super) fn usage(&self) -> Usage {
+        self.ledger.usage()
+    }
+
+    /// Enters what has been reserved outside of the chunks, for a model. The quota bounds it.
+    pub(super) fn enter(&self, size: ReservationSize) -> Option<LedgerEntry> {
+        Ledger::enter(&self.ledger, size, u64::MAX).ok()
+    }
+
+    pub(super) fn device(&self) -> &dyn Device {
         &*self.devices[self.index]
     }
 
@@ -266,25 +136,27 @@ impl DevicePool {
         self.index
     }
 
+    /// Returns the chunks that hold nothing to the device.
+    pub(super) fn trim(&self) {
+        self.lock().trim(|_| true);
+    }
+
     fn lock(&self) -> MutexGuard<'_, Chunks> {
         // No update is left half done by a panic: the pools' own calls do not panic.
         self.chunks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Bytes of all chunks.
-    fn chunk_bytes(&self) -> u64 {
+    pub(super) fn chunk_bytes(&self) -> u64 {
         let chunks = self.lock();
         let bytes = chunks.by_number.values().map(|chunk| chunk.memory.len());
         bytes.fold(0, u64::saturating_add)
     }
 
-    /// A piece of what there is; the oldest chunks are filled first, so that later ones get empty.
-    fn allocate(pool: &Arc<DevicePool>, bytes: u64) -> Option<Buffer> {
-        if bytes == 0 {
-            return Some(Buffer::new(Arc::clone(pool), 0, None));
-        }
+    /// Takes a piece of what there is, not empty; the oldest chunks are filled first, so that later ones get empty.
+    pub(super) fn allocate(&self, bytes: u64) -> Option<Held> {
         let padded = bytes.checked_next_multiple_of(PART_ALIGNMENT)?;
-        let mut chunks = pool.lock();
+        let mut chunks = self.lock();
         let (chunk, allocation) = chunks.by_number.iter_mut().find_map(|(&number, chunk)| {
             let allocation = chunk.pool.allocate(bytes)?;
             Some((number, allocation))
@@ -295,20 +167,17 @@ impl DevicePool {
             padded,
             reserved: 0,
         };
-        let held = match Ledger::enter(&pool.ledger, size, u64::MAX) {
-            Ok(entry) => Some(Held {
-                chunk,
-                allocation,
-                entry,
-            }),
-            // Nothing is reserved by it, so that it is never too much.
-            Err(_) => return None,
-        };
-        Some(Buffer::new(Arc::clone(pool), bytes, held))
+        // Nothing is reserved by it, so that it is never too much.
+        let entry = self.enter(size)?;
+        Some(Held {
+            chunk,
+            allocation,
+            entry,
+        })
     }
 
     /// Takes another chunk of this many bytes, a multiple of the device's granularity.
-    fn grow(&self, bytes: u64) -> Result<(), MemoryError> {
+    pub(super) fn grow(&self, bytes: u64) -> Result<(), MemoryError> {
         self.quota.check(bytes)?;
         let memory = self.device().reserve(ReservationSize {
             requested: bytes,

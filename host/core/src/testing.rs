@@ -1,20 +1,26 @@
-//! Small checkpoints for tests.
+//! Small checkpoints for tests, those of crates that build on this one too.
 
 use std::path::Path;
 
 use tightfit_kernels::{FloatType, Kernels};
 
-use super::DType;
+use crate::types::DType;
 
 /// A tensor of a test checkpoint: pseudo-random weights, the same on every run.
-pub(crate) struct Source {
-    pub(crate) name: &'static str,
-    pub(crate) dtype: DType,
-    pub(crate) shape: Vec<u64>,
-    pub(crate) bytes: Vec<u8>,
+#[derive(Debug)]
+pub struct Source {
+    /// Its key.
+    pub name: &'static str,
+    /// Type of its elements.
+    pub dtype: DType,
+    /// Row-major.
+    pub shape: Vec<u64>,
+    /// Its elements, little-endian.
+    pub bytes: Vec<u8>,
 }
 
-pub(crate) fn source(name: &'static str, dtype: DType, shape: &[u64]) -> Source {
+/// Returns a tensor whose weights follow from its name.
+pub fn source(name: &'static str, dtype: DType, shape: &[u64]) -> Source {
     let elements: u64 = shape.iter().product();
     let mut state = name
         .bytes()
@@ -46,7 +52,8 @@ pub(crate) fn source(name: &'static str, dtype: DType, shape: &[u64]) -> Source 
     }
 }
 
-pub(crate) fn write_checkpoint(directory: &Path, sources: &[Source]) {
+/// Writes these tensors, in this order, into the only file of a checkpoint.
+pub fn write_checkpoint(directory: &Path, sources: &[Source]) {
     let mut header = serde_json::Map::new();
     let mut data = Vec::new();
     for source in sources {
