@@ -32,6 +32,13 @@ impl Spec {
     }
 }
 
+/// The setting `reserve`, by default `0`: the bytes that are left free on every device.
+pub const RESERVE: Spec = Spec::new(
+    "reserve",
+    "0",
+    "Bytes left free on every device, for example 2GiB.",
+);
+
 /// The list as a [`Description`](crate::Description) holds it.
 pub fn describe(specs: &[Spec]) -> Vec<Setting> {
     let setting = |spec: &Spec| Setting {
@@ -158,7 +165,7 @@ impl<'a> Settings<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DeviceKind, RefusalReason};
+    use crate::RefusalReason;
 
     const SPECS: &[Spec] = &[
         Spec {
@@ -189,18 +196,9 @@ mod tests {
     ];
 
     fn request(settings: &[(&str, &str)]) -> Request {
-        Request {
-            config_json: "{}".into(),
-            tensors: vec![],
-            ties: vec![],
-            devices: vec![],
-            settings: settings
-                .iter()
-                .map(|&(k, v)| (k.into(), v.into()))
-                .collect(),
-            required_formats: vec![],
-            failure: None,
-        }
+        let none = Request::new(vec![], vec![]);
+        let set = |request: Request, &(name, value): &(&str, &str)| request.set(name, value);
+        settings.iter().fold(none, set)
     }
 
     #[test]
@@ -298,13 +296,7 @@ mod tests {
 
     #[test]
     fn a_device_is_named_or_counted() {
-        let device = |name: &str| Device {
-            name: name.into(),
-            kind: DeviceKind::Sim,
-            capacity: 1000,
-            available: 1000,
-            granularity: 1,
-        };
+        let device = |name: &str| Device::new(name, 1000);
         let specs = [Spec::new("device", "0", "Where.")];
         let index = |text: &str| {
             let mut request = request(&[("device", text)]);
@@ -323,6 +315,6 @@ mod tests {
         assert_eq!(request.check_room(0, "it", 1000), Ok(()));
         let refusal = request.check_room(0, "it", 1001).unwrap_err();
         assert_eq!(refusal.missing_bytes, Some(1));
-        assert_eq!(refusal.message, "it takes 1001 bytes, sim:0 has 1000");
+        assert_eq!(refusal.message, "it takes 0.01 MiB, sim:0 has 0.00 MiB");
     }
 }

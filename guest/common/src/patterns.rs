@@ -28,14 +28,23 @@ impl Patterns {
 
     /// Whether any pattern matches a tensor, by its own name or its module's.
     pub fn matches(&self, tensor: &str) -> bool {
-        let module = module_of(tensor);
-        self.0.iter().any(|pattern| {
-            if pattern.contains(['*', '?']) {
-                glob(pattern, module) || glob(pattern, tensor)
-            } else {
-                has_components(tensor, pattern)
-            }
-        })
+        self.0.iter().any(|pattern| is_match(pattern, tensor))
+    }
+
+    /// Returns the patterns that match none of these tensors.
+    pub fn unmatched<'a>(&self, tensors: impl Iterator<Item = &'a str> + Clone) -> Vec<&str> {
+        let patterns = self.0.iter().map(String::as_str);
+        patterns
+            .filter(|pattern| !tensors.clone().any(|tensor| is_match(pattern, tensor)))
+            .collect()
+    }
+}
+
+fn is_match(pattern: &str, tensor: &str) -> bool {
+    if pattern.contains(['*', '?']) {
+        glob(pattern, module_of(tensor)) || glob(pattern, tensor)
+    } else {
+        has_components(tensor, pattern)
     }
 }
 

@@ -47,7 +47,7 @@ pub use bindings::tightfit::host::models::{
 pub use bindings::tightfit::host::nf4;
 pub use bindings::tightfit::host::sizing::{StoredSize, stored_bytes};
 pub use bindings::tightfit::host::types::{
-    Device, DeviceKind, Dtype as DType, Format, Nf4Format, Placement, QuantType, Tensor,
+    Device, DeviceKind, Dtype, Format, Nf4Format, Placement, QuantType, Tensor,
 };
 
 /// A program. Export it with [`program!`].

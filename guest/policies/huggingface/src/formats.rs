@@ -25,12 +25,7 @@ pub(crate) fn formats(request: &Request, kinds: &[TensorKind], options: &Options
         }
     };
     let mut formats: Vec<Format> = request.tensors.iter().zip(kinds).map(format).collect();
-    // What the host does in any case is counted like that.
-    for required in &request.required_formats {
-        if let Some(format) = formats.get_mut(required.tensor as usize) {
-            *format = required.format;
-        }
-    }
+    request.fix_formats(&mut formats);
     formats
 }
 
