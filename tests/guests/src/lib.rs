@@ -88,6 +88,11 @@ impl Policy for Hostile {
             "few-headrooms" => Ok(edited(honest, |p| p.headroom.clear())),
             "many-headrooms" => Ok(edited(honest, |p| p.headroom.push(0))),
             "endless-headroom" => Ok(edited(honest, |p| p.headroom[0] = u64::MAX)),
+            "load-nothing" => Ok(edited(honest, |p| {
+                for placement in &mut p.placements {
+                    placement.device = None;
+                }
+            })),
             "refuse-to-fit" => Err(Refusal::does_not_fit("it is all too much", Some(12345))),
             "refuse-setting" => Err(Refusal::bad_setting("I do not like this setting")),
             "refuse-model" => Err(Refusal::unsupported("I do not like this model")),

@@ -1,5 +1,6 @@
 //! What every subcommand opens: model, policy, devices; and what Ctrl-C does.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::OnceLock;
 
@@ -11,6 +12,7 @@ use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
 use tightfit::hub::{self, Hub};
 use tightfit::load::{self, Placed};
 use tightfit::plan::{self, Proposed};
+use tightfit::text::truncated;
 use tightfit::types::Bytes;
 use tightfit_wasm::policy::WasmPolicy;
 
@@ -112,9 +114,9 @@ pub(crate) fn propose_with(
 ) -> Result<Proposed, Failure> {
     let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
     let settings = &options.settings;
-    Ok(plan::propose_with(
-        checkpoint, &policy, devices, settings, cancel,
-    )?)
+    let proposed = plan::propose_with(checkpoint, &policy, devices, settings, cancel)?;
+    warn_of_unloaded(checkpoint, &proposed);
+    Ok(proposed)
 }
 
 /// Asks the policy and takes the memory of its plan, as often as that takes. The policy is gone when
@@ -127,10 +129,33 @@ pub(crate) fn place_with(
 ) -> Result<Placed, Failure> {
     let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
     let settings = &options.settings;
-    Ok(load::place_with(
-        checkpoint, &policy, devices, settings, cancel,
-    )?)
+    let placed = load::place_with(checkpoint, &policy, devices, settings, cancel)?;
+    warn_of_unloaded(checkpoint, &placed.proposed);
+    Ok(placed)
 }
+
+/// Warns of tensors that the policy puts on no device. Second copies of tied parameters are none of
+/// them: their names resolve to the first.
+fn warn_of_unloaded(checkpoint: &Checkpoint, proposed: &Proposed) {
+    let ties = checkpoint.ties().iter();
+    let copies: HashSet<usize> = ties.filter_map(|tie| tie.alias_tensor).collect();
+    let tensors = proposed.plan.tensors.iter().enumerate();
+    let mut unloaded = tensors
+        .filter(|(index, tensor)| tensor.placement.device.is_none() && !copies.contains(index))
+        .map(|(index, _)| index);
+    let Some(first) = unloaded.next() else {
+        return;
+    };
+    tracing::warn!(
+        "{} of {} tensors are not loaded, '{}' first: the policy puts them on no device",
+        1 + unloaded.count(),
+        checkpoint.tensors().len(),
+        truncated(checkpoint.tensors()[first].name.clone(), MOST_NAME)
+    );
+}
+
+/// Bytes that are shown of a tensor's name.
+const MOST_NAME: usize = 256;
 
 /// A device on which everything fits: for asking a policy about formats, not places.
 pub(crate) fn anywhere() -> DeviceInfo {
