@@ -1,10 +1,36 @@
-//! Small checkpoints for tests, those of crates that build on this one too.
+//! What several tests need, those of crates that build on this one too.
 
 use std::path::Path;
 
 use tightfit_kernels::{FloatType, Kernels};
 
+use crate::checkpoint::TensorInfo;
+use crate::device::{DeviceInfo, DeviceKind};
 use crate::types::DType;
+
+/// Returns a tensor of a checkpoint that is not quantized, at the beginning of the first shard.
+pub fn tensor(name: &str, dtype: DType, shape: &[u64]) -> TensorInfo {
+    TensorInfo {
+        name: name.to_owned(),
+        dtype,
+        shape: shape.to_vec(),
+        bytes: dtype.tensor_bytes(shape).unwrap(),
+        shard: 0,
+        offset: 0,
+        quantized: None,
+    }
+}
+
+/// Returns a simulated device, all of which is free.
+pub fn device(name: &str, capacity: u64, granularity: u64) -> DeviceInfo {
+    DeviceInfo {
+        name: name.to_owned(),
+        kind: DeviceKind::Sim,
+        capacity,
+        available: capacity,
+        granularity,
+    }
+}
 
 /// A tensor of a test checkpoint: pseudo-random weights, the same on every run.
 #[derive(Debug)]

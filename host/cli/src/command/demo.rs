@@ -3,13 +3,13 @@
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{DeviceSpec, open_devices};
-use tightfit::synth::{self, Options, Preset};
+use tightfit::synth::{Options, Preset};
 use tightfit::text::printable;
 use tightfit::types::Bytes;
 
 use crate::command::args::DemoOptions;
 use crate::command::failure::Failure;
-use crate::command::{load, output, progress, session};
+use crate::command::{load, output, session, synth};
 
 /// An accelerator on which the model fits in 4 bits and not in 16.
 const DEVICE: DeviceSpec = DeviceSpec::Sim {
@@ -30,19 +30,7 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
     let model = directory.path().join("model");
 
     say("1. A model with random weights, as a bf16 checkpoint\n".to_owned())?;
-    let bar = progress::bytes("writing", quiet);
-    let written = synth::write(
-        Preset::Demo,
-        &model,
-        &Options::default(),
-        &mut |written, total| {
-            bar.set_length(total);
-            bar.set_position(written);
-        },
-        cancel.flag(),
-    );
-    bar.finish_and_clear();
-    let written = written?;
+    let written = synth::write(Preset::Demo, &model, &Options::default(), quiet, &cancel)?;
     say(format!(
         "   {} tensors, {}\n\n",
         written.tensors,

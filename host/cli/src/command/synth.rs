@@ -1,10 +1,11 @@
 //! `tightfit synth`.
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde::Serialize;
 use tightfit::cancel::CancelToken;
-use tightfit::synth::{self, Options};
+use tightfit::synth::{self, Options, Preset, Written};
 use tightfit::text::printable;
 use tightfit::types::Bytes;
 
@@ -26,26 +27,34 @@ struct Synthesized {
     seconds: f64,
 }
 
+/// Writes a checkpoint with a progress bar.
+pub(crate) fn write(
+    preset: Preset,
+    directory: &Path,
+    options: &Options,
+    quiet: bool,
+    cancel: &CancelToken,
+) -> Result<Written, Failure> {
+    let bar = progress::bytes("writing", quiet);
+    let mut progress = |written, total| {
+        bar.set_length(total);
+        bar.set_position(written);
+    };
+    let written = synth::write(preset, directory, options, &mut progress, cancel.flag());
+    bar.finish_and_clear();
+    Ok(written?)
+}
+
 pub(crate) fn run(options: &SynthOptions, cancel: &CancelToken) -> Result<(), Failure> {
     let preset = options.preset;
-    let bar = progress::bytes("writing", options.output.quiet);
+    let given = Options {
+        headers_only: options.headers_only,
+        seed: options.seed,
+        ..Options::default()
+    };
     let start = Instant::now();
-    let written = synth::write(
-        preset,
-        &options.directory,
-        &Options {
-            headers_only: options.headers_only,
-            seed: options.seed,
-            ..Options::default()
-        },
-        &mut |written, total| {
-            bar.set_length(total);
-            bar.set_position(written);
-        },
-        cancel.flag(),
-    );
-    bar.finish_and_clear();
-    let written = written?;
+    let quiet = options.output.quiet;
+    let written = write(preset, &options.directory, &given, quiet, cancel)?;
     let seconds = start.elapsed().as_secs_f64();
     if options.output.json {
         return output::print_json(&Envelope::new(Synthesized {
