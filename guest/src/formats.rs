@@ -93,8 +93,9 @@ impl Formats {
         })
     }
 
-    /// The format of each tensor of the request; `kinds` are those that [`kinds`] finds. Formats
-    /// that the user has fixed are among them, so that sizes are those that the host reserves.
+    /// Returns the format of each tensor of the request; `kinds` are those that [`kinds`] finds.
+    /// Formats that the user has fixed are among them, so that sizes are those that the host
+    /// reserves.
     pub fn choose(&self, request: &Request, kinds: &[TensorKind]) -> Vec<Format> {
         let format = |(tensor, kind): (&Tensor, &TensorKind)| {
             let wanted = match kind {
@@ -136,8 +137,8 @@ impl Formats {
 /// Patterns that are named in one warning.
 const MOST_PATTERNS: usize = 8;
 
-/// What each tensor is for. A tensor that is tied to an embedding is that embedding, whatever
-/// the checkpoint calls it: the first thing that is needed, and looked up in.
+/// Returns what each tensor is for. A tensor that is tied to an embedding is that embedding,
+/// whatever the checkpoint calls it: the first thing that is needed, and looked up in.
 pub fn kinds(request: &Request) -> Vec<TensorKind> {
     let mut kinds: Vec<TensorKind> = request.tensors.iter().map(kind_of).collect();
     for tie in &request.ties {

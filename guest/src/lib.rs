@@ -73,7 +73,7 @@ pub use tightfit_common::patterns;
 
 /// A placement policy. Export it with [`policy!`].
 pub trait Policy {
-    /// Who the policy is and which settings it understands. Called before every `plan`.
+    /// Returns who the policy is and which settings it understands. Called before every `plan`.
     fn describe() -> Description;
 
     /// Decides where every tensor goes and in which format.

@@ -4,7 +4,7 @@ use crate::{Dtype, Tensor};
 
 pub use tightfit_common::names::{TensorKind, kind_of_module, layer_of, module_of, side_branch_of};
 
-/// What a tensor is for, by its name, type and number of dimensions.
+/// Returns what a tensor is for, by its name, type and number of dimensions.
 pub fn kind_of(tensor: &Tensor) -> TensorKind {
     tightfit_common::names::kind_of(&tensor.name, tensor.shape.len(), is_float(tensor.dtype))
 }

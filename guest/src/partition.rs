@@ -86,7 +86,8 @@ impl Bin {
         }
     }
 
-    /// Bytes used when it holds items of this much, in sum. `None` when 64 bits cannot say it.
+    /// Returns the bytes used when it holds items of this much, in sum. `None` when 64 bits cannot
+    /// say it.
     pub fn used(&self, load: Item) -> Option<u64> {
         let reserved = load
             .bytes
@@ -96,7 +97,7 @@ impl Bin {
             .checked_add(self.reserve)
     }
 
-    /// Whether it then uses no more than `limit` bytes.
+    /// Returns whether it then uses no more than `limit` bytes.
     fn holds(&self, load: Item, limit: u64) -> bool {
         // Mostly it does by far, and no division is needed to see that.
         let most = load.bytes.saturating_add(load.headroom);
@@ -106,7 +107,7 @@ impl Bin {
         self.used(load).is_some_and(|used| used <= limit)
     }
 
-    /// The part of it that is in use, before rounding: that says more about small models.
+    /// Returns the part of it that is in use, before rounding: that says more about small models.
     fn fullness(&self, load: Item) -> f64 {
         let used = load.bytes as f64 + load.headroom as f64 + self.reserve as f64;
         used / self.capacity.max(1) as f64
@@ -269,13 +270,13 @@ impl Level {
             > u128::from(other.used) * u128::from(self.capacity)
     }
 
-    /// The most bytes of `capacity` that are not above this level.
+    /// Returns the most bytes of `capacity` that are not above this level.
     fn within(self, capacity: u64) -> u64 {
         let bytes = u128::from(self.used) * u128::from(capacity) / u128::from(self.capacity);
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
 
-    /// The most bytes of `capacity` that are below this level, which is not zero.
+    /// Returns the most bytes of `capacity` that are below this level, which is not zero.
     fn below(self, capacity: u64) -> u64 {
         let product = u128::from(self.used) * u128::from(capacity);
         // A bin without capacity holds only what takes nothing, and that at any level.

@@ -22,7 +22,7 @@ pub struct Spec {
 }
 
 impl Spec {
-    /// A setting in one line.
+    /// Returns a setting in one line.
     pub const fn new(name: &'static str, default: &'static str, help: &'static str) -> Spec {
         Spec {
             name,
@@ -39,7 +39,7 @@ pub const RESERVE: Spec = Spec::new(
     "Bytes left free on every device, for example 2GiB.",
 );
 
-/// The list as a [`Description`](crate::Description) holds it.
+/// Returns the list as a [`Description`](crate::Description) holds it.
 pub fn describe(specs: &[Spec]) -> Vec<Setting> {
     let setting = |spec: &Spec| Setting {
         name: spec.name.into(),
@@ -62,7 +62,7 @@ pub struct Settings<'a> {
 }
 
 impl<'a> Settings<'a> {
-    /// The values that `request` gives to the settings in `specs`.
+    /// Returns the values that `request` gives to the settings in `specs`.
     pub fn new(specs: &'a [Spec], request: &'a Request) -> Settings<'a> {
         Settings {
             specs,
@@ -71,7 +71,7 @@ impl<'a> Settings<'a> {
         }
     }
 
-    /// The text itself.
+    /// Returns the text itself.
     pub fn text(&self, name: &str) -> &'a str {
         if let Some((_, value)) = self.given.iter().find(|(given, _)| given == name) {
             return value.trim();
@@ -94,7 +94,7 @@ impl<'a> Settings<'a> {
         }
     }
 
-    /// A whole number within a range.
+    /// Returns a whole number within a range.
     ///
     /// # Errors
     /// When it is no number or outside the range.
@@ -108,7 +108,7 @@ impl<'a> Settings<'a> {
         }
     }
 
-    /// A number of bytes, as [`parse_bytes`] reads it.
+    /// Returns a number of bytes, as [`parse_bytes`] reads it.
     ///
     /// # Errors
     /// When it is none.
@@ -117,7 +117,7 @@ impl<'a> Settings<'a> {
             .map_err(|_| self.bad(name, "a number of bytes such as 2GiB, 512MiB or 1000000"))
     }
 
-    /// A device of the request, by its index or its name. Gives its index.
+    /// Returns the index of a device of the request, which is given by its index or its name.
     ///
     /// # Errors
     /// When there is no such device.
@@ -136,7 +136,7 @@ impl<'a> Settings<'a> {
         })
     }
 
-    /// One of a few words.
+    /// Returns one of a few words.
     ///
     /// # Errors
     /// When it is another.
@@ -148,12 +148,12 @@ impl<'a> Settings<'a> {
             .ok_or_else(|| self.bad(name, &allowed.join(" or ")))
     }
 
-    /// Patterns separated by commas.
+    /// Reads patterns separated by commas.
     pub fn patterns(&self, name: &str) -> Patterns {
         Patterns::parse(self.text(name))
     }
 
-    /// The refusal for a value that cannot be used.
+    /// Returns the refusal for a value that cannot be used.
     pub fn bad(&self, name: &str, allowed: &str) -> Refusal {
         let value = self.text(name);
         Refusal::bad_setting(format!(

@@ -22,7 +22,7 @@ impl Sizer {
         Sizer::default()
     }
 
-    /// Bytes that a tensor takes when it is stored in this format.
+    /// Returns the bytes that a tensor takes when it is stored in this format.
     ///
     /// # Errors
     /// The host's: the format cannot hold such a tensor, or the size does not fit in 64 bits.

@@ -12,7 +12,7 @@ use crate::{
 use tightfit_common::sizes::tensor_bytes;
 
 impl Description {
-    /// A policy of this name and version with these settings.
+    /// Returns a policy of this name and version with these settings.
     pub fn new(name: &str, version: &str, settings: &[Spec]) -> Description {
         Description {
             name: name.into(),
@@ -106,13 +106,13 @@ impl Tensor {
         }
     }
 
-    /// Whether it is the matrix of a linear layer, or of experts, by [`kind_of`].
+    /// Returns whether it is the matrix of a linear layer, or of experts, by [`kind_of`].
     pub fn is_linear(&self) -> bool {
         matches!(kind_of(self), TensorKind::Linear | TensorKind::Expert)
     }
 
-    /// Whether [`Format::Nf4`] is legal for it: `bf16`, `f16` and `f32` that
-    /// are not quantized already.
+    /// Returns whether [`Format::Nf4`] is legal for it: `bf16`, `f16` and `f32` that are not
+    /// quantized already.
     pub fn is_quantizable(&self) -> bool {
         self.quantized.is_none() && matches!(self.dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32)
     }
@@ -140,7 +140,7 @@ impl Device {
         }
     }
 
-    /// Whether it is a GPU or a stand-in for one, rather than host memory.
+    /// Returns whether it is a GPU or a stand-in for one, rather than host memory.
     pub fn is_accelerator(&self) -> bool {
         matches!(self.kind, DeviceKind::Cuda | DeviceKind::Sim)
     }
@@ -187,8 +187,8 @@ impl Request {
         }
     }
 
-    /// Bytes that may be used on each device: what is free, or less where the previous attempt
-    /// found less.
+    /// Returns the bytes that may be used on each device: what is free, or less where the previous
+    /// attempt found less.
     pub fn available(&self) -> Vec<u64> {
         let mut available: Vec<u64> = self.devices.iter().map(|device| device.available).collect();
         if let Some(Failure {
@@ -250,7 +250,7 @@ impl Request {
 }
 
 impl Refusal {
-    /// The tensors do not fit; `missing` bytes more would do.
+    /// Returns the refusal of tensors that do not fit; `missing` bytes more would do.
     pub fn does_not_fit(message: impl Into<String>, missing: Option<u64>) -> Refusal {
         Refusal {
             reason: RefusalReason::DoesNotFit,
@@ -259,7 +259,7 @@ impl Refusal {
         }
     }
 
-    /// A setting has a value that cannot be used.
+    /// Returns the refusal of a setting's value that cannot be used.
     pub fn bad_setting(message: impl Into<String>) -> Refusal {
         Refusal {
             reason: RefusalReason::BadSetting,
@@ -268,7 +268,7 @@ impl Refusal {
         }
     }
 
-    /// The policy cannot handle this model or these devices.
+    /// Returns the refusal of a model or devices that the policy cannot handle.
     pub fn unsupported(message: impl Into<String>) -> Refusal {
         Refusal {
             reason: RefusalReason::Unsupported,

@@ -12,7 +12,7 @@ use crate::names::module_of;
 pub struct Patterns(Vec<String>);
 
 impl Patterns {
-    /// Patterns separated by commas. Spaces around them and empty ones are dropped.
+    /// Reads patterns separated by commas. Spaces around them and empty ones are dropped.
     pub fn parse(list: &str) -> Patterns {
         let patterns = list
             .split(',')
@@ -21,12 +21,12 @@ impl Patterns {
         Patterns(patterns.map(str::to_owned).collect())
     }
 
-    /// Whether there are none.
+    /// Returns whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether any pattern matches a tensor, by its own name or its module's.
+    /// Returns whether any pattern matches a tensor, by its own name or its module's.
     pub fn matches(&self, tensor: &str) -> bool {
         self.0.iter().any(|pattern| is_match(pattern, tensor))
     }
@@ -48,7 +48,7 @@ fn is_match(pattern: &str, tensor: &str) -> bool {
     }
 }
 
-/// Whether `run` occurs in `name` with a dot or an end on both sides.
+/// Returns whether `run` occurs in `name` with a dot or an end on both sides.
 fn has_components(name: &str, run: &str) -> bool {
     name.match_indices(run).any(|(start, found)| {
         let end = start + found.len();
@@ -57,7 +57,7 @@ fn has_components(name: &str, run: &str) -> bool {
     })
 }
 
-/// Whether a pattern matches the whole of `text`: `*` is any number of characters, `?` one.
+/// Returns whether a pattern matches the whole of `text`: `*` is any number of characters, `?` one.
 ///
 /// Goes back to the last star only, so it takes at most `pattern.len() * text.len()` steps.
 pub fn glob(pattern: &str, text: &str) -> bool {

@@ -13,7 +13,7 @@ pub const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 32..=4096;
 /// Most bytes of a part. Well below 2^64, so that no later sum or rounding can overflow.
 pub const MAX_PART_BYTES: u64 = 1 << 60;
 
-/// Returns whether a block of so many elements is one that the kernels have: a power of two in
+/// Returns whether a block of this many elements is one that the kernels have: a power of two in
 /// [`BLOCK_SIZES`].
 pub const fn is_block_size(elements: u32) -> bool {
     *BLOCK_SIZES.start() <= elements && elements <= *BLOCK_SIZES.end() && elements.is_power_of_two()
@@ -30,15 +30,15 @@ pub fn elements(shape: &[u64]) -> Option<u64> {
         .try_fold(1u64, |product, &dimension| product.checked_mul(dimension))
 }
 
-/// Returns the bytes of a tensor of this shape with elements of so many bits, row-major and without
-/// padding, or `None` where they do not fit in 64 bits or are no whole number.
+/// Returns the bytes of a tensor of this shape with elements of this many bits, row-major and
+/// without padding, or `None` where they do not fit in 64 bits or are no whole number.
 pub fn tensor_bytes(shape: &[u64], bits: u64) -> Option<u64> {
     let bits = elements(shape)?.checked_mul(bits)?;
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
-/// Returns the bytes of a part that holds a tensor as it is, with elements of so many bits, or `None`
-/// beyond [`MAX_PART_BYTES`].
+/// Returns the bytes of a part that holds a tensor as it is, with elements of this many bits, or
+/// `None` beyond [`MAX_PART_BYTES`].
 pub fn plain(shape: &[u64], bits: u64) -> Option<u64> {
     tensor_bytes(shape, bits).filter(|&bytes| bytes <= MAX_PART_BYTES)
 }
@@ -54,8 +54,8 @@ pub struct Nf4Parts {
     pub nested_absmax: Option<u64>,
 }
 
-/// Returns the parts of a tensor in NF4, made of elements of so many bits, or `None` where these take
-/// more than [`MAX_PART_BYTES`]. `block_size` is one of [`is_block_size`].
+/// Returns the parts of a tensor in NF4, made of elements of this many bits, or `None` where these
+/// take more than [`MAX_PART_BYTES`]. `block_size` is one of [`is_block_size`].
 pub fn nf4(shape: &[u64], bits: u64, block_size: u32, double_quantized: bool) -> Option<Nf4Parts> {
     plain(shape, bits)?;
     let n = elements(shape)?;

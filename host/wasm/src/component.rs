@@ -14,8 +14,8 @@ use crate::wit::{bindings, program};
 /// How sections are called that describe a world.
 const DESCRIPTION: &str = "component-type";
 
-/// The input itself if it is a component; a core module with a description of this world, encoded as
-/// wit-component does, instead of its own.
+/// Returns the input itself if it is a component; a core module with a description of this world,
+/// encoded as wit-component does, instead of its own.
 pub(crate) fn described<'a>(
     bytes: &'a [u8],
     component_type: &[u8],
@@ -52,8 +52,8 @@ fn section(module: &mut Vec<u8>, id: u8, parts: &[&[u8]]) {
     parts.iter().for_each(|part| module.extend_from_slice(part));
 }
 
-/// A component ready to be compiled: what [`described`] gave, wrapped into one if it is a core
-/// module.
+/// Returns a component ready to be compiled: what [`described`] gave, wrapped into one if it is a
+/// core module.
 ///
 /// # Errors
 /// What keeps a core module from being made a component.

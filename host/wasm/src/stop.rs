@@ -31,12 +31,12 @@ impl Stop {
         }
     }
 
-    /// The reason, after [`Stop::token`] has ended something.
+    /// Returns the reason, after [`Stop::token`] has ended something.
     pub(crate) fn reason(&self) -> Stopped {
         self.check().err().unwrap_or(Stopped::Cancelled)
     }
 
-    /// Whether the program may go on.
+    /// Checks that the program may go on.
     ///
     /// # Errors
     /// Why not.

@@ -91,7 +91,7 @@ pub(crate) const GEMMA3_27B: Shape = Shape {
     experts: 0,
 };
 
-/// A decoder. Its head is left out where `head` is not set.
+/// Returns a decoder. Its head is left out where `head` is not set.
 pub(crate) fn decoder(shape: Shape, head: bool) -> Vec<Tensor> {
     let Shape { hidden, inner, .. } = shape;
     let table = [shape.vocabulary, hidden];

@@ -5,7 +5,7 @@ use tightfit_guest::{Format, Request, Tensor};
 
 use crate::options::{Experts, Library, Options};
 
-/// The format of each tensor.
+/// Returns the format of each tensor.
 pub(crate) fn formats(request: &Request, kinds: &[TensorKind], options: &Options) -> Vec<Format> {
     let format = |(tensor, kind): (&Tensor, &TensorKind)| {
         let wanted = match kind {
@@ -29,9 +29,9 @@ pub(crate) fn formats(request: &Request, kinds: &[TensorKind], options: &Options
     formats
 }
 
-/// Whether it is the matrix of a linear layer in memory. Transformers 5 makes stacks of all experts
-/// and plain parameters of routers; in version 4 they were linear layers unless a checkpoint held
-/// stacks.
+/// Returns whether it is the matrix of a linear layer in memory. Transformers 5 makes stacks of all
+/// experts and plain parameters of routers; in version 4 they were linear layers unless a
+/// checkpoint held stacks.
 fn as_linear(tensor: &Tensor, library: Library) -> bool {
     library == Library::Accelerate && tensor.shape.len() == 2 && tensor.name.ends_with(".weight")
 }

@@ -32,7 +32,7 @@ pub enum Arrangement {
     Pack,
 }
 
-/// A description with the settings that [`plan`] reads.
+/// Returns a description with the settings that [`plan`] reads.
 pub fn describe(name: &str, version: &str) -> Description {
     Description::new(name, version, SPECS)
 }

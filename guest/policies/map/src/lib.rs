@@ -79,7 +79,7 @@ impl Policy for Map {
     }
 }
 
-/// What is left free on each device.
+/// Returns what is left free on each device.
 ///
 /// # Errors
 /// A refusal when the map puts more on a device than it holds.

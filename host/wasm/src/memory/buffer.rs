@@ -43,12 +43,12 @@ impl Buffer {
         self.bytes
     }
 
-    /// Index of its device.
+    /// Returns the index of its device.
     pub fn device(&self) -> usize {
         self.pool.index()
     }
 
-    /// Whether this range lies inside.
+    /// Checks that this range lies inside.
     ///
     /// # Errors
     /// [`MemoryError::OutOfBounds`].

@@ -12,7 +12,7 @@ pub enum MemoryError {
     NoSuchDevice {
         /// The index given.
         device: u32,
-        /// How many devices there are.
+        /// Number of devices there are.
         devices: usize,
     },
     /// More than the program may take.

@@ -35,17 +35,17 @@ impl Memory {
         }
     }
 
-    /// The most that may be reserved on all devices together, in bytes.
+    /// Returns the most that may be reserved on all devices together, in bytes.
     pub(crate) fn quota(&self) -> u64 {
         self.quota.limit()
     }
 
-    /// What is reserved on all devices together.
+    /// Returns what is reserved on all devices together.
     pub(crate) fn reserved(&self) -> Usage {
         self.quota.usage()
     }
 
-    /// What the program has of a device.
+    /// Returns what the program has of a device.
     pub(crate) fn usage(&self, device: u32) -> Result<Usage, MemoryError> {
         Ok(self.pool(device)?.usage())
     }
@@ -104,7 +104,7 @@ impl Memory {
         }
     }
 
-    /// Whether the quota has room for what a plan will reserve.
+    /// Checks that the quota has room for what a plan will reserve.
     ///
     /// # Errors
     /// [`MemoryError::Quota`].
@@ -126,7 +126,7 @@ impl Memory {
     }
 }
 
-/// Whether less would do.
+/// Returns whether less would do.
 fn is_short(grown: &Result<(), MemoryError>) -> bool {
     use DeviceError::{Driver, OutOfMemory};
     match grown {
@@ -136,7 +136,7 @@ fn is_short(grown: &Result<(), MemoryError>) -> bool {
     }
 }
 
-/// Bytes that a plan reserves on all devices.
+/// Returns the bytes that a plan reserves on all devices.
 fn reserved(plan: &Plan) -> u64 {
     let reserved = plan.devices.iter().map(|device| device.size.reserved);
     reserved.fold(0, u64::saturating_add)

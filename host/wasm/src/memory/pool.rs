@@ -131,7 +131,7 @@ impl DevicePool {
         &*self.devices[self.index]
     }
 
-    /// The device's index.
+    /// Returns the device's index.
     pub(super) fn index(&self) -> usize {
         self.index
     }
@@ -146,7 +146,7 @@ impl DevicePool {
         self.chunks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Bytes of all chunks.
+    /// Returns the bytes of all chunks.
     pub(super) fn chunk_bytes(&self) -> u64 {
         let chunks = self.lock();
         let bytes = chunks.by_number.values().map(|chunk| chunk.memory.len());
@@ -275,7 +275,8 @@ impl DevicePool {
         carrier.finish()
     }
 
-    /// A device whose memory is not what it said: a fault that has no better name.
+    /// Returns the error of a device whose memory is not what it said: a fault that has no better
+    /// name.
     fn gone(&self) -> DeviceError {
         DeviceError::Unavailable {
             device: self.device().info().name,

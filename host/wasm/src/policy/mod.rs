@@ -38,7 +38,7 @@ const WORLD: World = World {
     component_type: bindings::COMPONENT_TYPE,
 };
 
-/// What is checked of a policy's bytes and made of them before they are compiled: what the fuzz
+/// Checks a policy's bytes and returns what is made of them before they are compiled: what the fuzz
 /// target of it calls.
 ///
 /// # Errors
@@ -75,7 +75,7 @@ impl Linked for PolicyPre<State<()>> {
 pub struct WasmPolicy(Guest<PolicyPre<State<()>>>);
 
 impl WasmPolicy {
-    /// The built-in policy of this name, or the policy in the file of this name.
+    /// Returns the built-in policy of this name, or the policy in the file of this name.
     ///
     /// # Errors
     /// [`PolicyError::Unknown`], [`PolicyError::Unreadable`], or as [`WasmPolicy::new`].
@@ -101,8 +101,8 @@ impl WasmPolicy {
             .map_err(|failure| failed(name, failure))
     }
 
-    /// A built-in policy, if there is one of this name. It is as much to be trusted as this program,
-    /// and so compiled in this process.
+    /// Returns a built-in policy, if there is one of this name. It is as much to be trusted as this
+    /// program, and so compiled in this process.
     pub fn builtin(
         name: &str,
         options: impl Into<Options>,
@@ -135,7 +135,7 @@ impl WasmPolicy {
             .map_err(|failure| failed(label, failure))
     }
 
-    /// The names of what the component imports, for example `tightfit:host/sizing@0.1.0`.
+    /// Returns the names of what the component imports, for example `tightfit:host/sizing@0.1.0`.
     pub fn imports(&self) -> Vec<String> {
         self.0.imports()
     }

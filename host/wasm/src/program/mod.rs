@@ -55,8 +55,8 @@ const RUN: &str = "tightfit:host/run@0.1.0";
 /// Bytes of the text that a program gives.
 const MOST_ANSWER: usize = 1 << 20;
 
-/// What a program may use unless it is said otherwise: as a policy, but fuel and time for reading,
-/// computing and loading.
+/// Returns what a program may use unless it is said otherwise: as a policy, but fuel and time for
+/// reading, computing and loading.
 pub fn default_limits() -> Limits {
     Limits {
         fuel: 1_000_000_000_000,
@@ -115,7 +115,7 @@ pub struct Outcome {
 }
 
 impl WasmProgram {
-    /// The program in a file.
+    /// Returns the program in a file.
     ///
     /// # Errors
     /// [`ProgramError::Unreadable`], or as [`WasmProgram::new`].
@@ -145,7 +145,7 @@ impl WasmProgram {
             .map_err(|failure| failed(label, failure))
     }
 
-    /// The names of what the component imports, for example `tightfit:host/models@0.1.0`.
+    /// Returns the names of what the component imports, for example `tightfit:host/models@0.1.0`.
     pub fn imports(&self) -> Vec<String> {
         self.0.imports()
     }
@@ -217,7 +217,7 @@ fn call(
     Ok((answer, store.data().own.context.reserved().peak))
 }
 
-/// What the interfaces trap with, as the sandbox's own failure where that is the same.
+/// Returns what the interfaces trap with, as the sandbox's own failure where that is the same.
 fn cause(error: wasmtime::Error, limits: &Limits) -> wasmtime::Error {
     if let Some(Stopped::Deadline) = error.downcast_ref() {
         let seconds = limits.deadline.as_secs_f64();

@@ -118,8 +118,8 @@ pub(super) fn compile(
     }
 }
 
-/// What is said where the child ran out of memory: it inherits what this process may use, where that
-/// is less.
+/// Returns the failure of a child that ran out of memory: it inherits what this process may use,
+/// where that is less.
 fn out_of_memory(limits: &Limits) -> Failure {
     match space::limit() {
         Some(most) if most < limits.compile_memory => space::failure("compiling it takes more"),
@@ -142,7 +142,7 @@ enum Answer {
 }
 
 impl Answer {
-    /// Reads an answer about a guest of so many bytes, and no more of it than is allowed.
+    /// Reads an answer about a guest of this many bytes, and no more of it than is allowed.
     fn read(input: &mut impl Read, guest: usize, limits: &Limits) -> io::Result<Answer> {
         let mut head = Vec::with_capacity(9);
         input.take(9).read_to_end(&mut head)?;
@@ -185,7 +185,7 @@ struct Ended {
 }
 
 impl Ended {
-    /// Why there is no answer.
+    /// Returns why there is no answer.
     fn failure(&self, limits: &Limits) -> Failure {
         if self.cancelled {
             return Failure::Cancelled;

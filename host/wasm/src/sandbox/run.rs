@@ -16,7 +16,7 @@ use crate::component;
 use crate::wit::messages::Messages;
 use crate::wit::{TightfitCtx, TightfitView};
 
-/// Where guests run: an engine, and the options that hold for each of them.
+/// An engine in which guests run, and the options that hold for each of them.
 pub(crate) struct Sandbox {
     engine: Engine,
     options: Options,
@@ -64,7 +64,7 @@ fn checked<'a>(
     })
 }
 
-/// What is done with bytes before they are compiled: gives the component.
+/// Does with bytes what is done before they are compiled, and returns the component.
 ///
 /// # Errors
 /// As [`Sandbox::compile`].
@@ -266,7 +266,7 @@ fn failure<T>(error: wasmtime::Error, fuel: u64, limits: &Limits, state: &State<
     }
 }
 
-/// Of an error that is not about the guest.
+/// Makes a failure of an error that is not about the guest.
 fn host_failure(error: wasmtime::Error) -> Failure {
     match space::is_short(&error) {
         true => space::failure(format_args!("{error:#}")),
@@ -274,7 +274,7 @@ fn host_failure(error: wasmtime::Error) -> Failure {
     }
 }
 
-/// The limit of which wasmtime says only in words that it was exceeded.
+/// Returns the limit of which wasmtime says only in words that it was exceeded.
 fn limit_in(message: &str, limits: &Limits) -> Option<Failure> {
     let too_many = |what, limit| Failure::TooMany { what, limit };
     [

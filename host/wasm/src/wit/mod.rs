@@ -87,7 +87,7 @@ pub struct TightfitCtx {
     /// Bytes of messages that may still be passed on.
     log_left: usize,
     text_limit: usize,
-    /// Where messages wait for the end of the call, if they do.
+    /// The queue in which messages wait for the end of the call, if they do.
     #[cfg(feature = "compile")]
     kept: Option<Messages>,
 }
@@ -109,12 +109,12 @@ impl Default for TightfitCtx {
 }
 
 impl TightfitCtx {
-    /// A context that passes on 64 KiB of messages, 4 KiB of each.
+    /// Returns a context that passes on 64 KiB of messages, 4 KiB of each.
     pub fn new() -> TightfitCtx {
         TightfitCtx::default()
     }
 
-    /// A context that passes on this many bytes of messages, and of a single one at most
+    /// Returns a context that passes on this many bytes of messages, and of a single one at most
     /// `text_bytes`. What is longer is cut; what comes after is dropped.
     pub fn with_limits(log_bytes: usize, text_bytes: usize) -> TightfitCtx {
         TightfitCtx {
@@ -126,7 +126,7 @@ impl TightfitCtx {
         }
     }
 
-    /// The same, but messages are put aside.
+    /// Returns the same, but messages are put aside.
     #[cfg(feature = "compile")]
     pub(crate) fn keeping(messages: Messages, log_bytes: usize, text_bytes: usize) -> TightfitCtx {
         TightfitCtx {
@@ -145,7 +145,7 @@ impl TightfitCtx {
         emit(level, message);
     }
 
-    /// The last message that the guest logged as an error: before a trap, why it gave up.
+    /// Returns the last message that the guest logged as an error: before a trap, why it gave up.
     pub fn last_error(&self) -> Option<&str> {
         self.last_error.as_deref()
     }
@@ -164,7 +164,7 @@ fn emit(level: log::Level, message: &str) {
 
 /// Gives access to the context inside a store's data.
 pub trait TightfitView: Send {
-    /// The context.
+    /// Returns the context.
     fn tightfit(&mut self) -> &mut TightfitCtx;
 }
 

@@ -101,7 +101,7 @@ fn load_and_forget() -> Answer {
     Ok(get_usage(0)?.reserved.now.to_string())
 }
 
-/// Takes everything but so many bytes of the quota first.
+/// Takes everything but this many bytes of the quota first.
 fn load_after_buffer(left: u64) -> Answer {
     let _buffer = Buffer::allocate(1, get_quota().limit - left)?;
     load().map(|_| "loaded".into())

@@ -64,7 +64,7 @@ impl Grants {
     }
 }
 
-/// The items of a batch.
+/// Returns the items of a batch.
 fn batch<T>(items: &[T], first: u32, count: u32) -> &[T] {
     let (first, count) = (first as usize, (count as usize).min(MOST_ITEMS));
     let items = items.get(first..).unwrap_or_default();

@@ -69,8 +69,8 @@ pub struct ProgramCtx {
 }
 
 impl ProgramCtx {
-    /// A program that may use these devices, and reserve at most `quota` bytes on all of them
-    /// together. Other programs may share the devices; each sees its own usage only.
+    /// Returns a program that may use these devices, and reserve at most `quota` bytes on all of
+    /// them together. Other programs may share the devices; each sees its own usage only.
     ///
     /// What is free on the devices is asked for here, and never again: what others take or free later
     /// is nothing that a program is told.
@@ -113,12 +113,12 @@ impl ProgramCtx {
         self.stop.deadline = Some(deadline);
     }
 
-    /// What the program has of the device with this index; `None` where there is none.
+    /// Returns what the program has of the device with this index; `None` where there is none.
     pub fn usage(&self, device: usize) -> Option<Usage> {
         self.memory.usage(u32::try_from(device).ok()?).ok()
     }
 
-    /// The devices as they were offered, less what the program has taken of each since.
+    /// Returns the devices as they were offered, less what the program has taken of each since.
     fn device_infos(&self) -> Vec<DeviceInfo> {
         let offered = self.offered.iter().enumerate();
         let infos = offered.map(|(index, offered)| {
@@ -131,7 +131,7 @@ impl ProgramCtx {
         infos.collect()
     }
 
-    /// What the program has reserved on all devices together, in bytes.
+    /// Returns what the program has reserved on all devices together, in bytes.
     pub fn reserved(&self) -> Gauge {
         self.memory.reserved().reserved
     }
@@ -148,7 +148,7 @@ pub struct ProgramCtxView<'a> {
 
 /// Gives access to the program's context inside a store's data.
 pub trait ProgramView: TightfitView {
-    /// The context and the table.
+    /// Returns the context and the table.
     fn tightfit_program(&mut self) -> ProgramCtxView<'_>;
 }
 

@@ -88,7 +88,7 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// The model.
+    /// Returns the model.
     pub fn model(&self) -> &Model {
         &self.model
     }

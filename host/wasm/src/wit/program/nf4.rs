@@ -16,7 +16,7 @@ const PIECE_ELEMENTS: u64 = (PIECE / 4) as u64;
 /// Scales that are quantized or dequantized at once, a multiple of [`NESTED_BLOCK_SIZE`].
 const PIECE_SCALES: u64 = (PIECE / 4) as u64;
 
-/// The kernels' name of a type that a program has given.
+/// Returns the kernels' name of a type that a program has given.
 pub(super) fn float(given: types::Dtype) -> Result<FloatType, CallError> {
     let dtype = convert::dtype(given);
     dtype.float_type().ok_or_else(|| {
@@ -65,7 +65,7 @@ impl ProgramCtxView<'_> {
     }
 }
 
-/// Bytes of the codes and the scales of `elements` elements.
+/// Returns the bytes of the codes and the scales of `elements` elements.
 fn quantized_bytes(elements: u64, block_size: BlockSize) -> Result<[u64; 2], CallError> {
     let blocks = elements.div_ceil(block_size.elements() as u64);
     Ok([elements.div_ceil(2), element_bytes(blocks, 4)?])

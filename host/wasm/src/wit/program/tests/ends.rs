@@ -137,7 +137,7 @@ fn a_load_that_is_cancelled_takes_nothing() {
     );
 }
 
-/// A checkpoint of so many empty tensors.
+/// A checkpoint of this many empty tensors.
 fn empty_tensors(count: usize) -> tempfile::TempDir {
     let directory = tempfile::TempDir::new().unwrap();
     let entry = |i| format!(r#""t{i}.weight":{{"dtype":"BF16","shape":[0],"data_offsets":[0,0]}}"#);
