@@ -1,12 +1,12 @@
 //! Bytes as people read them, with two digits.
 
-/// A need: rounded up, so that it is never understated.
+/// Returns a need as text: rounded up, so that it is never understated.
 pub fn need(bytes: u64) -> String {
     let unit = unit(bytes);
     in_hundredths((u128::from(bytes) * 100).div_ceil(unit), unit)
 }
 
-/// What there is: rounded down, so that it is never overstated.
+/// Returns what there is as text: rounded down, so that it is never overstated.
 pub fn have(bytes: u64) -> String {
     let unit = unit(bytes);
     in_hundredths(u128::from(bytes) * 100 / unit, unit)

@@ -38,7 +38,7 @@ impl InMemory {
         }
     }
 
-    /// The name in memory; `None` when it is the same.
+    /// Returns the name in memory; `None` when it is the same.
     pub fn name(&self, name: &str) -> Option<String> {
         let moved = self.moved(name);
         let name = moved.as_deref().unwrap_or(name);
@@ -69,7 +69,7 @@ impl InMemory {
     }
 }
 
-/// The stack that a matrix of one expert becomes a part of.
+/// Returns the stack that a matrix of one expert becomes a part of.
 fn fused(name: &str) -> Option<String> {
     let module = name.strip_suffix(".weight")?;
     let (expert, matrix) = split_last(module)?;

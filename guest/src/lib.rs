@@ -11,20 +11,27 @@
 //!
 //! impl Policy for AllOnTheFirst {
 //!     fn describe() -> Description {
-//!         Description { name: "all-on-the-first".into(), version: "1.0.0".into(), settings: vec![] }
+//!         Description::new("all-on-the-first", "1.0.0", &[])
 //!     }
 //!
 //!     fn plan(request: Request) -> Result<Proposal, Refusal> {
-//!         let there = Placement { device: Some(0), format: Format::Stored };
-//!         Ok(Proposal {
-//!             placements: vec![there; request.tensors.len()],
-//!             headroom: vec![0; request.devices.len()],
-//!         })
+//!         let there = Placement::on(0, Format::Stored);
+//!         Ok(Proposal::without_headroom(&request, vec![there; request.tensors.len()]))
 //!     }
 //! }
 //!
 //! policy!(AllOnTheFirst);
 //! # fn main() {}
+//! ```
+//!
+//! What a policy answers can be tested natively:
+//!
+//! ```
+//! use tightfit_guest::{Device, Dtype, Request, Tensor};
+//!
+//! let tensors = vec![Tensor::new("model.layers.0.mlp.up_proj.weight", Dtype::Bf16, &[64, 32])];
+//! let request = Request::new(tensors, vec![Device::new("sim:0", 1 << 30)]).set("layer", "3");
+//! assert_eq!(request.tensors[0].bytes, 4096);
 //! ```
 //!
 //! What most policies need is here too: [`names`] (which layer is a tensor of, what is it for),
@@ -58,14 +65,15 @@ pub use bindings::exports::tightfit::host::planner::{
 pub use bindings::tightfit::host::log::Level;
 pub use bindings::tightfit::host::sizing::StoredSize;
 pub use bindings::tightfit::host::types::{
-    Device, DeviceKind, Dtype as DType, Error, ErrorCode, Format, Nf4Format, Placement, Tensor,
+    Device, DeviceKind, Dtype, Error, ErrorCode, Format, Nf4Format, Placement, QuantType,
+    Quantization, Tensor,
 };
 pub use log::log;
 pub use tightfit_common::patterns;
 
 /// A placement policy. Export it with [`policy!`].
 pub trait Policy {
-    /// Who the policy is and which settings it understands. Called before every `plan`.
+    /// Returns who the policy is and which settings it understands. Called before every `plan`.
     fn describe() -> Description;
 
     /// Decides where every tensor goes and in which format.

@@ -1,22 +1,22 @@
 //! What a tensor's name says: its module, its layer, what it is for.
 
-use crate::{DType, Tensor};
+use crate::{Dtype, Tensor};
 
 pub use tightfit_common::names::{TensorKind, kind_of_module, layer_of, module_of, side_branch_of};
 
-/// What a tensor is for, by its name, type and number of dimensions.
+/// Returns what a tensor is for, by its name, type and number of dimensions.
 pub fn kind_of(tensor: &Tensor) -> TensorKind {
     tightfit_common::names::kind_of(&tensor.name, tensor.shape.len(), is_float(tensor.dtype))
 }
 
-fn is_float(dtype: DType) -> bool {
+fn is_float(dtype: Dtype) -> bool {
     match dtype {
-        DType::F16 | DType::Bf16 | DType::F32 | DType::F64 => true,
-        DType::F8E4m3 | DType::F8E5m2 => true,
-        DType::Bool | DType::U8 | DType::I8 | DType::U16 | DType::I16 | DType::U32 => false,
-        DType::I32 | DType::U64 | DType::I64 | DType::C64 => false,
+        Dtype::F16 | Dtype::Bf16 | Dtype::F32 | Dtype::F64 => true,
+        Dtype::F8E4m3 | Dtype::F8E5m2 => true,
+        Dtype::Bool | Dtype::U8 | Dtype::I8 | Dtype::U16 | Dtype::I16 | Dtype::U32 => false,
+        Dtype::I32 | Dtype::U64 | Dtype::I64 | Dtype::C64 => false,
         // Elements of block formats, and their scales.
-        DType::F4 | DType::F6E2m3 | DType::F6E3m2 | DType::F8E8m0 => false,
+        Dtype::F4 | Dtype::F6E2m3 | Dtype::F6E3m2 | Dtype::F8E8m0 => false,
     }
 }
 
@@ -27,18 +27,12 @@ mod tests {
     #[test]
     fn a_matrix_is_of_floats() {
         for (dtype, kind) in [
-            (DType::Bf16, TensorKind::Linear),
-            (DType::F8E4m3, TensorKind::Linear),
-            (DType::U8, TensorKind::Other),
-            (DType::F8E8m0, TensorKind::Other),
+            (Dtype::Bf16, TensorKind::Linear),
+            (Dtype::F8E4m3, TensorKind::Linear),
+            (Dtype::U8, TensorKind::Other),
+            (Dtype::F8E8m0, TensorKind::Other),
         ] {
-            let tensor = Tensor {
-                name: "model.layers.0.mlp.up_proj.weight".into(),
-                dtype,
-                shape: vec![8, 8],
-                bytes: 64,
-                quantized: None,
-            };
+            let tensor = Tensor::new("model.layers.0.mlp.up_proj.weight", dtype, &[8, 8]);
             assert_eq!(kind_of(&tensor), kind, "{dtype:?}");
         }
     }

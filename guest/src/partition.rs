@@ -2,8 +2,58 @@
 //!
 //! Pure functions over sizes. What a thing is (a tensor, a layer, half a model) is the policy's
 //! business. Every function answers with the bin of each item, by index.
+//!
+//! Mostly the things are layers, each of which should stay whole. Tensors are grouped by what their
+//! names say, in the order of the model rather than of the checkpoint, whose shards are often sorted
+//! by name:
+//!
+//! ```
+//! use std::collections::BTreeMap;
+//! use tightfit_guest::names::layer_of;
+//! use tightfit_guest::partition::{Item, balance};
+//! use tightfit_guest::sizing::Sizer;
+//! use tightfit_guest::{Format, Proposal, Refusal, Request};
+//!
+//! fn plan(request: &Request) -> Result<Proposal, Refusal> {
+//!     let formats = vec![Format::Stored; request.tensors.len()];
+//!     let (mut sizer, mut items) = (Sizer::new(), vec![]);
+//!     // The tensors of each layer, by its number; what stands outside the layers comes first.
+//!     let mut layers: BTreeMap<Option<(&str, u32)>, Vec<usize>> = BTreeMap::new();
+//!     for (index, tensor) in request.tensors.iter().enumerate() {
+//!         let bytes = sizer.size(tensor, formats[index])?.padded;
+//!         items.push(Item { bytes, headroom: 0 });
+//!         layers.entry(layer_of(&tensor.name)).or_default().push(index);
+//!     }
+//!     let whole: Vec<Item> = layers
+//!         .values()
+//!         .map(|layer| Item {
+//!             bytes: layer.iter().map(|&tensor| items[tensor].bytes).sum(),
+//!             headroom: 0,
+//!         })
+//!         .collect();
+//!     let bins = request.bins(0);
+//!     let owners = balance(&whole, &bins)
+//!         .ok_or_else(|| Refusal::does_not_fit("the layers do not fit on the devices", None))?;
+//!     let mut devices = vec![None; items.len()];
+//!     for (layer, owner) in layers.values().zip(owners) {
+//!         for &tensor in layer {
+//!             devices[tensor] = Some(owner);
+//!         }
+//!     }
+//!     Ok(Proposal::new(&devices, &formats, &items, &bins))
+//! }
+//! # use tightfit_guest::{Device, Dtype, Tensor};
+//! # let name = |layer| format!("model.layers.{layer}.mlp.up_proj.weight");
+//! # let tensors = [10, 2, 1, 0].map(|layer| Tensor::new(name(layer), Dtype::Bf16, &[64, 64]));
+//! # let devices = vec![Device::new("sim:0", 1 << 20), Device::new("sim:1", 1 << 20)];
+//! # let proposal = plan(&Request::new(tensors.into(), devices)).unwrap();
+//! # let found = proposal.placements.iter().map(|placement| placement.device.unwrap());
+//! # assert_eq!(found.collect::<Vec<_>>(), [1, 1, 0, 0]);
+//! ```
 
 use std::cmp::Reverse;
+
+use crate::Device;
 
 /// Something to be placed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -26,7 +76,18 @@ pub struct Bin {
 }
 
 impl Bin {
-    /// Bytes used when it holds items of this much, in sum. `None` when 64 bits cannot say it.
+    /// Returns what holds items on a device that has this much available, with this much of it in
+    /// reserve. [`Request::bins`](crate::Request::bins) does so for all devices.
+    pub fn new(device: &Device, available: u64, reserve: u64) -> Bin {
+        Bin {
+            capacity: available,
+            reserve,
+            granularity: device.granularity,
+        }
+    }
+
+    /// Returns the bytes used when it holds items of this much, in sum. `None` when 64 bits cannot
+    /// say it.
     pub fn used(&self, load: Item) -> Option<u64> {
         let reserved = load
             .bytes
@@ -36,7 +97,7 @@ impl Bin {
             .checked_add(self.reserve)
     }
 
-    /// Whether it then uses no more than `limit` bytes.
+    /// Returns whether it then uses no more than `limit` bytes.
     fn holds(&self, load: Item, limit: u64) -> bool {
         // Mostly it does by far, and no division is needed to see that.
         let most = load.bytes.saturating_add(load.headroom);
@@ -46,7 +107,7 @@ impl Bin {
         self.used(load).is_some_and(|used| used <= limit)
     }
 
-    /// The part of it that is in use, before rounding: that says more about small models.
+    /// Returns the part of it that is in use, before rounding: that says more about small models.
     fn fullness(&self, load: Item) -> f64 {
         let used = load.bytes as f64 + load.headroom as f64 + self.reserve as f64;
         used / self.capacity.max(1) as f64
@@ -209,13 +270,13 @@ impl Level {
             > u128::from(other.used) * u128::from(self.capacity)
     }
 
-    /// The most bytes of `capacity` that are not above this level.
+    /// Returns the most bytes of `capacity` that are not above this level.
     fn within(self, capacity: u64) -> u64 {
         let bytes = u128::from(self.used) * u128::from(capacity) / u128::from(self.capacity);
         u64::try_from(bytes).unwrap_or(u64::MAX)
     }
 
-    /// The most bytes of `capacity` that are below this level, which is not zero.
+    /// Returns the most bytes of `capacity` that are below this level, which is not zero.
     fn below(self, capacity: u64) -> u64 {
         let product = u128::from(self.used) * u128::from(capacity);
         // A bin without capacity holds only what takes nothing, and that at any level.

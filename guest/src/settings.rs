@@ -22,7 +22,7 @@ pub struct Spec {
 }
 
 impl Spec {
-    /// A setting in one line.
+    /// Returns a setting in one line.
     pub const fn new(name: &'static str, default: &'static str, help: &'static str) -> Spec {
         Spec {
             name,
@@ -32,7 +32,14 @@ impl Spec {
     }
 }
 
-/// The list as a [`Description`](crate::Description) holds it.
+/// The setting `reserve`, by default `0`: the bytes that are left free on every device.
+pub const RESERVE: Spec = Spec::new(
+    "reserve",
+    "0",
+    "Bytes left free on every device, for example 2GiB.",
+);
+
+/// Returns the list as a [`Description`](crate::Description) holds it.
 pub fn describe(specs: &[Spec]) -> Vec<Setting> {
     let setting = |spec: &Spec| Setting {
         name: spec.name.into(),
@@ -55,7 +62,7 @@ pub struct Settings<'a> {
 }
 
 impl<'a> Settings<'a> {
-    /// The values that `request` gives to the settings in `specs`.
+    /// Returns the values that `request` gives to the settings in `specs`.
     pub fn new(specs: &'a [Spec], request: &'a Request) -> Settings<'a> {
         Settings {
             specs,
@@ -64,7 +71,7 @@ impl<'a> Settings<'a> {
         }
     }
 
-    /// The text itself.
+    /// Returns the text itself.
     pub fn text(&self, name: &str) -> &'a str {
         if let Some((_, value)) = self.given.iter().find(|(given, _)| given == name) {
             return value.trim();
@@ -87,7 +94,7 @@ impl<'a> Settings<'a> {
         }
     }
 
-    /// A whole number within a range.
+    /// Returns a whole number within a range.
     ///
     /// # Errors
     /// When it is no number or outside the range.
@@ -101,7 +108,7 @@ impl<'a> Settings<'a> {
         }
     }
 
-    /// A number of bytes, as [`parse_bytes`] reads it.
+    /// Returns a number of bytes, as [`parse_bytes`] reads it.
     ///
     /// # Errors
     /// When it is none.
@@ -110,7 +117,7 @@ impl<'a> Settings<'a> {
             .map_err(|_| self.bad(name, "a number of bytes such as 2GiB, 512MiB or 1000000"))
     }
 
-    /// A device of the request, by its index or its name. Gives its index.
+    /// Returns the index of a device of the request, which is given by its index or its name.
     ///
     /// # Errors
     /// When there is no such device.
@@ -129,7 +136,7 @@ impl<'a> Settings<'a> {
         })
     }
 
-    /// One of a few words.
+    /// Returns one of a few words.
     ///
     /// # Errors
     /// When it is another.
@@ -141,12 +148,12 @@ impl<'a> Settings<'a> {
             .ok_or_else(|| self.bad(name, &allowed.join(" or ")))
     }
 
-    /// Patterns separated by commas.
+    /// Reads patterns separated by commas.
     pub fn patterns(&self, name: &str) -> Patterns {
         Patterns::parse(self.text(name))
     }
 
-    /// The refusal for a value that cannot be used.
+    /// Returns the refusal for a value that cannot be used.
     pub fn bad(&self, name: &str, allowed: &str) -> Refusal {
         let value = self.text(name);
         Refusal::bad_setting(format!(
@@ -158,7 +165,7 @@ impl<'a> Settings<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{DeviceKind, RefusalReason};
+    use crate::RefusalReason;
 
     const SPECS: &[Spec] = &[
         Spec {
@@ -189,18 +196,9 @@ mod tests {
     ];
 
     fn request(settings: &[(&str, &str)]) -> Request {
-        Request {
-            config_json: "{}".into(),
-            tensors: vec![],
-            ties: vec![],
-            devices: vec![],
-            settings: settings
-                .iter()
-                .map(|&(k, v)| (k.into(), v.into()))
-                .collect(),
-            required_formats: vec![],
-            failure: None,
-        }
+        let none = Request::new(vec![], vec![]);
+        let set = |request: Request, &(name, value): &(&str, &str)| request.set(name, value);
+        settings.iter().fold(none, set)
     }
 
     #[test]
@@ -298,13 +296,7 @@ mod tests {
 
     #[test]
     fn a_device_is_named_or_counted() {
-        let device = |name: &str| Device {
-            name: name.into(),
-            kind: DeviceKind::Sim,
-            capacity: 1000,
-            available: 1000,
-            granularity: 1,
-        };
+        let device = |name: &str| Device::new(name, 1000);
         let specs = [Spec::new("device", "0", "Where.")];
         let index = |text: &str| {
             let mut request = request(&[("device", text)]);
@@ -323,6 +315,6 @@ mod tests {
         assert_eq!(request.check_room(0, "it", 1000), Ok(()));
         let refusal = request.check_room(0, "it", 1001).unwrap_err();
         assert_eq!(refusal.missing_bytes, Some(1));
-        assert_eq!(refusal.message, "it takes 1001 bytes, sim:0 has 1000");
+        assert_eq!(refusal.message, "it takes 0.01 MiB, sim:0 has 0.00 MiB");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use crate::{DType, Error, Format, Nf4Format, StoredSize, Tensor};
+use crate::{Dtype, Error, Format, Nf4Format, StoredSize, Tensor};
 
 /// Asks the host for sizes, once per element type, shape and format: a model of 100,000 tensors
 /// has a handful of shapes.
@@ -22,7 +22,7 @@ impl Sizer {
         Sizer::default()
     }
 
-    /// Bytes that a tensor takes when it is stored in this format.
+    /// Returns the bytes that a tensor takes when it is stored in this format.
     ///
     /// # Errors
     /// The host's: the format cannot hold such a tensor, or the size does not fit in 64 bits.
@@ -62,7 +62,7 @@ impl Sizer {
 }
 
 /// Element type and format in one number.
-fn key(dtype: DType, format: Format) -> u64 {
+fn key(dtype: Dtype, format: Format) -> u64 {
     let (kind, detail) = match format {
         Format::Stored => (0, 0),
         Format::Cast(to) => (1, to as u32),
@@ -81,14 +81,15 @@ use native::stored_bytes;
 mod native {
     use tightfit_common::{BlockSize, sizes};
 
-    use crate::{DType, Error, ErrorCode, Format, StoredSize};
+    use super::bits;
+    use crate::{Dtype, Error, ErrorCode, Format, StoredSize};
 
     pub(super) fn stored_bytes(
-        dtype: DType,
+        dtype: Dtype,
         shape: &[u64],
         format: Format,
     ) -> Result<StoredSize, Error> {
-        let is_float = |dtype| matches!(dtype, DType::Bf16 | DType::F16 | DType::F32);
+        let is_float = |dtype| matches!(dtype, Dtype::Bf16 | Dtype::F16 | Dtype::F32);
         let parts = match format {
             Format::Stored => sizes::plain(shape, bits(dtype)).map(|bytes| [bytes, 0, 0]),
             Format::Cast(to) if is_float(dtype) && is_float(to) => {
@@ -120,17 +121,18 @@ mod native {
             message: problem.to_string(),
         }
     }
+}
 
-    fn bits(dtype: DType) -> u64 {
-        match dtype {
-            DType::F4 => 4,
-            DType::F6E2m3 | DType::F6E3m2 => 6,
-            DType::Bool | DType::U8 | DType::I8 => 8,
-            DType::F8E4m3 | DType::F8E5m2 | DType::F8E8m0 => 8,
-            DType::U16 | DType::I16 | DType::F16 | DType::Bf16 => 16,
-            DType::U32 | DType::I32 | DType::F32 => 32,
-            DType::U64 | DType::I64 | DType::F64 | DType::C64 => 64,
-        }
+/// Returns the bits of an element.
+pub(crate) fn bits(dtype: Dtype) -> u64 {
+    match dtype {
+        Dtype::F4 => 4,
+        Dtype::F6E2m3 | Dtype::F6E3m2 => 6,
+        Dtype::Bool | Dtype::U8 | Dtype::I8 => 8,
+        Dtype::F8E4m3 | Dtype::F8E5m2 | Dtype::F8E8m0 => 8,
+        Dtype::U16 | Dtype::I16 | Dtype::F16 | Dtype::Bf16 => 16,
+        Dtype::U32 | Dtype::I32 | Dtype::F32 => 32,
+        Dtype::U64 | Dtype::I64 | Dtype::F64 | Dtype::C64 => 64,
     }
 }
 
@@ -139,13 +141,10 @@ mod tests {
     use super::*;
     use crate::{ErrorCode, Nf4Format};
 
-    fn size(dtype: DType, shape: &[u64], format: Format) -> Result<(u64, u64), ErrorCode> {
+    fn size(dtype: Dtype, shape: &[u64], format: Format) -> Result<(u64, u64), ErrorCode> {
         let tensor = Tensor {
-            name: "x".into(),
-            dtype,
             shape: shape.into(),
-            bytes: 0,
-            quantized: None,
+            ..Tensor::new("x", dtype, &[])
         };
         let size = Sizer::new().size(&tensor, format);
         size.map(|size| (size.requested, size.padded))
@@ -163,44 +162,44 @@ mod tests {
     fn every_part_is_padded_by_itself() {
         let q_proj = &[3584, 3584];
         assert_eq!(
-            size(DType::Bf16, q_proj, nf4(64, false)),
+            size(Dtype::Bf16, q_proj, nf4(64, false)),
             Ok((6_422_528 + 802_816, 6_422_528 + 802_816))
         );
         assert_eq!(
-            size(DType::Bf16, q_proj, nf4(64, true)),
+            size(Dtype::Bf16, q_proj, nf4(64, true)),
             Ok((6_422_528 + 200_704 + 3136, 6_422_528 + 200_704 + 3328))
         );
         // 65 elements: 33 bytes of codes, two scales.
-        assert_eq!(size(DType::F32, &[65], nf4(64, false)), Ok((33 + 8, 512)));
-        assert_eq!(size(DType::F16, &[3], Format::Stored), Ok((6, 256)));
+        assert_eq!(size(Dtype::F32, &[65], nf4(64, false)), Ok((33 + 8, 512)));
+        assert_eq!(size(Dtype::F16, &[3], Format::Stored), Ok((6, 256)));
         assert_eq!(
-            size(DType::F32, &[128], Format::Cast(DType::Bf16)),
+            size(Dtype::F32, &[128], Format::Cast(Dtype::Bf16)),
             Ok((256, 256))
         );
-        assert_eq!(size(DType::Bf16, &[], Format::Stored), Ok((2, 256)));
-        assert_eq!(size(DType::Bf16, &[7, 0], nf4(64, true)), Ok((0, 0)));
+        assert_eq!(size(Dtype::Bf16, &[], Format::Stored), Ok((2, 256)));
+        assert_eq!(size(Dtype::Bf16, &[7, 0], nf4(64, true)), Ok((0, 0)));
     }
 
     #[test]
     fn what_no_format_can_hold_is_an_error() {
         assert_eq!(
-            size(DType::U8, &[64], nf4(64, false)),
+            size(Dtype::U8, &[64], nf4(64, false)),
             Err(ErrorCode::IllegalFormat)
         );
         assert_eq!(
-            size(DType::F32, &[64], nf4(48, false)),
+            size(Dtype::F32, &[64], nf4(48, false)),
             Err(ErrorCode::IllegalFormat)
         );
         assert_eq!(
-            size(DType::F32, &[64], Format::Cast(DType::U8)),
+            size(Dtype::F32, &[64], Format::Cast(Dtype::U8)),
             Err(ErrorCode::IllegalFormat)
         );
         assert_eq!(
-            size(DType::F32, &[1 << 40, 1 << 40], Format::Stored),
+            size(Dtype::F32, &[1 << 40, 1 << 40], Format::Stored),
             Err(ErrorCode::Overflow)
         );
         assert_eq!(
-            size(DType::F32, &[1 << 62], Format::Stored),
+            size(Dtype::F32, &[1 << 62], Format::Stored),
             Err(ErrorCode::Overflow)
         );
     }
@@ -208,13 +207,7 @@ mod tests {
     #[test]
     fn a_shape_is_asked_for_once() {
         let mut sizer = Sizer::new();
-        let tensor = |shape: &[u64]| Tensor {
-            name: "x".into(),
-            dtype: DType::Bf16,
-            shape: shape.into(),
-            bytes: 0,
-            quantized: None,
-        };
+        let tensor = |shape: &[u64]| Tensor::new("x", Dtype::Bf16, shape);
         for _ in 0..3 {
             sizer.size(&tensor(&[2, 3]), nf4(64, false)).unwrap();
             sizer.size(&tensor(&[2, 3]), Format::Stored).unwrap();

@@ -57,7 +57,7 @@ impl<'a> Tree<'a> {
     /// The module that all others are in. Its path is empty.
     pub const ROOT: ModuleId = ModuleId(0);
 
-    /// A tree of the root alone.
+    /// Returns a tree of the root alone.
     pub fn new() -> Tree<'a> {
         let root = Module {
             name: "",
@@ -72,8 +72,8 @@ impl<'a> Tree<'a> {
         }
     }
 
-    /// The tree of these tensors, numbered from 0. The last component of a name is the tensor's
-    /// own, what is before it are modules.
+    /// Returns the tree of these tensors, numbered from 0. The last component of a name is the
+    /// tensor's own, what is before it are modules.
     pub fn from_names(names: impl IntoIterator<Item = &'a str>) -> Tree<'a> {
         let mut tree = Tree::new();
         for (tensor, name) in names.into_iter().enumerate() {
@@ -86,7 +86,7 @@ impl<'a> Tree<'a> {
         tree
     }
 
-    /// The module with this path, made where it is missing.
+    /// Returns the module with this path, made where it is missing.
     pub fn module(&mut self, path: impl IntoIterator<Item = &'a str>) -> ModuleId {
         let mut at = Tree::ROOT;
         for (depth, name) in path.into_iter().enumerate() {
@@ -104,7 +104,7 @@ impl<'a> Tree<'a> {
         at
     }
 
-    /// The child of this name, made where it is missing.
+    /// Returns the child of this name, made where it is missing.
     pub fn child(&mut self, parent: ModuleId, name: &'a str) -> ModuleId {
         if let Some(&child) = self.known.get(&(parent, name)) {
             return child;
@@ -126,7 +126,7 @@ impl<'a> Tree<'a> {
         self.modules[module.index()].tensors.push(tensor);
     }
 
-    /// The module with this path, if there is one. The empty path is the root's.
+    /// Returns the module with this path, if there is one. The empty path is the root's.
     pub fn find(&self, path: &str) -> Option<ModuleId> {
         if path.is_empty() {
             return Some(Tree::ROOT);
@@ -145,42 +145,42 @@ impl<'a> Tree<'a> {
         }
     }
 
-    /// How many modules there are, the root among them.
+    /// Returns the number of modules there are, the root among them.
     pub fn len(&self) -> usize {
         self.modules.len()
     }
 
-    /// Whether it holds no tensor and no module but the root.
+    /// Returns whether it holds no tensor and no module but the root.
     pub fn is_empty(&self) -> bool {
         self.modules.len() == 1 && self.modules[0].tensors.is_empty()
     }
 
-    /// Every module, parents before their children.
+    /// Returns every module, parents before their children.
     pub fn modules(&self) -> impl Iterator<Item = ModuleId> + use<> {
         (0..self.modules.len() as u32).map(ModuleId)
     }
 
-    /// The last component of a module's path.
+    /// Returns the last component of a module's path.
     pub fn name(&self, module: ModuleId) -> &'a str {
         self.modules[module.index()].name
     }
 
-    /// The module that this one is a child of; none for the root.
+    /// Returns the module that this one is a child of; none for the root.
     pub fn parent(&self, module: ModuleId) -> Option<ModuleId> {
         self.modules[module.index()].parent
     }
 
-    /// The modules directly in this one.
+    /// Returns the modules directly in this one.
     pub fn children(&self, module: ModuleId) -> &[ModuleId] {
         &self.modules[module.index()].children
     }
 
-    /// The tensors directly in a module.
+    /// Returns the tensors directly in a module.
     pub fn tensors(&self, module: ModuleId) -> &[u32] {
         &self.modules[module.index()].tensors
     }
 
-    /// A module's path, as `model.layers.0`.
+    /// Returns a module's path, as `model.layers.0`.
     pub fn path(&self, module: ModuleId) -> String {
         let mut names = Vec::new();
         let mut at = module;
@@ -192,12 +192,12 @@ impl<'a> Tree<'a> {
         names.join(".")
     }
 
-    /// Every module below the root, a parent directly before its first child.
+    /// Returns every module below the root, a parent directly before its first child.
     pub fn in_order(&self) -> Vec<ModuleId> {
         self.below(Tree::ROOT)
     }
 
-    /// The tensors in a module and in all modules below it, in their order.
+    /// Returns the tensors in a module and in all modules below it, in their order.
     pub fn tensors_below(&self, module: ModuleId) -> Vec<u32> {
         let below = self.below(module);
         let modules = std::iter::once(module).chain(below);

@@ -5,7 +5,7 @@ use std::sync::{Arc, OnceLock};
 use tempfile::TempDir;
 use tightfit::device::{Device, HostDevice};
 use tightfit_wasm::program::{Failure, Limits, Outcome, ProgramError, WasmProgram, default_limits};
-use tightfit_wasm::wit::program::ProgramContext;
+use tightfit_wasm::wit::program::ProgramCtx;
 
 use crate::models;
 
@@ -62,8 +62,8 @@ impl Bench {
     }
 
     /// What a program has and may do here.
-    pub fn context(&self) -> ProgramContext {
-        ProgramContext::new(Arc::clone(&self.devices), self.quota)
+    pub fn context(&self) -> ProgramCtx {
+        ProgramCtx::new(Arc::clone(&self.devices), self.quota)
             .grant("model", self.directory.path())
             .load_with(Some(2), None)
     }
@@ -142,7 +142,7 @@ impl Bench {
 /// As it fails.
 pub fn run(
     program: &WasmProgram,
-    context: ProgramContext,
+    context: ProgramCtx,
     arguments: &[&str],
 ) -> Result<Outcome, ProgramError> {
     let arguments: Vec<String> = arguments.iter().map(|&text| text.to_owned()).collect();

@@ -60,12 +60,18 @@ fn run(mut command: Command, log: &Path) -> (Option<i32>, String) {
     (status, fs::read_to_string(log).unwrap_or_default())
 }
 
-/// The component that a language's recipe makes, unless its tool cannot be installed.
-fn build(language: &str) -> Option<PathBuf> {
+/// The repository.
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The component that a language's recipe in this repository makes, unless its tool cannot be
+/// installed.
+fn build(repository: &Path, language: &str) -> Option<PathBuf> {
     let out = kept().join(language);
     fs::create_dir_all(&out).unwrap();
-    let recipe = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("../guest/examples")
+    let recipe = repository
+        .join("guest/examples")
         .join(language)
         .join("build.sh");
     let component = out.join("pin_layer.wasm");
@@ -209,7 +215,7 @@ const QUESTIONS: &[(Settings, Option<RefusalReason>)] = &[
 ];
 
 fn answers_like_the_twin(language: &str) {
-    let Some(component) = build(language) else {
+    let Some(component) = build(&repository(), language) else {
         return;
     };
     let policy = open(&component);
@@ -252,6 +258,45 @@ fn answers_like_the_twin(language: &str) {
     }
 }
 
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_file() {
+            fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
+        }
+    }
+}
+
+/// An exception of the policy's, here of a line that follows `head` in its source, is told.
+fn exceptions_are_told(language: &str, source: &str, head: &str, line: &str) {
+    let broken = TempDir::new().unwrap();
+    let example = Path::new("guest/examples").join(language);
+    for folder in [Path::new("wit"), &example] {
+        copy(&repository().join(folder), &broken.path().join(folder));
+    }
+    let source = broken.path().join(example).join(source);
+    let text = fs::read_to_string(&source).unwrap();
+    let edited = text.replacen(head, &format!("{head}\n{line}"), 1);
+    assert_ne!(edited, text);
+    fs::write(source, edited).unwrap();
+    let Some(component) = build(broken.path(), language) else {
+        return;
+    };
+    let request = Request {
+        config_json: "{}",
+        tensors: &[],
+        ties: &[],
+        devices: &[],
+        settings: &[],
+        required_formats: &[],
+        failure: None,
+    };
+    let error = open(&component).plan(&request).unwrap_err().to_string();
+    assert!(error.contains("it panicked: "), "{error}");
+    assert!(error.contains("nothing"), "{error}");
+}
+
 #[test]
 fn c_answers_like_rust() {
     answers_like_the_twin("c");
@@ -260,9 +305,13 @@ fn c_answers_like_rust() {
 #[test]
 fn javascript_answers_like_rust() {
     answers_like_the_twin("javascript");
+    let head = "function place(request) {";
+    exceptions_are_told("javascript", "pin-layer.js", head, "  request.nothing.x;");
 }
 
 #[test]
 fn python_answers_like_rust() {
     answers_like_the_twin("python");
+    let head = "def place(request: Request) -> Proposal:";
+    exceptions_are_told("python", "pin_layer.py", head, "    request.nothing");
 }

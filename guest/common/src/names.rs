@@ -77,15 +77,15 @@ const EMBEDDINGS: [&str; 7] = [
     "relative_attention_bias",
 ];
 
-/// The module that a tensor belongs to: its name without `.weight` or `.bias`. A parameter of
-/// another name, such as a stack of experts, counts as a module itself.
+/// Returns the module that a tensor belongs to: its name without `.weight` or `.bias`. A parameter
+/// of another name, such as a stack of experts, counts as a module itself.
 pub fn module_of(name: &str) -> &str {
     name.strip_suffix(".weight")
         .or_else(|| name.strip_suffix(".bias"))
         .unwrap_or(name)
 }
 
-/// The stack of layers that a tensor belongs to and the layer's number in it:
+/// Returns the stack of layers that a tensor belongs to and the layer's number in it:
 /// `("model.layers", 7)` for `model.layers.7.mlp.up_proj.weight`. Of nested stacks the outer one.
 pub fn layer_of(name: &str) -> Option<(&str, u32)> {
     let mut container_end = None;
@@ -104,7 +104,7 @@ pub fn layer_of(name: &str) -> Option<(&str, u32)> {
     None
 }
 
-/// The side branch that a tensor belongs to, if any: `model.visual` for
+/// Returns the side branch that a tensor belongs to, if any: `model.visual` for
 /// `model.visual.blocks.0.attn.qkv.weight`. Vision and audio towers, projectors and heads for
 /// multi-token prediction are side branches.
 pub fn side_branch_of(name: &str) -> Option<&str> {
@@ -128,8 +128,8 @@ pub fn side_branch_of(name: &str) -> Option<&str> {
     None
 }
 
-/// What a tensor is for, by its name, its number of dimensions, and whether its elements are
-/// floating-point numbers of their own (those of block formats are not).
+/// Returns what a tensor is for, by its name, its number of dimensions, and whether its elements
+/// are floating-point numbers of their own (those of block formats are not).
 pub fn kind_of(name: &str, dimensions: usize, is_float: bool) -> TensorKind {
     let (path, leaf) = split_last(name);
     if leaf == "bias" || leaf.ends_with("_bias") {
@@ -177,8 +177,8 @@ pub fn kind_of(name: &str, dimensions: usize, is_float: bool) -> TensorKind {
     }
 }
 
-/// What the weight of a module would be for, by the module's name alone. A name that says nothing
-/// is a [`TensorKind::Linear`].
+/// Returns what the weight of a module would be for, by the module's name alone. A name that says
+/// nothing is a [`TensorKind::Linear`].
 pub fn kind_of_module(module: &str) -> TensorKind {
     kind_of(&format!("{}.weight", module_of(module)), 2, true)
 }

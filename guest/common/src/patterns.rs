@@ -12,7 +12,7 @@ use crate::names::module_of;
 pub struct Patterns(Vec<String>);
 
 impl Patterns {
-    /// Patterns separated by commas. Spaces around them and empty ones are dropped.
+    /// Reads patterns separated by commas. Spaces around them and empty ones are dropped.
     pub fn parse(list: &str) -> Patterns {
         let patterns = list
             .split(',')
@@ -21,25 +21,34 @@ impl Patterns {
         Patterns(patterns.map(str::to_owned).collect())
     }
 
-    /// Whether there are none.
+    /// Returns whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Whether any pattern matches a tensor, by its own name or its module's.
+    /// Returns whether any pattern matches a tensor, by its own name or its module's.
     pub fn matches(&self, tensor: &str) -> bool {
-        let module = module_of(tensor);
-        self.0.iter().any(|pattern| {
-            if pattern.contains(['*', '?']) {
-                glob(pattern, module) || glob(pattern, tensor)
-            } else {
-                has_components(tensor, pattern)
-            }
-        })
+        self.0.iter().any(|pattern| is_match(pattern, tensor))
+    }
+
+    /// Returns the patterns that match none of these tensors.
+    pub fn unmatched<'a>(&self, tensors: impl Iterator<Item = &'a str> + Clone) -> Vec<&str> {
+        let patterns = self.0.iter().map(String::as_str);
+        patterns
+            .filter(|pattern| !tensors.clone().any(|tensor| is_match(pattern, tensor)))
+            .collect()
     }
 }
 
-/// Whether `run` occurs in `name` with a dot or an end on both sides.
+fn is_match(pattern: &str, tensor: &str) -> bool {
+    if pattern.contains(['*', '?']) {
+        glob(pattern, module_of(tensor)) || glob(pattern, tensor)
+    } else {
+        has_components(tensor, pattern)
+    }
+}
+
+/// Returns whether `run` occurs in `name` with a dot or an end on both sides.
 fn has_components(name: &str, run: &str) -> bool {
     name.match_indices(run).any(|(start, found)| {
         let end = start + found.len();
@@ -48,7 +57,7 @@ fn has_components(name: &str, run: &str) -> bool {
     })
 }
 
-/// Whether a pattern matches the whole of `text`: `*` is any number of characters, `?` one.
+/// Returns whether a pattern matches the whole of `text`: `*` is any number of characters, `?` one.
 ///
 /// Goes back to the last star only, so it takes at most `pattern.len() * text.len()` steps.
 pub fn glob(pattern: &str, text: &str) -> bool {

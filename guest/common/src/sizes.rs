@@ -23,15 +23,15 @@ pub fn elements(shape: &[u64]) -> Option<u64> {
         .try_fold(1u64, |product, &dimension| product.checked_mul(dimension))
 }
 
-/// Returns the bytes of a tensor of this shape with elements of so many bits, row-major and without
-/// padding, or `None` where they do not fit in 64 bits or are no whole number.
+/// Returns the bytes of a tensor of this shape with elements of this many bits, row-major and
+/// without padding, or `None` where they do not fit in 64 bits or are no whole number.
 pub fn tensor_bytes(shape: &[u64], bits: u64) -> Option<u64> {
     let bits = elements(shape)?.checked_mul(bits)?;
     bits.is_multiple_of(8).then_some(bits / 8)
 }
 
-/// Returns the bytes of a part that holds a tensor as it is, with elements of so many bits, or `None`
-/// beyond [`MAX_PART_BYTES`].
+/// Returns the bytes of a part that holds a tensor as it is, with elements of this many bits, or
+/// `None` beyond [`MAX_PART_BYTES`].
 pub fn plain(shape: &[u64], bits: u64) -> Option<u64> {
     tensor_bytes(shape, bits).filter(|&bytes| bytes <= MAX_PART_BYTES)
 }

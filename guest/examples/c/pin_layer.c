@@ -89,6 +89,22 @@ static policy_string_t print(const char *format, ...) {
   return (policy_string_t){(uint8_t *)text, length};
 }
 
+typedef struct {
+  char text[32];
+} amount_t;
+
+// Bytes as people read them: a need is rounded up, what there is down.
+static amount_t amount(uint64_t bytes, bool up) {
+  bool is_large = bytes >= 100 << 20;
+  int bits = is_large ? 30 : 20;
+  uint64_t mask = ((uint64_t)1 << bits) - 1, rest = (bytes & mask) * 100;
+  uint64_t hundredths = (bytes >> bits) * 100 + (rest >> bits) + (up && (rest & mask));
+  amount_t amount;
+  snprintf(amount.text, sizeof amount.text, "%llu.%02d %s", (unsigned long long)(hundredths / 100),
+           (int)(hundredths % 100), is_large ? "GiB" : "MiB");
+  return amount;
+}
+
 static bool bad_setting(refusal_t *refusal, int setting, text_t value, const char *allowed) {
   refusal->reason = EXPORTS_TIGHTFIT_HOST_PLANNER_REFUSAL_REASON_BAD_SETTING;
   refusal->message = print("setting `%s` is `%.*s`: it must be %s", SETTINGS[setting][0],
@@ -204,9 +220,9 @@ bool exports_tightfit_host_planner_plan(request_t *request, proposal_t *proposal
   tightfit_host_types_device_t there = request->devices.ptr[device];
   if (needed > there.available) {
     refusal->reason = EXPORTS_TIGHTFIT_HOST_PLANNER_REFUSAL_REASON_DOES_NOT_FIT;
-    refusal->message = print("layer %d takes %llu bytes, %.*s has %llu", (int)layer,
-                             (unsigned long long)needed, (int)there.name.len, there.name.ptr,
-                             (unsigned long long)there.available);
+    refusal->message = print("layer %d takes %s, %.*s has %s", (int)layer,
+                             amount(needed, true).text, (int)there.name.len, there.name.ptr,
+                             amount(there.available, false).text);
     refusal->missing_bytes = (policy_option_u64_t){true, needed - there.available};
     return false;
   }

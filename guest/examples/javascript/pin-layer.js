@@ -17,36 +17,55 @@ export const planner = {
   },
 
   plan(request) {
-    const values = new Map(SETTINGS.map((setting) => [setting.name, setting.default]));
-    for (const [name, value] of request.settings) values.set(name, value.trim());
-    const layer = number(values.get("layer"));
-    if (layer === undefined || layer > 9999) {
-      throw badSetting("layer", values.get("layer"), "a whole number from 0 to 9999");
+    try {
+      return place(request);
+    } catch (error) {
+      // What is no refusal ends in a trap, which carries no text: the host shows what was logged
+      // before that.
+      if (error instanceof Error) write("error", String(error));
+      throw error;
     }
-    const device = find(request.devices, values.get("device"));
-
-    const sizes = new Map();
-    const inside = `.layers.${layer}.`;
-    let needed = 0n;
-    const placements = request.tensors.map((tensor) => {
-      const format = isQuantized(tensor) ? NF4 : STORED;
-      const pinned = `.${tensor.name}`.includes(inside);
-      if (pinned) needed += size(tensor, format, sizes);
-      return { device: pinned ? device : 0, format };
-    });
-    if (needed === 0n) {
-      const allowed = "the number of a layer of this model";
-      throw badSetting("layer", values.get("layer"), allowed);
-    }
-    const { name, available } = request.devices[device];
-    if (needed > available) {
-      const message = `layer ${layer} takes ${needed} bytes, ${name} has ${available}`;
-      throw { reason: "does-not-fit", message, missingBytes: needed - available };
-    }
-    write("info", `layer ${layer} takes ${needed} bytes`);
-    return { placements, headroom: new BigUint64Array(request.devices.length) };
   },
 };
+
+// Where every tensor goes.
+function place(request) {
+  const values = new Map(SETTINGS.map((setting) => [setting.name, setting.default]));
+  for (const [name, value] of request.settings) values.set(name, value.trim());
+  const layer = number(values.get("layer"));
+  if (layer === undefined || layer > 9999) {
+    throw badSetting("layer", values.get("layer"), "a whole number from 0 to 9999");
+  }
+  const device = find(request.devices, values.get("device"));
+
+  const sizes = new Map();
+  const inside = `.layers.${layer}.`;
+  let needed = 0n;
+  const placements = request.tensors.map((tensor) => {
+    const format = isQuantized(tensor) ? NF4 : STORED;
+    const pinned = `.${tensor.name}`.includes(inside);
+    if (pinned) needed += size(tensor, format, sizes);
+    return { device: pinned ? device : 0, format };
+  });
+  if (needed === 0n) {
+    const allowed = "the number of a layer of this model";
+    throw badSetting("layer", values.get("layer"), allowed);
+  }
+  const { name, available } = request.devices[device];
+  if (needed > available) {
+    const message = `layer ${layer} takes ${amount(needed, true)}, ${name} has ${amount(available)}`;
+    throw { reason: "does-not-fit", message, missingBytes: needed - available };
+  }
+  write("info", `layer ${layer} takes ${needed} bytes`);
+  return { placements, headroom: new BigUint64Array(request.devices.length) };
+}
+
+// Bytes as people read them: a need is rounded up, what there is down.
+function amount(bytes, up = false) {
+  const [unit, name] = bytes >= 100n << 20n ? [1n << 30n, "GiB"] : [1n << 20n, "MiB"];
+  const hundredths = (bytes * 100n + (up ? unit - 1n : 0n)) / unit;
+  return `${hundredths / 100n}.${String(hundredths % 100n).padStart(2, "0")} ${name}`;
+}
 
 // Matrices of linear layers and of experts are; a bitsandbytes weight is already.
 function isQuantized(tensor) {

@@ -22,30 +22,44 @@ class Planner:
         return Description("pin-layer", "1.0.0", SETTINGS)
 
     def plan(self, request: Request) -> Proposal:
-        values = {setting.name: setting.default for setting in SETTINGS}
-        values.update((name, value.strip()) for name, value in request.settings)
-        layer = number(values["layer"])
-        if layer is None or layer > 9999:
-            raise bad_setting("layer", values, "a whole number from 0 to 9999")
-        device = find(request.devices, values["device"])
+        try:
+            return place(request)
+        except Err:
+            # A refusal.
+            raise
+        except Exception as error:
+            # It ends in a trap, which carries no text: the host shows what was logged before that.
+            log.write(log.Level.ERROR, repr(error))
+            raise
 
-        placements, sizes, needed = [], {}, 0
-        inside = f".layers.{layer}."
-        for tensor in request.tensors:
-            form = NF4 if is_quantized(tensor) else STORED
-            pinned = inside in "." + tensor.name
-            if pinned:
-                needed += size(tensor, form, sizes)
-            placements.append(Placement(device if pinned else 0, form))
-        if needed == 0:
-            raise bad_setting("layer", values, "the number of a layer of this model")
-        there = request.devices[device]
-        if needed > there.available:
-            message = f"layer {layer} takes {needed} bytes, {there.name} has {there.available}"
-            missing = needed - there.available
-            raise Err(Refusal(RefusalReason.DOES_NOT_FIT, message, missing))
-        log.write(log.Level.INFO, f"layer {layer} takes {needed} bytes")
-        return Proposal(placements, headroom=[0] * len(request.devices))
+
+def place(request: Request) -> Proposal:
+    """Where every tensor goes; a refusal is raised."""
+    values = {setting.name: setting.default for setting in SETTINGS}
+    values.update((name, value.strip()) for name, value in request.settings)
+    layer = number(values["layer"])
+    if layer is None or layer > 9999:
+        raise bad_setting("layer", values, "a whole number from 0 to 9999")
+    device = find(request.devices, values["device"])
+
+    placements, sizes, needed = [], {}, 0
+    inside = f".layers.{layer}."
+    for tensor in request.tensors:
+        form = NF4 if is_quantized(tensor) else STORED
+        pinned = inside in "." + tensor.name
+        if pinned:
+            needed += size(tensor, form, sizes)
+        placements.append(Placement(device if pinned else 0, form))
+    if needed == 0:
+        raise bad_setting("layer", values, "the number of a layer of this model")
+    there = request.devices[device]
+    if needed > there.available:
+        free = amount(there.available)
+        message = f"layer {layer} takes {amount(needed, up=True)}, {there.name} has {free}"
+        missing = needed - there.available
+        raise Err(Refusal(RefusalReason.DOES_NOT_FIT, message, missing))
+    log.write(log.Level.INFO, f"layer {layer} takes {needed} bytes")
+    return Proposal(placements, headroom=[0] * len(request.devices))
 
 
 def is_quantized(tensor: Tensor) -> bool:
@@ -91,6 +105,13 @@ def find(devices: list[Device], text: str) -> int:
         allowed = f"a device ({', '.join(names)}) or its index"
         raise bad_setting("device", {"device": text}, allowed)
     return index
+
+
+def amount(bytes: int, up: bool = False) -> str:
+    """Bytes as people read them: a need is rounded up, what there is down."""
+    unit, name = (1 << 30, "GiB") if bytes >= 100 << 20 else (1 << 20, "MiB")
+    hundredths = (bytes * 100 + (unit - 1 if up else 0)) // unit
+    return f"{hundredths // 100}.{hundredths % 100:02} {name}"
 
 
 def number(text: str) -> int | None:

@@ -47,7 +47,7 @@ pub use bindings::tightfit::host::models::{
 pub use bindings::tightfit::host::nf4;
 pub use bindings::tightfit::host::sizing::{StoredSize, stored_bytes};
 pub use bindings::tightfit::host::types::{
-    Device, DeviceKind, Dtype as DType, Format, Nf4Format, Placement, QuantType, Tensor,
+    Device, DeviceKind, Dtype, Format, Nf4Format, Placement, QuantType, Tensor,
 };
 
 /// A program. Export it with [`program!`].
@@ -108,7 +108,7 @@ impl Format {
 }
 
 impl Checkpoint {
-    /// Every tensor, in checkpoint order.
+    /// Returns every tensor, in checkpoint order.
     pub fn all_tensors(&self) -> Vec<Tensor> {
         let mut tensors = Vec::new();
         loop {
@@ -120,7 +120,7 @@ impl Checkpoint {
         }
     }
 
-    /// Every tie.
+    /// Returns every tie.
     pub fn all_ties(&self) -> Vec<Tie> {
         let mut ties = Vec::new();
         loop {

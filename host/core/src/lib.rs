@@ -23,6 +23,9 @@ pub mod report;
 pub mod save;
 pub mod status;
 pub mod synth;
+#[cfg(any(test, feature = "testing"))]
+#[doc(hidden)]
+pub mod testing;
 pub mod text;
 pub mod types;
 

@@ -3,12 +3,19 @@
 // Denied and not forbidden: `sandbox` trusts code that it has compiled. No other module may.
 #![deny(unsafe_code)]
 
+#[cfg(feature = "component")]
+mod component;
+mod memory;
 #[cfg(feature = "compile")]
 pub mod policy;
 #[cfg(feature = "compile")]
 pub mod program;
 pub mod sandbox;
+mod stop;
 pub mod wit;
+
+#[cfg(feature = "component")]
+pub use component::component_from_module;
 
 /// The Rust code of README.md, compiled.
 #[cfg(all(doctest, feature = "compile"))]

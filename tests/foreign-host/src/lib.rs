@@ -8,7 +8,8 @@ pub use programs::ProgramHost;
 
 use tightfit::policy::{Answer, Description, Policy, PolicyError, Request};
 use tightfit::status::Status;
-use tightfit_wasm::wit::{Context, Planner, View, add_to_linker};
+use tightfit_wasm::component_from_module;
+use tightfit_wasm::wit::{Planner, TightfitCtx, TightfitView, add_to_linker};
 use wasmtime::component::{Component, Linker, ResourceTable};
 use wasmtime::{Config, Engine, Result, Store};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
@@ -17,7 +18,7 @@ use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 pub struct Data {
     wasi: WasiCtx,
     table: ResourceTable,
-    tightfit: Context,
+    tightfit: TightfitCtx,
 }
 
 impl WasiView for Data {
@@ -29,8 +30,8 @@ impl WasiView for Data {
     }
 }
 
-impl View for Data {
-    fn tightfit(&mut self) -> &mut Context {
+impl TightfitView for Data {
+    fn tightfit(&mut self) -> &mut TightfitCtx {
         &mut self.tightfit
     }
 }
@@ -43,10 +44,10 @@ pub struct Host {
 }
 
 impl Host {
-    /// Compiles a component. With `asynchronous`, WASI's functions suspend instead of blocking.
+    /// Compiles a policy, a component or a core module. With `asynchronous`, WASI's functions suspend instead of blocking.
     ///
     /// # Errors
-    /// When the bytes are not a component.
+    /// When the bytes are neither.
     pub fn new(bytes: &[u8], asynchronous: bool) -> Result<Host> {
         let mut config = Config::new();
         config.consume_fuel(true);
@@ -58,7 +59,7 @@ impl Host {
         }
         add_to_linker(&mut linker)?;
         Ok(Host {
-            component: Component::from_binary(&engine, bytes)?,
+            component: Component::from_binary(&engine, &component_from_module(bytes)?)?,
             engine,
             linker,
         })
@@ -72,7 +73,7 @@ impl Host {
         let data = Data {
             wasi: WasiCtx::builder().build(),
             table: ResourceTable::new(),
-            tightfit: Context::new(),
+            tightfit: TightfitCtx::new(),
         };
         let mut store = Store::new(&self.engine, data);
         store.set_fuel(1_000_000_000)?;

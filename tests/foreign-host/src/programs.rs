@@ -1,9 +1,10 @@
 //! The same for programs: devices and models in a host of another's, with one table for WASI's
 //! resources and ours.
 
+use tightfit_wasm::component_from_module;
 use tightfit_wasm::wit::program::add_program_to_linker;
-use tightfit_wasm::wit::program::{ProgramContext, ProgramContextView, ProgramView, Run};
-use tightfit_wasm::wit::{Context, View};
+use tightfit_wasm::wit::program::{ProgramCtx, ProgramCtxView, ProgramView, Run};
+use tightfit_wasm::wit::{TightfitCtx, TightfitView};
 use wasmtime::component::{Component, Linker, ResourceTable};
 use wasmtime::{Config, Engine, Result, Store};
 use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
@@ -12,8 +13,8 @@ use wasmtime_wasi::{WasiCtx, WasiCtxView, WasiView};
 struct Data {
     wasi: WasiCtx,
     table: ResourceTable,
-    tightfit: Context,
-    program: ProgramContext,
+    tightfit: TightfitCtx,
+    program: ProgramCtx,
 }
 
 impl WasiView for Data {
@@ -25,15 +26,15 @@ impl WasiView for Data {
     }
 }
 
-impl View for Data {
-    fn tightfit(&mut self) -> &mut Context {
+impl TightfitView for Data {
+    fn tightfit(&mut self) -> &mut TightfitCtx {
         &mut self.tightfit
     }
 }
 
 impl ProgramView for Data {
-    fn tightfit_program(&mut self) -> ProgramContextView<'_> {
-        ProgramContextView {
+    fn tightfit_program(&mut self) -> ProgramCtxView<'_> {
+        ProgramCtxView {
             context: &mut self.program,
             table: &mut self.table,
         }
@@ -48,10 +49,10 @@ pub struct ProgramHost {
 }
 
 impl ProgramHost {
-    /// Compiles a component.
+    /// Compiles a program, a component or a core module.
     ///
     /// # Errors
-    /// When the bytes are not a component.
+    /// When the bytes are neither.
     pub fn new(bytes: &[u8]) -> Result<ProgramHost> {
         let mut config = Config::new();
         config.consume_fuel(true);
@@ -60,7 +61,7 @@ impl ProgramHost {
         wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
         add_program_to_linker(&mut linker)?;
         Ok(ProgramHost {
-            component: Component::from_binary(&engine, bytes)?,
+            component: Component::from_binary(&engine, &component_from_module(bytes)?)?,
             engine,
             linker,
         })
@@ -73,13 +74,13 @@ impl ProgramHost {
     /// When it cannot be instantiated or is none, or when it traps.
     pub async fn run(
         &self,
-        program: ProgramContext,
+        program: ProgramCtx,
         arguments: &[String],
     ) -> Result<Result<String, String>> {
         let data = Data {
             wasi: WasiCtx::builder().build(),
             table: ResourceTable::new(),
-            tightfit: Context::new(),
+            tightfit: TightfitCtx::new(),
             program,
         };
         let mut store = Store::new(&self.engine, data);

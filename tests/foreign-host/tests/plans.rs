@@ -9,15 +9,11 @@ use tightfit_foreign_host::Host;
 use tightfit_tests::golden::GoldenModel;
 use tightfit_tests::loading::Planned;
 
-/// The default policy as a component.
-fn component() -> Vec<u8> {
+/// The default policy, a core module.
+fn policy() -> Vec<u8> {
     let path =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../host/wasm/src/policy/builtin/auto.wasm");
-    wit_component::ComponentEncoder::default()
-        .module(&std::fs::read(path).unwrap())
-        .unwrap()
-        .encode()
-        .unwrap()
+    std::fs::read(path).unwrap()
 }
 
 fn planned() -> (GoldenModel, Planned) {
@@ -33,7 +29,7 @@ fn infos(planned: &Planned) -> Vec<DeviceInfo> {
 #[test]
 fn a_foreign_host_with_wasi_gets_the_same_plan() {
     let (_golden, planned) = planned();
-    let host = Host::new(&component(), false).unwrap();
+    let host = Host::new(&policy(), false).unwrap();
     assert_eq!(host.describe().unwrap().name, "auto");
     let proposed = propose(&planned.checkpoint, &host, &infos(&planned), &[]).unwrap();
     assert_eq!(proposed.plan, planned.plan);
@@ -43,7 +39,7 @@ fn a_foreign_host_with_wasi_gets_the_same_plan() {
 async fn an_asynchronous_host_gets_the_same_plan() {
     let (_golden, planned) = planned();
     let devices = infos(&planned);
-    let host = Host::new(&component(), true).unwrap();
+    let host = Host::new(&policy(), true).unwrap();
     let (mut store, planner) = host.planner_async().await.unwrap();
     let description = planner.describe_async(&mut store).await.unwrap();
     assert_eq!(description.name, "auto");

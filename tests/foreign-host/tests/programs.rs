@@ -3,18 +3,10 @@
 use tightfit_foreign_host::ProgramHost;
 use tightfit_tests::programs::{Bench, HOSTILE, hostile};
 
-fn component(module: &[u8]) -> Vec<u8> {
-    wit_component::ComponentEncoder::default()
-        .module(module)
-        .unwrap()
-        .encode()
-        .unwrap()
-}
-
 #[tokio::test]
 async fn an_asynchronous_host_with_wasi_runs_programs() {
     let bench = Bench::default();
-    let host = ProgramHost::new(&component(HOSTILE)).unwrap();
+    let host = ProgramHost::new(HOSTILE).unwrap();
     for arguments in [
         &["honest"][..],
         &["load"],

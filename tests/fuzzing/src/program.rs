@@ -13,7 +13,7 @@ use tightfit_wasm::wit::program::bindings::tightfit::host::checkpoints::HostChec
 use tightfit_wasm::wit::program::bindings::tightfit::host::models::{HostModel, PartKind};
 use tightfit_wasm::wit::program::bindings::tightfit::host::nf4::Host as _;
 use tightfit_wasm::wit::program::{
-    Buffer, CallError, LoadedModel, OpenCheckpoint, ProgramContext, ProgramContextView,
+    Buffer, CallError, LoadedModel, OpenCheckpoint, ProgramCtx, ProgramCtxView,
 };
 use wasmtime::component::{Resource, ResourceTable};
 
@@ -90,7 +90,7 @@ impl Input<'_> {
 /// A program and what it knows of itself.
 struct Program<'a> {
     input: Input<'a>,
-    context: ProgramContext,
+    context: ProgramCtx,
     table: ResourceTable,
     devices: Arc<[Box<dyn Device>]>,
     quota: u64,
@@ -154,7 +154,7 @@ fn calls_that_went_well(data: &[u8]) -> usize {
     let quota = u64::from(input.byte()) * 16 * 1024;
     let device = |index| Box::new(HostDevice::sim(index, 2 << 20)) as Box<dyn Device>;
     let devices: Arc<[Box<dyn Device>]> = (0..2).map(device).collect();
-    let context = ProgramContext::new(Arc::clone(&devices), quota)
+    let context = ProgramCtx::new(Arc::clone(&devices), quota)
         .grant("model", checkpoint().path())
         .load_with(Some(1), Some(64 << 10));
     let mut table = ResourceTable::new();
@@ -198,8 +198,8 @@ fn calls_that_went_well(data: &[u8]) -> usize {
 }
 
 impl Program<'_> {
-    fn view(&mut self) -> ProgramContextView<'_> {
-        ProgramContextView {
+    fn view(&mut self) -> ProgramCtxView<'_> {
+        ProgramCtxView {
             context: &mut self.context,
             table: &mut self.table,
         }

@@ -6,7 +6,7 @@ use std::hint::black_box;
 
 use tightfit_guest::sizing::Sizer;
 use tightfit_guest::{
-    DType, Description, Format, Level, Nf4Format, Placement, Policy, Proposal, Refusal, Request,
+    Dtype, Description, Format, Level, Nf4Format, Placement, Policy, Proposal, Refusal, Request,
     Setting, Tensor, log, policy,
 };
 
@@ -74,7 +74,7 @@ impl Policy for Hostile {
             })),
             "nf4" => Ok(with_format(honest, nf4(64))),
             "block-48" => Ok(with_format(honest, nf4(48))),
-            "cast-i8" => Ok(with_format(honest, Format::Cast(DType::I8))),
+            "cast-i8" => Ok(with_format(honest, Format::Cast(Dtype::I8))),
             "torn-tie" => Ok(edited(honest, |p| {
                 for tie in &request.ties {
                     if let Some(alias) = tie.alias_tensor {
@@ -88,6 +88,11 @@ impl Policy for Hostile {
             "few-headrooms" => Ok(edited(honest, |p| p.headroom.clear())),
             "many-headrooms" => Ok(edited(honest, |p| p.headroom.push(0))),
             "endless-headroom" => Ok(edited(honest, |p| p.headroom[0] = u64::MAX)),
+            "load-nothing" => Ok(edited(honest, |p| {
+                for placement in &mut p.placements {
+                    placement.device = None;
+                }
+            })),
             "refuse-to-fit" => Err(Refusal::does_not_fit("it is all too much", Some(12345))),
             "refuse-setting" => Err(Refusal::bad_setting("I do not like this setting")),
             "refuse-model" => Err(Refusal::unsupported("I do not like this model")),
@@ -109,7 +114,7 @@ impl Policy for Hostile {
                 let shape = vec![1; 5 << 20];
                 let tensor = Tensor {
                     name: String::new(),
-                    dtype: DType::Bf16,
+                    dtype: Dtype::Bf16,
                     shape,
                     bytes: 0,
                     quantized: None,
@@ -131,7 +136,7 @@ impl Policy for Hostile {
                     for format in [Format::Stored, nf4(0), nf4(64), nf4(u32::MAX)] {
                         let tensor = Tensor {
                             name: String::new(),
-                            dtype: DType::Bf16,
+                            dtype: Dtype::Bf16,
                             shape: shape.to_vec(),
                             bytes: 0,
                             quantized: None,

@@ -62,6 +62,43 @@ fn a_policy_that_fails_is_named_with_the_reason() {
 }
 
 #[test]
+fn what_is_not_loaded_and_patterns_that_match_nothing_are_pointed_out() {
+    let place = hostile_place();
+    let warning = "tensors are not loaded, '";
+    let outcome = plan(&place, "load-nothing");
+    assert_eq!(outcome.status, Some(0), "{outcome:?}");
+    assert!(outcome.stderr.contains(warning), "{outcome:?}");
+    let outcome = plan(&place, "honest");
+    assert_eq!(outcome.status, Some(0), "{outcome:?}");
+    assert!(!outcome.stderr.contains(warning), "{outcome:?}");
+    let behavior = ["--policy", "hostile.wasm", "--set", "behavior=load-nothing"];
+    let save = [&["save", "m", "saved"], &behavior[..]].concat();
+    let outcome = place.run(&save);
+    assert_eq!(outcome.status, Some(0), "{outcome:?}");
+    assert!(outcome.stderr.contains(warning), "{outcome:?}");
+
+    let skip = |policy: &str, skip: &str| {
+        let skip = format!("skip={skip}");
+        let policy = ["--policy", policy, "--set", &skip, "--set"];
+        let map = match policy[1] {
+            "map" => r#"device-map={"": 0}"#,
+            _ => "experts=nf4",
+        };
+        let device = ["--device", "sim:64MiB"];
+        place.run(&[&["plan", "m"], &device[..], &policy, &[map]].concat())
+    };
+    for policy in ["auto", "packed", "huggingface", "map"] {
+        let outcome = skip(policy, "nonexistent");
+        assert_eq!(outcome.status, Some(0), "{outcome:?}");
+        let warning = "setting `skip`: no tensor matches `nonexistent`";
+        assert!(outcome.stderr.contains(warning), "{outcome:?}");
+        let outcome = skip(policy, "*");
+        assert_eq!(outcome.status, Some(0), "{outcome:?}");
+        assert!(!outcome.stderr.contains("skip"), "{outcome:?}");
+    }
+}
+
+#[test]
 fn a_refusal_has_the_status_of_its_reason() {
     let place = hostile_place();
     for (behavior, status, words) in [

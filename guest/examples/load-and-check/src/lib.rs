@@ -2,7 +2,7 @@
 //! they were.
 
 use tightfit_program::{
-    Buffer, Checkpoint, DType, Failure, Format, Level, Model, Placement, Program,
+    Buffer, Checkpoint, Dtype, Failure, Format, Level, Model, Placement, Program,
 };
 use tightfit_program::{Tensor, get_devices, get_usage, log, program};
 
@@ -42,7 +42,7 @@ impl Program for LoadAndCheck {
 }
 
 fn is_matrix(tensor: &Tensor) -> bool {
-    tensor.shape.len() == 2 && tensor.dtype == DType::Bf16 && tensor.quantized.is_none()
+    tensor.shape.len() == 2 && tensor.dtype == Dtype::Bf16 && tensor.quantized.is_none()
 }
 
 /// Everything on the first device; second copies of tied tensors nowhere.
@@ -86,7 +86,7 @@ fn largest_error(
         let count = PIECE.min(elements - first);
         checkpoint.read_tensor(index, 2 * first, 2 * count, &buffer, 0)?;
         let source = buffer.read(0, 2 * count)?;
-        let loaded = model.read_elements(index, first, count, DType::F32)?;
+        let loaded = model.read_elements(index, first, count, Dtype::F32)?;
         for (source, loaded) in source.chunks_exact(2).zip(loaded.chunks_exact(4)) {
             let source = f32::from_le_bytes([0, 0, source[0], source[1]]);
             let loaded = f32::from_le_bytes([loaded[0], loaded[1], loaded[2], loaded[3]]);

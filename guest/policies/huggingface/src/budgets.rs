@@ -8,7 +8,7 @@ use crate::model::Model;
 use crate::options::{Library, Options, Strategy};
 use crate::sizes::Sizes;
 
-/// Where something can go.
+/// A place where something can go.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Place {
     /// An accelerator, counted among the accelerators.
@@ -107,7 +107,7 @@ fn free(available: &Available, library: Library) -> Budgets {
     budgets
 }
 
-/// The setting `max-memory`, if it has a value.
+/// Returns the setting `max-memory`, if it has a value.
 fn parse(settings: &Settings<'_>, available: &Available) -> Result<Option<Budgets>, Refusal> {
     const NAME: &str = "max-memory";
     let text = settings.text(NAME);
@@ -149,7 +149,7 @@ fn parse(settings: &Settings<'_>, available: &Available) -> Result<Option<Budget
     Ok(Some(budgets))
 }
 
-/// A size as accelerate reads it: decimal units with a small `b` are bits.
+/// Returns a size as accelerate reads it: decimal units with a small `b` are bits.
 fn bytes(value: &Value) -> Option<f64> {
     let text = match value {
         Value::Number(number) => return number.as_u64().map(|bytes| bytes as f64),
@@ -228,7 +228,8 @@ pub(crate) fn balance(
     Ok(())
 }
 
-/// Room on top of a share, so that what cannot be split does not end up on the last device alone.
+/// Returns the room on top of a share, so that what cannot be split does not end up on the last
+/// device alone.
 fn buffer(model: &Model<'_>, sizes: &Sizes, library: Library) -> f64 {
     let tree = &model.tree;
     let largest = match library {
@@ -251,7 +252,7 @@ fn buffer(model: &Model<'_>, sizes: &Sizes, library: Library) -> f64 {
     (1.25 * largest).trunc()
 }
 
-/// Mean size of the modules without children that hold something.
+/// Returns the mean size of the modules without children that hold something.
 fn mean_leaf(model: &Model<'_>, sizes: &Sizes) -> f64 {
     let tree = &model.tree;
     let leaves = tree

@@ -27,8 +27,8 @@ impl Below {
     }
 }
 
-/// Names and devices, in the order of the model. A module whose parts are all on one device stands
-/// for them.
+/// Returns names and devices, in the order of the model. A module whose parts are all on one device
+/// stands for them.
 pub(crate) fn device_map(
     request: &Request,
     tree: &Tree<'_>,
@@ -78,7 +78,8 @@ pub(crate) fn device_map(
     map
 }
 
-/// The map as JSON objects of at most about this many bytes each: a log message has a bound.
+/// Returns the map as JSON objects of at most about this many bytes each: a log message has a
+/// bound.
 pub(crate) fn as_json(map: &[(String, Place)], most: usize) -> Vec<String> {
     let mut objects = Vec::new();
     let mut text = String::new();
@@ -107,7 +108,8 @@ fn json(place: Place) -> String {
     }
 }
 
-/// The names that are on `place`, for a sentence: layers in a row as `model.layers.3 to 17`.
+/// Returns the names that are on `place`, for a sentence: layers in a row as `model.layers.3 to
+/// 17`.
 pub(crate) fn names_on(map: &[(String, Place)], place: Place) -> String {
     const MOST: usize = 8;
     let mut runs: Vec<(&str, Option<u32>)> = Vec::new();

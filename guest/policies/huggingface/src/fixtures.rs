@@ -1,17 +1,11 @@
 //! Models to place, made up here: names and shapes as their checkpoints have them.
 
-use tightfit_guest::{DType, Device, DeviceKind, Request, Tensor, Tie};
+use tightfit_guest::{Device, DeviceKind, Dtype, Request, Tensor, Tie};
 
 pub(crate) const GIB: f64 = (1u64 << 30) as f64;
 
 pub(crate) fn tensor(name: impl Into<String>, shape: &[u64]) -> Tensor {
-    Tensor {
-        name: name.into(),
-        dtype: DType::Bf16,
-        shape: shape.into(),
-        bytes: 2 * shape.iter().product::<u64>(),
-        quantized: None,
-    }
+    Tensor::new(name, Dtype::Bf16, shape)
 }
 
 pub(crate) fn device(kind: DeviceKind, gib: f64) -> Device {
@@ -35,18 +29,12 @@ pub(crate) fn request(mut tensors: Vec<Tensor>, devices: Vec<Device>, config: &s
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
     Request {
         config_json: config.into(),
-        tensors,
-        ties: vec![],
-        devices,
-        settings: vec![],
-        required_formats: vec![],
-        failure: None,
+        ..Request::new(tensors, devices)
     }
 }
 
 pub(crate) fn set(request: &mut Request, name: &str, value: &str) {
-    request.settings.retain(|(known, _)| known != name);
-    request.settings.push((name.into(), value.into()));
+    *request = request.clone().set(name, value);
 }
 
 /// Gives the embedding a second name.
@@ -103,7 +91,7 @@ pub(crate) const GEMMA3_27B: Shape = Shape {
     experts: 0,
 };
 
-/// A decoder. Its head is left out where `head` is not set.
+/// Returns a decoder. Its head is left out where `head` is not set.
 pub(crate) fn decoder(shape: Shape, head: bool) -> Vec<Tensor> {
     let Shape { hidden, inner, .. } = shape;
     let table = [shape.vocabulary, hidden];

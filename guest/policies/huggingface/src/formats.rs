@@ -5,7 +5,7 @@ use tightfit_guest::{Format, Request, Tensor};
 
 use crate::options::{Experts, Library, Options};
 
-/// The format of each tensor.
+/// Returns the format of each tensor.
 pub(crate) fn formats(request: &Request, kinds: &[TensorKind], options: &Options) -> Vec<Format> {
     let format = |(tensor, kind): (&Tensor, &TensorKind)| {
         let wanted = match kind {
@@ -25,18 +25,13 @@ pub(crate) fn formats(request: &Request, kinds: &[TensorKind], options: &Options
         }
     };
     let mut formats: Vec<Format> = request.tensors.iter().zip(kinds).map(format).collect();
-    // What the host does in any case is counted like that.
-    for required in &request.required_formats {
-        if let Some(format) = formats.get_mut(required.tensor as usize) {
-            *format = required.format;
-        }
-    }
+    request.fix_formats(&mut formats);
     formats
 }
 
-/// Whether it is the matrix of a linear layer in memory. Transformers 5 makes stacks of all experts
-/// and plain parameters of routers; in version 4 they were linear layers unless a checkpoint held
-/// stacks.
+/// Returns whether it is the matrix of a linear layer in memory. Transformers 5 makes stacks of all
+/// experts and plain parameters of routers; in version 4 they were linear layers unless a
+/// checkpoint held stacks.
 fn as_linear(tensor: &Tensor, library: Library) -> bool {
     library == Library::Accelerate && tensor.shape.len() == 2 && tensor.name.ends_with(".weight")
 }

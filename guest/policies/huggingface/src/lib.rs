@@ -27,7 +27,7 @@ mod tests;
 #[cfg(test)]
 mod vectors;
 
-use tightfit_guest::settings::{self, Settings};
+use tightfit_guest::settings::Settings;
 use tightfit_guest::{
     Description, Format, Level, Placement, Policy, Proposal, Refusal, Request, log, policy,
 };
@@ -49,11 +49,7 @@ policy!(HuggingFace);
 
 impl Policy for HuggingFace {
     fn describe() -> Description {
-        Description {
-            name: "huggingface".into(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            settings: settings::describe(SPECS),
-        }
+        Description::new("huggingface", env!("CARGO_PKG_VERSION"), SPECS)
     }
 
     fn plan(request: Request) -> Result<Proposal, Refusal> {
@@ -62,6 +58,9 @@ impl Policy for HuggingFace {
             return Err(Refusal::unsupported(
                 "there is no device to place anything on",
             ));
+        }
+        if let Some(note) = options.formats.unmatched(&request) {
+            log(Level::Warn, &note);
         }
         let duplicates = request.duplicates();
         let kinds = tightfit_guest::formats::kinds(&request);

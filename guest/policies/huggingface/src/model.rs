@@ -67,13 +67,13 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// Whether it is placed whole: a layer, or a module without children.
+    /// Returns whether it is placed whole: a layer, or a module without children.
     pub(crate) fn is_whole(&self, module: ModuleId) -> bool {
         self.blocks[module.index()] || self.tree.children(module).is_empty()
     }
 }
 
-/// The modules that hold a tensor in memory. All experts of a layer are one module.
+/// Returns the modules that hold a tensor in memory. All experts of a layer are one module.
 fn module_path(name: &str) -> impl Iterator<Item = &str> {
     let (modules, _) = name.rsplit_once('.').unwrap_or(("", name));
     let mut components = modules.split('.').filter(move |_| !modules.is_empty());
@@ -92,7 +92,7 @@ fn module_path(name: &str) -> impl Iterator<Item = &str> {
     .fuse()
 }
 
-/// The first layer that is a draft layer, where those are counted on from the model's own.
+/// Returns the first layer that is a draft layer, where those are counted on from the model's own.
 fn drafts_from(config: &Value) -> Option<u32> {
     config["num_nextn_predict_layers"]
         .as_u64()
@@ -124,8 +124,8 @@ fn blocks(tree: &Tree<'_>) -> Vec<bool> {
     blocks
 }
 
-/// The frequencies of rotary embeddings are kept twice, as used and as first computed, beside the
-/// stack of layers.
+/// Adds the frequencies of rotary embeddings, which are kept twice, as used and as first computed,
+/// beside the stack of layers.
 fn add_rotary(tree: &mut Tree<'_>, config: &Value) -> Vec<(ModuleId, u64)> {
     let Some(elements) = rotary_elements(config) else {
         return Vec::new();
@@ -166,8 +166,8 @@ fn rotary_elements(config: &Value) -> Option<u64> {
     Some(rotated.div_ceil(2).saturating_mul(2))
 }
 
-/// Where modules of this name stand among their siblings; with equal answers they stay in the
-/// checkpoint's order.
+/// Returns where modules of this name stand among their siblings; with equal answers they stay in
+/// the checkpoint's order.
 fn place_among_siblings(name: &str) -> (u8, u32) {
     if name.bytes().all(|byte| byte.is_ascii_digit()) {
         return (4, name.parse().unwrap_or(u32::MAX));
@@ -190,7 +190,7 @@ fn place_among_siblings(name: &str) -> (u8, u32) {
     (rank, 0)
 }
 
-/// What stands between a tower and the text model.
+/// Returns whether it stands between a tower and the text model.
 fn is_connector(name: &str) -> bool {
     name.contains("project") || name.contains("connector") || name.contains("aligner")
 }

@@ -92,8 +92,8 @@ pub(crate) fn place(
     placed
 }
 
-/// What a module is split into: its own tensors, then its children. Its own buffers are left out,
-/// as they are by both libraries.
+/// Returns what a module is split into: its own tensors, then its children. Its own buffers are
+/// left out, as they are by both libraries.
 fn parts(model: &Model<'_>, module: ModuleId) -> impl Iterator<Item = Item> {
     let tensors = model.tree.tensors(module).iter();
     let tensors = tensors.map(move |&tensor| Item::Tensor(tensor, module));
@@ -108,8 +108,8 @@ fn size_of(sizes: &Sizes, item: Item) -> f64 {
     }
 }
 
-/// What is still to be placed and holds the other name of a tensor of `item`; with the tensor
-/// where the data is counted there.
+/// Returns what is still to be placed and holds the other name of a tensor of `item`; with the
+/// tensor where the data is counted there.
 fn holders(
     model: &Model<'_>,
     positions: &Positions,
@@ -141,7 +141,8 @@ fn holders(
     found
 }
 
-/// What is still to be placed, with the first holder that can be split replaced by its parts.
+/// Returns what is still to be placed, with the first holder that can be split replaced by its
+/// parts.
 fn split_holder(
     model: &Model<'_>,
     holders: &[(Item, Option<u32>)],
@@ -218,7 +219,7 @@ impl Positions {
         self.first[holder.index()] <= at && at < self.end[holder.index()]
     }
 
-    /// Bytes of the largest that is placed whole and comes after this.
+    /// Returns the bytes of the largest that is placed whole and comes after this.
     fn largest_after(&self, item: Item) -> f64 {
         let position = match item {
             Item::Module(module) => self.end[module.index()],

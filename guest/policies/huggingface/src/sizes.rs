@@ -5,7 +5,7 @@
 
 use tightfit_guest::names::TensorKind::{self, OutputHead};
 use tightfit_guest::tree::ModuleId;
-use tightfit_guest::{DType, Format, Request, Tensor};
+use tightfit_guest::{Dtype, Format, Request, Tensor};
 
 use crate::model::Model;
 use crate::options::{Library, Options};
@@ -99,21 +99,21 @@ fn elements(tensor: &Tensor) -> f64 {
     tensor.shape.iter().map(|&length| length as f64).product()
 }
 
-fn bytes_of(dtype: DType) -> f64 {
+fn bytes_of(dtype: Dtype) -> f64 {
     match dtype {
-        DType::F4 => 0.5,
-        DType::F6E2m3 | DType::F6E3m2 => 0.75,
-        DType::Bool | DType::U8 | DType::I8 => 1.0,
-        DType::F8E4m3 | DType::F8E5m2 | DType::F8E8m0 => 1.0,
-        DType::U16 | DType::I16 | DType::F16 | DType::Bf16 => 2.0,
-        DType::U32 | DType::I32 | DType::F32 => 4.0,
-        DType::U64 | DType::I64 | DType::F64 | DType::C64 => 8.0,
+        Dtype::F4 => 0.5,
+        Dtype::F6E2m3 | Dtype::F6E3m2 => 0.75,
+        Dtype::Bool | Dtype::U8 | Dtype::I8 => 1.0,
+        Dtype::F8E4m3 | Dtype::F8E5m2 | Dtype::F8E8m0 => 1.0,
+        Dtype::U16 | Dtype::I16 | Dtype::F16 | Dtype::Bf16 => 2.0,
+        Dtype::U32 | Dtype::I32 | Dtype::F32 => 4.0,
+        Dtype::U64 | Dtype::I64 | Dtype::F64 | Dtype::C64 => 8.0,
     }
 }
 
-fn is_float(dtype: DType) -> bool {
+fn is_float(dtype: Dtype) -> bool {
     matches!(
         dtype,
-        DType::F16 | DType::Bf16 | DType::F32 | DType::F64 | DType::F8E4m3 | DType::F8E5m2
+        Dtype::F16 | Dtype::Bf16 | Dtype::F32 | Dtype::F64 | Dtype::F8E4m3 | Dtype::F8E5m2
     )
 }

@@ -106,7 +106,7 @@ impl Cache {
         product(&[self.token, tokens, self.batch])
     }
 
-    /// What config.json says about a layer. In doubt it is full attention: too much room is
+    /// Returns what config.json says about a layer. In doubt it is full attention: too much room is
     /// better than too little.
     fn attention(&self, layer: u64) -> Attention {
         let config = &self.config;
@@ -172,7 +172,7 @@ impl Cache {
         }
     }
 
-    /// Whether a layer of a model with a sliding window does without.
+    /// Returns whether a layer of a model with a sliding window does without.
     fn sees_all(&self, layer: u64) -> bool {
         let config = &self.config;
         if let Some(used) = config.get("use_sliding_window").and_then(Value::as_bool) {
@@ -199,7 +199,7 @@ impl Cache {
     }
 }
 
-/// The stack that generates: the one with the most layers, the last of several.
+/// Returns the stack that generates: the one with the most layers, the last of several.
 fn main_stack<'a>(units: &[Unit<'a>]) -> Option<&'a str> {
     let mut counts: Vec<(&str, usize)> = Vec::new();
     for unit in units {
@@ -214,7 +214,7 @@ fn main_stack<'a>(units: &[Unit<'a>]) -> Option<&'a str> {
     most.map(|(stack, _)| stack)
 }
 
-/// The tensor beside which a layer's cache belongs, should the layer be split.
+/// Returns the tensor beside which a layer's cache belongs, should the layer be split.
 fn attention(request: &Request, kinds: &[TensorKind], unit: &Unit<'_>) -> u32 {
     let is_attention = |&&t: &&u32| {
         let name = &request.tensors[t as usize].name;
@@ -228,7 +228,7 @@ fn attention(request: &Request, kinds: &[TensorKind], unit: &Unit<'_>) -> u32 {
     found.copied().unwrap_or(0)
 }
 
-/// The configuration of the language model within that of a larger one.
+/// Returns the configuration of the language model within that of a larger one.
 fn language_model(mut root: Value) -> Value {
     if let Some(thinker) = root
         .get_mut("thinker_config")
@@ -244,7 +244,7 @@ fn language_model(mut root: Value) -> Value {
     root
 }
 
-/// Bytes of the keys and values of one token in one layer.
+/// Returns the bytes of the keys and values of one token in one layer.
 fn token_bytes(config: &Value) -> Option<u64> {
     let heads = number(
         config,

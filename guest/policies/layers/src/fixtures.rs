@@ -1,22 +1,12 @@
 //! Models to place, made up here: names and shapes as their checkpoints have them.
 
-use tightfit_guest::{DType, Device, DeviceKind, Request, Tensor, Tie};
+use tightfit_guest::{Device, DeviceKind, Dtype, Request, Tensor, Tie};
 
 pub(crate) const MIB: u64 = 1 << 20;
 pub(crate) const GIB: u64 = 1 << 30;
 
 pub(crate) fn tensor(name: impl Into<String>, shape: &[u64]) -> Tensor {
-    typed(name, DType::Bf16, 2, shape)
-}
-
-pub(crate) fn typed(name: impl Into<String>, dtype: DType, size: u64, shape: &[u64]) -> Tensor {
-    Tensor {
-        name: name.into(),
-        dtype,
-        shape: shape.into(),
-        bytes: size * shape.iter().product::<u64>(),
-        quantized: None,
-    }
+    Tensor::new(name, Dtype::Bf16, shape)
 }
 
 pub(crate) fn device(kind: DeviceKind, available: u64) -> Device {
@@ -40,15 +30,7 @@ pub(crate) fn sims(available: &[u64]) -> Vec<Device> {
 }
 
 pub(crate) fn request(tensors: Vec<Tensor>, devices: Vec<Device>) -> Request {
-    Request {
-        config_json: "{}".into(),
-        tensors,
-        ties: vec![],
-        devices,
-        settings: vec![],
-        required_formats: vec![],
-        failure: None,
-    }
+    Request::new(tensors, devices)
 }
 
 pub(crate) fn with(mut request: Request, settings: &[(&str, &str)]) -> Request {

@@ -16,11 +16,9 @@ mod promise_tests;
 #[cfg(test)]
 mod tests;
 
-use tightfit_guest::partition::{Bin, Item};
+use tightfit_guest::partition::Item;
 use tightfit_guest::sizing::Sizer;
-use tightfit_guest::{
-    Description, Format, Level, Placement, Proposal, Refusal, Request, formats, log, settings,
-};
+use tightfit_guest::{Description, Level, Proposal, Refusal, Request, formats, log};
 
 use cache::Cache;
 use options::{Options, SPECS};
@@ -34,13 +32,9 @@ pub enum Arrangement {
     Pack,
 }
 
-/// A description with the settings that [`plan`] reads.
+/// Returns a description with the settings that [`plan`] reads.
 pub fn describe(name: &str, version: &str) -> Description {
-    Description {
-        name: name.into(),
-        version: version.into(),
-        settings: settings::describe(SPECS),
-    }
+    Description::new(name, version, SPECS)
 }
 
 /// Places every tensor of the request.
@@ -54,6 +48,9 @@ pub fn plan(request: &Request, arrangement: Arrangement) -> Result<Proposal, Ref
         return Err(Refusal::unsupported(
             "there is no device to place anything on",
         ));
+    }
+    if let Some(note) = options.formats.unmatched(request) {
+        log(Level::Warn, &note);
     }
     let kinds = formats::kinds(request);
     let duplicates = request.duplicates();
@@ -75,7 +72,7 @@ pub fn plan(request: &Request, arrangement: Arrangement) -> Result<Proposal, Ref
         cache.reserve(request, &kinds, &units, &mut items);
     }
 
-    let bins = bins(request, &options);
+    let bins = request.bins(options.reserve);
     let placed = place::place(&request.devices, &bins, &units, &items, arrangement);
     let Some(placed) = placed else {
         return Err(refusals::does_not_fit(
@@ -92,43 +89,5 @@ pub fn plan(request: &Request, arrangement: Arrangement) -> Result<Proposal, Ref
         Level::Debug,
         &format!("{} units, {} tensors", units.len(), items.len()),
     );
-    Ok(proposal(&placed.devices, &formats, &items, &bins))
-}
-
-fn bins(request: &Request, options: &Options) -> Vec<Bin> {
-    let devices = request.devices.iter().zip(request.available());
-    let bin = |(device, capacity): (&tightfit_guest::Device, u64)| Bin {
-        capacity,
-        reserve: options.reserve,
-        granularity: device.granularity,
-    };
-    devices.map(bin).collect()
-}
-
-fn proposal(
-    devices: &[Option<usize>],
-    formats: &[Format],
-    items: &[Item],
-    bins: &[Bin],
-) -> Proposal {
-    // Where nothing goes nothing can be eaten into, so a device without room for the reserve is
-    // no reason to refuse.
-    let mut headroom: Vec<u64> = bins
-        .iter()
-        .map(|bin| bin.reserve.min(bin.capacity))
-        .collect();
-    let mut placements = Vec::with_capacity(items.len());
-    for ((&device, &format), item) in devices.iter().zip(formats).zip(items) {
-        if let Some(device) = device {
-            headroom[device] = headroom[device].saturating_add(item.headroom);
-        }
-        placements.push(Placement {
-            device: device.map(|device| device as u32),
-            format,
-        });
-    }
-    Proposal {
-        placements,
-        headroom,
-    }
+    Ok(Proposal::new(&placed.devices, &formats, &items, &bins))
 }

@@ -1,7 +1,7 @@
 //! What the user can set.
 
 use tightfit_guest::formats::{self, Formats};
-use tightfit_guest::settings::{Settings, Spec};
+use tightfit_guest::settings::{RESERVE, Settings, Spec};
 use tightfit_guest::{Refusal, Request};
 
 /// Every setting of the policy.
@@ -10,11 +10,7 @@ pub(crate) const SPECS: &[Spec] = &[
     formats::EXPERTS,
     formats::DOUBLE_QUANT,
     formats::BLOCK_SIZE,
-    Spec {
-        name: "reserve",
-        default: "0",
-        help: "Bytes left free on every device, for example 2GiB.",
-    },
+    RESERVE,
     Spec {
         name: "context",
         default: "0",
@@ -44,7 +40,7 @@ impl Options {
         let settings = Settings::new(SPECS, request);
         Ok(Options {
             formats: Formats::read(&settings)?,
-            reserve: settings.bytes("reserve")?,
+            reserve: settings.bytes(RESERVE.name)?,
             context: settings.u32("context", 0..=u32::MAX)?,
             batch: settings.u32("batch", 1..=u32::MAX)?,
         })

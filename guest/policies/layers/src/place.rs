@@ -97,7 +97,7 @@ pub(crate) fn place(
     Some(model.placed(&found, notes))
 }
 
-/// Bytes that every device would need more, so that everything fits in some order.
+/// Returns the bytes that every device would need more, so that everything fits in some order.
 pub(crate) fn missing_on_each(bins: &[Bin], items: &[Item]) -> Option<u64> {
     let fits = |more: u64| {
         let roomier = bins.iter().map(|bin| Bin {
@@ -123,7 +123,7 @@ pub(crate) fn missing_on_each(bins: &[Bin], items: &[Item]) -> Option<u64> {
     Some(high)
 }
 
-/// How many bins a partition in order uses.
+/// Returns the number of bins that a partition in order uses.
 fn distinct(owners: &[usize]) -> usize {
     owners.chunk_by(|a, b| a == b).count()
 }
@@ -204,7 +204,7 @@ impl<'a> Model<'a> {
         Placed { devices, notes }
     }
 
-    /// Whole units, the end of the model in host memory. None when that leaves room on the
+    /// Places whole units, the end of the model in host memory. None when that leaves room on the
     /// accelerators in which another layer would fit if layers were split.
     fn spill_whole(&self, accelerators: &Group, hosts: &Group) -> Option<Vec<usize>> {
         let kept = fill(&self.units, &accelerators.bins);
@@ -281,13 +281,14 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// The largest tensors first, on whatever accelerator takes them; the rest in host memory.
+    /// Places the largest tensors first, on whatever accelerator takes them; the rest in host
+    /// memory.
     fn spill_any(&self, accelerators: &Group, hosts: &Group) -> Option<Vec<usize>> {
         let found = best_fit(&self.tensors, &accelerators.bins);
         self.rest_to(hosts, accelerators, &found)
     }
 
-    /// What has no accelerator goes to the hosts.
+    /// Gives what has no accelerator to the hosts.
     fn rest_to(
         &self,
         hosts: &Group,
@@ -310,7 +311,7 @@ fn size(item: Item) -> u64 {
     item.bytes.saturating_add(item.headroom)
 }
 
-/// Bytes that remain unused on all bins together.
+/// Returns the bytes that remain unused on all bins together.
 fn room(items: &[Item], owners: &[usize], bins: &[Bin]) -> u64 {
     let mut loads = vec![Item::default(); bins.len()];
     for (&owner, item) in owners.iter().zip(items) {

@@ -22,7 +22,7 @@ impl Random {
     }
 }
 
-/// Units in model order, each a list of tensors of so many steps of 2 MiB.
+/// Units in model order, each a list of tensors, in steps of 2 MiB.
 type Units = Vec<Vec<u64>>;
 
 const STEP: u64 = 2 * MIB;

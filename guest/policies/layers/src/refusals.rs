@@ -9,7 +9,7 @@ use tightfit_guest::{Failure, Format, Nf4Format, Refusal, Request};
 use crate::options::Options;
 use crate::place;
 
-/// What an earlier attempt found, where this is another.
+/// Returns what an earlier attempt found, where this is another.
 pub(crate) fn earlier_failure(request: &Request) -> Option<String> {
     let Failure {
         device,
@@ -25,7 +25,8 @@ pub(crate) fn earlier_failure(request: &Request) -> Option<String> {
     ))
 }
 
-/// The model does not fit: what it needs, what there is, and what would help.
+/// Returns the refusal of a model that does not fit: what it needs, what there is, and what would
+/// help.
 pub(crate) fn does_not_fit(
     request: &Request,
     options: &Options,

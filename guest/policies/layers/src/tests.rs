@@ -3,7 +3,7 @@ use std::collections::BTreeSet;
 use tightfit_guest::names::layer_of;
 use tightfit_guest::sizing::Sizer;
 use tightfit_guest::{
-    DType, DeviceKind, Failure, Format, Proposal, Refusal, RefusalReason, Request, Tie,
+    DeviceKind, Dtype, Failure, Format, Proposal, Refusal, RefusalReason, Request, Tensor, Tie,
 };
 
 use crate::fixtures::*;
@@ -139,14 +139,13 @@ fn only_floating_point_of_16_and_32_bits_is_quantized() {
     let name = |expert: u32| format!("model.layers.0.mlp.experts.{expert}.up_proj.weight");
     let shape = [128, 128];
     let request = roomy(vec![
-        typed(name(0), DType::F8E4m3, 1, &shape),
-        typed(name(1), DType::F16, 2, &shape),
-        typed(name(2), DType::F32, 4, &shape),
-        typed(name(3), DType::F64, 8, &shape),
-        typed(
+        Tensor::new(name(0), Dtype::F8E4m3, &shape),
+        Tensor::new(name(1), Dtype::F16, &shape),
+        Tensor::new(name(2), Dtype::F32, &shape),
+        Tensor::new(name(3), Dtype::F64, &shape),
+        Tensor::new(
             "model.layers.0.mlp.experts.down_proj_blocks",
-            DType::U8,
-            1,
+            Dtype::U8,
             &[4, 128, 2, 16],
         ),
     ]);
@@ -495,8 +494,8 @@ fn nonsense_is_answered_not_crashed_on() {
         "layers.1",
         "é.layers.0.ü.weight",
     ] {
-        odd.tensors.push(typed(name, DType::Bf16, 0, &[0, 7]));
-        odd.tensors.push(typed(name, DType::U8, 1, &[]));
+        odd.tensors.push(Tensor::new(name, Dtype::Bf16, &[0, 7]));
+        odd.tensors.push(Tensor::new(name, Dtype::U8, &[]));
     }
     odd.ties.push(Tie {
         tensor: 99,

@@ -34,8 +34,8 @@ pub(crate) struct Unit<'a> {
     pub(crate) tensors: Vec<u32>,
 }
 
-/// Everything that is to be loaded, in model order. Checkpoints are in another: shards are often
-/// sorted by name.
+/// Returns everything that is to be loaded, in model order. Checkpoints are in another: shards are
+/// often sorted by name.
 pub(crate) fn in_model_order<'a>(
     request: &'a Request,
     kinds: &[TensorKind],
@@ -88,7 +88,7 @@ fn collect<'a>(
     units.into_iter().map(unit).collect()
 }
 
-/// What the names of a part's tensors all begin with, and those of no other part.
+/// Returns what the names of a part's tensors all begin with, and those of no other part.
 fn prefix_of<'a>(name: &'a str, part: Part<'_>) -> Option<&'a str> {
     let numbered = match part {
         Part::Layer { stack, .. } => stack.len() + 1,

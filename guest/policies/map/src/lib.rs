@@ -12,7 +12,7 @@ mod tests;
 use tightfit_guest::amounts;
 use tightfit_guest::formats::{self, Formats};
 use tightfit_guest::partition::{Bin, Item};
-use tightfit_guest::settings::{self, Settings, Spec};
+use tightfit_guest::settings::{RESERVE, Settings, Spec};
 use tightfit_guest::sizing::Sizer;
 use tightfit_guest::{
     Description, Format, Level, Placement, Policy, Proposal, Refusal, Request, log, policy,
@@ -34,11 +34,7 @@ const SPECS: &[Spec] = &[
     formats::EXPERTS,
     formats::DOUBLE_QUANT,
     formats::BLOCK_SIZE,
-    Spec {
-        name: "reserve",
-        default: "0",
-        help: "Bytes left free on every device, for example 2GiB.",
-    },
+    RESERVE,
 ];
 
 /// The policy.
@@ -49,17 +45,13 @@ policy!(Map);
 
 impl Policy for Map {
     fn describe() -> Description {
-        Description {
-            name: "map".into(),
-            version: env!("CARGO_PKG_VERSION").into(),
-            settings: settings::describe(SPECS),
-        }
+        Description::new("map", env!("CARGO_PKG_VERSION"), SPECS)
     }
 
     fn plan(request: Request) -> Result<Proposal, Refusal> {
         let settings = Settings::new(SPECS, &request);
         let formats = Formats::read(&settings)?;
-        let reserve = settings.bytes("reserve")?;
+        let reserve = settings.bytes(RESERVE.name)?;
         let text = settings.text(DEVICE_MAP);
         if text.is_empty() {
             return Err(Refusal::bad_setting(
@@ -74,6 +66,9 @@ impl Policy for Map {
         for note in &places.notes {
             log(Level::Warn, note);
         }
+        if let Some(note) = formats.unmatched(&request) {
+            log(Level::Warn, &note);
+        }
         let formats = formats.choose(&request, &formats::kinds(&request));
         let headroom = headroom(&request, &places.devices, &formats, reserve)?;
         let placement = |(&device, &format)| Placement { device, format };
@@ -84,7 +79,7 @@ impl Policy for Map {
     }
 }
 
-/// What is left free on each device.
+/// Returns what is left free on each device.
 ///
 /// # Errors
 /// A refusal when the map puts more on a device than it holds.
@@ -108,11 +103,7 @@ fn headroom(
     }
     let mut used = Vec::new();
     for (d, load) in loads.iter().enumerate() {
-        let bin = Bin {
-            capacity: available[d],
-            reserve,
-            granularity: request.devices[d].granularity,
-        };
+        let bin = Bin::new(&request.devices[d], available[d], reserve);
         used.push(match load.bytes {
             0 => 0,
             _ => bin.used(*load).unwrap_or(u64::MAX),

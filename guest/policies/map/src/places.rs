@@ -7,10 +7,10 @@ use tightfit_guest::{Refusal, Request};
 
 use crate::device_map::{DeviceMap, Target};
 
-/// At most so many entries are complained about one by one.
+/// Number of entries that are complained about one by one, at most.
 const MOST_NOTES: usize = 8;
 
-/// Where a map puts everything.
+/// The places where a map puts everything.
 #[derive(Debug)]
 pub(crate) struct Places {
     /// The device of each tensor; none for the second copy of a tied one.
@@ -101,7 +101,8 @@ impl<'a> Entries<'a> {
         Ok(Entries { by_name, longest })
     }
 
-    /// The device of the longest entry for a tensor, by its name in the checkpoint or in memory.
+    /// Returns the device of the longest entry for a tensor, by its name in the checkpoint or in
+    /// memory.
     fn of_tensor(&mut self, name: &str, in_memory: &InMemory) -> Option<u32> {
         let own = self.of_name(name);
         if own.is_some_and(|(count, _)| count == self.longest) {
@@ -115,7 +116,7 @@ impl<'a> Entries<'a> {
         longer.map(|(_, device)| device)
     }
 
-    /// The longest entry that a name begins with: its number of components, and its device.
+    /// Returns the longest entry that a name begins with: its number of components, and its device.
     fn of_name(&mut self, name: &str) -> Option<(usize, u32)> {
         let mut found = None;
         if let Some(all) = self.by_name.get_mut("") {
@@ -135,7 +136,7 @@ impl<'a> Entries<'a> {
         found
     }
 
-    /// Entries without a tensor.
+    /// Returns the entries without a tensor.
     fn unused(&self) -> Vec<String> {
         // transformers lists these modules too; they hold nothing that a checkpoint has.
         let is_odd = |name: &str, entry: &Entry| !entry.used && !name.ends_with("rotary_emb");
@@ -153,7 +154,7 @@ impl<'a> Entries<'a> {
     }
 }
 
-/// Index of the device that an entry names.
+/// Returns the index of the device that an entry names.
 fn device(request: &Request, entry: &str, target: &Target) -> Result<u32, Refusal> {
     let named = |wanted: &str| request.devices.iter().position(|d| d.name == wanted);
     let found = match target {

@@ -1,6 +1,5 @@
 use tightfit_guest::{
-    DType, Device, DeviceKind, Format, Policy, Proposal, Refusal, RefusalReason, Request, Tensor,
-    Tie,
+    Device, Dtype, Format, Policy, Proposal, Refusal, RefusalReason, Request, Tensor, Tie,
 };
 
 use crate::Map;
@@ -10,33 +9,14 @@ use crate::places::Places;
 const MIB: u64 = 1 << 20;
 
 fn request(names: &[&str], devices: &[&str], map: &str) -> Request {
-    let tensor = |name: &&str| Tensor {
-        name: (*name).into(),
-        dtype: DType::Bf16,
-        shape: vec![64, 64],
-        bytes: 8192,
-        quantized: None,
-    };
-    let device = |name: &&str| Device {
-        name: (*name).into(),
-        kind: match &name[..3] {
-            "cud" => DeviceKind::Cuda,
-            "sim" => DeviceKind::Sim,
-            _ => DeviceKind::Cpu,
-        },
-        capacity: MIB,
-        available: MIB,
+    let tensors = names
+        .iter()
+        .map(|&name| Tensor::new(name, Dtype::Bf16, &[64, 64]));
+    let devices = devices.iter().map(|&name| Device {
         granularity: 4096,
-    };
-    Request {
-        config_json: "{}".into(),
-        tensors: names.iter().map(tensor).collect(),
-        ties: vec![],
-        devices: devices.iter().map(device).collect(),
-        settings: vec![("device-map".into(), map.into())],
-        required_formats: vec![],
-        failure: None,
-    }
+        ..Device::new(name, MIB)
+    });
+    Request::new(tensors.collect(), devices.collect()).set("device-map", map)
 }
 
 fn devices(names: &[&str], devices: &[&str], map: &str) -> Vec<Option<u32>> {

@@ -4,25 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "check.h"
 #include "tightfit.h"
-
-#define IS(expected, call)                                                                         \
-    do {                                                                                           \
-        TightfitStatus is_ = (call);                                                               \
-        if (is_ != (expected)) {                                                                   \
-            fprintf(stderr, "line %d: %d: %s\n", __LINE__, (int)is_, tightfit_last_error());       \
-            exit(1);                                                                               \
-        }                                                                                          \
-    } while (0)
-#define TRUE(condition)                                                                            \
-    do {                                                                                           \
-        if (!(condition)) {                                                                        \
-            fprintf(stderr, "line %d: %s\n", __LINE__, #condition);                                \
-            exit(1);                                                                               \
-        }                                                                                          \
-    } while (0)
-#define DONE TIGHTFIT_STATUS_DONE
-#define USAGE TIGHTFIT_STATUS_USAGE
 
 /* As a program has them that includes DLPack's header. */
 typedef struct {

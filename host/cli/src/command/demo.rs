@@ -1,16 +1,15 @@
 //! `tightfit demo`: a whole run on a model that it makes itself.
 
-use tightfit::Progress;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{DeviceSpec, open_devices};
-use tightfit::synth::{self, Preset, SynthOptions};
+use tightfit::synth::{Preset, SynthOptions};
 use tightfit::text::printable;
 use tightfit::types::Bytes;
 
 use crate::command::args::DemoOptions;
 use crate::command::error::CommandError;
-use crate::command::{load, output, progress, session};
+use crate::command::{load, output, session, synth};
 
 /// An accelerator on which the model fits in 4 bits and not in 16.
 const DEVICE: DeviceSpec = DeviceSpec::Sim {
@@ -31,14 +30,8 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Comm
     let model = directory.path().join("model");
 
     say("1. A model with random weights, as a bf16 checkpoint\n".to_owned())?;
-    let bar = progress::bytes("writing", quiet);
-    let report = |progress: Progress| progress::show(&bar, progress);
-    let how = SynthOptions::default()
-        .with_progress(&report)
-        .with_cancel(cancel.clone());
-    let written = synth::write(Preset::Demo, &model, &how);
-    bar.finish_and_clear();
-    let written = written?;
+    let how = SynthOptions::default();
+    let written = synth::write(Preset::Demo, &model, how, quiet, &cancel)?;
     say(format!(
         "   {} tensors, {}\n\n",
         written.tensors,

@@ -9,7 +9,7 @@ use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, open_devices};
 use tightfit::text::printable;
 use tightfit_wasm::program::{Outcome, WasmProgram, default_limits};
-use tightfit_wasm::wit::program::ProgramContext;
+use tightfit_wasm::wit::program::ProgramCtx;
 
 use crate::command::args::RunOptions;
 use crate::command::error::CommandError;
@@ -37,7 +37,7 @@ struct RanDevice {
 pub(crate) fn run(options: &RunOptions, cancel: CancelToken) -> Result<(), CommandError> {
     let devices: Arc<[Box<dyn Device>]> = open_devices(&options.devices)?.into();
     let quota = options.quota.unwrap_or(u64::MAX);
-    let mut context = ProgramContext::new(Arc::clone(&devices), quota)
+    let mut context = ProgramCtx::new(Arc::clone(&devices), quota)
         .cancelled_by(cancel.clone())
         .load_with(options.threads.map(usize::from), options.staging);
     for (name, path) in &options.grants {

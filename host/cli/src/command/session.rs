@@ -1,5 +1,6 @@
 //! What every subcommand opens: model, policy, devices; and what Ctrl-C does.
 
+use std::collections::HashSet;
 use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
@@ -11,6 +12,7 @@ use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
 use tightfit::hub::{self, FetchOptions, FileProgress, Hub};
 use tightfit::load::{self, ReservedPlan};
 use tightfit::plan::{self, PlanOptions, Proposed};
+use tightfit::text::truncated;
 use tightfit::types::Bytes;
 use tightfit_wasm::policy::WasmPolicy;
 
@@ -113,9 +115,9 @@ pub(crate) fn propose_with(
     let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
     let settings = &options.settings;
     let options = PlanOptions::default().with_cancel(cancel.clone());
-    Ok(plan::propose_with(
-        checkpoint, &policy, devices, settings, &options,
-    )?)
+    let proposed = plan::propose_with(checkpoint, &policy, devices, settings, &options)?;
+    warn_of_unloaded(checkpoint, &proposed);
+    Ok(proposed)
 }
 
 /// Asks the policy and takes the memory of its plan, as often as that takes. The policy is gone when
@@ -129,10 +131,33 @@ pub(crate) fn reserve_with(
     let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
     let settings = &options.settings;
     let options = PlanOptions::default().with_cancel(cancel.clone());
-    Ok(load::reserve_with(
-        checkpoint, &policy, devices, settings, &options,
-    )?)
+    let reserved = load::reserve_with(checkpoint, &policy, devices, settings, &options)?;
+    warn_of_unloaded(checkpoint, &reserved.proposed);
+    Ok(reserved)
 }
+
+/// Warns of tensors that the policy puts on no device. Second copies of tied parameters are none of
+/// them: their names resolve to the first.
+fn warn_of_unloaded(checkpoint: &Checkpoint, proposed: &Proposed) {
+    let ties = checkpoint.ties().iter();
+    let copies: HashSet<usize> = ties.filter_map(|tie| tie.alias_tensor).collect();
+    let tensors = proposed.plan.tensors.iter().enumerate();
+    let mut unloaded = tensors
+        .filter(|(index, tensor)| tensor.placement.device.is_none() && !copies.contains(index))
+        .map(|(index, _)| index);
+    let Some(first) = unloaded.next() else {
+        return;
+    };
+    tracing::warn!(
+        "{} of {} tensors are not loaded, '{}' first: the policy puts them on no device",
+        1 + unloaded.count(),
+        checkpoint.tensors().len(),
+        truncated(checkpoint.tensors()[first].name.clone(), MOST_NAME)
+    );
+}
+
+/// Bytes that are shown of a tensor's name.
+const MOST_NAME: usize = 256;
 
 /// A device on which everything fits: for asking a policy about formats, not places.
 pub(crate) fn anywhere() -> DeviceInfo {

@@ -1,11 +1,12 @@
 //! `tightfit synth`.
 
+use std::path::Path;
 use std::time::Instant;
 
 use serde::Serialize;
 use tightfit::Progress;
 use tightfit::cancel::CancelToken;
-use tightfit::synth;
+use tightfit::synth::{self, Preset, Written};
 use tightfit::text::printable;
 use tightfit::types::Bytes;
 
@@ -27,19 +28,30 @@ struct Synthesized {
     seconds: f64,
 }
 
+/// Writes a checkpoint with a progress bar.
+pub(crate) fn write(
+    preset: Preset,
+    directory: &Path,
+    options: synth::SynthOptions<'_>,
+    quiet: bool,
+    cancel: &CancelToken,
+) -> Result<Written, CommandError> {
+    let bar = progress::bytes("writing", quiet);
+    let report = |progress: Progress| progress::show(&bar, progress);
+    let options = options.with_progress(&report).with_cancel(cancel.clone());
+    let written = synth::write(preset, directory, &options);
+    bar.finish_and_clear();
+    Ok(written?)
+}
+
 pub(crate) fn run(options: &SynthOptions, cancel: &CancelToken) -> Result<(), CommandError> {
     let preset = options.preset;
-    let bar = progress::bytes("writing", options.output.quiet);
-    let start = Instant::now();
-    let report = |progress: Progress| progress::show(&bar, progress);
-    let how = synth::SynthOptions::default()
+    let given = synth::SynthOptions::default()
         .with_headers_only(options.headers_only)
-        .with_seed(options.seed)
-        .with_progress(&report)
-        .with_cancel(cancel.clone());
-    let written = synth::write(preset, &options.directory, &how);
-    bar.finish_and_clear();
-    let written = written?;
+        .with_seed(options.seed);
+    let start = Instant::now();
+    let quiet = options.output.quiet;
+    let written = write(preset, &options.directory, given, quiet, cancel)?;
     let seconds = start.elapsed().as_secs_f64();
     if options.output.json {
         return output::print_json(&Envelope::new(Synthesized {

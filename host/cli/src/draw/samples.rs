@@ -1,29 +1,16 @@
 //! What the tests of several reports need.
 
 use tightfit::checkpoint::TensorInfo;
-use tightfit::device::{DeviceInfo, DeviceKind};
+use tightfit::device::DeviceInfo;
+use tightfit::testing;
 use tightfit::types::DType;
 
 pub(super) fn tensor(name: &str, shape: &[u64]) -> TensorInfo {
-    TensorInfo {
-        name: name.to_owned(),
-        dtype: DType::Bf16,
-        shape: shape.to_vec(),
-        bytes: DType::Bf16.tensor_bytes(shape).unwrap(),
-        shard: 0,
-        offset: 0,
-        quantized: None,
-    }
+    testing::tensor(name, DType::Bf16, shape)
 }
 
 pub(super) fn device(index: usize, capacity: u64) -> DeviceInfo {
-    DeviceInfo {
-        name: format!("sim:{index}"),
-        kind: DeviceKind::Sim,
-        capacity,
-        available: capacity,
-        granularity: 4096,
-    }
+    testing::device(&format!("sim:{index}"), capacity, 4096)
 }
 
 /// Tensors of a decoder with `layers` layers of a matrix and a norm.

@@ -2,9 +2,6 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-#[path = "sources.rs"]
-pub(crate) mod sources;
-
 use tempfile::TempDir;
 use tightfit_kernels::{BlockSize, FloatType, Isa};
 
@@ -12,8 +9,8 @@ use super::*;
 use crate::device::HostDevice;
 use crate::model::Tensor;
 use crate::plan::{PartKind, PlanOptions};
+use crate::testing::{Source, source, write_checkpoint};
 use crate::types::{DType, Placement};
-use sources::{Source, source, write_checkpoint};
 
 pub(crate) fn nf4(block_size: usize, double_quantized: bool) -> Format {
     Format::Nf4 {

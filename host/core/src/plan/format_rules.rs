@@ -167,18 +167,11 @@ impl FormatRules {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing;
     use crate::types::DType;
 
     fn tensor(name: &str, dtype: DType) -> TensorInfo {
-        TensorInfo {
-            name: name.to_owned(),
-            dtype,
-            shape: vec![64, 64],
-            bytes: dtype.tensor_bytes(&[64, 64]).unwrap(),
-            shard: 0,
-            offset: 0,
-            quantized: None,
-        }
+        testing::tensor(name, dtype, &[64, 64])
     }
 
     fn model() -> (Vec<TensorInfo>, Vec<Tie>) {

@@ -4,30 +4,8 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::*;
-use crate::device::DeviceKind;
+use crate::testing::{device, tensor};
 use crate::types::{BlockSize, DType};
-
-fn tensor(name: &str, dtype: DType, shape: &[u64]) -> TensorInfo {
-    TensorInfo {
-        name: name.to_owned(),
-        dtype,
-        shape: shape.to_vec(),
-        bytes: dtype.tensor_bytes(shape).unwrap(),
-        shard: 0,
-        offset: 0,
-        quantized: None,
-    }
-}
-
-fn device(name: &str, available: u64, granularity: u64) -> DeviceInfo {
-    DeviceInfo {
-        name: name.to_owned(),
-        kind: DeviceKind::Sim,
-        capacity: available,
-        available,
-        granularity,
-    }
-}
 
 fn on(device: u32, format: Format) -> Placement {
     Placement {

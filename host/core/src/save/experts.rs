@@ -169,19 +169,15 @@ impl Stack<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing;
     use crate::types::DType;
 
     const NF4: Format = Format::NF4_DOUBLE;
 
     fn tensor(name: &str, shape: &[u64]) -> TensorInfo {
         TensorInfo {
-            name: name.to_owned(),
-            dtype: DType::Bf16,
-            shape: shape.to_vec(),
-            bytes: DType::Bf16.tensor_bytes(shape).unwrap(),
-            shard: 0,
             offset: 1000,
-            quantized: None,
+            ..testing::tensor(name, DType::Bf16, shape)
         }
     }
 

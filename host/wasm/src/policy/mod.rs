@@ -6,19 +6,19 @@
 use std::path::Path;
 
 use wasmtime::component::types::ComponentItem;
-use wasmtime::component::{Component, Linker};
+use wasmtime::component::{InstancePre, Linker};
 use wasmtime::error::Context as _;
-use wasmtime::{Engine, Store, bail};
+use wasmtime::{Store, bail};
 
 use crate::sandbox::{
-    Compiler, Failure, Limits, Mismatch, Options, Sandbox, State, World, checked_component,
-    read_component,
+    Compiler, Failure, Guest, Limits, Linked, Options, State, World, checked_component,
 };
+use crate::wit;
+use crate::wit::BadPlacement;
 use crate::wit::bindings::exports::tightfit::host::planner;
-use crate::wit::{self, BadPlacement, bindings};
+use crate::wit::bindings::{self, PolicyPre};
 use tightfit::policy::{Answer, Description, Policy, PolicyError, Request};
 use tightfit::status::Status;
-use tightfit::text::truncated;
 
 /// The policies that are part of the program.
 pub const BUILTIN_POLICIES: [&str; 4] = ["auto", "packed", "huggingface", "map"];
@@ -39,7 +39,7 @@ const WORLD: World = World {
     component_type: bindings::COMPONENT_TYPE,
 };
 
-/// What is checked of a policy's bytes and made of them before they are compiled: what the fuzz
+/// Checks a policy's bytes and returns what is made of them before they are compiled: what the fuzz
 /// target of it calls.
 ///
 /// # Errors
@@ -51,25 +51,32 @@ pub fn precheck_component(bytes: &[u8], limits: &Limits) -> Result<Vec<u8>, Fail
 
 const PLANNER: &str = "tightfit:host/planner@0.1.0";
 
-/// A compiled policy.
-pub struct WasmPolicy {
-    /// Its built-in name, or its file: how errors name it before it has described itself.
-    label: String,
-    sandbox: Sandbox,
-    pre: bindings::PolicyPre<State<()>>,
-}
+impl Linked for PolicyPre<State<()>> {
+    type Own = ();
 
-impl std::fmt::Debug for WasmPolicy {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("WasmPolicy")
-            .field("label", &self.label)
-            .field("limits", self.sandbox.limits())
-            .finish_non_exhaustive()
+    const WORLD: World = WORLD;
+
+    fn add_to_linker(linker: &mut Linker<State<()>>) -> wasmtime::Result<()> {
+        wit::add_to_linker(linker)
+    }
+
+    fn new(pre: InstancePre<State<()>>) -> wasmtime::Result<Self> {
+        check_planner(&pre)?;
+        PolicyPre::new(pre)
+    }
+
+    fn instance_pre(&self) -> &InstancePre<State<()>> {
+        self.instance_pre()
     }
 }
 
+/// A compiled policy. Errors name it by its built-in name or its file, which hold before it has
+/// described itself.
+#[derive(Debug)]
+pub struct WasmPolicy(Guest<PolicyPre<State<()>>>);
+
 impl WasmPolicy {
-    /// The built-in policy of this name, or the policy in the file of this name.
+    /// Returns the built-in policy of this name, or the policy in the file of this name.
     ///
     /// # Errors
     /// [`PolicyError::Unknown`], [`PolicyError::Unreadable`], or as [`WasmPolicy::new`].
@@ -85,17 +92,18 @@ impl WasmPolicy {
                 builtin: BUILTIN_POLICIES.to_vec(),
             });
         }
-        let unreadable = |source| PolicyError::Unreadable {
+        let guest = Guest::open(name, path, options);
+        let guest = guest.map_err(|source| PolicyError::Unreadable {
             path: path.to_owned(),
             source,
-        };
-        let bytes = read_component(path, &options.limits).map_err(unreadable)?;
-        let bytes = bytes.map_err(|failure| failed(name, failure))?;
-        WasmPolicy::new(name, &bytes, options)
+        })?;
+        guest
+            .map(WasmPolicy)
+            .map_err(|failure| failed(name, failure))
     }
 
-    /// A built-in policy, if there is one of this name. It is as much to be trusted as this program,
-    /// and so compiled in this process.
+    /// Returns a built-in policy, if there is one of this name. It is as much to be trusted as this
+    /// program, and so compiled in this process.
     pub fn builtin(
         name: &str,
         options: impl Into<Options>,
@@ -123,43 +131,14 @@ impl WasmPolicy {
         bytes: &[u8],
         options: impl Into<Options>,
     ) -> Result<WasmPolicy, PolicyError> {
-        let options = options.into();
-        let text_bytes = options.limits.text_bytes;
-        let compiled = || -> Result<_, Failure> {
-            let sandbox = Sandbox::new(options)?;
-            let component = sandbox.compile(bytes, &WORLD)?;
-            let mut linker = Linker::new(sandbox.engine());
-            wit::add_to_linker::<State<()>>(&mut linker).map_err(Failure::host)?;
-            let pre = sandbox.link(&mut linker, &component)?;
-            check_planner(&component, sandbox.engine())
-                .and_then(|()| bindings::PolicyPre::new(pre))
-                .map(|pre| (sandbox, pre))
-                .map_err(|error| {
-                    Failure::WrongWorld(Mismatch::ExportType {
-                        export: PLANNER.to_owned(),
-                        reason: format!("{error:#}"),
-                    })
-                })
-        };
-        let (sandbox, pre) =
-            compiled().map_err(|failure| failed(label, failure.shortened(text_bytes)))?;
-        Ok(WasmPolicy {
-            label: label.to_owned(),
-            sandbox,
-            pre,
-        })
+        Guest::new(label, bytes, options.into())
+            .map(WasmPolicy)
+            .map_err(|failure| failed(label, failure))
     }
 
-    /// The names of what the component imports, for example `tightfit:host/sizing@0.1.0`.
+    /// Returns the names of what the component imports, for example `tightfit:host/sizing@0.1.0`.
     pub fn imports(&self) -> Vec<String> {
-        let text_bytes = self.sandbox.limits().text_bytes;
-        self.pre
-            .instance_pre()
-            .component()
-            .component_type()
-            .imports(self.sandbox.engine())
-            .map(|(name, _)| truncated(name.to_owned(), text_bytes))
-            .collect()
+        self.0.imports()
     }
 
     /// Runs `call` on a fresh instance. Gives its result and the fuel it took.
@@ -168,26 +147,19 @@ impl WasmPolicy {
         tensors: usize,
         call: impl FnOnce(&bindings::Policy, &mut Store<State<()>>) -> wasmtime::Result<R>,
     ) -> Result<(R, u64), PolicyError> {
-        let fuel = self.sandbox.limits().fuel_for(tensors);
-        let result = self.sandbox.run((), fuel, false, |store| {
+        let fuel = self.0.limits().fuel_for(tensors);
+        let result = self.0.run((), fuel, false, |pre, store| {
             // Instantiation runs guest code too: everything is limited from here on.
-            let policy = self.pre.instantiate(&mut *store)?;
+            let policy = pre.instantiate(&mut *store)?;
             call(&policy, store)
         });
-        result.map_err(|failure| self.failed(failure))
-    }
-
-    fn failed(&self, failure: Failure) -> PolicyError {
-        failed(
-            &self.label,
-            failure.shortened(self.sandbox.limits().text_bytes),
-        )
+        result.map_err(|failure| failed(self.0.label(), failure))
     }
 }
 
 /// Compares the types of the planner's functions, which the generated code does when it is asked.
-fn check_planner(component: &Component, engine: &Engine) -> wasmtime::Result<()> {
-    let ty = component.component_type();
+fn check_planner(pre: &InstancePre<State<()>>) -> wasmtime::Result<()> {
+    let (ty, engine) = (pre.component().component_type(), pre.engine());
     let (interface, _) = PLANNER.split_once('@').unwrap_or((PLANNER, ""));
     let planner = ty
         .exports(engine)
@@ -222,18 +194,19 @@ impl Policy for WasmPolicy {
         let (description, _) = self.run(0, |policy, store| {
             policy.tightfit_host_planner().call_describe(store)
         })?;
-        let limits = self.sandbox.limits();
+        let limits = self.0.limits();
         if description.settings.len() > limits.settings {
-            return Err(self.failed(Failure::TooMany {
+            let failure = Failure::TooMany {
                 what: "settings",
                 limit: limits.settings,
-            }));
+            };
+            return Err(failed(self.0.label(), failure));
         }
         Ok(wit::convert::description(description, limits.text_bytes))
     }
 
     fn label(&self) -> Option<&str> {
-        Some(&self.label)
+        Some(self.0.label())
     }
 
     fn plan(&self, request: &Request<'_>) -> Result<Answer, PolicyError> {
@@ -248,14 +221,14 @@ impl Policy for WasmPolicy {
                     fuel: Some(fuel),
                 }),
                 Err(BadPlacement { tensor, source }) => Err(PolicyError::BadAnswer {
-                    policy: self.label.clone(),
+                    policy: self.0.label().to_owned(),
                     tensor,
                     problem: source.to_string(),
                 }),
             },
             Err(refusal) => Err(PolicyError::Refused {
-                policy: self.label.clone(),
-                refusal: wit::convert::refusal(refusal, self.sandbox.limits().text_bytes),
+                policy: self.0.label().to_owned(),
+                refusal: wit::convert::refusal(refusal, self.0.limits().text_bytes),
             }),
         }
     }

@@ -5,11 +5,11 @@
 //! use std::sync::Arc;
 //! use tightfit::device::{Device, HostDevice};
 //! use tightfit_wasm::program::{WasmProgram, default_limits};
-//! use tightfit_wasm::wit::program::ProgramContext;
+//! use tightfit_wasm::wit::program::ProgramCtx;
 //!
 //! let devices: Arc<[Box<dyn Device>]> = Arc::new([Box::new(HostDevice::cpu(None))]);
 //! let program = WasmProgram::open("program.wasm".as_ref(), default_limits())?;
-//! let context = ProgramContext::new(devices, 8 << 30).grant("model", "/models/qwen");
+//! let context = ProgramCtx::new(devices, 8 << 30).grant("model", "/models/qwen");
 //! println!("{}", program.run(context, &["--fast".to_owned()])?.answer);
 //! # Ok::<(), tightfit_wasm::program::ProgramError>(())
 //! ```
@@ -20,18 +20,18 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use wasmtime::Store;
-use wasmtime::component::{Linker, ResourceTable};
+use wasmtime::component::{InstancePre, Linker, ResourceTable};
 
 pub use error::ProgramError;
 
 pub use crate::sandbox::{Failure, Limits};
 
-use crate::sandbox::{Mismatch, Options, Sandbox, State, World, read_component};
+use crate::sandbox::{Guest, Linked, Options, State, World};
 use crate::wit::program::bindings::{COMPONENT_TYPE, ProgramPre};
 use crate::wit::program::{
-    ProgramContext, ProgramContextView, ProgramView, Stopped, add_program_to_linker,
+    ProgramCtx, ProgramCtxView, ProgramView, Stopped, add_program_to_linker,
 };
-use tightfit::text::{truncate, truncated};
+use tightfit::text::truncate;
 
 /// What a program may import and has to export.
 const WORLD: World = World {
@@ -55,8 +55,8 @@ const RUN: &str = "tightfit:host/run@0.1.0";
 /// Bytes of the text that a program gives.
 const MOST_ANSWER: usize = 1 << 20;
 
-/// What a program may use unless it is said otherwise: as a policy, but fuel and time for reading,
-/// computing and loading.
+/// Returns what a program may use unless it is said otherwise: as a policy, but fuel and time for
+/// reading, computing and loading.
 pub fn default_limits() -> Limits {
     Limits {
         fuel: 1_000_000_000_000,
@@ -66,22 +66,37 @@ pub fn default_limits() -> Limits {
     }
 }
 
-/// A compiled program.
-pub struct WasmProgram {
-    label: String,
-    sandbox: Sandbox,
-    pre: ProgramPre<State<Own>>,
+impl Linked for ProgramPre<State<Own>> {
+    type Own = Own;
+
+    const WORLD: World = WORLD;
+
+    fn add_to_linker(linker: &mut Linker<State<Own>>) -> wasmtime::Result<()> {
+        add_program_to_linker(linker)
+    }
+
+    fn new(pre: InstancePre<State<Own>>) -> wasmtime::Result<Self> {
+        ProgramPre::new(pre)
+    }
+
+    fn instance_pre(&self) -> &InstancePre<State<Own>> {
+        self.instance_pre()
+    }
 }
+
+/// A compiled program.
+#[derive(Debug)]
+pub struct WasmProgram(Guest<ProgramPre<State<Own>>>);
 
 /// What a program's store has beyond what every guest's has.
 struct Own {
-    context: ProgramContext,
+    context: ProgramCtx,
     table: ResourceTable,
 }
 
 impl ProgramView for State<Own> {
-    fn tightfit_program(&mut self) -> ProgramContextView<'_> {
-        ProgramContextView {
+    fn tightfit_program(&mut self) -> ProgramCtxView<'_> {
+        ProgramCtxView {
             context: &mut self.own.context,
             table: &mut self.own.table,
         }
@@ -99,33 +114,21 @@ pub struct Outcome {
     pub peak_reserved: u64,
 }
 
-impl std::fmt::Debug for WasmProgram {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("WasmProgram")
-            .field("label", &self.label)
-            .field("limits", self.sandbox.limits())
-            .finish_non_exhaustive()
-    }
-}
-
 impl WasmProgram {
-    /// The program in a file.
+    /// Returns the program in a file.
     ///
     /// # Errors
     /// [`ProgramError::Unreadable`], or as [`WasmProgram::new`].
     pub fn open(path: &Path, options: impl Into<Options>) -> Result<WasmProgram, ProgramError> {
-        let options = options.into();
         let label = path.display().to_string();
-        let bytes =
-            read_component(path, &options.limits).map_err(|source| ProgramError::Unreadable {
-                path: path.to_owned(),
-                source,
-            })?;
-        let bytes = bytes.map_err(|failure| ProgramError::Failed {
-            program: label.clone(),
-            failure,
+        let guest = Guest::open(&label, path, options.into());
+        let guest = guest.map_err(|source| ProgramError::Unreadable {
+            path: path.to_owned(),
+            source,
         })?;
-        WasmProgram::new(&label, &bytes, options)
+        guest
+            .map(WasmProgram)
+            .map_err(|failure| failed(&label, failure))
     }
 
     /// Compiles a program: a component, or a core module that carries its component type.
@@ -137,34 +140,14 @@ impl WasmProgram {
         bytes: &[u8],
         options: impl Into<Options>,
     ) -> Result<WasmProgram, ProgramError> {
-        let options = options.into();
-        let text_bytes = options.limits.text_bytes;
-        let compiled = || -> Result<_, Failure> {
-            let sandbox = Sandbox::new(options)?;
-            let component = sandbox.compile(bytes, &WORLD)?;
-            let mut linker = Linker::new(sandbox.engine());
-            add_program_to_linker::<State<Own>>(&mut linker).map_err(Failure::host)?;
-            let pre = sandbox.link(&mut linker, &component)?;
-            let pre = ProgramPre::new(pre).map_err(|error| {
-                Failure::WrongWorld(Mismatch::ExportType {
-                    export: RUN.to_owned(),
-                    reason: format!("{error:#}"),
-                })
-            })?;
-            Ok((sandbox, pre))
-        };
-        let (sandbox, pre) = compiled().map_err(|failure| match failure {
-            Failure::Cancelled => ProgramError::Cancelled,
-            failure => ProgramError::Failed {
-                program: label.to_owned(),
-                failure: failure.shortened(text_bytes),
-            },
-        })?;
-        Ok(WasmProgram {
-            label: label.to_owned(),
-            sandbox,
-            pre,
-        })
+        Guest::new(label, bytes, options.into())
+            .map(WasmProgram)
+            .map_err(|failure| failed(label, failure))
+    }
+
+    /// Returns the names of what the component imports, for example `tightfit:host/models@0.1.0`.
+    pub fn imports(&self) -> Vec<String> {
+        self.0.imports()
     }
 
     /// Runs the program on a fresh instance. When this returns, whatever it had taken has been given
@@ -177,10 +160,10 @@ impl WasmProgram {
     /// [`ProgramError`].
     pub fn run(
         &self,
-        mut context: ProgramContext,
+        mut context: ProgramCtx,
         arguments: &[String],
     ) -> Result<Outcome, ProgramError> {
-        let limits = self.sandbox.limits();
+        let limits = self.0.limits();
         if let Some(deadline) = Instant::now().checked_add(limits.deadline) {
             context.set_deadline(deadline);
         }
@@ -188,19 +171,16 @@ impl WasmProgram {
         table.set_max_capacity(limits.resources);
         let own = Own { context, table };
         let mut cancelled = false;
-        let result = self.sandbox.run(own, limits.fuel_for(0), true, |store| {
-            self.call(store, arguments).map_err(|error| {
+        let result = self.0.run(own, limits.fuel_for(0), true, |pre, store| {
+            call(pre, store, arguments).map_err(|error| {
                 cancelled = matches!(error.downcast_ref(), Some(Stopped::Cancelled));
-                self.cause(error)
+                cause(error, limits)
             })
         });
-        let program = || self.label.clone();
+        let program = || self.0.label().to_owned();
         match result {
             _ if cancelled => Err(ProgramError::Cancelled),
-            Err(failure) => Err(ProgramError::Failed {
-                program: program(),
-                failure: failure.shortened(limits.text_bytes),
-            }),
+            Err(failure) => Err(failed(self.0.label(), failure)),
             Ok(((Err(mut message), _), _)) => {
                 truncate(&mut message, limits.text_bytes);
                 Err(ProgramError::GaveUp {
@@ -222,38 +202,36 @@ impl WasmProgram {
             }),
         }
     }
+}
 
-    fn call(
-        &self,
-        store: &mut Store<State<Own>>,
-        arguments: &[String],
-    ) -> wasmtime::Result<(Result<String, String>, u64)> {
-        // Instantiation runs guest code too: everything is limited from here on.
-        let program = self.pre.instantiate(&mut *store)?;
-        let answer = program
-            .tightfit_host_run()
-            .call_run(&mut *store, arguments)?;
-        Ok((answer, store.data().own.context.reserved().peak))
+fn call(
+    pre: &ProgramPre<State<Own>>,
+    store: &mut Store<State<Own>>,
+    arguments: &[String],
+) -> wasmtime::Result<(Result<String, String>, u64)> {
+    // Instantiation runs guest code too: everything is limited from here on.
+    let program = pre.instantiate(&mut *store)?;
+    let answer = program
+        .tightfit_host_run()
+        .call_run(&mut *store, arguments)?;
+    Ok((answer, store.data().own.context.reserved().peak))
+}
+
+/// Returns what the interfaces trap with, as the sandbox's own failure where that is the same.
+fn cause(error: wasmtime::Error, limits: &Limits) -> wasmtime::Error {
+    if let Some(Stopped::Deadline) = error.downcast_ref() {
+        let seconds = limits.deadline.as_secs_f64();
+        return Failure::Deadline { seconds }.into();
     }
+    error
+}
 
-    /// What the interfaces trap with, as the sandbox's own failure where that is the same.
-    fn cause(&self, error: wasmtime::Error) -> wasmtime::Error {
-        if let Some(Stopped::Deadline) = error.downcast_ref() {
-            let seconds = self.sandbox.limits().deadline.as_secs_f64();
-            return Failure::Deadline { seconds }.into();
-        }
-        error
-    }
-
-    /// The names of what the component imports, for example `tightfit:host/models@0.1.0`.
-    pub fn imports(&self) -> Vec<String> {
-        let text_bytes = self.sandbox.limits().text_bytes;
-        self.pre
-            .instance_pre()
-            .component()
-            .component_type()
-            .imports(self.sandbox.engine())
-            .map(|(name, _)| truncated(name.to_owned(), text_bytes))
-            .collect()
+fn failed(program: &str, failure: Failure) -> ProgramError {
+    match failure {
+        Failure::Cancelled => ProgramError::Cancelled,
+        failure => ProgramError::Failed {
+            program: program.to_owned(),
+            failure,
+        },
     }
 }

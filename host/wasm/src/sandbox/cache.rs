@@ -14,7 +14,7 @@ use wasmtime::Engine;
 use super::code::Code;
 use super::private::{Entry, PrivateDirectory, PrivateError};
 
-/// An entry is large that takes more than one part in so many of what a cache holds.
+/// An entry is large that takes more than one part in this many of what a cache holds.
 const LARGE_PART: u64 = 4;
 
 /// Bytes of a key, and of a seal.
@@ -85,7 +85,7 @@ impl Cache {
         })
     }
 
-    /// Where this user's programs keep it: `$XDG_CACHE_HOME/tightfit/compiled`, or
+    /// Returns where this user's programs keep it: `$XDG_CACHE_HOME/tightfit/compiled`, or
     /// `~/.cache/tightfit/compiled`. `None` where there is no home.
     pub fn default_path() -> Option<PathBuf> {
         let absolute = |path: PathBuf| path.is_absolute().then_some(path);
@@ -95,7 +95,7 @@ impl Cache {
             .map(|cache| cache.join("tightfit/compiled"))
     }
 
-    /// The id of what this engine makes of these bytes.
+    /// Returns the id of what this engine makes of these bytes.
     pub(super) fn id(engine: &Engine, bytes: &[u8]) -> EntryId {
         let mut hash = ByDigest(Sha256::new_with_prefix(KIND));
         engine.precompile_compatibility_hash().hash(&mut hash);
@@ -103,7 +103,7 @@ impl Cache {
         EntryId(hash.0.finalize().into())
     }
 
-    /// The code of this id, if it is there, whole, and of at most so many bytes.
+    /// Returns the code of this id, if it is there, whole, and of at most this many bytes.
     pub(super) fn find(&self, id: &EntryId, most: u64) -> Option<Code> {
         let name = id.name();
         let most = most.saturating_add(KEY as u64).min(self.most_bytes);
@@ -183,7 +183,7 @@ impl EntryId {
     }
 }
 
-/// The cache's key, made by whoever comes first.
+/// Returns the cache's key, made by whoever comes first.
 fn key(directory: &PrivateDirectory) -> Result<[u8; KEY], PrivateError> {
     // Others may have read it, or it is no file: for its owner to look at.
     let told = |error| match error {

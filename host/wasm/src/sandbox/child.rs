@@ -14,7 +14,8 @@ use wasmtime::{Engine, OutOfMemory};
 
 use super::code::{Code, check_length};
 use super::run::{self, Reservation};
-use super::{CompilerProgram, Failure, Limits, module, space};
+use super::{CompilerProgram, Failure, Limits, space};
+use crate::component;
 use tightfit::cancel::CancelToken;
 
 /// What the child is told before the component: four numbers of 8 bytes, least significant first.
@@ -117,8 +118,8 @@ pub(super) fn compile(
     }
 }
 
-/// What is said where the child ran out of memory: it inherits what this process may use, where that
-/// is less.
+/// Returns the failure of a child that ran out of memory: it inherits what this process may use,
+/// where that is less.
 fn out_of_memory(limits: &Limits) -> Failure {
     match space::limit() {
         Some(most) if most < limits.compile_memory => space::failure("compiling it takes more"),
@@ -141,7 +142,7 @@ enum Answer {
 }
 
 impl Answer {
-    /// Reads an answer about a guest of so many bytes, and no more of it than is allowed.
+    /// Reads an answer about a guest of this many bytes, and no more of it than is allowed.
     fn read(input: &mut impl Read, guest: usize, limits: &Limits) -> io::Result<Answer> {
         let mut head = Vec::with_capacity(9);
         input.take(9).read_to_end(&mut head)?;
@@ -184,7 +185,7 @@ struct Ended {
 }
 
 impl Ended {
-    /// Why there is no answer.
+    /// Returns why there is no answer.
     fn failure(&self, limits: &Limits) -> Failure {
         if self.cancelled {
             return Failure::Cancelled;
@@ -325,7 +326,7 @@ pub fn compile_for_parent(mut input: impl Read, mut output: impl Write) -> io::R
 /// Code, or another answer.
 fn compiled(bytes: &[u8], order: &Order) -> Result<Vec<u8>, (u8, Vec<u8>)> {
     let refused = |reason: String| (REFUSED, reason.into_bytes());
-    let component = module::component(bytes).map_err(refused)?;
+    let component = component::component(bytes).map_err(refused)?;
     let stack = usize::try_from(order.stack).unwrap_or(usize::MAX);
     Engine::new(&run::config(stack, order.reservation))
         .and_then(|engine| engine.precompile_component(&component))

@@ -26,8 +26,8 @@ const DESCRIBED_BY: u64 = 2;
 const SHORT_CODE: u64 = 1 << 20;
 const COMPILED_FROM: u64 = 16;
 
-/// What keeps a guest of so many bytes from being loaded that is compiled to so many: it has to be in
-/// proportion to the limits, and to the guest.
+/// What keeps a guest of `guest` bytes from being loaded that is compiled to `have`: it has to be
+/// in proportion to the limits, and to the guest.
 pub(super) fn check_length(have: u64, guest: usize, limits: &Limits) -> Result<(), Failure> {
     let limit = limits.compiled;
     if have > limit {
@@ -94,8 +94,8 @@ impl Code {
     }
 }
 
-/// Bytes of a section of an ELF file for 64 bits; wasmtime writes no other for the machines that we
-/// compile for. `None` where there is none of this name.
+/// Returns the bytes of a section of an ELF file for 64 bits; wasmtime writes no other for the
+/// machines that we compile for. `None` where there is none of this name.
 fn section_bytes(elf: &[u8], name: &[u8]) -> Option<u64> {
     let at = |start: u64, length: u64| {
         let range =

@@ -38,7 +38,7 @@ pub enum Failure {
     TooMany {
         /// Of what: `memories`, `tables`, `instances`, `modules`, `imports` or `settings`.
         what: &'static str,
-        /// How many are allowed.
+        /// Number allowed.
         limit: usize,
     },
     /// Compiling it took too long.
@@ -109,13 +109,13 @@ pub enum Failure {
     /// It held more handles than allowed.
     #[error("it held more than {limit} handles (limit `handles`)")]
     Handles {
-        /// How many are allowed.
+        /// Number allowed.
         limit: usize,
     },
     /// It had the host keep more resources than allowed.
     #[error("it had the host keep more than {limit} resources (limit `resources`)")]
     Resources {
-        /// How many are allowed.
+        /// Number allowed.
         limit: usize,
     },
     /// Its recursion was too deep.
@@ -189,8 +189,8 @@ impl Failure {
         }
     }
 
-    /// The name of the limit that stood in the way, as [`Limits::set`](super::Limits::set) takes
-    /// it; where it was none that can be set, none.
+    /// Returns the name of the limit that stood in the way, as [`Limits::set`](super::Limits::set)
+    /// takes it; where it was none that can be set, none.
     pub fn limit(&self) -> Option<&'static str> {
         match self {
             Failure::TooLarge { what, .. } => Some(limit_on_size(what)),
@@ -218,8 +218,8 @@ impl Failure {
         }
     }
 
-    /// The same with at most `limit` bytes of each of the guest's texts. Every failure comes
-    /// through here before anybody is told of it.
+    /// Returns the same with at most `limit` bytes of each of the guest's texts. Every failure
+    /// comes through here before anybody is told of it.
     #[cfg(feature = "compile")]
     pub(crate) fn shortened(mut self, limit: usize) -> Failure {
         match &mut self {
@@ -251,7 +251,7 @@ impl Failure {
         self
     }
 
-    /// Of an error that is not about the guest.
+    /// Makes a failure of an error that is not about the guest.
     #[cfg(feature = "compile")]
     pub(crate) fn host(error: impl std::fmt::Display) -> Failure {
         Failure::Host {
@@ -261,7 +261,7 @@ impl Failure {
     }
 }
 
-/// The name of the limit that [`Failure::TooLarge`] is about.
+/// Returns the name of the limit that [`Failure::TooLarge`] is about.
 fn limit_on_size(what: &str) -> &'static str {
     match what {
         "file" => "component",

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use super::{Failure, Limits};
 
-/// The bytes of a component's file, unless it is larger than what would be compiled.
+/// Returns the bytes of a component's file, unless it is larger than what would be compiled.
 ///
 /// # Errors
 /// When it cannot be read; inside of that, [`Failure::TooLarge`].

@@ -53,22 +53,23 @@ pub(super) struct Counter {
 const COMPONENT_INSTANCE: u64 = 1 << 10;
 
 impl Counter {
-    /// How many components and modules have been begun and not ended.
+    /// Returns the number of components and modules that have been begun and not ended.
     pub(super) fn depth(&self) -> usize {
         self.open.len()
     }
 
-    /// The sum once everything is read. `None` where it cannot be told.
+    /// Returns the sum once everything is read. `None` where it cannot be told.
     pub(super) fn sum(&self) -> Option<Sum> {
         (!self.is_uncountable).then_some(self.closed)
     }
 
-    /// How many core modules have been begun.
+    /// Returns the number of core modules that have been begun.
     pub(super) fn modules(&self) -> u64 {
         self.modules
     }
 
-    /// Elements of tables that are laid out as the modules are compiled, instantiated or not.
+    /// Returns the elements of tables that are laid out as the modules are compiled, instantiated
+    /// or not.
     pub(super) fn laid_out(&self) -> u64 {
         self.laid_out
     }
@@ -177,14 +178,14 @@ impl Counter {
         Ok(())
     }
 
-    /// What a component makes which is in the index space of the one that many levels outside of the
-    /// innermost.
+    /// Returns what a component makes which is in the index space of the one that many levels
+    /// outside of the innermost.
     fn component(&self, outward: u32, index: u32) -> Option<Sum> {
         let level = self.open.len().checked_sub(1 + outward as usize)?;
         self.open[level].components.get(index as usize).copied()
     }
 
-    /// The same of a module.
+    /// Returns the same of a module.
     fn module(&self, outward: u32, index: u32) -> Option<Sum> {
         let level = self.open.len().checked_sub(1 + outward as usize)?;
         self.open[level].modules.get(index as usize).copied()

@@ -8,22 +8,54 @@ use super::{Failure, Limits, space};
 /// would grow past its own maximum does not grow, and is not counted.
 #[derive(Debug)]
 pub(super) struct Limiter {
-    memory: u64,
-    memory_limit: u64,
-    elements: u64,
-    elements_limit: u64,
+    memory: Sum,
+    elements: Sum,
     memories: usize,
     tables: usize,
     instances: usize,
 }
 
+/// Bytes of all memories together, or elements of all tables.
+#[derive(Debug)]
+struct Sum {
+    now: u64,
+    limit: u64,
+}
+
+impl Sum {
+    fn up_to(limit: u64) -> Sum {
+        Sum { now: 0, limit }
+    }
+
+    /// Enters that one of them grows; returns whether it may.
+    ///
+    /// # Errors
+    /// `failure`, of what is needed and what is allowed.
+    fn grow(
+        &mut self,
+        current: usize,
+        desired: usize,
+        maximum: Option<usize>,
+        failure: impl FnOnce(u64, u64) -> Failure,
+    ) -> wasmtime::Result<bool> {
+        if maximum.is_some_and(|maximum| desired > maximum) {
+            return Ok(false);
+        }
+        let more = (desired as u64).saturating_sub(current as u64);
+        let need = self.now.saturating_add(more);
+        if need > self.limit {
+            return Err(failure(need, self.limit).into());
+        }
+        self.now = need;
+        Ok(true)
+    }
+}
+
 impl Limiter {
     pub(super) fn new(limits: &Limits) -> Limiter {
         Limiter {
-            memory: 0,
-            memory_limit: limits.memory,
-            elements: 0,
-            elements_limit: limits.table_elements,
+            memory: Sum::up_to(limits.memory),
+            elements: Sum::up_to(limits.table_elements),
             memories: limits.memories,
             tables: limits.tables,
             instances: limits.instances,
@@ -38,16 +70,8 @@ impl ResourceLimiter for Limiter {
         desired: usize,
         maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        if maximum.is_some_and(|maximum| desired > maximum) {
-            return Ok(false);
-        }
-        let need = grown(self.memory, current, desired);
-        let limit = self.memory_limit;
-        if need > limit {
-            return Err(Failure::Memory { need, limit }.into());
-        }
-        self.memory = need;
-        Ok(true)
+        let failure = |need, limit| Failure::Memory { need, limit };
+        self.memory.grow(current, desired, maximum, failure)
     }
 
     /// It was allowed to grow and could not: for want of this process's memory, which is not for the
@@ -65,16 +89,8 @@ impl ResourceLimiter for Limiter {
         desired: usize,
         maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        if maximum.is_some_and(|maximum| desired > maximum) {
-            return Ok(false);
-        }
-        let need = grown(self.elements, current, desired);
-        let limit = self.elements_limit;
-        if need > limit {
-            return Err(Failure::Tables { need, limit }.into());
-        }
-        self.elements = need;
-        Ok(true)
+        let failure = |need, limit| Failure::Tables { need, limit };
+        self.elements.grow(current, desired, maximum, failure)
     }
 
     fn instances(&self) -> usize {
@@ -88,9 +104,4 @@ impl ResourceLimiter for Limiter {
     fn memories(&self) -> usize {
         self.memories
     }
-}
-
-/// The sum once one of its parts has grown.
-fn grown(sum: u64, current: usize, desired: usize) -> u64 {
-    sum.saturating_add((desired as u64).saturating_sub(current as u64))
 }

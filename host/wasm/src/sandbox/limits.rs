@@ -16,19 +16,19 @@ pub struct Limits {
     pub deadline: Duration,
     /// Bytes of all its memories together, and of all its instances besides them.
     pub memory: u64,
-    /// How many memories it may have. Every toolchain's component has one.
+    /// Number of memories it may have. Every toolchain's component has one.
     pub memories: usize,
     /// Elements of all its tables together; those that are laid out while compiling, also of modules
     /// that are not instantiated.
     pub table_elements: u64,
-    /// How many tables it may have.
+    /// Number of tables it may have.
     pub tables: usize,
-    /// How many instances, of core modules and of components, it may be made of: Rust takes 5, Python
-    /// up to 108.
+    /// Number of instances, of core modules and of components, it may be made of: Rust takes 5,
+    /// Python up to 108.
     pub instances: usize,
-    /// How many core modules it may hold, instantiated or not.
+    /// Number of core modules it may hold, instantiated or not.
     pub modules: usize,
-    /// How many interfaces it may import.
+    /// Number of interfaces it may import.
     pub imports: usize,
     /// Bytes of stack.
     pub stack: usize,
@@ -46,7 +46,7 @@ pub struct Limits {
     /// Bytes that are kept of one text of the guest that is shown: a message, a description, a
     /// refusal, the name of an import, what the compiler or a trap says of it. What is longer is cut.
     pub text_bytes: usize,
-    /// How many settings it may describe.
+    /// Number of settings it may describe.
     pub settings: usize,
     /// Bytes of the component.
     pub component: u64,
@@ -116,7 +116,7 @@ pub enum BadLimit {
 const LONGEST: f64 = 86_400.0;
 
 impl Limits {
-    /// Fuel for a call about this many tensors.
+    /// Returns the fuel for a call about this many tensors.
     pub(crate) fn fuel_for(&self, tensors: usize) -> u64 {
         self.fuel_per_tensor
             .saturating_mul(tensors as u64)

@@ -64,7 +64,7 @@ pub enum Mismatch {
 
 #[cfg(feature = "compile")]
 impl Mismatch {
-    /// Everything in it that the guest may have written.
+    /// Returns everything in it that the guest may have written.
     pub(super) fn texts(&mut self) -> impl Iterator<Item = &mut String> {
         let (one, other) = match self {
             Mismatch::Import { import } | Mismatch::Wasi { import } => (import, None),

@@ -25,13 +25,13 @@ mod code;
 #[cfg(feature = "compile")]
 mod file;
 #[cfg(feature = "compile")]
+mod guest;
+#[cfg(feature = "compile")]
 mod instances;
 #[cfg(feature = "compile")]
 mod limiter;
 #[cfg(feature = "compile")]
 mod limits;
-#[cfg(feature = "compile")]
-mod module;
 #[cfg(feature = "compile")]
 mod options;
 #[cfg(feature = "compile")]
@@ -60,12 +60,16 @@ pub use cache::{Cache, CacheError};
 #[cfg(feature = "compile")]
 pub use child::compile_for_parent;
 #[cfg(feature = "compile")]
-pub(crate) use file::read_component;
+use file::read_component;
+#[cfg(feature = "compile")]
+pub(crate) use guest::{Guest, Linked};
 #[cfg(feature = "compile")]
 pub use limits::{BadLimit, Limits};
 #[cfg(feature = "compile")]
 pub use options::{Compiler, CompilerProgram, Options, Wasi};
 #[cfg(feature = "compile")]
-pub(crate) use run::{Sandbox, State, checked_component};
+use run::Sandbox;
+#[cfg(feature = "compile")]
+pub(crate) use run::{State, checked_component};
 #[cfg(feature = "compile")]
 pub(crate) use world::World;

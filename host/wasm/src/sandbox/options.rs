@@ -12,9 +12,9 @@ use tightfit::cancel::CancelToken;
 pub struct Options {
     /// What a guest may use.
     pub limits: Limits,
-    /// Where guests are compiled.
+    /// The process in which guests are compiled.
     pub compiler: Compiler,
-    /// Where compiled code is kept for the next time, if anywhere.
+    /// The cache that keeps compiled code for the next time, if any.
     pub cache: Option<Arc<Cache>>,
     /// What a guest that asks for WASI is given.
     pub wasi: Wasi,
@@ -32,7 +32,7 @@ impl From<Limits> for Options {
     }
 }
 
-/// Where guests that are not part of this program are compiled.
+/// The process in which guests that are not part of this program are compiled.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Compiler {
     /// In this process. The limits on sizes keep all but a bomb within seconds; nothing stops a
@@ -72,7 +72,7 @@ pub struct CompilerProgram {
 }
 
 impl CompilerProgram {
-    /// The program that is running, started with these arguments.
+    /// Returns the program that is running, started with these arguments.
     ///
     /// # Errors
     /// When the operating system does not tell which program that is.

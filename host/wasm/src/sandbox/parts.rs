@@ -26,7 +26,7 @@ pub(super) struct Parts {
 }
 
 impl Parts {
-    /// Bytes that an instance takes besides its memories and tables.
+    /// Returns the bytes that an instance takes besides its memories and tables.
     pub(super) fn instance_bytes(&self) -> u64 {
         let definitions = self.definitions.saturating_mul(DEFINITION);
         let elements = self.kept_elements.saturating_mul(ELEMENT);
@@ -35,7 +35,8 @@ impl Parts {
             .saturating_add(INSTANCE)
     }
 
-    /// Elements of tables that are laid out as the module is compiled, instantiated or not.
+    /// Returns the elements of tables that are laid out as the module is compiled, instantiated or
+    /// not.
     pub(super) fn laid_out(&self) -> u64 {
         let laid_out = self.tables.iter().map(|&(_, laid_out)| laid_out);
         laid_out.fold(0, u64::saturating_add)

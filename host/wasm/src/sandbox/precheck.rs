@@ -103,8 +103,8 @@ pub(super) fn check(
     Ok(())
 }
 
-/// Whether a core module's import is of an interface, and not of what tools make up for themselves,
-/// such as `[export]` and `env`.
+/// Returns whether a core module's import is of an interface, and not of what tools make up for
+/// themselves, such as `[export]` and `env`.
 fn is_interface(name: &str) -> bool {
     name.contains(':') && name.contains('/') && !name.starts_with('[')
 }

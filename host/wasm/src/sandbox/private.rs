@@ -78,7 +78,7 @@ impl PrivateDirectory {
         })
     }
 
-    /// What a file holds, up to `limit` bytes. `None` where there is none.
+    /// Returns what a file holds, up to `limit` bytes. `None` where there is none.
     ///
     /// # Errors
     /// When it is another user's, others may do something with it, or it is longer.
@@ -95,7 +95,7 @@ impl PrivateDirectory {
         Ok(Some(bytes))
     }
 
-    /// The first bytes of a file, at most `limit` of them. `None` where there is none.
+    /// Returns the first bytes of a file, at most `limit` of them. `None` where there is none.
     ///
     /// # Errors
     /// When it is another user's, or others may do something with it.
@@ -112,7 +112,7 @@ impl PrivateDirectory {
         Ok(Some(bytes))
     }
 
-    /// A file that is this user's alone, and its length.
+    /// Returns a file that is this user's alone, and its length.
     fn open_file(&self, name: &str) -> Result<Option<(File, u64)>, PrivateError> {
         // Not blocking, should it be a pipe.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
@@ -177,7 +177,8 @@ impl PrivateDirectory {
         Ok(rustix::fs::utimensat(&self.directory, name, &times, flags)?)
     }
 
-    /// The files, without those that are being written. Removes what has been left unfinished.
+    /// Returns the files, without those that are being written. Removes what has been left
+    /// unfinished.
     pub(super) fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = Vec::new();
         for entry in Dir::read_from(&self.directory)? {
@@ -212,7 +213,7 @@ impl PrivateDirectory {
     }
 }
 
-/// Whether this user made it, and nobody else may do anything with it.
+/// Checks that this user made it, and nobody else may do anything with it.
 fn check(stat: &Stat, kind: FileType) -> Result<(), PrivateError> {
     let problem = if FileType::from_raw_mode(stat.st_mode) != kind {
         match kind {

@@ -10,13 +10,13 @@ use super::limiter::Limiter;
 use super::wasi::EmptyWasi;
 use super::world::World;
 use super::{
-    Cache, Compiler, Failure, Limits, Mismatch, Options, Wasi, alarm, child, module, precheck,
-    space, wasi,
+    Cache, Compiler, Failure, Limits, Mismatch, Options, Wasi, alarm, child, precheck, space, wasi,
 };
+use crate::component;
 use crate::wit::messages::Messages;
-use crate::wit::{Context, View};
+use crate::wit::{TightfitCtx, TightfitView};
 
-/// Where guests run: an engine, and the options that hold for each of them.
+/// An engine in which guests run, and the options that hold for each of them.
 pub(crate) struct Sandbox {
     engine: Engine,
     options: Options,
@@ -37,7 +37,7 @@ const LITTLE: u64 = 8 << 20;
 
 /// What belongs to one guest: all that a store holds, gone with it.
 pub(crate) struct State<T> {
-    pub(super) context: Context,
+    pub(super) context: TightfitCtx,
     pub(super) wasi: EmptyWasi,
     limiter: Limiter,
     /// What the interfaces beyond `tightfit:host`'s `sizing` and `log` need.
@@ -45,8 +45,8 @@ pub(crate) struct State<T> {
     pub(crate) own: T,
 }
 
-impl<T: Send> View for State<T> {
-    fn tightfit(&mut self) -> &mut Context {
+impl<T: Send> TightfitView for State<T> {
+    fn tightfit(&mut self) -> &mut TightfitCtx {
         &mut self.context
     }
 }
@@ -59,12 +59,12 @@ fn checked<'a>(
     limits: &Limits,
 ) -> Result<Cow<'a, [u8]>, Failure> {
     precheck::check(bytes, world, wasi, limits)?;
-    module::described(bytes, world.component_type).map_err(|error| Failure::NotAComponent {
+    component::described(bytes, world.component_type).map_err(|error| Failure::NotAComponent {
         reason: format!("damaged: {error}"),
     })
 }
 
-/// What is done with bytes before they are compiled: gives the component.
+/// Does with bytes what is done before they are compiled, and returns the component.
 ///
 /// # Errors
 /// As [`Sandbox::compile`].
@@ -74,7 +74,7 @@ pub(crate) fn checked_component(
     limits: &Limits,
 ) -> Result<Vec<u8>, Failure> {
     let bytes = checked(bytes, world, Wasi::None, limits)?;
-    module::component(&bytes)
+    component::component(&bytes)
         .map(Cow::into_owned)
         .map_err(|reason| Failure::NotAComponent { reason })
 }
@@ -133,7 +133,7 @@ impl Sandbox {
     fn compile_anew(&self, bytes: &[u8]) -> Result<Code, Failure> {
         let Options { limits, cancel, .. } = &self.options;
         let code = match &self.options.compiler {
-            Compiler::InProcess => module::component(bytes)
+            Compiler::InProcess => component::component(bytes)
                 .and_then(|bytes| {
                     Code::compile(&self.engine, &bytes).map_err(|error| format!("{error:#}"))
                 })
@@ -209,7 +209,7 @@ impl Sandbox {
     ) -> Result<(R, u64), Failure> {
         let limits = &self.options.limits;
         let state = State {
-            context: Context::keeping(messages.clone(), limits.log_bytes, limits.text_bytes),
+            context: TightfitCtx::keeping(messages.clone(), limits.log_bytes, limits.text_bytes),
             wasi: EmptyWasi::default(),
             limiter: Limiter::new(limits),
             own,
@@ -266,7 +266,7 @@ fn failure<T>(error: wasmtime::Error, fuel: u64, limits: &Limits, state: &State<
     }
 }
 
-/// Of an error that is not about the guest.
+/// Makes a failure of an error that is not about the guest.
 fn host_failure(error: wasmtime::Error) -> Failure {
     match space::is_short(&error) {
         true => space::failure(format_args!("{error:#}")),
@@ -274,7 +274,7 @@ fn host_failure(error: wasmtime::Error) -> Failure {
     }
 }
 
-/// The limit of which wasmtime says only in words that it was exceeded.
+/// Returns the limit of which wasmtime says only in words that it was exceeded.
 fn limit_in(message: &str, limits: &Limits) -> Option<Failure> {
     let too_many = |what, limit| Failure::TooMany { what, limit };
     [

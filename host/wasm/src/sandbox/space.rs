@@ -5,7 +5,8 @@ use std::io;
 use super::Failure;
 use tightfit::types::Bytes;
 
-/// Bytes of address space that this process may use, where that is limited (`ulimit -v`).
+/// Returns the bytes of address space that this process may use, where that is limited (`ulimit
+/// -v`).
 #[cfg(unix)]
 pub(super) fn limit() -> Option<u64> {
     use rustix::process::{Resource, getrlimit};
@@ -18,7 +19,7 @@ pub(super) fn limit() -> Option<u64> {
     None
 }
 
-/// Whether it is this process that lacks memory, whatever the guest wanted.
+/// Returns whether it is this process that lacks memory, whatever the guest wanted.
 pub(super) fn is_short(error: &wasmtime::Error) -> bool {
     error.chain().any(|cause| {
         let kind = cause.downcast_ref::<io::Error>().map(io::Error::kind);
@@ -31,7 +32,7 @@ pub(super) fn is_short(error: &wasmtime::Error) -> bool {
     })
 }
 
-/// What is said then.
+/// Returns how a guest fails for want of this process's memory.
 pub(super) fn failure(what: impl std::fmt::Display) -> Failure {
     match limit() {
         Some(limit) => Failure::host(format_args!(

@@ -16,14 +16,14 @@ use crate::wit::bindings::tightfit::host::log::{Host as _, Level};
 /// What an empty WASI remembers of one guest.
 #[derive(Debug, Default)]
 pub(super) struct EmptyWasi {
-    /// How many random numbers it has been given.
+    /// Number of random numbers it has been given.
     drawn: u64,
     /// The end of what it wrote to standard error.
     errors: Tail,
 }
 
 impl EmptyWasi {
-    /// The end of what the guest wrote to its standard error.
+    /// Returns the end of what the guest wrote to its standard error.
     pub(super) fn last_words(&self) -> Option<String> {
         let words = String::from_utf8_lossy(&self.errors.0);
         let words = words.trim();
@@ -138,13 +138,13 @@ pub(super) fn add_to_linker<T: Send + 'static>(
     Ok(())
 }
 
-/// A name without the version: `wasi:io/poll#pollable`.
+/// Returns a name without the version: `wasi:io/poll#pollable`.
 fn full_name(interface: &str, name: &str) -> String {
     let plain = interface.split('@').next().unwrap_or(interface);
     format!("{plain}#{name}")
 }
 
-/// What a call gives.
+/// Returns what a call gives.
 fn answer<T: Send + 'static>(
     mut store: StoreContextMut<'_, State<T>>,
     function: &str,

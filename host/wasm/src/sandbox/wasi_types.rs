@@ -53,7 +53,7 @@ pub(super) static WASI: LazyLock<Functions> = LazyLock::new(|| {
 });
 
 impl Functions {
-    /// Whether a guest declares the function of this name as WASI does.
+    /// Returns whether a guest declares the function of this name as WASI does.
     pub(super) fn check(
         &self,
         name: &str,
@@ -76,7 +76,7 @@ impl Functions {
         }
     }
 
-    /// The names of all functions.
+    /// Returns the names of all functions.
     #[cfg(test)]
     fn names(&self) -> impl Iterator<Item = &str> {
         self.functions.keys().map(String::as_str)
@@ -152,7 +152,7 @@ impl Functions {
         }
     }
 
-    /// What a resource is called, by whatever name it is used.
+    /// Returns what a resource is called, by whatever name it is used.
     fn resource_name(&self, mut id: TypeId) -> Option<String> {
         while let TypeDefKind::Type(Type::Id(other)) = self.types.types[id].kind {
             id = other;
@@ -163,7 +163,7 @@ impl Functions {
     }
 }
 
-/// Whether there are as many of both, and they agree one by one.
+/// Returns whether there are as many of both, and they agree one by one.
 fn all<A, B>(
     wanted: impl ExactSizeIterator<Item = A>,
     given: impl ExactSizeIterator<Item = B>,
@@ -175,7 +175,7 @@ fn all<A, B>(
             .all(|(wanted, given)| agree(wanted, given))
 }
 
-/// What an interface is called, without the version.
+/// Returns what an interface is called, without the version.
 fn plain_name(types: &Resolve, owner: TypeOwner) -> Option<String> {
     let TypeOwner::Interface(id) = owner else {
         return None;

@@ -18,7 +18,7 @@ pub(crate) struct World {
 const WASI: &str = "0.2.0";
 
 impl World {
-    /// Whether this host has what is imported under this name.
+    /// Checks that this host has what is imported under this name.
     pub(super) fn check_import(&self, name: &str, wasi: Wasi) -> Result<(), Mismatch> {
         let import = name.to_owned();
         let (interface, version) = split(name);
@@ -41,7 +41,7 @@ impl World {
         }
     }
 
-    /// Whether an export of this name is another version of what is asked for.
+    /// Checks that an export of this name is no other version of what is asked for.
     pub(super) fn check_export(&self, name: &str) -> Result<(), Mismatch> {
         let (interface, version) = split(name);
         match find(self.exports, interface) {
@@ -54,7 +54,7 @@ impl World {
         }
     }
 
-    /// Whether all that is asked for is among the exports, whatever their versions.
+    /// Checks that all that is asked for is among the exports, whatever their versions.
     pub(super) fn check_exports<'a>(
         &self,
         names: impl Iterator<Item = &'a str> + Clone,
@@ -69,12 +69,12 @@ impl World {
     }
 }
 
-/// An interface and its version, which may be missing.
+/// Returns an interface and its version, which may be missing.
 fn split(name: &str) -> (&str, &str) {
     name.split_once('@').unwrap_or((name, ""))
 }
 
-/// The version that a list has of an interface.
+/// Returns the version that a list has of an interface.
 fn find(list: &[&'static str], interface: &str) -> Option<&'static str> {
     list.iter()
         .map(|name| split(name))
@@ -82,7 +82,7 @@ fn find(list: &[&'static str], interface: &str) -> Option<&'static str> {
         .map(|(_, version)| version)
 }
 
-/// Whether one can stand for the other, by the rules by which wasmtime links.
+/// Returns whether one can stand for the other, by the rules by which wasmtime links.
 fn is_compatible(version: &str, have: &str) -> bool {
     match (Version::parse(version), Version::parse(have)) {
         (Ok(version), Ok(have)) => {

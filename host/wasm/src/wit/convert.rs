@@ -37,6 +37,8 @@ macro_rules! same_cases {
     };
 }
 
+pub(super) use same_cases;
+
 same_cases!(dtype, wit_dtype, DType, types::Dtype:
     Bool = Bool, U8 = U8, I8 = I8, U16 = U16, I16 = I16, U32 = U32, I32 = I32, U64 = U64,
     I64 = I64, F4 = F4, F6E2M3 = F6E2m3, F6E3M2 = F6E3m2, F8E4M3 = F8E4m3, F8E5M2 = F8E5m2,

@@ -37,7 +37,7 @@ impl Messages {
         self.0.more.notify_one();
     }
 
-    /// Bytes of what is there as it would be shown, with so many more for each.
+    /// Returns the bytes of what is there as it would be shown, with this many more for each.
     #[cfg(test)]
     pub(super) fn shown_bytes(&self, each: usize) -> usize {
         let waiting = self.waiting();

@@ -1,9 +1,58 @@
 //! The WIT interfaces of `tightfit:host`, implemented for any wasmtime host.
 //!
-//! 1. Keep a [`Context`] in the data of your store.
-//! 2. Implement [`View`] for that data.
-//! 3. Call [`add_to_linker`].
+//! 1. Keep a [`TightfitCtx`] in the data of your store.
+//! 2. Implement [`TightfitView`] for that data.
+//! 3. Call [`add_to_linker`], or add single interfaces with [`HasTightfit`].
 //! 4. Instantiate a policy and ask it through [`Planner`].
+//!
+//! What `cargo build` makes of a policy that is written with the SDK is a core module.
+//! [`component_from_module`](crate::component_from_module), with the feature `component`, makes it
+//! the component that wasmtime compiles.
+//!
+#![cfg_attr(feature = "compile", doc = "```no_run")]
+#![cfg_attr(not(feature = "compile"), doc = "```ignore")]
+//! use tightfit::policy::Request;
+//! use tightfit_wasm::component_from_module;
+//! use tightfit_wasm::wit::{Planner, TightfitCtx, TightfitView, add_to_linker};
+//! use wasmtime::component::{Component, Linker};
+//! use wasmtime::{Engine, Store};
+//!
+//! struct Data {
+//!     tightfit: TightfitCtx,
+//! }
+//!
+//! impl TightfitView for Data {
+//!     fn tightfit(&mut self) -> &mut TightfitCtx {
+//!         &mut self.tightfit
+//!     }
+//! }
+//!
+//! let engine = Engine::default();
+//! let mut linker = Linker::<Data>::new(&engine);
+//! add_to_linker(&mut linker)?;
+//! let component = component_from_module(&std::fs::read("pin_layer.wasm")?)?;
+//! let component = Component::from_binary(&engine, &component)?;
+//!
+//! let tightfit = TightfitCtx::new();
+//! let mut store = Store::new(&engine, Data { tightfit });
+//! let instance = linker.instantiate(&mut store, &component)?;
+//! let planner = Planner::new(&mut store, &instance)?;
+//! println!("{}", planner.describe(&mut store)?.name);
+//! let request = Request {
+//!     config_json: "{}",
+//!     tensors: &[],
+//!     ties: &[],
+//!     devices: &[],
+//!     settings: &[],
+//!     required_formats: &[],
+//!     failure: None,
+//! };
+//! match planner.plan(&mut store, &request)? {
+//!     Ok(proposal) => println!("{} placements", proposal.placements.len()),
+//!     Err(refusal) => println!("{}", refusal.message),
+//! }
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
 //!
 //! Asynchronous stores need nothing else: the host functions are added by the same
 //! [`add_to_linker`], and with the feature `async` a [`Planner`] can be awaited.
@@ -34,12 +83,12 @@ use tightfit::text::{shown_bytes, truncate};
 
 /// What the host functions need of one guest's state.
 #[derive(Debug)]
-pub struct Context {
+pub struct TightfitCtx {
     last_error: Option<String>,
     /// Bytes of messages that may still be passed on.
     log_left: usize,
     text_limit: usize,
-    /// Where messages wait for the end of the call, if they do.
+    /// The queue in which messages wait for the end of the call, if they do.
     #[cfg(feature = "compile")]
     kept: Option<Messages>,
 }
@@ -54,22 +103,22 @@ const LOG_LIMIT: usize = 64 << 10;
 /// Bytes that are kept of a single message, or of another text to be shown, unless told otherwise.
 pub(crate) const TEXT_LIMIT: usize = 4 << 10;
 
-impl Default for Context {
-    fn default() -> Context {
-        Context::with_limits(LOG_LIMIT, TEXT_LIMIT)
+impl Default for TightfitCtx {
+    fn default() -> TightfitCtx {
+        TightfitCtx::with_limits(LOG_LIMIT, TEXT_LIMIT)
     }
 }
 
-impl Context {
-    /// A context that passes on 64 KiB of messages, 4 KiB of each.
-    pub fn new() -> Context {
-        Context::default()
+impl TightfitCtx {
+    /// Returns a context that passes on 64 KiB of messages, 4 KiB of each.
+    pub fn new() -> TightfitCtx {
+        TightfitCtx::default()
     }
 
-    /// A context that passes on this many bytes of messages, and of a single one at most
+    /// Returns a context that passes on this many bytes of messages, and of a single one at most
     /// `text_bytes`. What is longer is cut; what comes after is dropped.
-    pub fn with_limits(log_bytes: usize, text_bytes: usize) -> Context {
-        Context {
+    pub fn with_limits(log_bytes: usize, text_bytes: usize) -> TightfitCtx {
+        TightfitCtx {
             last_error: None,
             log_left: log_bytes,
             text_limit: text_bytes,
@@ -78,12 +127,12 @@ impl Context {
         }
     }
 
-    /// The same, but messages are put aside.
+    /// Returns the same, but messages are put aside.
     #[cfg(feature = "compile")]
-    pub(crate) fn keeping(messages: Messages, log_bytes: usize, text_bytes: usize) -> Context {
-        Context {
+    pub(crate) fn keeping(messages: Messages, log_bytes: usize, text_bytes: usize) -> TightfitCtx {
+        TightfitCtx {
             kept: Some(messages),
-            ..Context::with_limits(log_bytes, text_bytes)
+            ..TightfitCtx::with_limits(log_bytes, text_bytes)
         }
     }
 
@@ -97,7 +146,7 @@ impl Context {
         emit(level, message);
     }
 
-    /// The last message that the guest logged as an error: before a trap, why it gave up.
+    /// Returns the last message that the guest logged as an error: before a trap, why it gave up.
     pub fn last_error(&self) -> Option<&str> {
         self.last_error.as_deref()
     }
@@ -115,30 +164,43 @@ fn emit(level: log::Level, message: &str) {
 }
 
 /// Gives access to the context inside a store's data.
-pub trait View: Send {
-    /// The context.
-    fn tightfit(&mut self) -> &mut Context;
+pub trait TightfitView: Send {
+    /// Returns the context.
+    fn tightfit(&mut self) -> &mut TightfitCtx;
 }
 
 /// Adds the interfaces that a policy imports (`types`, `sizing`, `log`) to a linker.
 ///
 /// # Errors
 /// When the linker has one of them already.
-pub fn add_to_linker<T: View + 'static>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
-    types::add_to_linker::<T, HasContext>(linker, T::tightfit)?;
-    sizing::add_to_linker::<T, HasContext>(linker, T::tightfit)?;
-    log::add_to_linker::<T, HasContext>(linker, T::tightfit)
+pub fn add_to_linker<T: TightfitView + 'static>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
+    types::add_to_linker::<T, HasTightfit>(linker, T::tightfit)?;
+    sizing::add_to_linker::<T, HasTightfit>(linker, T::tightfit)?;
+    log::add_to_linker::<T, HasTightfit>(linker, T::tightfit)
 }
 
-struct HasContext;
+/// How a single interface is told where in a store's data the context is, for linkers that are to
+/// have fewer than [`add_to_linker`] adds.
+///
+/// ```
+/// use tightfit_wasm::wit::bindings::tightfit::host::sizing;
+/// use tightfit_wasm::wit::{HasTightfit, TightfitView};
+/// use wasmtime::component::Linker;
+///
+/// fn add_sizing<T: TightfitView + 'static>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
+///     sizing::add_to_linker::<T, HasTightfit>(linker, T::tightfit)
+/// }
+/// ```
+#[derive(Debug)]
+pub struct HasTightfit;
 
-impl HasData for HasContext {
-    type Data<'a> = &'a mut Context;
+impl HasData for HasTightfit {
+    type Data<'a> = &'a mut TightfitCtx;
 }
 
-impl types::Host for Context {}
+impl types::Host for TightfitCtx {}
 
-impl sizing::Host for Context {
+impl sizing::Host for TightfitCtx {
     fn stored_bytes(
         &mut self,
         dtype: types::Dtype,
@@ -182,7 +244,7 @@ impl sizing::Host for Context {
 /// Lengths of a shape that are repeated in a message.
 const MOST_LENGTHS: usize = 64;
 
-impl log::Host for Context {
+impl log::Host for TightfitCtx {
     fn write(&mut self, level: log::Level, mut message: String) {
         truncate(&mut message, self.text_limit);
         if self.log_left > 0 {
@@ -204,7 +266,7 @@ mod tests {
 
     #[test]
     fn sizing_is_the_plans_own_arithmetic() {
-        let mut context = Context::new();
+        let mut context = TightfitCtx::new();
         let nf4 = types::Format::Nf4(types::Nf4Format {
             block_size: 64,
             double_quantized: false,
@@ -224,7 +286,7 @@ mod tests {
 
     #[test]
     fn what_is_kept_of_a_flood_of_messages_is_bounded() {
-        let mut context = Context::new();
+        let mut context = TightfitCtx::new();
         for _ in 0..1000 {
             context.write(log::Level::Error, "é".repeat(100_000));
         }
@@ -244,7 +306,7 @@ mod tests {
             &"\n".repeat(10_000),
         ] {
             let messages = Messages::default();
-            let mut context = Context::with_limits(LOG_LIMIT, TEXT_LIMIT);
+            let mut context = TightfitCtx::with_limits(LOG_LIMIT, TEXT_LIMIT);
             context.kept = Some(messages.clone());
             for _ in 0..10_000 {
                 context.write(log::Level::Warn, message.to_owned());

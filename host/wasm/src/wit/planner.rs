@@ -51,7 +51,7 @@ impl Planner {
         })
     }
 
-    /// Who the policy is and what can be set.
+    /// Returns who the policy is and what can be set.
     ///
     /// # Errors
     /// When it traps, or the store is asynchronous.

@@ -2,7 +2,7 @@
 
 use std::hint::black_box;
 
-use tightfit_program::{Buffer, DType, Place, QuantType, get_devices, get_quota, get_usage, nf4};
+use tightfit_program::{Buffer, Dtype, Place, QuantType, get_devices, get_quota, get_usage, nf4};
 
 use crate::{Answer, number};
 
@@ -64,13 +64,13 @@ fn honest() -> Answer {
     let place = |buffer| Place { buffer, offset: 0 };
     nf4::quantize(
         &place(&source),
-        DType::F32,
+        Dtype::F32,
         64,
         64,
         &place(&codes),
         &place(&absmax),
     )?;
-    let (nf4, f32) = (QuantType::Nf4, DType::F32);
+    let (nf4, f32) = (QuantType::Nf4, Dtype::F32);
     nf4::dequantize(
         nf4,
         &place(&codes),
@@ -130,7 +130,7 @@ fn quantize_between_devices() -> Answer {
     let place = |buffer| Place { buffer, offset: 0 };
     nf4::quantize(
         &place(&one),
-        DType::F32,
+        Dtype::F32,
         64,
         64,
         &place(&one),
@@ -152,7 +152,7 @@ fn dequantize(elements: u64) -> Answer {
         &place(),
         elements,
         64,
-        DType::F32,
+        Dtype::F32,
         &place(),
     )?;
     Ok("dequantized".into())

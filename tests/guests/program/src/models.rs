@@ -1,7 +1,7 @@
 //! Checkpoints and models.
 
 use tightfit_program::{
-    Buffer, Checkpoint, DType, Format, Model, Nf4Format, PartKind, Placement, get_names, get_quota,
+    Buffer, Checkpoint, Dtype, Format, Model, Nf4Format, PartKind, Placement, get_names, get_quota,
     get_usage,
 };
 
@@ -23,7 +23,7 @@ pub(crate) fn misbehave(behavior: &str, rest: &[String]) -> Option<Answer> {
         "read-outside-tensor" => read_outside_tensor(number(rest), number(&rest[1..])),
         "read-tensor" => read_tensor(),
         "elements-outside" => load().and_then(|model| {
-            let read = model.read_elements(2, number(rest), number(&rest[1..]), DType::F32)?;
+            let read = model.read_elements(2, number(rest), number(&rest[1..]), Dtype::F32)?;
             Ok(format!("{} bytes", read.len()))
         }),
         "part-outside" => load().and_then(|model| {
@@ -31,7 +31,7 @@ pub(crate) fn misbehave(behavior: &str, rest: &[String]) -> Option<Answer> {
             Ok(format!("{} bytes", read.len()))
         }),
         "elements-of-integers" => load().and_then(|model| {
-            model.read_elements(3, 0, 1, DType::F32)?;
+            model.read_elements(3, 0, 1, Dtype::F32)?;
             Ok("read".into())
         }),
         "load-without-end" => loop {
@@ -53,7 +53,7 @@ fn placements(checkpoint: &Checkpoint) -> Vec<Placement> {
     let stored = |tensor: tightfit_program::Tensor| Placement {
         device: Some(0),
         format: match tensor.dtype {
-            DType::Bf16 => Format::NF4,
+            Dtype::Bf16 => Format::NF4,
             _ => Format::Stored,
         },
     };
@@ -84,7 +84,7 @@ fn plan(fault: &str) -> Answer {
         "no-such-device" => placements[2].device = Some(2),
         "block-48" => placements[2].format = nf4(48),
         "integers" => placements[3].format = nf4(64),
-        "cast-i8" => placements[2].format = Format::Cast(DType::I8),
+        "cast-i8" => placements[2].format = Format::Cast(Dtype::I8),
         "torn-tie" => placements[1].device = Some(1),
         "few-headrooms" => headroom.clear(),
         "endless-headroom" => headroom[0] = u64::MAX,
@@ -101,7 +101,7 @@ fn load_and_forget() -> Answer {
     Ok(get_usage(0)?.reserved.now.to_string())
 }
 
-/// Takes everything but so many bytes of the quota first.
+/// Takes everything but this many bytes of the quota first.
 fn load_after_buffer(left: u64) -> Answer {
     let _buffer = Buffer::allocate(1, get_quota().limit - left)?;
     load().map(|_| "loaded".into())
@@ -115,7 +115,7 @@ fn drop_checkpoint_in_use() -> Answer {
     let buffer = Buffer::allocate(0, 128)?;
     second.read_tensor(3, 0, 128, &buffer, 0)?;
     drop(second);
-    let read = model.read_elements(2, 0, 64, DType::F32)?;
+    let read = model.read_elements(2, 0, 64, Dtype::F32)?;
     Ok(format!("{} bytes", read.len()))
 }
 

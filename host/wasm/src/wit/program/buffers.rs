@@ -2,26 +2,29 @@
 
 use wasmtime::component::Resource;
 
+use super::ProgramCtxView;
 use super::bindings::tightfit::host::buffers;
-use super::buffer::{Buffer, PIECE};
 use super::error::CallError;
-use super::{ProgramContextView, list_bytes};
+use super::view::{list_bytes, place};
+use crate::memory::Buffer;
 
-impl buffers::Host for ProgramContextView<'_> {}
+impl buffers::Host for ProgramCtxView<'_> {}
 
-impl buffers::HostBuffer for ProgramContextView<'_> {
+impl buffers::HostBuffer for ProgramCtxView<'_> {
     fn allocate(&mut self, device: u32, bytes: u64) -> Result<Resource<Buffer>, CallError> {
-        self.context.stop.check()?;
-        let buffer = self.context.memory.allocate(device, bytes)?;
-        Ok(self.table.push(buffer)?)
+        let (context, table) = self.begin()?;
+        let buffer = context.memory.allocate(device, bytes)?;
+        Ok(table.push(buffer)?)
     }
 
     fn length(&mut self, buffer: Resource<Buffer>) -> wasmtime::Result<u64> {
-        Ok(self.table.get(&buffer)?.bytes())
+        let (_, table) = self.begin()?;
+        Ok(table.get(&buffer)?.bytes())
     }
 
     fn device(&mut self, buffer: Resource<Buffer>) -> wasmtime::Result<u32> {
-        Ok(u32::try_from(self.table.get(&buffer)?.device())?)
+        let (_, table) = self.begin()?;
+        Ok(u32::try_from(table.get(&buffer)?.device())?)
     }
 
     fn read(
@@ -30,8 +33,8 @@ impl buffers::HostBuffer for ProgramContextView<'_> {
         offset: u64,
         bytes: u64,
     ) -> Result<Vec<u8>, CallError> {
-        self.context.stop.check()?;
-        let buffer = self.table.get(&buffer)?;
+        let (_, table) = self.begin()?;
+        let buffer = table.get(&buffer)?;
         buffer.check(offset, bytes)?;
         let mut out = vec![0; list_bytes(bytes)?];
         buffer.read(offset, &mut out)?;
@@ -44,10 +47,10 @@ impl buffers::HostBuffer for ProgramContextView<'_> {
         offset: u64,
         bytes: Vec<u8>,
     ) -> Result<(), CallError> {
-        self.context.stop.check()?;
+        let (context, table) = self.begin()?;
         list_bytes(bytes.len() as u64)?;
-        let buffer = self.table.get_mut(&buffer)?;
-        Ok(buffer.write(offset, &bytes, &self.context.stop)?)
+        let buffer = table.get_mut(&buffer)?;
+        Ok(buffer.write(offset, &bytes, &context.stop)?)
     }
 
     fn copy_from(
@@ -58,34 +61,17 @@ impl buffers::HostBuffer for ProgramContextView<'_> {
         source_offset: u64,
         bytes: u64,
     ) -> Result<(), CallError> {
-        self.context.stop.check()?;
-        let (to, from) = (self.table.get(&target)?, self.table.get(&source)?);
-        from.check(source_offset, bytes)?;
-        to.check(offset, bytes)?;
-        if to.device() != from.device() {
-            return Err(CallError::invalid(format_args!(
-                "the buffers are on devices {} and {}, not on one",
-                from.device(),
-                to.device()
-            )));
-        }
+        self.begin()?;
+        let (to, from) = (place(target, offset), place(source, source_offset));
+        self.check(&[(&from, bytes), (&to, bytes)])?;
         // Both ranges end within 64 bits.
         let overlap = offset < source_offset + bytes && source_offset < offset + bytes;
-        if target.rep() == source.rep() && overlap && bytes > 0 {
+        if to.buffer.rep() == from.buffer.rep() && overlap && bytes > 0 {
             return Err(CallError::invalid("the ranges overlap"));
         }
-        let mut piece = vec![0; bytes.min(PIECE as u64) as usize];
-        let mut done = 0;
-        while done < bytes {
-            self.context.stop.check()?;
-            let length = (bytes - done).min(PIECE as u64);
-            let piece = &mut piece[..length as usize];
-            self.table.get(&source)?.read(source_offset + done, piece)?;
-            let to = self.table.get_mut(&target)?;
-            to.write(offset + done, piece, &self.context.stop)?;
-            done += length;
-        }
-        Ok(())
+        self.fill(&to, bytes, |view, start, piece| {
+            view.fetch(&from, start, piece)
+        })
     }
 
     fn drop(&mut self, buffer: Resource<Buffer>) -> wasmtime::Result<()> {

@@ -7,10 +7,11 @@ use std::sync::{Arc, Weak};
 use wasmtime::component::Resource;
 
 use super::bindings::tightfit::host::{checkpoints, types};
-use super::buffer::{Buffer, PIECE};
 use super::error::CallError;
-use super::stop::Stop;
-use super::{ProgramContext, ProgramContextView};
+use super::view::place;
+use super::{ProgramCtx, ProgramCtxView};
+use crate::memory::Buffer;
+use crate::stop::Stop;
 use crate::wit::{TEXT_LIMIT, convert};
 use tightfit::checkpoint::{Checkpoint, CheckpointError};
 use tightfit::text::truncate;
@@ -63,37 +64,38 @@ impl Grants {
     }
 }
 
-/// The items of a batch.
+/// Returns the items of a batch.
 fn batch<T>(items: &[T], first: u32, count: u32) -> &[T] {
     let (first, count) = (first as usize, (count as usize).min(MOST_ITEMS));
     let items = items.get(first..).unwrap_or_default();
     &items[..count.min(items.len())]
 }
 
-impl checkpoints::Host for ProgramContextView<'_> {
+impl checkpoints::Host for ProgramCtxView<'_> {
     fn get_names(&mut self) -> wasmtime::Result<Vec<String>> {
-        self.context.stop.check()?;
-        Ok(self.context.grants.0.keys().cloned().collect())
+        let (context, _) = self.begin()?;
+        Ok(context.grants.0.keys().cloned().collect())
     }
 }
 
-impl checkpoints::HostCheckpoint for ProgramContextView<'_> {
+impl checkpoints::HostCheckpoint for ProgramCtxView<'_> {
     fn open(&mut self, name: String) -> Result<Resource<OpenCheckpoint>, CallError> {
-        self.context.stop.check()?;
-        let ProgramContext { grants, stop, .. } = &mut *self.context;
+        let (context, table) = self.begin()?;
+        let ProgramCtx { grants, stop, .. } = context;
         let checkpoint = grants.open(name, stop)?;
-        Ok(self.table.push(OpenCheckpoint(checkpoint))?)
+        Ok(table.push(OpenCheckpoint(checkpoint))?)
     }
 
     fn config_json(&mut self, checkpoint: Resource<OpenCheckpoint>) -> wasmtime::Result<String> {
-        self.context.stop.check()?;
-        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        let (_, table) = self.begin()?;
+        let OpenCheckpoint(checkpoint) = table.get(&checkpoint)?;
         let config = checkpoint.config();
         Ok(config.map_or_else(|| "{}".to_owned(), |config| config.text.clone()))
     }
 
     fn tensor_count(&mut self, checkpoint: Resource<OpenCheckpoint>) -> wasmtime::Result<u32> {
-        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        let (_, table) = self.begin()?;
+        let OpenCheckpoint(checkpoint) = table.get(&checkpoint)?;
         Ok(u32::try_from(checkpoint.tensors().len())?)
     }
 
@@ -103,8 +105,8 @@ impl checkpoints::HostCheckpoint for ProgramContextView<'_> {
         first: u32,
         count: u32,
     ) -> wasmtime::Result<Vec<types::Tensor>> {
-        self.context.stop.check()?;
-        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        let (_, table) = self.begin()?;
+        let OpenCheckpoint(checkpoint) = table.get(&checkpoint)?;
         let tensors = batch(checkpoint.tensors(), first, count);
         Ok(tensors.iter().map(convert::tensor).collect())
     }
@@ -114,8 +116,8 @@ impl checkpoints::HostCheckpoint for ProgramContextView<'_> {
         checkpoint: Resource<OpenCheckpoint>,
         name: String,
     ) -> wasmtime::Result<Option<u32>> {
-        self.context.stop.check()?;
-        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        let (_, table) = self.begin()?;
+        let OpenCheckpoint(checkpoint) = table.get(&checkpoint)?;
         Ok(checkpoint.find(&name).map(convert::index))
     }
 
@@ -125,8 +127,8 @@ impl checkpoints::HostCheckpoint for ProgramContextView<'_> {
         first: u32,
         count: u32,
     ) -> wasmtime::Result<Vec<checkpoints::Tie>> {
-        self.context.stop.check()?;
-        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        let (_, table) = self.begin()?;
+        let OpenCheckpoint(checkpoint) = table.get(&checkpoint)?;
         let ties = batch(checkpoint.ties(), first, count).iter();
         let tie = |tie: &tightfit::checkpoint::Tie| checkpoints::Tie {
             tensor: convert::index(tie.tensor),
@@ -145,8 +147,8 @@ impl checkpoints::HostCheckpoint for ProgramContextView<'_> {
         target: Resource<Buffer>,
         offset: u64,
     ) -> Result<(), CallError> {
-        self.context.stop.check()?;
-        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        let (_, table) = self.begin()?;
+        let OpenCheckpoint(checkpoint) = table.get(&checkpoint)?;
         let checkpoint = Arc::clone(checkpoint);
         let tensors = checkpoint.tensors();
         let index = tensor as usize;
@@ -162,19 +164,9 @@ impl checkpoints::HostCheckpoint for ProgramContextView<'_> {
                 info.name, info.bytes
             )));
         }
-        self.table.get(&target)?.check(offset, bytes)?;
-        let mut piece = vec![0; bytes.min(PIECE as u64) as usize];
-        let mut done = 0;
-        while done < bytes {
-            self.context.stop.check()?;
-            let length = (bytes - done).min(PIECE as u64);
-            let piece = &mut piece[..length as usize];
-            checkpoint.read_tensor(index, start + done, piece)?;
-            let buffer = self.table.get_mut(&target)?;
-            buffer.write(offset + done, piece, &self.context.stop)?;
-            done += length;
-        }
-        Ok(())
+        self.fill(&place(target, offset), bytes, |_, from, piece| {
+            Ok(checkpoint.read_tensor(index, start + from, piece)?)
+        })
     }
 
     fn drop(&mut self, checkpoint: Resource<OpenCheckpoint>) -> wasmtime::Result<()> {

@@ -1,6 +1,6 @@
 //! The interface `devices`.
 
-use super::ProgramContextView;
+use super::ProgramCtxView;
 use super::bindings::tightfit::host::{devices, types};
 use super::error::CallError;
 use crate::wit::convert;
@@ -13,12 +13,12 @@ fn gauge(gauge: Gauge) -> devices::Gauge {
     }
 }
 
-impl devices::Host for ProgramContextView<'_> {
+impl devices::Host for ProgramCtxView<'_> {
     fn get_devices(&mut self) -> wasmtime::Result<Vec<types::Device>> {
-        self.context.stop.check()?;
-        let memory = &self.context.memory;
+        let (context, _) = self.begin()?;
+        let memory = &context.memory;
         let left = memory.quota() - memory.reserved().reserved.now.min(memory.quota());
-        let infos = self.context.device_infos().into_iter();
+        let infos = context.device_infos().into_iter();
         let devices = infos.map(|mut info| {
             info.available = info.available.min(left);
             convert::device(&info)
@@ -27,8 +27,8 @@ impl devices::Host for ProgramContextView<'_> {
     }
 
     fn get_usage(&mut self, device: u32) -> Result<devices::Usage, CallError> {
-        self.context.stop.check()?;
-        let usage = self.context.memory.usage(device)?;
+        let (context, _) = self.begin()?;
+        let usage = context.memory.usage(device)?;
         Ok(devices::Usage {
             requested: gauge(usage.requested),
             padded: gauge(usage.padded),
@@ -37,8 +37,8 @@ impl devices::Host for ProgramContextView<'_> {
     }
 
     fn get_quota(&mut self) -> wasmtime::Result<devices::Quota> {
-        self.context.stop.check()?;
-        let memory = &self.context.memory;
+        let (context, _) = self.begin()?;
+        let memory = &context.memory;
         Ok(devices::Quota {
             limit: memory.quota(),
             reserved: gauge(memory.reserved().reserved),

@@ -4,8 +4,8 @@ use tightfit_kernels::KernelError;
 use wasmtime::component::ResourceTableError;
 
 use super::bindings::tightfit::host::errors;
-use super::memory::MemoryError;
-use super::stop::Stopped;
+use crate::memory::MemoryError;
+use crate::stop::Stopped;
 use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
 use tightfit::load::LoadError;

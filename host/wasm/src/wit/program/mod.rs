@@ -1,11 +1,11 @@
 //! The interfaces that a program imports: devices, buffers, NF4, checkpoints and models, beside those
 //! of policies.
 //!
-//! 1. Keep a [`ProgramContext`] and a [`ResourceTable`] in the data of your store, beside the
-//!    [`Context`](super::Context). Limit the table with [`ResourceTable::set_max_capacity`].
+//! 1. Keep a [`ProgramCtx`] and a [`ResourceTable`] in the data of your store, beside the
+//!    [`TightfitCtx`](super::TightfitCtx). Limit the table with [`ResourceTable::set_max_capacity`].
 //! 2. Implement [`ProgramView`] for that data.
 //! 3. Call [`add_program_to_linker`], which adds what [`add_to_linker`](super::add_to_linker) does
-//!    too.
+//!    too, or add single interfaces with [`HasProgram`].
 //! 4. Instantiate a program and call it through [`Run`].
 //!
 //! A program's memory is bounded by its quota, and given back by `Drop` of what is in the table: when
@@ -13,23 +13,21 @@
 //!
 //! The functions compute and read files before they return, so that an asynchronous host does well
 //! to run programs on threads that may block. Fuel and epochs do not interrupt them. They ask instead
-//! for the context's deadline and [`CancelToken`]: at the start of every call but those that give a
-//! number or free something, and in longer ones after every few milliseconds of work, be it opening,
+//! for the context's deadline and [`CancelToken`]: at the start of every call but those that free
+//! something, and in longer ones after every few milliseconds of work, be it opening,
 //! planning, loading, copying or computing. Then they trap with [`Stopped`] as the cause.
 
 pub mod bindings;
-mod buffer;
 mod buffers;
 mod checkpoints;
 mod devices;
 mod error;
-mod memory;
 mod models;
 mod nf4;
 mod run;
-mod stop;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -38,31 +36,28 @@ use std::time::Instant;
 use tightfit_kernels::Kernels;
 use wasmtime::component::{HasData, Linker, ResourceTable};
 
-pub use buffer::Buffer;
+pub use crate::memory::Buffer;
+pub use crate::stop::Stopped;
 pub use checkpoints::OpenCheckpoint;
 pub use error::CallError;
 pub use models::LoadedModel;
 pub use run::Run;
-pub use stop::Stopped;
 
-use super::View;
+use super::TightfitView;
+use crate::memory::Memory;
+use crate::stop::Stop;
 use bindings::tightfit::host::{
     buffers as wit_buffers, checkpoints as wit_checkpoints, devices as wit_devices, errors,
     models as wit_models, nf4 as wit_nf4,
 };
 use checkpoints::Grants;
-use memory::Memory;
-use stop::Stop;
 use tightfit::cancel::CancelToken;
 use tightfit::device::{Device, DeviceInfo};
 use tightfit::memory::{DEFAULT_STAGING, Gauge, Usage};
 
-/// Bytes of a list that a program gives or gets in one call.
-const MOST_BYTES: usize = 4 << 20;
-
 /// What one program has and may do.
 #[derive(Debug)]
-pub struct ProgramContext {
+pub struct ProgramCtx {
     devices: Arc<[Box<dyn Device>]>,
     /// What the devices said of themselves when the program was given them.
     offered: Vec<DeviceInfo>,
@@ -73,14 +68,14 @@ pub struct ProgramContext {
     stop: Stop,
 }
 
-impl ProgramContext {
-    /// A program that may use these devices, and reserve at most `quota` bytes on all of them
-    /// together. Other programs may share the devices; each sees its own usage only.
+impl ProgramCtx {
+    /// Returns a program that may use these devices, and reserve at most `quota` bytes on all of
+    /// them together. Other programs may share the devices; each sees its own usage only.
     ///
     /// What is free on the devices is asked for here, and never again: what others take or free later
     /// is nothing that a program is told.
-    pub fn new(devices: Arc<[Box<dyn Device>]>, quota: u64) -> ProgramContext {
-        ProgramContext {
+    pub fn new(devices: Arc<[Box<dyn Device>]>, quota: u64) -> ProgramCtx {
+        ProgramCtx {
             memory: Memory::new(&devices, quota),
             offered: devices.iter().map(|device| device.info()).collect(),
             devices,
@@ -92,20 +87,20 @@ impl ProgramContext {
     }
 
     /// Lets the program open the checkpoint at `path` under `name`. It does not learn the path.
-    pub fn grant(mut self, name: impl Into<String>, path: impl Into<PathBuf>) -> ProgramContext {
+    pub fn grant(mut self, name: impl Into<String>, path: impl Into<PathBuf>) -> ProgramCtx {
         self.grants.add(name.into(), path.into());
         self
     }
 
     /// Ends the program's calls of the host when this token is used.
-    pub fn cancelled_by(mut self, token: CancelToken) -> ProgramContext {
+    pub fn cancelled_by(mut self, token: CancelToken) -> ProgramCtx {
         self.stop.cancel = token;
         self
     }
 
     /// How models are loaded: worker threads (by default one per core), and bytes of host memory for
     /// staging in all.
-    pub fn load_with(mut self, threads: Option<usize>, staging: Option<u64>) -> ProgramContext {
+    pub fn load_with(mut self, threads: Option<usize>, staging: Option<u64>) -> ProgramCtx {
         if let Some(threads) = threads {
             self.models.threads = threads;
         }
@@ -118,12 +113,12 @@ impl ProgramContext {
         self.stop.deadline = Some(deadline);
     }
 
-    /// What the program has of the device with this index; `None` where there is none.
+    /// Returns what the program has of the device with this index; `None` where there is none.
     pub fn usage(&self, device: usize) -> Option<Usage> {
         self.memory.usage(u32::try_from(device).ok()?).ok()
     }
 
-    /// The devices as they were offered, less what the program has taken of each since.
+    /// Returns the devices as they were offered, less what the program has taken of each since.
     fn device_infos(&self) -> Vec<DeviceInfo> {
         let offered = self.offered.iter().enumerate();
         let infos = offered.map(|(index, offered)| {
@@ -136,7 +131,7 @@ impl ProgramContext {
         infos.collect()
     }
 
-    /// What the program has reserved on all devices together, in bytes.
+    /// Returns what the program has reserved on all devices together, in bytes.
     pub fn reserved(&self) -> Gauge {
         self.memory.reserved().reserved
     }
@@ -144,17 +139,17 @@ impl ProgramContext {
 
 /// The context and the table of resources inside a store's data.
 #[derive(Debug)]
-pub struct ProgramContextView<'a> {
+pub struct ProgramCtxView<'a> {
     /// What the program has and may do.
-    pub context: &'a mut ProgramContext,
+    pub context: &'a mut ProgramCtx,
     /// Its buffers, checkpoints and models, and those of other interfaces.
     pub table: &'a mut ResourceTable,
 }
 
 /// Gives access to the program's context inside a store's data.
-pub trait ProgramView: View {
-    /// The context and the table.
-    fn tightfit_program(&mut self) -> ProgramContextView<'_>;
+pub trait ProgramView: TightfitView {
+    /// Returns the context and the table.
+    fn tightfit_program(&mut self) -> ProgramCtxView<'_>;
 }
 
 /// Adds everything that a program imports to a linker, including what policies import (`types`,
@@ -174,30 +169,20 @@ pub fn add_program_to_linker<T: ProgramView + 'static>(
     wit_models::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)
 }
 
-struct HasProgram;
+/// How a single interface is told where in a store's data the program's context and table are, as
+/// [`HasTightfit`](super::HasTightfit) for those of policies.
+#[derive(Debug)]
+pub struct HasProgram;
 
 impl HasData for HasProgram {
-    type Data<'a> = ProgramContextView<'a>;
+    type Data<'a> = ProgramCtxView<'a>;
 }
 
-impl errors::Host for ProgramContextView<'_> {
+impl errors::Host for ProgramCtxView<'_> {
     fn convert_error(&mut self, error: CallError) -> wasmtime::Result<errors::Error> {
         match error {
             CallError::Guest(error) => Ok(error),
             CallError::Trap(trap) => Err(trap),
         }
-    }
-}
-
-/// Bytes of a list that is to be given to a program.
-///
-/// # Errors
-/// When they are more than one call gives.
-fn list_bytes(bytes: u64) -> Result<usize, CallError> {
-    match usize::try_from(bytes) {
-        Ok(bytes) if bytes <= MOST_BYTES => Ok(bytes),
-        _ => Err(CallError::invalid(format_args!(
-            "{bytes} bytes are too many for one call: at most {MOST_BYTES}"
-        ))),
     }
 }

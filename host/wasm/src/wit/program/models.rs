@@ -2,17 +2,17 @@
 
 use std::sync::Arc;
 
-use tightfit_kernels::FloatType;
 use wasmtime::component::Resource;
 
 use super::bindings::tightfit::host::{models, types};
-use super::buffer::{Buffer, PIECE};
 use super::checkpoints::OpenCheckpoint;
 use super::error::CallError;
 use super::nf4::float;
-use super::stop::Stop;
-use super::{ProgramContext, ProgramContextView, list_bytes};
-use crate::wit::convert;
+use super::view::{element_bytes, list_bytes, place};
+use super::{ProgramCtx, ProgramCtxView};
+use crate::memory::Buffer;
+use crate::stop::Stop;
+use crate::wit::convert::{self, same_cases};
 use tightfit::checkpoint::Checkpoint;
 use tightfit::load::{LoadError, LoadOptions, Reserved, load_reserved};
 use tightfit::memory::{DEFAULT_STAGING, Ledger, LedgerEntry, ReservationSize};
@@ -88,7 +88,7 @@ pub struct LoadedModel {
 }
 
 impl LoadedModel {
-    /// The model.
+    /// Returns the model.
     pub fn model(&self) -> &Model {
         &self.model
     }
@@ -102,7 +102,7 @@ impl LoadedModel {
     }
 }
 
-impl ProgramContext {
+impl ProgramCtx {
     /// Loads a model, with everything checked and counted before anything is taken.
     pub(super) fn load(
         &self,
@@ -143,23 +143,8 @@ impl ProgramContext {
     }
 }
 
-pub(super) fn part_kind(kind: models::PartKind) -> PartKind {
-    match kind {
-        models::PartKind::Data => PartKind::Data,
-        models::PartKind::Codes => PartKind::Codes,
-        models::PartKind::Absmax => PartKind::Absmax,
-        models::PartKind::NestedAbsmax => PartKind::NestedAbsmax,
-    }
-}
-
-fn wit_part_kind(kind: PartKind) -> models::PartKind {
-    match kind {
-        PartKind::Data => models::PartKind::Data,
-        PartKind::Codes => models::PartKind::Codes,
-        PartKind::Absmax => models::PartKind::Absmax,
-        PartKind::NestedAbsmax => models::PartKind::NestedAbsmax,
-    }
-}
+same_cases!(part_kind, wit_part_kind, PartKind, models::PartKind:
+    Data = Data, Codes = Codes, Absmax = Absmax, NestedAbsmax = NestedAbsmax);
 
 fn stored_tensor(tensor: Tensor<'_>) -> models::StoredTensor {
     models::StoredTensor {
@@ -187,35 +172,29 @@ fn stored_tensor(tensor: Tensor<'_>) -> models::StoredTensor {
     }
 }
 
-/// Bytes of `count` numbers.
-fn float_bytes(count: u64, float: FloatType) -> Result<u64, CallError> {
-    let bytes = count.checked_mul(float.bytes() as u64);
-    bytes.ok_or_else(|| CallError::invalid(format_args!("{count} elements have no size")))
-}
+impl models::Host for ProgramCtxView<'_> {}
 
-impl models::Host for ProgramContextView<'_> {}
-
-impl models::HostModel for ProgramContextView<'_> {
+impl models::HostModel for ProgramCtxView<'_> {
     fn load(
         &mut self,
         checkpoint: Resource<OpenCheckpoint>,
         placements: Vec<types::Placement>,
         headroom: Vec<u64>,
     ) -> Result<Resource<LoadedModel>, CallError> {
-        self.context.stop.check()?;
-        let OpenCheckpoint(checkpoint) = self.table.get(&checkpoint)?;
+        let (context, table) = self.begin()?;
+        let OpenCheckpoint(checkpoint) = table.get(&checkpoint)?;
         let placements = convert::placements(placements, checkpoint.tensors(), |_| false)
             .map_err(CallError::invalid)?;
-        let model = self.context.load(checkpoint, &placements, &headroom)?;
-        Ok(self.table.push(model)?)
+        let model = context.load(checkpoint, &placements, &headroom)?;
+        Ok(table.push(model)?)
     }
 
     fn get_statistics(
         &mut self,
         model: Resource<LoadedModel>,
     ) -> wasmtime::Result<models::Statistics> {
-        self.context.stop.check()?;
-        let model = self.table.get(&model)?.model();
+        let (_, table) = self.begin()?;
+        let model = table.get(&model)?.model();
         let stats = model.stats();
         let shares = model.plan().devices.iter().map(|device| models::Share {
             requested: device.size.requested,
@@ -237,8 +216,8 @@ impl models::HostModel for ProgramContextView<'_> {
         model: Resource<LoadedModel>,
         name: String,
     ) -> wasmtime::Result<Option<u32>> {
-        self.context.stop.check()?;
-        let tensor = self.table.get(&model)?.model().tensor(&name);
+        let (_, table) = self.begin()?;
+        let tensor = table.get(&model)?.model().tensor(&name);
         Ok(tensor.map(|tensor| convert::index(tensor.index())))
     }
 
@@ -247,8 +226,8 @@ impl models::HostModel for ProgramContextView<'_> {
         model: Resource<LoadedModel>,
         tensor: u32,
     ) -> Result<models::StoredTensor, CallError> {
-        self.context.stop.check()?;
-        Ok(stored_tensor(self.table.get(&model)?.tensor(tensor)?))
+        let (_, table) = self.begin()?;
+        Ok(stored_tensor(table.get(&model)?.tensor(tensor)?))
     }
 
     fn read_part(
@@ -259,9 +238,9 @@ impl models::HostModel for ProgramContextView<'_> {
         start: u64,
         bytes: u64,
     ) -> Result<Vec<u8>, CallError> {
-        self.context.stop.check()?;
+        let (_, table) = self.begin()?;
         let mut out = vec![0; list_bytes(bytes)?];
-        let tensor = self.table.get(&model)?.tensor(tensor)?;
+        let tensor = table.get(&model)?.tensor(tensor)?;
         tensor.read_part_at(part_kind(part), start, &mut out)?;
         Ok(out)
     }
@@ -276,24 +255,15 @@ impl models::HostModel for ProgramContextView<'_> {
         target: Resource<Buffer>,
         offset: u64,
     ) -> Result<(), CallError> {
-        self.context.stop.check()?;
-        self.table.get(&target)?.check(offset, bytes)?;
-        let kind = part_kind(part);
+        self.begin()?;
+        let (target, kind) = (place(target, offset), part_kind(part));
+        self.check(&[(&target, bytes)])?;
         let loaded = self.table.get(&model)?.tensor(tensor)?;
         loaded.check_part(kind, start, bytes)?;
-        let mut piece = vec![0; bytes.min(PIECE as u64) as usize];
-        let mut done = 0;
-        while done < bytes {
-            self.context.stop.check()?;
-            let length = (bytes - done).min(PIECE as u64);
-            let piece = &mut piece[..length as usize];
-            let loaded = self.table.get(&model)?.tensor(tensor)?;
-            loaded.read_part_at(kind, start + done, piece)?;
-            let buffer = self.table.get_mut(&target)?;
-            buffer.write(offset + done, piece, &self.context.stop)?;
-            done += length;
-        }
-        Ok(())
+        self.fill(&target, bytes, |view, from, piece| {
+            let loaded = view.table.get(&model)?.tensor(tensor)?;
+            Ok(loaded.read_part_at(kind, start + from, piece)?)
+        })
     }
 
     fn read_elements(
@@ -304,10 +274,10 @@ impl models::HostModel for ProgramContextView<'_> {
         count: u64,
         dtype: types::Dtype,
     ) -> Result<Vec<u8>, CallError> {
-        self.context.stop.check()?;
+        let (_, table) = self.begin()?;
         let float = float(dtype)?;
-        let mut out = vec![0; list_bytes(float_bytes(count, float)?)?];
-        let tensor = self.table.get(&model)?.tensor(tensor)?;
+        let mut out = vec![0; list_bytes(element_bytes(count, float.bytes())?)?];
+        let tensor = table.get(&model)?.tensor(tensor)?;
         tensor.to_float_at(first, float, &mut out)?;
         Ok(out)
     }
@@ -322,27 +292,18 @@ impl models::HostModel for ProgramContextView<'_> {
         target: Resource<Buffer>,
         offset: u64,
     ) -> Result<(), CallError> {
-        self.context.stop.check()?;
-        let float = float(dtype)?;
-        let bytes = float_bytes(count, float)?;
-        self.table.get(&target)?.check(offset, bytes)?;
+        self.begin()?;
+        let (target, float) = (place(target, offset), float(dtype)?);
+        let bytes = element_bytes(count, float.bytes())?;
+        self.check(&[(&target, bytes)])?;
         let loaded = self.table.get(&model)?.tensor(tensor)?;
         loaded.check_elements(first, count)?;
-        let each = (PIECE / float.bytes()) as u64;
-        let mut piece = vec![0; bytes.min(PIECE as u64) as usize];
-        let mut done = 0;
-        while done < count {
-            self.context.stop.check()?;
-            let elements = (count - done).min(each);
-            let piece = &mut piece[..elements as usize * float.bytes()];
-            let loaded = self.table.get(&model)?.tensor(tensor)?;
-            loaded.to_float_at(first + done, float, piece)?;
-            let buffer = self.table.get_mut(&target)?;
-            let at = offset + done * float.bytes() as u64;
-            buffer.write(at, piece, &self.context.stop)?;
-            done += elements;
-        }
-        Ok(())
+        // A piece is a multiple of every type's bytes.
+        self.fill(&target, bytes, |view, from, piece| {
+            let loaded = view.table.get(&model)?.tensor(tensor)?;
+            let from = first + from / float.bytes() as u64;
+            Ok(loaded.to_float_at(from, float, piece)?)
+        })
     }
 
     fn drop(&mut self, model: Resource<LoadedModel>) -> wasmtime::Result<()> {

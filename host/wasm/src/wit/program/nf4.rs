@@ -3,11 +3,10 @@
 
 use tightfit_kernels::{AbsmaxMean, BlockSize, FloatType, NESTED_BLOCK_SIZE, blocks, packed_bytes};
 
-use super::ProgramContextView;
+use super::ProgramCtxView;
 use super::bindings::tightfit::host::{buffers::Place, nf4, types};
-use super::buffer::PIECE;
 use super::error::CallError;
-use super::list_bytes;
+use super::view::{PIECE, element_bytes, list_bytes};
 use crate::wit::convert;
 
 /// Elements that are quantized or dequantized at once: whole blocks of every size, and at most
@@ -17,7 +16,7 @@ const PIECE_ELEMENTS: u64 = (PIECE / 4) as u64;
 /// Scales that are quantized or dequantized at once, a multiple of [`NESTED_BLOCK_SIZE`].
 const PIECE_SCALES: u64 = (PIECE / 4) as u64;
 
-/// The kernels' name of a type that a program has given.
+/// Returns the kernels' name of a type that a program has given.
 pub(super) fn float(given: types::Dtype) -> Result<FloatType, CallError> {
     let dtype = convert::dtype(given);
     dtype.float_type().ok_or_else(|| {
@@ -37,50 +36,7 @@ fn block_size(given: u32) -> Result<BlockSize, CallError> {
     })
 }
 
-/// Bytes of `count` things of `each` bytes.
-fn product(count: u64, each: usize) -> Result<u64, CallError> {
-    count
-        .checked_mul(each as u64)
-        .ok_or_else(|| CallError::invalid(format_args!("{count} elements have no size in 64 bits")))
-}
-
-/// Numbers `first` and on of `count`, in pieces of `each`.
-fn pieces(count: u64, each: u64) -> impl Iterator<Item = (u64, usize)> {
-    let starts = (0..count.div_ceil(each)).map(move |piece| piece * each);
-    // A piece is far below 2^32.
-    starts.map(move |start| (start, (count - start).min(each) as usize))
-}
-
-impl ProgramContextView<'_> {
-    /// Whether these ranges lie inside of their buffers, and on one device.
-    fn check(&self, ranges: &[(&Place, u64)]) -> Result<(), CallError> {
-        let mut device = None;
-        for (place, bytes) in ranges {
-            let buffer = self.table.get(&place.buffer)?;
-            buffer.check(place.offset, *bytes)?;
-            let first = *device.get_or_insert(buffer.device());
-            if buffer.device() != first {
-                return Err(CallError::invalid(format_args!(
-                    "the buffers are on devices {first} and {}, not on one",
-                    buffer.device()
-                )));
-            }
-        }
-        Ok(())
-    }
-
-    /// Copies bytes from `start` bytes behind a place on. The range has been checked.
-    fn fetch(&self, place: &Place, start: u64, out: &mut [u8]) -> Result<(), CallError> {
-        let buffer = self.table.get(&place.buffer)?;
-        Ok(buffer.read(place.offset + start, out)?)
-    }
-
-    /// Writes bytes from `start` bytes behind a place on. The range has been checked.
-    fn store(&mut self, place: &Place, start: u64, bytes: &[u8]) -> Result<(), CallError> {
-        let buffer = self.table.get_mut(&place.buffer)?;
-        Ok(buffer.write(place.offset + start, bytes, &self.context.stop)?)
-    }
-
+impl ProgramCtxView<'_> {
     /// Quantizes numbers that `source` gives piece by piece: the first it is to give, and where to.
     fn quantize_from(
         &mut self,
@@ -92,31 +48,30 @@ impl ProgramContextView<'_> {
     ) -> Result<u64, CallError> {
         let mut nonfinite = 0;
         let (mut numbers, mut packed, mut scales) = (vec![], vec![], vec![]);
-        for (first, count) in pieces(elements, PIECE_ELEMENTS) {
-            self.context.stop.check()?;
+        self.in_pieces(elements, PIECE_ELEMENTS, |view, first, count| {
             numbers.resize(count * float.bytes(), 0);
             packed.resize(packed_bytes(count), 0);
             scales.resize(blocks(count, block_size), 0.0);
-            source(self, first, &mut numbers)?;
-            let kernels = self.context.kernels;
+            source(view, first, &mut numbers)?;
+            let kernels = view.context.kernels;
             let stats =
                 kernels.quantize_nf4(&numbers, float, block_size, &mut packed, &mut scales)?;
             nonfinite += stats.nonfinite_blocks;
-            self.store(codes, first / 2, &packed)?;
+            view.store(codes, first / 2, &packed)?;
             let block = first / block_size.elements() as u64;
-            self.store(absmax, 4 * block, bytemuck::cast_slice(&scales))?;
-        }
+            view.store(absmax, 4 * block, bytemuck::cast_slice(&scales))
+        })?;
         Ok(nonfinite)
     }
 }
 
-/// Bytes of the codes and the scales of `elements` elements.
+/// Returns the bytes of the codes and the scales of `elements` elements.
 fn quantized_bytes(elements: u64, block_size: BlockSize) -> Result<[u64; 2], CallError> {
     let blocks = elements.div_ceil(block_size.elements() as u64);
-    Ok([elements.div_ceil(2), product(blocks, 4)?])
+    Ok([elements.div_ceil(2), element_bytes(blocks, 4)?])
 }
 
-impl nf4::Host for ProgramContextView<'_> {
+impl nf4::Host for ProgramCtxView<'_> {
     fn quantize(
         &mut self,
         source: Place,
@@ -126,11 +81,11 @@ impl nf4::Host for ProgramContextView<'_> {
         codes: Place,
         absmax: Place,
     ) -> Result<u64, CallError> {
-        self.context.stop.check()?;
+        self.begin()?;
         let (float, block) = (float(dtype)?, block_size(block)?);
         let [code_bytes, absmax_bytes] = quantized_bytes(elements, block)?;
         self.check(&[
-            (&source, product(elements, float.bytes())?),
+            (&source, element_bytes(elements, float.bytes())?),
             (&codes, code_bytes),
             (&absmax, absmax_bytes),
         ])?;
@@ -152,7 +107,7 @@ impl nf4::Host for ProgramContextView<'_> {
         codes: Place,
         absmax: Place,
     ) -> Result<u64, CallError> {
-        self.context.stop.check()?;
+        self.begin()?;
         let (float, block) = (float(dtype)?, block_size(block)?);
         list_bytes(source.len() as u64)?;
         if !source.len().is_multiple_of(float.bytes()) {
@@ -187,7 +142,7 @@ impl nf4::Host for ProgramContextView<'_> {
         dtype: types::Dtype,
         target: Place,
     ) -> Result<(), CallError> {
-        self.context.stop.check()?;
+        self.begin()?;
         let (float, block) = (float(dtype)?, block_size(block)?);
         let quant_type = convert::quant_type(quant_type);
         let [code_bytes, absmax_bytes] = quantized_bytes(elements, block)?;
@@ -195,19 +150,18 @@ impl nf4::Host for ProgramContextView<'_> {
         self.check(&[
             (&codes, code_bytes),
             (&absmax, absmax_bytes),
-            (&target, product(elements, float.bytes())?),
+            (&target, element_bytes(elements, float.bytes())?),
         ])?;
         let (mut packed, mut scales, mut numbers) = (vec![], vec![0f32; 0], vec![]);
-        for (first, count) in pieces(elements, PIECE_ELEMENTS) {
-            self.context.stop.check()?;
+        self.in_pieces(elements, PIECE_ELEMENTS, |view, first, count| {
             packed.resize(packed_bytes(count), 0);
             scales.resize(blocks(count, block), 0.0);
             numbers.resize(count * float.bytes(), 0);
-            self.fetch(&codes, first / 2, &mut packed)?;
+            view.fetch(&codes, first / 2, &mut packed)?;
             let first_block = first / block.elements() as u64;
             let bytes = bytemuck::cast_slice_mut(&mut scales);
-            self.fetch(&absmax, 4 * first_block, bytes)?;
-            let kernels = self.context.kernels;
+            view.fetch(&absmax, 4 * first_block, bytes)?;
+            let kernels = view.context.kernels;
             kernels.dequantize(
                 quant_type,
                 &packed,
@@ -217,9 +171,8 @@ impl nf4::Host for ProgramContextView<'_> {
                 float,
                 &mut numbers,
             )?;
-            self.store(&target, first * each, &numbers)?;
-        }
-        Ok(())
+            view.store(&target, first * each, &numbers)
+        })
     }
 
     fn quantize_absmax(
@@ -229,35 +182,34 @@ impl nf4::Host for ProgramContextView<'_> {
         codes: Place,
         nested_absmax: Place,
     ) -> Result<f32, CallError> {
-        self.context.stop.check()?;
+        self.begin()?;
         let nested = count.div_ceil(NESTED_BLOCK_SIZE as u64);
         self.check(&[
-            (&absmax, product(count, 4)?),
+            (&absmax, element_bytes(count, 4)?),
             (&codes, count),
-            (&nested_absmax, product(nested, 4)?),
+            (&nested_absmax, element_bytes(nested, 4)?),
         ])?;
         let mut scales = vec![0f32; count.min(PIECE_SCALES) as usize];
         let mut mean = AbsmaxMean::default();
-        for (first, count) in pieces(count, PIECE_SCALES) {
-            self.context.stop.check()?;
+        self.in_pieces(count, PIECE_SCALES, |view, first, count| {
             let scales = &mut scales[..count];
-            self.fetch(&absmax, 4 * first, bytemuck::cast_slice_mut(scales))?;
+            view.fetch(&absmax, 4 * first, bytemuck::cast_slice_mut(scales))?;
             mean.add(scales);
-        }
+            Ok(())
+        })?;
         let mean = mean.mean();
         let (mut bytes, mut nested) = (vec![], vec![0f32; 0]);
-        for (first, count) in pieces(count, PIECE_SCALES) {
-            self.context.stop.check()?;
+        self.in_pieces(count, PIECE_SCALES, |view, first, count| {
             let scales = &mut scales[..count];
-            self.fetch(&absmax, 4 * first, bytemuck::cast_slice_mut(scales))?;
+            view.fetch(&absmax, 4 * first, bytemuck::cast_slice_mut(scales))?;
             bytes.resize(count, 0);
             nested.resize(count.div_ceil(NESTED_BLOCK_SIZE), 0.0);
-            let kernels = self.context.kernels;
+            let kernels = view.context.kernels;
             kernels.quantize_absmax(scales, mean, &mut bytes, &mut nested)?;
-            self.store(&codes, first, &bytes)?;
+            view.store(&codes, first, &bytes)?;
             let group = first / NESTED_BLOCK_SIZE as u64;
-            self.store(&nested_absmax, 4 * group, bytemuck::cast_slice(&nested))?;
-        }
+            view.store(&nested_absmax, 4 * group, bytemuck::cast_slice(&nested))
+        })?;
         Ok(mean)
     }
 
@@ -269,30 +221,28 @@ impl nf4::Host for ProgramContextView<'_> {
         count: u64,
         absmax: Place,
     ) -> Result<(), CallError> {
-        self.context.stop.check()?;
+        self.begin()?;
         let nested = count.div_ceil(NESTED_BLOCK_SIZE as u64);
         self.check(&[
             (&codes, count),
-            (&nested_absmax, product(nested, 4)?),
-            (&absmax, product(count, 4)?),
+            (&nested_absmax, element_bytes(nested, 4)?),
+            (&absmax, element_bytes(count, 4)?),
         ])?;
         let (mut bytes, mut nested, mut scales) = (vec![], vec![0f32; 0], vec![0f32; 0]);
-        for (first, count) in pieces(count, PIECE_SCALES) {
-            self.context.stop.check()?;
+        self.in_pieces(count, PIECE_SCALES, |view, first, count| {
             bytes.resize(count, 0);
             nested.resize(count.div_ceil(NESTED_BLOCK_SIZE), 0.0);
             scales.resize(count, 0.0);
-            self.fetch(&codes, first, &mut bytes)?;
+            view.fetch(&codes, first, &mut bytes)?;
             let group = first / NESTED_BLOCK_SIZE as u64;
-            self.fetch(
+            view.fetch(
                 &nested_absmax,
                 4 * group,
                 bytemuck::cast_slice_mut(&mut nested),
             )?;
-            let kernels = self.context.kernels;
+            let kernels = view.context.kernels;
             kernels.dequantize_absmax(&bytes, &nested, mean, &mut scales)?;
-            self.store(&absmax, 4 * first, bytemuck::cast_slice(&scales))?;
-        }
-        Ok(())
+            view.store(&absmax, 4 * first, bytemuck::cast_slice(&scales))
+        })
     }
 }

@@ -11,7 +11,7 @@ type Answer = Result<String, String>;
 
 /// The function of an instantiated program. Nothing is limited here: fuel, time and memory are what
 /// the host's store allows, and devices' memory is what its
-/// [`ProgramContext`](super::ProgramContext) does.
+/// [`ProgramCtx`](super::ProgramCtx) does.
 #[derive(Clone)]
 pub struct Run {
     run: TypedFunc<(Vec<String>,), (Answer,)>,

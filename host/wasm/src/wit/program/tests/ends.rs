@@ -21,7 +21,7 @@ fn cause<E: std::error::Error + Copy + Send + Sync + 'static, T: std::fmt::Debug
 }
 
 #[test]
-fn after_the_deadline_every_call_that_takes_time_traps() {
+fn after_the_deadline_every_call_but_those_that_free_traps() {
     let directory = checkpoint();
     let mut program = with_model(directory.path(), 16 * MIB);
     let buffer = program.allocate(0, 100);
@@ -49,6 +49,8 @@ fn after_the_deadline_every_call_that_takes_time_traps() {
         cause(view.get_usage(0)),
         cause(view.get_quota().map_err(trap)),
         cause(view.allocate(0, 1)),
+        cause(view.length(b()).map_err(trap)),
+        cause(view.device(b()).map_err(trap)),
         cause(view.read(b(), 0, 1)),
         cause(view.write(b(), 0, vec![1])),
         cause(view.copy_from(b(), 0, b(), 50, 1)),
@@ -68,7 +70,11 @@ fn after_the_deadline_every_call_that_takes_time_traps() {
         cause(view.dequantize_absmax(p(), p(), 0.0, 1, p())),
         cause(view.get_names().map_err(trap)),
         cause(view.open("model".to_owned())),
+        cause(view.config_json(o()).map_err(trap)),
+        cause(view.tensor_count(o()).map_err(trap)),
         cause(view.tensors(o(), 0, 1).map_err(trap)),
+        cause(wit_checkpoints::HostCheckpoint::find(view, o(), String::new()).map_err(trap)),
+        cause(view.ties(o(), 0, 1).map_err(trap)),
         cause(wit_checkpoints::HostCheckpoint::read_tensor(
             view,
             o(),
@@ -80,6 +86,7 @@ fn after_the_deadline_every_call_that_takes_time_traps() {
         )),
         cause(view.load(o(), vec![], vec![])),
         cause(view.get_statistics(m()).map_err(trap)),
+        cause(wit_models::HostModel::find(view, m(), String::new()).map_err(trap)),
         cause(view.get_tensor(m(), 0)),
         cause(view.read_part(m(), 0, data, 0, 1)),
         cause(view.read_part_into(m(), 0, data, 0, 1, b(), 0)),
@@ -108,7 +115,7 @@ fn a_load_that_is_cancelled_takes_nothing() {
     let directory = checkpoint();
     let token = CancelToken::new();
     let devices = devices();
-    let context = ProgramContext::new(Arc::clone(&devices), 64 * MIB)
+    let context = ProgramCtx::new(Arc::clone(&devices), 64 * MIB)
         .grant("model", directory.path())
         .cancelled_by(token.clone())
         .load_with(Some(1), Some(64 << 10));
@@ -130,7 +137,7 @@ fn a_load_that_is_cancelled_takes_nothing() {
     );
 }
 
-/// A checkpoint of so many empty tensors.
+/// A checkpoint of this many empty tensors.
 fn empty_tensors(count: usize) -> tempfile::TempDir {
     let directory = tempfile::TempDir::new().unwrap();
     let entry = |i| format!(r#""t{i}.weight":{{"dtype":"BF16","shape":[0],"data_offsets":[0,0]}}"#);
@@ -161,17 +168,17 @@ fn a_deadline_ends_opening_and_planning_in_the_middle() {
     assert_eq!(cause::<Stopped, _>(result), Stopped::Deadline);
     let mut program = with_model(directory.path(), 16 * MIB);
     program.context.set_deadline(Instant::now());
-    let ProgramContext { grants, stop, .. } = &mut program.context;
+    let ProgramCtx { grants, stop, .. } = &mut program.context;
     let result = grants.open("model".to_owned(), stop);
     assert_eq!(cause::<Stopped, _>(result), Stopped::Deadline);
     // And a token that is used.
     let token = CancelToken::new();
-    let context = ProgramContext::new(devices(), 16 * MIB)
+    let context = ProgramCtx::new(devices(), 16 * MIB)
         .grant("model", directory.path())
         .cancelled_by(token.clone());
     let mut program = Program::with(context);
     token.cancel();
-    let ProgramContext { grants, stop, .. } = &mut program.context;
+    let ProgramCtx { grants, stop, .. } = &mut program.context;
     let result = grants.open("model".to_owned(), stop);
     assert_eq!(cause::<Stopped, _>(result), Stopped::Cancelled);
 }
@@ -186,7 +193,7 @@ fn clearing_what_lies_before_is_interrupted() {
     let error = buffer.write(4 * MIB, &[1], &stop).unwrap_err();
     assert!(matches!(
         error,
-        memory::MemoryError::Stopped(Stopped::Cancelled)
+        crate::memory::MemoryError::Stopped(Stopped::Cancelled)
     ));
     let mut bytes = vec![1; 8 << 20];
     buffer.read(0, &mut bytes).unwrap();
@@ -240,7 +247,7 @@ fn whatever_is_left_behind_goes_with_the_table() {
     let directory = checkpoint();
     let devices = devices();
     let mut program = Program::with(
-        ProgramContext::new(Arc::clone(&devices), 32 * MIB).grant("model", directory.path()),
+        ProgramCtx::new(Arc::clone(&devices), 32 * MIB).grant("model", directory.path()),
     );
     for _ in 0..100 {
         let buffer = program.allocate(1, 10_000);

@@ -5,8 +5,6 @@ mod checkpoints;
 mod ends;
 mod models;
 mod nf4;
-#[path = "../../../../../core/src/load/sources.rs"]
-mod sources;
 
 use std::path::Path;
 
@@ -16,18 +14,18 @@ use wasmtime::component::{Resource, ResourceTableError};
 use super::bindings::tightfit::host::buffers::{HostBuffer as _, Place};
 use super::bindings::tightfit::host::checkpoints::HostCheckpoint as _;
 use super::bindings::tightfit::host::{errors, types};
+use super::view::MOST_BYTES;
 use super::*;
 use tightfit::device::HostDevice;
+use tightfit::testing::{Source, source, write_checkpoint};
 use tightfit::types::DType;
-
-use sources::{Source, source, write_checkpoint};
 
 const MIB: u64 = 1 << 20;
 const KIB: u64 = 1 << 10;
 
 /// What a store holds for one program.
 struct Program {
-    context: ProgramContext,
+    context: ProgramCtx,
     table: ResourceTable,
 }
 
@@ -44,10 +42,10 @@ impl Program {
     }
 
     fn on(devices: &Arc<[Box<dyn Device>]>, quota: u64) -> Program {
-        Program::with(ProgramContext::new(Arc::clone(devices), quota))
+        Program::with(ProgramCtx::new(Arc::clone(devices), quota))
     }
 
-    fn with(context: ProgramContext) -> Program {
+    fn with(context: ProgramCtx) -> Program {
         Program {
             context,
             table: ResourceTable::new(),
@@ -55,8 +53,8 @@ impl Program {
     }
 
     /// One call.
-    fn call(&mut self) -> ProgramContextView<'_> {
-        ProgramContextView {
+    fn call(&mut self) -> ProgramCtxView<'_> {
+        ProgramCtxView {
             context: &mut self.context,
             table: &mut self.table,
         }
@@ -171,5 +169,5 @@ fn checkpoint() -> TempDir {
 
 /// A program that may open this as `model`.
 fn with_model(path: &Path, quota: u64) -> Program {
-    Program::with(ProgramContext::new(devices(), quota).grant("model", path))
+    Program::with(ProgramCtx::new(devices(), quota).grant("model", path))
 }

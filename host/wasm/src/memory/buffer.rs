@@ -3,12 +3,9 @@
 use std::fmt;
 use std::sync::Arc;
 
-use super::memory::{DevicePool, Held, MemoryError};
-use super::stop::Stop;
-
-/// What is copied, converted or cleared at once, in bytes: a host call holds a few of these, and
-/// asks after each whether it is to go on.
-pub(super) const PIECE: usize = 1 << 20;
+use super::error::MemoryError;
+use super::pool::{DevicePool, Held};
+use crate::stop::Stop;
 
 /// A range of bytes on a device. Its memory is given back when it is dropped.
 pub struct Buffer {
@@ -46,16 +43,16 @@ impl Buffer {
         self.bytes
     }
 
-    /// Index of its device.
+    /// Returns the index of its device.
     pub fn device(&self) -> usize {
         self.pool.index()
     }
 
-    /// Whether this range lies inside.
+    /// Checks that this range lies inside.
     ///
     /// # Errors
     /// [`MemoryError::OutOfBounds`].
-    pub(super) fn check(&self, offset: u64, bytes: u64) -> Result<(), MemoryError> {
+    pub(crate) fn check(&self, offset: u64, bytes: u64) -> Result<(), MemoryError> {
         match offset.checked_add(bytes) {
             Some(end) if end <= self.bytes => Ok(()),
             _ => Err(MemoryError::OutOfBounds {
@@ -70,7 +67,7 @@ impl Buffer {
     ///
     /// # Errors
     /// [`MemoryError::OutOfBounds`] and [`MemoryError::Device`].
-    pub(super) fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), MemoryError> {
+    pub(crate) fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), MemoryError> {
         self.check(offset, out.len() as u64)?;
         let written = self.written.saturating_sub(offset).min(out.len() as u64);
         let (held, rest) = out.split_at_mut(written as usize);
@@ -88,7 +85,7 @@ impl Buffer {
     /// # Errors
     /// [`MemoryError::OutOfBounds`] with nothing written, [`MemoryError::Device`], and
     /// [`MemoryError::Stopped`] while what lies before is being cleared.
-    pub(super) fn write(
+    pub(crate) fn write(
         &mut self,
         offset: u64,
         bytes: &[u8],

@@ -6,9 +6,9 @@ use tightfit::cancel::CancelToken;
 
 /// Asked before every call and every piece of a long one.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Stop {
-    pub(super) cancel: CancelToken,
-    pub(super) deadline: Option<Instant>,
+pub(crate) struct Stop {
+    pub(crate) cancel: CancelToken,
+    pub(crate) deadline: Option<Instant>,
 }
 
 /// Why a program's call of the host was ended; the cause of the trap.
@@ -24,23 +24,23 @@ pub enum Stopped {
 
 impl Stop {
     /// For what the library does: used when the program is to end, for either reason.
-    pub(super) fn token(&self) -> CancelToken {
+    pub(crate) fn token(&self) -> CancelToken {
         match self.deadline {
             Some(deadline) => self.cancel.until(deadline),
             None => self.cancel.clone(),
         }
     }
 
-    /// The reason, after [`Stop::token`] has ended something.
-    pub(super) fn reason(&self) -> Stopped {
+    /// Returns the reason, after [`Stop::token`] has ended something.
+    pub(crate) fn reason(&self) -> Stopped {
         self.check().err().unwrap_or(Stopped::Cancelled)
     }
 
-    /// Whether the program may go on.
+    /// Checks that the program may go on.
     ///
     /// # Errors
     /// Why not.
-    pub(super) fn check(&self) -> Result<(), Stopped> {
+    pub(crate) fn check(&self) -> Result<(), Stopped> {
         if self.cancel.is_cancelled() {
             return Err(Stopped::Cancelled);
         }

@@ -8,12 +8,15 @@ use std::borrow::Cow;
 
 use wasmparser::{BinaryReaderError, Parser, Payload};
 
+use crate::sandbox::Failure;
+use crate::wit::{bindings, program};
+
 /// How sections are called that describe a world.
 const DESCRIPTION: &str = "component-type";
 
-/// The input itself if it is a component; a core module with a description of this world, as
-/// [`World::component_type`](super::World) has it, instead of its own.
-pub(super) fn described<'a>(
+/// Returns the input itself if it is a component; a core module with a description of this world,
+/// encoded as wit-component does, instead of its own.
+pub(crate) fn described<'a>(
     bytes: &'a [u8],
     component_type: &[u8],
 ) -> Result<Cow<'a, [u8]>, BinaryReaderError> {
@@ -49,12 +52,12 @@ fn section(module: &mut Vec<u8>, id: u8, parts: &[&[u8]]) {
     parts.iter().for_each(|part| module.extend_from_slice(part));
 }
 
-/// A component ready to be compiled: what [`described`] gave, wrapped into one if it is a core
-/// module.
+/// Returns a component ready to be compiled: what [`described`] gave, wrapped into one if it is a
+/// core module.
 ///
 /// # Errors
 /// What keeps a core module from being made a component.
-pub(super) fn component(described: &[u8]) -> Result<Cow<'_, [u8]>, String> {
+pub(crate) fn component(described: &[u8]) -> Result<Cow<'_, [u8]>, String> {
     if Parser::is_component(described) {
         return Ok(Cow::Borrowed(described));
     }
@@ -67,4 +70,40 @@ pub(super) fn component(described: &[u8]) -> Result<Cow<'_, [u8]>, String> {
                 "a core module that cannot be made a component (was it built with the SDK or wit-bindgen?): {error:#}"
             )
         })
+}
+
+/// Returns the bytes of the component that a core module makes: what `cargo build` gives for a policy
+/// or a program that uses the SDK, and other compilers with wit-bindgen. A component is given back as
+/// it is.
+///
+/// The [`sandbox`](crate::sandbox) takes either and needs no such call. It is for hosts that have a
+/// compiler of their own; no limits are checked here.
+///
+/// # Errors
+/// [`Failure::NotAComponent`] where it is damaged, or imports or exports what neither policies nor
+/// programs do.
+pub fn component_from_module(bytes: &[u8]) -> Result<Vec<u8>, Failure> {
+    let not_a_component = |reason| Failure::NotAComponent { reason };
+    let described = component_type(bytes)
+        .and_then(|component_type| described(bytes, component_type))
+        .map_err(|error| not_a_component(format!("damaged: {error}")))?;
+    let component = component(&described).map_err(not_a_component)?;
+    Ok(component.into_owned())
+}
+
+/// Returns the description of the world that a core module is made for, by what it exports.
+fn component_type(bytes: &[u8]) -> Result<&'static [u8], BinaryReaderError> {
+    if !Parser::is_component(bytes) {
+        for payload in Parser::new(0).parse_all(bytes) {
+            let Payload::ExportSection(exports) = payload? else {
+                continue;
+            };
+            for export in exports {
+                if export?.name.starts_with("tightfit:host/run@") {
+                    return Ok(program::bindings::COMPONENT_TYPE);
+                }
+            }
+        }
+    }
+    Ok(bindings::COMPONENT_TYPE)
 }

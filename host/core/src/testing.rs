@@ -1,20 +1,52 @@
-//! Small checkpoints for tests.
+//! What several tests need, those of crates that build on this one too.
 
 use std::path::Path;
 
 use tightfit_kernels::{FloatType, Kernels};
 
-use super::DType;
+use crate::checkpoint::TensorInfo;
+use crate::device::{DeviceInfo, DeviceKind};
+use crate::types::DType;
 
-/// A tensor of a test checkpoint: pseudo-random weights, the same on every run.
-pub(crate) struct Source {
-    pub(crate) name: &'static str,
-    pub(crate) dtype: DType,
-    pub(crate) shape: Vec<u64>,
-    pub(crate) bytes: Vec<u8>,
+/// Returns a tensor of a checkpoint that is not quantized, at the beginning of the first shard.
+pub fn tensor(name: &str, dtype: DType, shape: &[u64]) -> TensorInfo {
+    TensorInfo {
+        name: name.to_owned(),
+        dtype,
+        shape: shape.to_vec(),
+        bytes: dtype.tensor_bytes(shape).unwrap(),
+        shard: 0,
+        offset: 0,
+        quantized: None,
+    }
 }
 
-pub(crate) fn source(name: &'static str, dtype: DType, shape: &[u64]) -> Source {
+/// Returns a simulated device, all of which is free.
+pub fn device(name: &str, capacity: u64, granularity: u64) -> DeviceInfo {
+    DeviceInfo {
+        name: name.to_owned(),
+        kind: DeviceKind::Sim,
+        capacity,
+        available: capacity,
+        granularity,
+    }
+}
+
+/// A tensor of a test checkpoint: pseudo-random weights, the same on every run.
+#[derive(Debug)]
+pub struct Source {
+    /// Its key.
+    pub name: &'static str,
+    /// Type of its elements.
+    pub dtype: DType,
+    /// Row-major.
+    pub shape: Vec<u64>,
+    /// Its elements, little-endian.
+    pub bytes: Vec<u8>,
+}
+
+/// Returns a tensor whose weights follow from its name.
+pub fn source(name: &'static str, dtype: DType, shape: &[u64]) -> Source {
     let elements: u64 = shape.iter().product();
     let mut state = name
         .bytes()
@@ -46,7 +78,8 @@ pub(crate) fn source(name: &'static str, dtype: DType, shape: &[u64]) -> Source 
     }
 }
 
-pub(crate) fn write_checkpoint(directory: &Path, sources: &[Source]) {
+/// Writes these tensors, in this order, into the only file of a checkpoint.
+pub fn write_checkpoint(directory: &Path, sources: &[Source]) {
     let mut header = serde_json::Map::new();
     let mut data = Vec::new();
     for source in sources {

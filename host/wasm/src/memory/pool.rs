@@ -1,0 +1,301 @@
+//! One device's memory as one program has it, in chunks.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::error::MemoryError;
+use tightfit::device::{Device, DeviceError, Piece, Reservation, WRITER_BUFFERS, Writer};
+use tightfit::memory::{Allocation, Ledger, LedgerEntry, Pool, ReservationSize, Usage};
+use tightfit::plan::PART_ALIGNMENT;
+
+/// Chunks are not larger, unless a single buffer is. A larger one is not kept when it is empty.
+pub(super) const LARGEST_CHUNK: u64 = 64 << 20;
+
+/// What is written at once into memory that the processor cannot write.
+const WRITER_BYTES: usize = 256 << 10;
+
+/// Bytes that may be reserved on all devices together, and that are.
+#[derive(Debug, Clone)]
+pub(super) struct Quota {
+    limit: u64,
+    ledger: Arc<Ledger>,
+}
+
+impl Quota {
+    pub(super) fn new(limit: u64) -> Quota {
+        Quota {
+            limit,
+            ledger: Arc::default(),
+        }
+    }
+
+    /// Returns the most that may be reserved, in bytes.
+    pub(super) fn limit(&self) -> u64 {
+        self.limit
+    }
+
+    /// Returns what is reserved.
+    pub(super) fn usage(&self) -> Usage {
+        self.ledger.usage()
+    }
+
+    /// Checks that this many bytes are left. Asked before anything is taken; it is entered when it
+    /// has been, so that a peak is of what there was.
+    ///
+    /// # Errors
+    /// [`MemoryError::Quota`].
+    pub(super) fn check(&self, bytes: u64) -> Result<(), MemoryError> {
+        let have = self.limit.saturating_sub(self.ledger.usage().reserved.now);
+        match bytes <= have {
+            true => Ok(()),
+            false => Err(MemoryError::Quota { need: bytes, have }),
+        }
+    }
+
+    /// Enters what has been reserved.
+    ///
+    /// # Errors
+    /// [`MemoryError::Quota`], with nothing entered.
+    pub(super) fn enter(&self, bytes: u64) -> Result<LedgerEntry, MemoryError> {
+        let entry = Ledger::enter(&self.ledger, reserved_only(bytes), self.limit);
+        entry.map_err(|have| MemoryError::Quota { need: bytes, have })
+    }
+}
+
+fn reserved_only(bytes: u64) -> ReservationSize {
+    ReservationSize {
+        reserved: bytes,
+        ..ReservationSize::default()
+    }
+}
+
+/// One device's memory as one program has it.
+#[derive(Debug)]
+pub(super) struct DevicePool {
+    devices: Arc<[Box<dyn Device>]>,
+    index: usize,
+    /// Buffers and models as requested and padded, chunks and models as reserved.
+    ledger: Arc<Ledger>,
+    quota: Quota,
+    chunks: Mutex<Chunks>,
+}
+
+#[derive(Debug, Default)]
+struct Chunks {
+    next: u64,
+    by_number: BTreeMap<u64, Chunk>,
+    /// Carries bytes into the chunk that was written last, where the processor cannot. It holds
+    /// that chunk's memory and page-locked buffers, so there is only one.
+    writer: Option<(u64, Box<dyn Writer>)>,
+}
+
+/// Memory that was taken in one piece, and which pieces of it are in use.
+#[derive(Debug)]
+struct Chunk {
+    pool: Pool,
+    /// Given back before the books say so: fields drop in this order.
+    memory: Box<dyn Reservation>,
+    _entries: [LedgerEntry; 2],
+}
+
+/// A piece of a chunk.
+#[derive(Debug)]
+pub(super) struct Held {
+    chunk: u64,
+    allocation: Allocation,
+    entry: LedgerEntry,
+}
+
+impl DevicePool {
+    pub(super) fn new(devices: Arc<[Box<dyn Device>]>, index: usize, quota: Quota) -> DevicePool {
+        DevicePool {
+            devices,
+            index,
+            ledger: Arc::default(),
+            quota,
+            chunks: Mutex::default(),
+        }
+    }
+
+    /// Returns what the program has of the device.
+    pub(super) fn usage(&self) -> Usage {
+        self.ledger.usage()
+    }
+
+    /// Enters what has been reserved outside of the chunks, for a model. The quota bounds it.
+    pub(super) fn enter(&self, size: ReservationSize) -> Option<LedgerEntry> {
+        Ledger::enter(&self.ledger, size, u64::MAX).ok()
+    }
+
+    pub(super) fn device(&self) -> &dyn Device {
+        &*self.devices[self.index]
+    }
+
+    /// Returns the device's index.
+    pub(super) fn index(&self) -> usize {
+        self.index
+    }
+
+    /// Returns the chunks that hold nothing to the device.
+    pub(super) fn trim(&self) {
+        self.lock().trim(|_| true);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Chunks> {
+        // No update is left half done by a panic: the pools' own calls do not panic.
+        self.chunks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns the bytes of all chunks.
+    pub(super) fn chunk_bytes(&self) -> u64 {
+        let chunks = self.lock();
+        let bytes = chunks.by_number.values().map(|chunk| chunk.memory.len());
+        bytes.fold(0, u64::saturating_add)
+    }
+
+    /// Takes a piece of what there is, not empty; the oldest chunks are filled first, so that later ones get empty.
+    pub(super) fn allocate(&self, bytes: u64) -> Option<Held> {
+        let padded = bytes.checked_next_multiple_of(PART_ALIGNMENT)?;
+        let mut chunks = self.lock();
+        let (chunk, allocation) = chunks.by_number.iter_mut().find_map(|(&number, chunk)| {
+            let allocation = chunk.pool.allocate(bytes)?;
+            Some((number, allocation))
+        })?;
+        drop(chunks);
+        let size = ReservationSize {
+            requested: bytes,
+            padded,
+            reserved: 0,
+        };
+        // Nothing is reserved by it, so that it is never too much.
+        let entry = self.enter(size)?;
+        Some(Held {
+            chunk,
+            allocation,
+            entry,
+        })
+    }
+
+    /// Takes another chunk of this many bytes, a multiple of the device's granularity.
+    pub(super) fn grow(&self, bytes: u64) -> Result<(), MemoryError> {
+        self.quota.check(bytes)?;
+        let memory = self.device().reserve(ReservationSize {
+            requested: bytes,
+            padded: bytes,
+            reserved: bytes,
+        })?;
+        let quota = self.quota.enter(bytes)?;
+        let own = Ledger::enter(&self.ledger, reserved_only(bytes), u64::MAX);
+        let own = own.map_err(|have| MemoryError::Quota { need: bytes, have })?;
+        let mut chunks = self.lock();
+        let number = chunks.next;
+        chunks.next += 1;
+        chunks.by_number.insert(
+            number,
+            Chunk {
+                pool: Pool::new(memory.len(), PART_ALIGNMENT),
+                memory,
+                _entries: [quota, own],
+            },
+        );
+        Ok(())
+    }
+
+    /// Takes a piece back, and returns chunks that have become empty: all but one, of which a
+    /// program that allocates and frees in turn has the use.
+    pub(super) fn give_back(&self, held: Held) {
+        let Held {
+            chunk: number,
+            allocation,
+            entry,
+        } = held;
+        drop(entry);
+        let mut chunks = self.lock();
+        if let Some(chunk) = chunks.by_number.get_mut(&number) {
+            // It comes from there.
+            let _ = chunk.pool.free(allocation);
+        }
+        let mut kept = false;
+        chunks.trim(|chunk| {
+            let keep = !kept && chunk.memory.len() <= LARGEST_CHUNK;
+            kept |= keep;
+            !keep
+        });
+    }
+
+    /// Copies bytes of a piece from `offset` on.
+    pub(super) fn read(&self, held: &Held, offset: u64, out: &mut [u8]) -> Result<(), DeviceError> {
+        let chunks = self.lock();
+        match chunks.by_number.get(&held.chunk) {
+            Some(chunk) => {
+                let offset = held.allocation.offset().saturating_add(offset);
+                chunk.memory.read(offset, out)
+            }
+            None => Err(self.gone()),
+        }
+    }
+
+    /// Writes bytes into a piece at `offset`. They lie inside of it.
+    pub(super) fn write(&self, held: &Held, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        let mut chunks = self.lock();
+        let Chunks {
+            by_number, writer, ..
+        } = &mut *chunks;
+        let chunk = by_number.get_mut(&held.chunk).ok_or_else(|| self.gone())?;
+        let mut offset = held.allocation.offset().saturating_add(offset);
+        if let Some(memory) = chunk.memory.host_memory_mut() {
+            let start = usize::try_from(offset).ok();
+            let place = start.and_then(|start| memory.get_mut(start..)?.get_mut(..bytes.len()));
+            place.ok_or_else(|| self.gone())?.copy_from_slice(bytes);
+            return Ok(());
+        }
+        let carrier = match writer {
+            Some((number, carrier)) if *number == held.chunk => carrier,
+            _ => {
+                // The last one's buffers are released before others are taken.
+                *writer = None;
+                let buffers = chunk.memory.page_lock(WRITER_BUFFERS * WRITER_BYTES)?;
+                let buffers = buffers.ok_or_else(|| self.gone())?;
+                let carrier = chunk.memory.writer(buffers)?;
+                let carrier = carrier.ok_or_else(|| self.gone())?;
+                &mut writer.insert((held.chunk, carrier)).1
+            }
+        };
+        for bytes in bytes.chunks(WRITER_BYTES) {
+            let staged = carrier.stage()?;
+            let place = staged.get_mut(..bytes.len()).ok_or_else(|| self.gone())?;
+            place.copy_from_slice(bytes);
+            carrier.write(&[Piece {
+                start: 0,
+                len: bytes.len(),
+                offset,
+            }])?;
+            offset += bytes.len() as u64;
+        }
+        carrier.finish()
+    }
+
+    /// Returns the error of a device whose memory is not what it said: a fault that has no better
+    /// name.
+    fn gone(&self) -> DeviceError {
+        DeviceError::Unavailable {
+            device: self.device().info().name,
+            reason: "its memory is not there any more".to_owned(),
+        }
+    }
+}
+
+impl Chunks {
+    /// Returns those empty chunks that `unwanted` names.
+    fn trim(&mut self, mut unwanted: impl FnMut(&Chunk) -> bool) {
+        let writer = &mut self.writer;
+        self.by_number.retain(|number, chunk| {
+            let keep = chunk.pool.used().now > 0 || !unwanted(chunk);
+            if !keep && writer.as_ref().is_some_and(|(last, _)| last == number) {
+                // It would keep the memory.
+                *writer = None;
+            }
+            keep
+        });
+    }
+}
