@@ -41,7 +41,10 @@ mod tables;
 mod x86;
 
 pub use error::KernelError;
+pub use float::Float;
 pub use formats::{FloatType, NESTED_BLOCK_SIZE, blocks, code_values, packed_bytes};
+/// The 16-bit numbers of which signatures speak.
+pub use half;
 pub use isa::Isa;
 pub use kernels::{Kernels, QuantizeStats};
 pub use linear::{LinearWeights, Scales};

@@ -8,9 +8,7 @@ use tightfit::device::Device;
 use tightfit::model::{Model, TailAllocator, Tensor};
 use tightfit::plan::{PartKind, PlannedPart, Proposed};
 use tightfit::report::Report;
-use tightfit::status::Status;
 use tightfit::types::{QuantType, elements};
-use tightfit_kernels::FloatType;
 
 use crate::TightfitStatus;
 use crate::boundary::{Error, Growing, array_mut, c_string, call, object, take, text, write_sized};
@@ -381,22 +379,30 @@ pub unsafe extern "C" fn tightfit_model_to_f32(
         check_length(tensor.name(), "elements", need, count)?;
         // SAFETY: as the caller promises.
         let buffer = unsafe { array_mut(buffer, count, "buffer") }?;
-        let bytes = tensor.to_float(FloatType::F32).map_err(|error| {
-            use tightfit::model::ModelError;
-            let status = match &error {
-                ModelError::Device(_) => Status::Device,
-                ModelError::NotFloat { .. }
-                | ModelError::NoPart { .. }
-                | ModelError::OutsideTensor { .. } => Status::Usage,
-                ModelError::Kernel(_) => Status::Other,
-            };
-            Error::new(status, error)
-        })?;
-        let (values, _) = bytes.as_chunks::<4>();
-        for (value, &bytes) in buffer.iter_mut().zip(values) {
-            *value = f32::from_le_bytes(bytes);
-        }
-        Ok(())
+        Ok(tensor.read_floats(0, buffer)?)
+    })
+}
+
+/// Dequantizes or converts `count` elements of a tensor, from number `first` on, into `buffer`: a row
+/// of a matrix, for example, without the rest of it. An error for elements that are not
+/// floating-point numbers, and for a range outside of the tensor.
+///
+/// # Safety
+/// `model` is loaded; `buffer` has `count` elements that nobody else uses meanwhile.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tightfit_model_to_f32_at(
+    model: *const TightfitModel,
+    tensor: usize,
+    first: u64,
+    buffer: *mut f32,
+    count: usize,
+) -> TightfitStatus {
+    call(|| {
+        // SAFETY: as the caller promises.
+        let tensor = unsafe { object(model, "model") }?.tensor(tensor)?;
+        // SAFETY: as the caller promises.
+        let buffer = unsafe { array_mut(buffer, count, "buffer") }?;
+        Ok(tensor.read_floats(first, buffer)?)
     })
 }
 

@@ -39,7 +39,15 @@ const LAYERS: [(&str, &[&str]); 20] = [
     ),
     (
         "model",
-        &["types", "cancel", "memory", "device", "checkpoint", "plan"],
+        &[
+            "types",
+            "cancel",
+            "status",
+            "memory",
+            "device",
+            "checkpoint",
+            "plan",
+        ],
     ),
     (
         "load",

@@ -4,12 +4,13 @@ use cuda_stand_in::control::Setup;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, DeviceError, open_devices};
 use tightfit::load::{
-    LoadError, LoadOptions, QuantizeOn, ReserveError, Revision, load_reserved, reserve,
+    LoadError, LoadOptions, QuantizeOn, ReserveError, Revision, load, load_reserved, reserve,
 };
 use tightfit::plan::Plan;
+use tightfit::types::Format;
 use tightfit_tests::loading::{Planned, auto, contents, load_with_auto};
 
-use super::{Driver, MIB, decoder, stand_in};
+use super::{Driver, Kind, Kinds, MIB, decoder, nf4, stand_in};
 
 pub(super) fn open(specs: &[&str]) -> Vec<Box<dyn Device>> {
     let specs: Vec<_> = specs.iter().map(|spec| spec.parse().unwrap()).collect();
@@ -74,6 +75,31 @@ fn a_device_without_virtual_memory_is_used_too() {
     report.is_clean("plain");
     assert!(report.calls.iter().any(|call| call == "cuMemAlloc"));
     assert!(report.calls.iter().all(|call| call != "cuMemCreate"));
+}
+
+#[test]
+fn a_plan_for_another_checkpoint_of_as_many_tensors_is_refused() {
+    const GROWN: &[Kind] = &[
+        ("bf16", "BF16", 2, &[301, 170], Format::Stored),
+        ("blocks of 64", "BF16", 2, &[364, 330], nf4(64, false)),
+        ("double", "F32", 4, &[257, 257], nf4(64, true)),
+    ];
+    let driver = Driver::start(2);
+    let devices = open_devices(&[]).unwrap();
+    let (planned, grown) = (Kinds::new(Kinds::FEW), Kinds::new(GROWN));
+    for quantize_on in [QuantizeOn::Cpu, QuantizeOn::Gpu] {
+        let options = LoadOptions::default().with_quantize_on(quantize_on);
+        for (made_for, loaded) in [(&planned, &grown), (&grown, &planned)] {
+            let plan = made_for.plan(&devices);
+            let result = load(&loaded.checkpoint, &plan, &devices, &options);
+            assert!(matches!(result, Err(LoadError::OtherPlan)), "{result:?}");
+            for device in &devices {
+                assert_eq!(device.usage().reserved.now, 0);
+            }
+        }
+    }
+    drop(devices);
+    driver.clean_report("another checkpoint");
 }
 
 /// Asks the default policy and loads. What devices lose is lost while it is being taken.

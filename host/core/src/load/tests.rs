@@ -2,12 +2,14 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use std::fmt;
 use tempfile::TempDir;
-use tightfit_kernels::{BlockSize, FloatType, Isa};
+
+use tightfit_kernels::{BlockSize, Float, FloatType, Isa, half};
 
 use super::*;
 use crate::device::HostDevice;
-use crate::model::Tensor;
+use crate::model::{ModelError, Tensor};
 use crate::plan::{PartKind, PlanOptions};
 use crate::testing::{Source, source, write_checkpoint};
 use crate::types::{DType, Placement};
@@ -206,6 +208,33 @@ fn the_bytes_do_not_depend_on_threads_staging_or_instruction_set() {
     }
 }
 
+/// The same numbers in every type and as bytes, all of them or some.
+#[test]
+fn numbers_are_read_in_every_type() {
+    fn check<T: Float + PartialEq + fmt::Debug>(tensor: Tensor<'_>) {
+        let all: Vec<T> = tensor.to_floats().unwrap();
+        let bytes = tensor.to_float(T::TYPE).unwrap();
+        assert_eq!(bytemuck::cast_slice::<T, u8>(&all), bytes);
+        let first = all.len() / 3;
+        let mut some = vec![T::zeroed(); (all.len() - first).min(100)];
+        tensor.read_floats(first as u64, &mut some).unwrap();
+        assert_eq!(some, all[first..][..some.len()]);
+        let outside = tensor.read_floats(all.len() as u64 + 1, &mut some[..0]);
+        assert!(matches!(outside, Err(ModelError::OutsideTensor { .. })));
+    }
+    let cases = cases();
+    let fixture = Fixture::new(&cases);
+    let model = fixture.load(&LoadOptions::default()).unwrap();
+    for (source, _) in &cases {
+        if source.dtype.is_quantizable() {
+            let tensor = model.tensor(source.name).unwrap();
+            check::<f32>(tensor);
+            check::<half::f16>(tensor);
+            check::<half::bf16>(tensor);
+        }
+    }
+}
+
 #[test]
 fn dequantized_tensors_are_close_to_what_they_were() {
     let cases = cases();
@@ -221,12 +250,10 @@ fn dequantized_tensors_are_close_to_what_they_were() {
         Kernels::detect()
             .cast(&source.bytes, float, FloatType::F32, &mut expected)
             .unwrap();
-        let found = tensor.to_float(FloatType::F32).unwrap();
-        let floats = |bytes: &[u8]| -> Vec<f32> {
-            let (chunks, _) = bytes.as_chunks::<4>();
-            chunks.iter().copied().map(f32::from_le_bytes).collect()
-        };
-        let pairs = floats(&found).into_iter().zip(floats(&expected));
+        let found: Vec<f32> = tensor.to_floats().unwrap();
+        let (chunks, _) = expected.as_chunks::<4>();
+        let expected = chunks.iter().copied().map(f32::from_le_bytes);
+        let pairs = found.into_iter().zip(expected);
         // Half the widest gap between two NF4 values, for weights within [-1, 1].
         let tolerance = if *format == Format::Stored { 0.0 } else { 0.16 };
         for (found, expected) in pairs {

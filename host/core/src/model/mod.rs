@@ -15,12 +15,13 @@ pub use shared::SharedPart;
 pub use stats::{LoadStats, QuantizedBytes};
 pub use tail::{TailAllocation, TailAllocator};
 
-use tightfit_kernels::{FloatType, KernelError};
+use tightfit_kernels::{Float, FloatType, KernelError};
 
 use crate::cancel::{CancelToken, Cancelled, Watch};
 use crate::checkpoint::{Checkpoint, Quantized};
 use crate::device::{DeviceAddress, DeviceError, Reservation};
 use crate::plan::{PartKind, Plan, PlannedPart, PlannedTensor};
+use crate::status::Status;
 use crate::types::{BlockSize, DType, Format, QuantType, elements};
 
 /// A loaded model. Dropping it gives its memory back, unless [`SharedPart`]s, tails or exported
@@ -96,6 +97,18 @@ pub enum ModelError {
     /// A kernel was called with lengths that do not belong together: a fault of ours.
     #[error("internal error: {0}")]
     Kernel(#[from] KernelError),
+}
+
+impl From<&ModelError> for Status {
+    fn from(error: &ModelError) -> Status {
+        match error {
+            ModelError::Device(error) => error.into(),
+            ModelError::NotFloat { .. }
+            | ModelError::NoPart { .. }
+            | ModelError::OutsideTensor { .. } => Status::Usage,
+            ModelError::Kernel(_) => Status::Other,
+        }
+    }
 }
 
 impl Model {
@@ -343,6 +356,27 @@ impl<'m> Tensor<'m> {
             reservation.read(part.offset, &mut bytes)?;
         }
         Ok(Some(bytes))
+    }
+
+    /// Returns all elements, row-major: 4-bit weights are dequantized (one f32 product, rounded once),
+    /// others converted. [`Tensor::read_floats`] gives some of them.
+    ///
+    /// ```no_run
+    /// use tightfit::kernels::half::bf16;
+    ///
+    /// # fn weight(model: &tightfit::Model) -> Result<(), Box<dyn std::error::Error>> {
+    /// let weight = model.tensor("lm_head.weight").ok_or("it has no head")?;
+    /// let values: Vec<bf16> = weight.to_floats()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ModelError`] when the elements are not floating-point numbers or cannot be read.
+    pub fn to_floats<T: Float>(&self) -> Result<Vec<T>, ModelError> {
+        let mut out = vec![T::zeroed(); elements(self.shape()).unwrap_or(0) as usize];
+        self.read_floats(0, &mut out)?;
+        Ok(out)
     }
 
     /// The elements as numbers of type `to`, little-endian and row-major: NF4 weights are

@@ -1,6 +1,6 @@
 //! Ranges of loaded tensors: copied as they are, or as numbers, in bounded memory.
 
-use tightfit_kernels::{FloatType, KernelError, Kernels, NESTED_BLOCK_SIZE};
+use tightfit_kernels::{Float, FloatType, KernelError, Kernels, NESTED_BLOCK_SIZE};
 
 use super::{ModelError, Quantization, Tensor};
 use crate::plan::{PartKind, PlannedPart};
@@ -73,6 +73,15 @@ impl Tensor<'_> {
             reservation.read(part.offset + start, out)?;
         }
         Ok(())
+    }
+
+    /// Reads the elements from number `first` on, as many as `out` has room for: one row of a matrix, for
+    /// example. What they are is as with [`Tensor::to_floats`].
+    ///
+    /// # Errors
+    /// [`ModelError`]: those of [`Tensor::to_floats`], and [`ModelError::OutsideTensor`].
+    pub fn read_floats<T: Float>(&self, first: u64, out: &mut [T]) -> Result<(), ModelError> {
+        self.to_float_at(first, T::TYPE, bytemuck::cast_slice_mut(out))
     }
 
     /// The elements from number `first` on as numbers of type `to`, as many as `out` has room for;
