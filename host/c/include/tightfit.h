@@ -356,6 +356,18 @@ TightfitStatus tightfit_model_to_f32(const TightfitModel *model,
                                      float *buffer,
                                      size_t count);
 
+// Dequantizes or converts `count` elements of a tensor, from number `first` on, into `buffer`: a row
+// of a matrix, for example, without the rest of it. An error for elements that are not
+// floating-point numbers, and for a range outside of the tensor.
+//
+// # Safety
+// `model` is loaded; `buffer` has `count` elements that nobody else uses meanwhile.
+TightfitStatus tightfit_model_to_f32_at(const TightfitModel *model,
+                                        size_t tensor,
+                                        uint64_t first,
+                                        float *buffer,
+                                        size_t count);
+
 // The number of devices, also of those that hold nothing; 0 for NULL.
 //
 // # Safety

@@ -144,16 +144,8 @@ impl From<&DeviceError> for ErrorReport {
             DeviceError::Unavailable { .. } => "no-device",
             _ => "device",
         };
-        let device = match error {
-            DeviceError::OutOfMemory { device, .. }
-            | DeviceError::Refused { device, .. }
-            | DeviceError::Driver { device, .. }
-            | DeviceError::OutOfBounds { device, .. }
-            | DeviceError::NamedTwice { device }
-            | DeviceError::Unavailable { device, .. } => device,
-        };
         let report = ErrorReport {
-            device: Some(device.clone()),
+            device: Some(error.device().to_owned()),
             ..ErrorReport::new(error.into(), kind, error)
         };
         match *error {
@@ -202,6 +194,7 @@ impl From<&PolicyError> for ErrorReport {
                 ..report("no-policy")
             },
             PolicyError::Unreadable { path, .. } => report("no-policy").at(path),
+            _ => report("policy"),
         }
     }
 }
@@ -219,6 +212,7 @@ impl From<&ProposeError> for ErrorReport {
                     FormatRuleError::Illegal {
                         pattern, tensor, ..
                     } => (pattern, Some(tensor.clone())),
+                    _ => return report("bad-setting"),
                 };
                 ErrorReport {
                     setting: Some(format!("format:{pattern}")),
@@ -232,7 +226,7 @@ impl From<&ProposeError> for ErrorReport {
                     BadPlan::NoSuchDevice { tensor, .. }
                     | BadPlan::IllegalFormat { tensor, .. }
                     | BadPlan::TornTie { tensor, .. } => Some(tensor.clone()),
-                    BadPlan::PlacementCount { .. } | BadPlan::HeadroomCount { .. } => None,
+                    _ => None,
                 },
                 ..report("bad-plan")
             },
@@ -254,10 +248,11 @@ impl From<&ProposeError> for ErrorReport {
                         tensor: Some(tensor.clone()),
                         ..report.needing(need.saturating_add(*headroom), *have)
                     },
-                    PlanError::Bad(_) | PlanError::Cancelled => report,
+                    _ => report,
                 }
             }
             ProposeError::Cancelled => report("interrupted"),
+            _ => report("internal"),
         }
     }
 }
@@ -292,6 +287,7 @@ impl From<&ReserveError> for ErrorReport {
                 ..source.as_ref().into()
             },
             ReserveError::Load(error) => error.into(),
+            _ => ErrorReport::new(error.into(), "internal", error),
         }
     }
 }

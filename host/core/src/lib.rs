@@ -1,10 +1,93 @@
-//! Tightfit loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
+//! Loads Hugging Face checkpoints into 4-bit NF4, in exactly the memory that the weights need.
 //!
-//! Data flows one way: [`checkpoint`] -> [`policy`] -> [`plan`] -> [`load`] -> [`model`] ->
-//! [`report`].
+//! A [`Policy`] decides where every tensor goes and in which format; the [`Plan`] that is made of it
+//! is exact to the byte before any weight is read; the load reserves each device's memory in one
+//! piece, reads, quantizes and copies at the same time through a fixed amount of staging, and never
+//! takes more. The bytes are those of bitsandbytes' CUDA kernels.
+//!
+//! # Loading a model
+//!
+//! ```
+//! use tightfit::policy::{Answer, Description, PolicyError, Proposal, Request};
+//! use tightfit::{
+//!     Checkpoint, Device, Format, HostDevice, LoadOptions, Placement, Policy, load_reserved, reserve,
+//! };
+//!
+//! /// All matrices in NF4, on the first device.
+//! struct MatricesInNf4;
+//!
+//! impl Policy for MatricesInNf4 {
+//!     fn describe(&self) -> Result<Description, PolicyError> {
+//!         Ok(Description {
+//!             name: "matrices-in-nf4".into(),
+//!             version: "1".into(),
+//!             settings: vec![],
+//!         })
+//!     }
+//!
+//!     fn plan(&self, request: &Request<'_>) -> Result<Answer, PolicyError> {
+//!         let placements = request.tensors.iter().map(|tensor| Placement {
+//!             device: Some(0),
+//!             format: match tensor.dtype.is_quantizable() && tensor.shape.len() == 2 {
+//!                 true => Format::NF4,
+//!                 false => Format::Stored,
+//!             },
+//!         });
+//!         Ok(Answer {
+//!             proposal: Proposal {
+//!                 placements: placements.collect(),
+//!                 headroom: vec![0; request.devices.len()],
+//!             },
+//!             fuel: None,
+//!         })
+//!     }
+//! }
+//!
+//! # let directory = tempfile::tempdir()?;
+//! # let path = directory.path().join("model");
+//! # tightfit::synth::write(tightfit::synth::Preset::Demo, &path, &Default::default())?;
+//! let checkpoint = Checkpoint::open(&path)?;
+//! let devices: Vec<Box<dyn Device>> = vec![Box::new(HostDevice::cpu(None))];
+//! // Planned, checked, and its memory taken; nothing has been read.
+//! let reserved = reserve(&checkpoint, &MatricesInNf4, &devices, &[])?.reserved;
+//! let need = reserved.plan().devices[0].reserved();
+//! let model = load_reserved(&checkpoint, reserved, &LoadOptions::default())?;
+//! assert_eq!(devices[0].usage().reserved.peak, need);
+//!
+//! let weight = model.tensor("model.layers.0.mlp.up_proj.weight").ok_or("no such tensor")?;
+//! assert_eq!(weight.format(), Format::NF4);
+//! let values: Vec<f32> = weight.to_floats()?;
+//! # assert!(!values.is_empty());
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+//!
+//! The crate `tightfit-wasm` has the policies that the command uses (`auto`, `packed`,
+//! `huggingface`, `map`), and runs those of users in a sandbox.
+//!
+//! # Modules
+//!
+//! Data flows one way: [`checkpoint`] -> [`policy`] -> [`plan`] -> [`load`](mod@load) -> [`model`] ->
+//! [`report`]. What a program usually needs is at the root. [`hub`] downloads models by their id,
+//! [`save`] writes checkpoints in 4 bits, [`dlpack`] lends tensors to other libraries, and [`synth`]
+//! writes checkpoints of real models' shapes for tests.
+//!
+//! # Conventions
+//!
+//! Functions whose names end in `_with` take options, or a [`CancelToken`], beside what the plain ones
+//! take. Paths are anything that is one; devices are borrowed as `&[Box<dyn Device>]`, and what keeps
+//! them takes an `Arc<[Box<dyn Device>]>`. Every error says what, where, what is needed and what there
+//! is, and has a [`Status`](status::Status), its class. Nothing is printed, and nothing exits.
+//!
+//! # Features
+//!
+//! | feature | what it adds | |
+//! |---|---|---|
+//! | `cuda` | NVIDIA GPUs, through their driver, which is loaded when a GPU is asked for: neither to build nor to run is anything of CUDA needed | default |
+//! | `hub` | [`hub`] | |
 // Denied and not forbidden: a GPU's driver is a C library that `device::cuda::driver` calls, and
 // `dlpack::abi` is called back by C. No other module may.
 #![deny(unsafe_code)]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
 pub mod cancel;
 pub mod checkpoint;
@@ -39,6 +122,6 @@ pub use policy::Policy;
 pub use progress::{Progress, ReportProgress};
 pub use types::{DType, Format, Placement};
 
-/// The arithmetic, of which [`LoadOptions::kernels`] and [`Tensor::to_float`] speak: `FloatType`,
-/// `Kernels`, `KernelError`.
+/// The arithmetic, of which [`LoadOptions::kernels`] and [`Tensor::to_floats`] speak: `Float`, `Kernels`,
+/// `KernelError`, and the crate `half`.
 pub use tightfit_kernels as kernels;

@@ -132,6 +132,59 @@ impl DType {
     }
 }
 
+impl From<DType> for safetensors::Dtype {
+    fn from(dtype: DType) -> safetensors::Dtype {
+        match dtype {
+            DType::Bool => safetensors::Dtype::BOOL,
+            DType::U8 => safetensors::Dtype::U8,
+            DType::I8 => safetensors::Dtype::I8,
+            DType::U16 => safetensors::Dtype::U16,
+            DType::I16 => safetensors::Dtype::I16,
+            DType::U32 => safetensors::Dtype::U32,
+            DType::I32 => safetensors::Dtype::I32,
+            DType::U64 => safetensors::Dtype::U64,
+            DType::I64 => safetensors::Dtype::I64,
+            DType::F4 => safetensors::Dtype::F4,
+            DType::F6E2M3 => safetensors::Dtype::F6_E2M3,
+            DType::F6E3M2 => safetensors::Dtype::F6_E3M2,
+            DType::F8E4M3 => safetensors::Dtype::F8_E4M3,
+            DType::F8E5M2 => safetensors::Dtype::F8_E5M2,
+            DType::F8E8M0 => safetensors::Dtype::F8_E8M0,
+            DType::F16 => safetensors::Dtype::F16,
+            DType::Bf16 => safetensors::Dtype::BF16,
+            DType::F32 => safetensors::Dtype::F32,
+            DType::F64 => safetensors::Dtype::F64,
+            DType::C64 => safetensors::Dtype::C64,
+            DType::F8E4M3Fnuz => safetensors::Dtype::F8_E4M3FNUZ,
+            DType::F8E5M2Fnuz => safetensors::Dtype::F8_E5M2FNUZ,
+        }
+    }
+}
+
+impl TryFrom<safetensors::Dtype> for DType {
+    type Error = UnknownDType;
+
+    /// # Errors
+    /// [`UnknownDType`] for a type that a later release of the crate has.
+    fn try_from(dtype: safetensors::Dtype) -> Result<DType, UnknownDType> {
+        let known = |own: &DType| safetensors::Dtype::from(*own) == dtype;
+        DType::ALL
+            .into_iter()
+            .find(known)
+            .ok_or_else(|| UnknownDType {
+                name: dtype.to_string(),
+            })
+    }
+}
+
+/// An element type that is not known here.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the element type {name} is not known")]
+pub struct UnknownDType {
+    /// Its name in safetensors.
+    pub name: String,
+}
+
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         for c in self.safetensors_name().chars() {
@@ -292,6 +345,20 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn element_types_are_those_of_the_safetensors_crate() {
+        for dtype in DType::ALL {
+            let theirs = safetensors::Dtype::from(dtype);
+            assert_eq!(theirs.to_string(), dtype.safetensors_name());
+            assert_eq!(theirs.bitsize() as u64, dtype.bits());
+            assert_eq!(DType::try_from(theirs), Ok(dtype));
+            assert_eq!(
+                DType::from_safetensors_name(dtype.safetensors_name()),
+                Some(dtype)
+            );
+        }
+    }
 
     #[test]
     fn sizes_are_read_as_users_write_them() {

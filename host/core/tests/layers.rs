@@ -17,9 +17,19 @@ const LAYERS: [(&str, &[&str]); 20] = [
     ("checkpoint", &["types", "cancel", "text", "status"]),
     (
         "synth",
-        &["types", "cancel", "options", "progress", "checkpoint"],
+        &[
+            "types",
+            "cancel",
+            "options",
+            "progress",
+            "status",
+            "checkpoint",
+        ],
     ),
-    ("hub", &["cancel", "options", "text", "checkpoint"]),
+    (
+        "hub",
+        &["cancel", "options", "text", "status", "checkpoint"],
+    ),
     (
         "policy",
         &["types", "text", "status", "device", "checkpoint"],
@@ -73,6 +83,7 @@ const LAYERS: [(&str, &[&str]); 20] = [
             "cancel",
             "options",
             "progress",
+            "status",
             "memory",
             "device",
             "checkpoint",

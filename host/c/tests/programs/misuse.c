@@ -125,7 +125,7 @@ int main(int argc, char **argv) {
         IS(DONE, tightfit_model_tensor(model, i, &tensor));
         /* Some elements are those of all. */
         float *all = malloc(tensor.elements * sizeof *all + 1);
-        if (tightfit_model_to_f32(model, i, all, tensor.elements) == TIGHTFIT_DONE) {
+        if (tightfit_model_to_f32(model, i, all, tensor.elements) == DONE) {
             uint64_t from = tensor.elements / 3;
             size_t some = tensor.elements - from < 3 ? tensor.elements - from : 3;
             IS(DONE, tightfit_model_to_f32_at(model, i, from, values, some));

@@ -132,7 +132,7 @@ fn failure(expect: &Fails, outcome: Result<&Plan, &ProposeError>) -> Finding {
         }
         Err(ProposeError::Policy(error)) => Failure::of(error).and_then(FailureKind::of),
         Err(ProposeError::DoesNotFit { .. }) => Some(FailureKind::Overfull),
-        Err(ProposeError::FormatRule(_) | ProposeError::Cancelled) | Ok(_) => None,
+        Err(_) | Ok(_) => None,
     };
     let message = shown(outcome);
     let holds = found == Some(kind)

@@ -112,38 +112,13 @@ impl CommandError {
     pub(crate) fn status(&self) -> Status {
         match self {
             CommandError::Checkpoint(error) => error.into(),
-            CommandError::Hub(HubError::Cancelled) => Status::Interrupted,
-            CommandError::Hub(_) => Status::Checkpoint,
+            CommandError::Hub(error) => error.into(),
             CommandError::Propose(error) => error.into(),
             CommandError::Place(error) => error.into(),
             CommandError::Load(error) => error.into(),
-            CommandError::Save(error) => match error {
-                SaveError::Exists { .. }
-                | SaveError::NotADirectoryName { .. }
-                | SaveError::HeaderTooLarge { .. } => Status::Usage,
-                // What is listed is read; all else that fails is what is written.
-                SaveError::Checkpoint(_)
-                | SaveError::SameName { .. }
-                | SaveError::TooLarge { .. }
-                | SaveError::Io { action: "list", .. } => Status::Checkpoint,
-                SaveError::Load(error) => error.into(),
-                SaveError::Io { .. }
-                | SaveError::Plan(_)
-                | SaveError::Size(_)
-                | SaveError::Kernel(_)
-                | SaveError::OtherPlan
-                | SaveError::Internal(_) => Status::Other,
-                SaveError::Cancelled => Status::Interrupted,
-            },
+            CommandError::Save(error) => error.into(),
             CommandError::Device(error) => error.into(),
-            CommandError::Synth(error) => match error {
-                SynthError::Cancelled => Status::Interrupted,
-                SynthError::UnknownPreset { .. }
-                | SynthError::NotEmpty { .. }
-                | SynthError::NotADirectory { .. } => Status::Usage,
-                SynthError::Unsupported { .. } => Status::Checkpoint,
-                SynthError::Io { .. } => Status::Other,
-            },
+            CommandError::Synth(error) => error.into(),
             CommandError::Program(error) => error.into(),
             CommandError::Kernel(_) => Status::Usage,
             CommandError::NobodysSetting { .. } | CommandError::BothToStdout { .. } => {
@@ -185,7 +160,7 @@ impl CommandError {
                 SynthError::NotEmpty { path } => report("exists").at(path),
                 SynthError::NotADirectory { path } => report("usage").at(path),
                 SynthError::UnknownPreset { .. } => report("usage"),
-                SynthError::Unsupported { .. } => report("checkpoint"),
+                _ => report("checkpoint"),
             },
             CommandError::Save(error) => match error {
                 SaveError::Cancelled => report("interrupted"),

@@ -22,6 +22,7 @@ mod skip;
 mod tests;
 mod text;
 mod ties;
+mod write;
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -43,6 +44,7 @@ pub(crate) use index::parse as parse_index;
 pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
 pub use quantized::{Extent, Nested, Quantized};
 pub use ties::Tie;
+pub(crate) use write::{HeaderError, header_text};
 
 use header::Header;
 use text::{PIECE, Text};

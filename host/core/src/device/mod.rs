@@ -161,6 +161,7 @@ pub struct DeviceAddress {
 
 /// Why a device could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DeviceError {
     /// Less memory than needed.
     #[error("{device} has too little memory: need {}, have {}", Bytes(*need), Bytes(*have))]
@@ -224,6 +225,20 @@ pub enum DeviceError {
         /// Why.
         reason: String,
     },
+}
+
+impl DeviceError {
+    /// Returns the device's name.
+    pub fn device(&self) -> &str {
+        match self {
+            DeviceError::OutOfMemory { device, .. }
+            | DeviceError::Refused { device, .. }
+            | DeviceError::Driver { device, .. }
+            | DeviceError::OutOfBounds { device, .. }
+            | DeviceError::NamedTwice { device }
+            | DeviceError::Unavailable { device, .. } => device,
+        }
+    }
 }
 
 impl From<&DeviceError> for Status {

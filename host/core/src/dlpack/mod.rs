@@ -32,6 +32,7 @@ const CUDA: i32 = 2;
 
 /// Why a tensor cannot be exported.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum DlpackError {
     /// The tensor's format has no such part.
     #[error("tensor '{tensor}' is stored as {format} and has no part of kind {kind:?}")]

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::{CheckpointError, shown};
+use crate::status::Status;
 
 /// Why a model cannot be downloaded. What a server said is shortened and escaped in the message.
 #[derive(Debug, thiserror::Error)]
@@ -211,5 +212,14 @@ pub(super) fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Err
         action,
         path,
         source,
+    }
+}
+
+impl From<&HubError> for Status {
+    fn from(error: &HubError) -> Status {
+        match error {
+            HubError::Cancelled => Status::Interrupted,
+            _ => Status::Checkpoint,
+        }
     }
 }

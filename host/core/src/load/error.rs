@@ -10,6 +10,7 @@ use crate::status::Status;
 
 /// Why a load did not finish. Everything it had reserved has been given back.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum LoadError {
     /// The checkpoint cannot be read (any more).
     #[error(transparent)]

@@ -107,6 +107,7 @@ pub struct ReservedPlan {
 
 /// Why there is no plan whose memory could be taken. Nothing is left reserved.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ReserveError {
     /// The policy gave no plan.
     #[error(transparent)]

@@ -60,6 +60,7 @@ pub struct Quantization {
 
 /// Why a tensor cannot be used.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ModelError {
     /// The device could not be read.
     #[error(transparent)]

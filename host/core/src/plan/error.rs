@@ -42,6 +42,7 @@ impl fmt::Display for DeviceTotal {
 
 /// Placements that contradict what they are for. Whoever made them is at fault.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum BadPlan {
     /// Too few or too many placements.
     #[error("it placed {have} tensors, the checkpoint has {need}")]
@@ -91,6 +92,7 @@ pub enum BadPlan {
 
 /// Why there is no plan.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum PlanError {
     /// The placements contradict what they are for.
     #[error("bad plan: {0}")]

@@ -26,6 +26,7 @@ struct Rule {
 
 /// A rule that cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum FormatRuleError {
     /// The value names no format.
     #[error("setting 'format:{pattern}': {source}")]

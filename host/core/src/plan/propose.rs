@@ -28,6 +28,7 @@ pub struct Proposed {
 
 /// Why a policy gave no plan.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ProposeError {
     /// It refused or failed.
     #[error(transparent)]

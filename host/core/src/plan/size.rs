@@ -55,6 +55,7 @@ impl PartSizes {
 
 /// Why a tensor cannot be stored in a format.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum SizeError {
     /// The format cannot hold this element type, or its own parameters are wrong.
     #[error("format {format} cannot hold {dtype} elements: {reason}")]

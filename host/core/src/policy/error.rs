@@ -12,6 +12,7 @@ const MOST_KNOWN: usize = 4 << 10;
 
 /// Why a policy gave no proposal.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum PolicyError {
     /// It looked at the model and the devices and said no.
     #[error("policy '{policy}' refuses: {refusal}")]

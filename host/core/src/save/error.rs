@@ -7,9 +7,11 @@ use tightfit_kernels::KernelError;
 use crate::checkpoint::{CheckpointError, shown};
 use crate::load::LoadError;
 use crate::plan::{PlanError, SizeError};
+use crate::status::Status;
 
 /// Why a checkpoint was not written. Nothing is left at the target, or what was there before.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SaveError {
     /// The target exists, and may not be replaced.
     #[error("{} exists; choose another directory, or replace it with --force", path.display())]
@@ -98,6 +100,29 @@ impl From<CheckpointError> for SaveError {
         match error {
             CheckpointError::Cancelled => SaveError::Cancelled,
             error => SaveError::Checkpoint(error),
+        }
+    }
+}
+
+impl From<&SaveError> for Status {
+    fn from(error: &SaveError) -> Status {
+        match error {
+            SaveError::Exists { .. }
+            | SaveError::NotADirectoryName { .. }
+            | SaveError::HeaderTooLarge { .. } => Status::Usage,
+            // What is listed is read; all else that fails is what is written.
+            SaveError::Checkpoint(_)
+            | SaveError::SameName { .. }
+            | SaveError::TooLarge { .. }
+            | SaveError::Io { action: "list", .. } => Status::Checkpoint,
+            SaveError::Load(error) => error.into(),
+            SaveError::Io { .. }
+            | SaveError::Plan(_)
+            | SaveError::Size(_)
+            | SaveError::Kernel(_)
+            | SaveError::OtherPlan
+            | SaveError::Internal(_) => Status::Other,
+            SaveError::Cancelled => Status::Interrupted,
         }
     }
 }

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use super::target::Target;
 use super::{SaveError, is_4bit, quant_state};
-use crate::checkpoint::{MAX_NAME_BYTES, TensorInfo};
+use crate::checkpoint::{HeaderError, MAX_NAME_BYTES, TensorInfo, header_text};
 use crate::model::Quantization;
 use crate::plan::{PartKind, tensor_part_sizes};
 use crate::types::{DType, Format, QuantType, elements};
@@ -334,7 +334,7 @@ impl ShardFile {
             .filter_map(|weight| states.get(&weight))
             .map(|state| (state.key.as_str(), state.longest as u64))
             .collect();
-        shard.header_bytes = shard.header_text(&longest).len().next_multiple_of(8);
+        shard.header_bytes = shard.header_text(&longest)?.len().next_multiple_of(8);
         if shard.header_bytes > MAX_HEADER_BYTES {
             return Err(SaveError::HeaderTooLarge {
                 file: shard.file_name,
@@ -370,40 +370,25 @@ impl ShardFile {
             .collect();
         let text = self.header_text(&states.ok_or(SaveError::Internal(
             "a quant state is longer than was reckoned",
-        ))?);
+        ))?)?;
         let mut header = (self.header_bytes as u64).to_le_bytes().to_vec();
         header.extend_from_slice(text.as_bytes());
         header.resize(8 + self.header_bytes, b' ');
         Ok(header)
     }
 
-    fn header_text(&self, states: &[(&str, u64)]) -> String {
-        #[derive(Serialize)]
-        struct Described<'a> {
-            dtype: &'static str,
-            shape: &'a [u64],
-            data_offsets: [u64; 2],
-        }
-        let mut text = r#"{"__metadata__":{"format":"pt"}"#.to_owned();
-        let mut position = 0;
-        let mut add = |key: &str, dtype: DType, shape: &[u64], bytes: u64| {
-            let described = Described {
-                dtype: dtype.safetensors_name(),
-                shape,
-                data_offsets: [position, position + bytes],
-            };
-            position += bytes;
-            // Strings and numbers always have a JSON form.
-            let key = serde_json::to_string(key).unwrap_or_default();
-            let described = serde_json::to_string(&described).unwrap_or_default();
-            text += &format!(",{key}:{described}");
-        };
-        for entry in &self.entries {
-            add(&entry.key, entry.dtype, &entry.shape, entry.bytes);
-        }
-        for &(key, bytes) in states {
-            add(key, DType::U8, &[bytes], bytes);
-        }
-        text + "}"
+    fn header_text(&self, states: &[(&str, u64)]) -> Result<String, SaveError> {
+        let entries = self.entries.iter();
+        let entries = entries.map(|entry| {
+            let shape = entry.shape.as_slice();
+            (entry.key.as_str(), entry.dtype, shape, entry.bytes)
+        });
+        let states = states.iter();
+        let states =
+            states.map(|(key, bytes)| (*key, DType::U8, std::slice::from_ref(bytes), *bytes));
+        header_text(entries.chain(states)).map_err(|error| match error {
+            HeaderError::Duplicate(name) => SaveError::SameName { name },
+            _ => SaveError::Internal("a file's layout is none that can be written"),
+        })
     }
 }

@@ -4,9 +4,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::cancel::Cancelled;
+use crate::status::Status;
 
 /// Why no checkpoint was written. Whatever had been created by then has been removed.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SynthError {
     /// There is no preset of this name.
     #[error("there is no preset '{}'; there are {known}", name.escape_debug())]
@@ -53,6 +55,19 @@ pub enum SynthError {
 impl From<Cancelled> for SynthError {
     fn from(_: Cancelled) -> SynthError {
         SynthError::Cancelled
+    }
+}
+
+impl From<&SynthError> for Status {
+    fn from(error: &SynthError) -> Status {
+        match error {
+            SynthError::Cancelled => Status::Interrupted,
+            SynthError::UnknownPreset { .. }
+            | SynthError::NotEmpty { .. }
+            | SynthError::NotADirectory { .. } => Status::Usage,
+            SynthError::Unsupported { .. } => Status::Checkpoint,
+            SynthError::Io { .. } => Status::Other,
+        }
     }
 }
 

@@ -1,12 +1,12 @@
 //! How tensors become files: the cut into shards, headers, and the index.
 
-use std::fmt::Write;
 use std::ops::Range;
 
 use serde_json::{Map, Value, json};
 
 use super::error::SynthError;
 use super::layout::Tensor;
+use crate::checkpoint::header_text;
 
 /// A file to be written.
 #[derive(Debug)]
@@ -92,20 +92,16 @@ fn too_large() -> SynthError {
 /// The header of a file with these tensors, padded so that the data is aligned to 8 bytes as the
 /// safetensors crate does it.
 fn header(tensors: &[Tensor]) -> Result<Vec<u8>, SynthError> {
-    let mut text = String::from(r#"{"__metadata__":{"format":"pt"}"#);
-    let mut end = 0u64;
-    for tensor in tensors {
-        let begin = end;
-        end = end.checked_add(bytes(tensor)?).ok_or_else(too_large)?;
-        let entry = json!({
-            "dtype": tensor.dtype.safetensors_name(),
-            "shape": tensor.shape,
-            "data_offsets": [begin, end],
-        });
-        // Writing into a string cannot fail.
-        let _ = write!(text, ",{}:{entry}", Value::from(tensor.name.as_str()));
-    }
-    text.push('}');
+    let described: Vec<_> = tensors
+        .iter()
+        .map(|tensor| {
+            let name = tensor.name.as_str();
+            Ok((name, tensor.dtype, tensor.shape.as_slice(), bytes(tensor)?))
+        })
+        .collect::<Result<_, SynthError>>()?;
+    let mut text = header_text(described).map_err(|error| SynthError::Unsupported {
+        problem: error.to_string(),
+    })?;
     while !text.len().is_multiple_of(8) {
         text.push(' ');
     }

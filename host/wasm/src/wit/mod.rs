@@ -223,10 +223,8 @@ impl sizing::Host for TightfitCtx {
             }),
             Err(error) => Err(types::Error {
                 code: match error {
-                    SizeError::IllegalFormat { .. } | SizeError::AlreadyQuantized { .. } => {
-                        types::ErrorCode::IllegalFormat
-                    }
                     SizeError::Overflow { .. } => types::ErrorCode::Overflow,
+                    _ => types::ErrorCode::IllegalFormat,
                 },
                 message: match error {
                     // Nobody reads a million lengths.

@@ -132,6 +132,7 @@ impl From<PlanError> for CallError {
                 have,
             })),
             PlanError::Cancelled => Stopped::Cancelled.into(),
+            error => CallError::invalid(error),
         }
     }
 }
@@ -146,12 +147,8 @@ impl From<LoadError> for CallError {
             }
             // Nobody else cancels it.
             LoadError::Cancelled => Stopped::Cancelled.into(),
-            // None of these is the program's doing.
-            LoadError::NonFinite { .. }
-            | LoadError::Staging(_)
-            | LoadError::OtherPlan
-            | LoadError::Internal(_)
-            | LoadError::Kernel(_) => CallError::Trap(error.into()),
+            // None of the others is the program's doing.
+            error => CallError::Trap(error.into()),
         }
     }
 }
@@ -164,7 +161,7 @@ impl From<ModelError> for CallError {
             ModelError::NoPart { .. } | ModelError::OutsideTensor { .. } => {
                 CallError::invalid(error)
             }
-            ModelError::Kernel(error) => error.into(),
+            error => CallError::Trap(error.into()),
         }
     }
 }
