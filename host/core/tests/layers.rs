@@ -76,7 +76,7 @@ const LAYERS: [(&str, &[&str]); 18] = [
             "load",
         ],
     ),
-    ("testing", &["types"]),
+    ("testing", &["types", "checkpoint", "device"]),
     ("lib", &[]),
 ];
 
