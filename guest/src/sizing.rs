@@ -79,7 +79,7 @@ use native::stored_bytes;
 /// The host's arithmetic, so that policies can be tested without a host.
 #[cfg(not(target_family = "wasm"))]
 mod native {
-    use tightfit_common::sizes;
+    use tightfit_common::{BlockSize, sizes};
 
     use super::bits;
     use crate::{Dtype, Error, ErrorCode, Format, StoredSize};
@@ -95,15 +95,13 @@ mod native {
             Format::Cast(to) if is_float(dtype) && is_float(to) => {
                 sizes::plain(shape, bits(to)).map(|bytes| [bytes, 0, 0])
             }
-            Format::Nf4(nf4) if is_float(dtype) && sizes::is_block_size(nf4.block_size) => {
-                sizes::nf4(shape, bits(dtype), nf4.block_size, nf4.double_quantized)
+            Format::Nf4(nf4) if is_float(dtype) => {
+                let block_size = BlockSize::try_from(nf4.block_size).map_err(illegal)?;
+                sizes::nf4(shape, bits(dtype), block_size, nf4.double_quantized)
                     .map(|parts| [parts.codes, parts.absmax, parts.nested_absmax.unwrap_or(0)])
             }
             Format::Cast(_) | Format::Nf4(_) => {
-                return Err(Error {
-                    code: ErrorCode::IllegalFormat,
-                    message: format!("{format:?} cannot hold {dtype:?}"),
-                });
+                return Err(illegal(format_args!("{format:?} cannot hold {dtype:?}")));
             }
         };
         let parts = parts.ok_or_else(|| Error {
@@ -115,6 +113,13 @@ mod native {
             requested: parts.iter().sum(),
             padded: parts.into_iter().map(padded).sum(),
         })
+    }
+
+    fn illegal(problem: impl ToString) -> Error {
+        Error {
+            code: ErrorCode::IllegalFormat,
+            message: problem.to_string(),
+        }
     }
 }
 

@@ -120,7 +120,7 @@ fn main() {
                     .map(|_| {
                         let start = Instant::now();
                         kernels
-                            .linear(&weights, float, rows, &x, None, &mut y, threads)
+                            .linear_bytes(&weights, float, rows, &x, None, &mut y, threads)
                             .expect("lengths");
                         start.elapsed().as_secs_f64()
                     })

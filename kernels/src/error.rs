@@ -6,12 +6,6 @@ use crate::{FloatType, Isa};
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum KernelError {
-    /// The block size is not a power of two from 32 to 4096.
-    #[error("block size {have} is not a power of two from 32 to 4096")]
-    BlockSize {
-        /// The block size asked for, in elements.
-        have: usize,
-    },
     /// The instruction set is not available on this machine.
     #[error("instruction set {isa} is not available on this machine")]
     IsaUnavailable {

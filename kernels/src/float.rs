@@ -4,58 +4,62 @@
 //! quiet bit, and keeps what fits of the payload. That is what F16C does, so all instruction sets
 //! agree on NaN payloads too.
 
+use half::{bf16, f16};
+
 use crate::FloatType;
 
-/// bfloat16 to `f32`: exact, signalling NaN stays signalling.
+/// A floating-point number that weights are made of: `f32`, [`half::f16`] or [`half::bf16`].
+///
+/// It is sealed: kernels know these three.
+pub trait Float: bytemuck::Pod + Send + Sync + sealed::Sealed {
+    /// The type by which kernels know it.
+    const TYPE: FloatType;
+}
+
+impl Float for f32 {
+    const TYPE: FloatType = FloatType::F32;
+}
+
+impl Float for f16 {
+    const TYPE: FloatType = FloatType::F16;
+}
+
+impl Float for bf16 {
+    const TYPE: FloatType = FloatType::Bf16;
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for f32 {}
+    impl Sealed for super::f16 {}
+    impl Sealed for super::bf16 {}
+}
+
+// Slices of numbers are the little-endian bytes that kernels read and write.
+const _: () = assert!(
+    cfg!(target_endian = "little"),
+    "only little-endian machines"
+);
+
+/// bfloat16 to `f32`: exact, signalling NaN stays signalling, as it does where it is shifted on a GPU;
+/// [`bf16::to_f32`] would quiet it.
 pub(crate) const fn bf16_to_f32(bits: u16) -> f32 {
     f32::from_bits((bits as u32) << 16)
 }
 
 /// `f32` to bfloat16.
 pub(crate) const fn f32_to_bf16(value: f32) -> u16 {
-    let bits = value.to_bits();
-    if value.is_nan() {
-        return (bits >> 16) as u16 | 0x0040;
-    }
-    // Half of the last kept bit, less one if that bit is even, carries into it exactly when
-    // rounding goes up.
-    ((bits + 0x7fff + ((bits >> 16) & 1)) >> 16) as u16
+    bf16::from_f32_const(value).to_bits()
 }
 
 /// binary16 to `f32`: exact, NaN is quieted.
 pub(crate) const fn f16_to_f32(bits: u16) -> f32 {
-    let sign = (bits as u32 & 0x8000) << 16;
-    let magnitude = bits as u32 & 0x7fff;
-    let bits = if magnitude > 0x7c00 {
-        0x7fc0_0000 | magnitude << 13
-    } else if magnitude == 0x7c00 {
-        0x7f80_0000
-    } else if magnitude >= 0x0400 {
-        (magnitude << 13) + ((127 - 15) << 23)
-    } else {
-        // A subnormal is this many times 2^-24; both factors and the product are exact.
-        (magnitude as f32 * f32::from_bits((127 - 24) << 23)).to_bits()
-    };
-    f32::from_bits(sign | bits)
+    f16::from_bits(bits).to_f32_const()
 }
 
 /// `f32` to binary16: overflow goes to infinity, NaN is quieted.
 pub(crate) const fn f32_to_f16(value: f32) -> u16 {
-    let sign = (value.to_bits() >> 16) as u16 & 0x8000;
-    let magnitude = value.to_bits() & 0x7fff_ffff;
-    let rounded = if magnitude > 0x7f80_0000 {
-        0x7e00 | (magnitude >> 13) as u16 & 0x03ff
-    } else if magnitude >= 0x4780_0000 {
-        0x7c00
-    } else if magnitude >= 0x3880_0000 {
-        // Normal; a carry out of the significand, even to infinity, is the right result.
-        let rebased = magnitude - ((127 - 15) << 23);
-        ((rebased + 0x0fff + ((rebased >> 13) & 1)) >> 13) as u16
-    } else {
-        // Subnormal: adding 0.5 makes the hardware round at 2^-24, to nearest even.
-        ((f32::from_bits(magnitude) + 0.5).to_bits() - 0.5f32.to_bits()) as u16
-    };
-    sign | rounded
+    f16::from_f32_const(value).to_bits()
 }
 
 /// Reads one element. `bytes` has the length of the type.

@@ -1,8 +1,8 @@
 //! The entry point: checks lengths, and sends each call to the code for the instruction set.
 
 use crate::{
-    BlockSize, FloatType, Isa, KernelError, NESTED_BLOCK_SIZE, QuantType, blocks, dequantize,
-    double, error::check_length, float, packed_bytes, quantize,
+    BlockSize, FloatType, Isa, KernelError, NESTED_BLOCK_SIZE, QuantType, blocks, code_values,
+    dequantize, double, error::check_length, float, packed_bytes, quantize,
 };
 
 /// Runs one function of the module for the instruction set.
@@ -142,7 +142,7 @@ impl Kernels {
         check_length("packed", packed_bytes(elements), packed.len())?;
         check_length("absmax", blocks(elements, block_size), absmax.len())?;
         check_length("out", elements.saturating_mul(float.bytes()), out.len())?;
-        let (values, block_size) = (quant_type.code_values(), block_size.elements());
+        let (values, block_size) = (code_values(quant_type), block_size.elements());
         dispatch!(
             self.isa,
             dequantize::dequantize(values, packed, absmax, block_size, float, out),

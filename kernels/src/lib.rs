@@ -41,9 +41,13 @@ mod tables;
 mod x86;
 
 pub use error::KernelError;
-pub use formats::{BlockSize, FloatType, NESTED_BLOCK_SIZE, QuantType, blocks, packed_bytes};
+pub use float::Float;
+pub use formats::{FloatType, NESTED_BLOCK_SIZE, blocks, code_values, packed_bytes};
+/// The 16-bit numbers of which signatures speak.
+pub use half;
 pub use isa::Isa;
 pub use kernels::{Kernels, QuantizeStats};
 pub use linear::{LinearWeights, Scales};
 pub use mean::AbsmaxMean;
 pub use tables::{DYNAMIC_MAP, FP4, NF4, NF4_THRESHOLDS};
+pub use tightfit_common::{BlockSize, IllegalBlockSize, QuantType};

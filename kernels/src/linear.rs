@@ -9,7 +9,7 @@
 use std::{num::NonZeroUsize, ops::Range, thread};
 
 use crate::{
-    BlockSize, FloatType, Isa, KernelError, Kernels, NESTED_BLOCK_SIZE, QuantType, blocks,
+    BlockSize, Float, FloatType, Isa, KernelError, Kernels, NESTED_BLOCK_SIZE, QuantType, blocks,
     error::check_length, float, packed_bytes,
 };
 
@@ -31,8 +31,8 @@ pub enum Scales<'a> {
         codes: &'a [u8],
         /// One for every [`NESTED_BLOCK_SIZE`] of them, rounded up.
         nested_absmax: &'a [f32],
-        /// What is added to every absmax.
-        offset: f32,
+        /// The mean of the absmax values, which is added to each.
+        absmax_mean: f32,
         /// The values of the codes: [`crate::DYNAMIC_MAP`], or what a checkpoint has.
         map: &'a [f32; 256],
     },
@@ -46,13 +46,13 @@ impl Scales<'_> {
             Scales::Double {
                 codes,
                 nested_absmax,
-                offset,
+                absmax_mean,
                 map,
             } => {
                 for (i, out) in out.iter_mut().enumerate() {
                     let block = first + i;
                     let nested = nested_absmax[block / NESTED_BLOCK_SIZE];
-                    *out = map[usize::from(codes[block])] * nested + offset;
+                    *out = map[usize::from(codes[block])] * nested + absmax_mean;
                 }
             }
         }
@@ -126,22 +126,65 @@ impl LinearWeights<'_> {
 impl Kernels {
     /// Multiplies rows with quantized weights: `y = x * transpose(W) + bias`.
     ///
-    /// - `x` [rows, inputs], `bias` \[outputs\] and `y` [rows, outputs]: elements of type `float`,
-    ///   little-endian, at any alignment.
+    /// - `x` [rows, inputs], `bias` \[outputs\] and `y` [rows, outputs].
     /// - `threads`: how many to use. Beside the caller's, they live for the time of the call.
     ///
     /// Products and sums are f32, or products are of numbers rounded to bf16 where `x` is of bf16
-    /// and the processor multiplies that; the result is rounded once to `float`. The bits of a
+    /// and the processor multiplies that; the result is rounded once to `T`. The bits of a
     /// result depend on the instruction set, but not on other rows or outputs, nor on `threads`.
     ///
+    /// ```
+    /// use std::num::NonZeroUsize;
+    ///
+    /// use tightfit_kernels::half::bf16;
+    /// use tightfit_kernels::{BlockSize, Float, Kernels, LinearWeights, QuantType, Scales};
+    ///
+    /// // One output of 64 inputs, all of code 15: the largest value of NF4, 1.
+    /// let weights = LinearWeights {
+    ///     quant_type: QuantType::Nf4,
+    ///     outputs: 1,
+    ///     inputs: 64,
+    ///     block_size: BlockSize::DEFAULT,
+    ///     codes: &[0xff; 32],
+    ///     scales: Scales::Absmax(&[0.5]),
+    /// };
+    /// let (x, mut y) = ([bf16::ONE; 64], [bf16::ZERO; 1]);
+    /// Kernels::detect().linear(&weights, 1, &x, None, &mut y, NonZeroUsize::MIN)?;
+    /// assert_eq!(y[0].to_f32(), 32.0);
+    /// # Ok::<(), tightfit_kernels::KernelError>(())
+    /// ```
+    ///
     /// # Errors
-    /// [`KernelError::Length`] if the lengths do not belong together, and
-    /// [`KernelError::PartialElement`] where one is not of whole elements.
+    /// [`KernelError::Length`] if the lengths do not belong together.
+    pub fn linear<T: Float>(
+        self,
+        weights: &LinearWeights<'_>,
+        rows: usize,
+        x: &[T],
+        bias: Option<&[T]>,
+        y: &mut [T],
+        threads: NonZeroUsize,
+    ) -> Result<(), KernelError> {
+        self.linear_bytes(
+            weights,
+            T::TYPE,
+            rows,
+            bytemuck::cast_slice(x),
+            bias.map(bytemuck::cast_slice),
+            bytemuck::cast_slice_mut(y),
+            threads,
+        )
+    }
+
+    /// [`Kernels::linear`] on elements of type `float` as little-endian bytes at any alignment.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] in bytes.
     #[expect(
         clippy::too_many_arguments,
         reason = "each is one thing that a caller has to decide"
     )]
-    pub fn linear(
+    pub fn linear_bytes(
         self,
         weights: &LinearWeights<'_>,
         float: FloatType,

@@ -92,7 +92,7 @@ impl Weights {
                 Some((codes, nested)) => Scales::Double {
                     codes,
                     nested_absmax: nested,
-                    offset: OFFSET,
+                    absmax_mean: OFFSET,
                     map: &DYNAMIC_MAP,
                 },
             },
@@ -107,7 +107,7 @@ impl Weights {
         } else {
             byte & 15
         };
-        let value = self.quant_type.code_values()[usize::from(code)];
+        let value = tightfit_kernels::code_values(self.quant_type)[usize::from(code)];
         f64::from(value) * f64::from(self.absmax[i / self.block_size.elements()])
     }
 }
@@ -177,7 +177,7 @@ fn check(weights: &Weights, float: FloatType, rows: usize, biased: bool, random:
         for count in [1, 3] {
             let mut y = vec![0xee; rows * outputs * float.bytes()];
             kernels
-                .linear(
+                .linear_bytes(
                     &weights.view(),
                     float,
                     rows,
@@ -265,7 +265,7 @@ fn rows_by_themselves() {
             let product = |rows: usize, x: &[u8], count: usize| {
                 let mut y = vec![0; rows * outputs * float.bytes()];
                 kernels
-                    .linear(
+                    .linear_bytes(
                         &weights.view(),
                         float,
                         rows,
@@ -311,7 +311,7 @@ fn huge_and_infinite_scales() {
             let x = elements(&values, FloatType::Bf16);
             let mut y = vec![0; 12];
             kernels
-                .linear(
+                .linear_bytes(
                     &weights.view(),
                     FloatType::Bf16,
                     1,
@@ -331,7 +331,7 @@ fn huge_and_infinite_scales() {
             let x = elements(&vec![1.0; inputs], FloatType::Bf16);
             let mut y = vec![0; 12];
             kernels
-                .linear(
+                .linear_bytes(
                     &weights.view(),
                     FloatType::Bf16,
                     1,
@@ -355,7 +355,7 @@ fn lengths_that_do_not_belong_together() {
     let run = |weights: LinearWeights<'_>, x: usize, bias: usize, y: usize| {
         let (x, bias, mut y) = (vec![0; x], vec![0; bias], vec![0; y]);
         let kernels = Kernels::detect();
-        kernels.linear(
+        kernels.linear_bytes(
             &weights,
             FloatType::Bf16,
             2,
@@ -384,7 +384,7 @@ fn lengths_that_do_not_belong_together() {
         scales: Scales::Double {
             codes: &[0; 4],
             nested_absmax: &[],
-            offset: 0.0,
+            absmax_mean: 0.0,
             map: &DYNAMIC_MAP,
         },
         ..weights.view()

@@ -11,8 +11,12 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// The command that `cargo test --workspace` builds beside the tests.
+/// The command: cargo builds it for the tests of its package and tells them where. A test that is
+/// started by hand runs the one beside it.
 pub fn tightfit() -> PathBuf {
+    if let Some(path) = std::env::var_os("CARGO_BIN_EXE_tightfit") {
+        return path.into();
+    }
     let test = std::env::current_exe().expect("a test knows its own path");
     let directory = test.parent().and_then(Path::parent);
     let name = format!("tightfit{}", std::env::consts::EXE_SUFFIX);
@@ -21,7 +25,7 @@ pub fn tightfit() -> PathBuf {
         .join(name);
     assert!(
         path.exists(),
-        "{} is not there: run `cargo test --workspace`, which builds it",
+        "{} is not there: the command is built for the tests of its own package only",
         path.display()
     );
     path

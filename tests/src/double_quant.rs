@@ -72,7 +72,7 @@ impl<'m> From<Tensor<'m>> for DoubleWeight<'m> {
             codes: part(tensor, PartKind::Codes),
             absmax: part(tensor, PartKind::Absmax),
             nested: floats(part(tensor, PartKind::NestedAbsmax)),
-            offset: tensor.nested_offset().expect("it is double-quantized"),
+            offset: tensor.absmax_mean().expect("it is double-quantized"),
         }
     }
 }

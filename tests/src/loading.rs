@@ -116,7 +116,7 @@ pub struct StoredTensor {
     /// Data; or codes, scales and nested scales, as far as the format has them.
     pub parts: Vec<Vec<u8>>,
     /// The offset of double quantization.
-    pub nested_offset: Option<u32>,
+    pub absmax_mean: Option<u32>,
 }
 
 /// A copy of everything that a model holds.
@@ -134,7 +134,7 @@ pub fn contents(model: &Model) -> Contents {
             .filter_map(|kind| tensor.read_part(kind).expect("memory can be read"))
             .collect(),
         // As bits, so that equal means the same.
-        nested_offset: tensor.nested_offset().map(f32::to_bits),
+        absmax_mean: tensor.absmax_mean().map(f32::to_bits),
     };
     model
         .tensors()

@@ -2,10 +2,9 @@
 
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::AtomicBool;
 
 use serde_json::{Map, json};
-use tightfit::synth::{self, Model, Options, Tensor};
+use tightfit::synth::{self, Model, SynthOptions, Tensor};
 
 /// A decoder with random weights. A layer has 16 x `hidden`² parameters.
 pub fn write_decoder(directory: &Path, layers: u64, hidden: u64) {
@@ -36,15 +35,8 @@ pub fn write_decoder(directory: &Path, layers: u64, hidden: u64) {
         tensors,
         config_json: config.to_string(),
     };
-    let cancel = AtomicBool::new(false);
-    synth::write_model(
-        &model,
-        directory,
-        &Options::default(),
-        &mut |_, _| {},
-        &cancel,
-    )
-    .unwrap_or_else(|error| panic!("{error}"));
+    synth::write_model(&model, directory, &SynthOptions::default())
+        .unwrap_or_else(|error| panic!("{error}"));
 }
 
 /// A checkpoint that offers something to every kind of bad plan: a tie that is stored, a matrix,

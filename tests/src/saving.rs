@@ -51,10 +51,7 @@ pub fn save_planned(
 
 /// Options that make many small files.
 pub fn small_shards() -> SaveOptions<'static> {
-    SaveOptions {
-        max_shard_bytes: 100_000,
-        ..SaveOptions::default()
-    }
+    SaveOptions::default().with_max_shard_bytes(100_000)
 }
 
 /// Every file of a directory by its name. There are no directories in it.

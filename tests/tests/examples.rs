@@ -16,7 +16,7 @@ use tightfit_wasm::sandbox::Limits;
 #[test]
 fn a_native_policy_places_every_tensor() {
     let golden = GoldenModel::unpack("llama");
-    let checkpoint = Checkpoint::open(&golden.path("bf16")).unwrap();
+    let checkpoint = Checkpoint::open(golden.path("bf16")).unwrap();
     let model = native_policy::load(&golden.path("bf16")).unwrap();
     assert_eq!(model.tensors().count(), checkpoint.tensors().len());
     let format = |name| model.tensor(name).unwrap().format().to_string();
@@ -27,7 +27,7 @@ fn a_native_policy_places_every_tensor() {
 #[test]
 fn an_application_with_its_own_limits_learns_which_one_was_in_the_way() {
     let golden = GoldenModel::unpack("llama");
-    let checkpoint = Checkpoint::open(&golden.path("bf16")).unwrap();
+    let checkpoint = Checkpoint::open(golden.path("bf16")).unwrap();
     let proposed = own_limits::plan(&checkpoint, "auto", own_limits::limits()).unwrap();
     assert!(proposed.fuel.is_some_and(|fuel| fuel > 0));
     let none = Limits {

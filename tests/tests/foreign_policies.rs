@@ -9,7 +9,6 @@ use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::LazyLock;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process_group};
@@ -17,7 +16,7 @@ use tempfile::TempDir;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{DeviceInfo, open_devices};
 use tightfit::policy::{Answer, Policy, PolicyError, Refusal, RefusalReason, Request};
-use tightfit::synth::{self, Model, Options, Preset, Tensor};
+use tightfit::synth::{self, Model, Preset, SynthOptions, Tensor};
 use tightfit::types::Format;
 use tightfit_wasm::policy::WasmPolicy;
 use tightfit_wasm::sandbox::Limits;
@@ -140,13 +139,8 @@ fn twin() -> &'static WasmPolicy {
 /// A checkpoint without weights.
 fn headers(model: &Model) -> (Checkpoint, TempDir) {
     let directory = TempDir::new().unwrap();
-    let options = Options {
-        headers_only: true,
-        ..Options::default()
-    };
-    let cancel = AtomicBool::new(false);
-    synth::write_model(model, directory.path(), &options, &mut |_, _| {}, &cancel)
-        .unwrap_or_else(|error| panic!("{error}"));
+    let options = SynthOptions::default().with_headers_only(true);
+    synth::write_model(model, directory.path(), &options).unwrap_or_else(|error| panic!("{error}"));
     (Checkpoint::open(directory.path()).unwrap(), directory)
 }
 
@@ -177,7 +171,7 @@ fn ask(
         .map(|&(name, value)| (name.to_owned(), value.to_owned()))
         .collect();
     let request = Request {
-        config_json: checkpoint.config().map_or("{}", |config| &config.text),
+        config_json: checkpoint.config_json(),
         tensors: checkpoint.tensors(),
         ties: checkpoint.ties(),
         devices,

@@ -143,7 +143,7 @@ fn check_double_by_hand(loaded: Tensor<'_>, absmax: &[f32], map: &[f32], context
     let expected = double_quantize(absmax, map);
     let name = loaded.name();
     assert_eq!(
-        loaded.nested_offset(),
+        loaded.absmax_mean(),
         Some(expected.offset),
         "offset of {name}, {context}"
     );
@@ -365,22 +365,24 @@ fn the_bytes_are_the_same_for_every_instruction_set_thread_count_staging_and_dev
         let golden = GoldenModel::unpack(name);
         let path = golden.path("bf16");
         for settings in [&[], DOUBLE_QUANT] {
-            let reference = contents(&Planned::new(&path, SIM, settings).load(&LoadOptions {
-                threads: 1,
-                kernels: Kernels::new(Isa::Portable).unwrap(),
-                ..LoadOptions::default()
-            }));
+            let reference = contents(
+                &Planned::new(&path, SIM, settings).load(
+                    &LoadOptions::default()
+                        .with_threads(1)
+                        .with_kernels(Kernels::new(Isa::Portable).unwrap()),
+                ),
+            );
             for devices in DEVICES {
                 let planned = Planned::new(&path, devices, settings);
                 for isa in Isa::available() {
                     for threads in [1, 2, 5] {
                         for staging_bytes in [64 << 10, 1 << 20, 64 << 20] {
-                            let model = planned.load(&LoadOptions {
-                                threads,
-                                staging_bytes,
-                                kernels: Kernels::new(isa).unwrap(),
-                                ..LoadOptions::default()
-                            });
+                            let model = planned.load(
+                                &LoadOptions::default()
+                                    .with_threads(threads)
+                                    .with_staging_bytes(staging_bytes)
+                                    .with_kernels(Kernels::new(isa).unwrap()),
+                            );
                             assert!(
                                 contents(&model) == reference,
                                 "{name} on {devices:?} with {settings:?}: {isa}, {threads} \

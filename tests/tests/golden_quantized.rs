@@ -40,12 +40,16 @@ fn check_weight(loaded: Tensor<'_>, source: &FileTensors, context: &str) -> Vec<
         other => panic!("{other:?}, {context}"),
     };
     assert_eq!(quantization.quant_type, quant_type, "{context}");
-    assert_eq!(state["blocksize"], quantization.block_size, "{context}");
+    assert_eq!(
+        state["blocksize"],
+        u32::from(quantization.block_size),
+        "{context}"
+    );
     assert_eq!(loaded.dtype(), dtype, "{context}");
     assert_eq!(state["shape"], Value::from(loaded.shape()), "{context}");
     let double = state.get("nested_blocksize").is_some();
     let offset = double.then(|| source.nested_offset(name).to_bits());
-    let found = quantization.nested_offset.map(f32::to_bits);
+    let found = quantization.absmax_mean.map(f32::to_bits);
     assert_eq!(found, offset, "{context}");
 
     let mut parts = vec![(PartKind::Codes, ""), (PartKind::Absmax, ".absmax")];
@@ -58,7 +62,7 @@ fn check_weight(loaded: Tensor<'_>, source: &FileTensors, context: &str) -> Vec<
         assert!(part(loaded, *kind) == expected, "{kind:?} of {context}");
     }
     let elements = loaded.shape().iter().product::<u64>() as usize;
-    let blocks = elements.div_ceil(quantization.block_size as usize);
+    let blocks = elements.div_ceil(quantization.block_size.elements());
     match double {
         true => vec![elements.div_ceil(2), blocks, 4 * blocks.div_ceil(256)],
         false => vec![elements.div_ceil(2), 4 * blocks],

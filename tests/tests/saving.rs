@@ -5,9 +5,9 @@ use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use tempfile::TempDir;
+use tightfit::Progress;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::CheckpointError;
-use tightfit::load::Progress;
 use tightfit::save::{SaveError, SaveOptions, save};
 use tightfit_tests::golden::GoldenModel;
 use tightfit_tests::loading::Planned;
@@ -32,15 +32,14 @@ fn a_save_that_is_cancelled_at_any_moment_leaves_nothing() {
     let target = directory.path().join("new/out");
     for percent in [0, 1, 20, 50, 80, 99, 100] {
         let cancel = CancelToken::new();
-        let options = SaveOptions {
-            cancel: cancel.clone(),
-            progress: &|progress: Progress| {
-                if progress.bytes_read * 100 >= progress.bytes_total * percent {
-                    cancel.cancel();
-                }
-            },
-            ..small_shards()
+        let report = |progress: Progress| {
+            if progress.bytes_done * 100 >= progress.bytes_total * percent {
+                cancel.cancel();
+            }
         };
+        let options = small_shards()
+            .with_cancel(cancel.clone())
+            .with_progress(&report);
         let result = save_planned(&planned, &target, &options);
         assert!(
             matches!(result, Err(SaveError::Cancelled)),
@@ -57,11 +56,9 @@ fn a_source_that_is_cut_short_meanwhile_is_an_error_and_leaves_nothing() {
     let weights = directory.path().join("m/model.safetensors");
     let length = fs::metadata(&weights).unwrap().len();
     let file = fs::File::options().write(true).open(&weights).unwrap();
-    let options = SaveOptions {
-        // After a first piece.
-        progress: &|_| file.set_len(length / 4).unwrap(),
-        ..SaveOptions::default()
-    };
+    // After a first piece.
+    let cut = |_| file.set_len(length / 4).unwrap();
+    let options = SaveOptions::default().with_progress(&cut);
     let target = directory.path().join("out");
     let error = save_planned(&planned, &target, &options).unwrap_err();
     // What is still there has changed, what is not is cut short: it depends on what is read next.
@@ -83,13 +80,11 @@ fn what_appears_at_the_target_meanwhile_is_not_replaced() {
     let directory = TempDir::new().unwrap();
     let planned = planned(directory.path());
     let target = directory.path().join("out");
-    let options = SaveOptions {
-        progress: &|_| {
-            fs::create_dir_all(&target).unwrap();
-            fs::write(target.join("mine"), "text").unwrap();
-        },
-        ..SaveOptions::default()
+    let report = |_: Progress| {
+        fs::create_dir_all(&target).unwrap();
+        fs::write(target.join("mine"), "text").unwrap();
     };
+    let options = SaveOptions::default().with_progress(&report);
     let error = save_planned(&planned, &target, &options).unwrap_err();
     assert!(matches!(&error, SaveError::Exists { .. }), "{error:?}");
     assert_eq!(names(&target), ["mine".to_owned()].into());
@@ -103,15 +98,12 @@ fn progress_never_goes_back_and_ends_at_the_whole() {
     for source in ["bf16", "nf4_dq"] {
         let planned = Planned::new(&golden.path(source), &["sim:1GiB"], &[]);
         let (last, whole) = (AtomicU64::new(0), AtomicU64::new(0));
-        let options = SaveOptions {
-            threads: 1,
-            progress: &|progress: Progress| {
-                let before = last.swap(progress.bytes_read, Ordering::Relaxed);
-                assert!(before <= progress.bytes_read, "{source}");
-                whole.store(progress.bytes_total, Ordering::Relaxed);
-            },
-            ..small_shards()
+        let report = |progress: Progress| {
+            let before = last.swap(progress.bytes_done, Ordering::Relaxed);
+            assert!(before <= progress.bytes_done, "{source}");
+            whole.store(progress.bytes_total, Ordering::Relaxed);
         };
+        let options = small_shards().with_threads(1).with_progress(&report);
         save_planned(&planned, &golden.path("out").join(source), &options).unwrap();
         assert_eq!(last.into_inner(), whole.into_inner(), "{source}");
     }
@@ -127,11 +119,9 @@ fn threads_and_staging_do_not_change_a_byte() {
     );
     let mut first = None;
     for (threads, staging_bytes) in [(1, 64 << 10), (2, 1 << 20), (5, 64 << 20)] {
-        let options = SaveOptions {
-            threads,
-            staging_bytes,
-            ..small_shards()
-        };
+        let options = small_shards()
+            .with_threads(threads)
+            .with_staging_bytes(staging_bytes);
         let target = golden.path("out").join(threads.to_string());
         save_planned(&planned, &target, &options).unwrap();
         let written = files(&target);

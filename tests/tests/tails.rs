@@ -4,9 +4,9 @@
 use tempfile::TempDir;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, DeviceInfo, HostDevice};
-use tightfit::load::{LoadOptions, load_reserved, place_with_tail};
+use tightfit::load::{LoadOptions, load_reserved, reserve_with};
 use tightfit::memory::DEFAULT_STAGING;
-use tightfit::plan::{ProposeError, propose, propose_with_tail};
+use tightfit::plan::{PlanOptions, ProposeError, propose, propose_with};
 use tightfit::policy::PolicyError;
 use tightfit::report::Report;
 use tightfit_tests::loading::auto;
@@ -37,6 +37,10 @@ impl Bench {
     }
 }
 
+fn with_tail() -> PlanOptions {
+    PlanOptions::default().with_reserved_headroom(true)
+}
+
 #[test]
 fn what_a_policy_leaves_free_is_reserved_and_reported() {
     let bench = Bench::new();
@@ -44,7 +48,14 @@ fn what_a_policy_leaves_free_is_reserved_and_reported() {
         Box::new(HostDevice::sim(0, 64 << 20)),
         Box::new(HostDevice::sim(1, 64 << 20)),
     ];
-    let placed = place_with_tail(&bench.checkpoint, auto(), &devices, &bench.settings).unwrap();
+    let placed = reserve_with(
+        &bench.checkpoint,
+        auto(),
+        &devices,
+        &bench.settings,
+        &with_tail(),
+    )
+    .unwrap();
     let report = Report::of_plan(&bench.checkpoint, &placed.proposed, DEFAULT_STAGING);
     let plan = placed.reserved.plan().clone();
     let infos: Vec<DeviceInfo> = devices.iter().map(|device| device.info()).collect();
@@ -70,7 +81,13 @@ fn a_policy_is_offered_what_weights_and_tail_can_be_rounded_up_in() {
     let bench = Bench::new();
     let ask = |capacity| {
         let devices = [Bench::device(capacity)];
-        propose_with_tail(&bench.checkpoint, auto(), &devices, &bench.settings)
+        propose_with(
+            &bench.checkpoint,
+            auto(),
+            &devices,
+            &bench.settings,
+            &with_tail(),
+        )
     };
     let plan = ask(64 << 20).unwrap().plan;
     let reserved = plan.devices[0].size.reserved;

@@ -1,5 +1,7 @@
 //! What a tensor takes on a device. Plans, policies and the loader all ask here.
 
+use crate::BlockSize;
+
 /// Every stored part starts at a multiple of this many bytes: what CUDA allocations guarantee and
 /// vectorized kernels want.
 pub const PART_ALIGNMENT: u64 = 256;
@@ -7,17 +9,8 @@ pub const PART_ALIGNMENT: u64 = 256;
 /// Number of scales that share one nested scale under double quantization: bitsandbytes' fixed choice.
 pub const NESTED_BLOCK_SIZE: u64 = 256;
 
-/// Smallest and largest number of elements that share a scale in bitsandbytes' 4-bit kernels.
-pub const BLOCK_SIZES: std::ops::RangeInclusive<u32> = 32..=4096;
-
 /// Most bytes of a part. Well below 2^64, so that no later sum or rounding can overflow.
 pub const MAX_PART_BYTES: u64 = 1 << 60;
-
-/// Returns whether a block of this many elements is one that the kernels have: a power of two in
-/// [`BLOCK_SIZES`].
-pub const fn is_block_size(elements: u32) -> bool {
-    *BLOCK_SIZES.start() <= elements && elements <= *BLOCK_SIZES.end() && elements.is_power_of_two()
-}
 
 /// Returns the number of elements of a shape, or `None` where it does not fit in 64 bits. A shape with a
 /// zero in it has none, whatever the others are.
@@ -54,12 +47,17 @@ pub struct Nf4Parts {
     pub nested_absmax: Option<u64>,
 }
 
-/// Returns the parts of a tensor in NF4, made of elements of this many bits, or `None` where these
-/// take more than [`MAX_PART_BYTES`]. `block_size` is one of [`is_block_size`].
-pub fn nf4(shape: &[u64], bits: u64, block_size: u32, double_quantized: bool) -> Option<Nf4Parts> {
+/// Returns the parts of a tensor in NF4, made of elements of so many bits, or `None` where these take
+/// more than [`MAX_PART_BYTES`].
+pub fn nf4(
+    shape: &[u64],
+    bits: u64,
+    block_size: BlockSize,
+    double_quantized: bool,
+) -> Option<Nf4Parts> {
     plain(shape, bits)?;
     let n = elements(shape)?;
-    let blocks = n.div_ceil(u64::from(block_size.max(1)));
+    let blocks = n.div_ceil(u64::from(block_size));
     Some(match double_quantized {
         true => Nf4Parts {
             codes: n.div_ceil(2),
@@ -80,12 +78,12 @@ mod tests {
 
     #[test]
     fn nf4_takes_half_a_byte_an_element_and_a_scale_a_block() {
-        let plain = nf4(&[5, 13], 16, 64, false).unwrap();
+        let plain = nf4(&[5, 13], 16, BlockSize::DEFAULT, false).unwrap();
         assert_eq!(
             (plain.codes, plain.absmax, plain.nested_absmax),
             (33, 8, None)
         );
-        let double = nf4(&[257, 64], 32, 64, true).unwrap();
+        let double = nf4(&[257, 64], 32, BlockSize::DEFAULT, true).unwrap();
         assert_eq!(
             (double.codes, double.absmax, double.nested_absmax),
             (257 * 32, 257, Some(8))
@@ -99,15 +97,6 @@ mod tests {
         assert_eq!(plain(&[1 << 60], 8), Some(1 << 60));
         assert_eq!(plain(&[(1 << 60) + 1], 8), None);
         assert_eq!(plain(&[u64::MAX, 0], 64), Some(0));
-        assert_eq!(nf4(&[1 << 60], 16, 64, false), None);
-        for (size, legal) in [
-            (16, false),
-            (32, true),
-            (48, false),
-            (4096, true),
-            (8192, false),
-        ] {
-            assert_eq!(is_block_size(size), legal, "{size}");
-        }
+        assert_eq!(nf4(&[1 << 60], 16, BlockSize::DEFAULT, false), None);
     }
 }

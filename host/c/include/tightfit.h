@@ -179,7 +179,7 @@ typedef struct {
   // Nonzero if its scales are stored in 8 bits.
   uint32_t double_quantized;
   // The mean of the scales of a double-quantized weight, to be added to each.
-  float nested_offset;
+  float absmax_mean;
 } TightfitTensor;
 
 // One stored part of a tensor. Growing as TightfitTensor.

@@ -3,13 +3,12 @@
 use std::ffi::{CString, c_char, c_void};
 use std::sync::Arc;
 
+use tightfit::Progress;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
-use tightfit::load::{
-    LoadError, LoadOptions, Progress, QuantizeOn, load_reserved, place, place_with_tail,
-};
+use tightfit::load::{LoadError, LoadOptions, QuantizeOn, load_reserved, reserve_with};
 use tightfit::memory::{DEFAULT_STAGING, Usage};
-use tightfit::plan::{Proposed, propose};
+use tightfit::plan::{PlanOptions, Proposed, propose};
 use tightfit::report::Report;
 
 use crate::boundary::{
@@ -110,7 +109,7 @@ impl Callbacks {
         if let Some(callback) = self.0.progress {
             // SAFETY: the caller gave the function with the data it is for.
             unsafe {
-                callback(progress.bytes_read, progress.bytes_total, self.0.user_data);
+                callback(progress.bytes_done, progress.bytes_total, self.0.user_data);
             }
         }
     }
@@ -342,11 +341,9 @@ fn carry_out(
         }
         ask();
     };
-    let mut options = LoadOptions {
-        progress: &progress,
-        cancel: cancel.clone(),
-        ..LoadOptions::default()
-    };
+    let mut options = LoadOptions::default()
+        .with_progress(&progress)
+        .with_cancel(cancel.clone());
     if let Some(Callbacks(given)) = callbacks {
         if given.threads != 0 {
             options.threads = given.threads;
@@ -370,11 +367,17 @@ fn carry_out(
     if cancel.is_cancelled() {
         return Err(LoadError::Cancelled.into());
     }
-    let place = match callbacks {
-        Some(Callbacks(given)) if given.reserve_headroom != 0 => place_with_tail,
-        _ => place,
-    };
-    let placed = place(&checkpoint.inner, &policy.inner, &devices.inner, settings)?;
+    let reserve_headroom = callbacks.is_some_and(|Callbacks(given)| given.reserve_headroom != 0);
+    let plan_options = PlanOptions::default()
+        .with_reserved_headroom(reserve_headroom)
+        .with_cancel(cancel.clone());
+    let placed = reserve_with(
+        &checkpoint.inner,
+        &policy.inner,
+        &devices.inner,
+        settings,
+        &plan_options,
+    )?;
     let base = Report::of_plan(&checkpoint.inner, &placed.proposed, options.staging_bytes)
         .with_revisions(&placed.revisions);
     let model = load_reserved(&checkpoint.inner, placed.reserved, &options)?;

@@ -8,9 +8,7 @@ use tightfit::device::Device;
 use tightfit::model::{Model, TailAllocator, Tensor};
 use tightfit::plan::{PartKind, PlannedPart, Proposed};
 use tightfit::report::Report;
-use tightfit::status::Status;
 use tightfit::types::{QuantType, elements};
-use tightfit_kernels::FloatType;
 
 use crate::TightfitStatus;
 use crate::boundary::{Error, Growing, array_mut, c_string, call, object, take, text, write_sized};
@@ -134,7 +132,7 @@ pub struct TightfitTensor {
     /// Nonzero if its scales are stored in 8 bits.
     pub double_quantized: u32,
     /// The mean of the scales of a double-quantized weight, to be added to each.
-    pub nested_offset: f32,
+    pub absmax_mean: f32,
 }
 
 // SAFETY: `repr(C)`, begins with a `usize`, and holds numbers and pointers.
@@ -265,7 +263,7 @@ fn describe(
     let tensor = model.tensor(index)?;
     let texts = &model.texts[index];
     let quantization = tensor.quantization();
-    let nested_offset = tensor.nested_offset();
+    let absmax_mean = tensor.absmax_mean();
     let quant_type: Option<&'static CStr> = quantization.map(|given| match given.quant_type {
         QuantType::Nf4 => c"nf4",
         QuantType::Fp4 => c"fp4",
@@ -283,9 +281,9 @@ fn describe(
         elements: elements(tensor.shape()).unwrap_or(0),
         parts: tensor.parts().len(),
         quant_type: quant_type.map_or(std::ptr::null(), CStr::as_ptr),
-        block_size: quantization.map_or(0, |given| given.block_size),
-        double_quantized: nested_offset.is_some().into(),
-        nested_offset: nested_offset.unwrap_or(0.0),
+        block_size: quantization.map_or(0, |given| given.block_size.into()),
+        double_quantized: absmax_mean.is_some().into(),
+        absmax_mean: absmax_mean.unwrap_or(0.0),
     })
 }
 
@@ -381,22 +379,30 @@ pub unsafe extern "C" fn tightfit_model_to_f32(
         check_length(tensor.name(), "elements", need, count)?;
         // SAFETY: as the caller promises.
         let buffer = unsafe { array_mut(buffer, count, "buffer") }?;
-        let bytes = tensor.to_float(FloatType::F32).map_err(|error| {
-            use tightfit::model::ModelError;
-            let status = match &error {
-                ModelError::Device(_) => Status::Device,
-                ModelError::NotFloat { .. }
-                | ModelError::NoPart { .. }
-                | ModelError::OutsideTensor { .. } => Status::Usage,
-                ModelError::Kernel(_) => Status::Other,
-            };
-            Error::new(status, error)
-        })?;
-        let (values, _) = bytes.as_chunks::<4>();
-        for (value, &bytes) in buffer.iter_mut().zip(values) {
-            *value = f32::from_le_bytes(bytes);
-        }
-        Ok(())
+        Ok(tensor.read_floats(0, buffer)?)
+    })
+}
+
+/// Dequantizes or converts `count` elements of a tensor, from number `first` on, into `buffer`: a row
+/// of a matrix, for example, without the rest of it. An error for elements that are not
+/// floating-point numbers, and for a range outside of the tensor.
+///
+/// # Safety
+/// `model` is loaded; `buffer` has `count` elements that nobody else uses meanwhile.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tightfit_model_to_f32_at(
+    model: *const TightfitModel,
+    tensor: usize,
+    first: u64,
+    buffer: *mut f32,
+    count: usize,
+) -> TightfitStatus {
+    call(|| {
+        // SAFETY: as the caller promises.
+        let tensor = unsafe { object(model, "model") }?.tensor(tensor)?;
+        // SAFETY: as the caller promises.
+        let buffer = unsafe { array_mut(buffer, count, "buffer") }?;
+        Ok(tensor.read_floats(first, buffer)?)
     })
 }
 

@@ -6,7 +6,6 @@ use std::process::{Command, Output};
 
 use tempfile::TempDir;
 use tightfit::load::LoadOptions;
-use tightfit_kernels::FloatType;
 use tightfit_tests::golden::GoldenModel;
 use tightfit_tests::loading::{DOUBLE_QUANT, Planned, tensor};
 
@@ -107,12 +106,8 @@ fn the_example_prints_what_the_library_says() {
     let model = planned.load(&LoadOptions::default());
     let device = &model.plan().devices[0];
     let up_proj = tensor(&model, TENSOR);
-    let values = up_proj.to_float(FloatType::F32).unwrap();
-    let (values, _) = values.as_chunks::<4>();
-    let sum: f64 = values
-        .iter()
-        .map(|&value| f64::from(f32::from_le_bytes(value)))
-        .sum();
+    let values: Vec<f32> = up_proj.to_floats().unwrap();
+    let sum: f64 = values.iter().map(|&value| f64::from(value)).sum();
     let mut expected = vec![
         format!("planned for sim:0: {} bytes", device.size.reserved),
         format!(

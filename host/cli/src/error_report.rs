@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
-use tightfit::load::{LoadError, PlaceError};
+use tightfit::load::{LoadError, ReserveError};
 use tightfit::plan::{BadPlan, FormatRuleError, PlanError, ProposeError};
 use tightfit::policy::{PolicyError, RefusalReason};
 use tightfit::status::Status;
@@ -183,6 +183,11 @@ impl From<&PolicyError> for ErrorReport {
                     ..report("policy")
                 },
             },
+            PolicyError::BadAnswer { policy, tensor, .. } => ErrorReport {
+                guest: Some(policy.clone()),
+                tensor: Some(tensor.clone()),
+                ..report("bad-plan")
+            },
             PolicyError::UnknownSetting { policy, name, .. } => ErrorReport {
                 guest: Some(policy.clone()),
                 setting: Some(name.clone()),
@@ -278,15 +283,15 @@ impl From<&LoadError> for ErrorReport {
     }
 }
 
-impl From<&PlaceError> for ErrorReport {
-    fn from(error: &PlaceError) -> ErrorReport {
+impl From<&ReserveError> for ErrorReport {
+    fn from(error: &ReserveError) -> ErrorReport {
         match error {
-            PlaceError::Propose(error) => error.into(),
-            PlaceError::Revised { source, .. } => ErrorReport {
+            ReserveError::Propose(error) => error.into(),
+            ReserveError::Revised { source, .. } => ErrorReport {
                 message: error.to_string(),
                 ..source.as_ref().into()
             },
-            PlaceError::Load(error) => error.into(),
+            ReserveError::Load(error) => error.into(),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The command is there and says what it is. What it does is tested in `tests/`.
+//! The command is there and says what it is. What it does is tested by its neighbours.
 
 use std::process::Command;
 

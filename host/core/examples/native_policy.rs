@@ -5,12 +5,11 @@
 use std::error::Error;
 use std::path::Path;
 
-use tightfit::checkpoint::Checkpoint;
-use tightfit::device::{Device, HostDevice};
-use tightfit::load::{LoadOptions, load_reserved, place};
-use tightfit::model::Model;
-use tightfit::policy::{Answer, Description, Policy, PolicyError, Proposal, Request};
-use tightfit::types::{Format, Placement};
+use tightfit::policy::{Answer, Description, PolicyError, Proposal, Request};
+use tightfit::{
+    Checkpoint, Device, Format, HostDevice, LoadOptions, Model, Placement, Policy, load_reserved,
+    reserve,
+};
 
 /// Everything on the first device; matrices of the decoder's layers in NF4.
 struct LayersInNf4;
@@ -32,10 +31,7 @@ impl Policy for LayersInNf4 {
             Placement {
                 device: Some(0),
                 format: match quantize {
-                    true => Format::Nf4 {
-                        block_size: 64,
-                        double_quantized: false,
-                    },
+                    true => Format::NF4,
                     false => Format::Stored,
                 },
             }
@@ -53,7 +49,7 @@ impl Policy for LayersInNf4 {
 pub(crate) fn load(model: &Path) -> Result<Model, Box<dyn Error>> {
     let checkpoint = Checkpoint::open(model)?;
     let devices: Vec<Box<dyn Device>> = vec![Box::new(HostDevice::cpu(None))];
-    let placed = place(&checkpoint, &LayersInNf4, &devices, &[])?;
+    let placed = reserve(&checkpoint, &LayersInNf4, &devices, &[])?;
     Ok(load_reserved(
         &checkpoint,
         placed.reserved,

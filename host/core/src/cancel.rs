@@ -70,11 +70,6 @@ impl CancelToken {
             || self.deadline.is_some_and(|end| Instant::now() >= end)
     }
 
-    /// The flag itself, for what polls it. It knows of no deadline.
-    pub fn flag(&self) -> &AtomicBool {
-        &self.flag
-    }
-
     /// Whether to go on.
     ///
     /// # Errors

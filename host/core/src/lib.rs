@@ -15,8 +15,10 @@ pub mod hub;
 pub mod load;
 pub mod memory;
 pub mod model;
+mod options;
 pub mod plan;
 pub mod policy;
+mod progress;
 pub mod report;
 pub mod save;
 pub mod status;
@@ -29,11 +31,12 @@ pub mod types;
 
 pub use cancel::CancelToken;
 pub use checkpoint::Checkpoint;
-pub use device::{Device, HostDevice};
-pub use load::LoadOptions;
+pub use device::{Device, HostDevice, open_devices};
+pub use load::{LoadOptions, load, load_reserved, reserve};
 pub use model::{Model, Tensor};
-pub use plan::Plan;
+pub use plan::{Plan, PlanOptions, propose};
 pub use policy::Policy;
+pub use progress::{Progress, ReportProgress};
 pub use types::{DType, Format, Placement};
 
 /// The arithmetic, of which [`LoadOptions::kernels`] and [`Tensor::to_float`] speak: `FloatType`,

@@ -152,11 +152,25 @@ pub enum Format {
     Cast(DType),
     /// Quantized to NF4.
     Nf4 {
-        /// Elements that share a scale: a power of two from 32 to 4096.
-        block_size: u32,
+        /// Number of elements that share a scale.
+        block_size: BlockSize,
         /// Scales stored in 8 bits instead of f32.
         double_quantized: bool,
     },
+}
+
+impl Format {
+    /// NF4 in blocks of 64 elements, as transformers has it.
+    pub const NF4: Format = Format::Nf4 {
+        block_size: BlockSize::DEFAULT,
+        double_quantized: false,
+    };
+
+    /// The same with scales in 8 bits.
+    pub const NF4_DOUBLE: Format = Format::Nf4 {
+        block_size: BlockSize::DEFAULT,
+        double_quantized: true,
+    };
 }
 
 impl fmt::Display for Format {
@@ -175,7 +189,7 @@ impl fmt::Display for Format {
                 } else {
                     "nf4"
                 })?;
-                if block_size != 64 {
+                if block_size != BlockSize::DEFAULT {
                     write!(f, "/{block_size}")?;
                 }
                 Ok(())
@@ -196,12 +210,11 @@ impl FromStr for Format {
             None => (text, None),
             Some((name, digits)) => {
                 let size: u32 = digits.parse().map_err(|_| error())?;
-                let legal = sizes::is_block_size(size);
-                (name, Some(legal.then_some(size).ok_or_else(error)?))
+                (name, Some(size.try_into().map_err(|_| error())?))
             }
         };
         let nf4 = |double_quantized| Format::Nf4 {
-            block_size: block_size.unwrap_or(64),
+            block_size: block_size.unwrap_or_default(),
             double_quantized,
         };
         match (name.strip_prefix("cast:").unwrap_or(name), block_size) {
@@ -227,35 +240,7 @@ pub struct ParseFormatError {
     pub text: String,
 }
 
-pub use tightfit_common::sizes::BLOCK_SIZES;
-
-/// The table of a 4-bit format.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum QuantType {
-    /// Quantiles of the normal distribution.
-    Nf4,
-    /// A float with one sign, two exponent and one mantissa bit.
-    Fp4,
-}
-
-impl QuantType {
-    /// As bitsandbytes writes it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            QuantType::Nf4 => "nf4",
-            QuantType::Fp4 => "fp4",
-        }
-    }
-}
-
-impl From<QuantType> for tightfit_kernels::QuantType {
-    fn from(quant_type: QuantType) -> tightfit_kernels::QuantType {
-        match quant_type {
-            QuantType::Nf4 => tightfit_kernels::QuantType::Nf4,
-            QuantType::Fp4 => tightfit_kernels::QuantType::Fp4,
-        }
-    }
-}
+pub use tightfit_common::{BlockSize, IllegalBlockSize, QuantType};
 
 /// What becomes of one tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -330,7 +315,7 @@ mod tests {
     #[test]
     fn formats_are_read_as_they_are_written() {
         let nf4 = |block_size, double_quantized| Format::Nf4 {
-            block_size,
+            block_size: BlockSize::new(block_size).unwrap(),
             double_quantized,
         };
         for format in [

@@ -5,16 +5,21 @@ use std::path::Path;
 
 /// Every module, each with those that it may import beside itself. What is to the left of a module
 /// knows nothing of it.
-const LAYERS: [(&str, &[&str]); 18] = [
+const LAYERS: [(&str, &[&str]); 20] = [
     ("types", &[]),
     ("cancel", &[]),
+    ("options", &[]),
+    ("progress", &[]),
     ("text", &[]),
     ("status", &[]),
     ("memory", &["types"]),
     ("device", &["types", "status", "memory"]),
     ("checkpoint", &["types", "cancel", "text", "status"]),
-    ("synth", &["types", "cancel", "checkpoint"]),
-    ("hub", &["cancel", "text", "checkpoint"]),
+    (
+        "synth",
+        &["types", "cancel", "options", "progress", "checkpoint"],
+    ),
+    ("hub", &["cancel", "options", "text", "checkpoint"]),
     (
         "policy",
         &["types", "text", "status", "device", "checkpoint"],
@@ -24,6 +29,7 @@ const LAYERS: [(&str, &[&str]); 18] = [
         &[
             "types",
             "cancel",
+            "options",
             "status",
             "memory",
             "device",
@@ -33,13 +39,23 @@ const LAYERS: [(&str, &[&str]); 18] = [
     ),
     (
         "model",
-        &["types", "cancel", "memory", "device", "checkpoint", "plan"],
+        &[
+            "types",
+            "cancel",
+            "status",
+            "memory",
+            "device",
+            "checkpoint",
+            "plan",
+        ],
     ),
     (
         "load",
         &[
             "types",
             "cancel",
+            "options",
+            "progress",
             "status",
             "memory",
             "device",
@@ -55,6 +71,8 @@ const LAYERS: [(&str, &[&str]); 18] = [
         &[
             "types",
             "cancel",
+            "options",
+            "progress",
             "memory",
             "device",
             "checkpoint",

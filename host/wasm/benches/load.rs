@@ -4,7 +4,7 @@
 //! Qwen2.5-0.5B's shape (1 GB) to the temporary directory.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tightfit::checkpoint::Checkpoint;
@@ -12,7 +12,7 @@ use tightfit::device::{Device, HostDevice};
 use tightfit::load::{LoadOptions, load};
 use tightfit::memory::{DEFAULT_STAGING, StagingRing};
 use tightfit::plan::{Plan, propose};
-use tightfit::synth::{self, Options, Preset};
+use tightfit::synth::{self, Preset, SynthOptions};
 use tightfit_wasm::policy::WasmPolicy;
 use tightfit_wasm::sandbox::Limits;
 
@@ -27,14 +27,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(path) => PathBuf::from(path),
         None => {
             let path = directory.path().join("model");
-            let cancel = AtomicBool::new(false);
-            synth::write(
-                Preset::Qwen25_0_5b,
-                &path,
-                &Options::default(),
-                &mut |_, _| {},
-                &cancel,
-            )?;
+            synth::write(Preset::Qwen25_0_5b, &path, &SynthOptions::default())?;
             path
         }
     };
@@ -66,10 +59,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         for _ in 0..REPEATS {
             times[0].push(read_only(&checkpoint, threads)?);
             for (index, (_, plan)) in plans.iter().enumerate() {
-                let options = LoadOptions {
-                    threads,
-                    ..LoadOptions::default()
-                };
+                let options = LoadOptions::default().with_threads(threads);
                 let start = Instant::now();
                 let model = load(&checkpoint, plan, &devices, &options)?;
                 times[index + 1].push(start.elapsed());

@@ -7,7 +7,6 @@
 //! unless it remembers them, and then medians of loads that are interleaved.
 
 use std::path::PathBuf;
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use tightfit::checkpoint::Checkpoint;
@@ -15,7 +14,7 @@ use tightfit::device::{Device, Piece, WRITER_BUFFERS, open_devices};
 use tightfit::load::{LoadOptions, QuantizeOn, load};
 use tightfit::memory::ReservationSize;
 use tightfit::plan::{Plan, propose};
-use tightfit::synth::{self, Options, Preset};
+use tightfit::synth::{self, Preset, SynthOptions};
 use tightfit_wasm::policy::WasmPolicy;
 use tightfit_wasm::sandbox::Limits;
 
@@ -33,8 +32,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         Some(path) => PathBuf::from(path),
         None => {
             let path = directory.path().join("model");
-            let (options, cancel) = (Options::default(), AtomicBool::new(false));
-            synth::write(Preset::Qwen25_7b, &path, &options, &mut |_, _| {}, &cancel)?;
+            let options = SynthOptions::default();
+            synth::write(Preset::Qwen25_7b, &path, &options)?;
             path
         }
     };
@@ -127,10 +126,7 @@ fn run(
     devices: &[Box<dyn Device>],
     quantize_on: QuantizeOn,
 ) -> Result<Loaded, Box<dyn std::error::Error>> {
-    let options = LoadOptions {
-        quantize_on,
-        ..LoadOptions::default()
-    };
+    let options = LoadOptions::default().with_quantize_on(quantize_on);
     let start = Instant::now();
     let model = load(checkpoint, plan, devices, &options)?;
     let seconds = start.elapsed().as_secs_f64();

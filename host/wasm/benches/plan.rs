@@ -3,13 +3,12 @@
 //!
 //! `cargo bench -p tightfit-wasm --bench plan`
 
-use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{DeviceInfo, DeviceKind};
 use tightfit::plan::{Plan, propose};
-use tightfit::synth::{self, Model, Options, Tensor};
+use tightfit::synth::{self, Model, SynthOptions, Tensor};
 use tightfit::types::Placement;
 use tightfit_wasm::policy::{BUILTIN_POLICIES, WasmPolicy};
 use tightfit_wasm::sandbox::Limits;
@@ -23,13 +22,10 @@ const HIDDEN: u64 = 2048;
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let directory = tempfile::tempdir()?;
     let path = directory.path().join("model");
-    let options = Options {
-        headers_only: true,
-        shard_bytes: 50_000_000_000,
-        ..Options::default()
-    };
-    let cancel = AtomicBool::new(false);
-    synth::write_model(&model(), &path, &options, &mut |_, _| {}, &cancel)?;
+    let options = SynthOptions::default()
+        .with_headers_only(true)
+        .with_shard_bytes(50_000_000_000);
+    synth::write_model(&model(), &path, &options)?;
     let checkpoint = Checkpoint::open(&path)?;
     let device = |index: usize| DeviceInfo {
         name: format!("sim:{index}"),

@@ -36,12 +36,9 @@ fn main() -> Result<(), Box<dyn Error>> {
         directory.path().join("cache"),
         directory.path().join("model"),
     );
-    let options = synth::Options {
-        headers_only: true,
-        ..synth::Options::default()
-    };
+    let options = synth::SynthOptions::default().with_headers_only(true);
     let preset = "qwen2.5-7b".parse::<Preset>()?;
-    synth::write(preset, &model, &options, &mut |_, _| {}, &false.into())?;
+    synth::write(preset, &model, &options)?;
 
     let [idle, calling] = [0, CALLS].map(|calls| {
         let policy = WasmPolicy::new("bench", &calling_host(calls), Options::default());
@@ -66,10 +63,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         Ok(median(&mut times))
     };
     let shape = [4096, 4096];
-    let format = Format::Nf4 {
-        block_size: 64,
-        double_quantized: false,
-    };
+    let format = Format::NF4;
     let mut arithmetic = Vec::new();
     for _ in 0..REPEATS {
         let start = Instant::now();

@@ -1,6 +1,8 @@
 //! What is not accepted, and that the error says why.
 
-use tightfit_kernels::{BlockSize, FloatType, Isa, KernelError, Kernels, QuantType};
+use tightfit_kernels::{
+    BlockSize, FloatType, IllegalBlockSize, Isa, KernelError, Kernels, QuantType,
+};
 
 use crate::all;
 
@@ -93,7 +95,7 @@ fn block_sizes_and_instruction_sets() {
     }
     assert_eq!(
         BlockSize::new(1 << 22),
-        Err(KernelError::BlockSize { have: 1 << 22 })
+        Err(IllegalBlockSize { have: 1 << 22 })
     );
     assert_eq!(BlockSize::default().elements(), 64);
 

@@ -56,7 +56,7 @@ fn dequantize_is_one_product_and_one_rounding() {
                 let products: Vec<f32> = (0..elements)
                     .map(|i| {
                         let code = source.packed[i / 2] >> (4 - i % 2 * 4) & 15;
-                        quant_type.code_values()[usize::from(code)]
+                        tightfit_kernels::code_values(quant_type)[usize::from(code)]
                             * source.absmax[i / block_size.elements()]
                     })
                     .collect();

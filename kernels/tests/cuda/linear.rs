@@ -137,7 +137,7 @@ impl Weights {
         } else {
             byte & 15
         };
-        let value = case.quant_type.code_values()[usize::from(code)];
+        let value = tightfit_kernels::code_values(case.quant_type)[usize::from(code)];
         f64::from(value) * f64::from(self.absmax[i / case.block_size])
     }
 }

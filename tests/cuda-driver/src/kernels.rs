@@ -204,6 +204,7 @@ pub(crate) fn run(
 
 fn on_the_processor(kernel: &str, passed: &[Passed], memory: &mut [Vec<u8>]) -> Result<(), String> {
     let text = |error: tightfit_kernels::KernelError| error.to_string();
+    let illegal = |error: tightfit_kernels::IllegalBlockSize| error.to_string();
     let kernels = Kernels::new(Isa::Portable).map_err(text)?;
     let number = |index: usize| match passed[index] {
         Passed::Number(value) => value,
@@ -212,7 +213,7 @@ fn on_the_processor(kernel: &str, passed: &[Passed], memory: &mut [Vec<u8>]) -> 
     match (kernel, memory) {
         (_, [source, packed, absmax, count]) if quantized_type(kernel).is_some() => {
             let float = quantized_type(kernel).unwrap_or(FloatType::F32);
-            let block_size = BlockSize::new(number(2) as usize).map_err(text)?;
+            let block_size = BlockSize::new(number(2) as usize).map_err(illegal)?;
             let mut scales = vec![0.0; absmax.len() / 4];
             let stats = kernels.quantize_nf4(source, float, block_size, packed, &mut scales);
             let found = stats.map_err(text)?.nonfinite_blocks;

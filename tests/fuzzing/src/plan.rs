@@ -3,8 +3,8 @@
 use arbitrary::{Arbitrary, Result, Unstructured};
 use tightfit::checkpoint::{Extent, Nested, Quantized, TensorInfo, Tie};
 use tightfit::device::{DeviceInfo, DeviceKind};
-use tightfit::plan::{PART_ALIGNMENT, Plan, PlanError};
-use tightfit::types::{DType, Format, Placement, QuantType};
+use tightfit::plan::{PART_ALIGNMENT, Plan, PlanError, PlanOptions};
+use tightfit::types::{BlockSize, DType, Format, Placement, QuantType};
 
 /// Everything that a plan is made of.
 #[derive(Debug)]
@@ -42,11 +42,11 @@ fn tensor(u: &mut Unstructured<'_>, index: usize) -> Result<TensorInfo> {
         false => None,
         true => Some(Box::new(Quantized {
             quant_type: QuantType::Nf4,
-            block_size: 32 << u.int_in_range(0..=7)?,
+            block_size: *u.choose(&BlockSize::ALL)?,
             absmax: extent,
             nested: bool::arbitrary(u)?.then_some(Nested {
                 absmax: extent,
-                offset: 0.0,
+                absmax_mean: 0.0,
             }),
         })),
     };
@@ -70,12 +70,8 @@ fn placement(u: &mut Unstructured<'_>, devices: usize) -> Result<Placement> {
     };
     let format = match u.int_in_range(0..=4)? {
         0 => Format::Cast(*u.choose(&DType::ALL)?),
-        1 => Format::Nf4 {
-            block_size: u32::arbitrary(u)?,
-            double_quantized: bool::arbitrary(u)?,
-        },
-        2 => Format::Nf4 {
-            block_size: 32 << u.int_in_range(0..=7)?,
+        1 | 2 => Format::Nf4 {
+            block_size: *u.choose(&BlockSize::ALL)?,
             double_quantized: bool::arbitrary(u)?,
         },
         _ => Format::Stored,
@@ -144,17 +140,15 @@ pub fn plan(data: &[u8]) -> bool {
     let Ok(case) = Case::arbitrary(&mut Unstructured::new(data)) else {
         return false;
     };
-    let lay_out = match case.tail {
-        false => Plan::new,
-        true => Plan::with_tail,
-    };
+    let options = PlanOptions::default().with_reserved_headroom(case.tail);
     let make = || {
-        lay_out(
+        Plan::new_with(
             &case.tensors,
             &case.ties,
             &case.devices,
             &case.placements,
             &case.headroom,
+            &options,
         )
     };
     let made = make();

@@ -92,10 +92,7 @@ fn load_and_dequantize(checkpoint: &Checkpoint) {
     let info = [devices[0].info()];
     let plan = Plan::new(checkpoint.tensors(), &[], &info, &placements, &[0]);
     let plan = plan.unwrap_or_else(|error| panic!("{error}"));
-    let options = LoadOptions {
-        threads: 1,
-        ..LoadOptions::default()
-    };
+    let options = LoadOptions::default().with_threads(1);
     let model = load(checkpoint, &plan, &devices, &options);
     let model = model.unwrap_or_else(|error| panic!("{error}"));
     for tensor in model.tensors() {

@@ -265,19 +265,13 @@ fn open_and_save(directory: &Path, target: &Path) -> Result<Saved, String> {
     let placement = |dtype: DType| Placement {
         device: Some(0),
         format: match dtype.is_quantizable() {
-            true => Format::Nf4 {
-                block_size: 64,
-                double_quantized: true,
-            },
+            true => Format::NF4_DOUBLE,
             false => Format::Stored,
         },
     };
     let tensors = checkpoint.tensors().iter();
     let placements: Vec<Placement> = tensors.map(|tensor| placement(tensor.dtype)).collect();
-    let options = SaveOptions {
-        threads: 1,
-        ..SaveOptions::default()
-    };
+    let options = SaveOptions::default().with_threads(1);
     save(&checkpoint, &placements, target, &options).map_err(|error| error.to_string())
 }
 

@@ -2,6 +2,7 @@
 
 use tightfit::plan::{BadPlan, PlanError, ProposeError, SizeError};
 use tightfit::policy::{PolicyError, RefusalReason};
+use tightfit::status::Status;
 use tightfit::types::{DType, Format};
 use tightfit_tests::guests::hostile;
 
@@ -41,13 +42,8 @@ fn a_device_that_is_not_there_is_named_with_the_tensor() {
 
 #[test]
 fn a_format_must_be_able_to_hold_the_tensor() {
-    let nf4 = |block_size| Format::Nf4 {
-        block_size,
-        double_quantized: false,
-    };
     for (behavior, tensor, expected_format, expected_dtype) in [
-        ("nf4", "model.position_ids", nf4(64), DType::I64),
-        ("block-48", EMBEDDING, nf4(48), DType::Bf16),
+        ("nf4", "model.position_ids", Format::NF4, DType::I64),
         ("cast-i8", EMBEDDING, Format::Cast(DType::I8), DType::Bf16),
     ] {
         let bad = bad_plan(behavior);
@@ -62,6 +58,23 @@ fn a_format_must_be_able_to_hold_the_tensor() {
             "{bad:?}"
         );
     }
+}
+
+#[test]
+fn a_block_must_have_a_size_that_there_is() {
+    let error = Bench::new().error(hostile(), "block-48");
+    assert_eq!(
+        error.to_string(),
+        format!(
+            "policy 'test.wasm' gave a bad plan: tensor '{EMBEDDING}': block size 48 is not a \
+             power of two from 32 to 4096"
+        )
+    );
+    assert_eq!(Status::from(&error), Status::Policy);
+    let ProposeError::Policy(PolicyError::BadAnswer { tensor, .. }) = error else {
+        panic!("it is no bad answer: {error:?}");
+    };
+    assert_eq!(tensor, EMBEDDING);
 }
 
 #[test]

@@ -11,11 +11,6 @@ use tightfit_tests::models;
 
 use super::Bench;
 
-const NF4: Format = Format::Nf4 {
-    block_size: 64,
-    double_quantized: false,
-};
-
 fn propose_with(
     bench: &Bench,
     policy: &dyn Policy,
@@ -41,7 +36,7 @@ fn a_policy_that_ignores_them_is_overruled() {
     assert_eq!(formats(&before), [Format::Stored; 4]);
     let after = propose_with(&bench, hostile(), &rules).unwrap();
     let stored = Format::Stored;
-    assert_eq!(formats(&after), [stored, stored, NF4, stored]);
+    assert_eq!(formats(&after), [stored, stored, Format::NF4, stored]);
     // The sizes are those of the fixed format: 64 x 32 elements, half a byte each, 32 scales.
     assert_eq!(after.plan.tensors[2].requested(), 1024 + 4 * 32);
     assert!(

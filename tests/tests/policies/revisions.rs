@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use tempfile::TempDir;
 use tightfit::checkpoint::{Checkpoint, TensorInfo};
 use tightfit::device::{Device, DeviceError, DeviceInfo, HostDevice, Reservation};
-use tightfit::load::{LoadError, LoadOptions, MAX_REVISIONS, PlaceError, load_reserved, place};
+use tightfit::load::{LoadError, LoadOptions, MAX_REVISIONS, ReserveError, load_reserved, reserve};
 use tightfit::memory::{ReservationSize, Usage};
 use tightfit::plan::ProposeError;
 use tightfit::policy::{Answer, Description, Policy, PolicyError, Proposal, Request};
@@ -103,7 +103,7 @@ fn a_device_with_less_than_it_said_gets_less() {
         Shared::boxed(0, 64 * MIB, 58 * MIB, 0),
         Box::new(HostDevice::sim(1, 64 * MIB)),
     ];
-    let placed = place(&checkpoint, auto(), &devices, &[]).unwrap();
+    let placed = reserve(&checkpoint, auto(), &devices, &[]).unwrap();
     let [revision] = placed.revisions.as_slice() else {
         panic!("{:?}", placed.revisions);
     };
@@ -140,7 +140,7 @@ fn headroom_that_is_gone_is_a_reason_too() {
         Shared::boxed(0, 32 * MIB, 43 * MIB / 2, 0),
         Box::new(HostDevice::sim(1, 64 * MIB)),
     ];
-    let placed = place(&checkpoint, auto(), &devices, &settings).unwrap();
+    let placed = reserve(&checkpoint, auto(), &devices, &settings).unwrap();
     assert_eq!(placed.revisions.len(), 1, "{:?}", placed.revisions);
     assert!(placed.revisions[0].needed - MIB < 21 * MIB / 2);
     assert_eq!(placed.revisions[0].available, 21 * MIB / 2);
@@ -152,8 +152,8 @@ fn headroom_that_is_gone_is_a_reason_too() {
 fn a_refusal_of_the_revision_says_why_it_was_asked_for() {
     let (_directory, checkpoint) = model();
     let devices = [Shared::boxed(0, 64 * MIB, 60 * MIB, 0)];
-    let error = place(&checkpoint, auto(), &devices, &[]).unwrap_err();
-    let PlaceError::Revised { revisions, source } = &error else {
+    let error = reserve(&checkpoint, auto(), &devices, &[]).unwrap_err();
+    let ReserveError::Revised { revisions, source } = &error else {
         panic!("{error:?}");
     };
     assert_eq!(revisions.len(), 1);
@@ -215,11 +215,11 @@ fn a_device_that_shrinks_every_time_is_given_up() {
         Box::new(HostDevice::sim(1, 1024 * MIB)),
     ];
     let policy = Filling(AtomicUsize::new(0));
-    let error = place(&checkpoint, &policy, &devices, &[]).unwrap_err();
+    let error = reserve(&checkpoint, &policy, &devices, &[]).unwrap_err();
     assert!(
         matches!(
             error,
-            PlaceError::Load(LoadError::Device(DeviceError::OutOfMemory { .. }))
+            ReserveError::Load(LoadError::Device(DeviceError::OutOfMemory { .. }))
         ),
         "{error:?}"
     );
@@ -237,11 +237,11 @@ fn a_failure_that_is_not_about_memory_is_final() {
         asked: AtomicUsize::new(0),
         fails: true,
     })];
-    let error = place(&checkpoint, auto(), &devices, &[]).unwrap_err();
+    let error = reserve(&checkpoint, auto(), &devices, &[]).unwrap_err();
     assert!(
         matches!(
             error,
-            PlaceError::Load(LoadError::Device(DeviceError::Refused { .. }))
+            ReserveError::Load(LoadError::Device(DeviceError::Refused { .. }))
         ),
         "{error:?}"
     );

@@ -104,6 +104,12 @@ int main(int argc, char **argv) {
     IS(USAGE, tightfit_model_device(model, SIZE_MAX, &use));
     IS(USAGE, tightfit_model_read_part(model, 0, UINT32_MAX, NULL, 0));
     IS(USAGE, tightfit_model_to_f32(model, 0, NULL, 0));
+    IS(USAGE, tightfit_model_to_f32_at(NULL, 0, 0, NULL, 0));
+    IS(USAGE, tightfit_model_to_f32_at(model, SIZE_MAX, 0, NULL, 0));
+    IS(USAGE, tightfit_model_to_f32_at(model, 0, 0, NULL, 1));
+    float values[3];
+    IS(USAGE, tightfit_model_to_f32_at(model, 0, UINT64_MAX, values, 3));
+    IS(USAGE, tightfit_model_to_f32_at(model, 0, UINT64_MAX - 2, values, 3));
     IS(USAGE, tightfit_model_report(model, 0, NULL));
 
     /* A caller of a later version: what the library does not know becomes zero. */
@@ -117,6 +123,18 @@ int main(int argc, char **argv) {
     /* Every part, in place and copied. */
     for (size_t i = 0; i < count; i++) {
         IS(DONE, tightfit_model_tensor(model, i, &tensor));
+        /* Some elements are those of all. */
+        float *all = malloc(tensor.elements * sizeof *all + 1);
+        if (tightfit_model_to_f32(model, i, all, tensor.elements) == TIGHTFIT_DONE) {
+            uint64_t from = tensor.elements / 3;
+            size_t some = tensor.elements - from < 3 ? tensor.elements - from : 3;
+            IS(DONE, tightfit_model_to_f32_at(model, i, from, values, some));
+            TRUE(memcmp(values, all + from, some * sizeof *all) == 0);
+            IS(USAGE, tightfit_model_to_f32_at(model, i, tensor.elements - some + 1, values, some));
+        } else {
+            IS(USAGE, tightfit_model_to_f32_at(model, i, 0, values, 1));
+        }
+        free(all);
         for (size_t j = 0; j < tensor.parts; j++) {
             IS(DONE, tightfit_model_part(model, i, j, &part));
             uint8_t *copy = malloc(part.length + 1);

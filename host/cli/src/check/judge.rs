@@ -127,8 +127,10 @@ fn failure(expect: &Fails, outcome: Result<&Plan, &ProposeError>) -> Finding {
         wanted += &format!(", a message with '{text}'");
     }
     let found = match outcome {
+        Err(ProposeError::BadPlan { .. } | ProposeError::Policy(PolicyError::BadAnswer { .. })) => {
+            Some(FailureKind::BadPlan)
+        }
         Err(ProposeError::Policy(error)) => Failure::of(error).and_then(FailureKind::of),
-        Err(ProposeError::BadPlan { .. }) => Some(FailureKind::BadPlan),
         Err(ProposeError::DoesNotFit { .. }) => Some(FailureKind::Overfull),
         Err(ProposeError::FormatRule(_) | ProposeError::Cancelled) | Ok(_) => None,
     };

@@ -3,7 +3,7 @@
 use quick_xml::Writer;
 use quick_xml::events::{BytesDecl, BytesText, Event};
 
-use super::outcome::{CaseReport, CheckReport, FileReport, Status};
+use super::outcome::{CaseReport, CaseStatus, CheckReport, FileReport};
 use tightfit::text::printable;
 
 /// The report as JUnit XML: a suite for each file.
@@ -39,8 +39,11 @@ fn suite(file: &FileReport, writer: &mut Writer<Vec<u8>>) -> std::io::Result<()>
         .with_attributes([
             ("name", name.as_str()),
             ("tests", file.cases.len().to_string().as_str()),
-            ("failures", file.count(Status::Failed).to_string().as_str()),
-            ("errors", file.count(Status::Error).to_string().as_str()),
+            (
+                "failures",
+                file.count(CaseStatus::Failed).to_string().as_str(),
+            ),
+            ("errors", file.count(CaseStatus::Error).to_string().as_str()),
             ("time", format!("{seconds:.3}").as_str()),
         ])
         .write_inner_content(|writer| {
@@ -58,15 +61,15 @@ fn case(suite: &str, case: &CaseReport, writer: &mut Writer<Vec<u8>>) -> std::io
         ("time", format!("{:.3}", case.seconds).as_str()),
     ]);
     let (tag, message, lines) = match case.status {
-        Status::Ok => {
+        CaseStatus::Ok => {
             element.write_empty()?;
             return Ok(());
         }
-        Status::Error => {
+        CaseStatus::Error => {
             let error = case.error.clone().unwrap_or_default();
             ("error", error.clone(), vec![error])
         }
-        Status::Failed => {
+        CaseStatus::Failed => {
             let failed: Vec<_> = case
                 .expectations
                 .iter()

@@ -22,6 +22,6 @@ pub use expect::Expect;
 pub use judge::judge;
 pub use junit::junit;
 pub use model::{ModelSource, TensorEntry};
-pub use outcome::{CaseReport, CheckReport, FileReport, Finding, Status};
+pub use outcome::{CaseReport, CaseStatus, CheckReport, FileReport, Finding};
 pub use parse::{Case, MAX_CASES, MAX_FILE_BYTES, PolicySource, ScenarioFile};
 pub use run::Runner;

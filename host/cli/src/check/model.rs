@@ -10,7 +10,7 @@ use super::error::RunError;
 use super::values::{DTypeName, Parsed};
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::{Checkpoint, MAX_TENSORS};
-use tightfit::synth::{self, Model, Options, Preset, Tensor};
+use tightfit::synth::{self, Model, Preset, SynthOptions, Tensor};
 use tightfit::types::DType;
 
 /// Where a scenario's model comes from.
@@ -141,17 +141,10 @@ impl ModelSource {
             .prefix("tightfit-check-")
             .tempdir()
             .map_err(RunError::TemporaryDirectory)?;
-        let options = Options {
-            headers_only: true,
-            ..Options::default()
-        };
-        synth::write_model(
-            &model,
-            directory.path(),
-            &options,
-            &mut |_, _| {},
-            cancel.flag(),
-        )?;
+        let options = SynthOptions::default()
+            .with_headers_only(true)
+            .with_cancel(cancel.clone());
+        synth::write_model(&model, directory.path(), &options)?;
         Ok(OpenModel {
             checkpoint: Checkpoint::open_with(directory.path(), cancel)?,
             _directory: Some(directory),

@@ -27,9 +27,9 @@ impl CheckReport {
         let count = |status| files.iter().map(|file| file.count(status)).sum();
         CheckReport {
             schema: 1,
-            ok: count(Status::Ok),
-            failed: count(Status::Failed),
-            errors: count(Status::Error),
+            ok: count(CaseStatus::Ok),
+            failed: count(CaseStatus::Failed),
+            errors: count(CaseStatus::Error),
             files,
         }
     }
@@ -51,7 +51,7 @@ pub struct FileReport {
 
 impl FileReport {
     /// How many of its cases ended so.
-    pub fn count(&self, status: Status) -> usize {
+    pub fn count(&self, status: CaseStatus) -> usize {
         self.cases
             .iter()
             .filter(|case| case.status == status)
@@ -62,7 +62,7 @@ impl FileReport {
 /// How a case ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Status {
+pub enum CaseStatus {
     /// Every expectation holds.
     Ok,
     /// Some do not.
@@ -81,7 +81,7 @@ pub struct CaseReport {
     /// The settings given.
     pub settings: BTreeMap<String, String>,
     /// How it ended.
-    pub status: Status,
+    pub status: CaseStatus,
     /// Why it could not be run.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,

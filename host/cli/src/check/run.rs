@@ -8,11 +8,11 @@ use std::time::Instant;
 use super::error::{CheckError, RunError};
 use super::judge::judge;
 use super::model::{ModelSource, OpenModel};
-use super::outcome::{CaseReport, FileReport, Finding, Status};
+use super::outcome::{CaseReport, CaseStatus, FileReport, Finding};
 use super::parse::{Case, PolicySource, ScenarioFile};
 use tightfit::cancel::CancelToken;
 use tightfit::device::planned_devices;
-use tightfit::plan::{ProposeError, propose_with};
+use tightfit::plan::{PlanOptions, ProposeError, propose_with};
 use tightfit::policy::PolicyError;
 use tightfit::synth::SynthError;
 use tightfit_wasm::policy::{BUILTIN_POLICIES, WasmPolicy};
@@ -66,11 +66,11 @@ impl Runner {
             return Err(CheckError::Cancelled);
         }
         let (status, error, expectations) = match result {
-            Err(error) => (Status::Error, Some(error.to_string()), Vec::new()),
+            Err(error) => (CaseStatus::Error, Some(error.to_string()), Vec::new()),
             Ok(findings) if findings.iter().all(|finding| finding.holds) => {
-                (Status::Ok, None, findings)
+                (CaseStatus::Ok, None, findings)
             }
-            Ok(findings) => (Status::Failed, None, findings),
+            Ok(findings) => (CaseStatus::Failed, None, findings),
         };
         Ok(CaseReport {
             name: case.name.clone(),
@@ -94,7 +94,7 @@ impl Runner {
                 policy.as_ref(),
                 &devices,
                 &case.settings,
-                cancel,
+                &PlanOptions::default().with_cancel(cancel.clone()),
             ),
             Err(error) => Err(ProposeError::Policy(error)),
         };

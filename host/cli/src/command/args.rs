@@ -14,7 +14,7 @@ use tightfit_kernels::{Isa, KernelError, Kernels};
 use tightfit_wasm::sandbox::{Cache, CacheError, Compiler, CompilerProgram, Limits, Options, Wasi};
 
 use crate::command::amount::{parse_bytes, parse_device};
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::session;
 
 /// Loads Hugging Face checkpoints into 4-bit NF4 in exactly the memory the weights need.
@@ -151,17 +151,17 @@ pub(crate) struct SandboxOptions {
 impl SandboxOptions {
     /// The default limits with what was asked for; what is given twice counts as given last. What
     /// users bring is compiled by this program, started once more.
-    pub(crate) fn options(&self) -> Result<Options, Failure> {
+    pub(crate) fn options(&self) -> Result<Options, CommandError> {
         self.options_from(Limits::default())
     }
 
     /// The same from other defaults.
-    pub(crate) fn options_from(&self, mut limits: Limits) -> Result<Options, Failure> {
+    pub(crate) fn options_from(&self, mut limits: Limits) -> Result<Options, CommandError> {
         for (name, value) in &self.limits {
             let set = limits.set(name, value);
             debug_assert!(set.is_ok(), "checked as it was parsed");
         }
-        let compiler = CompilerProgram::itself([COMPILE]).map_err(Failure::NoCompiler)?;
+        let compiler = CompilerProgram::itself([COMPILE]).map_err(CommandError::NoCompiler)?;
         Ok(Options {
             limits,
             compiler: Compiler::Child(compiler),

@@ -1,18 +1,18 @@
 //! `tightfit check`.
 
-use crate::check::{CaseReport, CheckReport, Runner, ScenarioFile, Status, junit};
+use crate::check::{CaseReport, CaseStatus, CheckReport, Runner, ScenarioFile, junit};
 use tightfit::cancel::CancelToken;
 use tightfit::text::printable;
 
 use crate::command::args::CheckOptions;
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::output;
 
 pub(crate) fn run(
     options: &CheckOptions,
     verbose: bool,
     cancel: &CancelToken,
-) -> Result<(), Failure> {
+) -> Result<(), CommandError> {
     let files = read(options)?;
     let mut runner = Runner::new(options.sandbox.options()?);
     let mut reports = Vec::new();
@@ -34,7 +34,7 @@ pub(crate) fn run(
     if report.holds() {
         return Ok(());
     }
-    Err(Failure::Unexpected {
+    Err(CommandError::Unexpected {
         failed: report.failed + report.errors,
         cases: report.ok + report.failed + report.errors,
     })
@@ -42,9 +42,9 @@ pub(crate) fn run(
 
 /// All files, or the last one's error after those of the others: whoever mends them wants to see
 /// all.
-fn read(options: &CheckOptions) -> Result<Vec<ScenarioFile>, Failure> {
+fn read(options: &CheckOptions) -> Result<Vec<ScenarioFile>, CommandError> {
     let mut files = Vec::new();
-    let mut failure: Option<Failure> = None;
+    let mut failure: Option<CommandError> = None;
     for path in &options.files {
         match ScenarioFile::read(path) {
             Ok(file) => files.push(file),
@@ -63,7 +63,7 @@ fn text(report: &CheckReport, quiet: bool, verbose: bool) -> String {
     let mut text = String::new();
     for file in &report.files {
         for case in &file.cases {
-            if !quiet || case.status != Status::Ok {
+            if !quiet || case.status != CaseStatus::Ok {
                 text += &case_text(&file.file.display().to_string(), case, verbose);
             }
         }
@@ -88,9 +88,9 @@ fn plural(count: usize) -> &'static str {
 
 fn case_text(file: &str, case: &CaseReport, verbose: bool) -> String {
     let status = match case.status {
-        Status::Ok => "ok",
-        Status::Failed => "FAILED",
-        Status::Error => "ERROR",
+        CaseStatus::Ok => "ok",
+        CaseStatus::Failed => "FAILED",
+        CaseStatus::Error => "ERROR",
     };
     let mut text = format!(
         "{status:<6}  {}: {}\n",

@@ -3,12 +3,12 @@
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{DeviceSpec, open_devices};
-use tightfit::synth::{Options, Preset};
+use tightfit::synth::{Preset, SynthOptions};
 use tightfit::text::printable;
 use tightfit::types::Bytes;
 
 use crate::command::args::DemoOptions;
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::{load, output, session, synth};
 
 /// An accelerator on which the model fits in 4 bits and not in 16.
@@ -16,7 +16,7 @@ const DEVICE: DeviceSpec = DeviceSpec::Sim {
     capacity: 128 << 20,
 };
 
-pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Failure> {
+pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), CommandError> {
     let quiet = options.output.quiet;
     let say = |text: String| match quiet || options.output.json {
         true => Ok(()),
@@ -26,11 +26,12 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
     let directory = tempfile::Builder::new()
         .prefix("tightfit-demo-")
         .tempdir()
-        .map_err(Failure::TemporaryDirectory)?;
+        .map_err(CommandError::TemporaryDirectory)?;
     let model = directory.path().join("model");
 
     say("1. A model with random weights, as a bf16 checkpoint\n".to_owned())?;
-    let written = synth::write(Preset::Demo, &model, &Options::default(), quiet, &cancel)?;
+    let how = SynthOptions::default();
+    let written = synth::write(Preset::Demo, &model, how, quiet, &cancel)?;
     say(format!(
         "   {} tensors, {}\n\n",
         written.tensors,
@@ -43,7 +44,7 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Fail
         given => given,
     };
     let devices = open_devices(specs)?;
-    let placed = session::place_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
+    let placed = session::reserve_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
     let planned: u64 = placed
         .proposed
         .plan

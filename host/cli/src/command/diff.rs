@@ -9,7 +9,7 @@ use tightfit::policy::{Description, Policy};
 use tightfit_wasm::policy::WasmPolicy;
 
 use crate::command::args::{OutputOptions, PolicyOptions};
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::output;
 
 type Settings = Vec<(String, String)>;
@@ -21,15 +21,15 @@ pub(crate) fn run(
     asked: [&str; 2],
     policy: &PolicyOptions,
     options: &OutputOptions,
-) -> Result<(), Failure> {
+) -> Result<(), CommandError> {
     let sandbox = policy.sandbox.options()?;
     let open = |name: &str| WasmPolicy::open(name, sandbox.clone());
     let policies = [open(asked[0])?, open(asked[1])?];
     let known = [policies[0].describe()?, policies[1].describe()?];
     let [for_a, for_b] = divide(&policy.settings, &known, asked)?;
     type Answer = Result<Proposed, ErrorReport>;
-    let answer = |policy: &WasmPolicy, settings: &Settings| -> Result<Answer, Failure> {
-        match propose(checkpoint, policy, devices, settings).map_err(Failure::from) {
+    let answer = |policy: &WasmPolicy, settings: &Settings| -> Result<Answer, CommandError> {
+        match propose(checkpoint, policy, devices, settings).map_err(CommandError::from) {
             Ok(proposed) => Ok(Ok(proposed)),
             Err(refusal) if refusal.is_refusal() => Ok(Err(refusal.report())),
             Err(failure) => Err(failure),
@@ -38,7 +38,7 @@ pub(crate) fn run(
     let (a, b) = (answer(&policies[0], &for_a)?, answer(&policies[1], &for_b)?);
     let comparison = Comparison::new(checkpoint.tensors(), asked, a.as_ref(), b.as_ref());
     if a.is_err() && b.is_err() {
-        return Err(Failure::BothRefuse(Box::new(comparison)));
+        return Err(CommandError::BothRefuse(Box::new(comparison)));
     }
     if options.json {
         output::print_json(&comparison)
@@ -54,7 +54,7 @@ fn divide(
     settings: &[(String, String)],
     known: &[Description; 2],
     asked: [&str; 2],
-) -> Result<[Settings; 2], Failure> {
+) -> Result<[Settings; 2], CommandError> {
     let has = |policy: &Description, name: &str| policy.settings.iter().any(|s| s.name == name);
     let mut divided = [Settings::new(), Settings::new()];
     for (name, value) in settings {
@@ -72,7 +72,7 @@ fn divide(
             }
         }
         if !found {
-            return Err(Failure::NobodysSetting {
+            return Err(CommandError::NobodysSetting {
                 name: name.clone(),
                 a: asked[0].to_owned(),
                 b: asked[1].to_owned(),

@@ -11,7 +11,7 @@ use tightfit::status::Status;
 use tightfit::text::printable_lines;
 
 use crate::command::args::Arguments;
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::output;
 
 /// What stands below the help of every command.
@@ -89,7 +89,7 @@ fn print(error: &clap::Error, json: bool) -> ExitCode {
             let text = rendered.ansi().to_string();
             crate::command::destination::Destination::Stdout
                 .write(text.as_bytes())
-                .map_err(Failure::Output)
+                .map_err(CommandError::Output)
         }
         _ => output::print(&rendered.to_string()),
     };

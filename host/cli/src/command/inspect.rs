@@ -7,10 +7,10 @@ use tightfit::text::printable;
 use tightfit::types::Bytes;
 
 use crate::command::args::InspectOptions;
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::{output, session};
 
-pub(crate) fn run(options: &InspectOptions) -> Result<(), Failure> {
+pub(crate) fn run(options: &InspectOptions) -> Result<(), CommandError> {
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
     let proposed = session::propose_with(
         &options.policy,

@@ -1,10 +1,11 @@
 //! `tightfit load`.
 
 use crate::draw::Table;
+use tightfit::Progress;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, open_devices};
-use tightfit::load::{self, Placed, Progress, QuantizeOn};
+use tightfit::load::{self, QuantizeOn, ReservedPlan};
 use tightfit::model::Model;
 use tightfit::report::Report;
 use tightfit::save::check_target;
@@ -12,18 +13,18 @@ use tightfit::text::printable;
 use tightfit::types::Bytes;
 
 use crate::command::args::{EngineOptions, LoadOptions};
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::{output, progress, save, session};
 
 /// `tightfit load`.
-pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Failure> {
+pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), CommandError> {
     if let Some(directory) = &options.save {
         // Before a load that would have been for nothing.
         check_target(directory, options.write.force)?;
     }
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
     let devices = open_devices(&options.placement.devices)?;
-    let placed = session::place_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
+    let placed = session::reserve_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
     let proposed = placed.proposed.clone();
     let quiet = options.output.quiet;
     let (model, mut report) = carry_out(
@@ -61,28 +62,24 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Fai
 /// Loads with a progress bar. Gives the model and the report made while it is loaded.
 pub(crate) fn carry_out(
     checkpoint: &Checkpoint,
-    placed: Placed,
+    placed: ReservedPlan,
     devices: &[Box<dyn Device>],
     engine: &EngineOptions,
     quantize_on: QuantizeOn,
     quiet: bool,
     cancel: CancelToken,
-) -> Result<(Model, Report), Failure> {
+) -> Result<(Model, Report), CommandError> {
     let bar = progress::bytes("loading", quiet);
     let defaults = load::LoadOptions::default();
-    let options = load::LoadOptions {
-        threads: engine.threads.map_or(defaults.threads, usize::from),
-        staging_bytes: engine.staging.unwrap_or(defaults.staging_bytes),
-        strict: engine.strict,
-        quantize_on,
-        compile_from: defaults.compile_from,
-        kernels: engine.kernels()?,
-        progress: &|progress: Progress| {
-            bar.set_length(progress.bytes_total);
-            bar.set_position(progress.bytes_read);
-        },
-        cancel,
-    };
+    let report = |progress: Progress| progress::show(&bar, progress);
+    let options = load::LoadOptions::default()
+        .with_threads(engine.threads.map_or(defaults.threads, usize::from))
+        .with_staging_bytes(engine.staging.unwrap_or(defaults.staging_bytes))
+        .with_strict(engine.strict)
+        .with_quantize_on(quantize_on)
+        .with_kernels(engine.kernels()?)
+        .with_progress(&report)
+        .with_cancel(cancel);
     let result = load::load_reserved(checkpoint, placed.reserved, &options);
     bar.finish_and_clear();
     let model = result?;

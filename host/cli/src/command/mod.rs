@@ -6,7 +6,7 @@ mod check;
 mod demo;
 mod destination;
 mod diff;
-mod failure;
+mod error;
 mod help;
 mod inspect;
 mod load;
@@ -27,7 +27,7 @@ use std::process::ExitCode;
 use tightfit_wasm::sandbox;
 
 use args::{Arguments, Command};
-use failure::Failure;
+use error::CommandError;
 
 /// Runs the command with the process's own arguments.
 pub fn main() -> ExitCode {
@@ -46,7 +46,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(command: Command, verbose: bool) -> Result<(), Failure> {
+fn run(command: Command, verbose: bool) -> Result<(), CommandError> {
     // These leave nothing behind that an interrupt would have to tidy up.
     if let Command::Inspect(_) | Command::Plan(_) | Command::Policy(_) | Command::Devices(_) =
         command
@@ -66,7 +66,7 @@ fn run(command: Command, verbose: bool) -> Result<(), Failure> {
         Command::Devices(options) => session::list_devices(&options),
         Command::CompilePolicy => {
             sandbox::compile_for_parent(io::stdin().lock(), io::stdout().lock())
-                .map_err(Failure::CompilePolicy)
+                .map_err(CommandError::CompilePolicy)
         }
     }
 }

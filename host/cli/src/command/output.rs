@@ -11,16 +11,16 @@ use tightfit::report::to_json;
 use tightfit::text::{printable, printable_lines};
 
 use crate::command::destination::Destination;
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::stderr;
 
 /// Prints a result. A reader that has gone away (`tightfit ... | head`) is no error.
 ///
 /// Names in it have been escaped, line breaks too; whatever slipped through is escaped here.
-pub(crate) fn print(text: &str) -> Result<(), Failure> {
+pub(crate) fn print(text: &str) -> Result<(), CommandError> {
     let text = printable_lines(text);
     let written = Destination::Stdout.write(text.as_bytes());
-    written.map_err(Failure::Output)
+    written.map_err(CommandError::Output)
 }
 
 /// What every `--json` prints: a result or an error, beside the version of the form.
@@ -39,8 +39,8 @@ impl<T> Envelope<T> {
 }
 
 /// Prints a result, which has a field `schema`, as JSON.
-pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
-    let text = to_json(value).map_err(|error| Failure::Output(error.into()))?;
+pub(crate) fn print_json(value: &impl Serialize) -> Result<(), CommandError> {
+    let text = to_json(value).map_err(|error| CommandError::Output(error.into()))?;
     print(&(text + "\n"))
 }
 
@@ -51,15 +51,15 @@ pub(crate) fn write(
     path: &Path,
     text: &str,
     json: bool,
-) -> Result<bool, Failure> {
-    let failed = |source| Failure::Write {
+) -> Result<bool, CommandError> {
+    let failed = |source| CommandError::Write {
         path: path.to_owned(),
         source,
     };
     let destination = Destination::of(path).map_err(failed)?;
     let is_stdout = destination == Destination::Stdout;
     if is_stdout && json {
-        return Err(Failure::BothToStdout { option });
+        return Err(CommandError::BothToStdout { option });
     }
     destination.write(text.as_bytes()).map_err(failed)?;
     Ok(is_stdout)
@@ -103,15 +103,15 @@ fn is_utf8(variable: impl Fn(&str) -> Option<String>) -> bool {
 }
 
 /// Prints an error to stderr, and with `json` in place of the result to stdout too.
-pub(crate) fn failed(failure: &Failure, json: bool) {
+pub(crate) fn failed(failure: &CommandError, json: bool) {
     error(failure);
     if !json {
         return;
     }
     match failure {
         // The report has been printed, or cannot be.
-        Failure::Unexpected { .. } | Failure::Output(_) => {}
-        Failure::BothRefuse(comparison) => {
+        CommandError::Unexpected { .. } | CommandError::Output(_) => {}
+        CommandError::BothRefuse(comparison) => {
             let error = failure.report();
             // As in `print_error`.
             let _ = print_json(&BothRefuse { error, comparison });
@@ -139,7 +139,7 @@ pub(crate) fn print_error(error: ErrorReport) {
 }
 
 /// Prints an error. What comes from checkpoints and policies cannot control the terminal.
-pub(crate) fn error(failure: &Failure) {
+pub(crate) fn error(failure: &CommandError) {
     let mut text = failure.to_string();
     if let Some((option, limit)) = failure.limit() {
         text += &format!(" - if you trust it, change that with {option} {limit}=VALUE");

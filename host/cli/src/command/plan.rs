@@ -10,11 +10,11 @@ use tightfit::plan::Proposed;
 use tightfit::report::Report;
 
 use crate::command::args::PlanOptions;
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::{diff, load, output, session};
 
 /// `tightfit plan`.
-pub(crate) fn run(options: &PlanOptions) -> Result<(), Failure> {
+pub(crate) fn run(options: &PlanOptions) -> Result<(), CommandError> {
     let staging = options.staging.unwrap_or(DEFAULT_STAGING);
     // What a load would refuse is refused here.
     StagingRing::new(staging, 1, 0).map_err(LoadError::Staging)?;

@@ -6,7 +6,7 @@ use tightfit::text::printable;
 use tightfit_wasm::policy::{BUILTIN_POLICIES, WasmPolicy};
 
 use crate::command::args::PolicyCommand;
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::output;
 use crate::command::output::Envelope;
 
@@ -35,7 +35,7 @@ struct Listed {
     name: &'static str,
 }
 
-pub(crate) fn run(command: &PolicyCommand) -> Result<(), Failure> {
+pub(crate) fn run(command: &PolicyCommand) -> Result<(), CommandError> {
     match command {
         PolicyCommand::List { output: options } if options.json => {
             let policies = BUILTIN_POLICIES.map(|name| Listed { name }).to_vec();

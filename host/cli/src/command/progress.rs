@@ -1,6 +1,7 @@
 //! Progress on stderr, and only on a terminal.
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use tightfit::Progress;
 use tightfit::text::printable;
 
 /// A bar that counts bytes; it hides itself where stderr is not a terminal.
@@ -21,6 +22,12 @@ fn drawn_on(target: ProgressDrawTarget, columns: u16, what: &'static str) -> Pro
         Ok(style) => bar.with_style(style),
         Err(_) => bar,
     }
+}
+
+/// Moves a bar.
+pub(crate) fn show(bar: &ProgressBar, progress: Progress) {
+    bar.set_length(progress.bytes_total);
+    bar.set_position(progress.bytes_done);
 }
 
 /// What a line of so many columns has room for; the bar takes what is left.

@@ -12,7 +12,7 @@ use tightfit_wasm::program::{Outcome, WasmProgram, default_limits};
 use tightfit_wasm::wit::program::ProgramCtx;
 
 use crate::command::args::RunOptions;
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::output;
 
 #[derive(Serialize)]
@@ -34,7 +34,7 @@ struct RanDevice {
 }
 
 /// `tightfit run`.
-pub(crate) fn run(options: &RunOptions, cancel: CancelToken) -> Result<(), Failure> {
+pub(crate) fn run(options: &RunOptions, cancel: CancelToken) -> Result<(), CommandError> {
     let devices: Arc<[Box<dyn Device>]> = open_devices(&options.devices)?.into();
     let quota = options.quota.unwrap_or(u64::MAX);
     let mut context = ProgramCtx::new(Arc::clone(&devices), quota)

@@ -4,16 +4,16 @@ use std::path::Path;
 use std::time::Instant;
 
 use serde::Serialize;
+use tightfit::Progress;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
-use tightfit::load::Progress;
 use tightfit::plan::Proposed;
 use tightfit::save::{SaveOptions, Saved, save};
 use tightfit::text::printable;
 use tightfit::types::{Bytes, Placement};
 
 use crate::command::args::{EngineOptions, SaveCommand, WriteOptions};
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::{output, progress, session};
 
 #[derive(Serialize)]
@@ -32,7 +32,7 @@ struct SaveReport {
 }
 
 /// `tightfit save`.
-pub(crate) fn run(options: &SaveCommand, cancel: CancelToken) -> Result<(), Failure> {
+pub(crate) fn run(options: &SaveCommand, cancel: CancelToken) -> Result<(), CommandError> {
     let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
     let proposed = session::propose_with(
         &options.policy,
@@ -89,24 +89,22 @@ pub(crate) fn write(
     write: &WriteOptions,
     quiet: bool,
     cancel: CancelToken,
-) -> Result<Saved, Failure> {
+) -> Result<Saved, CommandError> {
     let bar = progress::bytes("saving", quiet);
     let defaults = SaveOptions::default();
     let skip = proposed.settings.iter().find(|(name, _)| name == "skip");
-    let options = SaveOptions {
-        threads: engine.threads.map_or(defaults.threads, usize::from),
-        staging_bytes: engine.staging.unwrap_or(defaults.staging_bytes),
-        strict: engine.strict,
-        kernels: engine.kernels()?,
-        max_shard_bytes: write.max_shard_size.unwrap_or(defaults.max_shard_bytes),
-        force: write.force,
-        skipped_on_request: skip.is_some_and(|(_, value)| !value.is_empty()),
-        progress: &|progress: Progress| {
-            bar.set_length(progress.bytes_total);
-            bar.set_position(progress.bytes_read);
-        },
-        cancel,
-    };
+    let report = |progress: Progress| progress::show(&bar, progress);
+    let max_shard_bytes = write.max_shard_size.unwrap_or(defaults.max_shard_bytes);
+    let options = SaveOptions::default()
+        .with_threads(engine.threads.map_or(defaults.threads, usize::from))
+        .with_staging_bytes(engine.staging.unwrap_or(defaults.staging_bytes))
+        .with_strict(engine.strict)
+        .with_kernels(engine.kernels()?)
+        .with_max_shard_bytes(max_shard_bytes)
+        .with_force(write.force)
+        .with_skipped_on_request(skip.is_some_and(|(_, value)| !value.is_empty()))
+        .with_progress(&report)
+        .with_cancel(cancel);
     let placements: Vec<Placement> = proposed
         .plan
         .tensors

@@ -2,22 +2,22 @@
 
 use std::collections::HashSet;
 use std::path::Path;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::draw::Table;
 use serde::Serialize;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::{self, Checkpoint, CheckpointError};
 use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
-use tightfit::hub::{self, Hub};
-use tightfit::load::{self, Placed};
-use tightfit::plan::{self, Proposed};
+use tightfit::hub::{self, FetchOptions, FileProgress, Hub};
+use tightfit::load::{self, ReservedPlan};
+use tightfit::plan::{self, PlanOptions, Proposed};
 use tightfit::text::truncated;
 use tightfit::types::Bytes;
 use tightfit_wasm::policy::WasmPolicy;
 
 use crate::command::args::{DevicesOptions, ModelOptions, PolicyOptions};
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::output::Envelope;
 use crate::command::{output, progress};
 
@@ -57,7 +57,7 @@ pub(crate) fn open_checkpoint(
     options: &ModelOptions,
     quiet: bool,
     cancel: Option<&CancelToken>,
-) -> Result<Checkpoint, Failure> {
+) -> Result<Checkpoint, CommandError> {
     let never = CancelToken::new();
     let cancel = cancel.unwrap_or(&never);
     let mut hub = Hub::from_process();
@@ -70,22 +70,22 @@ pub(crate) fn open_checkpoint(
         other => return Ok(other?),
     }
     let bar = progress::bytes("downloading", quiet);
-    let mut shown = String::new();
-    let fetched = hub::fetch(
-        &hub,
-        model,
-        revision,
-        &mut |progress| {
-            if shown != progress.file {
-                shown = progress.file.to_owned();
-                bar.set_length(progress.bytes_total);
-                bar.set_message(progress::message(&shown));
-                bar.reset_eta();
-            }
-            bar.set_position(progress.bytes_done);
-        },
-        cancel,
-    );
+    let shown = Mutex::new(String::new());
+    let report = |progress: FileProgress<'_>| {
+        let mut shown = shown.lock().unwrap_or_else(PoisonError::into_inner);
+        if *shown != progress.file {
+            progress.file.clone_into(&mut shown);
+            bar.set_length(progress.bytes_total);
+            bar.set_message(progress::message(&shown));
+            bar.reset_eta();
+        }
+        bar.set_position(progress.bytes_done);
+    };
+    let options = FetchOptions::default()
+        .with_revision(revision)
+        .with_progress(&report)
+        .with_cancel(cancel.clone());
+    let fetched = hub::fetch(&hub, model, &options);
     bar.finish_and_clear();
     Ok(Checkpoint::open_with(&fetched?, cancel)?)
 }
@@ -111,27 +111,29 @@ pub(crate) fn propose_with(
     checkpoint: &Checkpoint,
     devices: &[DeviceInfo],
     cancel: &CancelToken,
-) -> Result<Proposed, Failure> {
+) -> Result<Proposed, CommandError> {
     let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
     let settings = &options.settings;
-    let proposed = plan::propose_with(checkpoint, &policy, devices, settings, cancel)?;
+    let options = PlanOptions::default().with_cancel(cancel.clone());
+    let proposed = plan::propose_with(checkpoint, &policy, devices, settings, &options)?;
     warn_of_unloaded(checkpoint, &proposed);
     Ok(proposed)
 }
 
 /// Asks the policy and takes the memory of its plan, as often as that takes. The policy is gone when
 /// this returns.
-pub(crate) fn place_with(
+pub(crate) fn reserve_with(
     options: &PolicyOptions,
     checkpoint: &Checkpoint,
     devices: &[Box<dyn Device>],
     cancel: &CancelToken,
-) -> Result<Placed, Failure> {
+) -> Result<ReservedPlan, CommandError> {
     let policy = WasmPolicy::open(&options.policy, options.sandbox.options()?)?;
     let settings = &options.settings;
-    let placed = load::place_with(checkpoint, &policy, devices, settings, cancel)?;
-    warn_of_unloaded(checkpoint, &placed.proposed);
-    Ok(placed)
+    let options = PlanOptions::default().with_cancel(cancel.clone());
+    let reserved = load::reserve_with(checkpoint, &policy, devices, settings, &options)?;
+    warn_of_unloaded(checkpoint, &reserved.proposed);
+    Ok(reserved)
 }
 
 /// Warns of tensors that the policy puts on no device. Second copies of tied parameters are none of
@@ -188,7 +190,7 @@ struct DeviceList {
 }
 
 /// `tightfit devices`.
-pub(crate) fn list_devices(options: &DevicesOptions) -> Result<(), Failure> {
+pub(crate) fn list_devices(options: &DevicesOptions) -> Result<(), CommandError> {
     let devices = infos(&open_devices(&options.devices)?);
     if options.output.json {
         let listed: Vec<Listed> = devices

@@ -4,13 +4,14 @@ use std::path::Path;
 use std::time::Instant;
 
 use serde::Serialize;
+use tightfit::Progress;
 use tightfit::cancel::CancelToken;
-use tightfit::synth::{self, Options, Preset, Written};
+use tightfit::synth::{self, Preset, Written};
 use tightfit::text::printable;
 use tightfit::types::Bytes;
 
 use crate::command::args::SynthOptions;
-use crate::command::failure::Failure;
+use crate::command::error::CommandError;
 use crate::command::output::Envelope;
 use crate::command::{output, progress};
 
@@ -31,30 +32,26 @@ struct Synthesized {
 pub(crate) fn write(
     preset: Preset,
     directory: &Path,
-    options: &Options,
+    options: synth::SynthOptions<'_>,
     quiet: bool,
     cancel: &CancelToken,
-) -> Result<Written, Failure> {
+) -> Result<Written, CommandError> {
     let bar = progress::bytes("writing", quiet);
-    let mut progress = |written, total| {
-        bar.set_length(total);
-        bar.set_position(written);
-    };
-    let written = synth::write(preset, directory, options, &mut progress, cancel.flag());
+    let report = |progress: Progress| progress::show(&bar, progress);
+    let options = options.with_progress(&report).with_cancel(cancel.clone());
+    let written = synth::write(preset, directory, &options);
     bar.finish_and_clear();
     Ok(written?)
 }
 
-pub(crate) fn run(options: &SynthOptions, cancel: &CancelToken) -> Result<(), Failure> {
+pub(crate) fn run(options: &SynthOptions, cancel: &CancelToken) -> Result<(), CommandError> {
     let preset = options.preset;
-    let given = Options {
-        headers_only: options.headers_only,
-        seed: options.seed,
-        ..Options::default()
-    };
+    let given = synth::SynthOptions::default()
+        .with_headers_only(options.headers_only)
+        .with_seed(options.seed);
     let start = Instant::now();
     let quiet = options.output.quiet;
-    let written = write(preset, &options.directory, &given, quiet, cancel)?;
+    let written = write(preset, &options.directory, given, quiet, cancel)?;
     let seconds = start.elapsed().as_secs_f64();
     if options.output.json {
         return output::print_json(&Envelope::new(Synthesized {

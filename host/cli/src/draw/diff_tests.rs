@@ -1,7 +1,7 @@
 use std::time::Duration;
 
 use super::*;
-use crate::draw::samples::{NF4, NF4_DOUBLE, decoder, device};
+use crate::draw::samples::{decoder, device};
 use tightfit::status::Status;
 use tightfit::types::{Format, Placement};
 
@@ -33,8 +33,8 @@ fn proposed(tensors: &[TensorInfo], matrices: Format, boundary: u32, headroom: u
 #[test]
 fn what_moved_and_what_changed_its_format_is_said() {
     let tensors = decoder(12);
-    let a = proposed(&tensors, NF4, 8, 0);
-    let b = proposed(&tensors, NF4_DOUBLE, 4, 1000);
+    let a = proposed(&tensors, Format::NF4, 8, 0);
+    let b = proposed(&tensors, Format::NF4_DOUBLE, 4, 1000);
     let comparison = Comparison::new(&tensors, ["a", "b"], Ok(&a), Ok(&b));
     assert_eq!(
         comparison.moved.as_deref().unwrap(),
@@ -72,8 +72,8 @@ fn what_moved_and_what_changed_its_format_is_said() {
 fn differences_of_devices_are_those_of_the_plans() {
     let tensors = decoder(6);
     let (a, b) = (
-        proposed(&tensors, NF4, 3, 0),
-        proposed(&tensors, NF4, 6, 512),
+        proposed(&tensors, Format::NF4, 3, 0),
+        proposed(&tensors, Format::NF4, 6, 512),
     );
     let comparison = Comparison::new(&tensors, ["a", "b"], Ok(&a), Ok(&b));
     for (index, change) in comparison.devices.iter().enumerate() {
@@ -90,7 +90,7 @@ fn differences_of_devices_are_those_of_the_plans() {
 #[test]
 fn a_refusal_stands_beside_the_other_plan() {
     let tensors = decoder(2);
-    let plan = proposed(&tensors, NF4, 1, 0);
+    let plan = proposed(&tensors, Format::NF4, 1, 0);
     let refusal = ErrorReport::new(Status::DoesNotFit, "does-not-fit", &"it is\x1b too much");
     let comparison = Comparison::new(&tensors, ["a", "b"], Err(&refusal), Ok(&plan));
     assert_eq!(comparison.a.error, Some(refusal));
@@ -107,7 +107,7 @@ fn a_refusal_stands_beside_the_other_plan() {
 #[test]
 fn equal_plans_have_no_differences() {
     let tensors = decoder(2);
-    let plan = proposed(&tensors, NF4, 1, 0);
+    let plan = proposed(&tensors, Format::NF4, 1, 0);
     let text = Comparison::new(&tensors, ["a", "a"], Ok(&plan), Ok(&plan)).text();
     assert!(
         text.contains("the same place and the same format"),

@@ -3,16 +3,7 @@
 use tightfit::checkpoint::TensorInfo;
 use tightfit::device::DeviceInfo;
 use tightfit::testing;
-use tightfit::types::{DType, Format};
-
-pub(super) const NF4: Format = Format::Nf4 {
-    block_size: 64,
-    double_quantized: false,
-};
-pub(super) const NF4_DOUBLE: Format = Format::Nf4 {
-    block_size: 64,
-    double_quantized: true,
-};
+use tightfit::types::DType;
 
 pub(super) fn tensor(name: &str, shape: &[u64]) -> TensorInfo {
     testing::tensor(name, DType::Bf16, shape)

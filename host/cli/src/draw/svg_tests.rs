@@ -2,7 +2,7 @@ use proptest::prelude::*;
 use roxmltree::{Document, Node};
 
 use super::*;
-use crate::draw::samples::{NF4, decoder, device, tensor};
+use crate::draw::samples::{decoder, device, tensor};
 use tightfit::types::{Format, Placement};
 
 fn plan_of(tensors: &[TensorInfo], devices: u32, headroom: u64) -> Plan {
@@ -14,7 +14,11 @@ fn plan_of(tensors: &[TensorInfo], devices: u32, headroom: u64) -> Plan {
         .enumerate()
         .map(|(index, _)| Placement {
             device: Some(index as u32 % devices),
-            format: if index % 3 == 0 { Format::Stored } else { NF4 },
+            format: if index % 3 == 0 {
+                Format::Stored
+            } else {
+                Format::NF4
+            },
         })
         .collect();
     let headroom = vec![headroom; devices as usize];

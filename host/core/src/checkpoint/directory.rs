@@ -26,21 +26,22 @@ pub(crate) struct Directory {
     /// As it was given, to name files in errors.
     given: PathBuf,
     /// Where its files may lie; the first is the directory itself.
-    places: Vec<Place>,
+    allowed: Vec<AllowedDirectory>,
 }
 
 /// A directory that files may lie in.
 #[derive(Debug)]
-struct Place {
+struct AllowedDirectory {
     /// Without links.
     path: PathBuf,
+    #[cfg_attr(not(unix), expect(dead_code, reason = "files are opened by path"))]
     handle: handle::Handle,
 }
 
-impl Place {
-    fn open(path: PathBuf) -> Result<Place, CheckpointError> {
+impl AllowedDirectory {
+    fn open(path: PathBuf) -> Result<AllowedDirectory, CheckpointError> {
         let handle = handle::open(&path).map_err(io_error("open", &path))?;
-        Ok(Place { path, handle })
+        Ok(AllowedDirectory { path, handle })
     }
 }
 
@@ -51,13 +52,13 @@ impl Directory {
             _ => io_error("open", given)(source),
         })?;
         let blobs = blobs(&path);
-        let mut places = vec![Place::open(path)?];
+        let mut allowed = vec![AllowedDirectory::open(path)?];
         if let Some(blobs) = blobs {
-            places.push(Place::open(blobs)?);
+            allowed.push(AllowedDirectory::open(blobs)?);
         }
         Ok(Directory {
             given: given.into(),
-            places,
+            allowed,
         })
     }
 
@@ -73,8 +74,8 @@ impl Directory {
     /// [`CheckpointError::NotAFile`], or [`CheckpointError::Io`].
     pub(crate) fn open_file(&self, name: &str) -> Result<File, CheckpointError> {
         let path = self.given.join(name);
-        let (place, relative) = self.resolve(name)?;
-        match handle::open_file(place, &relative).map_err(io_error("open", &path))? {
+        let (directory, relative) = self.resolve(name)?;
+        match handle::open_file(directory, &relative).map_err(io_error("open", &path))? {
             Some(file) => Ok(file),
             None => Err(CheckpointError::NotAFile { path }),
         }
@@ -112,7 +113,7 @@ impl Directory {
     pub(crate) fn list(&self, cancel: &CancelToken) -> Result<Vec<String>, CheckpointError> {
         let mut names = Vec::new();
         let mut watch = Watch::new(cancel);
-        for entry in fs::read_dir(&self.places[0].path).map_err(io_error("list", &self.given))? {
+        for entry in fs::read_dir(&self.allowed[0].path).map_err(io_error("list", &self.given))? {
             let entry = entry.map_err(io_error("list", &self.given))?;
             watch.item(0)?;
             if names.len() == MAX_DIRECTORY_ENTRIES {
@@ -128,33 +129,35 @@ impl Directory {
         Ok(cancel::sort_by(names, cancel, Ord::cmp)?)
     }
 
-    /// Follows the links of a file: the place that it lies in, and its path from there.
-    fn resolve(&self, name: &str) -> Result<(&Place, PathBuf), CheckpointError> {
-        let path = self.places[0].path.join(name);
+    /// Follows the links of a file: the directory that it lies in, and its path from there.
+    fn resolve(&self, name: &str) -> Result<(&AllowedDirectory, PathBuf), CheckpointError> {
+        let path = self.allowed[0].path.join(name);
         let end = match fs::canonicalize(&path) {
             Ok(end) => end,
             Err(source) => {
                 // A link that leads out says so whether there is something at its end or not: what
                 // else this machine holds is not for a checkpoint to find out.
                 return Err(match dangling_end(&path) {
-                    Some(end) if self.place_of(&path, &end).is_none() => self.leads_out(name, end),
+                    Some(end) if self.directory_of(&path, &end).is_none() => {
+                        self.leads_out(name, end)
+                    }
                     _ => io_error("open", &self.given.join(name))(source),
                 });
             }
         };
-        match self.place_of(&path, &end) {
+        match self.directory_of(&path, &end) {
             Some(found) => Ok(found),
             None => Err(self.leads_out(name, end)),
         }
     }
 
-    /// The place that the end of a path lies in, and the path from there. What is hidden, such as
+    /// The directory that the end of a path lies in, and the path from there. What is hidden, such as
     /// `.git` with its passwords, can be opened under its own name but not through a link.
-    fn place_of(&self, path: &Path, end: &Path) -> Option<(&Place, PathBuf)> {
-        self.places.iter().find_map(|place| {
-            let relative = end.strip_prefix(&place.path).ok()?;
+    fn directory_of(&self, path: &Path, end: &Path) -> Option<(&AllowedDirectory, PathBuf)> {
+        self.allowed.iter().find_map(|directory| {
+            let relative = end.strip_prefix(&directory.path).ok()?;
             (path == end || !relative.components().any(is_hidden))
-                .then(|| (place, relative.to_path_buf()))
+                .then(|| (directory, relative.to_path_buf()))
         })
     }
 
@@ -162,7 +165,11 @@ impl Directory {
         CheckpointError::LeadsOut {
             path: self.given.join(name),
             target,
-            allowed: self.places.iter().map(|place| place.path.clone()).collect(),
+            allowed: self
+                .allowed
+                .iter()
+                .map(|directory| directory.path.clone())
+                .collect(),
         }
     }
 }
@@ -221,7 +228,7 @@ mod handle {
 
     use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 
-    use super::Place;
+    use super::AllowedDirectory;
 
     pub(super) type Handle = OwnedFd;
 
@@ -246,16 +253,19 @@ mod handle {
     }
 
     /// Opens a file by a path without links; `None` for what is no regular file.
-    pub(super) fn open_file(place: &Place, relative: &Path) -> io::Result<Option<File>> {
+    pub(super) fn open_file(
+        allowed: &AllowedDirectory,
+        relative: &Path,
+    ) -> io::Result<Option<File>> {
         let Some(name) = relative.file_name() else {
             return Ok(None);
         };
         let mut above = None;
         for directory in relative.parent().into_iter().flatten() {
-            let at = above.as_ref().unwrap_or(&place.handle).as_fd();
+            let at = above.as_ref().unwrap_or(&allowed.handle).as_fd();
             above = Some(rustix::fs::openat(at, directory, DIRECTORY, Mode::empty())?);
         }
-        let at = above.as_ref().unwrap_or(&place.handle).as_fd();
+        let at = above.as_ref().unwrap_or(&allowed.handle).as_fd();
         // Asked before it is opened too: opening a device can set it going.
         let stat = rustix::fs::statat(at, name, AtFlags::SYMLINK_NOFOLLOW)?;
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
@@ -272,20 +282,26 @@ mod handle {
     use std::io;
     use std::path::Path;
 
-    use super::Place;
+    use super::AllowedDirectory;
 
-    pub(super) type Handle = ();
+    /// There is nothing that files are opened from: they are opened by their paths, and what changes
+    /// on the way after it was looked at is not noticed.
+    #[derive(Debug)]
+    pub(super) struct Handle;
 
     pub(super) fn open(path: &Path) -> io::Result<Handle> {
         match fs::metadata(path)?.is_dir() {
-            true => Ok(()),
+            true => Ok(Handle),
             false => Err(io::ErrorKind::NotADirectory.into()),
         }
     }
 
     /// Opens a file by a path without links; `None` for what is no regular file.
-    pub(super) fn open_file(place: &Place, relative: &Path) -> io::Result<Option<File>> {
-        let path = place.path.join(relative);
+    pub(super) fn open_file(
+        directory: &AllowedDirectory,
+        relative: &Path,
+    ) -> io::Result<Option<File>> {
+        let path = directory.path.join(relative);
         if !fs::symlink_metadata(&path)?.is_file() {
             return Ok(None);
         }

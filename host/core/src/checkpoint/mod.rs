@@ -124,7 +124,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// A [`CheckpointError`] that names the file and the part of it that is wrong.
-    pub fn open(path: &Path) -> Result<Checkpoint, CheckpointError> {
+    pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, CheckpointError> {
         Checkpoint::open_with(path, &CancelToken::new())
     }
 
@@ -134,7 +134,14 @@ impl Checkpoint {
     ///
     /// # Errors
     /// [`CheckpointError::Cancelled`], and as [`Checkpoint::open`].
-    pub fn open_with(path: &Path, cancel: &CancelToken) -> Result<Checkpoint, CheckpointError> {
+    pub fn open_with(
+        path: impl AsRef<Path>,
+        cancel: &CancelToken,
+    ) -> Result<Checkpoint, CheckpointError> {
+        Checkpoint::open_path(path.as_ref(), cancel)
+    }
+
+    fn open_path(path: &Path, cancel: &CancelToken) -> Result<Checkpoint, CheckpointError> {
         let located = locate::locate(path, cancel)?;
         // First, because it is small and most likely to be what is broken in an edited model.
         let config = Config::read(&located.directory, cancel)?;
@@ -277,6 +284,11 @@ impl Checkpoint {
     /// The model's configuration, where there is one beside the files.
     pub fn config(&self) -> Option<&Config> {
         self.config.as_ref()
+    }
+
+    /// Returns the text of the model's configuration as a policy is told it: `{}` where there is none.
+    pub fn config_json(&self) -> &str {
+        self.config.as_ref().map_or("{}", |config| &config.text)
     }
 
     /// Tensors that the model uses under a second name.

@@ -13,7 +13,7 @@ use tightfit_kernels::{DYNAMIC_MAP, FP4, NF4};
 use super::error::shortened;
 use super::{CheckpointError, MAX_DIMENSIONS, Shard, TensorInfo};
 use crate::cancel::{CancelToken, Watch};
-use crate::types::{DType, QuantType, elements};
+use crate::types::{BlockSize, DType, QuantType, elements};
 
 /// Longest quant state that is read; real ones take 200 bytes.
 const MAX_QUANT_STATE_BYTES: u64 = 16 << 10;
@@ -34,8 +34,8 @@ pub struct Extent {
 pub struct Quantized {
     /// The table of values.
     pub quant_type: QuantType,
-    /// Elements that share a scale.
-    pub block_size: u32,
+    /// Number of elements that share a scale.
+    pub block_size: BlockSize,
     /// Scales: f32, or u8 under double quantization.
     pub absmax: Extent,
     /// What double quantization adds.
@@ -47,8 +47,8 @@ pub struct Quantized {
 pub struct Nested {
     /// One f32 for 256 scales.
     pub absmax: Extent,
-    /// The mean that was subtracted from the scales.
-    pub offset: f32,
+    /// The mean of the scales, which was subtracted from them: bitsandbytes' `nested_offset`.
+    pub absmax_mean: f32,
 }
 
 const STATES: [(&str, QuantType); 2] = [
@@ -203,12 +203,12 @@ impl Set<'_> {
                 shortened(&parsed.quant_type)
             )));
         }
-        let block_size = parsed.blocksize;
-        if !crate::types::BLOCK_SIZES.contains(&block_size) || !block_size.is_power_of_two() {
-            return Err(bad(format!(
-                "its block size is {block_size}, not a power of two from 32 to 4096"
-            )));
-        }
+        let block_size = BlockSize::try_from(parsed.blocksize).map_err(|error| {
+            let have = error.have;
+            bad(format!(
+                "its block size is {have}, not a power of two from 32 to 4096"
+            ))
+        })?;
         let dtype = match parsed.dtype.as_str() {
             "bfloat16" => DType::Bf16,
             "float16" => DType::F16,
@@ -253,7 +253,7 @@ impl Set<'_> {
                 self.check(index, Some(DType::F32), 4 * blocks.div_ceil(256))?;
                 Some(Nested {
                     absmax: self.extent(index),
-                    offset: single,
+                    absmax_mean: single,
                 })
             }
             (block, dtype, offset) => {

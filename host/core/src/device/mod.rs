@@ -12,13 +12,11 @@ use std::fmt;
 use std::sync::Arc;
 
 #[cfg(feature = "cuda")]
-pub use cuda::{CudaDevice, PageLocked};
+pub use cuda::CudaDevice;
 pub use host::HostDevice;
 pub use quantizer::{QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Workspace};
 pub use spec::{DeviceSpec, SpecError, open_devices, planned_devices};
-#[cfg(not(feature = "cuda"))]
-pub use writer::PageLocked;
-pub use writer::{Piece, WRITER_BUFFERS, Writer};
+pub use writer::{PageLocked, Piece, WRITER_BUFFERS, Writer};
 
 use crate::memory::{ReservationSize, Usage};
 use crate::status::Status;
@@ -67,7 +65,10 @@ pub struct DeviceInfo {
     pub granularity: u64,
 }
 
-/// A place that can hold tensors.
+/// What can hold tensors.
+///
+/// Applications may have their own: what the processor can write needs no more than the methods
+/// without a default, and [`DeviceKind`] says how policies are to see it.
 ///
 /// Implementations keep a ledger: [`Device::usage`] says at any time what is reserved and what
 /// was at most, and after the last reservation is dropped nothing is.
@@ -109,11 +110,12 @@ pub trait Reservation: Send + Sync + fmt::Debug {
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DeviceError>;
 
     /// Takes `bytes` bytes of page-locked host memory for the buffers of writers, also for those of
-    /// other devices of the same driver. `None` where the processor can write, and for nothing.
+    /// other devices: those of one load that the processor cannot write have the same driver. `None`
+    /// where the processor can write, and for nothing.
     ///
     /// # Errors
     /// When the driver refuses.
-    fn page_lock(&self, bytes: usize) -> Result<Option<PageLocked>, DeviceError> {
+    fn page_lock(&self, bytes: usize) -> Result<Option<Box<dyn PageLocked>>, DeviceError> {
         let _ = bytes;
         Ok(None)
     }
@@ -123,8 +125,8 @@ pub trait Reservation: Send + Sync + fmt::Debug {
     /// given back. `None` where the processor can write, and for nothing.
     ///
     /// # Errors
-    /// When the driver refuses.
-    fn writer(&self, buffers: PageLocked) -> Result<Option<Box<dyn Writer>>, DeviceError> {
+    /// When the driver refuses, and for buffers of another one.
+    fn writer(&self, buffers: Box<dyn PageLocked>) -> Result<Option<Box<dyn Writer>>, DeviceError> {
         let _ = buffers;
         Ok(None)
     }

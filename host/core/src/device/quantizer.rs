@@ -40,8 +40,11 @@ pub trait Quantizer: Send + Sync + fmt::Debug {
     /// `buffers`.
     ///
     /// # Errors
-    /// When the driver refuses.
-    fn worker(&self, buffers: PageLocked) -> Result<Box<dyn QuantizingWriter>, DeviceError>;
+    /// When the driver refuses, and for buffers of another one.
+    fn worker(
+        &self,
+        buffers: Box<dyn PageLocked>,
+    ) -> Result<Box<dyn QuantizingWriter>, DeviceError>;
 
     /// Sets `len` bytes at `offset` to zero.
     ///

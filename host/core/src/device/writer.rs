@@ -1,5 +1,6 @@
 //! How bytes get into memory that the processor cannot write.
 
+use std::any::Any;
 use std::fmt;
 
 use super::DeviceError;
@@ -43,17 +44,10 @@ pub struct Piece {
     pub offset: u64,
 }
 
-/// Page-locked host memory for buffers, in a build without devices that would read it: there is none.
-#[cfg(not(feature = "cuda"))]
-#[derive(Debug)]
-pub enum PageLocked {}
-
-#[cfg(not(feature = "cuda"))]
-impl PageLocked {
+/// Page-locked host memory, which the devices of one driver can read while the processor goes on.
+/// Whoever has it may cut it up; its bytes are nobody else's.
+pub trait PageLocked: Any + Send + fmt::Debug {
     /// Cuts off the first `bytes` bytes; all where there are not as many.
     #[must_use]
-    pub fn take(&mut self, bytes: usize) -> PageLocked {
-        let _ = bytes;
-        match *self {}
-    }
+    fn take(&mut self, bytes: usize) -> Box<dyn PageLocked>;
 }

@@ -140,15 +140,15 @@ impl Tensor<'_> {
                 (dtype, self.shape().to_vec())
             }
             PartKind::Codes => (DType::U8, vec![bytes, 1]),
-            PartKind::Absmax if self.nested_offset().is_some() => (DType::U8, vec![bytes]),
+            PartKind::Absmax if self.absmax_mean().is_some() => (DType::U8, vec![bytes]),
             PartKind::Absmax | PartKind::NestedAbsmax => (DType::F32, vec![bytes / 4]),
         };
         let host = part.host().map(|bytes| bytes.as_ptr().expose_provenance());
-        let place = place(&what, bytes, host, part.address())?;
+        let location = locate(&what, bytes, host, part.address())?;
         let described = describe(&what, dtype, &shape)?;
         Ok(Exported(abi::Owned {
             flags: DLPACK_FLAG_BITMASK_READ_ONLY,
-            ..owned(place, described, Box::new(part))
+            ..owned(location, described, Box::new(part))
         }))
     }
 }
@@ -174,14 +174,14 @@ impl TailAllocation {
         };
         let host = self.host_mut();
         let host = host.map(|bytes| bytes.as_mut_ptr().expose_provenance());
-        let place = place(&what, need, host, self.address())?;
+        let location = locate(&what, need, host, self.address())?;
         let described = describe(&what, dtype, shape)?;
-        Ok(Exported(owned(place, described, Box::new(self))))
+        Ok(Exported(owned(location, described, Box::new(self))))
     }
 }
 
 /// Device, and address of the first byte; 0 where there are no bytes.
-fn place(
+fn locate(
     what: &dyn Fn() -> String,
     bytes: u64,
     host: Option<usize>,

@@ -6,7 +6,7 @@ use std::mem::offset_of;
 use safetensors::Dtype;
 
 use super::*;
-use crate::model::tests::{Loaded, NF4_DOUBLE, loaded};
+use crate::model::tests::{Loaded, loaded};
 
 #[test]
 fn structures_are_laid_out_as_in_dlpacks_header() {
@@ -157,16 +157,8 @@ fn every_type_is_exported_with_its_code_and_stays_when_the_model_is_gone() {
 fn a_4_bit_weight_is_exported_part_by_part() {
     let Loaded { devices, model } = loaded(
         &[
-            ("double", Dtype::BF16, &[257, 192], NF4_DOUBLE),
-            (
-                "single",
-                Dtype::F32,
-                &[65],
-                Format::Nf4 {
-                    block_size: 64,
-                    double_quantized: false,
-                },
-            ),
+            ("double", Dtype::BF16, &[257, 192], Format::NF4_DOUBLE),
+            ("single", Dtype::F32, &[65], Format::NF4),
             ("cast", Dtype::F32, &[], Format::Cast(DType::Bf16)),
             ("empty", Dtype::BF16, &[0, 7], Format::Stored),
         ],

@@ -1,11 +1,11 @@
 //! Downloads of models by their Hugging Face id, into the cache that other Hugging Face tools share.
 //!
 //! ```no_run
-//! use tightfit::{checkpoint::Checkpoint, hub::{self, Hub}, cancel::CancelToken};
+//! use tightfit::Checkpoint;
+//! use tightfit::hub::{self, FetchOptions, Hub};
 //!
 //! let hub = Hub::from_process();
-//! let cancel = CancelToken::new();
-//! let path = hub::fetch(&hub, "Qwen/Qwen2.5-0.5B", None, &mut |_| {}, &cancel)?;
+//! let path = hub::fetch(&hub, "Qwen/Qwen2.5-0.5B", &FetchOptions::default())?;
 //! let checkpoint = Checkpoint::open(&path)?;
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
@@ -37,6 +37,7 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use crate::cancel::CancelToken;
 use crate::checkpoint::{self, CheckpointError, Directory, MAX_INDEX_BYTES, parse_index};
+use crate::options::setters;
 
 pub use environment::Hub;
 pub use error::HubError;
@@ -54,6 +55,7 @@ const FIRST_WAIT: Duration = Duration::from_millis(200);
 
 /// How far the download of one file has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct FileProgress<'a> {
     /// Its name.
     pub file: &'a str,
@@ -63,22 +65,43 @@ pub struct FileProgress<'a> {
     pub bytes_total: u64,
 }
 
+/// How to download.
+#[non_exhaustive]
+pub struct FetchOptions<'a> {
+    /// A branch, a tag or a commit; `main` without one.
+    pub revision: Option<&'a str>,
+    /// Called after every few hundred KiB.
+    pub progress: &'a (dyn Fn(FileProgress<'_>) + Sync),
+    /// Looked at between them, and while nothing comes.
+    pub cancel: CancelToken,
+}
+
+impl Default for FetchOptions<'_> {
+    fn default() -> Self {
+        FetchOptions {
+            revision: None,
+            progress: &|_| {},
+            cancel: CancelToken::new(),
+        }
+    }
+}
+
+setters!([<'a>] FetchOptions<'a>:
+    with_revision: revision, Option<&'a str>;
+    with_progress: progress, &'a (dyn Fn(FileProgress<'_>) + Sync);
+    with_cancel: cancel, CancelToken;
+);
+
 /// Downloads a model into the cache, unless it is complete there, and gives its directory.
 ///
 /// Only the files that are needed are asked for: configuration, tokenizer, and weights in
-/// safetensors. The revision is a branch, a tag or a commit; `main` without one. A download that was
-/// interrupted is resumed where it ended.
+/// safetensors. A download that was interrupted is resumed where it ended.
 ///
 /// # Errors
 /// A [`HubError`] that says what was asked for and where. Complete files stay in the cache.
-pub fn fetch(
-    hub: &Hub,
-    model: &str,
-    revision: Option<&str>,
-    progress: &mut dyn FnMut(FileProgress<'_>),
-    cancel: &CancelToken,
-) -> Result<PathBuf, HubError> {
-    let revision = revision.unwrap_or("main");
+pub fn fetch(hub: &Hub, model: &str, options: &FetchOptions<'_>) -> Result<PathBuf, HubError> {
+    let (progress, cancel) = (options.progress, &options.cancel);
+    let revision = options.revision.unwrap_or("main");
     let Some(name) = checkpoint::entry_name(model) else {
         return Err(CheckpointError::NotAModelName {
             model: model.into(),
@@ -161,7 +184,7 @@ struct Download<'a> {
     client: &'a Client<'a>,
     entry: Entry,
     repository: ApiRepo,
-    progress: &'a mut dyn FnMut(FileProgress<'_>),
+    progress: &'a (dyn Fn(FileProgress<'_>) + Sync),
 }
 
 impl Download<'_> {

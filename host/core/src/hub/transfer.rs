@@ -23,7 +23,7 @@ pub(super) struct Transfer<'a> {
     pub(super) entry: &'a Entry,
     pub(super) name: &'a str,
     pub(super) url: &'a str,
-    pub(super) progress: &'a mut dyn FnMut(FileProgress<'_>),
+    pub(super) progress: &'a (dyn Fn(FileProgress<'_>) + Sync),
 }
 
 impl Transfer<'_> {

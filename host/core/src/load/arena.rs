@@ -1,22 +1,22 @@
-//! Cuts the reserved memory into the places of the plan's parts. They are disjoint by
+//! Cuts the reserved memory into the targets of the plan's parts. They are disjoint by
 //! construction, so that workers can write them at the same time.
 
 use super::LoadError;
-use super::put::is_away;
+use super::put::is_remote;
 use crate::cancel::{self, CancelToken, Watch};
 use crate::device::Reservation;
 use crate::plan::{PartKind, Plan, PlannedPart};
 
-/// The places of one tensor's parts; empty ones for parts that its format does not have.
+/// The targets of one tensor's parts; empty ones for parts that its format does not have.
 #[derive(Debug, Default)]
-pub(super) struct Place<'m> {
+pub(super) struct PartTargets<'m> {
     pub(super) data: Target<'m>,
     pub(super) codes: Target<'m>,
     pub(super) absmax: Target<'m>,
     pub(super) nested_absmax: Target<'m>,
 }
 
-/// Where bytes go. Nobody else has the same place.
+/// Where bytes go. Nobody else has the same target.
 #[derive(Debug)]
 pub(super) enum Target<'m> {
     /// Memory that the processor can write.
@@ -88,12 +88,12 @@ impl<'m> Target<'m> {
     }
 }
 
-/// The places of a plan, and the memory that the processor cannot write.
+/// The targets of a plan, and the memory that the processor cannot write.
 pub(super) struct Split<'m> {
     /// One for each tensor, in the order of the plan.
-    pub(super) places: Vec<Place<'m>>,
+    pub(super) targets: Vec<PartTargets<'m>>,
     /// One for each device.
-    pub(super) away: Vec<Option<&'m dyn Reservation>>,
+    pub(super) remote: Vec<Option<&'m dyn Reservation>>,
 }
 
 /// Cuts up what has been reserved for a plan.
@@ -107,11 +107,11 @@ pub(super) fn split<'m>(
     cancel: &CancelToken,
 ) -> Result<Split<'m>, LoadError> {
     let mut watch = Watch::new(cancel);
-    let mut places: Vec<Place<'m>> = Vec::with_capacity(plan.tensors.len());
+    let mut targets: Vec<PartTargets<'m>> = Vec::with_capacity(plan.tensors.len());
     let mut parts = Vec::with_capacity(plan.tensors.len() * 2);
     for (index, tensor) in plan.tensors.iter().enumerate() {
         watch.item(0)?;
-        places.push(Place::default());
+        targets.push(PartTargets::default());
         if let Some(device) = tensor.placement.device {
             parts.extend(tensor.parts.iter().map(|part| (device, part, index)));
         }
@@ -119,15 +119,15 @@ pub(super) fn split<'m>(
     let key = |&(device, part, _): &(u32, &PlannedPart, usize)| (device, part.offset, part.bytes);
     let parts = cancel::sort_by(parts, cancel, |a, b| key(a).cmp(&key(b)))?;
     let mut parts = parts.into_iter().peekable();
-    let mut all_away = Vec::with_capacity(memory.len());
+    let mut all_remote = Vec::with_capacity(memory.len());
     for (number, reservation) in memory.iter_mut().enumerate() {
-        let mut away = None;
+        let mut remote = None;
         let mut rest = match reservation {
             None => Target::default(),
             Some(reservation) => {
                 let len = usize::try_from(reservation.len()).map_err(|_| LoadError::OtherPlan)?;
-                if is_away(&**reservation) {
-                    away = Some(&**reservation);
+                if is_remote(&**reservation) {
+                    remote = Some(&**reservation);
                     Target::Device {
                         device: number,
                         offset: 0,
@@ -139,27 +139,27 @@ pub(super) fn split<'m>(
                 }
             }
         };
-        all_away.push(away);
+        all_remote.push(remote);
         let mut position = 0;
         while let Some((_, part, tensor)) = parts.next_if(|&(device, ..)| device as usize == number)
         {
             watch.item(0)?;
             let gap = part.offset.checked_sub(position);
             let gap = gap.and_then(|gap| rest.take_checked(gap));
-            let place = gap.and_then(|_| rest.take_checked(part.bytes));
-            let place = place.ok_or(LoadError::OtherPlan)?;
+            let target = gap.and_then(|_| rest.take_checked(part.bytes));
+            let target = target.ok_or(LoadError::OtherPlan)?;
             position = part.offset + part.bytes;
-            let slot = &mut places[tensor];
+            let slot = &mut targets[tensor];
             match part.kind {
-                PartKind::Data => slot.data = place,
-                PartKind::Codes => slot.codes = place,
-                PartKind::Absmax => slot.absmax = place,
-                PartKind::NestedAbsmax => slot.nested_absmax = place,
+                PartKind::Data => slot.data = target,
+                PartKind::Codes => slot.codes = target,
+                PartKind::Absmax => slot.absmax = target,
+                PartKind::NestedAbsmax => slot.nested_absmax = target,
             }
         }
     }
     Ok(Split {
-        places,
-        away: all_away,
+        targets,
+        remote: all_remote,
     })
 }

@@ -21,7 +21,7 @@ use std::time::Instant;
 pub use balance::QuantizeOn;
 pub use error::LoadError;
 pub use reserve::{
-    MAX_REVISIONS, PlaceError, Placed, Reserved, Revision, place, place_with, place_with_tail,
+    MAX_REVISIONS, ReserveError, Reserved, ReservedPlan, Revision, reserve, reserve_with,
 };
 
 use tightfit_kernels::Kernels;
@@ -31,28 +31,30 @@ use crate::checkpoint::Checkpoint;
 use crate::device::Device;
 use crate::memory::{DEFAULT_STAGING, StagingRing};
 use crate::model::{LoadStats, Model};
+use crate::options::setters;
 use crate::plan::Plan;
+use crate::progress::ReportProgress;
 use crate::types::Format;
 use arena::Split;
 use on_device::OnDevices;
-use put::Ways;
+use put::Transfers;
 use run::Run;
 use work::{ChunkSizes, Queue};
-
-/// How far a load has come.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Progress {
-    /// Bytes of the checkpoint that are in their place, or on their way there.
-    pub bytes_read: u64,
-    /// Bytes of all tensors that the plan places.
-    pub bytes_total: u64,
-}
 
 /// The least that it is worth to have a GPU's kernels compiled for, unless the user says otherwise:
 /// with less the load would be over first.
 pub const DEFAULT_COMPILE_FROM: u64 = 4 << 30;
 
 /// How to load.
+///
+/// ```
+/// use tightfit::LoadOptions;
+///
+/// let options = LoadOptions::default()
+///     .with_threads(4)
+///     .with_progress(&|progress| println!("{} of {}", progress.bytes_done, progress.bytes_total));
+/// ```
+#[non_exhaustive]
 pub struct LoadOptions<'a> {
     /// Worker threads; each reads and quantizes. At least one, and no more than staging has slots.
     pub threads: usize,
@@ -70,7 +72,7 @@ pub struct LoadOptions<'a> {
     /// The processor's kernels.
     pub kernels: Kernels,
     /// Called from the workers after every chunk.
-    pub progress: &'a (dyn Fn(Progress) + Sync),
+    pub progress: ReportProgress<'a>,
     /// Looked at before every chunk, and every few milliseconds before the first and after the last.
     pub cancel: CancelToken,
 }
@@ -89,6 +91,17 @@ impl Default for LoadOptions<'_> {
         }
     }
 }
+
+setters!([<'a>] LoadOptions<'a>:
+    with_threads: threads, usize;
+    with_staging_bytes: staging_bytes, u64;
+    with_strict: strict, bool;
+    with_quantize_on: quantize_on, QuantizeOn;
+    with_compile_from: compile_from, u64;
+    with_kernels: kernels, Kernels;
+    with_progress: progress, ReportProgress<'a>;
+    with_cancel: cancel, CancelToken;
+);
 
 /// Loads a checkpoint as `plan` says.
 ///
@@ -139,24 +152,24 @@ pub fn load_reserved(
     // Before the first worker: whatever fails, nothing of theirs has been started.
     let on_devices = OnDevices::open(plan, &memory, options, ring.workers(), sizes.buffer)?;
     tracing::debug!("who quantizes is settled after {:.1?}", start.elapsed());
-    let Split { places, away } = arena::split(plan, &mut memory, cancel)?;
-    let ways = Ways {
-        away,
+    let Split { targets, remote } = arena::split(plan, &mut memory, cancel)?;
+    let transfers = Transfers {
+        remote,
         on_devices: &on_devices,
         buffer_bytes: sizes.buffer,
     };
-    let buffers = ways.page_lock(ring.workers())?;
+    let buffers = transfers.page_lock(ring.workers())?;
     let queue = Queue::new(
         checkpoint,
         plan,
-        places,
+        targets,
         sizes,
         scratch_bytes,
         &on_devices,
         cancel,
     )?;
     tracing::debug!("workers are started after {:.1?}", start.elapsed());
-    let run = Run::new(checkpoint, plan, options, queue, ways, start);
+    let run = Run::new(checkpoint, plan, options, queue, transfers, start);
     std::thread::scope(|scope| {
         for device in on_devices.to_compile() {
             spawn(scope, "tightfit-kernels", || device.compile());
@@ -201,7 +214,7 @@ pub fn load_reserved(
         checkpoint,
         plan,
         memory,
-        finished.nested_offsets,
+        finished.absmax_means,
         stats,
         cancel,
     )?)

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::balance::{Balance, QuantizeOn, Side};
-use super::put::is_away;
+use super::put::is_remote;
 use super::{LoadError, LoadOptions};
 use crate::device::{DeviceError, Quantizer, Reservation, ScalesJob, Workspace};
 use crate::model::QuantizedBytes;
@@ -115,7 +115,7 @@ impl OnDevices {
     ) -> Result<OnDevices, LoadError> {
         let mut by_device = Vec::with_capacity(memory.len());
         for (index, memory) in memory.iter().enumerate() {
-            let memory = memory.as_deref().filter(|memory| is_away(*memory));
+            let memory = memory.as_deref().filter(|memory| is_remote(*memory));
             let opened = match (memory, options.quantize_on) {
                 (None, _) | (_, QuantizeOn::Cpu) => Ok(None),
                 (Some(memory), _) => {

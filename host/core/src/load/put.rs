@@ -15,17 +15,17 @@ const ALIGNMENT: usize = 64;
 /// What this may cost in a buffer with two results.
 pub(super) const BUFFER_GAP: usize = ALIGNMENT;
 
-/// One worker's ways to the devices, by index; none to those that the processor can write.
+/// One worker's writers, by device; none for those that the processor can write.
 #[derive(Debug)]
 pub(super) struct Writers {
-    by_device: Vec<Option<Way>>,
+    by_device: Vec<Option<DeviceWriter>>,
     buffer_bytes: usize,
 }
 
 #[derive(Debug)]
-enum Way {
+enum DeviceWriter {
     /// Carries results.
-    Carries(Box<dyn Writer>),
+    Copies(Box<dyn Writer>),
     /// Carries what is to be quantized, too; to this place in the workspace.
     Quantizes {
         writer: Box<dyn QuantizingWriter>,
@@ -33,43 +33,49 @@ enum Way {
     },
 }
 
-impl Way {
+impl DeviceWriter {
     fn writer(&mut self) -> &mut dyn Writer {
         match self {
-            Way::Carries(writer) => &mut **writer,
-            Way::Quantizes { writer, .. } => &mut **writer,
+            DeviceWriter::Copies(writer) => &mut **writer,
+            DeviceWriter::Quantizes { writer, .. } => &mut **writer,
         }
     }
 }
 
 /// How many buffers a worker needs for all of its writers.
 pub(super) fn buffers(memory: &[Option<Box<dyn Reservation>>]) -> usize {
-    let away = memory.iter().flatten().filter(|memory| is_away(&***memory));
-    WRITER_BUFFERS * away.count()
+    let remote = memory
+        .iter()
+        .flatten()
+        .filter(|memory| is_remote(&***memory));
+    WRITER_BUFFERS * remote.count()
 }
 
 /// Whether the processor cannot write it.
-pub(super) fn is_away(memory: &dyn Reservation) -> bool {
+pub(super) fn is_remote(memory: &dyn Reservation) -> bool {
     memory.host_memory().is_none() && !memory.is_empty()
 }
 
 /// What the writers of a load are made of.
-pub(super) struct Ways<'m> {
+pub(super) struct Transfers<'m> {
     /// Where the processor cannot write, in the order of the plan.
-    pub(super) away: Vec<Option<&'m dyn Reservation>>,
+    pub(super) remote: Vec<Option<&'m dyn Reservation>>,
     pub(super) on_devices: &'m OnDevices,
     pub(super) buffer_bytes: usize,
 }
 
-impl Ways<'_> {
+impl Transfers<'_> {
     /// Takes the buffers of all workers at once. Gives each worker's, as far as it needs any.
     ///
     /// # Errors
     /// [`LoadError::Device`] when they are refused.
-    pub(super) fn page_lock(&self, workers: usize) -> Result<Vec<Option<PageLocked>>, LoadError> {
-        let away = self.away.iter().flatten();
-        let each = (WRITER_BUFFERS * self.buffer_bytes).saturating_mul(away.clone().count());
-        let mut all = match away.clone().next() {
+    pub(super) fn page_lock(
+        &self,
+        workers: usize,
+    ) -> Result<Vec<Option<Box<dyn PageLocked>>>, LoadError> {
+        let remote = self.remote.iter().flatten();
+        let each = (WRITER_BUFFERS * self.buffer_bytes).saturating_mul(remote.clone().count());
+        let mut all = match remote.clone().next() {
             None => None,
             Some(memory) => {
                 let locked = memory.page_lock(each.saturating_mul(workers));
@@ -89,29 +95,29 @@ impl Ways<'_> {
         &self,
         plan: &Plan,
         worker: usize,
-        mut buffers: Option<PageLocked>,
+        mut buffers: Option<Box<dyn PageLocked>>,
     ) -> Result<Writers, LoadError> {
-        let mut by_device = Vec::with_capacity(self.away.len());
-        for (index, (memory, plan)) in self.away.iter().zip(&plan.devices).enumerate() {
+        let mut by_device = Vec::with_capacity(self.remote.len());
+        for (index, (memory, plan)) in self.remote.iter().zip(&plan.devices).enumerate() {
             let Some(memory) = memory else {
                 by_device.push(None);
                 continue;
             };
             let buffers = buffers.as_mut();
             let buffers = buffers.map(|all| all.take(WRITER_BUFFERS * self.buffer_bytes));
-            let way = match (buffers, self.on_devices.get(index)) {
+            let writer = match (buffers, self.on_devices.get(index)) {
                 (None, _) => Ok(None),
                 (Some(buffers), Some(device)) => device.quantizer.worker(buffers).map(|writer| {
                     let source = device.source(worker);
-                    Some(Way::Quantizes { writer, source })
+                    Some(DeviceWriter::Quantizes { writer, source })
                 }),
                 (Some(buffers), None) => {
                     let writer = memory.writer(buffers);
-                    writer.map(|writer| writer.map(Way::Carries))
+                    writer.map(|writer| writer.map(DeviceWriter::Copies))
                 }
             };
-            let way = way.map_err(LoadError::Device)?;
-            by_device.push(Some(way.ok_or_else(|| LoadError::NoTransfer {
+            let writer = writer.map_err(LoadError::Device)?;
+            by_device.push(Some(writer.ok_or_else(|| LoadError::NoTransfer {
                 device: plan.device.name.clone(),
             })?));
         }
@@ -123,13 +129,13 @@ impl Ways<'_> {
 }
 
 impl Writers {
-    /// The way to a device that quantizes by itself.
+    /// The writer of a device that quantizes by itself.
     pub(super) fn quantizing(
         &mut self,
         device: usize,
     ) -> Result<&mut dyn QuantizingWriter, LoadError> {
         match self.by_device.get_mut(device) {
-            Some(Some(Way::Quantizes { writer, .. })) => Ok(&mut **writer),
+            Some(Some(DeviceWriter::Quantizes { writer, .. })) => Ok(&mut **writer),
             _ => Err(LoadError::Internal(
                 "a device that does not quantize was asked to",
             )),
@@ -149,8 +155,8 @@ impl Writers {
     /// # Errors
     /// [`LoadError::Device`] when a copy has failed.
     pub(super) fn finish(&mut self) -> Result<(), LoadError> {
-        for way in self.by_device.iter_mut().flatten() {
-            way.writer().finish().map_err(LoadError::Device)?;
+        for device_writer in self.by_device.iter_mut().flatten() {
+            device_writer.writer().finish().map_err(LoadError::Device)?;
         }
         Ok(())
     }
@@ -180,15 +186,15 @@ pub(super) fn put<const N: usize, T>(
         }
         return produce(places);
     };
-    let way = writers.by_device.get_mut(device).and_then(Option::as_mut);
-    let way = way.ok_or(LoadError::Internal("a device has no writer"))?;
+    let device_writer = writers.by_device.get_mut(device).and_then(Option::as_mut);
+    let device_writer = device_writer.ok_or(LoadError::Internal("a device has no writer"))?;
     let nothing = Piece {
         start: 0,
         len: 0,
         offset: 0,
     };
     let (mut pieces, mut scales) = ([nothing; N], None);
-    let mut rest = way.writer().stage().map_err(LoadError::Device)?;
+    let mut rest = device_writer.writer().stage().map_err(LoadError::Device)?;
     let mut start = 0;
     for ((place, piece), target) in places.iter_mut().zip(&mut pieces).zip(targets) {
         let (offset, len, in_workspace) = match target {
@@ -214,10 +220,12 @@ pub(super) fn put<const N: usize, T>(
         rest = others;
     }
     let result = produce(places)?;
-    let written = match (way, &scales) {
-        (way, None) => way.writer().write(&pieces),
-        (Way::Quantizes { writer, .. }, Some(scales)) => writer.write_scaled(&pieces, scales),
-        (Way::Carries(_), Some(_)) => {
+    let written = match (device_writer, &scales) {
+        (device_writer, None) => device_writer.writer().write(&pieces),
+        (DeviceWriter::Quantizes { writer, .. }, Some(scales)) => {
+            writer.write_scaled(&pieces, scales)
+        }
+        (DeviceWriter::Copies(_), Some(_)) => {
             return Err(LoadError::Internal(
                 "scales for a device that does not quantize",
             ));
@@ -238,8 +246,8 @@ pub(super) fn put_to_quantize(
     mut job: QuantizeJob,
     read: impl FnOnce(&mut [u8]) -> Result<(), LoadError>,
 ) -> Result<(), LoadError> {
-    let way = writers.by_device.get_mut(device);
-    let Some(Some(Way::Quantizes { writer, source })) = way else {
+    let device_writer = writers.by_device.get_mut(device);
+    let Some(Some(DeviceWriter::Quantizes { writer, source })) = device_writer else {
         return Err(LoadError::Internal(
             "a device that does not quantize was asked to",
         ));

@@ -4,10 +4,9 @@ use std::fmt;
 use std::time::{Duration, Instant};
 
 use super::LoadError;
-use crate::cancel::CancelToken;
 use crate::checkpoint::Checkpoint;
 use crate::device::{Device, DeviceError, DeviceInfo, Reservation};
-use crate::plan::{Plan, ProposeError, Proposed, propose_again};
+use crate::plan::{Plan, PlanOptions, ProposeError, Proposed, propose_again};
 use crate::policy::{Policy, PreviousFailure};
 use crate::status::Status;
 use crate::types::Bytes;
@@ -97,7 +96,7 @@ impl fmt::Display for Revision {
 
 /// A plan whose memory has been taken.
 #[derive(Debug)]
-pub struct Placed {
+pub struct ReservedPlan {
     /// The plan and who made it.
     pub proposed: Proposed,
     /// Its memory.
@@ -108,7 +107,7 @@ pub struct Placed {
 
 /// Why there is no plan whose memory could be taken. Nothing is left reserved.
 #[derive(Debug, thiserror::Error)]
-pub enum PlaceError {
+pub enum ReserveError {
     /// The policy gave no plan.
     #[error(transparent)]
     Propose(#[from] ProposeError),
@@ -125,12 +124,12 @@ pub enum PlaceError {
     Load(#[from] LoadError),
 }
 
-impl From<&PlaceError> for Status {
-    fn from(error: &PlaceError) -> Status {
+impl From<&ReserveError> for Status {
+    fn from(error: &ReserveError) -> Status {
         match error {
-            PlaceError::Propose(error) => error.into(),
-            PlaceError::Revised { source, .. } => source.as_ref().into(),
-            PlaceError::Load(error) => error.into(),
+            ReserveError::Propose(error) => error.into(),
+            ReserveError::Revised { source, .. } => source.as_ref().into(),
+            ReserveError::Load(error) => error.into(),
         }
     }
 }
@@ -152,72 +151,51 @@ impl fmt::Display for Joined<'_> {
 /// A plan's headroom counts: where it is gone by the time of the reservation, the plan is revised.
 ///
 /// # Errors
-/// [`PlaceError`].
-pub fn place(
+/// [`ReserveError`].
+pub fn reserve(
     checkpoint: &Checkpoint,
     policy: &dyn Policy,
     devices: &[Box<dyn Device>],
     settings: &[(String, String)],
-) -> Result<Placed, PlaceError> {
-    let never = CancelToken::new();
-    place_tail(checkpoint, policy, devices, settings, false, &never)
+) -> Result<ReservedPlan, ReserveError> {
+    reserve_with(
+        checkpoint,
+        policy,
+        devices,
+        settings,
+        &PlanOptions::default(),
+    )
 }
 
-/// [`place`] until it is asked to stop.
+/// [`reserve`] with options.
 ///
 /// # Errors
-/// [`PlaceError`].
-pub fn place_with(
+/// [`ReserveError`].
+pub fn reserve_with(
     checkpoint: &Checkpoint,
     policy: &dyn Policy,
     devices: &[Box<dyn Device>],
     settings: &[(String, String)],
-    cancel: &CancelToken,
-) -> Result<Placed, PlaceError> {
-    place_tail(checkpoint, policy, devices, settings, false, cancel)
-}
-
-/// [`place`], but the policy's headroom is reserved in one piece with the weights, as a tail for the
-/// application: [`Plan::with_tail`].
-///
-/// # Errors
-/// [`PlaceError`].
-pub fn place_with_tail(
-    checkpoint: &Checkpoint,
-    policy: &dyn Policy,
-    devices: &[Box<dyn Device>],
-    settings: &[(String, String)],
-) -> Result<Placed, PlaceError> {
-    let never = CancelToken::new();
-    place_tail(checkpoint, policy, devices, settings, true, &never)
-}
-
-fn place_tail(
-    checkpoint: &Checkpoint,
-    policy: &dyn Policy,
-    devices: &[Box<dyn Device>],
-    settings: &[(String, String)],
-    tail: bool,
-    cancel: &CancelToken,
-) -> Result<Placed, PlaceError> {
+    options: &PlanOptions,
+) -> Result<ReservedPlan, ReserveError> {
     let mut infos: Vec<DeviceInfo> = devices.iter().map(|device| device.info()).collect();
     let mut revisions: Vec<Revision> = Vec::new();
     let mut failure = None;
     loop {
-        let proposed = propose_again(checkpoint, policy, &infos, settings, tail, failure, cancel);
+        let proposed = propose_again(checkpoint, policy, &infos, settings, failure, options);
         let proposed = match proposed {
             Ok(proposed) => proposed,
             Err(error) if revisions.is_empty() => return Err(error.into()),
             Err(error) => {
                 let source = Box::new(error);
-                return Err(PlaceError::Revised { revisions, source });
+                return Err(ReserveError::Revised { revisions, source });
             }
         };
         let refused = match shortage(&proposed.plan, devices) {
             Some(refused) => refused,
             None => match take(proposed.plan.clone(), devices) {
                 Ok(reserved) => {
-                    return Ok(Placed {
+                    return Ok(ReservedPlan {
                         proposed,
                         reserved,
                         revisions,

@@ -10,17 +10,18 @@ use tightfit_kernels::{blocks, packed_bytes};
 use super::arena::Target;
 use super::balance::Side;
 use super::double::{DoubleState, Kept, Returned};
-use super::put::{Ways, Writers, as_f32, put, put_to_quantize};
+use super::put::{Transfers, Writers, as_f32, put, put_to_quantize};
 use super::work::{Chunk, Next, Queue, Scales, Task, ToQuantize};
-use super::{LoadError, LoadOptions, Progress};
+use super::{LoadError, LoadOptions};
 use crate::checkpoint::Checkpoint;
 use crate::device::{PageLocked, QuantizeJob, ScalePlace};
 use crate::plan::Plan;
+use crate::progress::Progress;
 
 /// What is known of tensors only after they were read.
 pub(super) struct Finished {
     /// The offset of every double-quantized tensor.
-    pub(super) nested_offsets: Vec<f32>,
+    pub(super) absmax_means: Vec<f32>,
     /// Blocks with infinities or NaN, by tensor.
     pub(super) nonfinite: BTreeMap<usize, u64>,
 }
@@ -31,7 +32,7 @@ pub(super) struct Run<'a, 'm> {
     plan: &'a Plan,
     options: &'a LoadOptions<'a>,
     queue: Queue<'m>,
-    ways: Ways<'m>,
+    transfers: Transfers<'m>,
     stop: AtomicBool,
     error: Mutex<Option<LoadError>>,
     /// When the load began.
@@ -85,7 +86,7 @@ impl<'a, 'm> Run<'a, 'm> {
         plan: &'a Plan,
         options: &'a LoadOptions<'a>,
         queue: Queue<'m>,
-        ways: Ways<'m>,
+        transfers: Transfers<'m>,
         start: Instant,
     ) -> Run<'a, 'm> {
         let tensors = checkpoint.tensors();
@@ -98,14 +99,14 @@ impl<'a, 'm> Run<'a, 'm> {
             plan,
             options,
             queue,
-            ways,
+            transfers,
             stop: AtomicBool::new(false),
             error: Mutex::new(None),
             start,
             bytes_read: AtomicU64::new(0),
             bytes_total: placed.map(|(tensor, _)| tensor.source_bytes()).sum(),
             finished: Mutex::new(Finished {
-                nested_offsets: vec![0.0; tensors.len()],
+                absmax_means: vec![0.0; tensors.len()],
                 nonfinite: BTreeMap::new(),
             }),
         }
@@ -127,10 +128,15 @@ impl<'a, 'm> Run<'a, 'm> {
 
     /// Works until nothing is left, something fails, or the user cancels. Workers have numbers,
     /// from 0.
-    pub(super) fn work(&self, number: usize, slot: &mut [u8], buffers: Option<PageLocked>) {
+    pub(super) fn work(
+        &self,
+        number: usize,
+        slot: &mut [u8],
+        buffers: Option<Box<dyn PageLocked>>,
+    ) {
         let _guard = StopOnPanic(self);
         // By the worker itself: a driver takes its time for streams, and others can read meanwhile.
-        let writers = match self.ways.writers(self.plan, number, buffers) {
+        let writers = match self.transfers.writers(self.plan, number, buffers) {
             Ok(writers) => writers,
             Err(error) => return self.fail(error),
         };
@@ -171,10 +177,8 @@ impl<'a, 'm> Run<'a, 'm> {
                     if bytes_read == 0 {
                         tracing::debug!("first chunk is sent after {:.1?}", self.start.elapsed());
                     }
-                    (self.options.progress)(Progress {
-                        bytes_read: bytes_read + bytes as u64,
-                        bytes_total: self.bytes_total,
-                    });
+                    let bytes_done = bytes_read + bytes as u64;
+                    (self.options.progress)(Progress::new(bytes_done, self.bytes_total));
                 }
             }
         }
@@ -184,7 +188,7 @@ impl<'a, 'm> Run<'a, 'm> {
     /// Sees to what devices have found while they quantized, before plain tensors take its place.
     fn settle(&self) -> Result<(), LoadError> {
         let found = self
-            .ways
+            .transfers
             .on_devices
             .nonfinite()
             .map_err(LoadError::Device)?;
@@ -251,7 +255,7 @@ impl<'a, 'm> Run<'a, 'm> {
             Some((_, state)) => matches!(state.kept(), Kept::OnDevice(_)),
         };
         let device = piece.codes.on_device().filter(|_| is_free);
-        let ready = device.and_then(|(device, _)| self.ways.on_devices.ready(device));
+        let ready = device.and_then(|(device, _)| self.transfers.on_devices.ready(device));
         let side = ready.map_or(Side::Host, |ready| ready.choose(source.bytes));
         match side {
             Side::Host => self.quantize_on_host(source, piece, worker)?,
@@ -261,7 +265,7 @@ impl<'a, 'm> Run<'a, 'm> {
             ready.record(source.bytes, self.start.elapsed());
         }
         let device = self.plan.tensors[source.tensor].placement.device;
-        self.ways.on_devices.count(device, side, source.bytes);
+        self.transfers.on_devices.count(device, side, source.bytes);
         match state {
             None => Ok(()),
             Some((first, state)) => self.quantize_scales(source.tensor, first, &state, worker),
@@ -338,7 +342,7 @@ impl<'a, 'm> Run<'a, 'm> {
             ));
         };
         let nonfinite = self
-            .ways
+            .transfers
             .on_devices
             .get(number)
             .and_then(|device| device.nonfinite_of(source.tensor));
@@ -372,7 +376,7 @@ impl<'a, 'm> Run<'a, 'm> {
                 Kept::OnHost(_) => None,
                 Kept::OnDevice(scratch) => {
                     let (device, _) = codes.on_device()?;
-                    let scales = self.ways.on_devices.get(device)?.scales(scratch);
+                    let scales = self.transfers.on_devices.get(device)?.scales(scratch);
                     Some(Target::Device {
                         device,
                         offset: scales + 4 * first as u64,
@@ -406,12 +410,16 @@ impl<'a, 'm> Run<'a, 'm> {
                 if !state.finish_on_device() {
                     return Ok(());
                 }
-                let (device, offset) =
-                    state.quantize_on_device(tensor, scratch, self.ways.on_devices, writers)?;
+                let (device, offset) = state.quantize_on_device(
+                    tensor,
+                    scratch,
+                    self.transfers.on_devices,
+                    writers,
+                )?;
                 (offset, Returned::OnDevice { device, scratch })
             }
         };
-        self.finished().nested_offsets[tensor] = offset;
+        self.finished().absmax_means[tensor] = offset;
         self.queue.return_scratch(returned);
         Ok(())
     }

@@ -2,19 +2,21 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use std::fmt;
 use tempfile::TempDir;
-use tightfit_kernels::{BlockSize, FloatType, Isa};
+
+use tightfit_kernels::{BlockSize, Float, FloatType, Isa, half};
 
 use super::*;
 use crate::device::HostDevice;
-use crate::model::Tensor;
-use crate::plan::PartKind;
+use crate::model::{ModelError, Tensor};
+use crate::plan::{PartKind, PlanOptions};
 use crate::testing::{Source, source, write_checkpoint};
 use crate::types::{DType, Placement};
 
-pub(crate) fn nf4(block_size: u32, double_quantized: bool) -> Format {
+pub(crate) fn nf4(block_size: usize, double_quantized: bool) -> Format {
     Format::Nf4 {
-        block_size,
+        block_size: BlockSize::new(block_size).unwrap(),
         double_quantized,
     }
 }
@@ -131,7 +133,6 @@ fn check(source: &Source, format: Format, tensor: Tensor<'_>) {
             double_quantized,
         } => {
             let float = source.dtype.float_type().unwrap();
-            let block_size = BlockSize::new(block_size as usize).unwrap();
             let elements = source.bytes.len() / float.bytes();
             let mut codes = vec![0; tightfit_kernels::packed_bytes(elements)];
             let mut absmax = vec![0.0; tightfit_kernels::blocks(elements, block_size)];
@@ -154,7 +155,7 @@ fn check(source: &Source, format: Format, tensor: Tensor<'_>) {
                     source.name
                 );
                 assert_eq!(
-                    tensor.quantization().unwrap().nested_offset,
+                    tensor.quantization().unwrap().absmax_mean,
                     Some(offset),
                     "{}",
                     source.name
@@ -179,12 +180,12 @@ fn the_bytes_do_not_depend_on_threads_staging_or_instruction_set() {
         for (threads, staging_bytes) in [(1, 64 << 10), (2, 200_000), (3, 64 << 20), (16, 1 << 20)]
         {
             let model = fixture
-                .load(&LoadOptions {
-                    threads,
-                    staging_bytes,
-                    kernels: Kernels::new(isa).unwrap(),
-                    ..LoadOptions::default()
-                })
+                .load(
+                    &LoadOptions::default()
+                        .with_threads(threads)
+                        .with_staging_bytes(staging_bytes)
+                        .with_kernels(Kernels::new(isa).unwrap()),
+                )
                 .unwrap();
             for (source, format) in &cases {
                 check(source, *format, model.tensor(source.name).unwrap());
@@ -207,6 +208,33 @@ fn the_bytes_do_not_depend_on_threads_staging_or_instruction_set() {
     }
 }
 
+/// The same numbers in every type and as bytes, all of them or some.
+#[test]
+fn numbers_are_read_in_every_type() {
+    fn check<T: Float + PartialEq + fmt::Debug>(tensor: Tensor<'_>) {
+        let all: Vec<T> = tensor.to_floats().unwrap();
+        let bytes = tensor.to_float(T::TYPE).unwrap();
+        assert_eq!(bytemuck::cast_slice::<T, u8>(&all), bytes);
+        let first = all.len() / 3;
+        let mut some = vec![T::zeroed(); (all.len() - first).min(100)];
+        tensor.read_floats(first as u64, &mut some).unwrap();
+        assert_eq!(some, all[first..][..some.len()]);
+        let outside = tensor.read_floats(all.len() as u64 + 1, &mut some[..0]);
+        assert!(matches!(outside, Err(ModelError::OutsideTensor { .. })));
+    }
+    let cases = cases();
+    let fixture = Fixture::new(&cases);
+    let model = fixture.load(&LoadOptions::default()).unwrap();
+    for (source, _) in &cases {
+        if source.dtype.is_quantizable() {
+            let tensor = model.tensor(source.name).unwrap();
+            check::<f32>(tensor);
+            check::<half::f16>(tensor);
+            check::<half::bf16>(tensor);
+        }
+    }
+}
+
 #[test]
 fn dequantized_tensors_are_close_to_what_they_were() {
     let cases = cases();
@@ -222,12 +250,10 @@ fn dequantized_tensors_are_close_to_what_they_were() {
         Kernels::detect()
             .cast(&source.bytes, float, FloatType::F32, &mut expected)
             .unwrap();
-        let found = tensor.to_float(FloatType::F32).unwrap();
-        let floats = |bytes: &[u8]| -> Vec<f32> {
-            let (chunks, _) = bytes.as_chunks::<4>();
-            chunks.iter().copied().map(f32::from_le_bytes).collect()
-        };
-        let pairs = floats(&found).into_iter().zip(floats(&expected));
+        let found: Vec<f32> = tensor.to_floats().unwrap();
+        let (chunks, _) = expected.as_chunks::<4>();
+        let expected = chunks.iter().copied().map(f32::from_le_bytes);
+        let pairs = found.into_iter().zip(expected);
         // Half the widest gap between two NF4 values, for weights within [-1, 1].
         let tolerance = if *format == Format::Stored { 0.0 } else { 0.16 };
         for (found, expected) in pairs {
@@ -247,18 +273,18 @@ fn a_cancelled_load_stops_and_gives_everything_back() {
     for after in [0, 1, 5, 17] {
         let cancel = CancelToken::new();
         let seen = AtomicU64::new(0);
-        let result = fixture.load(&LoadOptions {
-            threads: 4,
-            staging_bytes: 256 << 10,
-            progress: &|progress| {
-                assert!(progress.bytes_read <= progress.bytes_total);
-                if seen.fetch_add(1, Ordering::Relaxed) >= after {
-                    cancel.cancel();
-                }
-            },
-            cancel: cancel.clone(),
-            ..LoadOptions::default()
-        });
+        let result = fixture.load(
+            &LoadOptions::default()
+                .with_threads(4)
+                .with_staging_bytes(256 << 10)
+                .with_progress(&|progress| {
+                    assert!(progress.bytes_done <= progress.bytes_total);
+                    if seen.fetch_add(1, Ordering::Relaxed) >= after {
+                        cancel.cancel();
+                    }
+                })
+                .with_cancel(cancel.clone()),
+        );
         assert!(matches!(result, Err(LoadError::Cancelled)), "{result:?}");
         assert_eq!(fixture.reserved_now(), 0);
     }
@@ -273,11 +299,11 @@ fn a_file_cut_short_while_loading_is_an_error_and_not_a_signal() {
         .open(&fixture.path)
         .unwrap();
     let cut = std::sync::Once::new();
-    let result = fixture.load(&LoadOptions {
-        threads: 2,
-        progress: &|_| cut.call_once(|| file.set_len(4096).unwrap()),
-        ..LoadOptions::default()
-    });
+    let result = fixture.load(
+        &LoadOptions::default()
+            .with_threads(2)
+            .with_progress(&|_| cut.call_once(|| file.set_len(4096).unwrap())),
+    );
     match result {
         Err(LoadError::Checkpoint(error)) => {
             let text = error.to_string();
@@ -314,10 +340,7 @@ fn infinities_and_nan_are_counted_or_refused() {
         assert_eq!(model.stats().nonfinite_blocks(), 3);
         assert_eq!(model.stats().nonfinite.len(), 1);
         drop(model);
-        let result = fixture.load(&LoadOptions {
-            strict: true,
-            ..LoadOptions::default()
-        });
+        let result = fixture.load(&LoadOptions::default().with_strict(true));
         assert!(
             matches!(result, Err(LoadError::NonFinite { ref tensor, .. }) if tensor == "bad"),
             "{result:?}"
@@ -386,10 +409,7 @@ fn a_plan_for_other_devices_is_refused() {
 fn staging_too_small_for_one_worker_is_refused() {
     let cases = cases();
     let fixture = Fixture::new(&cases);
-    let result = fixture.load(&LoadOptions {
-        staging_bytes: 1000,
-        ..LoadOptions::default()
-    });
+    let result = fixture.load(&LoadOptions::default().with_staging_bytes(1000));
     assert!(matches!(result, Err(LoadError::Staging(_))), "{result:?}");
     assert_eq!(fixture.reserved_now(), 0);
 }
@@ -398,12 +418,12 @@ fn staging_too_small_for_one_worker_is_refused() {
 fn stops_everywhere(fixture: &Fixture, threads: usize) -> usize {
     const MANY: usize = 1 << 40;
     let load = |cancel: &CancelToken| {
-        fixture.load(&LoadOptions {
-            threads,
-            staging_bytes: 256 << 10,
-            cancel: cancel.clone(),
-            ..LoadOptions::default()
-        })
+        fixture.load(
+            &LoadOptions::default()
+                .with_threads(threads)
+                .with_staging_bytes(256 << 10)
+                .with_cancel(cancel.clone()),
+        )
     };
     let all = CancelToken::at_look(MANY);
     drop(load(&all).unwrap());
@@ -447,7 +467,15 @@ fn loads_and_plans_of_many_tensors_look_before_and_after_the_bytes() {
     let placements = vec![placement; checkpoint.tensors().len()];
     let plan = |cancel: &CancelToken| {
         let infos: Vec<_> = devices.iter().map(|device| device.info()).collect();
-        Plan::new_with(checkpoint.tensors(), &[], &infos, &placements, &[0], cancel)
+        let options = PlanOptions::default().with_cancel(cancel.clone());
+        Plan::new_with(
+            checkpoint.tensors(),
+            &[],
+            &infos,
+            &placements,
+            &[0],
+            &options,
+        )
     };
     const MANY: usize = 1 << 40;
     let all = CancelToken::at_look(MANY);

@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use tightfit_kernels::{BlockSize, FloatType, blocks};
 
-use super::arena::{Place, Target};
+use super::arena::{PartTargets, Target};
 use super::double::{DoubleState, Kept, Returned};
 use super::on_device::OnDevices;
 use crate::cancel::{self, CancelToken, Cancelled, Watch};
@@ -115,7 +115,7 @@ struct Tensor<'m> {
     offset: u64,
     bytes: usize,
     kind: Kind,
-    place: Place<'m>,
+    target: PartTargets<'m>,
     scratch: u64,
 }
 
@@ -147,19 +147,19 @@ impl<'m> Queue<'m> {
     pub(super) fn new(
         checkpoint: &Checkpoint,
         plan: &Plan,
-        places: Vec<Place<'m>>,
+        targets: Vec<PartTargets<'m>>,
         sizes: ChunkSizes,
         scratch: u64,
         on_devices: &'m OnDevices,
         cancel: &CancelToken,
     ) -> Result<Queue<'m>, Cancelled> {
         let mut watch = Watch::new(cancel);
-        let mut waiting: Vec<Tensor<'m>> = Vec::with_capacity(places.len());
-        for (index, place) in places.into_iter().enumerate() {
+        let mut waiting: Vec<Tensor<'m>> = Vec::with_capacity(targets.len());
+        for (index, target) in targets.into_iter().enumerate() {
             watch.item(0)?;
             let (info, planned) = (&checkpoint.tensors()[index], &plan.tensors[index]);
             if planned.placement.device.is_some() {
-                add(&mut waiting, index, info, planned, place);
+                add(&mut waiting, index, info, planned, target);
             }
         }
         // In the order of the files, which for the parts of quantized weights is not that of tensors.
@@ -168,7 +168,7 @@ impl<'m> Queue<'m> {
         let (mut waiting, mut later) = (VecDeque::with_capacity(all.len()), VecDeque::new());
         for tensor in all {
             watch.item(0)?;
-            let device = tensor.place.data.on_device();
+            let device = tensor.target.data.on_device();
             match device.is_some_and(|(device, _)| on_devices.is_in_the_way(device)) {
                 _ if tensor.bytes == 0 => {}
                 true => later.push_back(tensor),
@@ -236,7 +236,7 @@ impl<'m> Queue<'m> {
     /// Starts the next tensor, if there is enough scratch for it.
     fn start_tensor(&self, state: &mut State<'m>) -> Option<Cursor<'m>> {
         let tensor = state.waiting.front()?;
-        let device = tensor.place.codes.on_device();
+        let device = tensor.target.codes.on_device();
         let device = device.and_then(|(device, _)| self.on_devices.ready(device));
         let kept = match (tensor.scratch, device) {
             (0, _) => None,
@@ -295,7 +295,7 @@ fn add<'m>(
     index: usize,
     info: &TensorInfo,
     planned: &PlannedTensor,
-    place: Place<'m>,
+    target: PartTargets<'m>,
 ) {
     let Some(quantized) = &info.quantized else {
         let Some(kind) = kind(info.dtype, planned) else {
@@ -308,7 +308,7 @@ fn add<'m>(
             // Parts of a tensor that is placed fit in memory, and this is at most 8 times as much.
             bytes: info.bytes as usize,
             kind,
-            place,
+            target,
             scratch: planned.scratch_bytes(),
         });
         return;
@@ -320,9 +320,9 @@ fn add<'m>(
     };
     let nested = quantized.nested.map(|nested| nested.absmax);
     let parts = [
-        (Some(codes), place.codes),
-        (Some(quantized.absmax), place.absmax),
-        (nested, place.nested_absmax),
+        (Some(codes), target.codes),
+        (Some(quantized.absmax), target.absmax),
+        (nested, target.nested_absmax),
     ];
     for (extent, data) in parts {
         let Some(extent) = extent else { continue };
@@ -332,9 +332,9 @@ fn add<'m>(
             offset: extent.offset,
             bytes: extent.bytes as usize,
             kind: Kind::Copy,
-            place: Place {
+            target: PartTargets {
                 data,
-                ..Place::default()
+                ..PartTargets::default()
             },
             scratch: 0,
         });
@@ -346,9 +346,9 @@ impl<'m> Cursor<'m> {
     fn new(mut tensor: Tensor<'m>, kept: Option<Kept>, sizes: ChunkSizes) -> Cursor<'m> {
         let state = kept.map(|kept| {
             let scales = (tensor.scratch / 4) as usize;
-            let codes = std::mem::take(&mut tensor.place.absmax);
-            let nested = std::mem::take(&mut tensor.place.nested_absmax);
-            let chunk = chunk_bytes(tensor.kind, &tensor.place, sizes);
+            let codes = std::mem::take(&mut tensor.target.absmax);
+            let nested = std::mem::take(&mut tensor.target.nested_absmax);
+            let chunk = chunk_bytes(tensor.kind, &tensor.target, sizes);
             let chunks = tensor.bytes.div_ceil(chunk);
             Arc::new(DoubleState::new(scales, kept, chunks, codes, nested))
         });
@@ -364,22 +364,22 @@ impl<'m> Cursor<'m> {
         if left == 0 {
             return None;
         }
-        let bytes = left.min(chunk_bytes(self.tensor.kind, &self.tensor.place, sizes));
-        let place = &mut self.tensor.place;
+        let bytes = left.min(chunk_bytes(self.tensor.kind, &self.tensor.target, sizes));
+        let target = &mut self.tensor.target;
         let task = match self.tensor.kind {
             Kind::Copy => Task::Copy {
-                data: place.data.take(bytes),
+                data: target.data.take(bytes),
             },
             Kind::Cast { from, to } => Task::Cast {
                 from,
                 to,
-                data: place.data.take(bytes / from.bytes() * to.bytes()),
+                data: target.data.take(bytes / from.bytes() * to.bytes()),
             },
             Kind::Nf4 { float, block_size } => {
                 let elements = bytes / float.bytes();
-                let codes = place.codes.take(tightfit_kernels::packed_bytes(elements));
+                let codes = target.codes.take(tightfit_kernels::packed_bytes(elements));
                 let scales = match &self.state {
-                    None => Scales::Stored(place.absmax.take(4 * blocks(elements, block_size))),
+                    None => Scales::Stored(target.absmax.take(4 * blocks(elements, block_size))),
                     Some(state) => Scales::Quantized {
                         first: blocks(self.start / float.bytes(), block_size),
                         state: Arc::clone(state),
@@ -409,14 +409,14 @@ impl<'m> Cursor<'m> {
 /// Bytes of the checkpoint in one chunk. Quantized tensors are cut at block boundaries (a slot
 /// holds several of the largest blocks), so that a cut changes no scale. A buffer holds a chunk as
 /// it is read, and even more so when it is quantized.
-fn chunk_bytes(kind: Kind, place: &Place<'_>, sizes: ChunkSizes) -> usize {
-    match (kind, &place.data) {
+fn chunk_bytes(kind: Kind, target: &PartTargets<'_>, sizes: ChunkSizes) -> usize {
+    match (kind, &target.data) {
         (Kind::Copy, Target::Host(_)) => COPY_CHUNK,
         (Kind::Copy, Target::Device { .. }) => sizes.buffer,
         (Kind::Cast { from, to }, _) => sizes.slot / from.bytes().max(to.bytes()) * from.bytes(),
         (Kind::Nf4 { float, block_size }, _) => {
             let block = block_size.elements() * float.bytes();
-            let most = match place.codes {
+            let most = match target.codes {
                 Target::Host(_) => sizes.slot,
                 Target::Device { .. } => sizes.buffer,
             };
@@ -435,7 +435,7 @@ fn kind(dtype: DType, planned: &PlannedTensor) -> Option<Kind> {
         },
         Format::Nf4 { block_size, .. } => Kind::Nf4 {
             float: dtype.float_type()?,
-            block_size: BlockSize::new(block_size as usize).ok()?,
+            block_size,
         },
     })
 }

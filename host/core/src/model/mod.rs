@@ -15,13 +15,14 @@ pub use shared::SharedPart;
 pub use stats::{LoadStats, QuantizedBytes};
 pub use tail::{TailAllocation, TailAllocator};
 
-use tightfit_kernels::{FloatType, KernelError};
+use tightfit_kernels::{Float, FloatType, KernelError};
 
 use crate::cancel::{CancelToken, Cancelled, Watch};
 use crate::checkpoint::{Checkpoint, Quantized};
 use crate::device::{DeviceAddress, DeviceError, Reservation};
 use crate::plan::{PartKind, Plan, PlannedPart, PlannedTensor};
-use crate::types::{DType, Format, QuantType, elements};
+use crate::status::Status;
+use crate::types::{BlockSize, DType, Format, QuantType, elements};
 
 /// A loaded model. Dropping it gives its memory back, unless [`SharedPart`]s, tails or exported
 /// tensors still use it: each keeps its device's memory until the last is dropped.
@@ -42,7 +43,7 @@ struct Stored {
     shape: Vec<u64>,
     /// How it was quantized in the checkpoint.
     quantized: Option<Box<Quantized>>,
-    nested_offset: f32,
+    absmax_mean: f32,
 }
 
 /// How the parts of a 4-bit weight are to be read.
@@ -50,11 +51,11 @@ struct Stored {
 pub struct Quantization {
     /// The table of values.
     pub quant_type: QuantType,
-    /// Elements that share a scale.
-    pub block_size: u32,
+    /// Number of elements that share a scale.
+    pub block_size: BlockSize,
     /// Under double quantization, the mean of the scales, which was subtracted before they were
     /// quantized.
-    pub nested_offset: Option<f32>,
+    pub absmax_mean: Option<f32>,
 }
 
 /// Why a tensor cannot be used.
@@ -98,6 +99,18 @@ pub enum ModelError {
     Kernel(#[from] KernelError),
 }
 
+impl From<&ModelError> for Status {
+    fn from(error: &ModelError) -> Status {
+        match error {
+            ModelError::Device(error) => error.into(),
+            ModelError::NotFloat { .. }
+            | ModelError::NoPart { .. }
+            | ModelError::OutsideTensor { .. } => Status::Usage,
+            ModelError::Kernel(_) => Status::Other,
+        }
+    }
+}
+
 impl Model {
     /// # Errors
     /// [`Cancelled`].
@@ -105,7 +118,7 @@ impl Model {
         checkpoint: &Checkpoint,
         plan: &Plan,
         memory: Vec<Option<Box<dyn Reservation>>>,
-        nested_offsets: Vec<f32>,
+        absmax_means: Vec<f32>,
         stats: LoadStats,
         cancel: &CancelToken,
     ) -> Result<Model, Cancelled> {
@@ -120,14 +133,14 @@ impl Model {
             .sum();
         let mut by_name: HashMap<String, usize> = HashMap::with_capacity(loaded);
         let each = checkpoint.tensors().iter().zip(&plan.tensors);
-        for (index, ((tensor, place), nested_offset)) in each.zip(nested_offsets).enumerate() {
+        for (index, ((tensor, place), absmax_mean)) in each.zip(absmax_means).enumerate() {
             watch.item(2 * tensor.name.len())?;
             tensors.push(Stored {
                 name: tensor.name.clone(),
                 dtype: tensor.dtype,
                 shape: tensor.shape.clone(),
                 quantized: tensor.quantized.clone(),
-                nested_offset,
+                absmax_mean,
             });
             if place.placement.device.is_some() {
                 by_name.insert(tensor.name.clone(), index);
@@ -286,20 +299,20 @@ impl<'m> Tensor<'m> {
             ) => Some(Quantization {
                 quant_type: QuantType::Nf4,
                 block_size,
-                nested_offset: double_quantized.then_some(self.stored().nested_offset),
+                absmax_mean: double_quantized.then_some(self.stored().absmax_mean),
             }),
             (Format::Stored, Some(quantized)) => Some(Quantization {
                 quant_type: quantized.quant_type,
                 block_size: quantized.block_size,
-                nested_offset: quantized.nested.map(|nested| nested.offset),
+                absmax_mean: quantized.nested.map(|nested| nested.absmax_mean),
             }),
             _ => None,
         }
     }
 
     /// The mean of the scales of a double-quantized weight.
-    pub fn nested_offset(&self) -> Option<f32> {
-        self.quantization()?.nested_offset
+    pub fn absmax_mean(&self) -> Option<f32> {
+        self.quantization()?.absmax_mean
     }
 
     /// A part in place, where the processor can read the device's memory.
@@ -343,6 +356,27 @@ impl<'m> Tensor<'m> {
             reservation.read(part.offset, &mut bytes)?;
         }
         Ok(Some(bytes))
+    }
+
+    /// Returns all elements, row-major: 4-bit weights are dequantized (one f32 product, rounded once),
+    /// others converted. [`Tensor::read_floats`] gives some of them.
+    ///
+    /// ```no_run
+    /// use tightfit::kernels::half::bf16;
+    ///
+    /// # fn weight(model: &tightfit::Model) -> Result<(), Box<dyn std::error::Error>> {
+    /// let weight = model.tensor("lm_head.weight").ok_or("it has no head")?;
+    /// let values: Vec<bf16> = weight.to_floats()?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`ModelError`] when the elements are not floating-point numbers or cannot be read.
+    pub fn to_floats<T: Float>(&self) -> Result<Vec<T>, ModelError> {
+        let mut out = vec![T::zeroed(); elements(self.shape()).unwrap_or(0) as usize];
+        self.read_floats(0, &mut out)?;
+        Ok(out)
     }
 
     /// The elements as numbers of type `to`, little-endian and row-major: NF4 weights are

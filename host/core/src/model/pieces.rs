@@ -1,6 +1,6 @@
 //! Ranges of loaded tensors: copied as they are, or as numbers, in bounded memory.
 
-use tightfit_kernels::{BlockSize, FloatType, KernelError, Kernels, NESTED_BLOCK_SIZE};
+use tightfit_kernels::{Float, FloatType, KernelError, Kernels, NESTED_BLOCK_SIZE};
 
 use super::{ModelError, Quantization, Tensor};
 use crate::plan::{PartKind, PlannedPart};
@@ -75,6 +75,15 @@ impl Tensor<'_> {
         Ok(())
     }
 
+    /// Reads the elements from number `first` on, as many as `out` has room for: one row of a matrix, for
+    /// example. What they are is as with [`Tensor::to_floats`].
+    ///
+    /// # Errors
+    /// [`ModelError`]: those of [`Tensor::to_floats`], and [`ModelError::OutsideTensor`].
+    pub fn read_floats<T: Float>(&self, first: u64, out: &mut [T]) -> Result<(), ModelError> {
+        self.to_float_at(first, T::TYPE, bytemuck::cast_slice_mut(out))
+    }
+
     /// The elements from number `first` on as numbers of type `to`, as many as `out` has room for;
     /// otherwise as [`Tensor::to_float`].
     ///
@@ -147,8 +156,8 @@ impl Tensor<'_> {
         to: FloatType,
         out: &mut [u8],
     ) -> Result<(), ModelError> {
-        let block_size = BlockSize::new(quantization.block_size as usize)?;
-        let block = u64::from(quantization.block_size);
+        let block_size = quantization.block_size;
+        let block = u64::from(block_size);
         let first_block = first / block;
         let start = first_block * block;
         let end = (first + count)
@@ -158,7 +167,7 @@ impl Tensor<'_> {
         self.read_part_at(PartKind::Codes, start / 2, &mut codes)?;
         let blocks = (end - start).div_ceil(block);
         let absmax = self.absmax_piece(quantization, first_block, blocks)?;
-        let quant_type = quantization.quant_type.into();
+        let quant_type = quantization.quant_type;
         let elements = (end - start) as usize;
         let kernels = Kernels::detect();
         let dequantize = |out: &mut [u8]| {
@@ -188,7 +197,7 @@ impl Tensor<'_> {
             let floats = chunks.iter().copied().map(f32::from_le_bytes);
             Ok::<Vec<f32>, ModelError>(floats.collect())
         };
-        let Some(mean) = quantization.nested_offset else {
+        let Some(mean) = quantization.absmax_mean else {
             return floats(PartKind::Absmax, first, count);
         };
         // From the beginning of a nested block on.

@@ -7,6 +7,7 @@ use tempfile::TempDir;
 use super::*;
 use crate::device::{Device, HostDevice};
 use crate::load::{LoadOptions, load};
+use crate::plan::PlanOptions;
 use crate::types::Placement;
 
 /// A model of a few tensors on one device.
@@ -59,22 +60,26 @@ pub(crate) fn loaded(tensors: &[(&str, Dtype, &[usize], Format)], tail: u64) -> 
         .collect();
     let devices: Vec<Box<dyn Device>> = vec![Box::new(HostDevice::sim(0, 1 << 26))];
     let infos = [devices[0].info()];
-    let plan = Plan::with_tail(checkpoint.tensors(), &[], &infos, &placements, &[tail]).unwrap();
+    let with_tail = PlanOptions::default().with_reserved_headroom(true);
+    let plan = Plan::new_with(
+        checkpoint.tensors(),
+        &[],
+        &infos,
+        &placements,
+        &[tail],
+        &with_tail,
+    )
+    .unwrap();
     let model = load(&checkpoint, &plan, &devices, &LoadOptions::default()).unwrap();
     Loaded { devices, model }
 }
-
-pub(crate) const NF4_DOUBLE: Format = Format::Nf4 {
-    block_size: 64,
-    double_quantized: true,
-};
 
 #[test]
 fn parts_outlive_the_model() {
     let loaded = loaded(
         &[
             ("plain", Dtype::BF16, &[30, 7], Format::Stored),
-            ("double", Dtype::BF16, &[257, 64], NF4_DOUBLE),
+            ("double", Dtype::BF16, &[257, 64], Format::NF4_DOUBLE),
             ("empty", Dtype::BF16, &[0, 7], Format::Stored),
         ],
         0,

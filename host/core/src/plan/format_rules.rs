@@ -170,11 +170,6 @@ mod tests {
     use crate::testing;
     use crate::types::DType;
 
-    const NF4: Format = Format::Nf4 {
-        block_size: 64,
-        double_quantized: false,
-    };
-
     fn tensor(name: &str, dtype: DType) -> TensorInfo {
         testing::tensor(name, dtype, &[64, 64])
     }
@@ -232,13 +227,19 @@ mod tests {
     #[test]
     fn a_rule_for_one_name_of_a_tied_parameter_is_for_all() {
         for name in ["format:lm_head", "format:embed_tokens"] {
-            assert_eq!(formats(&[(name, "nf4")]), Ok(vec![(0, NF4), (4, NF4)]));
+            assert_eq!(
+                formats(&[(name, "nf4")]),
+                Ok(vec![(0, Format::NF4), (4, Format::NF4)])
+            );
         }
         let (tensors, mut ties) = model();
         ties[0].alias_tensor = None;
         let fixed = rules(&[("format:lm_head", "nf4")]).unwrap();
         // The name alone, and the stored tensor that happens to have it.
-        assert_eq!(fixed.formats(&tensors[..4], &ties), Ok(vec![(0, NF4)]));
+        assert_eq!(
+            fixed.formats(&tensors[..4], &ties),
+            Ok(vec![(0, Format::NF4)])
+        );
     }
 
     #[test]

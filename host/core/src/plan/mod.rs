@@ -15,16 +15,18 @@ use std::collections::HashMap;
 pub use error::{BadPlan, DeviceTotal, PlanError};
 pub use format_rules::{FormatRuleError, FormatRules};
 pub(crate) use propose::propose_again;
-pub use propose::{ProposeError, Proposed, propose, propose_with, propose_with_tail};
+pub use propose::{ProposeError, Proposed, propose, propose_with};
 pub use size::{
     NESTED_BLOCK_SIZE, PART_ALIGNMENT, PartKind, PartSizes, SizeError, part_sizes,
     tensor_part_sizes,
 };
 
 use crate::cancel::{CancelToken, Watch};
-use crate::checkpoint::{TensorInfo, Tie};
+use crate::checkpoint::{Checkpoint, TensorInfo, Tie};
 use crate::device::DeviceInfo;
 use crate::memory::ReservationSize;
+use crate::options::setters;
+use crate::policy::Proposal;
 use crate::types::{Format, Placement};
 
 /// Where one part of a tensor lies in its device's arena.
@@ -80,10 +82,22 @@ pub struct DevicePlan {
     /// Bytes to be left free beside the weights.
     pub headroom: u64,
     /// Bytes behind the weights that are reserved with them, for the application: see
-    /// [`Plan::with_tail`]. They begin at `size.padded`.
+    /// [`PlanOptions::reserve_headroom`]. They begin at `size.padded`.
     pub tail: u64,
     /// How many tensors it will hold.
     pub tensors: u64,
+}
+
+impl DevicePlan {
+    /// Returns the device's name, for example `cuda:0`.
+    pub fn name(&self) -> &str {
+        &self.device.name
+    }
+
+    /// Returns the number of bytes that will be reserved.
+    pub fn reserved(&self) -> u64 {
+        self.size.reserved
+    }
 }
 
 /// An exact layout: what goes where, to the byte.
@@ -95,7 +109,53 @@ pub struct Plan {
     pub tensors: Vec<PlannedTensor>,
 }
 
+/// How a plan is made.
+///
+/// ```
+/// use tightfit::CancelToken;
+/// use tightfit::plan::PlanOptions;
+///
+/// let cancel = CancelToken::new();
+/// let options = PlanOptions::default()
+///     .with_reserved_headroom(true)
+///     .with_cancel(cancel.clone());
+/// ```
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct PlanOptions {
+    /// Whether the headroom of a device that holds weights is reserved in one piece with them, as the
+    /// tail that [`Model::tail`](crate::Model::tail) hands out, and not merely left free. It is
+    /// rounded up to [`PART_ALIGNMENT`].
+    pub reserve_headroom: bool,
+    /// Looked at every few milliseconds: a checkpoint can have a million tensors.
+    pub cancel: CancelToken,
+}
+
+setters!([] PlanOptions:
+    with_reserved_headroom: reserve_headroom, bool;
+    with_cancel: cancel, CancelToken;
+);
+
 impl Plan {
+    /// Lays out a checkpoint as `proposal` says, which an application may have made by itself. A
+    /// [`Policy`](crate::Policy) is asked by [`propose`].
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn of(
+        checkpoint: &Checkpoint,
+        devices: &[DeviceInfo],
+        proposal: &Proposal,
+    ) -> Result<Plan, PlanError> {
+        Plan::new(
+            checkpoint.tensors(),
+            checkpoint.ties(),
+            devices,
+            &proposal.placements,
+            &proposal.headroom,
+        )
+    }
+
     /// Lays out `tensors` as `placements` say (one for each), leaving `headroom` bytes free on
     /// each device.
     ///
@@ -109,48 +169,8 @@ impl Plan {
         placements: &[Placement],
         headroom: &[u64],
     ) -> Result<Plan, PlanError> {
-        Plan::new_with(
-            tensors,
-            ties,
-            devices,
-            placements,
-            headroom,
-            &CancelToken::new(),
-        )
-    }
-
-    /// [`Plan::new`] until it is asked to stop: a checkpoint can have a million tensors.
-    ///
-    /// # Errors
-    /// [`PlanError::Cancelled`], and as [`Plan::new`].
-    pub fn new_with(
-        tensors: &[TensorInfo],
-        ties: &[Tie],
-        devices: &[DeviceInfo],
-        placements: &[Placement],
-        headroom: &[u64],
-        cancel: &CancelToken,
-    ) -> Result<Plan, PlanError> {
-        Plan::lay_out(tensors, ties, devices, placements, headroom, false, cancel)
-    }
-
-    /// [`Plan::new`], but the headroom of a device that holds weights is not left free: it is
-    /// reserved in one piece with them, as the tail that [`Model::tail`] hands out. It is rounded up
-    /// to [`PART_ALIGNMENT`].
-    ///
-    /// # Errors
-    /// As [`Plan::new`].
-    ///
-    /// [`Model::tail`]: crate::model::Model::tail
-    pub fn with_tail(
-        tensors: &[TensorInfo],
-        ties: &[Tie],
-        devices: &[DeviceInfo],
-        placements: &[Placement],
-        headroom: &[u64],
-    ) -> Result<Plan, PlanError> {
-        let never = CancelToken::new();
-        Plan::lay_out(tensors, ties, devices, placements, headroom, true, &never)
+        let options = PlanOptions::default();
+        Plan::new_with(tensors, ties, devices, placements, headroom, &options)
     }
 
     /// Returns whether the plan can have been made for these tensors: one entry for each, with the
@@ -169,15 +189,17 @@ impl Plan {
             })
     }
 
-    /// The headroom is reserved with the weights, or left free.
-    pub(crate) fn lay_out(
+    /// [`Plan::new`] with options.
+    ///
+    /// # Errors
+    /// [`PlanError::Cancelled`], and as [`Plan::new`].
+    pub fn new_with(
         tensors: &[TensorInfo],
         ties: &[Tie],
         devices: &[DeviceInfo],
         placements: &[Placement],
         headroom: &[u64],
-        reserve_headroom: bool,
-        cancel: &CancelToken,
+        options: &PlanOptions,
     ) -> Result<Plan, PlanError> {
         if placements.len() != tensors.len() {
             return Err(PlanError::Bad(BadPlan::PlacementCount {
@@ -192,7 +214,7 @@ impl Plan {
             }));
         }
         check_ties(tensors, ties, placements)?;
-        let mut watch = Watch::new(cancel);
+        let mut watch = Watch::new(&options.cancel);
         let sizes = sizes(tensors, devices, placements, &mut watch)?;
         let mut arenas: Vec<Arena> = devices.iter().map(|_| Arena::default()).collect();
         let mut planned = Vec::with_capacity(placements.len());
@@ -226,7 +248,7 @@ impl Plan {
                 .zip(devices)
                 .zip(headroom)
                 .map(|((arena, device), &headroom)| {
-                    let (headroom, tail) = match reserve_headroom {
+                    let (headroom, tail) = match options.reserve_headroom {
                         false => (headroom, 0),
                         true if arena.padded == 0 => (0, 0),
                         true => (0, round_up(headroom, PART_ALIGNMENT)),

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::{BadPlan, FormatRuleError, FormatRules, Plan, PlanError};
-use crate::cancel::{CancelToken, Cancelled};
+use super::{BadPlan, FormatRuleError, FormatRules, Plan, PlanError, PlanOptions};
+use crate::cancel::Cancelled;
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceInfo;
 use crate::policy::{Policy, PolicyError, PreviousFailure, Request, check_settings};
@@ -87,12 +87,19 @@ pub fn propose(
     devices: &[DeviceInfo],
     settings: &[(String, String)],
 ) -> Result<Proposed, ProposeError> {
-    let never = CancelToken::new();
-    propose_again(checkpoint, policy, devices, settings, false, None, &never)
+    propose_with(
+        checkpoint,
+        policy,
+        devices,
+        settings,
+        &PlanOptions::default(),
+    )
 }
 
-/// [`propose`] until it is asked to stop. The policy itself has a deadline of its own, and is not
-/// ended before.
+/// [`propose`] with options. A policy in wasm has a deadline of its own, and is not ended before.
+///
+/// With [`PlanOptions::reserve_headroom`] the headroom that the policy leaves is reserved too: what it
+/// counted for the KV cache, and what the user has it reserve.
 ///
 /// # Errors
 /// [`ProposeError`].
@@ -101,38 +108,22 @@ pub fn propose_with(
     policy: &dyn Policy,
     devices: &[DeviceInfo],
     settings: &[(String, String)],
-    cancel: &CancelToken,
+    options: &PlanOptions,
 ) -> Result<Proposed, ProposeError> {
-    propose_again(checkpoint, policy, devices, settings, false, None, cancel)
+    propose_again(checkpoint, policy, devices, settings, None, options)
 }
 
-/// [`propose`], but the headroom that the policy leaves is reserved too ([`Plan::with_tail`]): what
-/// it counted for the KV cache, and what the user has it reserve.
-///
-/// # Errors
-/// [`ProposeError`].
-pub fn propose_with_tail(
-    checkpoint: &Checkpoint,
-    policy: &dyn Policy,
-    devices: &[DeviceInfo],
-    settings: &[(String, String)],
-) -> Result<Proposed, ProposeError> {
-    let never = CancelToken::new();
-    propose_again(checkpoint, policy, devices, settings, true, None, &never)
-}
-
-/// [`propose`] or, with `tail`, [`propose_with_tail`], telling the policy why its previous plan
-/// failed.
+/// [`propose_with`], telling the policy why its previous plan failed.
 pub(crate) fn propose_again(
     checkpoint: &Checkpoint,
     policy: &dyn Policy,
     devices: &[DeviceInfo],
     settings: &[(String, String)],
-    tail: bool,
     failure: Option<PreviousFailure>,
-    cancel: &CancelToken,
+    options: &PlanOptions,
 ) -> Result<Proposed, ProposeError> {
     let start = Instant::now();
+    let cancel = &options.cancel;
     let (rules, settings) = FormatRules::take(settings)?;
     let description = policy.describe()?;
     let label = policy.label().unwrap_or(&description.name);
@@ -140,7 +131,7 @@ pub(crate) fn propose_again(
     cancel.check()?;
     let required_formats = rules.formats(checkpoint.tensors(), checkpoint.ties())?;
     let mut offered = devices.to_vec();
-    if tail {
+    if options.reserve_headroom {
         // Weights and headroom are rounded up together. Where only whole units are offered, that
         // always fits.
         for device in &mut offered {
@@ -148,13 +139,10 @@ pub(crate) fn propose_again(
         }
     }
     let request = Request {
-        config_json: checkpoint.config().map_or("{}", |config| &config.text),
-        tensors: checkpoint.tensors(),
-        ties: checkpoint.ties(),
-        devices: &offered,
         settings: &settings,
         required_formats: &required_formats,
         failure,
+        ..Request::new(checkpoint, &offered)
     };
     cancel.check()?;
     let mut answer = policy.plan(&request)?;
@@ -165,14 +153,13 @@ pub(crate) fn propose_again(
             placement.format = format;
         }
     }
-    let plan = Plan::lay_out(
+    let plan = Plan::new_with(
         checkpoint.tensors(),
         checkpoint.ties(),
         devices,
         &answer.proposal.placements,
         &answer.proposal.headroom,
-        tail,
-        cancel,
+        options,
     )
     .map_err(|error| match error {
         PlanError::Bad(bad) => ProposeError::BadPlan {

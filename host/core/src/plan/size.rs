@@ -84,7 +84,7 @@ pub enum SizeError {
 
 /// The parts of a tensor of this type and shape stored in `format`.
 ///
-/// NF4 takes `ceil(n / 2)` bytes of codes and `ceil(n / block)` scales of 4 bytes; with double
+/// Format::NF4 takes `ceil(n / 2)` bytes of codes and `ceil(n / block)` scales of 4 bytes; with double
 /// quantization one byte a scale and 4 bytes per 256 scales. The code tables and the offset of
 /// double quantization are constants of the model and not counted.
 ///
@@ -117,10 +117,7 @@ pub fn part_sizes(dtype: DType, shape: &[u64], format: Format) -> Result<PartSiz
             double_quantized,
         } => {
             if !dtype.is_quantizable() {
-                return Err(illegal("NF4 is made from bf16, f16 or f32"));
-            }
-            if !sizes::is_block_size(block_size) {
-                return Err(illegal("the block size is a power of two from 32 to 4096"));
+                return Err(illegal("Format::NF4 is made from bf16, f16 or f32"));
             }
             let parts = sizes::nf4(shape, dtype.bits(), block_size, double_quantized)
                 .ok_or_else(overflow)?;
@@ -155,18 +152,9 @@ pub fn tensor_part_sizes(tensor: &TensorInfo, format: Format) -> Result<PartSize
 mod tests {
     use super::*;
 
-    const NF4: Format = Format::Nf4 {
-        block_size: 64,
-        double_quantized: false,
-    };
-    const NF4_DOUBLE: Format = Format::Nf4 {
-        block_size: 64,
-        double_quantized: true,
-    };
-
     #[test]
     fn nf4_takes_half_a_byte_an_element_and_four_bytes_a_block() {
-        let sizes = part_sizes(DType::Bf16, &[5, 13], NF4).unwrap();
+        let sizes = part_sizes(DType::Bf16, &[5, 13], Format::NF4).unwrap();
         assert_eq!(
             sizes.iter().collect::<Vec<_>>(),
             [(PartKind::Codes, 33), (PartKind::Absmax, 8)]
@@ -176,7 +164,7 @@ mod tests {
 
     #[test]
     fn double_quantization_takes_one_byte_a_block_and_four_per_256_blocks() {
-        let sizes = part_sizes(DType::F32, &[257, 64], NF4_DOUBLE).unwrap();
+        let sizes = part_sizes(DType::F32, &[257, 64], Format::NF4_DOUBLE).unwrap();
         assert_eq!(
             sizes.iter().collect::<Vec<_>>(),
             [
@@ -189,19 +177,9 @@ mod tests {
 
     #[test]
     fn formats_that_cannot_hold_the_elements_are_refused() {
-        let odd_block = Format::Nf4 {
-            block_size: 48,
-            double_quantized: false,
-        };
-        let huge_block = Format::Nf4 {
-            block_size: 1 << 13,
-            double_quantized: false,
-        };
         for (dtype, format) in [
-            (DType::U8, NF4),
-            (DType::F8E4M3, NF4_DOUBLE),
-            (DType::Bf16, odd_block),
-            (DType::Bf16, huge_block),
+            (DType::U8, Format::NF4),
+            (DType::F8E4M3, Format::NF4_DOUBLE),
             (DType::Bf16, Format::Cast(DType::I8)),
             (DType::I64, Format::Cast(DType::F32)),
         ] {
@@ -219,7 +197,7 @@ mod tests {
     fn sizes_beyond_64_bits_are_refused() {
         for shape in [&[u64::MAX, 2][..], &[1 << 61], &[u64::MAX]] {
             assert!(matches!(
-                part_sizes(DType::Bf16, shape, NF4),
+                part_sizes(DType::Bf16, shape, Format::NF4),
                 Err(SizeError::Overflow { .. })
             ));
         }
@@ -227,7 +205,7 @@ mod tests {
 
     #[test]
     fn an_empty_tensor_takes_nothing() {
-        let sizes = part_sizes(DType::Bf16, &[0, 128], NF4_DOUBLE).unwrap();
+        let sizes = part_sizes(DType::Bf16, &[0, 128], Format::NF4_DOUBLE).unwrap();
         assert_eq!((sizes.requested(), sizes.padded()), (0, 0));
     }
 }

@@ -1,10 +1,11 @@
 //! The laws of a layout.
 
 use proptest::prelude::*;
+use proptest::sample::select;
 
 use super::*;
 use crate::testing::{device, tensor};
-use crate::types::DType;
+use crate::types::{BlockSize, DType};
 
 fn on(device: u32, format: Format) -> Placement {
     Placement {
@@ -13,18 +14,19 @@ fn on(device: u32, format: Format) -> Placement {
     }
 }
 
-const NF4: Format = Format::Nf4 {
-    block_size: 64,
-    double_quantized: false,
-};
+fn with_tail() -> PlanOptions {
+    PlanOptions::default().with_reserved_headroom(true)
+}
 
 fn formats() -> impl Strategy<Value = Format> {
     prop_oneof![
         Just(Format::Stored),
         Just(Format::Cast(DType::F32)),
-        (5u32..=12, any::<bool>()).prop_map(|(log, double_quantized)| Format::Nf4 {
-            block_size: 1 << log,
-            double_quantized,
+        (select(&BlockSize::ALL[..]), any::<bool>()).prop_map(|(block_size, double_quantized)| {
+            Format::Nf4 {
+                block_size,
+                double_quantized,
+            }
         }),
     ]
 }
@@ -95,7 +97,7 @@ proptest! {
         let need = (rows * 32).next_multiple_of(256) + (rows * 4).next_multiple_of(256);
         let available = (need + headroom).saturating_add_signed(spare);
         let plan = Plan::new(
-            &tensors, &[], &[device("d", available, 1)], &[on(0, NF4)], &[headroom],
+            &tensors, &[], &[device("d", available, 1)], &[on(0, Format::NF4)], &[headroom],
         );
         prop_assert_eq!(plan.is_ok(), available >= need + headroom);
     }
@@ -111,11 +113,11 @@ proptest! {
         let tensors: Vec<TensorInfo> = rows.iter().enumerate()
             .map(|(i, &rows)| tensor(&format!("t{i}"), DType::Bf16, &[rows, 64]))
             .collect();
-        let placements: Vec<Placement> = (0..rows.len() as u32).map(|i| on(i % 2, NF4)).collect();
+        let placements: Vec<Placement> = (0..rows.len() as u32).map(|i| on(i % 2, Format::NF4)).collect();
         let devices: Vec<DeviceInfo> =
             (0..3).map(|i| device(&format!("d{i}"), 1 << 40, granularity)).collect();
         let without = Plan::new(&tensors, &[], &devices, &placements, &headroom).unwrap();
-        let plan = Plan::with_tail(&tensors, &[], &devices, &placements, &headroom).unwrap();
+        let plan = Plan::new_with(&tensors, &[], &devices, &placements, &headroom, &with_tail()).unwrap();
         prop_assert_eq!(&plan.tensors, &without.tensors);
         for ((device, before), &headroom) in plan.devices.iter().zip(&without.devices).zip(&headroom) {
             prop_assert_eq!(device.headroom, 0);
@@ -141,7 +143,9 @@ proptest! {
         let need = (3328 + 512 + headroom.next_multiple_of(256)).next_multiple_of(4096);
         let available = 4096 * units + rest;
         let devices = [device("d", available, 4096)];
-        let plan = Plan::with_tail(&tensors, &[], &devices, &[on(0, NF4)], &[headroom]);
+        let plan = Plan::new_with(
+            &tensors, &[], &devices, &[on(0, Format::NF4)], &[headroom], &with_tail(),
+        );
         prop_assert_eq!(plan.is_ok(), need <= available);
         if let Ok(plan) = plan {
             prop_assert_eq!(plan.devices[0].size.reserved, need);
@@ -269,10 +273,10 @@ fn contradictions_are_the_placements_fault() {
         })
     ));
     assert!(matches!(
-        make(&[stored, stored, on(0, NF4)], &[0; 2]),
+        make(&[stored, stored, on(0, Format::NF4)], &[0; 2]),
         Some(BadPlan::IllegalFormat { ref tensor, .. }) if tensor == "ids"
     ));
-    for torn in [on(1, Format::Stored), on(0, NF4)] {
+    for torn in [on(1, Format::Stored), on(0, Format::NF4)] {
         assert!(matches!(
             make(&[stored, torn, stored], &[0; 2]),
             Some(BadPlan::TornTie { ref alias, .. }) if alias == "head"

@@ -31,6 +31,16 @@ pub enum PolicyError {
         /// How. For a policy in wasm it is a `tightfit_wasm::sandbox::Failure`.
         source: Box<dyn Error + Send + Sync>,
     },
+    /// It answered with what no placement of this tensor can be.
+    #[error("policy '{policy}' gave a bad plan: tensor '{tensor}': {problem}")]
+    BadAnswer {
+        /// The policy, as it was asked for.
+        policy: String,
+        /// The tensor.
+        tensor: String,
+        /// What is wrong with its placement.
+        problem: String,
+    },
     /// A setting it does not have.
     #[error(
         "policy '{policy}' has no setting '{name}' (it has: {})",
@@ -76,6 +86,7 @@ impl From<&PolicyError> for Status {
                 RefusalReason::DoesNotFit | RefusalReason::Unsupported => Status::DoesNotFit,
             },
             PolicyError::Failed { status, .. } => *status,
+            PolicyError::BadAnswer { .. } => Status::Policy,
             PolicyError::UnknownSetting { .. }
             | PolicyError::RepeatedSetting { .. }
             | PolicyError::Unknown { .. }

@@ -9,7 +9,7 @@ use std::fmt;
 
 pub use error::PolicyError;
 
-use crate::checkpoint::{TensorInfo, Tie};
+use crate::checkpoint::{Checkpoint, TensorInfo, Tie};
 use crate::device::DeviceInfo;
 use crate::types::{Bytes, Format, Placement};
 
@@ -64,6 +64,21 @@ pub struct Request<'a> {
     pub required_formats: &'a [(usize, Format)],
     /// Set when a plan could not be carried out and this is another attempt.
     pub failure: Option<PreviousFailure>,
+}
+
+impl<'a> Request<'a> {
+    /// Asks for a plan of this checkpoint on these devices, with nothing set.
+    pub fn new(checkpoint: &'a Checkpoint, devices: &'a [DeviceInfo]) -> Request<'a> {
+        Request {
+            config_json: checkpoint.config_json(),
+            tensors: checkpoint.tensors(),
+            ties: checkpoint.ties(),
+            devices,
+            settings: &[],
+            required_formats: &[],
+            failure: None,
+        }
+    }
 }
 
 /// A policy's answer.

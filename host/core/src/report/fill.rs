@@ -172,7 +172,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::report::samples::{NF4_DOUBLE, device, tensor};
+    use crate::report::samples::{device, tensor};
     use crate::types::{Format, Placement};
 
     #[test]
@@ -188,8 +188,8 @@ mod tests {
         let on = |device, format| Placement { device, format };
         let placements = [
             on(Some(0), Format::Stored),
-            on(Some(0), NF4_DOUBLE),
-            on(Some(0), NF4_DOUBLE),
+            on(Some(0), Format::NF4_DOUBLE),
+            on(Some(0), Format::NF4_DOUBLE),
             on(Some(0), Format::Stored),
             on(Some(0), Format::Stored),
             on(None, Format::Stored),
@@ -239,7 +239,7 @@ mod tests {
             let placements: Vec<Placement> = spec.iter()
                 .map(|&(_, _, stored, device)| Placement {
                     device,
-                    format: if stored { Format::Stored } else { NF4_DOUBLE },
+                    format: if stored { Format::Stored } else { Format::NF4_DOUBLE },
                 })
                 .collect();
             let devices: Vec<_> = (0..3)

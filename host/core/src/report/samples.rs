@@ -3,12 +3,7 @@
 use crate::checkpoint::TensorInfo;
 use crate::device::DeviceInfo;
 use crate::testing;
-use crate::types::{DType, Format};
-
-pub(super) const NF4_DOUBLE: Format = Format::Nf4 {
-    block_size: 64,
-    double_quantized: true,
-};
+use crate::types::DType;
 
 pub(super) fn tensor(name: &str, shape: &[u64]) -> TensorInfo {
     testing::tensor(name, DType::Bf16, shape)

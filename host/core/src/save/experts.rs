@@ -172,10 +172,7 @@ mod tests {
     use crate::testing;
     use crate::types::DType;
 
-    const NF4: Format = Format::Nf4 {
-        block_size: 64,
-        double_quantized: true,
-    };
+    const NF4: Format = Format::NF4_DOUBLE;
 
     fn tensor(name: &str, shape: &[u64]) -> TensorInfo {
         TensorInfo {

@@ -294,7 +294,7 @@ fn entries(
     let quantization = Quantization {
         quant_type,
         block_size,
-        nested_offset: double.then_some(0.0),
+        absmax_mean: double.then_some(0.0),
     };
     let state = StateEntry {
         key: format!(

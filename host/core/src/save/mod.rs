@@ -31,10 +31,12 @@ use tightfit_kernels::{DYNAMIC_MAP, FP4, Kernels, NF4};
 use crate::cancel::CancelToken;
 use crate::checkpoint::{Checkpoint, Extent, TensorInfo};
 use crate::device::{Device, DeviceKind, HostDevice};
-use crate::load::{self, Progress};
+use crate::load;
 use crate::memory::DEFAULT_STAGING;
 use crate::model::{Quantization, Tensor};
+use crate::options::setters;
 use crate::plan::{PartKind, Plan, tensor_part_sizes};
+use crate::progress::{Progress, ReportProgress};
 use crate::types::{Format, Placement, QuantType};
 use companions::Companions;
 use layout::{Content, Layout, ShardFile};
@@ -51,6 +53,7 @@ const COPY_BYTES: u64 = 1 << 20;
 pub const DEFAULT_SHARD_BYTES: u64 = 5_000_000_000;
 
 /// How to save.
+#[non_exhaustive]
 pub struct SaveOptions<'a> {
     /// Worker threads that quantize.
     pub threads: usize,
@@ -67,7 +70,7 @@ pub struct SaveOptions<'a> {
     /// Modules that were left out of quantization on the user's wish: a reader has to be told.
     pub skipped_on_request: bool,
     /// Called as bytes of the source are done.
-    pub progress: &'a (dyn Fn(Progress) + Sync),
+    pub progress: ReportProgress<'a>,
     /// Checked between chunks.
     pub cancel: CancelToken,
 }
@@ -88,6 +91,18 @@ impl Default for SaveOptions<'_> {
         }
     }
 }
+
+setters!([<'a>] SaveOptions<'a>:
+    with_threads: threads, usize;
+    with_staging_bytes: staging_bytes, u64;
+    with_strict: strict, bool;
+    with_kernels: kernels, Kernels;
+    with_max_shard_bytes: max_shard_bytes, u64;
+    with_force: force, bool;
+    with_skipped_on_request: skipped_on_request, bool;
+    with_progress: progress, ReportProgress<'a>;
+    with_cancel: cancel, CancelToken;
+);
 
 /// What was written.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,7 +134,7 @@ pub struct Saved {
 pub fn save(
     checkpoint: &Checkpoint,
     placements: &[Placement],
-    target: &Path,
+    target: impl AsRef<Path>,
     options: &SaveOptions<'_>,
 ) -> Result<Saved, SaveError> {
     if placements.len() != checkpoint.tensors().len() {
@@ -127,7 +142,7 @@ pub fn save(
     }
     // First, for what may not be copied is known before hours of work.
     let companions = Companions::find(checkpoint.directory(), &options.cancel)?;
-    let target = Target::create(target, options.force)?;
+    let target = Target::create(target.as_ref(), options.force)?;
     let kept: Vec<(TensorInfo, Format)> = checkpoint
         .tensors()
         .iter()
@@ -247,25 +262,17 @@ impl Writer<'_> {
             vec![Box::new(HostDevice::sim(0, plan.devices[0].size.reserved))];
         let before = self.done;
         let total = self.total;
-        let model = load::load(
-            &view,
-            &plan,
-            &memory,
-            &load::LoadOptions {
-                threads: self.options.threads,
-                staging_bytes: self.options.staging_bytes,
-                strict: self.options.strict,
-                kernels: self.options.kernels,
-                progress: &|progress| {
-                    (self.options.progress)(Progress {
-                        bytes_read: before + progress.bytes_read,
-                        bytes_total: total,
-                    });
-                },
-                cancel: self.options.cancel.clone(),
-                ..load::LoadOptions::default()
-            },
-        )?;
+        let progress = |progress: Progress| {
+            (self.options.progress)(Progress::new(before + progress.bytes_done, total));
+        };
+        let options = load::LoadOptions::default()
+            .with_threads(self.options.threads)
+            .with_staging_bytes(self.options.staging_bytes)
+            .with_strict(self.options.strict)
+            .with_kernels(self.options.kernels)
+            .with_progress(&progress)
+            .with_cancel(self.options.cancel.clone());
+        let model = load::load(&view, &plan, &memory, &options)?;
         self.done += model.stats().bytes_read;
         self.nonfinite_blocks += model.stats().nonfinite_blocks();
         for (tensor, &weight) in model.tensors().zip(batch) {
@@ -300,7 +307,7 @@ impl Writer<'_> {
         let quantization = Quantization {
             quant_type: quantized.quant_type,
             block_size: quantized.block_size,
-            nested_offset: quantized.nested.map(|nested| nested.offset),
+            absmax_mean: quantized.nested.map(|nested| nested.absmax_mean),
         };
         file.write_tables(weight, tensor, &quantization)
     }
@@ -343,10 +350,7 @@ impl Writer<'_> {
             }
             start += length as u64;
             self.done += length as u64;
-            (self.options.progress)(Progress {
-                bytes_read: self.done,
-                bytes_total: self.total,
-            });
+            (self.options.progress)(Progress::new(self.done, self.total));
         }
         Ok(())
     }
@@ -417,7 +421,7 @@ impl OpenShard<'_> {
             QuantType::Fp4 => FP4,
         };
         self.write(weight, Content::QuantMap, 0, bytemuck::cast_slice(&table))?;
-        if quantization.nested_offset.is_some() {
+        if quantization.absmax_mean.is_some() {
             let map: &[u8] = bytemuck::cast_slice(&DYNAMIC_MAP);
             self.write(weight, Content::NestedQuantMap, 0, map)?;
         }

@@ -10,14 +10,14 @@ const LONGEST_OFFSET: usize = 24;
 /// The text for a weight that had this type and shape.
 pub(super) fn text(dtype: DType, shape: &[u64], quantization: &Quantization) -> String {
     let offset = quantization
-        .nested_offset
+        .absmax_mean
         .map(|offset| python_repr(f64::from(offset)));
     with_offset(dtype, shape, quantization, offset.as_deref())
 }
 
 /// A length that the text will not exceed, whatever the offset will be.
 pub(super) fn longest(dtype: DType, shape: &[u64], quantization: &Quantization) -> usize {
-    let offset = quantization.nested_offset.map(|_| "");
+    let offset = quantization.absmax_mean.map(|_| "");
     with_offset(dtype, shape, quantization, offset).len() + LONGEST_OFFSET
 }
 
@@ -94,7 +94,7 @@ fn python_repr(value: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::QuantType;
+    use crate::types::{BlockSize, QuantType};
 
     #[test]
     fn numbers_are_written_as_python_writes_them() {
@@ -124,14 +124,14 @@ mod tests {
     fn the_text_is_what_bitsandbytes_writes() {
         let mut quantization = Quantization {
             quant_type: QuantType::Nf4,
-            block_size: 64,
-            nested_offset: None,
+            block_size: BlockSize::DEFAULT,
+            absmax_mean: None,
         };
         assert_eq!(
             text(DType::Bf16, &[128, 256], &quantization),
             r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [128, 256]}"#
         );
-        quantization.nested_offset = Some(0.051_832_2);
+        quantization.absmax_mean = Some(0.051_832_2);
         assert_eq!(
             text(DType::F16, &[3], &quantization),
             r#"{"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [3], "nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.05183219909667969}"#
@@ -144,7 +144,7 @@ mod tests {
             f32::NEG_INFINITY,
             f32::NAN,
         ] {
-            quantization.nested_offset = Some(offset);
+            quantization.absmax_mean = Some(offset);
             let length = text(DType::F32, &[1, 2], &quantization).len();
             assert!(
                 length <= longest(DType::F32, &[1, 2], &quantization),

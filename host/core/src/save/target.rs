@@ -59,8 +59,8 @@ impl Drop for MadeParents {
 /// [`SaveError::Exists`] when there is something other than an empty directory that may not be
 /// replaced, [`SaveError::NotADirectoryName`] for a path without a name, and for a device, a FIFO or
 /// a socket, which are never replaced.
-pub fn check_target(path: &Path, force: bool) -> Result<(), SaveError> {
-    resolved(path, force).map(drop)
+pub fn check_target(path: impl AsRef<Path>, force: bool) -> Result<(), SaveError> {
+    resolved(path.as_ref(), force).map(drop)
 }
 
 /// The directory that a path means, links followed, if a checkpoint may be written there.

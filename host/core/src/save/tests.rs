@@ -10,10 +10,7 @@ use super::*;
 use crate::checkpoint::{CheckpointError, MAX_NAME_BYTES, MAX_TENSORS};
 use crate::types::DType;
 
-const NF4: Format = Format::Nf4 {
-    block_size: 64,
-    double_quantized: true,
-};
+const NF4: Format = Format::NF4_DOUBLE;
 
 /// A directory with a checkpoint `m` of these BF16 tensors; what has elements is one row of a
 /// sparse file.
@@ -67,7 +64,7 @@ fn names(path: &Path) -> Vec<String> {
 
 /// Saves `m` as `out`, everything in this format. Where it fails, nothing is left.
 fn save_as(dir: &TempDir, format: Format) -> Result<Saved, SaveError> {
-    let checkpoint = Checkpoint::open(&dir.path().join("m")).unwrap();
+    let checkpoint = Checkpoint::open(dir.path().join("m")).unwrap();
     let placement = Placement {
         device: Some(0),
         format,
@@ -237,7 +234,7 @@ fn many_files_together_have_a_limit_too() {
         file.set_len(MAX_COMPANION_BYTES / 2).unwrap();
     }
     // The rest is known before anything is copied, so that this test need not copy it.
-    let directory = Checkpoint::open(&dir.path().join("m")).unwrap();
+    let directory = Checkpoint::open(dir.path().join("m")).unwrap();
     let found = Companions::find(directory.directory(), &CancelToken::new()).unwrap();
     let left: Vec<&str> = found
         .left_out
@@ -311,7 +308,7 @@ fn pipes_do_not_block_and_odd_names_are_left_out() {
 fn copying_ends_when_it_is_cancelled_and_when_a_file_changes() {
     let dir = plain();
     let path = write(&dir, "vocab.txt", b"words");
-    let checkpoint = Checkpoint::open(&dir.path().join("m")).unwrap();
+    let checkpoint = Checkpoint::open(dir.path().join("m")).unwrap();
     let cancel = CancelToken::new();
     let find = || Companions::find(checkpoint.directory(), &cancel);
     let found = find().unwrap();
@@ -364,7 +361,7 @@ fn stacks_without_elements_stay_stacks() {
         let saved = saved(&dir);
         assert_eq!(saved.quantized, 2, "{shape:?}");
         // Nothing is lost: what is written has both, with their shapes.
-        let written = Checkpoint::open(&dir.path().join("out")).unwrap();
+        let written = Checkpoint::open(dir.path().join("out")).unwrap();
         let stack = &written.tensors()[written.find(name).unwrap()];
         assert_eq!((stack.shape.as_slice(), stack.bytes), (&shape[..], 0));
         assert_eq!(written.tensors().len(), 2);
@@ -425,10 +422,7 @@ fn long_names_are_not_multiplied() {
 
 #[test]
 fn the_number_of_tensors_of_a_weight_is_what_is_written() {
-    let single = Format::Nf4 {
-        block_size: 64,
-        double_quantized: false,
-    };
+    let single = Format::NF4;
     for (format, tensors) in [
         (NF4, 6),
         (single, 4),
@@ -440,11 +434,11 @@ fn the_number_of_tensors_of_a_weight_is_what_is_written() {
         let bytes = fs::read(dir.path().join("out/model.safetensors")).unwrap();
         let written = safetensors::SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(written.len(), tensors, "{format}");
-        let checkpoint = Checkpoint::open(&dir.path().join("m")).unwrap();
+        let checkpoint = Checkpoint::open(dir.path().join("m")).unwrap();
         let counted = layout::tensors_of(&checkpoint.tensors()[0], format);
         assert_eq!(counted, tensors, "{format}");
         // And when it is quantized already.
-        let written = Checkpoint::open(&dir.path().join("out")).unwrap();
+        let written = Checkpoint::open(dir.path().join("out")).unwrap();
         let counted = layout::tensors_of(&written.tensors()[0], Format::Stored);
         assert_eq!(counted, tensors, "{format}");
     }

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::cancel::Cancelled;
+
 /// Why no checkpoint was written. Whatever had been created by then has been removed.
 #[derive(Debug, thiserror::Error)]
 pub enum SynthError {
@@ -46,6 +48,12 @@ pub enum SynthError {
     /// The caller asked to stop.
     #[error("writing the checkpoint was cancelled")]
     Cancelled,
+}
+
+impl From<Cancelled> for SynthError {
+    fn from(_: Cancelled) -> SynthError {
+        SynthError::Cancelled
+    }
 }
 
 /// Turns a system error into ours, for `map_err`.

@@ -21,4 +21,4 @@ mod write;
 pub use error::SynthError;
 pub use layout::{Tensor, Values};
 pub use preset::Preset;
-pub use write::{Model, Options, Written, write, write_model};
+pub use write::{Model, SynthOptions, Written, write, write_model};

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Mutex;
 
 use super::random::{self, Tables};
 use super::write::CHUNK;
 use super::*;
+use crate::cancel::CancelToken;
 use crate::checkpoint::Checkpoint;
+use crate::progress::Progress;
 use crate::types::DType;
 
 fn model() -> Model {
@@ -24,9 +26,8 @@ fn model() -> Model {
     }
 }
 
-fn run(model: &Model, directory: &Path, options: &Options) -> Result<Written, SynthError> {
-    let go_on = AtomicBool::new(false);
-    write_model(model, directory, options, &mut |_, _| {}, &go_on)
+fn run(model: &Model, directory: &Path, options: &SynthOptions<'_>) -> Result<Written, SynthError> {
+    write_model(model, directory, options)
 }
 
 fn values(directory: &Path) -> BTreeMap<String, Vec<u8>> {
@@ -55,15 +56,14 @@ fn what_is_written_is_a_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let target = dir.path().join("new").join("model");
     let model = model();
-    let mut reports = Vec::new();
-    let written = write_model(
-        &model,
-        &target,
-        &Options::default(),
-        &mut |done, total| reports.push((done, total)),
-        &AtomicBool::new(false),
-    )
-    .unwrap();
+    let reports = Mutex::new(Vec::new());
+    let report = |progress: Progress| {
+        let mut reports = reports.lock().unwrap();
+        reports.push((progress.bytes_done, progress.bytes_total));
+    };
+    let options = SynthOptions::default().with_progress(&report);
+    let written = write_model(&model, &target, &options).unwrap();
+    let reports = reports.into_inner().unwrap();
     assert_eq!(entries(&target), ["config.json", "model.safetensors"]);
     let bytes = fs::metadata(target.join("model.safetensors"))
         .unwrap()
@@ -90,7 +90,7 @@ fn shards_do_not_change_the_values_and_seeds_do() {
     let dir = tempfile::tempdir().unwrap();
     let model = model();
     let path = |name: &str| dir.path().join(name);
-    let mut options = Options::default();
+    let mut options = SynthOptions::default();
     run(&model, &path("whole"), &options).unwrap();
     let whole = values(&path("whole"));
     options.shard_bytes = 100;
@@ -129,7 +129,7 @@ fn tensors_larger_than_a_chunk_are_the_same_as_made_at_once() {
         tensors,
         config_json: "{}".into(),
     };
-    run(&model, &dir.path().join("m"), &Options::default()).unwrap();
+    run(&model, &dir.path().join("m"), &SynthOptions::default()).unwrap();
     let written = values(&dir.path().join("m"));
     let mut expected = vec![0; 2 * elements as usize];
     let tensor = &model.tensors[1];
@@ -140,19 +140,8 @@ fn tensors_larger_than_a_chunk_are_the_same_as_made_at_once() {
 #[test]
 fn headers_only_costs_no_disk() {
     let dir = tempfile::tempdir().unwrap();
-    let options = Options {
-        headers_only: true,
-        ..Options::default()
-    };
-    let go_on = AtomicBool::new(false);
-    let written = write(
-        Preset::Qwen3_30bA3b,
-        dir.path(),
-        &options,
-        &mut |_, _| {},
-        &go_on,
-    )
-    .unwrap();
+    let options = SynthOptions::default().with_headers_only(true);
+    let written = write(Preset::Qwen3_30bA3b, dir.path(), &options).unwrap();
     assert_eq!(written.shards, 13);
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     assert_eq!(
@@ -179,10 +168,7 @@ fn headers_only_costs_no_disk() {
 #[test]
 fn a_tied_preset_is_read_as_tied() {
     let dir = tempfile::tempdir().unwrap();
-    let options = Options {
-        headers_only: true,
-        ..Options::default()
-    };
+    let options = SynthOptions::default().with_headers_only(true);
     let model = Preset::Qwen25_0_5b.into();
     run(&model, dir.path(), &options).unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
@@ -204,9 +190,9 @@ fn a_directory_with_something_in_it_is_left_alone() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("precious");
     fs::write(&file, "x").unwrap();
-    let error = run(&model(), dir.path(), &Options::default()).unwrap_err();
+    let error = run(&model(), dir.path(), &SynthOptions::default()).unwrap_err();
     assert!(matches!(error, SynthError::NotEmpty { .. }), "{error:?}");
-    let error = run(&model(), &file, &Options::default()).unwrap_err();
+    let error = run(&model(), &file, &SynthOptions::default()).unwrap_err();
     assert!(
         matches!(error, SynthError::NotADirectory { .. }),
         "{error:?}"
@@ -220,25 +206,23 @@ fn what_is_cancelled_leaves_nothing_behind() {
         for after in [0, 1, 100_000] {
             let dir = tempfile::tempdir().unwrap();
             let target = dir.path().join("a").join("b");
-            let cancel = AtomicBool::new(false);
-            let options = Options {
-                headers_only,
-                shard_bytes: 1 << 20,
-                ..Options::default()
+            let cancel = CancelToken::new();
+            let stop = |progress: Progress| {
+                if progress.bytes_done >= after {
+                    cancel.cancel();
+                }
             };
+            let options = SynthOptions::default()
+                .with_headers_only(headers_only)
+                .with_shard_bytes(1 << 20)
+                .with_progress(&stop)
+                .with_cancel(cancel.clone());
             let mut model = model();
             for i in 0..4 {
                 let name = format!("more.{i}");
                 model.tensors.push(Tensor::new(name, &[1000, 1000]));
             }
-            let error = write_model(
-                &model,
-                &target,
-                &options,
-                &mut |done, _| cancel.store(done >= after, Ordering::Relaxed),
-                &cancel,
-            )
-            .unwrap_err();
+            let error = write_model(&model, &target, &options).unwrap_err();
             assert!(matches!(error, SynthError::Cancelled), "{error:?}");
             assert!(entries(dir.path()).is_empty(), "{:?}", entries(dir.path()));
         }
@@ -248,20 +232,13 @@ fn what_is_cancelled_leaves_nothing_behind() {
 #[test]
 fn what_fails_leaves_the_files_of_others() {
     let dir = tempfile::tempdir().unwrap();
-    let options = Options {
-        shard_bytes: 100,
-        ..Options::default()
-    };
     let obstacle = dir.path().join("model-00003-of-00003.safetensors");
-    let error = write_model(
-        &model(),
-        dir.path(),
-        &options,
-        // Somebody else writes into the directory meanwhile.
-        &mut |_, _| fs::write(&obstacle, "theirs").unwrap(),
-        &AtomicBool::new(false),
-    )
-    .unwrap_err();
+    // Somebody else writes into the directory meanwhile.
+    let interfere = |_: Progress| fs::write(&obstacle, "theirs").unwrap();
+    let options = SynthOptions::default()
+        .with_shard_bytes(100)
+        .with_progress(&interfere);
+    let error = write_model(&model(), dir.path(), &options).unwrap_err();
     assert!(matches!(error, SynthError::Io { .. }), "{error:?}");
     assert_eq!(entries(dir.path()), ["model-00003-of-00003.safetensors"]);
     assert_eq!(fs::read(&obstacle).unwrap(), b"theirs");
@@ -272,18 +249,15 @@ fn shapes_that_cannot_be_written_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let mut model = model();
     model.tensors[0].shape = vec![1 << 40, 1 << 40];
-    let error = run(&model, dir.path(), &Options::default()).unwrap_err();
+    let error = run(&model, dir.path(), &SynthOptions::default()).unwrap_err();
     assert!(matches!(error, SynthError::Unsupported { .. }), "{error:?}");
     model.tensors[0].shape = vec![2];
     model.tensors[0].dtype = DType::F32;
-    let error = run(&model, dir.path(), &Options::default()).unwrap_err();
+    let error = run(&model, dir.path(), &SynthOptions::default()).unwrap_err();
     assert!(matches!(error, SynthError::Unsupported { .. }), "{error:?}");
     assert!(entries(dir.path()).is_empty());
     // Without weights there is nothing to be made in the type.
-    let options = Options {
-        headers_only: true,
-        ..Options::default()
-    };
+    let options = SynthOptions::default().with_headers_only(true);
     run(&model, dir.path(), &options).unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
     assert_eq!(checkpoint.tensors()[0].dtype, DType::F32);

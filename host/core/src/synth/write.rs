@@ -3,7 +3,6 @@
 
 use std::io::Write;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread;
 
@@ -13,6 +12,9 @@ use super::layout::Tensor;
 use super::preset::Preset;
 use super::random::{self, Tables};
 use super::shards::{self, Shard};
+use crate::cancel::CancelToken;
+use crate::options::setters;
+use crate::progress::{Progress, ReportProgress};
 use crate::types::DType;
 
 /// Bytes that are made and written at a time.
@@ -21,8 +23,8 @@ pub(super) const CHUNK: usize = 4 << 20;
 const BUFFERS: usize = 3;
 
 /// How a checkpoint is written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Options {
+#[non_exhaustive]
+pub struct SynthOptions<'a> {
     /// Write headers only and leave the weights as holes in the files, which read as zeros and
     /// cost no disk where the file system can do that.
     pub headers_only: bool,
@@ -30,18 +32,32 @@ pub struct Options {
     pub seed: u64,
     /// A shard has at most this many bytes of weights, unless a single tensor has more.
     pub shard_bytes: u64,
+    /// Called after every few MiB.
+    pub progress: ReportProgress<'a>,
+    /// Looked at before every chunk.
+    pub cancel: CancelToken,
 }
 
-impl Default for Options {
+impl Default for SynthOptions<'_> {
     /// Weights of seed 0, in shards of 5 GB as huggingface_hub cuts them.
-    fn default() -> Options {
-        Options {
+    fn default() -> Self {
+        SynthOptions {
             headers_only: false,
             seed: 0,
             shard_bytes: 5_000_000_000,
+            progress: &|_| {},
+            cancel: CancelToken::new(),
         }
     }
 }
+
+setters!([<'a>] SynthOptions<'a>:
+    with_headers_only: headers_only, bool;
+    with_seed: seed, u64;
+    with_shard_bytes: shard_bytes, u64;
+    with_progress: progress, ReportProgress<'a>;
+    with_cancel: cancel, CancelToken;
+);
 
 /// What has been written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -74,19 +90,14 @@ impl From<Preset> for Model {
 
 /// Writes a checkpoint of a preset into a directory that is empty or does not exist.
 ///
-/// `progress` is called with bytes written and bytes in all, after every few MiB. Setting `cancel`
-/// ends the work within one chunk.
-///
 /// # Errors
 /// [`SynthError`]; whatever was created has been removed again, and only that.
 pub fn write(
     preset: Preset,
-    directory: &Path,
-    options: &Options,
-    progress: &mut dyn FnMut(u64, u64),
-    cancel: &AtomicBool,
+    directory: impl AsRef<Path>,
+    options: &SynthOptions<'_>,
 ) -> Result<Written, SynthError> {
-    write_model(&preset.into(), directory, options, progress, cancel)
+    write_model(&preset.into(), directory, options)
 }
 
 /// The same as [`write()`] for a model that is no preset.
@@ -96,10 +107,8 @@ pub fn write(
 /// weights are written.
 pub fn write_model(
     model: &Model,
-    directory: &Path,
-    options: &Options,
-    progress: &mut dyn FnMut(u64, u64),
-    cancel: &AtomicBool,
+    directory: impl AsRef<Path>,
+    options: &SynthOptions<'_>,
 ) -> Result<Written, SynthError> {
     let unsupported = |tensor: &&Tensor| !options.headers_only && tensor.dtype != DType::Bf16;
     if let Some(tensor) = model.tensors.iter().find(unsupported) {
@@ -116,12 +125,11 @@ pub fn write_model(
             problem: "its size in bytes does not fit in 64 bits".into(),
         })?;
 
-    let mut created = Created::directory(directory)?;
-    let mut progress = Progress {
-        written: 0,
+    let mut created = Created::directory(directory.as_ref())?;
+    let mut progress = Steps {
+        done: 0,
         total,
-        report: progress,
-        cancel,
+        options,
     };
     progress.add(0)?;
     if options.headers_only {
@@ -160,7 +168,7 @@ fn write_weights(
     tensors: &[Tensor],
     shards: &[Shard],
     seed: u64,
-    progress: &mut Progress<'_>,
+    progress: &mut Steps<'_>,
 ) -> Result<(), SynthError> {
     thread::scope(|scope| {
         // Buffers go round: filled by the other thread, written by this one. Whichever ends first
@@ -237,7 +245,7 @@ fn write_shards(
     shards: &[Shard],
     to_write: &Receiver<Vec<u8>>,
     to_fill: &SyncSender<Vec<u8>>,
-    progress: &mut Progress<'_>,
+    progress: &mut Steps<'_>,
 ) -> Result<(), SynthError> {
     for shard in shards {
         let (path, mut file) = created.file(&shard.file)?;
@@ -261,20 +269,17 @@ fn write_shards(
 }
 
 /// How far the work is, and whether it shall go on.
-struct Progress<'a> {
-    written: u64,
+struct Steps<'a> {
+    done: u64,
     total: u64,
-    report: &'a mut dyn FnMut(u64, u64),
-    cancel: &'a AtomicBool,
+    options: &'a SynthOptions<'a>,
 }
 
-impl Progress<'_> {
+impl Steps<'_> {
     fn add(&mut self, bytes: u64) -> Result<(), SynthError> {
-        if self.cancel.load(Ordering::Relaxed) {
-            return Err(SynthError::Cancelled);
-        }
-        self.written += bytes;
-        (self.report)(self.written, self.total);
+        self.options.cancel.check()?;
+        self.done += bytes;
+        (self.options.progress)(Progress::new(self.done, self.total));
         Ok(())
     }
 }

@@ -14,6 +14,7 @@ use crate::sandbox::{
     Compiler, Failure, Guest, Limits, Linked, Options, State, World, checked_component,
 };
 use crate::wit;
+use crate::wit::BadPlacement;
 use crate::wit::bindings::exports::tightfit::host::planner;
 use crate::wit::bindings::{self, PolicyPre};
 use tightfit::policy::{Answer, Description, Policy, PolicyError, Request};
@@ -214,10 +215,17 @@ impl Policy for WasmPolicy {
             policy.tightfit_host_planner().call_plan(store, &converted)
         })?;
         match answer {
-            Ok(proposal) => Ok(Answer {
-                proposal: wit::convert::proposal(proposal),
-                fuel: Some(fuel),
-            }),
+            Ok(proposal) => match wit::convert::proposal(proposal, request) {
+                Ok(proposal) => Ok(Answer {
+                    proposal,
+                    fuel: Some(fuel),
+                }),
+                Err(BadPlacement { tensor, source }) => Err(PolicyError::BadAnswer {
+                    policy: self.0.label().to_owned(),
+                    tensor,
+                    problem: source.to_string(),
+                }),
+            },
             Err(refusal) => Err(PolicyError::Refused {
                 policy: self.0.label().to_owned(),
                 refusal: wit::convert::refusal(refusal, self.0.limits().text_bytes),

@@ -15,7 +15,8 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
-const OTHERS_MAY_NOT: Mode = Mode::RWXU;
+/// Not `Mode`, whose width differs from system to system.
+const OTHERS_MAY_NOT: u32 = 0o700;
 
 /// How unfinished files are called. Those of processes that are gone are removed after a while.
 const UNFINISHED: &str = "unfinished-";
@@ -62,7 +63,7 @@ impl PrivateDirectory {
         use std::os::unix::fs::DirBuilderExt;
         std::fs::DirBuilder::new()
             .recursive(true)
-            .mode(OTHERS_MAY_NOT.bits())
+            .mode(OTHERS_MAY_NOT)
             .create(path)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let directory = match openat(CWD, path, flags, Mode::empty()) {

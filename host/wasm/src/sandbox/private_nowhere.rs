@@ -7,6 +7,7 @@ use std::time::SystemTime;
 
 #[derive(Debug, thiserror::Error)]
 pub(super) enum PrivateError {
+    #[expect(dead_code, reason = "nothing is looked at that could be found so")]
     #[error("{0}")]
     NotPrivate(String),
     #[error(transparent)]

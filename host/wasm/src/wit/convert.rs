@@ -3,7 +3,18 @@
 pub(crate) use policy::*;
 
 use super::bindings::tightfit::host::types;
-use tightfit::types::{DType, Format, Placement, QuantType};
+use tightfit::checkpoint::TensorInfo;
+use tightfit::types::{BlockSize, DType, Format, IllegalBlockSize, Placement, QuantType};
+
+/// A placement that no plan can have: its format has a block size that does not exist.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("tensor '{tensor}': {source}")]
+pub struct BadPlacement {
+    /// The tensor that is placed.
+    pub tensor: String,
+    /// Which block size that is.
+    pub source: IllegalBlockSize,
+}
 
 /// Both directions of an enumeration whose cases have corresponding names; `more` of ours are told
 /// as one of theirs.
@@ -38,22 +49,46 @@ same_cases!(dtype, wit_dtype, DType, types::Dtype:
 
 same_cases!(quant_type, wit_quant_type, QuantType, types::QuantType: Nf4 = Nf4, Fp4 = Fp4);
 
-pub(crate) fn placement(placement: types::Placement) -> Placement {
-    Placement {
-        device: placement.device,
-        format: format(placement.format),
-    }
+/// Placements as a guest gives them. The formats of those tensors that are `ignored` do not count.
+pub(crate) fn placements(
+    given: Vec<types::Placement>,
+    tensors: &[TensorInfo],
+    is_ignored: impl Fn(usize) -> bool,
+) -> Result<Vec<Placement>, BadPlacement> {
+    let given = given.into_iter().enumerate();
+    given
+        .map(|(index, given)| {
+            let format = match format(given.format) {
+                Ok(format) => format,
+                Err(_) if given.device.is_none() || is_ignored(index) => Format::Stored,
+                Err(source) => {
+                    return Err(BadPlacement {
+                        // There may be more placements than tensors.
+                        tensor: tensors.get(index).map_or_else(
+                            || format!("number {index}"),
+                            |tensor| tensor.name.clone(),
+                        ),
+                        source,
+                    });
+                }
+            };
+            Ok(Placement {
+                device: given.device,
+                format,
+            })
+        })
+        .collect()
 }
 
-pub(crate) fn format(format: types::Format) -> Format {
-    match format {
+pub(crate) fn format(format: types::Format) -> Result<Format, IllegalBlockSize> {
+    Ok(match format {
         types::Format::Stored => Format::Stored,
         types::Format::Cast(target) => Format::Cast(dtype(target)),
         types::Format::Nf4(nf4) => Format::Nf4 {
-            block_size: nf4.block_size,
+            block_size: BlockSize::try_from(nf4.block_size)?,
             double_quantized: nf4.double_quantized,
         },
-    }
+    })
 }
 
 pub(crate) fn wit_format(format: Format) -> types::Format {
@@ -64,7 +99,7 @@ pub(crate) fn wit_format(format: Format) -> types::Format {
             block_size,
             double_quantized,
         } => types::Format::Nf4(types::Nf4Format {
-            block_size,
+            block_size: block_size.into(),
             double_quantized,
         }),
     }
@@ -73,7 +108,7 @@ pub(crate) fn wit_format(format: Format) -> types::Format {
 mod policy {
     use super::super::bindings::exports::tightfit::host::planner;
     use super::super::bindings::tightfit::host::types;
-    use super::{placement, wit_dtype, wit_format, wit_quant_type};
+    use super::{BadPlacement, placements, wit_dtype, wit_format, wit_quant_type};
     use tightfit::checkpoint::{TensorInfo, Tie};
     use tightfit::device::{DeviceInfo, DeviceKind};
     use tightfit::policy::{Description, Proposal, Refusal, RefusalReason, Request, Setting};
@@ -93,7 +128,7 @@ mod policy {
             bytes: tensor.source_bytes(),
             quantized: tensor.quantized.as_ref().map(|given| types::Quantization {
                 quant_type: wit_quant_type(given.quant_type),
-                block_size: given.block_size,
+                block_size: given.block_size.into(),
                 double_quantized: given.nested.is_some(),
             }),
         }
@@ -161,11 +196,22 @@ mod policy {
         }
     }
 
-    pub(crate) fn proposal(given: planner::Proposal) -> Proposal {
-        Proposal {
-            placements: given.placements.into_iter().map(placement).collect(),
+    /// The answer to this request.
+    pub(crate) fn proposal(
+        given: planner::Proposal,
+        request: &Request<'_>,
+    ) -> Result<Proposal, BadPlacement> {
+        let required = request.required_formats;
+        // Whatever is answered for these is replaced.
+        let is_required = |tensor: usize| {
+            required
+                .binary_search_by_key(&tensor, |&(index, _)| index)
+                .is_ok()
+        };
+        Ok(Proposal {
+            placements: placements(given.placements, request.tensors, is_required)?,
             headroom: given.headroom,
-        }
+        })
     }
 
     /// Of the message at most `limit` bytes are kept.

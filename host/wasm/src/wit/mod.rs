@@ -70,6 +70,7 @@ pub(crate) mod messages;
 mod planner;
 pub mod program;
 
+pub use convert::BadPlacement;
 pub use planner::Planner;
 
 use wasmtime::component::{HasData, Linker};
@@ -206,7 +207,16 @@ impl sizing::Host for TightfitCtx {
         shape: Vec<u64>,
         format: types::Format,
     ) -> Result<sizing::StoredSize, types::Error> {
-        match part_sizes(convert::dtype(dtype), &shape, convert::format(format)) {
+        let format = match convert::format(format) {
+            Ok(format) => format,
+            Err(error) => {
+                return Err(types::Error {
+                    code: types::ErrorCode::IllegalFormat,
+                    message: error.to_string(),
+                });
+            }
+        };
+        match part_sizes(convert::dtype(dtype), &shape, format) {
             Ok(sizes) => Ok(sizing::StoredSize {
                 requested: sizes.requested(),
                 padded: sizes.padded(),

@@ -63,14 +63,14 @@ impl Planner {
     /// Asks where every tensor goes.
     ///
     /// # Errors
-    /// When it traps, or the store is asynchronous.
+    /// When it traps, or the store is asynchronous, and a [`BadPlacement`](super::BadPlacement).
     pub fn plan(
         &self,
         store: impl AsContextMut,
         request: &Request<'_>,
     ) -> wasmtime::Result<Result<Proposal, Refusal>> {
         let (answer,) = self.plan.call(store, (convert::request(request),))?;
-        Ok(converted(answer))
+        converted(answer, request)
     }
 }
 
@@ -91,7 +91,7 @@ impl Planner {
     /// [`Planner::plan`] in an asynchronous store.
     ///
     /// # Errors
-    /// When it traps.
+    /// When it traps, and a [`BadPlacement`](super::BadPlacement).
     pub async fn plan_async(
         &self,
         store: impl AsContextMut<Data: Send>,
@@ -101,12 +101,16 @@ impl Planner {
             .plan
             .call_async(store, (convert::request(request),))
             .await?;
-        Ok(converted(answer))
+        converted(answer, request)
     }
 }
 
-fn converted(answer: Result<wit::Proposal, wit::Refusal>) -> Result<Proposal, Refusal> {
-    answer
-        .map(convert::proposal)
-        .map_err(|refusal| convert::refusal(refusal, TEXT_LIMIT))
+fn converted(
+    answer: Result<wit::Proposal, wit::Refusal>,
+    request: &Request<'_>,
+) -> wasmtime::Result<Result<Proposal, Refusal>> {
+    Ok(match answer {
+        Ok(proposal) => Ok(convert::proposal(proposal, request)?),
+        Err(refusal) => Err(convert::refusal(refusal, TEXT_LIMIT)),
+    })
 }

@@ -184,7 +184,7 @@ pub(crate) fn sums_of_bf16(
     let factor = code_factor(weights.quant_type);
     let mut table = [0; 32];
     for (i, value) in table.iter_mut().enumerate() {
-        *value = float::f32_to_bf16(weights.quant_type.code_values()[i % 16] * factor);
+        *value = float::f32_to_bf16(crate::code_values(weights.quant_type)[i % 16] * factor);
     }
     let table = load512_u16(&table);
     let (inputs, count) = (weights.inputs, outputs.len());

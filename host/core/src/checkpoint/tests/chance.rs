@@ -28,7 +28,7 @@ fn assert_sound(checkpoint: &Checkpoint) {
 fn open_bytes(bytes: &[u8]) -> Result<Checkpoint, CheckpointError> {
     let dir = dir();
     // On Windows the open file keeps the directory from being removed, which is ignored there.
-    Checkpoint::open(&write(&dir, "model.safetensors", bytes))
+    Checkpoint::open(write(&dir, "model.safetensors", bytes))
 }
 
 #[derive(Debug, Clone)]

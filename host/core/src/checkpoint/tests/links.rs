@@ -42,7 +42,7 @@ impl Attack {
     }
 
     fn open(&self) -> Result<Checkpoint, CheckpointError> {
-        Checkpoint::open(&self.path("m"))
+        Checkpoint::open(self.path("m"))
     }
 
     #[track_caller]
@@ -101,7 +101,7 @@ fn a_directory_may_be_reached_through_links() {
         "private/../there",
         "there/model.safetensors",
     ] {
-        let checkpoint = Checkpoint::open(&attack.path(path)).unwrap();
+        let checkpoint = Checkpoint::open(attack.path(path)).unwrap();
         assert_eq!(names(&checkpoint), ["a"]);
         assert!(checkpoint.config().is_some(), "{path}");
     }
@@ -216,7 +216,7 @@ fn what_is_hidden_is_not_reached_through_links() {
     fs::rename(attack.path("m"), attack.path(".m")).unwrap();
     fs::write(attack.path(".m/real.json"), CONFIG).unwrap();
     attack.link(".m/config.json", "real.json");
-    let checkpoint = Checkpoint::open(&attack.path(".m")).unwrap();
+    let checkpoint = Checkpoint::open(attack.path(".m")).unwrap();
     assert!(checkpoint.config().is_some());
 }
 
@@ -246,7 +246,7 @@ fn a_link_that_the_user_names_is_followed_and_what_lies_beside_it_is_not() {
     );
     attack.link("m/s.safetensors", "../private/model.safetensors");
     assert_error!(
-        Checkpoint::open(&attack.path("m/x.safetensors.index.json")).unwrap_err(),
+        Checkpoint::open(attack.path("m/x.safetensors.index.json")).unwrap_err(),
         CheckpointError::LeadsOut { path, .. } if path.ends_with("s.safetensors")
     );
 }
@@ -286,7 +286,7 @@ fn pipes_devices_and_directories_are_no_files_and_do_not_block() {
     let attack = Attack::new();
     fifo(&attack.path("m/pipe.safetensors"));
     assert_error!(
-        Checkpoint::open(&attack.path("m/pipe.safetensors")).unwrap_err(),
+        Checkpoint::open(attack.path("m/pipe.safetensors")).unwrap_err(),
         CheckpointError::NotAFile { .. }
     );
 }
@@ -386,14 +386,14 @@ fn blobs_of_the_same_cache_entry_belong_to_a_snapshot() {
     attack.link("alias", SNAPSHOT);
     for path in [SNAPSHOT, &format!("{SNAPSHOT}/sub"), "alias"] {
         for file in ["", "model.safetensors"] {
-            let checkpoint = Checkpoint::open(&attack.path(path).join(file)).unwrap();
+            let checkpoint = Checkpoint::open(attack.path(path).join(file)).unwrap();
             assert_eq!(names(&checkpoint), ["mine"]);
             assert!(checkpoint.config().is_some(), "{path}");
         }
     }
     // A blob that is gone makes the file one that is not there.
     fs::remove_file(attack.path("models--org--mine/blobs/c")).unwrap();
-    let checkpoint = Checkpoint::open(&attack.path(SNAPSHOT)).unwrap();
+    let checkpoint = Checkpoint::open(attack.path(SNAPSHOT)).unwrap();
     assert!(checkpoint.config().is_none());
 }
 
@@ -401,7 +401,7 @@ fn blobs_of_the_same_cache_entry_belong_to_a_snapshot() {
 fn blobs_of_other_models_and_blobs_that_lead_out_do_not() {
     let refused = |attack: &Attack| {
         assert_error!(
-            Checkpoint::open(&attack.path(SNAPSHOT)).unwrap_err(),
+            Checkpoint::open(attack.path(SNAPSHOT)).unwrap_err(),
             CheckpointError::LeadsOut { path, allowed, .. }
                 if path.ends_with("config.json") && !allowed.is_empty()
         );
@@ -434,7 +434,7 @@ fn blobs_of_other_models_and_blobs_that_lead_out_do_not() {
     let attack = cached();
     fs::rename(attack.path("models--org--mine"), attack.path("org--mine")).unwrap();
     assert_error!(
-        Checkpoint::open(&attack.path("org--mine/snapshots/abc")).unwrap_err(),
+        Checkpoint::open(attack.path("org--mine/snapshots/abc")).unwrap_err(),
         CheckpointError::LeadsOut { .. }
     );
 }

@@ -81,7 +81,7 @@ impl Set {
 
     fn open(&self) -> Result<Checkpoint, CheckpointError> {
         let dir = dir();
-        Checkpoint::open(&write(&dir, "model.safetensors", &self.file()))
+        Checkpoint::open(write(&dir, "model.safetensors", &self.file()))
     }
 
     /// Asserts that it is refused, with the weight's name and a problem that has these words.
@@ -113,8 +113,8 @@ fn a_set_that_is_right_is_one_tensor() {
         assert_eq!((weight.bytes, weight.source_bytes()), (256, source_bytes));
         let quantized = weight.quantized.as_ref().unwrap();
         assert_eq!(quantized.quant_type, QuantType::Nf4);
-        assert_eq!(quantized.block_size, 64);
-        let offset = quantized.nested.map(|nested| nested.offset);
+        assert_eq!(quantized.block_size.elements(), 64);
+        let offset = quantized.nested.map(|nested| nested.absmax_mean);
         assert_eq!(offset, (source_bytes == 268).then_some(0.25));
     }
 }
@@ -445,7 +445,7 @@ proptest! {
             prop_assert_eq!(quantized.absmax.bytes, scale * blocks);
             if let Some(nested) = quantized.nested {
                 prop_assert_eq!(nested.absmax.bytes, 4 * blocks.div_ceil(256));
-                prop_assert!(nested.offset.is_finite());
+                prop_assert!(nested.absmax_mean.is_finite());
             }
         }
     }

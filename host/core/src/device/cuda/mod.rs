@@ -7,12 +7,13 @@ mod driver;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{
-    Device, DeviceAddress, DeviceError, DeviceInfo, DeviceKind, Quantizer, Reservation, Workspace,
-    Writer,
+    Device, DeviceAddress, DeviceError, DeviceInfo, DeviceKind, PageLocked, Quantizer, Reservation,
+    Workspace, Writer,
 };
 use crate::memory::{Ledger, LedgerEntry, ReservationSize, Usage};
-pub use driver::PageLocked;
-use driver::{Context, DeviceMemory, KernelQuantizer, Kernels, Staging, WorkspaceMemory};
+use driver::{
+    Context, CudaPageLocked, DeviceMemory, KernelModule, KernelQuantizer, Staging, WorkspaceMemory,
+};
 
 /// What devices without virtual memory round to.
 const PLAIN_GRANULARITY: u64 = 2 << 20;
@@ -29,7 +30,7 @@ pub struct CudaDevice {
 #[derive(Debug)]
 struct Gpu {
     /// Dropped, and with that unloaded, before the context.
-    kernels: Arc<Kernels>,
+    kernels: Arc<KernelModule>,
     context: Arc<Context>,
     /// Bytes that the user allows; by default all there are.
     limit: Option<u64>,
@@ -67,7 +68,7 @@ impl CudaDevice {
         let (free, total) = context.memory()?;
         Ok(CudaDevice {
             gpu: Arc::new(Gpu {
-                kernels: Arc::new(Kernels::new(&context)),
+                kernels: Arc::new(KernelModule::new(&context)),
                 context,
                 limit: capacity,
                 total,
@@ -214,14 +215,17 @@ impl Reservation for CudaReservation {
         }
     }
 
-    fn page_lock(&self, bytes: usize) -> Result<Option<PageLocked>, DeviceError> {
+    fn page_lock(&self, bytes: usize) -> Result<Option<Box<dyn PageLocked>>, DeviceError> {
         match &self.memory {
-            Some(memory) => PageLocked::new(memory.context(), bytes).map(Some),
+            Some(memory) => {
+                let locked = CudaPageLocked::new(memory.context(), bytes)?;
+                Ok(Some(Box::new(locked)))
+            }
             None => Ok(None),
         }
     }
 
-    fn writer(&self, buffers: PageLocked) -> Result<Option<Box<dyn Writer>>, DeviceError> {
+    fn writer(&self, buffers: Box<dyn PageLocked>) -> Result<Option<Box<dyn Writer>>, DeviceError> {
         match &self.memory {
             Some(memory) => Ok(Some(Box::new(Staging::new(memory, buffers)?))),
             None => Ok(None),

@@ -17,7 +17,7 @@ use tightfit::checkpoint::Checkpoint;
 use tightfit::load::{LoadError, LoadOptions, Reserved, load_reserved};
 use tightfit::memory::{DEFAULT_STAGING, Ledger, LedgerEntry, ReservationSize};
 use tightfit::model::{Model, Tensor};
-use tightfit::plan::{PartKind, Plan, PlanError};
+use tightfit::plan::{PartKind, Plan, PlanError, PlanOptions};
 use tightfit::types::{Bytes, Placement};
 
 /// What the host keeps in its own memory for each tensor of a loaded model, at most, in bytes; names
@@ -115,7 +115,8 @@ impl ProgramCtx {
         let (tensors, ties) = (checkpoint.tensors(), checkpoint.ties());
         // Planning and loading look at the clock themselves, and do not know why they are ended.
         let cancel = self.stop.token();
-        let plan = Plan::new_with(tensors, ties, &infos, placements, headroom, &cancel);
+        let options = PlanOptions::default().with_cancel(cancel.clone());
+        let plan = Plan::new_with(tensors, ties, &infos, placements, headroom, &options);
         let plan = match plan {
             Err(PlanError::Cancelled) => return Err(self.stop.reason().into()),
             other => other?,
@@ -126,13 +127,11 @@ impl ProgramCtx {
         let reserved = Reserved::take(plan, &self.devices)?;
         let mut entries = self.memory.enter(reserved.plan())?;
         entries.push(kept);
-        let options = LoadOptions {
-            threads: self.models.threads,
-            staging_bytes: self.models.staging_bytes,
-            kernels: self.kernels,
-            cancel,
-            ..LoadOptions::default()
-        };
+        let options = LoadOptions::default()
+            .with_threads(self.models.threads)
+            .with_staging_bytes(self.models.staging_bytes)
+            .with_kernels(self.kernels)
+            .with_cancel(cancel);
         match load_reserved(checkpoint, reserved, &options) {
             Ok(model) => Ok(LoadedModel {
                 model,
@@ -158,8 +157,8 @@ fn stored_tensor(tensor: Tensor<'_>) -> models::StoredTensor {
             .quantization()
             .map(|given| models::StoredQuantization {
                 quant_type: convert::wit_quant_type(given.quant_type),
-                block_size: given.block_size,
-                mean: given.nested_offset,
+                block_size: given.block_size.into(),
+                mean: given.absmax_mean,
             }),
         parts: tensor
             .parts()
@@ -184,7 +183,8 @@ impl models::HostModel for ProgramCtxView<'_> {
     ) -> Result<Resource<LoadedModel>, CallError> {
         let (context, table) = self.begin()?;
         let OpenCheckpoint(checkpoint) = table.get(&checkpoint)?;
-        let placements: Vec<Placement> = placements.into_iter().map(convert::placement).collect();
+        let placements = convert::placements(placements, checkpoint.tensors(), |_| false)
+            .map_err(CallError::invalid)?;
         let model = context.load(checkpoint, &placements, &headroom)?;
         Ok(table.push(model)?)
     }

@@ -144,7 +144,7 @@ impl nf4::Host for ProgramCtxView<'_> {
     ) -> Result<(), CallError> {
         self.begin()?;
         let (float, block) = (float(dtype)?, block_size(block)?);
-        let quant_type = convert::quant_type(quant_type).into();
+        let quant_type = convert::quant_type(quant_type);
         let [code_bytes, absmax_bytes] = quantized_bytes(elements, block)?;
         let each = float.bytes() as u64;
         self.check(&[

@@ -25,16 +25,16 @@ const USED: [&str; 7] = [
 /// The kernels of one device. The driver compiles them when they are first asked for, which takes
 /// its time.
 #[derive(Debug)]
-pub(in crate::device::cuda) struct Kernels {
+pub(in crate::device::cuda) struct KernelModule {
     context: Arc<Context>,
     module: OnceLock<Module>,
     /// Held by whoever has them compiled.
     compiling: Mutex<()>,
 }
 
-impl Kernels {
-    pub(in crate::device::cuda) fn new(context: &Arc<Context>) -> Kernels {
-        Kernels {
+impl KernelModule {
+    pub(in crate::device::cuda) fn new(context: &Arc<Context>) -> KernelModule {
+        KernelModule {
             context: Arc::clone(context),
             module: OnceLock::new(),
             compiling: Mutex::new(()),
@@ -186,7 +186,7 @@ impl Drop for Module {
     fn drop(&mut self) {
         let _current = twice(|| self.context.enter());
         // SAFETY: loaded by us and unloaded once; whoever launches its kernels waits for them
-        // before giving up the `Kernels` that own it.
+        // before giving up the `KernelModule` that own it.
         let code = unsafe { (self.context.api.cuModuleUnload)(self.raw) };
         self.context.check_release("cuModuleUnload", code);
     }

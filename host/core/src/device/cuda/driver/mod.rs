@@ -24,9 +24,9 @@ use sys::{
 use super::super::DeviceError;
 
 pub(super) use context::Context;
-pub(super) use kernels::Kernels;
+pub(super) use kernels::KernelModule;
 pub(super) use memory::DeviceMemory;
-pub use page_locked::PageLocked;
+pub(super) use page_locked::CudaPageLocked;
 pub(super) use quantize::{KernelQuantizer, WorkspaceMemory};
 pub(super) use transfer::Staging;
 

@@ -1,13 +1,14 @@
 //! Memory of the host that devices can read while the processor goes on.
 
+use std::any::Any;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::time::Instant;
 
 use cudarc::driver::sys;
 
-use super::{Context, twice};
-use crate::device::DeviceError;
+use super::{Context, twice, unavailable};
+use crate::device::{DeviceError, PageLocked};
 use crate::types::Bytes;
 
 /// What the driver has given in one piece. Given back when dropped.
@@ -40,19 +41,19 @@ impl Drop for Allocation {
 /// memory is given back when its last piece is dropped: to lock and to free it takes the driver a
 /// long time, in which it does nothing else, so that a load takes all of it at once.
 #[derive(Debug)]
-pub struct PageLocked {
+pub(in crate::device::cuda) struct CudaPageLocked {
     allocation: Arc<Allocation>,
     start: usize,
     len: usize,
     is_initialized: bool,
 }
 
-impl PageLocked {
+impl CudaPageLocked {
     /// Takes `len` bytes.
     pub(in crate::device::cuda) fn new(
         context: &Arc<Context>,
         len: usize,
-    ) -> Result<PageLocked, DeviceError> {
+    ) -> Result<CudaPageLocked, DeviceError> {
         let start = Instant::now();
         let taken = len.max(1);
         let _current = context.enter()?;
@@ -71,7 +72,7 @@ impl PageLocked {
         })?;
         let bytes = Bytes(taken as u64);
         tracing::debug!("page-locked {bytes} in {:.1?}", start.elapsed());
-        Ok(PageLocked {
+        Ok(CudaPageLocked {
             allocation: Arc::new(Allocation {
                 context: Arc::clone(context),
                 memory,
@@ -83,10 +84,28 @@ impl PageLocked {
         })
     }
 
+    /// Returns what is behind the trait.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unavailable`] for memory of another driver, which `device` may not read.
+    pub(super) fn of(
+        memory: Box<dyn PageLocked>,
+        device: &str,
+    ) -> Result<CudaPageLocked, DeviceError> {
+        let memory: Box<dyn Any> = memory;
+        match memory.downcast() {
+            Ok(own) => Ok(*own),
+            Err(_) => Err(unavailable(
+                device,
+                "the buffers are not page-locked by its driver".to_owned(),
+            )),
+        }
+    }
+
     /// Cuts off the first `bytes` bytes; all where there are not as many.
     #[must_use]
-    pub fn take(&mut self, bytes: usize) -> PageLocked {
-        let first = PageLocked {
+    pub(super) fn cut(&mut self, bytes: usize) -> CudaPageLocked {
+        let first = CudaPageLocked {
             allocation: Arc::clone(&self.allocation),
             start: self.start,
             len: bytes.min(self.len),
@@ -122,5 +141,11 @@ impl PageLocked {
     fn first(&self) -> *mut u8 {
         // SAFETY: pieces lie inside of their allocation, or end where it ends.
         unsafe { self.allocation.memory.as_ptr().add(self.start) }
+    }
+}
+
+impl PageLocked for CudaPageLocked {
+    fn take(&mut self, bytes: usize) -> Box<dyn PageLocked> {
+        Box::new(self.cut(bytes))
     }
 }

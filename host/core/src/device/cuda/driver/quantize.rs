@@ -6,9 +6,10 @@ use cudarc::driver::sys::CUdeviceptr;
 use tightfit_kernels::{KernelError, NESTED_BLOCK_SIZE, blocks, cuda, packed_bytes};
 
 use super::stream::{Event, Stream};
-use super::{DeviceMemory, Kernels, PageLocked, Staging, unavailable};
+use super::{DeviceMemory, KernelModule, Staging, unavailable};
 use crate::device::{
-    DeviceError, Piece, QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Writer,
+    DeviceError, PageLocked, Piece, QuantizeJob, Quantizer, QuantizingWriter, ScalePlace,
+    ScalesJob, Writer,
 };
 use crate::memory::LedgerEntry;
 
@@ -52,7 +53,7 @@ pub(in crate::device::cuda) struct KernelQuantizer {
 
 #[derive(Debug)]
 struct Shared {
-    kernels: Arc<Kernels>,
+    kernels: Arc<KernelModule>,
     results: Arc<DeviceMemory>,
     workspace: WorkspaceMemory,
     /// Of every worker, recorded after each time it has started to write scales to the workspace.
@@ -62,7 +63,7 @@ struct Shared {
 impl KernelQuantizer {
     /// For results in `results`.
     pub(in crate::device::cuda) fn new(
-        kernels: &Arc<Kernels>,
+        kernels: &Arc<KernelModule>,
         results: &Arc<DeviceMemory>,
         workspace: WorkspaceMemory,
     ) -> KernelQuantizer {
@@ -111,7 +112,10 @@ impl Quantizer for KernelQuantizer {
         self.shared.kernels.are_ready()
     }
 
-    fn worker(&self, buffers: PageLocked) -> Result<Box<dyn QuantizingWriter>, DeviceError> {
+    fn worker(
+        &self,
+        buffers: Box<dyn PageLocked>,
+    ) -> Result<Box<dyn QuantizingWriter>, DeviceError> {
         let staging = Staging::new(&self.shared.results, buffers)?;
         let started = Arc::new(Event::new(self.shared.results.context())?);
         let mut all = self

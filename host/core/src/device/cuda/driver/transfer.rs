@@ -4,8 +4,8 @@ use std::mem::ManuallyDrop;
 use std::sync::Arc;
 
 use super::stream::{Event, Stream};
-use super::{DeviceMemory, PageLocked, twice};
-use crate::device::{DeviceError, Piece, WRITER_BUFFERS, Writer};
+use super::{CudaPageLocked, DeviceMemory, twice};
+use crate::device::{DeviceError, PageLocked, Piece, WRITER_BUFFERS, Writer};
 
 /// Buffers that are filled in turn and copied to a device, in a stream of their own.
 #[derive(Debug)]
@@ -24,7 +24,7 @@ pub(in crate::device::cuda) struct Staging {
 
 #[derive(Debug)]
 struct Buffer {
-    bytes: PageLocked,
+    bytes: CudaPageLocked,
     /// Recorded after its last copy.
     copied: Event,
     state: State,
@@ -44,13 +44,14 @@ impl Staging {
     /// For copies to `memory`. Buffers are equal parts of `buffers`.
     pub(in crate::device::cuda) fn new(
         memory: &Arc<DeviceMemory>,
-        mut buffers: PageLocked,
+        buffers: Box<dyn PageLocked>,
     ) -> Result<Staging, DeviceError> {
         let context = memory.context();
+        let mut buffers = CudaPageLocked::of(buffers, context.name())?;
         let bytes = buffers.len() / WRITER_BUFFERS;
         let mut buffer = || {
             Ok::<_, DeviceError>(Buffer {
-                bytes: buffers.take(bytes),
+                bytes: buffers.cut(bytes),
                 copied: Event::new(context)?,
                 state: State::Free,
             })

@@ -43,7 +43,7 @@ fn place_with(text: &str) -> Place {
 
 #[test]
 fn the_built_in_policies_keep_their_promises() {
-    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("scenarios");
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/scenarios");
     let mut files: Vec<PathBuf> = fs::read_dir(directory)
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -384,7 +384,7 @@ fn every_expectation_can_fail() {
 
 #[test]
 fn the_examples_of_the_reference_make_sense() {
-    let reference = include_str!("../../../guest/SCENARIOS.md");
+    let reference = include_str!("../../../../guest/SCENARIOS.md");
     let blocks: Vec<&str> = reference
         .split("```toml\n")
         .skip(1)

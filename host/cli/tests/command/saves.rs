@@ -88,7 +88,7 @@ fn a_save_says_what_it_wrote() {
     assert_eq!(report["quantized"], 14);
     assert_eq!(report["nonfinite_blocks"], 0);
     assert!(report["seconds"].is_number());
-    let source = Checkpoint::open(&place.path("m")).unwrap().source_bytes();
+    let source = Checkpoint::open(place.path("m")).unwrap().source_bytes();
     assert_eq!(report["source_bytes"], source);
     has_only(&place, &["json", "m", "quiet", "text"]);
 }

@@ -17,12 +17,10 @@ const PLACES: [QuantizeOn; 3] = [QuantizeOn::Cpu, QuantizeOn::Gpu, QuantizeOn::A
 
 /// A few workers, whatever this machine has; the kernels are compiled for however little.
 fn on(quantize_on: QuantizeOn) -> LoadOptions<'static> {
-    LoadOptions {
-        threads: 3,
-        quantize_on,
-        compile_from: 0,
-        ..LoadOptions::default()
-    }
+    LoadOptions::default()
+        .with_threads(3)
+        .with_quantize_on(quantize_on)
+        .with_compile_from(0)
 }
 
 fn on_the_processor(path: &Path, settings: &[(&str, &str)]) -> Contents {

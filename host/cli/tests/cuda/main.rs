@@ -21,7 +21,7 @@ use tightfit::device::{CudaDevice, Device, HostDevice};
 use tightfit::load::{LoadError, LoadOptions, QuantizeOn, load};
 use tightfit::model::Model;
 use tightfit::plan::Plan;
-use tightfit::types::{DType, Format, Placement};
+use tightfit::types::{BlockSize, DType, Format, Placement};
 use tightfit_tests::loading::{Contents, contents};
 use tightfit_tests::models;
 
@@ -88,12 +88,10 @@ fn stand_in(needs: &str, setup: &Setup) -> Option<StandIn> {
 /// Smallest staging for `workers`, as many times as there are devices: most chunks, most copies. On the processor or the GPU
 /// the calls of one worker are always the same.
 fn in_small_pieces(quantize_on: QuantizeOn, workers: usize) -> LoadOptions<'static> {
-    LoadOptions {
-        threads: workers,
-        staging_bytes: 3 * (64 << 10) * workers as u64,
-        quantize_on,
-        ..LoadOptions::default()
-    }
+    LoadOptions::default()
+        .with_threads(workers)
+        .with_staging_bytes(3 * (64 << 10) * workers as u64)
+        .with_quantize_on(quantize_on)
 }
 
 /// Layers of 2.25 MiB in NF4, and 1 MiB outside them.
@@ -225,7 +223,10 @@ impl Kinds {
     }
 }
 
-const fn nf4(block_size: u32, double_quantized: bool) -> Format {
+const fn nf4(block_size: usize, double_quantized: bool) -> Format {
+    let Ok(block_size) = BlockSize::new(block_size) else {
+        panic!("it is no block size");
+    };
     Format::Nf4 {
         block_size,
         double_quantized,

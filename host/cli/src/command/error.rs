@@ -8,7 +8,7 @@ use crate::error_report::ErrorReport;
 use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
 use tightfit::hub::HubError;
-use tightfit::load::{LoadError, PlaceError};
+use tightfit::load::{LoadError, ReserveError};
 use tightfit::plan::ProposeError;
 use tightfit::policy::PolicyError;
 use tightfit::save::SaveError;
@@ -20,7 +20,7 @@ use tightfit_wasm::sandbox;
 
 /// What ends the command early.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Failure {
+pub(crate) enum CommandError {
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
     #[error(transparent)]
@@ -28,7 +28,7 @@ pub(crate) enum Failure {
     #[error(transparent)]
     Propose(#[from] ProposeError),
     #[error(transparent)]
-    Place(#[from] PlaceError),
+    Place(#[from] ReserveError),
     #[error(transparent)]
     Load(#[from] LoadError),
     #[error(transparent)]
@@ -70,18 +70,20 @@ fn sentence(refusal: &Option<String>) -> &str {
     refusal.as_deref().unwrap_or_default()
 }
 
-impl From<PolicyError> for Failure {
-    fn from(error: PolicyError) -> Failure {
-        Failure::Propose(ProposeError::Policy(error))
+impl From<PolicyError> for CommandError {
+    fn from(error: PolicyError) -> CommandError {
+        CommandError::Propose(ProposeError::Policy(error))
     }
 }
 
-impl Failure {
+impl CommandError {
     /// Why there is no plan, if that is what happened.
     fn no_plan(&self) -> Option<&ProposeError> {
         match self {
-            Failure::Propose(error) | Failure::Place(PlaceError::Propose(error)) => Some(error),
-            Failure::Place(PlaceError::Revised { source, .. }) => Some(source),
+            CommandError::Propose(error) | CommandError::Place(ReserveError::Propose(error)) => {
+                Some(error)
+            }
+            CommandError::Place(ReserveError::Revised { source, .. }) => Some(source),
             _ => None,
         }
     }
@@ -95,7 +97,7 @@ impl Failure {
     /// The limit that a policy or a program ran into, if that is what happened, and the option that
     /// changes it.
     pub(crate) fn limit(&self) -> Option<(&'static str, &'static str)> {
-        if let Failure::Program(ProgramError::Failed { failure, .. }) = self {
+        if let CommandError::Program(ProgramError::Failed { failure, .. }) = self {
             return Some(("--limit", failure.limit()?));
         }
         match self.no_plan()? {
@@ -109,13 +111,13 @@ impl Failure {
     /// The exit status, as `tightfit --help` lists them.
     pub(crate) fn status(&self) -> Status {
         match self {
-            Failure::Checkpoint(error) => error.into(),
-            Failure::Hub(HubError::Cancelled) => Status::Interrupted,
-            Failure::Hub(_) => Status::Checkpoint,
-            Failure::Propose(error) => error.into(),
-            Failure::Place(error) => error.into(),
-            Failure::Load(error) => error.into(),
-            Failure::Save(error) => match error {
+            CommandError::Checkpoint(error) => error.into(),
+            CommandError::Hub(HubError::Cancelled) => Status::Interrupted,
+            CommandError::Hub(_) => Status::Checkpoint,
+            CommandError::Propose(error) => error.into(),
+            CommandError::Place(error) => error.into(),
+            CommandError::Load(error) => error.into(),
+            CommandError::Save(error) => match error {
                 SaveError::Exists { .. }
                 | SaveError::NotADirectoryName { .. }
                 | SaveError::HeaderTooLarge { .. } => Status::Usage,
@@ -133,8 +135,8 @@ impl Failure {
                 | SaveError::Internal(_) => Status::Other,
                 SaveError::Cancelled => Status::Interrupted,
             },
-            Failure::Device(error) => error.into(),
-            Failure::Synth(error) => match error {
+            CommandError::Device(error) => error.into(),
+            CommandError::Synth(error) => match error {
                 SynthError::Cancelled => Status::Interrupted,
                 SynthError::UnknownPreset { .. }
                 | SynthError::NotEmpty { .. }
@@ -142,18 +144,20 @@ impl Failure {
                 SynthError::Unsupported { .. } => Status::Checkpoint,
                 SynthError::Io { .. } => Status::Other,
             },
-            Failure::Program(error) => error.into(),
-            Failure::Kernel(_) => Status::Usage,
-            Failure::NobodysSetting { .. } | Failure::BothToStdout { .. } => Status::Usage,
-            Failure::BothRefuse(_) => Status::DoesNotFit,
-            Failure::Check(CheckError::Cancelled) => Status::Interrupted,
-            Failure::Check(_) => Status::Usage,
-            Failure::Unexpected { .. }
-            | Failure::TemporaryDirectory(_)
-            | Failure::NoCompiler(_)
-            | Failure::CompilePolicy(_)
-            | Failure::Output(_)
-            | Failure::Write { .. } => Status::Other,
+            CommandError::Program(error) => error.into(),
+            CommandError::Kernel(_) => Status::Usage,
+            CommandError::NobodysSetting { .. } | CommandError::BothToStdout { .. } => {
+                Status::Usage
+            }
+            CommandError::BothRefuse(_) => Status::DoesNotFit,
+            CommandError::Check(CheckError::Cancelled) => Status::Interrupted,
+            CommandError::Check(_) => Status::Usage,
+            CommandError::Unexpected { .. }
+            | CommandError::TemporaryDirectory(_)
+            | CommandError::NoCompiler(_)
+            | CommandError::CompilePolicy(_)
+            | CommandError::Output(_)
+            | CommandError::Write { .. } => Status::Other,
         }
     }
 
@@ -161,21 +165,21 @@ impl Failure {
     pub(crate) fn report(&self) -> ErrorReport {
         let report = |kind| ErrorReport::new(self.status(), kind, self);
         match self {
-            Failure::Checkpoint(error) => error.into(),
-            Failure::Propose(error) => error.into(),
-            Failure::Place(error) => error.into(),
-            Failure::Load(error) => error.into(),
-            Failure::Device(error) => error.into(),
-            Failure::Hub(HubError::Checkpoint(error)) => ErrorReport {
+            CommandError::Checkpoint(error) => error.into(),
+            CommandError::Propose(error) => error.into(),
+            CommandError::Place(error) => error.into(),
+            CommandError::Load(error) => error.into(),
+            CommandError::Device(error) => error.into(),
+            CommandError::Hub(HubError::Checkpoint(error)) => ErrorReport {
                 status: self.status() as u8,
                 ..error.into()
             },
-            Failure::Hub(error) => match error {
+            CommandError::Hub(error) => match error {
                 HubError::Cancelled => report("interrupted"),
                 HubError::Io { path, .. } | HubError::LeadsOut { path } => report("hub").at(path),
                 _ => report("hub"),
             },
-            Failure::Synth(error) => match error {
+            CommandError::Synth(error) => match error {
                 SynthError::Cancelled => report("interrupted"),
                 SynthError::Io { path, .. } => report("output").at(path),
                 SynthError::NotEmpty { path } => report("exists").at(path),
@@ -183,7 +187,7 @@ impl Failure {
                 SynthError::UnknownPreset { .. } => report("usage"),
                 SynthError::Unsupported { .. } => report("checkpoint"),
             },
-            Failure::Save(error) => match error {
+            CommandError::Save(error) => match error {
                 SaveError::Cancelled => report("interrupted"),
                 SaveError::Exists { path } => report("exists").at(path),
                 SaveError::Io {
@@ -202,7 +206,7 @@ impl Failure {
                 },
                 _ => report("internal"),
             },
-            Failure::Program(error) => match error {
+            CommandError::Program(error) => match error {
                 ProgramError::Unreadable { path, .. } => report("no-program").at(path),
                 ProgramError::Failed { program, failure } => {
                     report("program").of_guest(program, failure)
@@ -217,7 +221,7 @@ impl Failure {
                 },
                 ProgramError::Cancelled => report("interrupted"),
             },
-            Failure::Check(error) => match error {
+            CommandError::Check(error) => match error {
                 CheckError::Cancelled => report("interrupted"),
                 CheckError::Missing { path }
                 | CheckError::Unreadable { path, .. }
@@ -225,11 +229,11 @@ impl Failure {
                 | CheckError::TooLarge { path, .. }
                 | CheckError::Invalid { path, .. } => report("scenario").at(path),
             },
-            Failure::NobodysSetting { name, .. } => ErrorReport {
+            CommandError::NobodysSetting { name, .. } => ErrorReport {
                 setting: Some(name.clone()),
                 ..report("bad-setting")
             },
-            Failure::BothRefuse(comparison) => {
+            CommandError::BothRefuse(comparison) => {
                 let first = comparison.a.error.clone();
                 ErrorReport {
                     message: self.to_string(),
@@ -237,11 +241,11 @@ impl Failure {
                     ..first.unwrap_or_else(|| report("does-not-fit"))
                 }
             }
-            Failure::Write { path, .. } => report("output").at(path),
-            Failure::Output(_) | Failure::TemporaryDirectory(_) => report("output"),
-            Failure::Unexpected { .. } => report("unexpected"),
-            Failure::Kernel(_) | Failure::BothToStdout { .. } => report("usage"),
-            Failure::NoCompiler(_) | Failure::CompilePolicy(_) => report("internal"),
+            CommandError::Write { path, .. } => report("output").at(path),
+            CommandError::Output(_) | CommandError::TemporaryDirectory(_) => report("output"),
+            CommandError::Unexpected { .. } => report("unexpected"),
+            CommandError::Kernel(_) | CommandError::BothToStdout { .. } => report("usage"),
+            CommandError::NoCompiler(_) | CommandError::CompilePolicy(_) => report("internal"),
         }
     }
 }

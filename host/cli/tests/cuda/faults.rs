@@ -225,15 +225,13 @@ fn a_cancelled_load_waits_for_what_is_under_way_and_gives_everything_back() {
         let chunks = AtomicU64::new(0);
         let result = kinds.load_with(
             &devices,
-            &LoadOptions {
-                progress: &|_| {
+            &in_small_pieces(quantize_on, 2 * workers)
+                .with_progress(&|_| {
                     if chunks.fetch_add(1, Ordering::SeqCst) >= after {
                         cancel.cancel();
                     }
-                },
-                cancel: cancel.clone(),
-                ..in_small_pieces(quantize_on, 2 * workers)
-            },
+                })
+                .with_cancel(cancel.clone()),
         );
         assert!(matches!(result, Err(LoadError::Cancelled)), "{result:?}");
         for device in &devices {
@@ -254,15 +252,12 @@ fn a_checkpoint_cut_short_while_it_is_loaded_gives_everything_back() {
         let cut = std::sync::Once::new();
         let result = kinds.load_with(
             &devices,
-            &LoadOptions {
-                progress: &|_| {
-                    cut.call_once(|| {
-                        let file = std::fs::OpenOptions::new().write(true).open(&path);
-                        file.unwrap().set_len(4096).unwrap();
-                    });
-                },
-                ..in_small_pieces(quantize_on, 4)
-            },
+            &in_small_pieces(quantize_on, 4).with_progress(&|_| {
+                cut.call_once(|| {
+                    let file = std::fs::OpenOptions::new().write(true).open(&path);
+                    file.unwrap().set_len(4096).unwrap();
+                });
+            }),
         );
         assert!(
             matches!(result, Err(LoadError::Checkpoint(_))),
@@ -280,11 +275,9 @@ fn a_callback_that_panics_ends_the_load_and_gives_everything_back() {
         let driver = Driver::start(1);
         let devices = open_devices(&[]).unwrap();
         let chunks = AtomicU64::new(0);
-        let options = LoadOptions {
-            // The others go on, and wait for the one that does not.
-            progress: &|_| assert_ne!(chunks.fetch_add(1, Ordering::SeqCst), 7, "as it should"),
-            ..in_small_pieces(quantize_on, 3 * devices.len())
-        };
+        // The others go on, and wait for the one that does not.
+        let report = |_| assert_ne!(chunks.fetch_add(1, Ordering::SeqCst), 7, "as it should");
+        let options = in_small_pieces(quantize_on, 3 * devices.len()).with_progress(&report);
         let load = || kinds.load_with(&devices, &options).map(drop);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(load));
         assert!(result.is_err(), "on {quantize_on}");
@@ -305,10 +298,7 @@ fn staging_too_small_for_all_devices_is_refused() {
     let used = used.iter().filter(|device| device.size.reserved > 0);
     // One worker has a slot, and two buffers for each device that anything is put on.
     let least = (1 + 2 * used.count() as u64) * (64 << 10);
-    let options = |staging_bytes| LoadOptions {
-        staging_bytes,
-        ..LoadOptions::default()
-    };
+    let options = |staging_bytes| LoadOptions::default().with_staging_bytes(staging_bytes);
     let result = kinds.load_with(&devices, &options(least - 1));
     assert!(matches!(result, Err(LoadError::Staging(_))), "{result:?}");
     drop(kinds.load_with(&devices, &options(least)).unwrap());

@@ -6,7 +6,6 @@ use std::path::Path;
 
 use safetensors::Dtype;
 use tempfile::TempDir;
-use tightfit::save::SaveOptions;
 use tightfit_tests::command::Place;
 use tightfit_tests::double_quant::Differences;
 use tightfit_tests::golden::{GoldenModel, MODELS, MOE_MODELS};
@@ -119,10 +118,7 @@ fn a_double_quantized_model_is_saved_as_it_is() {
         let (source, target) = (golden.path("nf4_dq"), golden.path("saved"));
         // That weights are to be double-quantized does not concern those that are quantized.
         for settings in [LIKE_TRANSFORMERS, LIKE_TRANSFORMERS_DOUBLE] {
-            let options = SaveOptions {
-                force: true,
-                ..small_shards()
-            };
+            let options = small_shards().with_force(true);
             save_with(&source, &target, settings, &options).unwrap();
             assert_same_tensors(&written(&target), &golden.tensors("nf4_dq"), name);
             assert_same_companions(&target, &source, &["total_size", "total_parameters"], name);
@@ -146,7 +142,7 @@ fn what_was_saved_is_loaded_as_it_would_have_been_without_and_saved_again_to_the
             let values = |contents: Contents| -> Vec<_> {
                 let contents = contents.into_iter();
                 contents
-                    .map(|(name, stored)| (name, stored.parts, stored.nested_offset))
+                    .map(|(name, stored)| (name, stored.parts, stored.absmax_mean))
                     .collect()
             };
             let loaded = values(contents(&load_with_auto(&first, SIM, settings)));

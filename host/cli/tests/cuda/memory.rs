@@ -4,12 +4,13 @@ use cuda_stand_in::control::Setup;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, DeviceError, open_devices};
 use tightfit::load::{
-    LoadError, LoadOptions, PlaceError, QuantizeOn, Revision, load_reserved, place,
+    LoadError, LoadOptions, QuantizeOn, ReserveError, Revision, load, load_reserved, reserve,
 };
 use tightfit::plan::Plan;
+use tightfit::types::Format;
 use tightfit_tests::loading::{Planned, auto, contents, load_with_auto};
 
-use super::{Driver, MIB, decoder, stand_in};
+use super::{Driver, Kind, Kinds, MIB, decoder, nf4, stand_in};
 
 pub(super) fn open(specs: &[&str]) -> Vec<Box<dyn Device>> {
     let specs: Vec<_> = specs.iter().map(|spec| spec.parse().unwrap()).collect();
@@ -76,13 +77,38 @@ fn a_device_without_virtual_memory_is_used_too() {
     assert!(report.calls.iter().all(|call| call != "cuMemCreate"));
 }
 
+#[test]
+fn a_plan_for_another_checkpoint_of_as_many_tensors_is_refused() {
+    const GROWN: &[Kind] = &[
+        ("bf16", "BF16", 2, &[301, 170], Format::Stored),
+        ("blocks of 64", "BF16", 2, &[364, 330], nf4(64, false)),
+        ("double", "F32", 4, &[257, 257], nf4(64, true)),
+    ];
+    let driver = Driver::start(2);
+    let devices = open_devices(&[]).unwrap();
+    let (planned, grown) = (Kinds::new(Kinds::FEW), Kinds::new(GROWN));
+    for quantize_on in [QuantizeOn::Cpu, QuantizeOn::Gpu] {
+        let options = LoadOptions::default().with_quantize_on(quantize_on);
+        for (made_for, loaded) in [(&planned, &grown), (&grown, &planned)] {
+            let plan = made_for.plan(&devices);
+            let result = load(&loaded.checkpoint, &plan, &devices, &options);
+            assert!(matches!(result, Err(LoadError::OtherPlan)), "{result:?}");
+            for device in &devices {
+                assert_eq!(device.usage().reserved.now, 0);
+            }
+        }
+    }
+    drop(devices);
+    driver.clean_report("another checkpoint");
+}
+
 /// Asks the default policy and loads. What devices lose is lost while it is being taken.
-fn place_and_load(setup: &Setup) -> Option<Result<(Plan, Vec<Revision>), PlaceError>> {
+fn place_and_load(setup: &Setup) -> Option<Result<(Plan, Vec<Revision>), ReserveError>> {
     let stand_in = stand_in("a driver that says more is free than there is", setup)?;
     let directory = decoder(12);
     let checkpoint = Checkpoint::open(directory.path()).unwrap();
     let devices = open(&[]);
-    let result = place(&checkpoint, auto(), &devices, &[]).map(|placed| {
+    let result = reserve(&checkpoint, auto(), &devices, &[]).map(|placed| {
         let model = load_reserved(&checkpoint, placed.reserved, &LoadOptions::default()).unwrap();
         let expected = load_with_auto(directory.path(), &["cpu"], &[]);
         assert!(contents(&model) == contents(&expected));
@@ -129,7 +155,7 @@ fn a_policy_that_finds_no_room_any_more_is_quoted_with_what_came_before() {
         return;
     };
     let error = result.unwrap_err();
-    assert!(matches!(error, PlaceError::Revised { .. }), "{error}");
+    assert!(matches!(error, ReserveError::Revised { .. }), "{error}");
     let text = error.to_string();
     assert!(text.contains("cuda:0 had 10.00 MiB left"), "{text}");
 }
@@ -148,7 +174,7 @@ fn a_driver_that_says_more_is_free_than_it_gives_is_quoted() {
     assert!(
         matches!(
             error,
-            PlaceError::Load(LoadError::Device(DeviceError::Driver { .. }))
+            ReserveError::Load(LoadError::Device(DeviceError::Driver { .. }))
         ),
         "{error}"
     );
@@ -204,11 +230,11 @@ fn a_load_page_locks_its_buffers_at_once_for_all_workers_and_devices() {
     for quantize_on in [QuantizeOn::Cpu, QuantizeOn::Gpu] {
         let planned = Planned::new(directory.path(), &["cuda:0", "cuda:1"], &[]);
         let before = stand_in.report().calls.len();
-        let model = planned.load(&LoadOptions {
-            threads: 4,
-            quantize_on,
-            ..LoadOptions::default()
-        });
+        let model = planned.load(
+            &LoadOptions::default()
+                .with_threads(4)
+                .with_quantize_on(quantize_on),
+        );
         let calls = stand_in.report().calls.split_off(before);
         let count = |name: &str| calls.iter().filter(|call| *call == name).count();
         // They are given back by the time it ends, not with the model.

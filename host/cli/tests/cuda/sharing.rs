@@ -3,8 +3,8 @@
 
 use tightfit::device::{Device, DeviceError, open_devices};
 use tightfit::dlpack::DLDevice;
-use tightfit::load::{LoadOptions, QuantizeOn, load, load_reserved, place_with_tail};
-use tightfit::plan::{PartKind, Plan};
+use tightfit::load::{LoadOptions, QuantizeOn, load, load_reserved, reserve_with};
+use tightfit::plan::{PartKind, Plan, PlanOptions};
 use tightfit::types::DType;
 use tightfit_tests::loading::auto;
 
@@ -74,7 +74,8 @@ fn a_tail_lies_behind_the_weights_in_the_same_reservation() {
         .iter()
         .map(|tensor| tensor.placement)
         .collect();
-    let plan = Plan::with_tail(tensors, &[], &infos, &placements, &[3 * MIB]).unwrap();
+    let with_tail = PlanOptions::default().with_reserved_headroom(true);
+    let plan = Plan::new_with(tensors, &[], &infos, &placements, &[3 * MIB], &with_tail).unwrap();
     let size = plan.devices[0].size;
     let model = load(
         &kinds.checkpoint,
@@ -127,7 +128,8 @@ fn a_policys_headroom_becomes_the_tail() {
     let devices = open(&["cuda:0:64MiB"]);
     // Together they only fit in whole pages of the device.
     let settings = [("reserve".to_owned(), "1000001".to_owned())];
-    let placed = place_with_tail(&checkpoint, auto(), &devices, &settings).unwrap();
+    let with_tail = PlanOptions::default().with_reserved_headroom(true);
+    let placed = reserve_with(&checkpoint, auto(), &devices, &settings, &with_tail).unwrap();
     let plan = placed.reserved.plan().devices[0].clone();
     assert_eq!((plan.tail, plan.headroom), (1_000_192, 0));
     assert_eq!(reserved(&*devices[0]), plan.size.reserved);

@@ -15,7 +15,7 @@ use tightfit_tests::programs::{HOSTILE as HOSTILE_PROGRAM, LOAD_AND_CHECK};
 const ESCAPES: &str = "\x7f\u{80}\u{9b}31m\u{9d}0;x\u{ad}\u{61c}\u{200b}\u{200e}\u{2028}\u{202e}\u{2066}\u{feff}\u{fff9}\u{e0041}";
 
 fn schema() -> Schema {
-    Schema::new(include_str!("../../../host/cli/output.schema.json"))
+    Schema::new(include_str!("../../output.schema.json"))
 }
 
 fn place() -> Place {
@@ -116,7 +116,7 @@ fn every_result_has_the_documented_form() {
         used.push(definition);
     }
     // Every definition of something that is printed has been held against it.
-    let text = include_str!("../../../host/cli/output.schema.json");
+    let text = include_str!("../../output.schema.json");
     let printed: Value = serde_json::from_str(text).unwrap();
     for choice in printed["anyOf"].as_array().unwrap() {
         let name = choice["$ref"]

@@ -2,7 +2,7 @@
 
 use cuda_stand_in::control::{Setup, StandIn};
 use tightfit::device::open_devices;
-use tightfit::load::{LoadError, LoadOptions, QuantizeOn};
+use tightfit::load::{LoadError, QuantizeOn};
 use tightfit::model::Model;
 use tightfit::types::Format;
 use tightfit_tests::loading::contents;
@@ -102,10 +102,7 @@ fn auto_never_takes_more_than_the_plan() {
     };
     let devices = open_devices(&[]).unwrap();
     let planned = kinds.plan(&devices).devices[0].size.reserved;
-    let options = LoadOptions {
-        compile_from: 0,
-        ..in_small_pieces(QuantizeOn::Auto, 2)
-    };
+    let options = in_small_pieces(QuantizeOn::Auto, 2).with_compile_from(0);
     let model = kinds.load_with(&devices, &options).unwrap();
     assert_eq!(sides(&model), (quantized_bytes(&kinds), 0));
     assert_eq!(devices[0].usage().reserved.peak, planned);
@@ -205,10 +202,7 @@ fn where_the_kernels_cannot_be_compiled_auto_uses_the_processor() {
         return;
     };
     let devices = open_devices(&[]).unwrap();
-    let options = LoadOptions {
-        compile_from: 0,
-        ..in_small_pieces(QuantizeOn::Auto, 2)
-    };
+    let options = in_small_pieces(QuantizeOn::Auto, 2).with_compile_from(0);
     let model = kinds.load_with(&devices, &options).unwrap();
     assert!(contents(&model) == expected);
     assert_eq!(sides(&model), (quantized_bytes(&kinds), 0));
@@ -249,10 +243,7 @@ fn infinities_and_nan_are_counted_by_whoever_quantizes() {
             .collect();
         assert_eq!(found, [("single", 4), ("third", 2)], "{quantize_on}");
         drop(model);
-        let strict = LoadOptions {
-            strict: true,
-            ..in_small_pieces(quantize_on, 2 * devices.len())
-        };
+        let strict = in_small_pieces(quantize_on, 2 * devices.len()).with_strict(true);
         let error = kinds.load_with(&devices, &strict).unwrap_err();
         assert!(matches!(error, LoadError::NonFinite { .. }), "{error}");
         for device in &devices {

@@ -1,0 +1,19 @@
+//! How structs of options are filled in where they may get more fields.
+
+/// Gives a struct of options a method for each field that returns the same options with another value
+/// of it.
+macro_rules! setters {
+    ([$($generics:tt)*] $options:ty: $($setter:ident: $field:ident, $of:ty;)*) => {
+        impl $($generics)* $options {
+            $(
+                #[doc = concat!("Sets [`", stringify!($field), "`](Self::", stringify!($field), ").")]
+                #[must_use]
+                pub fn $setter(self, $field: $of) -> Self {
+                    Self { $field, ..self }
+                }
+            )*
+        }
+    };
+}
+
+pub(crate) use setters;
