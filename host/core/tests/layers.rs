@@ -105,7 +105,7 @@ const LAYERS: [(&str, &[&str]); 20] = [
             "load",
         ],
     ),
-    ("testing", &["types"]),
+    ("testing", &["types", "checkpoint", "device"]),
     ("lib", &[]),
 ];
 

@@ -334,8 +334,12 @@ fn a_setting_is_read_from_a_file() {
     fs::write(place.path("value"), "lm_head, *.up_proj\n").unwrap();
     let report = set("skip=@value").succeeds().json();
     assert_eq!(report["policy"]["settings"]["skip"], "lm_head, *.up_proj\n");
-    let report = set("skip=@@value").succeeds().json();
-    assert_eq!(report["policy"]["settings"]["skip"], "@value");
+    let outcome = set("skip=@@value");
+    assert_eq!(outcome.json()["policy"]["settings"]["skip"], "@value");
+    assert!(
+        outcome.stderr.contains("no tensor matches `@value`"),
+        "{outcome:?}"
+    );
     set("skip=@nothing").fails(USAGE, &["skip=@nothing", "'nothing'", "No such file"]);
     set("skip=@m").fails(USAGE, &["'m'", "directory"]);
     set("skip=@").fails(USAGE, &["''"]);
