@@ -5,18 +5,22 @@
 //! over a hostile one. This host knows its worlds, and puts its own description in its place.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 
-use wasmparser::{BinaryReaderError, Parser, Payload};
+use wasmparser::{BinaryReaderError, ExportSectionReader, Parser, Payload};
+
+use super::World;
 
 /// How sections are called that describe a world.
 const DESCRIPTION: &str = "component-type";
 
 /// The input itself if it is a component; a core module with a description of this world, as
-/// [`World::component_type`](super::World) has it, instead of its own.
+/// [`World::component_type`] has it, instead of its own.
 pub(super) fn described<'a>(
     bytes: &'a [u8],
-    component_type: &[u8],
+    world: &World,
 ) -> Result<Cow<'a, [u8]>, BinaryReaderError> {
+    let component_type = world.component_type;
     if Parser::is_component(bytes) {
         return Ok(Cow::Borrowed(bytes));
     }
@@ -26,6 +30,10 @@ pub(super) fn described<'a>(
         match &payload {
             Payload::Version { range, .. } => described.extend_from_slice(&bytes[range.clone()]),
             Payload::CustomSection(section) if section.name().starts_with(DESCRIPTION) => {}
+            Payload::ExportSection(exports) => {
+                let exports = named_as_here(bytes, exports.clone(), world)?;
+                section(&mut described, 7, &[&exports]);
+            }
             _ => {
                 if let Some((id, range)) = payload.as_section() {
                     section(&mut described, id, &[&bytes[range]]);
@@ -38,15 +46,52 @@ pub(super) fn described<'a>(
     Ok(Cow::Owned(described))
 }
 
+/// The exports, with this host's version of an interface in the place of one that matches it. A
+/// component's exports are found by versions that match, and so are a core module's imports; only the
+/// exports of a core module would have to be of one version to the letter.
+fn named_as_here(
+    bytes: &[u8],
+    exports: ExportSectionReader<'_>,
+    world: &World,
+) -> Result<Vec<u8>, BinaryReaderError> {
+    let end = exports.range().end;
+    let exports: Vec<_> = exports
+        .into_iter_with_offsets()
+        .collect::<Result<_, BinaryReaderError>>()?;
+    let mut names: HashSet<Cow<'_, str>> = (exports.iter())
+        .map(|(_, export)| export.name.into())
+        .collect();
+    let mut section = Vec::with_capacity(bytes.len().min(1 << 12));
+    number(&mut section, exports.len());
+    for (index, (start, export)) in exports.iter().enumerate() {
+        let renamed = world
+            .export_here(export.name)
+            // What a module exports under both names stays as it is.
+            .filter(|name| names.insert(name.clone().into()));
+        let name = renamed.as_deref().unwrap_or(export.name);
+        number(&mut section, name.len());
+        section.extend_from_slice(name.as_bytes());
+        // Behind the name, which its length comes before, is what is exported.
+        let item = &bytes[*start..exports.get(index + 1).map_or(end, |(next, _)| *next)];
+        let length = item.iter().take_while(|&&byte| byte > 0x7f).count() + 1;
+        section.extend_from_slice(&item[length + export.name.len()..]);
+    }
+    Ok(section)
+}
+
 fn section(module: &mut Vec<u8>, id: u8, parts: &[&[u8]]) {
     module.push(id);
-    let mut length: usize = parts.iter().map(|part| part.len()).sum();
-    while length > 0x7f {
-        module.push(length as u8 | 0x80);
-        length >>= 7;
-    }
-    module.push(length as u8);
+    number(module, parts.iter().map(|part| part.len()).sum());
     parts.iter().for_each(|part| module.extend_from_slice(part));
+}
+
+/// As LEB128.
+fn number(bytes: &mut Vec<u8>, mut number: usize) {
+    while number > 0x7f {
+        bytes.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    bytes.push(number as u8);
 }
 
 /// A component ready to be compiled: what [`described`] gave, wrapped into one if it is a core

@@ -59,7 +59,7 @@ fn checked<'a>(
     limits: &Limits,
 ) -> Result<Cow<'a, [u8]>, Failure> {
     precheck::check(bytes, world, wasi, limits)?;
-    module::described(bytes, world.component_type).map_err(|error| Failure::NotAComponent {
+    module::described(bytes, world).map_err(|error| Failure::NotAComponent {
         reason: format!("damaged: {error}"),
     })
 }

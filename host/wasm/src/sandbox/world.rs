@@ -54,6 +54,16 @@ impl World {
         }
     }
 
+    /// How this host calls what a core module exports of another version that matches its own.
+    pub(super) fn export_here(&self, name: &str) -> Option<String> {
+        let (interface, rest) = name.split_once('@')?;
+        let (version, function) = rest.split_once('#')?;
+        let known = interface.strip_prefix("cabi_post_").unwrap_or(interface);
+        let want = find(self.exports, known)?;
+        (version != want && is_compatible(version, want))
+            .then(|| format!("{interface}@{want}#{function}"))
+    }
+
     /// Whether all that is asked for is among the exports, whatever their versions.
     pub(super) fn check_exports<'a>(
         &self,
@@ -166,6 +176,22 @@ mod tests {
         );
         assert!(world.check_export("tightfit:host/planner@0.1.9").is_ok());
         assert!(world.check_export("something:else/here@3.0.0").is_ok());
+        for (name, here) in [
+            (
+                "tightfit:host/planner@0.1.9#plan",
+                Some("tightfit:host/planner@0.1.0#plan"),
+            ),
+            (
+                "cabi_post_tightfit:host/planner@0.1.9#plan",
+                Some("cabi_post_tightfit:host/planner@0.1.0#plan"),
+            ),
+            ("tightfit:host/planner@0.1.0#plan", None),
+            ("tightfit:host/planner@0.2.0#plan", None),
+            ("something:else/here@0.1.9#plan", None),
+            ("memory", None),
+        ] {
+            assert_eq!(world.export_here(name).as_deref(), here, "{name}");
+        }
         let missing = world.check_exports(["run", "tightfit:host/log@0.1.0"].into_iter());
         assert_eq!(
             missing.unwrap_err(),
