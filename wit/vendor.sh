@@ -11,7 +11,8 @@ for package in host/wasm guest guest/program; do
         rm -rf "$package/wit"
         mkdir "$package/wit"
         cp wit/*.wit "$package/wit/"
-    elif ! diff -r --exclude vendor.sh wit "$package/wit"; then
+    elif ! diff -r --exclude vendor.sh --exclude README.md --exclude REFERENCE.md --exclude '*.wasm' \
+        wit "$package/wit"; then
         echo "$0: $package/wit is not what wit/ holds: run wit/vendor.sh and commit the result" >&2
         exit 1
     fi

@@ -17,3 +17,4 @@ pub mod reference;
 pub mod saving;
 pub mod tensors;
 pub mod wasi;
+pub mod wit_package;

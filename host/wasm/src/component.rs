@@ -5,21 +5,23 @@
 //! over a hostile one. This host knows its worlds, and puts its own description in its place.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 
-use wasmparser::{BinaryReaderError, Parser, Payload};
+use wasmparser::{BinaryReaderError, ExportSectionReader, Parser, Payload};
 
 use crate::sandbox::Failure;
-use crate::wit::{bindings, program};
+use crate::world::World;
 
 /// How sections are called that describe a world.
 const DESCRIPTION: &str = "component-type";
 
-/// Returns the input itself if it is a component; a core module with a description of this world,
-/// encoded as wit-component does, instead of its own.
+/// Returns the input itself if it is a component; a core module with a description of this world, as
+/// [`World::component_type`] has it, instead of its own.
 pub(crate) fn described<'a>(
     bytes: &'a [u8],
-    component_type: &[u8],
+    world: &World,
 ) -> Result<Cow<'a, [u8]>, BinaryReaderError> {
+    let component_type = world.component_type;
     if Parser::is_component(bytes) {
         return Ok(Cow::Borrowed(bytes));
     }
@@ -29,6 +31,10 @@ pub(crate) fn described<'a>(
         match &payload {
             Payload::Version { range, .. } => described.extend_from_slice(&bytes[range.clone()]),
             Payload::CustomSection(section) if section.name().starts_with(DESCRIPTION) => {}
+            Payload::ExportSection(exports) => {
+                let exports = named_as_here(bytes, exports.clone(), world)?;
+                section(&mut described, 7, &[&exports]);
+            }
             _ => {
                 if let Some((id, range)) = payload.as_section() {
                     section(&mut described, id, &[&bytes[range]]);
@@ -41,15 +47,52 @@ pub(crate) fn described<'a>(
     Ok(Cow::Owned(described))
 }
 
+/// The exports, with this host's version of an interface in the place of one that matches it. A
+/// component's exports are found by versions that match, and so are a core module's imports; only the
+/// exports of a core module would have to be of one version to the letter.
+fn named_as_here(
+    bytes: &[u8],
+    exports: ExportSectionReader<'_>,
+    world: &World,
+) -> Result<Vec<u8>, BinaryReaderError> {
+    let end = exports.range().end;
+    let exports: Vec<_> = exports
+        .into_iter_with_offsets()
+        .collect::<Result<_, BinaryReaderError>>()?;
+    let mut names: HashSet<Cow<'_, str>> = (exports.iter())
+        .map(|(_, export)| export.name.into())
+        .collect();
+    let mut section = Vec::with_capacity(bytes.len().min(1 << 12));
+    number(&mut section, exports.len());
+    for (index, (start, export)) in exports.iter().enumerate() {
+        let renamed = world
+            .export_here(export.name)
+            // What a module exports under both names stays as it is.
+            .filter(|name| names.insert(name.clone().into()));
+        let name = renamed.as_deref().unwrap_or(export.name);
+        number(&mut section, name.len());
+        section.extend_from_slice(name.as_bytes());
+        // Behind the name, which its length comes before, is what is exported.
+        let item = &bytes[*start..exports.get(index + 1).map_or(end, |(next, _)| *next)];
+        let length = item.iter().take_while(|&&byte| byte > 0x7f).count() + 1;
+        section.extend_from_slice(&item[length + export.name.len()..]);
+    }
+    Ok(section)
+}
+
 fn section(module: &mut Vec<u8>, id: u8, parts: &[&[u8]]) {
     module.push(id);
-    let mut length: usize = parts.iter().map(|part| part.len()).sum();
-    while length > 0x7f {
-        module.push(length as u8 | 0x80);
-        length >>= 7;
-    }
-    module.push(length as u8);
+    number(module, parts.iter().map(|part| part.len()).sum());
     parts.iter().for_each(|part| module.extend_from_slice(part));
+}
+
+/// Writes a number as LEB128.
+fn number(bytes: &mut Vec<u8>, mut number: usize) {
+    while number > 0x7f {
+        bytes.push(number as u8 | 0x80);
+        number >>= 7;
+    }
+    bytes.push(number as u8);
 }
 
 /// Returns a component ready to be compiled: what [`described`] gave, wrapped into one if it is a
@@ -84,15 +127,15 @@ pub(crate) fn component(described: &[u8]) -> Result<Cow<'_, [u8]>, String> {
 /// programs do.
 pub fn component_from_module(bytes: &[u8]) -> Result<Vec<u8>, Failure> {
     let not_a_component = |reason| Failure::NotAComponent { reason };
-    let described = component_type(bytes)
-        .and_then(|component_type| described(bytes, component_type))
+    let described = world(bytes)
+        .and_then(|world| described(bytes, world))
         .map_err(|error| not_a_component(format!("damaged: {error}")))?;
     let component = component(&described).map_err(not_a_component)?;
     Ok(component.into_owned())
 }
 
-/// Returns the description of the world that a core module is made for, by what it exports.
-fn component_type(bytes: &[u8]) -> Result<&'static [u8], BinaryReaderError> {
+/// Returns the world that a core module is made for, by what it exports.
+fn world(bytes: &[u8]) -> Result<&'static World, BinaryReaderError> {
     if !Parser::is_component(bytes) {
         for payload in Parser::new(0).parse_all(bytes) {
             let Payload::ExportSection(exports) = payload? else {
@@ -100,10 +143,10 @@ fn component_type(bytes: &[u8]) -> Result<&'static [u8], BinaryReaderError> {
             };
             for export in exports {
                 if export?.name.starts_with("tightfit:host/run@") {
-                    return Ok(program::bindings::COMPONENT_TYPE);
+                    return Ok(&World::PROGRAM);
                 }
             }
         }
     }
-    Ok(bindings::COMPONENT_TYPE)
+    Ok(&World::POLICY)
 }

@@ -13,6 +13,8 @@ pub mod program;
 pub mod sandbox;
 mod stop;
 pub mod wit;
+#[cfg(feature = "component")]
+mod world;
 
 #[cfg(feature = "component")]
 pub use component::component_from_module;

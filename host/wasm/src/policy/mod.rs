@@ -10,13 +10,12 @@ use wasmtime::component::{InstancePre, Linker};
 use wasmtime::error::Context as _;
 use wasmtime::{Store, bail};
 
-use crate::sandbox::{
-    Compiler, Failure, Guest, Limits, Linked, Options, State, World, checked_component,
-};
+use crate::sandbox::{Compiler, Failure, Guest, Limits, Linked, Options, State, checked_component};
 use crate::wit;
 use crate::wit::BadPlacement;
 use crate::wit::bindings::exports::tightfit::host::planner;
 use crate::wit::bindings::{self, PolicyPre};
+use crate::world::{PLANNER, World};
 use tightfit::policy::{Answer, Description, Policy, PolicyError, Request};
 use tightfit::status::Status;
 
@@ -28,17 +27,6 @@ static HUGGINGFACE: &[u8] = include_bytes!("builtin/huggingface.wasm");
 static MAP: &[u8] = include_bytes!("builtin/map.wasm");
 static PACKED: &[u8] = include_bytes!("builtin/packed.wasm");
 
-/// What a policy may import and has to export.
-const WORLD: World = World {
-    imports: &[
-        "tightfit:host/types@0.1.0",
-        "tightfit:host/sizing@0.1.0",
-        "tightfit:host/log@0.1.0",
-    ],
-    exports: &[PLANNER],
-    component_type: bindings::COMPONENT_TYPE,
-};
-
 /// Checks a policy's bytes and returns what is made of them before they are compiled: what the fuzz
 /// target of it calls.
 ///
@@ -46,15 +34,13 @@ const WORLD: World = World {
 /// As [`WasmPolicy::new`].
 #[doc(hidden)]
 pub fn precheck_component(bytes: &[u8], limits: &Limits) -> Result<Vec<u8>, Failure> {
-    checked_component(bytes, &WORLD, limits)
+    checked_component(bytes, &World::POLICY, limits)
 }
-
-const PLANNER: &str = "tightfit:host/planner@0.1.0";
 
 impl Linked for PolicyPre<State<()>> {
     type Own = ();
 
-    const WORLD: World = WORLD;
+    const WORLD: World = World::POLICY;
 
     fn add_to_linker(linker: &mut Linker<State<()>>) -> wasmtime::Result<()> {
         wit::add_to_linker(linker)

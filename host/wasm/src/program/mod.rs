@@ -26,31 +26,13 @@ pub use error::ProgramError;
 
 pub use crate::sandbox::{Failure, Limits};
 
-use crate::sandbox::{Guest, Linked, Options, State, World};
-use crate::wit::program::bindings::{COMPONENT_TYPE, ProgramPre};
+use crate::sandbox::{Guest, Linked, Options, State};
+use crate::wit::program::bindings::ProgramPre;
 use crate::wit::program::{
     ProgramCtx, ProgramCtxView, ProgramView, Stopped, add_program_to_linker,
 };
+use crate::world::World;
 use tightfit::text::truncate;
-
-/// What a program may import and has to export.
-const WORLD: World = World {
-    imports: &[
-        "tightfit:host/types@0.1.0",
-        "tightfit:host/sizing@0.1.0",
-        "tightfit:host/log@0.1.0",
-        "tightfit:host/errors@0.1.0",
-        "tightfit:host/devices@0.1.0",
-        "tightfit:host/buffers@0.1.0",
-        "tightfit:host/nf4@0.1.0",
-        "tightfit:host/checkpoints@0.1.0",
-        "tightfit:host/models@0.1.0",
-    ],
-    exports: &[RUN],
-    component_type: COMPONENT_TYPE,
-};
-
-const RUN: &str = "tightfit:host/run@0.1.0";
 
 /// Bytes of the text that a program gives.
 const MOST_ANSWER: usize = 1 << 20;
@@ -69,7 +51,7 @@ pub fn default_limits() -> Limits {
 impl Linked for ProgramPre<State<Own>> {
     type Own = Own;
 
-    const WORLD: World = WORLD;
+    const WORLD: World = World::PROGRAM;
 
     fn add_to_linker(linker: &mut Linker<State<Own>>) -> wasmtime::Result<()> {
         add_program_to_linker(linker)

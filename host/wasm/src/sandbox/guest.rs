@@ -7,7 +7,8 @@ use std::path::Path;
 use wasmtime::Store;
 use wasmtime::component::{InstancePre, Linker};
 
-use super::{Failure, Limits, Mismatch, Options, Sandbox, State, World, read_component};
+use super::{Failure, Limits, Mismatch, Options, Sandbox, State, read_component};
+use crate::world::World;
 use tightfit::text::truncated;
 
 /// What a guest of one world is once its imports are found: the type generated for that world.

@@ -49,8 +49,6 @@ mod space;
 mod wasi;
 #[cfg(feature = "compile")]
 mod wasi_types;
-#[cfg(feature = "compile")]
-mod world;
 
 pub use failure::Failure;
 pub use mismatch::Mismatch;
@@ -71,5 +69,3 @@ pub use options::{Compiler, CompilerProgram, Options, Wasi};
 use run::Sandbox;
 #[cfg(feature = "compile")]
 pub(crate) use run::{State, checked_component};
-#[cfg(feature = "compile")]
-pub(crate) use world::World;

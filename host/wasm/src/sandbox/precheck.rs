@@ -5,8 +5,8 @@ use std::collections::BTreeSet;
 use wasmparser::{BinaryReaderError, Parser, Payload};
 
 use super::instances::Counter;
-use super::world::World;
 use super::{Failure, Limits, Wasi};
+use crate::world::World;
 
 /// Checks sizes, counts, and what is imported and exported.
 ///

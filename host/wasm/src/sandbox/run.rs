@@ -8,13 +8,13 @@ use wasmtime::{Config, Engine, Store, Trap};
 use super::code::Code;
 use super::limiter::Limiter;
 use super::wasi::EmptyWasi;
-use super::world::World;
 use super::{
     Cache, Compiler, Failure, Limits, Mismatch, Options, Wasi, alarm, child, precheck, space, wasi,
 };
 use crate::component;
 use crate::wit::messages::Messages;
 use crate::wit::{TightfitCtx, TightfitView};
+use crate::world::World;
 
 /// An engine in which guests run, and the options that hold for each of them.
 pub(crate) struct Sandbox {
@@ -59,7 +59,7 @@ fn checked<'a>(
     limits: &Limits,
 ) -> Result<Cow<'a, [u8]>, Failure> {
     precheck::check(bytes, world, wasi, limits)?;
-    component::described(bytes, world.component_type).map_err(|error| Failure::NotAComponent {
+    component::described(bytes, world).map_err(|error| Failure::NotAComponent {
         reason: format!("damaged: {error}"),
     })
 }

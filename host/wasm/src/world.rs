@@ -2,24 +2,77 @@
 
 use semver::Version;
 
-use super::{Mismatch, Wasi};
+#[cfg(feature = "compile")]
+use crate::sandbox::{Mismatch, Wasi};
+use crate::wit::{bindings, program};
 
 /// What a kind of guest imports at most, and exports at least.
 #[derive(Debug)]
 pub(crate) struct World {
     /// Interfaces with their versions, for example `tightfit:host/log@0.1.0`.
+    #[cfg(feature = "compile")]
     pub(crate) imports: &'static [&'static str],
     pub(crate) exports: &'static [&'static str],
     /// The same as wit-component encodes it, with types and functions: for core modules.
     pub(crate) component_type: &'static [u8],
 }
 
+/// The interface that a policy exports.
+pub(crate) const PLANNER: &str = "tightfit:host/planner@0.1.0";
+
+/// The interface that a program exports.
+pub(crate) const RUN: &str = "tightfit:host/run@0.1.0";
+
 /// The versions of WASI of which there is an empty one.
+#[cfg(feature = "compile")]
 const WASI: &str = "0.2.0";
 
 impl World {
+    /// What a policy may import and has to export.
+    pub(crate) const POLICY: World = World {
+        #[cfg(feature = "compile")]
+        imports: &[
+            "tightfit:host/types@0.1.0",
+            "tightfit:host/sizing@0.1.0",
+            "tightfit:host/log@0.1.0",
+        ],
+        exports: &[PLANNER],
+        component_type: bindings::COMPONENT_TYPE,
+    };
+
+    /// What a program may import and has to export.
+    pub(crate) const PROGRAM: World = World {
+        #[cfg(feature = "compile")]
+        imports: &[
+            "tightfit:host/types@0.1.0",
+            "tightfit:host/sizing@0.1.0",
+            "tightfit:host/log@0.1.0",
+            "tightfit:host/errors@0.1.0",
+            "tightfit:host/devices@0.1.0",
+            "tightfit:host/buffers@0.1.0",
+            "tightfit:host/nf4@0.1.0",
+            "tightfit:host/checkpoints@0.1.0",
+            "tightfit:host/models@0.1.0",
+        ],
+        exports: &[RUN],
+        component_type: program::bindings::COMPONENT_TYPE,
+    };
+
+    /// Returns how this host calls what a core module exports of another version that matches its own.
+    pub(crate) fn export_here(&self, name: &str) -> Option<String> {
+        let (interface, rest) = name.split_once('@')?;
+        let (version, function) = rest.split_once('#')?;
+        let known = interface.strip_prefix("cabi_post_").unwrap_or(interface);
+        let want = find(self.exports, known)?;
+        (version != want && is_compatible(version, want))
+            .then(|| format!("{interface}@{want}#{function}"))
+    }
+}
+
+#[cfg(feature = "compile")]
+impl World {
     /// Checks that this host has what is imported under this name.
-    pub(super) fn check_import(&self, name: &str, wasi: Wasi) -> Result<(), Mismatch> {
+    pub(crate) fn check_import(&self, name: &str, wasi: Wasi) -> Result<(), Mismatch> {
         let import = name.to_owned();
         let (interface, version) = split(name);
         let other_version = |have: &str| Mismatch::ImportVersion {
@@ -42,7 +95,7 @@ impl World {
     }
 
     /// Checks that an export of this name is no other version of what is asked for.
-    pub(super) fn check_export(&self, name: &str) -> Result<(), Mismatch> {
+    pub(crate) fn check_export(&self, name: &str) -> Result<(), Mismatch> {
         let (interface, version) = split(name);
         match find(self.exports, interface) {
             Some(want) if !is_compatible(version, want) => Err(Mismatch::ExportVersion {
@@ -55,7 +108,7 @@ impl World {
     }
 
     /// Checks that all that is asked for is among the exports, whatever their versions.
-    pub(super) fn check_exports<'a>(
+    pub(crate) fn check_exports<'a>(
         &self,
         names: impl Iterator<Item = &'a str> + Clone,
     ) -> Result<(), Mismatch> {
@@ -97,6 +150,7 @@ fn is_compatible(version: &str, have: &str) -> bool {
     }
 }
 
+#[cfg(feature = "compile")]
 fn is_newer(version: &str, have: &str) -> bool {
     match (Version::parse(version), Version::parse(have)) {
         (Ok(version), Ok(have)) => version > have,
@@ -104,7 +158,7 @@ fn is_newer(version: &str, have: &str) -> bool {
     }
 }
 
-#[cfg(test)]
+#[cfg(all(test, feature = "compile"))]
 mod tests {
     use super::*;
 
@@ -166,6 +220,22 @@ mod tests {
         );
         assert!(world.check_export("tightfit:host/planner@0.1.9").is_ok());
         assert!(world.check_export("something:else/here@3.0.0").is_ok());
+        for (name, here) in [
+            (
+                "tightfit:host/planner@0.1.9#plan",
+                Some("tightfit:host/planner@0.1.0#plan"),
+            ),
+            (
+                "cabi_post_tightfit:host/planner@0.1.9#plan",
+                Some("cabi_post_tightfit:host/planner@0.1.0#plan"),
+            ),
+            ("tightfit:host/planner@0.1.0#plan", None),
+            ("tightfit:host/planner@0.2.0#plan", None),
+            ("something:else/here@0.1.9#plan", None),
+            ("memory", None),
+        ] {
+            assert_eq!(world.export_here(name).as_deref(), here, "{name}");
+        }
         let missing = world.check_exports(["run", "tightfit:host/log@0.1.0"].into_iter());
         assert_eq!(
             missing.unwrap_err(),
