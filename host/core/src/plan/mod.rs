@@ -25,7 +25,6 @@ use crate::cancel::{CancelToken, Watch};
 use crate::checkpoint::{Checkpoint, TensorInfo, Tie};
 use crate::device::DeviceInfo;
 use crate::memory::ReservationSize;
-use crate::options::setters;
 use crate::policy::Proposal;
 use crate::types::{Format, Placement};
 
@@ -131,7 +130,7 @@ pub struct PlanOptions {
     pub cancel: CancelToken,
 }
 
-setters!([] PlanOptions:
+tightfit_common::setters!([] PlanOptions:
     with_reserved_headroom: reserve_headroom, bool;
     with_cancel: cancel, CancelToken;
 );

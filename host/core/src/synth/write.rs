@@ -13,7 +13,6 @@ use super::preset::Preset;
 use super::random::{self, Tables};
 use super::shards::{self, Shard};
 use crate::cancel::CancelToken;
-use crate::options::setters;
 use crate::progress::{Progress, ReportProgress};
 use crate::types::DType;
 
@@ -51,7 +50,7 @@ impl Default for SynthOptions<'_> {
     }
 }
 
-setters!([<'a>] SynthOptions<'a>:
+tightfit_common::setters!([<'a>] SynthOptions<'a>:
     with_headers_only: headers_only, bool;
     with_seed: seed, u64;
     with_shard_bytes: shard_bytes, u64;
