@@ -42,7 +42,7 @@ pub struct ErrorReport {
 }
 
 impl ErrorReport {
-    /// An error of which only the kind and the sentence are known.
+    /// Returns an error of which only the kind and the sentence are known.
     pub fn new(status: Status, kind: &'static str, error: &dyn std::fmt::Display) -> ErrorReport {
         ErrorReport {
             status: status as u8,

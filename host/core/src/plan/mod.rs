@@ -49,7 +49,7 @@ pub struct PlannedTensor {
 }
 
 impl PlannedTensor {
-    /// Bytes of all its parts.
+    /// Returns the number of bytes of all its parts.
     pub fn requested(&self) -> u64 {
         self.parts.iter().map(|part| part.bytes).sum()
     }
@@ -65,7 +65,7 @@ impl PlannedTensor {
         }
     }
 
-    /// The part of this kind.
+    /// Returns the part of this kind.
     pub fn part(&self, kind: PartKind) -> Option<PlannedPart> {
         self.parts.iter().copied().find(|part| part.kind == kind)
     }

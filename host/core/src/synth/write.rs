@@ -99,7 +99,7 @@ pub fn write(
     write_model(&preset.into(), directory, options)
 }
 
-/// The same as [`write()`] for a model that is no preset.
+/// [`write()`] for a model that is no preset.
 ///
 /// # Errors
 /// As for [`write()`], and [`SynthError::Unsupported`] for types other than `BF16`, unless no
