@@ -14,8 +14,8 @@ use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visit
 
 use super::CheckpointError;
 use super::error::shortened;
-use super::skip::{Skip, counted};
 use super::text::{MAX_VALUE_BYTES, long_value};
+use super::visit::{Skip, Visited, counted};
 use crate::cancel::{self, CancelToken, Watch};
 use crate::types::DType;
 
@@ -104,27 +104,14 @@ pub(crate) fn parse(
         });
     }
     let mut collected = Collected {
-        path,
         header: Header::default(),
-        watch: Watch::new(cancel),
-        failure: None,
+        visited: Visited::new(path, cancel),
     };
     let mut json = serde_json::Deserializer::from_str(text);
     let outcome = HeaderSeed(&mut collected)
         .deserialize(&mut json)
         .and_then(|()| json.end());
-    if collected.watch.has_stopped() {
-        return Err(CheckpointError::Cancelled);
-    }
-    // Our own objections come through serde as text; the typed one is kept beside it.
-    if let Some(failure) = collected.failure {
-        return Err(failure);
-    }
-    outcome.map_err(|source| CheckpointError::Json {
-        path: path.into(),
-        what: WHAT,
-        source,
-    })?;
+    collected.visited.end(outcome, WHAT)?;
     let Header { tensors, metadata } = collected.header;
     let tensors = cancel::sort_by(tensors, cancel, |a, b| {
         (a.begin, a.end).cmp(&(b.begin, b.end))
@@ -208,22 +195,13 @@ fn check_tiling(
     Ok(())
 }
 
-/// What the visitors fill, and our own objection where one of them has stopped the parser.
+/// What the visitors fill.
 struct Collected<'p> {
-    path: &'p Path,
     header: Header,
-    watch: Watch<'p>,
-    failure: Option<CheckpointError>,
+    visited: Visited<'p>,
 }
 
 impl Collected<'_> {
-    /// Keeps the objection and gives serde an error to stop with.
-    fn stop<E: de::Error>(&mut self, failure: CheckpointError) -> E {
-        let error = E::custom(&failure);
-        self.failure = Some(failure);
-        error
-    }
-
     /// Checks the name of a tensor before it is kept.
     fn name<E: de::Error>(&mut self, name: String) -> Result<String, E> {
         let problem = if name.is_empty() {
@@ -235,8 +213,8 @@ impl Collected<'_> {
         } else {
             return Ok(name);
         };
-        Err(self.stop(CheckpointError::BadTensorName {
-            path: self.path.into(),
+        Err(self.visited.stop(CheckpointError::BadTensorName {
+            path: self.visited.path.into(),
             tensor: shortened(&name),
             problem,
         }))
@@ -244,7 +222,7 @@ impl Collected<'_> {
 
     /// Checks one entry for itself and keeps it.
     fn push<E: de::Error>(&mut self, name: String, entry: Entry) -> Result<(), E> {
-        let path = || self.path.into();
+        let path = || self.visited.path.into();
         let (begin, end) = entry.offsets;
         let failure = if entry.dimensions > MAX_DIMENSIONS {
             CheckpointError::TooManyDimensions {
@@ -292,7 +270,7 @@ impl Collected<'_> {
                 },
             }
         };
-        Err(self.stop(failure))
+        Err(self.visited.stop(failure))
     }
 }
 
@@ -317,7 +295,7 @@ impl<'de> Visitor<'de> for HeaderSeed<'_, '_> {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut metadata = false;
         while let Some(key) = map.next_key::<String>()? {
-            counted(&mut self.0.watch, key.len())?;
+            counted(&mut self.0.visited.watch, key.len())?;
             if key == "__metadata__" {
                 if std::mem::replace(&mut metadata, true) {
                     return Err(de::Error::duplicate_field("__metadata__"));
@@ -326,15 +304,10 @@ impl<'de> Visitor<'de> for HeaderSeed<'_, '_> {
                 continue;
             }
             if self.0.header.tensors.len() == MAX_TENSORS {
-                return Err(self.0.stop(CheckpointError::TooLarge {
-                    path: self.0.path.into(),
-                    what: "a number of tensors",
-                    have: MAX_TENSORS as u64 + 1,
-                    limit: MAX_TENSORS as u64,
-                }));
+                return Err(self.0.visited.too_large("a number of tensors", MAX_TENSORS));
             }
             let name = self.0.name(key)?;
-            let entry = map.next_value_seed(EntrySeed(&mut self.0.watch))?;
+            let entry = map.next_value_seed(EntrySeed(&mut self.0.visited.watch))?;
             self.0.push(name, entry)?;
         }
         Ok(())
@@ -365,15 +338,13 @@ impl<'de> Visitor<'de> for MetadataSeed<'_, '_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         while let Some((key, value)) = map.next_entry::<String, String>()? {
-            counted(&mut self.0.watch, key.len() + value.len())?;
+            counted(&mut self.0.visited.watch, key.len() + value.len())?;
             // Tiny entries take ten times as much memory as they take in the file.
             if self.0.header.metadata.len() == MAX_METADATA {
-                return Err(self.0.stop(CheckpointError::TooLarge {
-                    path: self.0.path.into(),
-                    what: "a number of metadata entries",
-                    have: MAX_METADATA as u64 + 1,
-                    limit: MAX_METADATA as u64,
-                }));
+                return Err(self
+                    .0
+                    .visited
+                    .too_large("a number of metadata entries", MAX_METADATA));
             }
             self.0.header.metadata.insert(key, value);
         }

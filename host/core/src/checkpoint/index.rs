@@ -12,8 +12,8 @@ use super::CheckpointError;
 use super::error::shortened;
 use super::file::is_plain_file_name;
 use super::header::{MAX_NAME_BYTES, MAX_TENSORS};
-use super::skip::{Skip, counted};
 use super::text::{MAX_VALUE_BYTES, long_value};
+use super::visit::{Skip, Visited, counted};
 use crate::cancel::{self, CancelToken, Watch};
 
 /// Largest index that is read, in bytes.
@@ -53,28 +53,16 @@ pub(crate) fn parse(
         });
     }
     let mut collected = Collected {
-        path,
         shards: HashMap::new(),
         entries: Vec::new(),
         seen: false,
-        watch: Watch::new(cancel),
-        failure: None,
+        visited: Visited::new(path, cancel),
     };
     let mut json = serde_json::Deserializer::from_str(text);
     let outcome = IndexSeed(&mut collected)
         .deserialize(&mut json)
         .and_then(|()| json.end());
-    if collected.watch.has_stopped() {
-        return Err(CheckpointError::Cancelled);
-    }
-    if let Some(failure) = collected.failure {
-        return Err(failure);
-    }
-    outcome.map_err(|source| CheckpointError::Json {
-        path: path.into(),
-        what: WHAT,
-        source,
-    })?;
+    collected.visited.end(outcome, WHAT)?;
     if collected.entries.is_empty() {
         return Err(CheckpointError::EmptyIndex { path: path.into() });
     }
@@ -106,53 +94,36 @@ pub(crate) fn parse(
 }
 
 struct Collected<'p> {
-    path: &'p Path,
     /// Names of the shards, with the order in which they appeared.
     shards: HashMap<String, usize>,
     entries: Vec<(String, usize)>,
     seen: bool,
-    watch: Watch<'p>,
-    failure: Option<CheckpointError>,
+    visited: Visited<'p>,
 }
 
 impl Collected<'_> {
-    fn stop<E: de::Error>(&mut self, failure: CheckpointError) -> E {
-        let error = E::custom(&failure);
-        self.failure = Some(failure);
-        error
-    }
-
-    fn too_large<E: de::Error>(&mut self, what: &'static str, limit: usize) -> E {
-        self.stop(CheckpointError::TooLarge {
-            path: self.path.into(),
-            what,
-            have: limit as u64 + 1,
-            limit: limit as u64,
-        })
-    }
-
     fn push<E: de::Error>(&mut self, tensor: String, shard: String) -> Result<(), E> {
         if tensor.len() > MAX_NAME_BYTES {
-            return Err(self.stop(CheckpointError::BadTensorName {
-                path: self.path.into(),
+            return Err(self.visited.stop(CheckpointError::BadTensorName {
+                path: self.visited.path.into(),
                 tensor: shortened(&tensor),
                 problem: "is too long",
             }));
         }
         if !is_plain_file_name(&shard) {
-            return Err(self.stop(CheckpointError::UnsafeShardName {
-                path: self.path.into(),
+            return Err(self.visited.stop(CheckpointError::UnsafeShardName {
+                path: self.visited.path.into(),
                 tensor,
                 shard: shortened(&shard),
             }));
         }
         if self.entries.len() == MAX_TENSORS {
-            return Err(self.too_large("a number of tensors", MAX_TENSORS));
+            return Err(self.visited.too_large("a number of tensors", MAX_TENSORS));
         }
         let position = match self.shards.get(&shard) {
             Some(&position) => position,
             None if self.shards.len() == MAX_SHARDS => {
-                return Err(self.too_large("a number of shards", MAX_SHARDS));
+                return Err(self.visited.too_large("a number of shards", MAX_SHARDS));
             }
             None => {
                 let position = self.shards.len();
@@ -184,9 +155,9 @@ impl<'de> Visitor<'de> for IndexSeed<'_, '_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         while let Some(key) = map.next_key::<String>()? {
-            counted(&mut self.0.watch, key.len())?;
+            counted(&mut self.0.visited.watch, key.len())?;
             if key != "weight_map" {
-                map.next_value_seed(Skip(&mut self.0.watch))?;
+                map.next_value_seed(Skip(&mut self.0.visited.watch))?;
                 continue;
             }
             if std::mem::replace(&mut self.0.seen, true) {
@@ -220,7 +191,7 @@ impl<'de> Visitor<'de> for WeightMapSeed<'_, '_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         while let Some((tensor, shard)) = map.next_entry::<String, String>()? {
-            counted(&mut self.0.watch, tensor.len() + shard.len())?;
+            counted(&mut self.0.visited.watch, tensor.len() + shard.len())?;
             self.0.push(tensor, shard)?;
         }
         Ok(())

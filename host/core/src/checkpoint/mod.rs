@@ -17,11 +17,11 @@ mod index;
 mod locate;
 mod quantized;
 mod shown;
-mod skip;
 #[cfg(test)]
 mod tests;
 mod text;
 mod ties;
+mod visit;
 mod write;
 
 use std::collections::BTreeMap;
