@@ -60,7 +60,8 @@ pub mod tree;
 mod types;
 
 pub use bindings::exports::tightfit::host::planner::{
-    Description, Failure, Proposal, Refusal, RefusalReason, Request, RequiredFormat, Setting, Tie,
+    Description, Failure as PreviousFailure, Proposal, Refusal, RefusalReason, Request,
+    RequiredFormat, Setting, Tie,
 };
 pub use bindings::tightfit::host::log::Level;
 pub use bindings::tightfit::host::sizing::StoredSize;

@@ -6,8 +6,8 @@ use crate::partition::{Bin, Item};
 use crate::settings::{Spec, describe};
 use crate::sizing::bits;
 use crate::{
-    Description, Device, DeviceKind, Dtype, Error, Failure, Format, Nf4Format, Placement, Proposal,
-    Refusal, RefusalReason, Request, Tensor,
+    Description, Device, DeviceKind, Dtype, Error, Format, Nf4Format, Placement, PreviousFailure,
+    Proposal, Refusal, RefusalReason, Request, Tensor,
 };
 use tightfit_common::sizes::tensor_bytes;
 
@@ -191,7 +191,7 @@ impl Request {
     /// attempt found less.
     pub fn available(&self) -> Vec<u64> {
         let mut available: Vec<u64> = self.devices.iter().map(|device| device.available).collect();
-        if let Some(Failure {
+        if let Some(PreviousFailure {
             device,
             available: found,
             ..

@@ -98,7 +98,7 @@ impl Launch {
     }
 }
 
-/// Quantizes so many elements to NF4: [`crate::Kernels::quantize_nf4`].
+/// Quantizes this many elements to NF4: [`crate::Kernels::quantize_nf4`].
 ///
 /// # Errors
 /// [`KernelError::Launch`] if there are too many elements for one launch, as in every function
@@ -113,7 +113,7 @@ pub fn quantize_nf4(float: FloatType, elements: usize) -> Result<Launch, KernelE
     Launch::new(kernel, elements, 32 * THREADS as usize)
 }
 
-/// Dequantizes so many elements: [`crate::Kernels::dequantize`].
+/// Dequantizes this many elements: [`crate::Kernels::dequantize`].
 ///
 /// # Errors
 /// [`KernelError::Launch`] if there are too many.
@@ -128,7 +128,7 @@ pub fn dequantize(float: FloatType, elements: usize) -> Result<Launch, KernelErr
     Launch::new(kernel, elements, tile)
 }
 
-/// What [`dequantize`]'s kernels take for the 4-bit format.
+/// Returns what [`dequantize`]'s kernels take for the 4-bit format.
 pub const fn quant_type_argument(quant_type: QuantType) -> u32 {
     match quant_type {
         QuantType::Nf4 => 0,
@@ -136,7 +136,7 @@ pub const fn quant_type_argument(quant_type: QuantType) -> u32 {
     }
 }
 
-/// How many sums [`sum_absmax`] and [`sum_sums`] write for so many values.
+/// Returns how many sums [`sum_absmax`] and [`sum_sums`] write for this many values.
 pub const fn sums(values: usize) -> usize {
     values.div_ceil(NESTED_BLOCK_SIZE)
 }
@@ -157,7 +157,7 @@ pub fn sum_sums(values: usize) -> Result<Launch, KernelError> {
     Launch::new("tightfit_sum_sums", values, groups_of_a_block())
 }
 
-/// The mean, of at most 256 sums: [`crate::Kernels::absmax_mean`].
+/// Returns the mean, of at most 256 sums: [`crate::Kernels::absmax_mean`].
 pub const fn mean() -> Launch {
     Launch {
         kernel: "tightfit_mean",
@@ -166,7 +166,7 @@ pub const fn mean() -> Launch {
     }
 }
 
-/// Quantizes so many absmax values to 8 bits: [`crate::Kernels::quantize_absmax`].
+/// Quantizes this many absmax values to 8 bits: [`crate::Kernels::quantize_absmax`].
 ///
 /// # Errors
 /// [`KernelError::Launch`] if there are too many.
@@ -174,7 +174,7 @@ pub fn quantize_absmax(values: usize) -> Result<Launch, KernelError> {
     Launch::new("tightfit_quantize_absmax", values, groups_of_a_block())
 }
 
-/// Recovers so many absmax values: [`crate::Kernels::dequantize_absmax`].
+/// Recovers this many absmax values: [`crate::Kernels::dequantize_absmax`].
 ///
 /// # Errors
 /// [`KernelError::Launch`] if there are too many.

@@ -31,7 +31,7 @@ impl FloatType {
     /// Every float type.
     pub const ALL: [FloatType; 3] = [FloatType::F32, FloatType::F16, FloatType::Bf16];
 
-    /// Bytes per element.
+    /// Returns the number of bytes per element.
     pub const fn bytes(self) -> usize {
         match self {
             FloatType::F32 => 4,
@@ -50,13 +50,13 @@ impl fmt::Display for FloatType {
     }
 }
 
-/// Bytes of packed codes for so many elements: two codes per byte, an odd last one in a byte of its
-/// own.
+/// Returns the number of bytes of packed codes for this many elements: two codes per byte, an odd
+/// last one in a byte of its own.
 pub const fn packed_bytes(elements: usize) -> usize {
     elements.div_ceil(2)
 }
 
-/// Blocks, and so absmax values, for so many elements; the last block may be partial.
+/// Blocks, and so absmax values, for this many elements; the last block may be partial.
 pub const fn blocks(elements: usize, block_size: BlockSize) -> usize {
     elements.div_ceil(block_size.elements())
 }

@@ -17,18 +17,18 @@ impl Isa {
     /// Every instruction set, slowest first.
     pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
 
-    /// The fastest instruction set of this machine.
+    /// Returns the fastest instruction set of this machine.
     pub fn detect() -> Isa {
         Isa::available().last().unwrap_or(Isa::Portable)
     }
 
-    /// The instruction sets of this machine, slowest first; the first one is always
+    /// Returns the instruction sets of this machine, slowest first; the first one is always
     /// [`Isa::Portable`].
     pub fn available() -> impl Iterator<Item = Isa> {
         Isa::ALL.into_iter().filter(|isa| isa.is_available())
     }
 
-    /// Whether this machine has the instruction set.
+    /// Returns whether this machine has the instruction set.
     pub fn is_available(self) -> bool {
         match self {
             Isa::Portable => true,

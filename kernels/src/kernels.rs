@@ -45,7 +45,7 @@ impl Default for Kernels {
 }
 
 impl Kernels {
-    /// The kernels for one instruction set.
+    /// Returns the kernels for one instruction set.
     ///
     /// # Errors
     /// [`KernelError::IsaUnavailable`] if this machine does not have it.
@@ -57,12 +57,12 @@ impl Kernels {
         }
     }
 
-    /// The fastest kernels of this machine.
+    /// Returns the fastest kernels of this machine.
     pub fn detect() -> Kernels {
         Kernels { isa: Isa::detect() }
     }
 
-    /// The instruction set.
+    /// Returns the instruction set.
     pub fn isa(self) -> Isa {
         self.isa
     }
@@ -151,8 +151,8 @@ impl Kernels {
         Ok(())
     }
 
-    /// The mean of the absmax values of a whole tensor, the offset of double quantization; 0.0 if
-    /// there are none.
+    /// Returns the mean of the absmax values of a whole tensor, the offset of double quantization;
+    /// 0.0 if there are none.
     ///
     /// bitsandbytes lets torch compute it in `f32`, in an order that depends on the device and the
     /// number of threads. Here it is defined so that every device can give the same bits: in `f64`,

@@ -38,7 +38,7 @@ impl AbsmaxMean {
         }
     }
 
-    /// The mean of everything that was added; 0.0 of nothing.
+    /// Returns the mean of everything that was added; 0.0 of nothing.
     pub fn mean(mut self) -> f32 {
         if self.count == 0 {
             return 0.0;

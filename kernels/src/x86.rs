@@ -10,7 +10,7 @@ pub(crate) mod avx512;
 /// could not be started either.
 const GROUP_BLOCKS: usize = 16;
 
-/// How many blocks of so many bytes to take together: the second pass shall find them in the
+/// How many blocks of this many bytes to take together: the second pass shall find them in the
 /// first-level cache.
 const fn group_blocks(block_bytes: usize) -> usize {
     match 4096 / block_bytes {

@@ -4,7 +4,8 @@ use std::sync::{Arc, OnceLock};
 
 use tempfile::TempDir;
 use tightfit::device::{Device, HostDevice};
-use tightfit_wasm::program::{Failure, Limits, Outcome, ProgramError, WasmProgram, default_limits};
+use tightfit_wasm::program::{Outcome, ProgramError, WasmProgram, default_limits};
+use tightfit_wasm::sandbox::{GuestFailure, Limits};
 use tightfit_wasm::wit::program::ProgramCtx;
 
 use crate::models;
@@ -99,7 +100,7 @@ impl Bench {
 
     /// How a program fails, alone.
     #[track_caller]
-    pub fn failure(&self, program: &WasmProgram, arguments: &[&str]) -> Failure {
+    pub fn failure(&self, program: &WasmProgram, arguments: &[&str]) -> GuestFailure {
         match self.error(program, arguments) {
             ProgramError::Failed { program, failure } => {
                 assert_eq!(program, "test.wasm");

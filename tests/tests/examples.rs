@@ -11,7 +11,6 @@ use tightfit::checkpoint::Checkpoint;
 use tightfit::plan::ProposeError;
 use tightfit_tests::failures::failure_of;
 use tightfit_tests::golden::GoldenModel;
-use tightfit_wasm::sandbox::Limits;
 
 #[test]
 fn a_native_policy_places_every_tensor() {
@@ -30,11 +29,7 @@ fn an_application_with_its_own_limits_learns_which_one_was_in_the_way() {
     let checkpoint = Checkpoint::open(golden.path("bf16")).unwrap();
     let proposed = own_limits::plan(&checkpoint, "auto", own_limits::limits()).unwrap();
     assert!(proposed.fuel.is_some_and(|fuel| fuel > 0));
-    let none = Limits {
-        fuel: 1,
-        fuel_per_tensor: 0,
-        ..own_limits::limits()
-    };
+    let none = own_limits::limits().with_fuel(1).with_fuel_per_tensor(0);
     let error = own_limits::plan(&checkpoint, "auto", none).unwrap_err();
     let ProposeError::Policy(error) = error else {
         panic!("{error}");

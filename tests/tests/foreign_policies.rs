@@ -103,10 +103,7 @@ fn build(repository: &Path, language: &str) -> Option<PathBuf> {
 fn open(component: &Path) -> WasmPolicy {
     let start = Instant::now();
     // A busy machine is not the policy's fault; all other limits are the default ones.
-    let limits = Limits {
-        deadline: Duration::from_secs(120),
-        ..Limits::default()
-    };
+    let limits = Limits::default().with_deadline(Duration::from_secs(120));
     let policy = WasmPolicy::open(component.to_str().unwrap(), limits);
     let policy = policy.unwrap_or_else(|error| panic!("{error}"));
     println!(

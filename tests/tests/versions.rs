@@ -14,7 +14,7 @@ use tightfit_tests::guests;
 use tightfit_tests::programs::{self, Bench, run};
 use tightfit_wasm::policy::WasmPolicy;
 use tightfit_wasm::program::{ProgramError, WasmProgram, default_limits};
-use tightfit_wasm::sandbox::{Failure, Limits, Mismatch};
+use tightfit_wasm::sandbox::{GuestFailure, Limits, Mismatch};
 
 /// A component that was built once, with the SDK of its time, and is kept as it was.
 fn kept(version: &str, name: &str) -> Vec<u8> {
@@ -45,7 +45,7 @@ fn renamed(bytes: &[u8], version: &str) -> Vec<u8> {
 }
 
 /// The policy puts one layer on the second device.
-fn places(bytes: &[u8]) -> Result<(), Failure> {
+fn places(bytes: &[u8]) -> Result<(), GuestFailure> {
     let policy = WasmPolicy::new("test.wasm", bytes, Limits::default())
         .map_err(|error| failure_of(error).1)?;
     let golden = GoldenModel::unpack("llama");
@@ -63,7 +63,7 @@ fn places(bytes: &[u8]) -> Result<(), Failure> {
 }
 
 /// The program loads a checkpoint that it was granted.
-fn loads(bytes: &[u8]) -> Result<(), Failure> {
+fn loads(bytes: &[u8]) -> Result<(), GuestFailure> {
     let program = match WasmProgram::new("test.wasm", bytes, default_limits()) {
         Err(ProgramError::Failed { failure, .. }) => return Err(failure),
         program => program.unwrap_or_else(|error| panic!("{error}")),
@@ -100,8 +100,8 @@ fn guests_of_another_patch_version_run() {
 
 #[test]
 fn guests_of_another_minor_version_are_turned_down_by_version() {
-    let turned_down = |result: Result<(), Failure>| match result {
-        Err(Failure::WrongWorld(
+    let turned_down = |result: Result<(), GuestFailure>| match result {
+        Err(GuestFailure::WrongWorld(
             Mismatch::ImportVersion { newer, .. } | Mismatch::ExportVersion { newer, .. },
         )) => newer,
         other => panic!("{other:?}"),

@@ -7,6 +7,7 @@
 
 pub mod bytes;
 pub mod names;
+mod options;
 pub mod patterns;
 mod quantization;
 pub mod sizes;

@@ -47,7 +47,7 @@ pub struct Nf4Parts {
     pub nested_absmax: Option<u64>,
 }
 
-/// Returns the parts of a tensor in NF4, made of elements of so many bits, or `None` where these take
+/// Returns the parts of a tensor in NF4, made of elements of this many bits, or `None` where these take
 /// more than [`MAX_PART_BYTES`].
 pub fn nf4(
     shape: &[u64],

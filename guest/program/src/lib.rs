@@ -6,12 +6,12 @@
 //! which `tightfit-guest` is the SDK. The two cannot be in one module.)
 //!
 //! ```
-//! use tightfit_program::{Checkpoint, Program, Failure, program};
+//! use tightfit_program::{Checkpoint, Program, GaveUp, program};
 //!
 //! struct Count;
 //!
 //! impl Program for Count {
-//!     fn run(arguments: Vec<String>) -> Result<String, Failure> {
+//!     fn run(arguments: Vec<String>) -> Result<String, GaveUp> {
 //!         let name = arguments.first().ok_or("which checkpoint?")?;
 //!         let checkpoint = Checkpoint::open(name)?;
 //!         Ok(format!("{name} has {} tensors", checkpoint.tensor_count()))
@@ -55,37 +55,37 @@ pub trait Program {
     /// Does the program's work. Gives what is to be printed.
     ///
     /// # Errors
-    /// A [`Failure`] that says what went wrong, for example what the host has told.
-    fn run(arguments: Vec<String>) -> Result<String, Failure>;
+    /// A [`GaveUp`] that says what went wrong, for example what the host has told.
+    fn run(arguments: Vec<String>) -> Result<String, GaveUp>;
 }
 
 /// Why a program gives up, in a sentence for its user. The host's errors convert to it, and text does.
 #[derive(Debug)]
-pub struct Failure(String);
+pub struct GaveUp(String);
 
-impl fmt::Display for Failure {
+impl fmt::Display for GaveUp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
 }
 
-impl std::error::Error for Failure {}
+impl std::error::Error for GaveUp {}
 
-impl From<String> for Failure {
-    fn from(message: String) -> Failure {
-        Failure(message)
+impl From<String> for GaveUp {
+    fn from(message: String) -> GaveUp {
+        GaveUp(message)
     }
 }
 
-impl From<&str> for Failure {
-    fn from(message: &str) -> Failure {
-        Failure(message.to_owned())
+impl From<&str> for GaveUp {
+    fn from(message: &str) -> GaveUp {
+        GaveUp(message.to_owned())
     }
 }
 
-impl From<Error> for Failure {
-    fn from(error: Error) -> Failure {
-        Failure(match error {
+impl From<Error> for GaveUp {
+    fn from(error: Error) -> GaveUp {
+        GaveUp(match error {
             Error::NoSpace(shortage) | Error::QuotaExceeded(shortage) => format!(
                 "{} ({} bytes are needed, there are {})",
                 shortage.message, shortage.need, shortage.have
@@ -146,7 +146,7 @@ macro_rules! program {
         };
         // Natively this is what uses the program.
         #[cfg(not(target_family = "wasm"))]
-        const _: fn(Vec<String>) -> Result<String, $crate::Failure> =
+        const _: fn(Vec<String>) -> Result<String, $crate::GaveUp> =
             <$program as $crate::Program>::run;
     };
 }

@@ -10,7 +10,7 @@ use tightfit::load::{LoadError, ReserveError};
 use tightfit::plan::{BadPlan, FormatRuleError, PlanError, ProposeError};
 use tightfit::policy::{PolicyError, RefusalReason};
 use tightfit::status::Status;
-use tightfit_wasm::sandbox::Failure;
+use tightfit_wasm::sandbox::GuestFailure;
 
 /// What stopped a command, for programs. Fields that do not apply, or are not known, are `null`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -42,7 +42,7 @@ pub struct ErrorReport {
 }
 
 impl ErrorReport {
-    /// An error of which only the kind and the sentence are known.
+    /// Returns an error of which only the kind and the sentence are known.
     pub fn new(status: Status, kind: &'static str, error: &dyn std::fmt::Display) -> ErrorReport {
         ErrorReport {
             status: status as u8,
@@ -67,7 +67,7 @@ impl ErrorReport {
     }
 
     /// Says how a guest failed, which `name` names.
-    pub fn of_guest(mut self, name: &str, failure: &Failure) -> ErrorReport {
+    pub fn of_guest(mut self, name: &str, failure: &GuestFailure) -> ErrorReport {
         self.kind = failure.kind();
         self.guest = Some(name.to_owned());
         self.limit = failure.limit().map(str::to_owned);
@@ -168,7 +168,7 @@ impl From<&PolicyError> for ErrorReport {
                     RefusalReason::Unsupported => "unsupported",
                 })
             },
-            PolicyError::Failed { policy, .. } => match Failure::of(error) {
+            PolicyError::Failed { policy, .. } => match GuestFailure::of(error) {
                 Some(failure) => report("").of_guest(policy, failure),
                 None => ErrorReport {
                     guest: Some(policy.clone()),

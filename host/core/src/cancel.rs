@@ -19,13 +19,13 @@ pub struct CancelToken {
 }
 
 impl CancelToken {
-    /// A token that has not been used.
+    /// Returns a token that has not been used.
     pub fn new() -> CancelToken {
         CancelToken::default()
     }
 
-    /// A token for work that has to end at `deadline`: it counts as used from then on, and when this
-    /// one is used. Of several deadlines the earliest holds.
+    /// Returns a token for work that has to end at `deadline`: it counts as used from then on, and
+    /// when this one is used. Of several deadlines the earliest holds.
     pub fn until(&self, deadline: Instant) -> CancelToken {
         CancelToken {
             flag: Arc::clone(&self.flag),
@@ -56,7 +56,7 @@ impl CancelToken {
         self.flag.store(true, atomic::Ordering::Relaxed);
     }
 
-    /// Whether it has been asked to, or its deadline has passed.
+    /// Returns whether it has been asked to, or its deadline has passed.
     pub fn is_cancelled(&self) -> bool {
         #[cfg(test)]
         if let Some(looks) = &self.looks {
@@ -87,8 +87,8 @@ impl CancelToken {
 #[error("cancelled")]
 pub(crate) struct Cancelled;
 
-/// Looks at a token after every so much work: often enough that nobody waits for long, and seldom
-/// enough that it costs nothing.
+/// Looks at a token after about every millisecond of work: often enough that nobody waits for long,
+/// and seldom enough that it costs nothing.
 #[derive(Debug)]
 pub(crate) struct Watch<'a> {
     token: &'a CancelToken,
@@ -110,7 +110,7 @@ impl<'a> Watch<'a> {
         }
     }
 
-    /// Counts one item with so many bytes.
+    /// Counts one item with this many bytes.
     ///
     /// # Errors
     /// [`Cancelled`] when it is time to stop.

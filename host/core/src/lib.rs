@@ -98,7 +98,6 @@ pub mod hub;
 pub mod load;
 pub mod memory;
 pub mod model;
-mod options;
 pub mod plan;
 pub mod policy;
 mod progress;

@@ -5,9 +5,10 @@
 
 use std::borrow::Cow;
 
-/// Whether a character is escaped wherever text is shown: it does not show itself, and what it does
-/// instead (move the cursor, recolor the screen, begin a line, turn the direction of reading around,
-/// join or part its neighbors, or nothing at all) can make a text look like another.
+/// Returns whether a character is escaped wherever text is shown: it does not show itself, and what
+/// it does instead (move the cursor, recolor the screen, begin a line, turn the direction of
+/// reading around, join or part its neighbors, or nothing at all) can make a text look like
+/// another.
 ///
 /// These are Unicode's controls (Cc: C0, DEL and C1), format characters (Cf: directions, zero-width
 /// joiners, the byte order mark, the soft hyphen, tags, annotations, signs that enclose what follows),
@@ -71,7 +72,8 @@ fn escaped(text: &str, hidden: impl Fn(char) -> bool) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// Bytes that a character takes where it is shown, with what is escaped by then. Never too few.
+/// Returns the number of bytes that a character takes where it is shown, with what is escaped by
+/// then. Never too few.
 pub fn shown_bytes(c: char) -> usize {
     match c.escape_debug().count() {
         _ if matches!(c, ' '..='~') => 1,
@@ -96,7 +98,7 @@ pub fn truncate(text: &mut String, limit: usize) {
     }
 }
 
-/// The same for a text that is given away.
+/// Returns the same for a text that is given away.
 pub fn truncated(mut text: String, limit: usize) -> String {
     truncate(&mut text, limit);
     text

@@ -71,7 +71,7 @@ impl DType {
         }
     }
 
-    /// Bits of one element.
+    /// Returns the number of bits of one element.
     pub const fn bits(self) -> u64 {
         match self {
             DType::F4 => 4,
@@ -85,7 +85,7 @@ impl DType {
         }
     }
 
-    /// The name in a safetensors header, for example `BF16`.
+    /// Returns the name in a safetensors header, for example `BF16`.
     pub const fn safetensors_name(self) -> &'static str {
         match self {
             DType::Bool => "BOOL",
@@ -113,20 +113,21 @@ impl DType {
         }
     }
 
-    /// The type with this name in a safetensors header.
+    /// Returns the type with this name in a safetensors header.
     pub fn from_safetensors_name(name: &str) -> Option<DType> {
         DType::ALL
             .into_iter()
             .find(|dtype| dtype.safetensors_name() == name)
     }
 
-    /// Whether the 4-bit formats can be made from this type: `BF16`, `F16`, `F32`.
+    /// Returns whether the 4-bit formats can be made from this type: `BF16`, `F16`, `F32`.
     pub const fn is_quantizable(self) -> bool {
         matches!(self, DType::Bf16 | DType::F16 | DType::F32)
     }
 
-    /// Bytes of a tensor of this type and shape, as safetensors stores it: row-major, without
-    /// padding. `None` when the size does not fit in 64 bits or is not a whole number of bytes.
+    /// Returns the number of bytes of a tensor of this type and shape, as safetensors stores it:
+    /// row-major, without padding. `None` when the size does not fit in 64 bits or is not a whole
+    /// number of bytes.
     pub fn tensor_bytes(self, shape: &[u64]) -> Option<u64> {
         sizes::tensor_bytes(shape, self.bits())
     }

@@ -5,10 +5,9 @@ use std::path::Path;
 
 /// Every module, each with those that it may import beside itself. What is to the left of a module
 /// knows nothing of it.
-const LAYERS: [(&str, &[&str]); 20] = [
+const LAYERS: [(&str, &[&str]); 19] = [
     ("types", &[]),
     ("cancel", &[]),
-    ("options", &[]),
     ("progress", &[]),
     ("text", &[]),
     ("status", &[]),
@@ -17,19 +16,9 @@ const LAYERS: [(&str, &[&str]); 20] = [
     ("checkpoint", &["types", "cancel", "text", "status"]),
     (
         "synth",
-        &[
-            "types",
-            "cancel",
-            "options",
-            "progress",
-            "status",
-            "checkpoint",
-        ],
+        &["types", "cancel", "progress", "status", "checkpoint"],
     ),
-    (
-        "hub",
-        &["cancel", "options", "text", "status", "checkpoint"],
-    ),
+    ("hub", &["cancel", "text", "status", "checkpoint"]),
     (
         "policy",
         &["types", "text", "status", "device", "checkpoint"],
@@ -39,7 +28,6 @@ const LAYERS: [(&str, &[&str]); 20] = [
         &[
             "types",
             "cancel",
-            "options",
             "status",
             "memory",
             "device",
@@ -64,7 +52,6 @@ const LAYERS: [(&str, &[&str]); 20] = [
         &[
             "types",
             "cancel",
-            "options",
             "progress",
             "status",
             "memory",
@@ -81,7 +68,6 @@ const LAYERS: [(&str, &[&str]); 20] = [
         &[
             "types",
             "cancel",
-            "options",
             "progress",
             "status",
             "memory",

@@ -17,7 +17,7 @@ use tightfit::policy::{Policy, PolicyError, Request};
 use tightfit::synth::{self, Preset};
 use tightfit::types::{DType, Format};
 use tightfit_wasm::policy::{BUILTIN_POLICIES, WasmPolicy};
-use tightfit_wasm::sandbox::{Cache, Options};
+use tightfit_wasm::sandbox::{Cache, SandboxOptions};
 
 const REPEATS: usize = 301;
 const PROCESSES: usize = 15;
@@ -41,7 +41,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     synth::write(preset, &model, &options)?;
 
     let [idle, calling] = [0, CALLS].map(|calls| {
-        let policy = WasmPolicy::new("bench", &calling_host(calls), Options::default());
+        let policy = WasmPolicy::new("bench", &calling_host(calls), SandboxOptions::default());
         policy.unwrap_or_else(|error| panic!("{error}"))
     });
     let request = Request {
@@ -83,7 +83,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let what = "an empty plan on a new instance, by hand";
     println!("  {what:<44} {:>9.1} us", without * 1e6);
     for name in BUILTIN_POLICIES {
-        let policy = WasmPolicy::builtin(name, Options::default()).expect("it is built in")?;
+        let policy =
+            WasmPolicy::builtin(name, SandboxOptions::default()).expect("it is built in")?;
         let mut times = Vec::new();
         for _ in 0..REPEATS {
             let start = Instant::now();
@@ -143,10 +144,8 @@ fn first_plans(cache: &Path, model: &Path) -> Result<(), Box<dyn Error>> {
             _ => Vec::new(),
         };
         let start = Instant::now();
-        let options = Options {
-            cache: Some(Arc::new(Cache::open(cache, Cache::MOST_BYTES)?)),
-            ..Options::default()
-        };
+        let options = SandboxOptions::default()
+            .with_cache(Some(Arc::new(Cache::open(cache, Cache::MOST_BYTES)?)));
         let policy = WasmPolicy::builtin(name, options).expect("it is built in")?;
         propose(
             &checkpoint,

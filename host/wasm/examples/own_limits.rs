@@ -11,16 +11,14 @@ use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{Device, HostDevice};
 use tightfit::plan::{ProposeError, Proposed, propose};
 use tightfit_wasm::policy::WasmPolicy;
-use tightfit_wasm::sandbox::{Failure, Limits};
+use tightfit_wasm::sandbox::{GuestFailure, Limits};
 
 /// Less than the defaults: this application's users write small policies.
 pub(crate) fn limits() -> Limits {
-    Limits {
-        fuel: 50_000_000,
-        deadline: Duration::from_secs(2),
-        memory: 32 << 20,
-        ..Limits::default()
-    }
+    Limits::default()
+        .with_fuel(50_000_000)
+        .with_deadline(Duration::from_secs(2))
+        .with_memory(32 << 20)
 }
 
 pub(crate) fn plan(
@@ -40,10 +38,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     };
     let checkpoint = Checkpoint::open(Path::new(model))?;
     let proposed = plan(&checkpoint, policy, limits()).map_err(|error| match &error {
-        ProposeError::Policy(policy) => match Failure::of(policy).and_then(Failure::limit) {
-            Some(limit) => format!("{error}; ask us to raise the limit `{limit}`"),
-            None => error.to_string(),
-        },
+        ProposeError::Policy(policy) => {
+            match GuestFailure::of(policy).and_then(GuestFailure::limit) {
+                Some(limit) => format!("{error}; ask us to raise the limit `{limit}`"),
+                None => error.to_string(),
+            }
+        }
         _ => error.to_string(),
     })?;
     println!(

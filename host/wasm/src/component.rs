@@ -9,7 +9,7 @@ use std::collections::HashSet;
 
 use wasmparser::{BinaryReaderError, ExportSectionReader, Parser, Payload};
 
-use crate::sandbox::Failure;
+use crate::sandbox::GuestFailure;
 use crate::world::World;
 
 /// How sections are called that describe a world.
@@ -123,10 +123,10 @@ pub(crate) fn component(described: &[u8]) -> Result<Cow<'_, [u8]>, String> {
 /// compiler of their own; no limits are checked here.
 ///
 /// # Errors
-/// [`Failure::NotAComponent`] where it is damaged, or imports or exports what neither policies nor
+/// [`GuestFailure::NotAComponent`] where it is damaged, or imports or exports what neither policies nor
 /// programs do.
-pub fn component_from_module(bytes: &[u8]) -> Result<Vec<u8>, Failure> {
-    let not_a_component = |reason| Failure::NotAComponent { reason };
+pub fn component_from_module(bytes: &[u8]) -> Result<Vec<u8>, GuestFailure> {
+    let not_a_component = |reason| GuestFailure::NotAComponent { reason };
     let described = world(bytes)
         .and_then(|world| described(bytes, world))
         .map_err(|error| not_a_component(format!("damaged: {error}")))?;

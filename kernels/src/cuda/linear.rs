@@ -65,9 +65,9 @@ const MACHINE_CODE: [(Capability, Capability, &[u8]); 3] = [
     ),
 ];
 
-/// The kernels for a compute capability, to be given to `cuModuleLoadData`: machine code where there
-/// is some, else PTX, which the driver compiles and which ends in a zero. They are decompressed at
-/// every call, which takes some milliseconds: it is called once for each GPU.
+/// Returns the kernels for a compute capability, to be given to `cuModuleLoadData`: machine code
+/// where there is some, else PTX, which the driver compiles and which ends in a zero. They are
+/// decompressed at every call, which takes some milliseconds: it is called once for each GPU.
 ///
 /// # Errors
 /// [`KernelError::ComputeCapability`] below 7.5.
@@ -243,11 +243,11 @@ const MOST_ROWS: usize = 64;
 /// Of a product with the transposed weights.
 const MOST_SCRATCH: usize = 16 << 20;
 
-/// By row, the work is dealt out as if for a GPU with so many multiprocessors.
+/// By row, the work is dealt out as if for a GPU with this many multiprocessors.
 const MULTIPROCESSORS_BY_ROW: u32 = 132;
 
 impl Linear {
-    /// How to compute it.
+    /// Returns how to compute it.
     ///
     /// # Errors
     /// [`KernelError::ComputeCapability`] below 7.5, and [`KernelError::Launch`] if a length is 2^32
@@ -275,9 +275,9 @@ impl Linear {
         })
     }
 
-    /// How to compute `dx = dy * W` instead, as training needs it: of dy [rows, outputs], which is the
-    /// argument x, dx [rows, inputs], which is y. The bias is not read, and the workspace is at most
-    /// 16 MiB.
+    /// Returns how to compute `dx = dy * W` instead, as training needs it: of dy [rows, outputs],
+    /// which is the argument x, dx [rows, inputs], which is y. The bias is not read, and the
+    /// workspace is at most 16 MiB.
     ///
     /// # Errors
     /// As in [`Linear::launch`].
@@ -344,7 +344,7 @@ impl Linear {
         Ok(())
     }
 
-    /// The kernel for so many rows, if one of the fast ones can do it.
+    /// The kernel for this many rows, if one of the fast ones can do it.
     fn tier(&self, gpu: Gpu) -> Result<Option<&'static Tier>, KernelError> {
         self.check_lengths()?;
         // Offsets within a tile, and slices of all tiles, are 32 bits wide.
@@ -403,7 +403,7 @@ impl Linear {
     }
 }
 
-/// In how many parts to deal out the slices of all tiles if so many thread blocks run at a time, and
+/// In how many parts to deal out the slices of all tiles if this many thread blocks run at a time, and
 /// whether some tile belongs to several parts.
 fn shares(tiles: usize, slices: usize, blocks: usize) -> (usize, bool) {
     // With more tiles than that, each has a block of its own.

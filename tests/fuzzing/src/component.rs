@@ -6,11 +6,9 @@ use wasmparser::{Parser, Payload};
 
 /// Checks a component, or a core module that becomes one.
 pub fn component(data: &[u8]) -> bool {
-    let limits = Limits {
-        component: 64 << 10,
-        function: 1 << 10,
-        ..Limits::default()
-    };
+    let limits = Limits::default()
+        .with_component(64 << 10)
+        .with_function(1 << 10);
     let Ok(component) = precheck_component(data, &limits) else {
         return false;
     };

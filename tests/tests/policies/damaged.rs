@@ -3,7 +3,7 @@
 use tightfit::policy::Policy;
 use tightfit_tests::guests::{self, HOSTILE, compile};
 use tightfit_wasm::policy::WasmPolicy;
-use tightfit_wasm::sandbox::{Failure, Limits};
+use tightfit_wasm::sandbox::{GuestFailure, Limits};
 
 use super::{Bench, rejection};
 
@@ -25,7 +25,7 @@ fn no_beginning_of_a_policy_is_one() {
     for length in [0, 4, 7, 8, 9, 100, HOSTILE.len() / 2, HOSTILE.len() - 1] {
         let failure = rejection(&HOSTILE[..length]);
         assert!(
-            matches!(failure, Failure::NotAComponent { .. }),
+            matches!(failure, GuestFailure::NotAComponent { .. }),
             "{length}: {failure:?}"
         );
     }
@@ -34,11 +34,9 @@ fn no_beginning_of_a_policy_is_one() {
 #[test]
 fn a_policy_with_a_wrong_byte_is_turned_down_or_held_to_its_limits() {
     let bench = Bench::new();
-    let limits = Limits {
-        fuel: 5_000_000,
-        fuel_per_tensor: 0,
-        ..Limits::default()
-    };
+    let limits = Limits::default()
+        .with_fuel(5_000_000)
+        .with_fuel_per_tensor(0);
     for (step, whole) in [(997, HOSTILE.to_vec()), (1013, guests::component(HOSTILE))] {
         for at in (8..whole.len()).step_by(step) {
             let mut wrong = whole.clone();
@@ -73,7 +71,7 @@ fn a_policy_with_many_wrong_bytes_is_turned_down() {
     }
     let failure = rejection(&scrambled);
     assert!(
-        matches!(failure, Failure::NotAComponent { .. }),
+        matches!(failure, GuestFailure::NotAComponent { .. }),
         "{failure:?}"
     );
 }

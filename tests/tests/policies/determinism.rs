@@ -10,7 +10,7 @@ use tightfit_tests::guests::{self, compile, hostile};
 use tightfit_tests::loading::auto;
 use tightfit_wasm::policy::WasmPolicy;
 use tightfit_wasm::sandbox::Limits;
-use tightfit_wasm::sandbox::{Cache, Options};
+use tightfit_wasm::sandbox::{Cache, SandboxOptions};
 
 use super::Bench;
 
@@ -67,11 +67,9 @@ fn while_another_guest_is_stopped_by_the_clock() {
     let devices = bench.infos();
     let request = bench.request(&devices);
     let expected = fuel_and_proposal(hostile(), &request);
-    let impatient = Limits {
-        fuel: u64::MAX,
-        deadline: std::time::Duration::from_millis(20),
-        ..Limits::default()
-    };
+    let impatient = Limits::default()
+        .with_fuel(u64::MAX)
+        .with_deadline(std::time::Duration::from_millis(20));
     let looping = compile(guests::HOSTILE, impatient);
     let settings = [("behavior".to_owned(), "loop".to_owned())];
     thread::scope(|scope| {
@@ -95,10 +93,7 @@ fn while_another_guest_is_stopped_by_the_clock() {
 fn out_of_the_cache() {
     let directory = TempDir::new().unwrap();
     let cache = Cache::open(&directory.path().join("cache"), Cache::MOST_BYTES).unwrap();
-    let options = Options {
-        cache: Some(Arc::new(cache)),
-        ..Options::default()
-    };
+    let options = SandboxOptions::default().with_cache(Some(Arc::new(cache)));
     let bench = Bench::new();
     let devices = bench.infos();
     let request = bench.request(&devices);

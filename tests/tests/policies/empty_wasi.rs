@@ -4,8 +4,8 @@ use tightfit_tests::failures::failure_of;
 use tightfit_tests::guests::{Handwritten, component};
 use tightfit_tests::wasi;
 use tightfit_wasm::policy::WasmPolicy;
-use tightfit_wasm::sandbox::Failure;
-use tightfit_wasm::sandbox::{Limits, Mismatch, Options, Wasi};
+use tightfit_wasm::sandbox::GuestFailure;
+use tightfit_wasm::sandbox::{Limits, Mismatch, SandboxOptions, Wasi};
 
 use super::{Bench, rejection};
 
@@ -40,10 +40,7 @@ fn asking(plan: &str) -> Vec<u8> {
 }
 
 fn given_an_empty_one(plan: &str) -> WasmPolicy {
-    let options = Options {
-        wasi: Wasi::Empty,
-        ..Options::default()
-    };
+    let options = SandboxOptions::default().with_wasi(Wasi::Empty);
     WasmPolicy::new("test.wasm", &asking(plan), options).unwrap_or_else(|error| panic!("{error}"))
 }
 
@@ -55,7 +52,7 @@ fn comes_to_its_end(plan: &str) {
 }
 
 #[track_caller]
-fn failure(plan: &str) -> Failure {
+fn failure(plan: &str) -> GuestFailure {
     Bench::new().failure(&given_an_empty_one(plan), "")
 }
 
@@ -63,7 +60,7 @@ fn failure(plan: &str) -> Failure {
 fn it_has_to_be_asked_for() {
     let failure = rejection(&asking(""));
     assert!(
-        matches!(&failure, Failure::WrongWorld(Mismatch::Wasi { import }) if import.starts_with("wasi:")),
+        matches!(&failure, GuestFailure::WrongWorld(Mismatch::Wasi { import }) if import.starts_with("wasi:")),
         "{failure:?}"
     );
     comes_to_its_end("");
@@ -112,7 +109,7 @@ fn it_cannot_be_asked_for_more_random_bytes_than_fit() {
             "(call $random-bytes (i64.const {length}) (i32.const 512))"
         ));
         assert!(
-            matches!(&failure, Failure::Trap { message } if message.contains("random bytes")),
+            matches!(&failure, GuestFailure::Trap { message } if message.contains("random bytes")),
             "{failure:?}"
         );
     }
@@ -123,7 +120,7 @@ fn what_is_not_in_it_is_named() {
     let function = "wasi:sockets/instance-network#instance-network".to_owned();
     assert_eq!(
         failure("(drop (call $network))"),
-        Failure::EmptyWasi { function }
+        GuestFailure::EmptyWasi { function }
     );
 }
 
@@ -131,7 +128,7 @@ fn what_is_not_in_it_is_named() {
 fn a_guest_that_exits_has_failed() {
     for (result, status) in [(0, 0), (1, 1)] {
         let failure = failure(&format!("(call $exit (i32.const {result}))"));
-        assert_eq!(failure, Failure::Exit { status });
+        assert_eq!(failure, GuestFailure::Exit { status });
     }
 }
 
@@ -142,9 +139,9 @@ fn last_words_on_standard_error_are_passed_on() {
     };
     let failure_after = |stream| failure(&format!("{} (unreachable)", write(stream)));
     let message = "the ground has gone".to_owned();
-    assert_eq!(failure_after("stderr"), Failure::Panic { message });
+    assert_eq!(failure_after("stderr"), GuestFailure::Panic { message });
     let silent = failure_after("stdout");
-    assert!(matches!(silent, Failure::Trap { .. }), "{silent:?}");
+    assert!(matches!(silent, GuestFailure::Trap { .. }), "{silent:?}");
     comes_to_its_end(&write("stdout"));
 }
 
@@ -155,8 +152,8 @@ fn handles_without_end_run_into_the_limit() {
         failure(&flood)
     };
     let limit = Limits::default().handles;
-    assert_eq!(flood("stdout"), Failure::Handles { limit });
-    assert_eq!(flood("stderr"), Failure::Handles { limit });
+    assert_eq!(flood("stdout"), GuestFailure::Handles { limit });
+    assert_eq!(flood("stderr"), GuestFailure::Handles { limit });
 }
 
 #[test]
@@ -166,7 +163,7 @@ fn a_handle_that_was_never_given_is_not_one() {
             "(call $write (i32.const {handle}) (i32.const 640) (i32.const 19) (i32.const 512))"
         ));
         assert!(
-            matches!(&failure, Failure::Trap { message } if message.contains("handle")),
+            matches!(&failure, GuestFailure::Trap { message } if message.contains("handle")),
             "{failure:?}"
         );
     }
@@ -175,27 +172,21 @@ fn a_handle_that_was_never_given_is_not_one() {
 /// How a component is turned down that declares WASI's functions itself.
 #[track_caller]
 fn declaring(text: &str) -> Mismatch {
-    let options = Options {
-        wasi: Wasi::Empty,
-        ..Options::default()
-    };
+    let options = SandboxOptions::default().with_wasi(Wasi::Empty);
     let text = format!(
         r#"(component {text} (instance $nothing) (export "tightfit:host/planner@0.1.0" (instance $nothing)))"#
     );
     let component = wat::parse_str(&text).unwrap_or_else(|error| panic!("{error}"));
     let error = WasmPolicy::new("test.wasm", &component, options).expect_err(&text);
     match failure_of(error).1 {
-        Failure::WrongWorld(mismatch) => mismatch,
+        GuestFailure::WrongWorld(mismatch) => mismatch,
         other => panic!("{text}: {other:?}"),
     }
 }
 
 #[test]
 fn all_functions_of_wasi_are_known() {
-    let options = Options {
-        wasi: Wasi::Empty,
-        ..Options::default()
-    };
+    let options = SandboxOptions::default().with_wasi(Wasi::Empty);
     let policy = WasmPolicy::new("test.wasm", &wasi::importing_all_but(&[]), options);
     let policy = policy.unwrap_or_else(|error| panic!("{error}"));
     let imports = policy.imports();

@@ -6,7 +6,7 @@ use tightfit::plan::ProposeError;
 use tightfit::policy::{Policy, PolicyError};
 use tightfit_tests::failures::failure_of;
 use tightfit_tests::guests::{self, Handwritten, compile, hostile, hostile_in_describe};
-use tightfit_wasm::sandbox::{Failure, Limits};
+use tightfit_wasm::sandbox::{GuestFailure, Limits};
 
 use super::Bench;
 
@@ -14,20 +14,16 @@ const MEMORY: u64 = 256 << 20;
 
 /// Fuel that suffices for an honest policy and is soon burnt.
 fn meager() -> Limits {
-    Limits {
-        fuel: 2_000_000,
-        fuel_per_tensor: 0,
-        ..Limits::default()
-    }
+    Limits::default()
+        .with_fuel(2_000_000)
+        .with_fuel_per_tensor(0)
 }
 
 /// More fuel than can be burnt before the deadline.
 fn impatient() -> Limits {
-    Limits {
-        fuel: u64::MAX,
-        deadline: Duration::from_millis(200),
-        ..Limits::default()
-    }
+    Limits::default()
+        .with_fuel(u64::MAX)
+        .with_deadline(Duration::from_millis(200))
 }
 
 fn handwritten(edit: impl FnOnce(&mut Handwritten)) -> Vec<u8> {
@@ -45,7 +41,7 @@ fn a_loop_runs_out_of_fuel() {
         ..
     } = Limits::default();
     let fuel = fuel + 4 * fuel_per_tensor;
-    assert_eq!(failure, Failure::OutOfFuel { fuel });
+    assert_eq!(failure, GuestFailure::OutOfFuel { fuel });
 }
 
 #[test]
@@ -61,7 +57,7 @@ fn a_loop_with_fuel_left_is_ended_by_the_clock() {
         panic!("it came to an end");
     };
     let (_, failure) = failure_of(error);
-    assert_eq!(failure, Failure::Deadline { seconds: 0.2 });
+    assert_eq!(failure, GuestFailure::Deadline { seconds: 0.2 });
     bench.is_unharmed();
 }
 
@@ -72,23 +68,23 @@ fn describe_is_limited_like_plan() {
         bench.failure(&compile(&hostile_in_describe(behavior), limits), "")
     };
     let fuel = meager().fuel;
-    assert_eq!(failure("loop", meager()), Failure::OutOfFuel { fuel });
+    assert_eq!(failure("loop", meager()), GuestFailure::OutOfFuel { fuel });
     assert_eq!(
         failure("loop", impatient()),
-        Failure::Deadline { seconds: 0.2 }
+        GuestFailure::Deadline { seconds: 0.2 }
     );
     assert_eq!(
         failure("recurse", Limits::default()),
-        Failure::StackOverflow
+        GuestFailure::StackOverflow
     );
     let eaten = failure("eat-memory", Limits::default());
     assert!(
-        matches!(eaten, Failure::Memory { need, limit: MEMORY } if need > MEMORY),
+        matches!(eaten, GuestFailure::Memory { need, limit: MEMORY } if need > MEMORY),
         "{eaten:?}"
     );
     let panic = failure("panic", Limits::default());
     assert!(
-        matches!(&panic, Failure::Panic { message } if message.contains("lost its head")),
+        matches!(&panic, GuestFailure::Panic { message } if message.contains("lost its head")),
         "{panic:?}"
     );
 }
@@ -97,7 +93,7 @@ fn describe_is_limited_like_plan() {
 fn memory_is_limited_by_need_and_not_by_luck() {
     let failure = Bench::new().failure(hostile(), "eat-memory");
     assert!(
-        matches!(failure, Failure::Memory { need, limit: MEMORY }
+        matches!(failure, GuestFailure::Memory { need, limit: MEMORY }
             if need > MEMORY && need < 2 * MEMORY),
         "{failure:?}"
     );
@@ -106,7 +102,7 @@ fn memory_is_limited_by_need_and_not_by_luck() {
     });
     assert_eq!(
         Bench::new().failure(&compile(&demanding, Limits::default()), ""),
-        Failure::Memory {
+        GuestFailure::Memory {
             need: 60_004 * 65_536,
             limit: MEMORY
         }
@@ -116,13 +112,13 @@ fn memory_is_limited_by_need_and_not_by_luck() {
 #[test]
 fn recursion_without_end_overflows_its_own_stack_only() {
     let failure = Bench::new().failure(hostile(), "recurse");
-    assert_eq!(failure, Failure::StackOverflow);
+    assert_eq!(failure, GuestFailure::StackOverflow);
 }
 
 #[test]
 fn a_panic_says_why() {
     let failure = Bench::new().failure(hostile(), "panic");
-    let Failure::Panic { message } = failure else {
+    let GuestFailure::Panic { message } = failure else {
         panic!("{failure:?}");
     };
     assert!(
@@ -133,7 +129,7 @@ fn a_panic_says_why() {
 
 #[test]
 fn more_than_a_call_may_carry_is_not_carried() {
-    const CARRIED: Failure = Failure::HostCall { limit: 32 << 20 };
+    const CARRIED: GuestFailure = GuestFailure::HostCall { limit: 32 << 20 };
     let bench = Bench::new();
     for behavior in [
         "refuse-without-end",
@@ -146,10 +142,7 @@ fn more_than_a_call_may_carry_is_not_carried() {
     }
     let giant = compile(&hostile_in_describe("giant"), Limits::default());
     assert_eq!(bench.failure(&giant, ""), CARRIED);
-    let more = Limits {
-        host_call_bytes: 64 << 20,
-        ..Limits::default()
-    };
+    let more = Limits::default().with_host_call_bytes(64 << 20);
     let refused = bench.error(&compile(guests::HOSTILE, more), "refuse-without-end");
     assert!(
         matches!(refused, ProposeError::Policy(PolicyError::Refused { .. })),
@@ -163,15 +156,12 @@ fn a_description_has_so_many_settings_and_no_more() {
     let bench = Bench::new();
     assert_eq!(
         bench.failure(&many(Limits::default()), ""),
-        Failure::TooMany {
+        GuestFailure::TooMany {
             what: "settings",
             limit: 256
         }
     );
-    let raised = Limits {
-        settings: 10_000,
-        ..Limits::default()
-    };
+    let raised = Limits::default().with_settings(10_000);
     assert_eq!(many(raised).describe().unwrap().settings.len(), 10_000);
 }
 
@@ -184,13 +174,10 @@ fn a_setting_of_ten_megabytes_costs_the_guest_its_own_memory() {
         matches!(refused, ProposeError::Policy(PolicyError::Refused { .. })),
         "{refused:?}"
     );
-    let small = Limits {
-        memory: 4 << 20,
-        ..Limits::default()
-    };
+    let small = Limits::default().with_memory(4 << 20);
     let failure = bench.failure(&compile(guests::HOSTILE, small), &setting);
     assert!(
-        matches!(failure, Failure::Memory { need, limit: LIMIT } if need > LIMIT),
+        matches!(failure, GuestFailure::Memory { need, limit: LIMIT } if need > LIMIT),
         "{failure:?}"
     );
     const LIMIT: u64 = 4 << 20;
@@ -208,10 +195,7 @@ fn long_texts_are_cut_to_what_people_read() {
     let policy = compile(&hostile_in_describe("long-help"), Limits::default());
     let setting = policy.describe().unwrap().settings.remove(0);
     assert!(setting.help.len() < 5000 && setting.default.len() < 5000);
-    let brief = Limits {
-        text_bytes: 10,
-        ..Limits::default()
-    };
+    let brief = Limits::default().with_text_bytes(10);
     let policy = compile(&hostile_in_describe("long"), brief);
     assert_eq!(policy.describe().unwrap().name, "xxxxxxxxxx…");
 }
@@ -233,11 +217,7 @@ fn fuel_is_a_limit_to_be_relied_on() {
     let request = bench.request(&devices);
     let needed = hostile().plan(&request).unwrap().fuel.unwrap();
     let with_fuel = |fuel| {
-        let limits = Limits {
-            fuel,
-            fuel_per_tensor: 0,
-            ..Limits::default()
-        };
+        let limits = Limits::default().with_fuel(fuel).with_fuel_per_tensor(0);
         compile(guests::HOSTILE, limits).plan(&request)
     };
     assert_eq!(with_fuel(needed).unwrap().fuel, Some(needed));
@@ -246,5 +226,5 @@ fn fuel_is_a_limit_to_be_relied_on() {
     };
     let (_, failure) = failure_of(error);
     let fuel = needed / 2;
-    assert_eq!(failure, Failure::OutOfFuel { fuel });
+    assert_eq!(failure, GuestFailure::OutOfFuel { fuel });
 }

@@ -22,7 +22,7 @@ use tightfit_tests::failures::failure_of;
 use tightfit_tests::loading::auto;
 use tightfit_tests::{guests, models};
 use tightfit_wasm::policy::WasmPolicy;
-use tightfit_wasm::sandbox::{Failure, Limits};
+use tightfit_wasm::sandbox::{GuestFailure, Limits};
 
 /// A checkpoint and devices for a policy to do its worst to.
 struct Bench {
@@ -75,7 +75,7 @@ impl Bench {
 
     /// How a policy with this behavior fails, alone.
     #[track_caller]
-    fn failure(&self, policy: &dyn Policy, behavior: &str) -> Failure {
+    fn failure(&self, policy: &dyn Policy, behavior: &str) -> GuestFailure {
         let error = self.error(policy, behavior);
         let ProposeError::Policy(error) = error else {
             panic!("it did not fail: {error:?}");
@@ -120,7 +120,7 @@ impl Bench {
 
 /// How bytes that are no policy are turned down.
 #[track_caller]
-fn rejection(bytes: &[u8]) -> Failure {
+fn rejection(bytes: &[u8]) -> GuestFailure {
     let result = WasmPolicy::new("test.wasm", bytes, Limits::default());
     let Err(error) = result else {
         panic!("it was taken for a policy");

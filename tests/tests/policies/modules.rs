@@ -7,14 +7,14 @@ use tightfit::policy::PolicyError;
 use tightfit_tests::failures::failure_of;
 use tightfit_tests::guests::{self, Handwritten, compile};
 use tightfit_wasm::policy::WasmPolicy;
-use tightfit_wasm::sandbox::{Failure, Limits};
+use tightfit_wasm::sandbox::{GuestFailure, Limits};
 
 use super::{Bench, rejection};
 
 #[track_caller]
 fn is_no_policy(bytes: &[u8], word: &str) {
     let failure = rejection(bytes);
-    let Failure::NotAComponent { reason } = &failure else {
+    let GuestFailure::NotAComponent { reason } = &failure else {
         panic!("{failure:?}");
     };
     assert!(reason.contains(word), "{reason}");
@@ -40,7 +40,7 @@ fn size_is_checked_before_anything_is_compiled() {
     let limit = Limits::default().component;
     let mut padded = guests::HOSTILE.to_vec();
     padded.resize(limit as usize + 1, 0);
-    let too_large = |have| Failure::TooLarge {
+    let too_large = |have| GuestFailure::TooLarge {
         what: "file",
         have,
         limit,
@@ -65,7 +65,7 @@ fn a_function_that_would_take_minutes_to_compile_is_turned_down() {
     assert!(
         matches!(
             failure,
-            Failure::TooLarge { what: "largest function", have, limit: of }
+            GuestFailure::TooLarge { what: "largest function", have, limit: of }
                 if have > limit && of == limit
         ),
         "{failure:?}"
@@ -74,7 +74,7 @@ fn a_function_that_would_take_minutes_to_compile_is_turned_down() {
     let nested = wat::parse_str(format!("(component (core module (func {body})))")).unwrap();
     assert!(matches!(
         rejection(&nested),
-        Failure::TooLarge {
+        GuestFailure::TooLarge {
             what: "largest function",
             ..
         }
@@ -147,7 +147,7 @@ fn values_that_break_the_interface_are_traps() {
         let policy = compile(&policy.module(), Limits::default());
         let failure = Bench::new().failure(&policy, "");
         assert!(
-            matches!(failure, Failure::Trap { .. }),
+            matches!(failure, GuestFailure::Trap { .. }),
             "{what}: {failure:?}"
         );
     }

@@ -1,17 +1,17 @@
 //! Components that are made of more parts than anyone needs.
 
 use tightfit_tests::guests::{self, Handwritten, compile, with_module};
-use tightfit_wasm::sandbox::{Failure, Limits};
+use tightfit_wasm::sandbox::{GuestFailure, Limits};
 
 use super::{Bench, rejection};
 
-fn too_many(what: &'static str, limit: usize) -> Failure {
-    Failure::TooMany { what, limit }
+fn too_many(what: &'static str, limit: usize) -> GuestFailure {
+    GuestFailure::TooMany { what, limit }
 }
 
 /// How the hostile policy fails with one more module, instantiated so many times.
 #[track_caller]
-fn with(module: &str, times: u32, limits: Limits) -> Failure {
+fn with(module: &str, times: u32, limits: Limits) -> GuestFailure {
     let component = with_module(&guests::component(guests::HOSTILE), module, times);
     Bench::new().failure(&compile(&component, limits), "")
 }
@@ -35,10 +35,7 @@ fn modules_that_are_not_instantiated_take_what_their_bytes_take() {
     // A byte at each end: 16 MiB that need not be there, 3 GiB of all of them.
     let images =
         r#"(module (memory 257) (data (i32.const 0) "a") (data (i32.const 16777200) "b"))"#;
-    let limits = Limits {
-        compiled: 4 << 20,
-        ..Limits::default()
-    };
+    let limits = Limits::default().with_compiled(4 << 20);
     let policy = compile(&with_unused(images, 200), limits.clone());
     Bench::new().propose(&policy, "honest").unwrap();
     // The end of a table of a million.
@@ -58,7 +55,7 @@ fn modules_that_are_not_instantiated_take_what_their_bytes_take() {
     ] {
         let failure = rejection(&with_unused(module, 3));
         assert!(
-            matches!(failure, Failure::Tables { need: found, limit: 100_000 } if found >= need),
+            matches!(failure, GuestFailure::Tables { need: found, limit: 100_000 } if found >= need),
             "{module}: {failure:?}"
         );
     }
@@ -84,7 +81,7 @@ fn what_instances_take_besides_their_memories_is_counted() {
         let component = with_module(&guests::component(guests::HOSTILE), &module, 230);
         let failure = rejection(&component);
         assert!(
-            matches!(failure, Failure::Memory { need, limit: LIMIT } if need > LIMIT),
+            matches!(failure, GuestFailure::Memory { need, limit: LIMIT } if need > LIMIT),
             "{failure:?}"
         );
         // Once is no more than a module may have.
@@ -132,13 +129,16 @@ fn a_type_of_a_million_parts_is_not_read_back() {
     for (levels, word) in [(15, "bytes to describe"), (17, "out of proportion")] {
         let failure = component(levels);
         assert!(
-            matches!(&failure, Failure::NotAComponent { reason } if reason.contains(word)),
+            matches!(&failure, GuestFailure::NotAComponent { reason } if reason.contains(word)),
             "{failure:?}"
         );
     }
     // What is small is refused for what it is.
     let failure = component(3);
-    assert!(matches!(failure, Failure::WrongWorld(_)), "{failure:?}");
+    assert!(
+        matches!(failure, GuestFailure::WrongWorld(_)),
+        "{failure:?}"
+    );
 }
 
 #[test]
@@ -161,14 +161,11 @@ fn many_memories_do_not_get_around_the_limit() {
     let policy = compile(&second.module(), Limits::default());
     assert_eq!(Bench::new().failure(&policy, ""), too_many("memories", 1));
     // Where there may be many, they are summed: 56 MiB each.
-    let many = Limits {
-        memories: 100,
-        ..Limits::default()
-    };
+    let many = Limits::default().with_memories(100);
     let failure = with(MEMORY, 20, many);
     let limit = 256 << 20;
     assert!(
-        matches!(failure, Failure::Memory { need, limit: at } if at == limit && need <= limit + (56 << 20)),
+        matches!(failure, GuestFailure::Memory { need, limit: at } if at == limit && need <= limit + (56 << 20)),
         "{failure:?}"
     );
 }
@@ -185,7 +182,7 @@ fn many_tables_do_not_get_around_the_limit() {
     );
     let failure = with("(module (table 20000 funcref))", 10, Limits::default());
     assert!(
-        matches!(failure, Failure::Tables { need, limit: 100_000 } if need > 100_000),
+        matches!(failure, GuestFailure::Tables { need, limit: 100_000 } if need > 100_000),
         "{failure:?}"
     );
 }
@@ -227,7 +224,10 @@ fn components_that_double_themselves_are_counted_too() {
             (instance (instantiate $x)))
         (instance (instantiate $b)))"#;
     let failure = rejection(&wat::parse_str(exported).unwrap());
-    assert!(matches!(failure, Failure::WrongWorld(_)), "{failure:?}");
+    assert!(
+        matches!(failure, GuestFailure::WrongWorld(_)),
+        "{failure:?}"
+    );
 }
 
 #[test]
@@ -240,7 +240,7 @@ fn components_that_are_handed_around_are_turned_down() {
         (instance (instantiate $twice (with \"c\" (component $none)))))";
     let failure = rejection(&wat::parse_str(text).unwrap());
     assert!(
-        matches!(&failure, Failure::NotAComponent { reason } if reason.contains("components that it is given")),
+        matches!(&failure, GuestFailure::NotAComponent { reason } if reason.contains("components that it is given")),
         "{failure:?}"
     );
 }
@@ -260,7 +260,7 @@ fn features_that_are_off_are_turned_down() {
         };
         let failure = rejection(&policy.module());
         assert!(
-            matches!(failure, Failure::NotAComponent { .. }),
+            matches!(failure, GuestFailure::NotAComponent { .. }),
             "{extra}: {failure:?}"
         );
     }
@@ -273,7 +273,7 @@ fn features_that_are_off_are_turned_down() {
     if let Ok(bytes) = wat::parse_str(asynchronous) {
         let failure = rejection(&bytes);
         assert!(
-            matches!(failure, Failure::NotAComponent { .. }),
+            matches!(failure, GuestFailure::NotAComponent { .. }),
             "{failure:?}"
         );
     }

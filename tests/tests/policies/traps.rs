@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use tightfit_tests::guests::{Handwritten, compile};
-use tightfit_wasm::sandbox::{Failure, Limits};
+use tightfit_wasm::sandbox::{GuestFailure, Limits};
 
 use super::Bench;
 
@@ -13,15 +13,11 @@ const FUEL: u64 = 2_000_000;
 
 /// With little fuel, so that loops end soon.
 fn meager() -> Limits {
-    Limits {
-        fuel: FUEL,
-        fuel_per_tensor: 0,
-        ..Limits::default()
-    }
+    Limits::default().with_fuel(FUEL).with_fuel_per_tensor(0)
 }
 
 #[track_caller]
-fn failure(edit: impl FnOnce(&mut Handwritten), limits: Limits) -> Failure {
+fn failure(edit: impl FnOnce(&mut Handwritten), limits: Limits) -> GuestFailure {
     let mut policy = Handwritten::default();
     edit(&mut policy);
     Bench::new().failure(&compile(&policy.module(), limits), "")
@@ -43,7 +39,7 @@ fn post_return(of: &str, body: &str) -> impl Fn(&mut Handwritten) {
 
 #[test]
 fn a_loop_ends_with_the_fuel_wherever_it_is() {
-    let out_of_fuel = Failure::OutOfFuel { fuel: FUEL };
+    let out_of_fuel = GuestFailure::OutOfFuel { fuel: FUEL };
     for (what, edit) in [
         (
             "start",
@@ -67,10 +63,10 @@ fn a_loop_ends_with_the_fuel_wherever_it_is() {
 
 #[test]
 fn a_loop_ends_with_the_clock_wherever_it_is() {
-    let impatient = || Limits {
-        fuel: u64::MAX,
-        deadline: Duration::from_millis(200),
-        ..Limits::default()
+    let impatient = || {
+        Limits::default()
+            .with_fuel(u64::MAX)
+            .with_deadline(Duration::from_millis(200))
     };
     for (what, edit) in [
         (
@@ -84,7 +80,7 @@ fn a_loop_ends_with_the_clock_wherever_it_is() {
         ),
     ] {
         let failure = failure(edit, impatient());
-        assert_eq!(failure, Failure::Deadline { seconds: 0.2 }, "{what}");
+        assert_eq!(failure, GuestFailure::Deadline { seconds: 0.2 }, "{what}");
     }
 }
 
@@ -114,7 +110,7 @@ fn recursion_ends_with_the_stack_wherever_it_is() {
         ),
     ] {
         let failure = failure(edit, Limits::default());
-        assert_eq!(failure, Failure::StackOverflow, "{what}");
+        assert_eq!(failure, GuestFailure::StackOverflow, "{what}");
     }
 }
 
@@ -122,7 +118,7 @@ fn recursion_ends_with_the_stack_wherever_it_is() {
 fn memory_is_counted_wherever_it_is_asked_for() {
     const LIMIT: u64 = 256 << 20;
     let grow = "(drop (memory.grow (i32.const 5000)))";
-    let memory = |pages: u64| Failure::Memory {
+    let memory = |pages: u64| GuestFailure::Memory {
         need: pages << 16,
         limit: LIMIT,
     };
@@ -161,7 +157,7 @@ fn what_would_grow_past_its_own_maximum_does_not_and_is_not_counted() {
 
 #[test]
 fn tables_are_counted_at_birth_and_as_they_grow() {
-    let tables = |need| Failure::Tables {
+    let tables = |need| GuestFailure::Tables {
         need,
         limit: 100_000,
     };
@@ -202,7 +198,7 @@ fn a_guest_that_is_answering_cannot_call_the_host() {
             },
             Limits::default(),
         );
-        let Failure::Trap { message } = &failure else {
+        let GuestFailure::Trap { message } = &failure else {
             panic!("{what}: {failure:?}");
         };
         let word = match what {
@@ -219,7 +215,10 @@ fn one_instruction_on_much_memory_takes_fuel_for_each_byte() {
         policy.plan =
             "(memory.fill (i32.const 0) (i32.const 1) (i32.const -1)) (i32.const 128)".to_owned();
     };
-    assert_eq!(failure(fill, meager()), Failure::OutOfFuel { fuel: FUEL });
+    assert_eq!(
+        failure(fill, meager()),
+        GuestFailure::OutOfFuel { fuel: FUEL }
+    );
 }
 
 #[test]
@@ -252,7 +251,7 @@ fn every_trap_is_named_by_its_kind() {
         };
         let failure = failure(edit, Limits::default());
         assert!(
-            matches!(&failure, Failure::Trap { message } if message.contains(word)),
+            matches!(&failure, GuestFailure::Trap { message } if message.contains(word)),
             "{body}: {failure:?}"
         );
     }
@@ -272,7 +271,7 @@ fn segments_outside_of_memories_and_tables_are_traps() {
     ] {
         let failure = failure(|policy| policy.extra = extra.to_owned(), Limits::default());
         assert!(
-            matches!(&failure, Failure::Trap { message } if message.contains(word)),
+            matches!(&failure, GuestFailure::Trap { message } if message.contains(word)),
             "{extra}: {failure:?}"
         );
     }

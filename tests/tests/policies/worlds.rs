@@ -1,7 +1,7 @@
 //! Components made for another host: one sentence that says what does not fit.
 
 use tightfit_tests::guests::Handwritten;
-use tightfit_wasm::sandbox::Failure;
+use tightfit_wasm::sandbox::GuestFailure;
 use tightfit_wasm::sandbox::Mismatch;
 
 use super::rejection;
@@ -14,7 +14,7 @@ fn mismatch(text: &str) -> Mismatch {
 #[track_caller]
 fn mismatch_of(bytes: &[u8]) -> Mismatch {
     match rejection(bytes) {
-        Failure::WrongWorld(mismatch) => mismatch,
+        GuestFailure::WrongWorld(mismatch) => mismatch,
         other => panic!("{other:?}"),
     }
 }
@@ -160,7 +160,7 @@ fn the_planner_must_have_its_functions() {
     assert!(
         matches!(
             failure,
-            Failure::WrongWorld(_) | Failure::NotAComponent { .. }
+            GuestFailure::WrongWorld(_) | GuestFailure::NotAComponent { .. }
         ),
         "{failure:?}"
     );
@@ -169,7 +169,7 @@ fn the_planner_must_have_its_functions() {
 #[test]
 fn a_core_module_needs_the_interface() {
     let reason = |bytes: &[u8]| match rejection(bytes) {
-        Failure::NotAComponent { reason } => reason,
+        GuestFailure::NotAComponent { reason } => reason,
         other => panic!("{other:?}"),
     };
     let foreign = wat::parse_str(r#"(module (import "env" "read_file" (func)))"#).unwrap();

@@ -1,12 +1,13 @@
 //! Handles that are forged, stale, of another kind, or too many.
 
 use tightfit_tests::programs::{Bench, HOSTILE, compile, hostile};
-use tightfit_wasm::program::{Failure, Limits, default_limits};
+use tightfit_wasm::program::default_limits;
+use tightfit_wasm::sandbox::GuestFailure;
 
 #[track_caller]
 fn traps(behavior: &str, word: &str) {
     let failure = Bench::default().failure(hostile(), &[behavior]);
-    let Failure::Trap { message } = &failure else {
+    let GuestFailure::Trap { message } = &failure else {
         panic!("{failure:?}");
     };
     assert!(message.contains(word), "{message}");
@@ -34,12 +35,13 @@ fn a_handle_of_another_kind_is_a_trap() {
 fn handles_run_out() {
     for behavior in ["exhaust-handles", "exhaust-handles-with-checkpoints"] {
         let failure = Bench::default().failure(hostile(), &[behavior]);
-        assert_eq!(failure, Failure::Resources { limit: 10_000 }, "{behavior}");
-        let limits = Limits {
-            handles: 50,
-            ..default_limits()
-        };
+        assert_eq!(
+            failure,
+            GuestFailure::Resources { limit: 10_000 },
+            "{behavior}"
+        );
+        let limits = default_limits().with_handles(50);
         let failure = Bench::default().failure(&compile(HOSTILE, limits), &[behavior]);
-        assert_eq!(failure, Failure::Handles { limit: 50 }, "{behavior}");
+        assert_eq!(failure, GuestFailure::Handles { limit: 50 }, "{behavior}");
     }
 }

@@ -3,25 +3,21 @@
 use std::time::Duration;
 
 use tightfit_tests::programs::{Bench, HOSTILE, compile, hostile};
-use tightfit_wasm::program::{Failure, Limits, ProgramError, default_limits};
+use tightfit_wasm::program::{ProgramError, default_limits};
+use tightfit_wasm::sandbox::{GuestFailure, Limits};
 
 const MIB: u64 = 1 << 20;
 
 /// Fuel that suffices for an honest program and is soon burnt.
 fn meager() -> Limits {
-    Limits {
-        fuel: 20_000_000,
-        ..default_limits()
-    }
+    default_limits().with_fuel(20_000_000)
 }
 
 /// More fuel than can be burnt before the deadline.
 fn impatient() -> Limits {
-    Limits {
-        fuel: u64::MAX,
-        deadline: Duration::from_millis(300),
-        ..default_limits()
-    }
+    default_limits()
+        .with_fuel(u64::MAX)
+        .with_deadline(Duration::from_millis(300))
 }
 
 #[test]
@@ -33,7 +29,7 @@ fn a_loop_runs_out_of_fuel_and_what_it_had_is_given_back() {
         let failure = bench.failure(&program, &[behavior]);
         assert_eq!(
             failure,
-            Failure::OutOfFuel { fuel: 20_000_000 },
+            GuestFailure::OutOfFuel { fuel: 20_000_000 },
             "{behavior}"
         );
     }
@@ -50,7 +46,11 @@ fn time_ends_loops_in_the_program_and_in_what_it_calls() {
         "load-without-end",
     ] {
         let failure = bench.failure(&program, &[behavior]);
-        assert_eq!(failure, Failure::Deadline { seconds: 0.3 }, "{behavior}");
+        assert_eq!(
+            failure,
+            GuestFailure::Deadline { seconds: 0.3 },
+            "{behavior}"
+        );
     }
 }
 
@@ -59,12 +59,12 @@ fn memory_and_stack_are_the_sandboxs() {
     let bench = Bench::default();
     let failure = bench.failure(hostile(), &["eat-memory"]);
     assert!(
-        matches!(failure, Failure::Memory { need, limit } if limit == 256 * MIB && need > limit),
+        matches!(failure, GuestFailure::Memory { need, limit } if limit == 256 * MIB && need > limit),
         "{failure:?}"
     );
     assert_eq!(
         bench.failure(hostile(), &["recurse"]),
-        Failure::StackOverflow
+        GuestFailure::StackOverflow
     );
 }
 
@@ -73,7 +73,7 @@ fn a_panic_says_why_and_gives_everything_back() {
     for behavior in ["panic", "panic-with-memory", "panic-with-model"] {
         let failure = Bench::default().failure(hostile(), &[behavior]);
         assert!(
-            matches!(&failure, Failure::Panic { message } if message.ends_with("lost its head")),
+            matches!(&failure, GuestFailure::Panic { message } if message.ends_with("lost its head")),
             "{behavior}: {failure:?}"
         );
     }
@@ -93,7 +93,7 @@ fn an_answer_is_as_long_as_it_may_be() {
     );
     // More than a call may carry at all.
     let failure = bench.failure(hostile(), &["answer", "41943040"]);
-    assert_eq!(failure, Failure::HostCall { limit: 32 * MIB });
+    assert_eq!(failure, GuestFailure::HostCall { limit: 32 * MIB });
 }
 
 #[test]
@@ -105,13 +105,13 @@ fn a_reason_is_cut_to_what_people_read() {
         told.len()
     );
     let failure = Bench::default().failure(hostile(), &["give-up", "41943040"]);
-    assert_eq!(failure, Failure::HostCall { limit: 32 * MIB });
+    assert_eq!(failure, GuestFailure::HostCall { limit: 32 * MIB });
 }
 
 #[test]
 fn what_a_program_hands_over_in_one_call_is_bounded() {
     let failure = Bench::new(64 * MIB).failure(hostile(), &["write-much", "41943040"]);
-    assert_eq!(failure, Failure::HostCall { limit: 32 * MIB });
+    assert_eq!(failure, GuestFailure::HostCall { limit: 32 * MIB });
 }
 
 #[test]
@@ -126,7 +126,10 @@ fn arguments_are_what_the_user_gives_if_they_fit() {
     assert_eq!(bench.answer(hostile(), &many), "100000 of 0 bytes");
     arguments.resize(300, &long);
     let failure = bench.failure(hostile(), &arguments);
-    assert!(matches!(failure, Failure::Memory { .. }), "{failure:?}");
+    assert!(
+        matches!(failure, GuestFailure::Memory { .. }),
+        "{failure:?}"
+    );
     assert_eq!(
         bench.told(hostile(), &["dance"]),
         "no behavior is called `dance`"

@@ -5,12 +5,13 @@ use tightfit_tests::failures::failure_of;
 use tightfit_tests::guests;
 use tightfit_tests::programs::{Bench, HOSTILE, LOAD_AND_CHECK};
 use tightfit_wasm::policy::WasmPolicy;
-use tightfit_wasm::program::{Failure, ProgramError, WasmProgram, default_limits};
+use tightfit_wasm::program::{ProgramError, WasmProgram, default_limits};
+use tightfit_wasm::sandbox::GuestFailure;
 use tightfit_wasm::sandbox::Limits;
 use tightfit_wasm::sandbox::Mismatch;
 
 #[track_caller]
-fn rejection(bytes: &[u8]) -> Failure {
+fn rejection(bytes: &[u8]) -> GuestFailure {
     let result = WasmProgram::new("test.wasm", bytes, default_limits());
     Bench::default().is_unharmed();
     match result {
@@ -26,7 +27,10 @@ fn component(text: &str) -> Vec<u8> {
 #[track_caller]
 fn is_for_another_host(bytes: &[u8], word: &str) {
     let failure = rejection(bytes);
-    assert!(matches!(failure, Failure::WrongWorld { .. }), "{failure:?}");
+    assert!(
+        matches!(failure, GuestFailure::WrongWorld { .. }),
+        "{failure:?}"
+    );
     assert!(failure.to_string().contains(word), "{failure}");
 }
 
@@ -35,7 +39,7 @@ fn what_is_no_component_is_no_program() {
     for bytes in [&b""[..], b"(component)", &[0; 100]] {
         let failure = rejection(bytes);
         assert!(
-            matches!(failure, Failure::NotAComponent { .. }),
+            matches!(failure, GuestFailure::NotAComponent { .. }),
             "{failure:?}"
         );
     }
@@ -66,7 +70,7 @@ fn a_policy_is_no_program_and_a_program_is_no_policy() {
     // A core module is held to the world that it is to be used in, not to the one that it describes.
     let failure = rejection(guests::HOSTILE);
     assert!(
-        matches!(&failure, Failure::NotAComponent { reason } if reason.contains("tightfit:host/run@0.1.0")),
+        matches!(&failure, GuestFailure::NotAComponent { reason } if reason.contains("tightfit:host/run@0.1.0")),
         "{failure:?}"
     );
     for program in [HOSTILE, LOAD_AND_CHECK] {
@@ -74,7 +78,7 @@ fn a_policy_is_no_program_and_a_program_is_no_policy() {
         let (_, failure) = failure_of(error);
         // Not for what it exports, but for what a policy is not given.
         assert!(
-            matches!(&failure, Failure::WrongWorld(Mismatch::Import { import })
+            matches!(&failure, GuestFailure::WrongWorld(Mismatch::Import { import })
                 if import.starts_with("tightfit:host/")),
             "{failure:?}"
         );
@@ -113,7 +117,7 @@ fn files_that_are_no_programs() {
         .unwrap();
     let error = WasmProgram::open(&path, default_limits()).unwrap_err();
     assert!(
-        matches!(error, ProgramError::Failed { failure: Failure::TooLarge { have, .. }, .. } if have == 1 << 40)
+        matches!(error, ProgramError::Failed { failure: GuestFailure::TooLarge { have, .. }, .. } if have == 1 << 40)
     );
 }
 

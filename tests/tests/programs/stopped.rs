@@ -9,7 +9,8 @@ use tightfit::cancel::CancelToken;
 use tightfit::device::{Device, DeviceError, DeviceInfo, HostDevice, Reservation};
 use tightfit::memory::{ReservationSize, Usage};
 use tightfit_tests::programs::{Bench, HOSTILE, compile, hostile, run};
-use tightfit_wasm::program::{Failure, Limits, ProgramError, default_limits};
+use tightfit_wasm::program::{ProgramError, default_limits};
+use tightfit_wasm::sandbox::GuestFailure;
 
 type Hook = Box<dyn Fn() -> Result<(), DeviceError> + Send>;
 
@@ -96,16 +97,12 @@ fn a_deadline_that_passes_in_the_middle_of_a_load_ends_it() {
     let patience = Duration::from_millis(200);
     let program = compile(
         HOSTILE,
-        Limits {
-            fuel: u64::MAX,
-            deadline: patience,
-            ..default_limits()
-        },
+        default_limits().with_fuel(u64::MAX).with_deadline(patience),
     );
     // The load has begun by then, and its time is up before it reads.
     let bench = with_hook(move |_| std::thread::sleep(patience));
     let failure = bench.failure(&program, &["load"]);
-    assert_eq!(failure, Failure::Deadline { seconds: 0.2 });
+    assert_eq!(failure, GuestFailure::Deadline { seconds: 0.2 });
     assert!(bench.devices[0].usage().reserved.peak > 0);
 }
 

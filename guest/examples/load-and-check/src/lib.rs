@@ -2,7 +2,7 @@
 //! they were.
 
 use tightfit_program::{
-    Buffer, Checkpoint, Dtype, Failure, Format, Level, Model, Placement, Program,
+    Buffer, Checkpoint, Dtype, Format, GaveUp, Level, Model, Placement, Program,
 };
 use tightfit_program::{Tensor, get_devices, get_usage, log, program};
 
@@ -10,7 +10,7 @@ struct LoadAndCheck;
 program!(LoadAndCheck);
 
 impl Program for LoadAndCheck {
-    fn run(arguments: Vec<String>) -> Result<String, Failure> {
+    fn run(arguments: Vec<String>) -> Result<String, GaveUp> {
         let [name] = arguments.as_slice() else {
             return Err("give the name under which a checkpoint was granted".into());
         };
@@ -75,7 +75,7 @@ fn largest_error(
     model: &Model,
     index: u32,
     tensor: &Tensor,
-) -> Result<f32, Failure> {
+) -> Result<f32, GaveUp> {
     // As much as a buffer gives in one call, or less.
     const PIECE: u64 = 1 << 20;
     let elements: u64 = tensor.shape.iter().product();

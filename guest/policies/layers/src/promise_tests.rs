@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use tightfit_guest::sizing::Sizer;
-use tightfit_guest::{DeviceKind, Failure, Proposal, Refusal, Request};
+use tightfit_guest::{DeviceKind, PreviousFailure, Proposal, Refusal, Request};
 
 use crate::Arrangement::{self, Pack, Spread};
 use crate::fixtures::*;
@@ -295,7 +295,7 @@ fn a_hint_about_experts_is_given_only_where_there_are_some() {
 #[test]
 fn a_refusal_after_a_failure_says_what_was_found() {
     let mut request = request(qwen2(QWEN2_7B), sims(&[3 * GIB, 3 * GIB]));
-    request.failure = Some(Failure {
+    request.failure = Some(PreviousFailure {
         device: 1,
         needed: 3 * GIB,
         available: 2 * GIB,

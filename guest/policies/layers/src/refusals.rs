@@ -4,14 +4,14 @@ use tightfit_guest::amounts;
 use tightfit_guest::names::TensorKind;
 use tightfit_guest::partition::{Bin, Item};
 use tightfit_guest::sizing::Sizer;
-use tightfit_guest::{Failure, Format, Nf4Format, Refusal, Request};
+use tightfit_guest::{Format, Nf4Format, PreviousFailure, Refusal, Request};
 
 use crate::options::Options;
 use crate::place;
 
 /// Returns what an earlier attempt found, where this is another.
 pub(crate) fn earlier_failure(request: &Request) -> Option<String> {
-    let Failure {
+    let PreviousFailure {
         device,
         needed,
         available,

@@ -3,7 +3,8 @@ use std::collections::BTreeSet;
 use tightfit_guest::names::layer_of;
 use tightfit_guest::sizing::Sizer;
 use tightfit_guest::{
-    DeviceKind, Dtype, Failure, Format, Proposal, Refusal, RefusalReason, Request, Tensor, Tie,
+    DeviceKind, Dtype, Format, PreviousFailure, Proposal, Refusal, RefusalReason, Request, Tensor,
+    Tie,
 };
 
 use crate::fixtures::*;
@@ -406,7 +407,7 @@ fn the_reserve_is_left_free_everywhere() {
 #[test]
 fn a_failure_lowers_what_a_device_has() {
     let mut request = request(qwen2(QWEN2_7B), sims(&[4 * GIB, 4 * GIB]));
-    request.failure = Some(Failure {
+    request.failure = Some(PreviousFailure {
         device: 0,
         needed: 3 * GIB,
         available: 2 * GIB,
@@ -414,7 +415,7 @@ fn a_failure_lowers_what_a_device_has() {
     let proposal = placed(&request);
     assert!(used(&request, &proposal)[0] <= 2 * GIB);
     // It never raises it.
-    request.failure = Some(Failure {
+    request.failure = Some(PreviousFailure {
         device: 0,
         needed: 3 * GIB,
         available: 80 * GIB,
@@ -507,7 +508,7 @@ fn nonsense_is_answered_not_crashed_on() {
         alias: "x".into(),
         alias_tensor: Some(1),
     });
-    odd.failure = Some(Failure {
+    odd.failure = Some(PreviousFailure {
         device: 9,
         needed: 0,
         available: 0,

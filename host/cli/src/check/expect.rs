@@ -8,7 +8,7 @@ use serde::Deserialize;
 use super::values::{Amount, Count, OneOrMany, Parsed, Range, Ratio, Size, TextOr};
 use tightfit::policy::RefusalReason;
 use tightfit::types::Format;
-use tightfit_wasm::sandbox::Failure;
+use tightfit_wasm::sandbox::GuestFailure;
 
 /// What shall come of asking a policy: a plan with some properties, a refusal, or a failure.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
@@ -195,7 +195,7 @@ impl FailureKind {
     }
 
     /// `None` where the policy is not to blame.
-    pub(super) fn of(failure: &Failure) -> Option<FailureKind> {
+    pub(super) fn of(failure: &GuestFailure) -> Option<FailureKind> {
         failure.kind().parse().ok()
     }
 }

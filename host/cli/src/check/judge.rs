@@ -14,7 +14,7 @@ use tightfit::checkpoint::Checkpoint;
 use tightfit::plan::{DevicePlan, Plan, ProposeError};
 use tightfit::policy::{PolicyError, RefusalReason};
 use tightfit::types::Placement;
-use tightfit_wasm::sandbox::Failure;
+use tightfit_wasm::sandbox::GuestFailure;
 
 /// Judges every expectation.
 ///
@@ -130,7 +130,7 @@ fn failure(expect: &Fails, outcome: Result<&Plan, &ProposeError>) -> Finding {
         Err(ProposeError::BadPlan { .. } | ProposeError::Policy(PolicyError::BadAnswer { .. })) => {
             Some(FailureKind::BadPlan)
         }
-        Err(ProposeError::Policy(error)) => Failure::of(error).and_then(FailureKind::of),
+        Err(ProposeError::Policy(error)) => GuestFailure::of(error).and_then(FailureKind::of),
         Err(ProposeError::DoesNotFit { .. }) => Some(FailureKind::Overfull),
         Err(_) | Ok(_) => None,
     };

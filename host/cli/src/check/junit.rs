@@ -6,7 +6,7 @@ use quick_xml::events::{BytesDecl, BytesText, Event};
 use super::outcome::{CaseReport, CaseStatus, CheckReport, FileReport};
 use tightfit::text::printable;
 
-/// The report as JUnit XML: a suite for each file.
+/// Returns the report as JUnit XML: a suite for each file.
 pub fn junit(report: &CheckReport) -> String {
     let mut writer = Writer::new_with_indent(Vec::new(), b' ', 2);
     // Writing into memory does not fail.

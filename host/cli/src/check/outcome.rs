@@ -34,7 +34,7 @@ impl CheckReport {
         }
     }
 
-    /// Whether everything holds.
+    /// Returns whether everything holds.
     pub fn holds(&self) -> bool {
         self.failed == 0 && self.errors == 0
     }
@@ -50,7 +50,7 @@ pub struct FileReport {
 }
 
 impl FileReport {
-    /// How many of its cases ended so.
+    /// Returns how many of its cases ended so.
     pub fn count(&self, status: CaseStatus) -> usize {
         self.cases
             .iter()
@@ -141,7 +141,8 @@ impl Finding {
         self
     }
 
-    /// The tensors concerned as a sentence's end: a few by name, then a count. Empty without any.
+    /// Returns the tensors concerned as a sentence's end: a few by name, then a count. Empty
+    /// without any.
     pub fn shown_tensors(&self) -> String {
         let mut text = self.tensors.join(", ");
         let more = self.tensor_count.saturating_sub(self.tensors.len());

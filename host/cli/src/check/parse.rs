@@ -143,7 +143,7 @@ impl ScenarioFile {
         ScenarioFile::parse(path, &text)
     }
 
-    /// The same from its text. Paths in it are relative to the directory of `path`.
+    /// Returns the same from its text. Paths in it are relative to the directory of `path`.
     ///
     /// # Errors
     /// [`CheckError::Invalid`].

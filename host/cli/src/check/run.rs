@@ -16,7 +16,7 @@ use tightfit::plan::{PlanOptions, ProposeError, propose_with};
 use tightfit::policy::PolicyError;
 use tightfit::synth::SynthError;
 use tightfit_wasm::policy::{BUILTIN_POLICIES, WasmPolicy};
-use tightfit_wasm::sandbox::Options;
+use tightfit_wasm::sandbox::SandboxOptions;
 
 /// Models that stay open: scenarios in a row mostly share one, and open files are few.
 const OPEN_MODELS: usize = 4;
@@ -24,7 +24,7 @@ const OPEN_MODELS: usize = 4;
 /// Runs cases, and keeps what many of them need.
 #[derive(Debug, Default)]
 pub struct Runner {
-    options: Options,
+    options: SandboxOptions,
     policies: HashMap<PolicySource, Arc<WasmPolicy>>,
     /// The one used last is the last.
     models: Vec<(ModelSource, Arc<OpenModel>)>,
@@ -32,7 +32,7 @@ pub struct Runner {
 
 impl Runner {
     /// With these limits, or other options, for policies.
-    pub fn new(options: impl Into<Options>) -> Runner {
+    pub fn new(options: impl Into<SandboxOptions>) -> Runner {
         Runner {
             options: options.into(),
             ..Runner::default()
@@ -149,7 +149,7 @@ impl Runner {
 }
 
 /// A policy in a file. What has neither a file nor a file's ending was meant as a name.
-fn open_file(path: &Path, options: Options) -> Result<WasmPolicy, PolicyError> {
+fn open_file(path: &Path, options: SandboxOptions) -> Result<WasmPolicy, PolicyError> {
     if path.extension().is_none() && !path.exists() {
         let name = path.file_name().unwrap_or(path.as_os_str());
         return Err(PolicyError::Unknown {

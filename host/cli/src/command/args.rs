@@ -11,7 +11,7 @@ use tightfit::load::QuantizeOn;
 use tightfit::synth::Preset;
 use tightfit::types::Bytes;
 use tightfit_kernels::{Isa, KernelError, Kernels};
-use tightfit_wasm::sandbox::{Cache, CacheError, Compiler, CompilerProgram, Limits, Options, Wasi};
+use tightfit_wasm::sandbox::{self, Cache, CacheError, Compiler, CompilerProgram, Limits, Wasi};
 
 use crate::command::amount::{parse_bytes, parse_device};
 use crate::command::error::CommandError;
@@ -151,24 +151,26 @@ pub(crate) struct SandboxOptions {
 impl SandboxOptions {
     /// The default limits with what was asked for; what is given twice counts as given last. What
     /// users bring is compiled by this program, started once more.
-    pub(crate) fn options(&self) -> Result<Options, CommandError> {
+    pub(crate) fn options(&self) -> Result<sandbox::SandboxOptions, CommandError> {
         self.options_from(Limits::default())
     }
 
     /// The same from other defaults.
-    pub(crate) fn options_from(&self, mut limits: Limits) -> Result<Options, CommandError> {
+    pub(crate) fn options_from(
+        &self,
+        mut limits: Limits,
+    ) -> Result<sandbox::SandboxOptions, CommandError> {
         for (name, value) in &self.limits {
             let set = limits.set(name, value);
             debug_assert!(set.is_ok(), "checked as it was parsed");
         }
         let compiler = CompilerProgram::itself([COMPILE]).map_err(CommandError::NoCompiler)?;
-        Ok(Options {
-            limits,
-            compiler: Compiler::Child(compiler),
-            cache: self.cache(),
-            wasi: self.wasi,
-            cancel: session::interrupted(),
-        })
+        Ok(sandbox::SandboxOptions::default()
+            .with_limits(limits)
+            .with_compiler(Compiler::Child(compiler))
+            .with_cache(self.cache())
+            .with_wasi(self.wasi)
+            .with_cancel(session::interrupted()))
     }
 
     /// Without one everything works, and policies are compiled anew.

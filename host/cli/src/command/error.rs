@@ -102,7 +102,7 @@ impl CommandError {
         }
         match self.no_plan()? {
             ProposeError::Policy(error) => {
-                Some(("--policy-limit", sandbox::Failure::of(error)?.limit()?))
+                Some(("--policy-limit", sandbox::GuestFailure::of(error)?.limit()?))
             }
             _ => None,
         }

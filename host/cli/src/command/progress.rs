@@ -30,7 +30,7 @@ pub(crate) fn show(bar: &ProgressBar, progress: Progress) {
     bar.set_position(progress.bytes_done);
 }
 
-/// What a line of so many columns has room for; the bar takes what is left.
+/// What a line of this many columns has room for; the bar takes what is left.
 fn template(columns: u16) -> &'static str {
     match columns {
         100.. => "{msg} {bar:30} {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}",

@@ -225,7 +225,7 @@ fn format_changes(tensors: &[TensorInfo], a: &Plan, b: &Plan) -> Vec<FormatChang
 }
 
 impl Comparison {
-    /// The comparison for people.
+    /// Returns the comparison for people.
     pub fn text(&self) -> String {
         let mut text = String::new();
         for (letter, side) in [("A", &self.a), ("B", &self.b)] {

@@ -48,7 +48,7 @@ struct Segment<'a> {
     content: Content,
 }
 
-/// A standalone SVG of a plan for these tensors, without scripts.
+/// Returns a standalone SVG of a plan for these tensors, without scripts.
 pub fn svg(heading: Heading<'_>, tensors: &[TensorInfo], plan: &Plan) -> String {
     let fills = fills(tensors, plan);
     let shown = plan.devices.len().min(MOST_DEVICES);

@@ -11,7 +11,7 @@ pub struct Table {
 }
 
 impl Table {
-    /// A table with these column heads.
+    /// Returns a table with these column heads.
     pub fn new<const N: usize>(heads: [&str; N]) -> Table {
         Table {
             rows: vec![heads.iter().map(|&head| head.to_owned()).collect()],

@@ -10,8 +10,8 @@ use tightfit::policy::Policy;
 use tightfit_tests::command::Place;
 use tightfit_tests::guests::{HOSTILE, Handwritten};
 use tightfit_wasm::policy::WasmPolicy;
-use tightfit_wasm::sandbox::{Cache, CacheError, Options};
-use tightfit_wasm::sandbox::{Failure, Limits};
+use tightfit_wasm::sandbox::{Cache, CacheError, SandboxOptions};
+use tightfit_wasm::sandbox::{GuestFailure, Limits};
 
 use super::{alone, open, program, works};
 
@@ -20,25 +20,19 @@ fn cache(path: &Path) -> Arc<Cache> {
 }
 
 /// Compiles here and keeps it.
-fn keeping(cache: &Arc<Cache>) -> Options {
-    Options {
-        cache: Some(Arc::clone(cache)),
-        ..Options::default()
-    }
+fn keeping(cache: &Arc<Cache>) -> SandboxOptions {
+    SandboxOptions::default().with_cache(Some(Arc::clone(cache)))
 }
 
 /// Cannot compile: what opens with this came out of the cache.
-fn kept_only(cache: &Arc<Cache>) -> Options {
-    Options {
-        compiler: program("/nowhere/compiler", &[]),
-        ..keeping(cache)
-    }
+fn kept_only(cache: &Arc<Cache>) -> SandboxOptions {
+    keeping(cache).with_compiler(program("/nowhere/compiler", &[]))
 }
 
 #[track_caller]
 fn is_not_kept(cache: &Arc<Cache>) {
     let failure = open(HOSTILE, kept_only(cache)).unwrap_err();
-    assert!(matches!(failure, Failure::Host { .. }), "{failure:?}");
+    assert!(matches!(failure, GuestFailure::Host { .. }), "{failure:?}");
 }
 
 /// The entries, without the key.
@@ -81,7 +75,7 @@ fn another_policy_or_another_setup_is_another_entry() {
     let (cache, entry) = filled(&directory);
     let other = Handwritten::default().module();
     let failure = open(&other, kept_only(&cache)).unwrap_err();
-    assert!(matches!(failure, Failure::Host { .. }), "{failure:?}");
+    assert!(matches!(failure, GuestFailure::Host { .. }), "{failure:?}");
     open(&other, keeping(&cache)).unwrap();
     assert_eq!(entries(entry.parent().unwrap()).len(), 2);
     open(&other, kept_only(&cache)).unwrap();
@@ -92,17 +86,11 @@ fn limits_hold_for_what_is_kept() {
     let _alone = alone();
     let directory = TempDir::new().unwrap();
     let (cache, _) = filled(&directory);
-    let limits = Limits {
-        function: 16,
-        ..Limits::default()
-    };
-    let options = Options {
-        limits,
-        ..kept_only(&cache)
-    };
+    let limits = Limits::default().with_function(16);
+    let options = kept_only(&cache).with_limits(limits);
     let failure = open(HOSTILE, options).unwrap_err();
     assert!(
-        matches!(failure, Failure::TooLarge { limit: 16, .. }),
+        matches!(failure, GuestFailure::TooLarge { limit: 16, .. }),
         "{failure:?}"
     );
 }
@@ -341,7 +329,7 @@ fn what_is_large_does_not_drive_out_the_others() {
         open(&large, keeping(&room)).unwrap();
         assert_eq!(entries(path), before);
         let failure = open(&large, kept_only(&room)).unwrap_err();
-        assert!(matches!(failure, Failure::Host { .. }), "{failure:?}");
+        assert!(matches!(failure, GuestFailure::Host { .. }), "{failure:?}");
     }
     // What is not so large takes the place of what was not used for longest.
     works(kept_only(&room));

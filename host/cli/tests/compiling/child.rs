@@ -6,17 +6,15 @@ use rustix::process::{WaitOptions, wait};
 use tightfit::cancel::CancelToken;
 use tightfit::policy::Policy;
 use tightfit_tests::guests::{HOSTILE, Handwritten, component};
-use tightfit_wasm::sandbox::Failure;
-use tightfit_wasm::sandbox::{Limits, Options};
+use tightfit_wasm::sandbox::GuestFailure;
+use tightfit_wasm::sandbox::{Limits, SandboxOptions};
 
 use super::{alone, compiler, open, program, unwary, works};
 
-fn in_child(limits: Limits) -> Options {
-    Options {
-        limits,
-        compiler: compiler(),
-        ..Options::default()
-    }
+fn in_child(limits: Limits) -> SandboxOptions {
+    SandboxOptions::default()
+        .with_limits(limits)
+        .with_compiler(compiler())
 }
 
 /// One function whose branches the compiler's time grows with faster than linearly.
@@ -59,19 +57,16 @@ fn a_policy_that_was_compiled_elsewhere_works_here() {
 #[test]
 fn a_bomb_is_stopped_by_the_clock() {
     let _alone = alone();
-    let limits = Limits {
-        compile_time: Duration::from_millis(300),
-        ..unwary()
-    };
+    let limits = unwary().with_compile_time(Duration::from_millis(300));
     // The size limits alone would have turned it down.
     let bomb = bomb(120_000);
     let limit = Limits::default().function;
     assert!(matches!(
         open(&bomb, Limits::default()),
-        Err(Failure::TooLarge { what: "largest function", have, .. }) if have > limit
+        Err(GuestFailure::TooLarge { what: "largest function", have, .. }) if have > limit
     ));
     let failure = open(&bomb, in_child(limits)).unwrap_err();
-    assert_eq!(failure, Failure::CompileTime { seconds: 0.3 });
+    assert_eq!(failure, GuestFailure::CompileTime { seconds: 0.3 });
     assert_eq!(failure.limit(), Some("compile-time"));
     works(in_child(Limits::default()));
 }
@@ -79,13 +74,10 @@ fn a_bomb_is_stopped_by_the_clock() {
 #[test]
 fn a_bomb_is_stopped_by_the_memory() {
     let _alone = alone();
-    let limits = Limits {
-        compile_memory: 96 << 20,
-        ..unwary()
-    };
+    let limits = unwary().with_compile_memory(96 << 20);
     let limit = limits.compile_memory;
     let failure = open(&bomb(120_000), in_child(limits)).unwrap_err();
-    assert_eq!(failure, Failure::CompileMemory { limit });
+    assert_eq!(failure, GuestFailure::CompileMemory { limit });
     assert_eq!(failure.limit(), Some("compile-memory"));
     works(in_child(Limits::default()));
 }
@@ -93,24 +85,18 @@ fn a_bomb_is_stopped_by_the_memory() {
 #[test]
 fn a_compiler_without_any_memory_says_so() {
     let _alone = alone();
-    let limits = Limits {
-        compile_memory: 0,
-        ..Limits::default()
-    };
+    let limits = Limits::default().with_compile_memory(0);
     let failure = open(HOSTILE, in_child(limits)).unwrap_err();
-    assert_eq!(failure, Failure::CompileMemory { limit: 0 });
+    assert_eq!(failure, GuestFailure::CompileMemory { limit: 0 });
 }
 
 #[test]
 fn nothing_is_left_of_the_compiler_however_it_ends() {
     let _alone = alone();
-    let endless = || Options {
-        limits: Limits {
-            compile_time: Duration::from_millis(100),
-            ..Limits::default()
-        },
-        compiler: program("/bin/sh", &["-c", "exec sleep 600"]),
-        ..Options::default()
+    let endless = || {
+        SandboxOptions::default()
+            .with_limits(Limits::default().with_compile_time(Duration::from_millis(100)))
+            .with_compiler(program("/bin/sh", &["-c", "exec sleep 600"]))
     };
     // What the first time opens and keeps.
     works(in_child(Limits::default()));
@@ -119,7 +105,7 @@ fn nothing_is_left_of_the_compiler_however_it_ends() {
         works(in_child(Limits::default()));
         open(b"\0asm\x01\0\0\0", in_child(Limits::default())).unwrap_err();
         let failure = open(HOSTILE, endless()).unwrap_err();
-        assert_eq!(failure, Failure::CompileTime { seconds: 0.1 });
+        assert_eq!(failure, GuestFailure::CompileTime { seconds: 0.1 });
     }
     assert_eq!(left_behind(), (before, false));
 }
@@ -141,7 +127,10 @@ fn what_the_child_refuses_is_refused_as_here() {
     // `i64.const` where an `i32` is due.
     invalid[at] = 0x42;
     let here = open(&invalid, Limits::default()).unwrap_err();
-    assert!(matches!(here, Failure::NotAComponent { .. }), "{here:?}");
+    assert!(
+        matches!(here, GuestFailure::NotAComponent { .. }),
+        "{here:?}"
+    );
     assert_eq!(
         open(&invalid, in_child(Limits::default())).unwrap_err(),
         here
@@ -152,15 +141,12 @@ fn what_the_child_refuses_is_refused_as_here() {
 fn programs_that_are_no_compilers_are_told_apart() {
     let _alone = alone();
     let with = |compiler| {
-        let options = Options {
-            compiler,
-            ..Options::default()
-        };
+        let options = SandboxOptions::default().with_compiler(compiler);
         open(HOSTILE, options).unwrap_err()
     };
     let missing = with(program("/nowhere/tightfit", &[]));
     assert!(
-        matches!(&missing, Failure::Host { message } if message.contains("/nowhere/tightfit")),
+        matches!(&missing, GuestFailure::Host { message } if message.contains("/nowhere/tightfit")),
         "{missing:?}"
     );
     let talkative = with(program(
@@ -168,13 +154,13 @@ fn programs_that_are_no_compilers_are_told_apart() {
         &["-c", "echo no compiler here >&2; exit 3"],
     ));
     assert!(
-        matches!(&talkative, Failure::Compiler { message }
+        matches!(&talkative, GuestFailure::Compiler { message }
             if message.contains("exit status: 3") && message.contains("no compiler here")),
         "{talkative:?}"
     );
     let silent = with(program("/bin/sh", &["-c", "kill -SEGV $$"]));
     assert!(
-        matches!(&silent, Failure::Compiler { message } if message.contains("signal: 11")),
+        matches!(&silent, GuestFailure::Compiler { message } if message.contains("signal: 11")),
         "{silent:?}"
     );
     // An answer that is cut short, and one that says it is code and is none.
@@ -182,12 +168,12 @@ fn programs_that_are_no_compilers_are_told_apart() {
         "/bin/sh",
         &["-c", r"printf '+\377\0\0\0\0\0\0\0half'"],
     ));
-    assert!(matches!(cut, Failure::Compiler { .. }), "{cut:?}");
+    assert!(matches!(cut, GuestFailure::Compiler { .. }), "{cut:?}");
     let other = with(program(
         "/bin/sh",
         &["-c", r"printf '+\4\0\0\0\0\0\0\0none'"],
     ));
-    assert!(matches!(other, Failure::Host { .. }), "{other:?}");
+    assert!(matches!(other, GuestFailure::Host { .. }), "{other:?}");
 }
 
 #[test]
@@ -195,28 +181,22 @@ fn the_child_is_told_no_secrets() {
     let _alone = alone();
     // All names but those that the shell itself makes.
     let script = r"env | cut -d= -f1 | grep -vx 'PWD\|_\|SHLVL\|OLDPWD\|LD_LIBRARY_PATH' | tr '\n' ' ' >&2; exit 1";
-    let options = Options {
-        compiler: program("/bin/sh", &["-c", script]),
-        ..Options::default()
-    };
+    let options = SandboxOptions::default().with_compiler(program("/bin/sh", &["-c", script]));
     assert!(
         std::env::var_os("PATH").is_some(),
         "there is something to hide"
     );
     let failure = open(HOSTILE, options).unwrap_err();
     let message = "exit status: 1".to_owned();
-    assert_eq!(failure, Failure::Compiler { message });
+    assert_eq!(failure, GuestFailure::Compiler { message });
 }
 
 #[test]
 fn an_answer_is_bounded_before_it_is_read() {
     let _alone = alone();
-    let limit = |compiled| Limits {
-        compiled,
-        ..Limits::default()
-    };
+    let limit = |compiled| Limits::default().with_compiled(compiled);
     let failure = open(HOSTILE, in_child(limit(100_000))).unwrap_err();
-    assert_eq!(failure, Failure::Compiled { limit: 100_000 });
+    assert_eq!(failure, GuestFailure::Compiled { limit: 100_000 });
     assert_eq!(failure.limit(), Some("compiled"));
     assert_eq!(open(HOSTILE, limit(100_000)).unwrap_err(), failure);
     works(in_child(limit(4 << 20)));
@@ -229,17 +209,12 @@ fn an_answer_is_bounded_before_it_is_read() {
         ),
         (r"printf '+\001\0\0\0\0\0\0\0'; exec sleep 600", 0),
     ] {
-        let options = Options {
-            limits: Limits {
-                compiled: limit,
-                ..Limits::default()
-            },
-            compiler: program("/bin/sh", &["-c", script]),
-            ..Options::default()
-        };
+        let options = SandboxOptions::default()
+            .with_limits(Limits::default().with_compiled(limit))
+            .with_compiler(program("/bin/sh", &["-c", script]));
         assert_eq!(
             open(HOSTILE, options).unwrap_err(),
-            Failure::Compiled { limit }
+            GuestFailure::Compiled { limit }
         );
     }
     // Nor of what is within the limit, and out of proportion to the policy.
@@ -249,23 +224,17 @@ fn an_answer_is_bounded_before_it_is_read() {
         (length >> 16) & 0xff,
         length >> 24
     );
-    let options = Options {
-        compiler: program("/bin/sh", &["-c", &script]),
-        ..Options::default()
-    };
+    let options = SandboxOptions::default().with_compiler(program("/bin/sh", &["-c", &script]));
     let failure = open(&Handwritten::default().module(), options).unwrap_err();
     assert!(
-        matches!(&failure, Failure::NotAComponent { reason } if reason.contains("out of proportion")),
+        matches!(&failure, GuestFailure::NotAComponent { reason } if reason.contains("out of proportion")),
         "{failure:?}"
     );
     // Of a reason as much is read as may be shown.
     let script = r"printf -- '-\0\0\0\0\1\0\0\0'; yes | tr -d '\n'";
-    let options = Options {
-        compiler: program("/bin/sh", &["-c", script]),
-        ..Options::default()
-    };
+    let options = SandboxOptions::default().with_compiler(program("/bin/sh", &["-c", script]));
     let failure = open(HOSTILE, options).unwrap_err();
-    let Failure::NotAComponent { reason } = &failure else {
+    let GuestFailure::NotAComponent { reason } = &failure else {
         panic!("{failure:?}");
     };
     assert!(
@@ -279,11 +248,9 @@ fn an_answer_is_bounded_before_it_is_read() {
 fn compiling_is_cancelled() {
     let _alone = alone();
     let cancel = CancelToken::new();
-    let options = Options {
-        compiler: program("/bin/sh", &["-c", "exec sleep 600"]),
-        cancel: cancel.clone(),
-        ..Options::default()
-    };
+    let options = SandboxOptions::default()
+        .with_compiler(program("/bin/sh", &["-c", "exec sleep 600"]))
+        .with_cancel(cancel.clone());
     let start = Instant::now();
     let failure = thread::scope(|scope| {
         let opened = scope.spawn(|| open(HOSTILE, options).unwrap_err());
@@ -291,6 +258,6 @@ fn compiling_is_cancelled() {
         cancel.cancel();
         opened.join().unwrap()
     });
-    assert_eq!(failure, Failure::Cancelled);
+    assert_eq!(failure, GuestFailure::Cancelled);
     assert!(start.elapsed() < Limits::default().compile_time);
 }

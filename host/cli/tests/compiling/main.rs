@@ -14,8 +14,8 @@ use tightfit_tests::command::tightfit;
 use tightfit_tests::failures::failure_of;
 use tightfit_tests::guests::HOSTILE;
 use tightfit_wasm::policy::WasmPolicy;
-use tightfit_wasm::sandbox::Failure;
-use tightfit_wasm::sandbox::{Compiler, CompilerProgram, Limits, Options};
+use tightfit_wasm::sandbox::GuestFailure;
+use tightfit_wasm::sandbox::{Compiler, CompilerProgram, Limits, SandboxOptions};
 
 /// Held by tests that look at what the whole process has open or has started.
 fn alone() -> MutexGuard<'static, ()> {
@@ -41,21 +41,19 @@ fn program(program: &str, arguments: &[&str]) -> Compiler {
 
 /// Limits under which only the compiler's own can stop a bomb.
 fn unwary() -> Limits {
-    Limits {
-        component: u64::MAX,
-        function: u64::MAX,
-        compile_time: Duration::from_secs(300),
-        ..Limits::default()
-    }
+    Limits::default()
+        .with_component(u64::MAX)
+        .with_function(u64::MAX)
+        .with_compile_time(Duration::from_secs(300))
 }
 
-fn open(bytes: &[u8], options: impl Into<Options>) -> Result<WasmPolicy, Failure> {
+fn open(bytes: &[u8], options: impl Into<SandboxOptions>) -> Result<WasmPolicy, GuestFailure> {
     WasmPolicy::new("test.wasm", bytes, options).map_err(|error| failure_of(error).1)
 }
 
 /// The policy works.
 #[track_caller]
-fn works(options: Options) {
+fn works(options: SandboxOptions) {
     let policy = open(HOSTILE, options).unwrap();
     assert_eq!(policy.describe().unwrap().name, "hostile");
 }

@@ -30,7 +30,7 @@ pub struct CacheEnvironment {
 }
 
 impl CacheEnvironment {
-    /// What the environment of this process says.
+    /// Returns what the environment of this process says.
     pub fn from_process() -> CacheEnvironment {
         CacheEnvironment::from_variables(|name| std::env::var_os(name))
     }
@@ -48,7 +48,7 @@ impl CacheEnvironment {
         }
     }
 
-    /// The directory with one `models--*` for every model, existing or not.
+    /// Returns the directory with one `models--*` for every model, existing or not.
     pub fn cache(&self) -> Option<PathBuf> {
         match &self.hf_hub_cache {
             Some(cache) => Some(self.expanded(cache)),
@@ -56,7 +56,7 @@ impl CacheEnvironment {
         }
     }
 
-    /// The directory that holds the cache and the token unless they are elsewhere.
+    /// Returns the directory that holds the cache and the token unless they are elsewhere.
     pub fn hugging_face_home(&self) -> Option<PathBuf> {
         if let Some(home) = &self.hf_home {
             return Some(self.expanded(home));
@@ -78,8 +78,8 @@ impl CacheEnvironment {
     }
 }
 
-/// The path of a model: the name itself where it exists, else what the local Hugging Face cache
-/// of this process's environment holds under the name. The network is never asked.
+/// Returns the path of a model: the name itself where it exists, else what the local Hugging Face
+/// cache of this process's environment holds under the name. The network is never asked.
 ///
 /// # Errors
 /// A [`CheckpointError`] that says what was looked for and where.
@@ -87,7 +87,7 @@ pub fn resolve(model: &str) -> Result<PathBuf, CheckpointError> {
     resolve_with(model, &CacheEnvironment::from_process())
 }
 
-/// The same as [`resolve`] with an environment that the caller gives.
+/// Returns the same as [`resolve`] with an environment that the caller gives.
 ///
 /// # Errors
 /// As for [`resolve`].
@@ -98,7 +98,7 @@ pub fn resolve_with(
     resolve_revision(model, None, environment)
 }
 
-/// The same as [`resolve_with`] for one revision of the model: a branch, a tag or a commit.
+/// Returns the same as [`resolve_with`] for one revision of the model: a branch, a tag or a commit.
 ///
 /// # Errors
 /// As for [`resolve`]; and a path that is not an entry of a cache has no revisions.

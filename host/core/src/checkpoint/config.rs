@@ -156,7 +156,7 @@ impl Config {
         })
     }
 
-    /// Whether the architecture is one that has an output head over the vocabulary.
+    /// Returns whether the architecture is one that has an output head over the vocabulary.
     pub fn has_language_head(&self) -> bool {
         self.architecture.as_deref().is_some_and(|name| {
             name.ends_with("ForCausalLM")

@@ -106,12 +106,12 @@ impl Shard {
         self.file = None;
     }
 
-    /// Where the file is.
+    /// Returns where the file is.
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Its length in bytes when it was opened.
+    /// Returns its length in bytes when it was opened.
     pub fn length(&self) -> u64 {
         self.state.length
     }

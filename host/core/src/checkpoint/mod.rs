@@ -80,7 +80,8 @@ pub struct TensorInfo {
 }
 
 impl TensorInfo {
-    /// Bytes of all its parts in the checkpoint: its own, and the scales of a quantized weight.
+    /// Returns the number of bytes of all its parts in the checkpoint: its own, and the scales of a
+    /// quantized weight.
     pub fn source_bytes(&self) -> u64 {
         let scales = self.quantized.as_ref().map_or(0, |quantized| {
             let nested = quantized.nested.map_or(0, |nested| nested.absmax.bytes);
@@ -89,7 +90,7 @@ impl TensorInfo {
         self.bytes + scales
     }
 
-    /// Its bytes in the file.
+    /// Returns its bytes in the file.
     pub fn range(&self) -> Range<u64> {
         self.offset..self.offset + self.bytes
     }
@@ -253,7 +254,7 @@ impl Checkpoint {
         }
     }
 
-    /// What was opened: the path as it was given.
+    /// Returns what was opened: the path as it was given.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -263,12 +264,13 @@ impl Checkpoint {
         &self.directory
     }
 
-    /// The files, in order of their names.
+    /// Returns the files, in order of their names.
     pub fn shards(&self) -> &[Shard] {
         &self.shards
     }
 
-    /// Every tensor, file by file and in a file by offset. A tensor's index here is its identity.
+    /// Returns every tensor, file by file and in a file by offset. A tensor's index here is its
+    /// identity.
     pub fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
     }
@@ -278,12 +280,12 @@ impl Checkpoint {
         find(name, &self.tensors, &self.by_name)
     }
 
-    /// Bytes of all tensors, without headers.
+    /// Returns the number of bytes of all tensors, without headers.
     pub fn source_bytes(&self) -> u64 {
         self.source_bytes
     }
 
-    /// The model's configuration, where there is one beside the files.
+    /// Returns the model's configuration, where there is one beside the files.
     pub fn config(&self) -> Option<&Config> {
         self.config.as_ref()
     }

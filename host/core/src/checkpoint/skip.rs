@@ -6,7 +6,7 @@ use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, SeqAccess, Visit
 
 use crate::cancel::Watch;
 
-/// Counts a value of so many bytes, for visitors. What it says goes through serde as text;
+/// Counts a value of this many bytes, for visitors. What it says goes through serde as text;
 /// [`Watch::has_stopped`] tells it from other errors.
 pub(super) fn counted<E: de::Error>(watch: &mut Watch<'_>, bytes: usize) -> Result<(), E> {
     watch.item(bytes).map_err(E::custom)

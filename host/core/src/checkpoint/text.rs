@@ -27,7 +27,7 @@ pub(super) struct Text {
 }
 
 impl Text {
-    /// With room for so many bytes.
+    /// With room for this many bytes.
     pub(super) fn with_capacity(bytes: usize) -> Text {
         Text {
             text: String::with_capacity(bytes),

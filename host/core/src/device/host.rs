@@ -35,7 +35,7 @@ impl HostDevice {
         }
     }
 
-    /// The simulated accelerator `sim:<index>` with `capacity` bytes.
+    /// Returns the simulated accelerator `sim:<index>` with `capacity` bytes.
     pub fn sim(index: usize, capacity: u64) -> HostDevice {
         HostDevice {
             name: format!("sim:{index}"),

@@ -34,7 +34,7 @@ pub enum DeviceKind {
 }
 
 impl DeviceKind {
-    /// Whether policies treat it as an accelerator, to be filled before host memory.
+    /// Returns whether policies treat it as an accelerator, to be filled before host memory.
     pub const fn is_accelerator(self) -> bool {
         matches!(self, DeviceKind::Cuda | DeviceKind::Sim)
     }

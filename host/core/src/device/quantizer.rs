@@ -129,7 +129,8 @@ pub struct ScalesJob {
 }
 
 impl ScalesJob {
-    /// Bytes of the sums of so many scales: those of groups, and those of groups of sums.
+    /// Returns the number of bytes of the sums of this many scales: those of groups, and those of
+    /// groups of sums.
     pub fn sums_bytes(scales: u64) -> u64 {
         let sums = scales.div_ceil(SUMMED);
         8 * (sums + sums.div_ceil(SUMMED))

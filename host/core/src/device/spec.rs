@@ -83,9 +83,9 @@ pub fn open_devices(specs: &[DeviceSpec]) -> Result<Vec<Box<dyn Device>>, Device
     specs.map(|(spec, sim)| open(spec, sim)).collect()
 }
 
-/// What a plan has to know of devices that need not be there, in the given order. One that is given
-/// a size has that size, all of it free, whatever this machine has; of others it is asked here, and
-/// without any device they are those of [`open_devices`].
+/// Returns what a plan has to know of devices that need not be there, in the given order. One that
+/// is given a size has that size, all of it free, whatever this machine has; of others it is asked
+/// here, and without any device they are those of [`open_devices`].
 ///
 /// # Errors
 /// As [`open_devices`].

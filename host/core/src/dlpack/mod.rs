@@ -94,24 +94,24 @@ impl std::fmt::Debug for Exported {
 }
 
 impl Exported {
-    /// Where it is.
+    /// Returns where it is.
     pub fn device(&self) -> DLDevice {
         self.0.device
     }
 
-    /// The address of its first byte in that memory; 0 if it has none.
+    /// Returns the address of its first byte in that memory; 0 if it has none.
     pub fn address(&self) -> u64 {
         self.0.data
     }
 
-    /// The form since DLPack 1.0 (`dltensor_versioned` in Python). It is freed by its `deleter`
-    /// alone, which can be called from any thread, once.
+    /// Returns the form since DLPack 1.0 (`dltensor_versioned` in Python). It is freed by its
+    /// `deleter` alone, which can be called from any thread, once.
     pub fn into_versioned(self) -> *mut DLManagedTensorVersioned {
         abi::versioned(self.0)
     }
 
-    /// The form before DLPack 1.0 (`dltensor` in Python), which cannot say that a tensor must not be
-    /// written to. Freed as the other.
+    /// Returns the form before DLPack 1.0 (`dltensor` in Python), which cannot say that a tensor
+    /// must not be written to. Freed as the other.
     pub fn into_unversioned(self) -> *mut DLManagedTensor {
         abi::unversioned(self.0)
     }

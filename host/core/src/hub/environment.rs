@@ -33,7 +33,7 @@ pub struct Hub {
 }
 
 impl Hub {
-    /// What the environment of this process says.
+    /// Returns what the environment of this process says.
     pub fn from_process() -> Hub {
         Hub::from_variables(|name| std::env::var_os(name))
     }

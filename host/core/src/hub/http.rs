@@ -215,7 +215,7 @@ impl<'a> Client<'a> {
         request
     }
 
-    /// The text at an address, of at most so many bytes.
+    /// The text at an address, of at most this many bytes.
     pub(super) fn text(&self, url: &str, limit: u64) -> Result<String, HubError> {
         let (url, response) = self.send(&Method::GET, url, 0)?;
         let too_large = |have| HubError::TooLarge {

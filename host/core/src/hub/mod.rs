@@ -37,7 +37,6 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use crate::cancel::CancelToken;
 use crate::checkpoint::{self, CheckpointError, Directory, MAX_INDEX_BYTES, parse_index};
-use crate::options::setters;
 
 pub use environment::Hub;
 pub use error::HubError;
@@ -86,7 +85,7 @@ impl Default for FetchOptions<'_> {
     }
 }
 
-setters!([<'a>] FetchOptions<'a>:
+tightfit_common::setters!([<'a>] FetchOptions<'a>:
     with_revision: revision, Option<&'a str>;
     with_progress: progress, &'a (dyn Fn(FileProgress<'_>) + Sync);
     with_cancel: cancel, CancelToken;

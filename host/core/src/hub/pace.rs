@@ -32,7 +32,7 @@ impl Pace {
         }
     }
 
-    /// Notes that so many bytes came after so long.
+    /// Notes that this many bytes came after so long.
     ///
     /// # Errors
     /// [`TooSlow`] when a window is over.

@@ -101,7 +101,7 @@ struct State {
 }
 
 impl Balance {
-    /// For a load by so many workers.
+    /// For a load by this many workers.
     pub(super) fn new(workers: usize) -> Balance {
         Balance {
             workers: workers.max(FEWEST_WORKERS),
@@ -119,7 +119,7 @@ impl Balance {
         }
     }
 
-    /// Who is to quantize the next so many bytes.
+    /// Who is to quantize the next this many bytes.
     pub(super) fn choose(&self, bytes: usize) -> Side {
         let mut state = self.lock();
         let bytes = bytes as f64;
@@ -132,7 +132,7 @@ impl Balance {
         }
     }
 
-    /// Notes that so many bytes have been quantized or sent, at a time since some beginning.
+    /// Notes that this many bytes have been quantized or sent, at a time since some beginning.
     pub(super) fn record(&self, bytes: usize, at: Duration) {
         let mut state = self.lock();
         state.chunks += 1;

@@ -28,7 +28,7 @@ impl Machine {
         }
     }
 
-    /// Seconds for so many chunks. Workers have buffers that the bus empties one after the other.
+    /// Seconds for this many chunks. Workers have buffers that the bus empties one after the other.
     fn load(&self, chunks: usize, choose: impl Fn() -> Side, record: impl Fn(f64)) -> f64 {
         let mut free_at = vec![0.0f64; self.workers];
         let mut at_work = vec![None; self.workers];

@@ -31,7 +31,6 @@ use crate::checkpoint::Checkpoint;
 use crate::device::Device;
 use crate::memory::{DEFAULT_STAGING, StagingRing};
 use crate::model::{LoadStats, Model};
-use crate::options::setters;
 use crate::plan::Plan;
 use crate::progress::ReportProgress;
 use crate::types::Format;
@@ -92,7 +91,7 @@ impl Default for LoadOptions<'_> {
     }
 }
 
-setters!([<'a>] LoadOptions<'a>:
+tightfit_common::setters!([<'a>] LoadOptions<'a>:
     with_threads: threads, usize;
     with_staging_bytes: staging_bytes, u64;
     with_strict: strict, bool;

@@ -66,7 +66,7 @@ struct Layout {
 }
 
 impl Layout {
-    /// For so many tensors and workers, of which the double-quantized tensors have so many scales.
+    /// For this many tensors and workers, of which the double-quantized tensors have this many scales.
     fn new(tensors: usize, workers: usize, buffer_bytes: usize, scales: &[u64]) -> Layout {
         let scratch = |scales: u64| Layout::sums(scales) + ScalesJob::sums_bytes(scales);
         let largest = scales.iter().copied().map(scratch).max().unwrap_or(0);
@@ -79,7 +79,7 @@ impl Layout {
         }
     }
 
-    /// Where the sums begin in scratch: behind so many scales.
+    /// Where the sums begin in scratch: behind this many scales.
     fn sums(scales: u64) -> u64 {
         aligned(4 * scales)
     }
@@ -284,7 +284,7 @@ impl OnDevice {
         }))
     }
 
-    /// Who is to quantize the next so many bytes.
+    /// Who is to quantize the next this many bytes.
     pub(super) fn choose(&self, bytes: usize) -> Side {
         match &self.balance {
             None => Side::Device,
@@ -292,7 +292,7 @@ impl OnDevice {
         }
     }
 
-    /// Notes that so many bytes have been quantized or sent, at a time since some beginning.
+    /// Notes that this many bytes have been quantized or sent, at a time since some beginning.
     pub(super) fn record(&self, bytes: usize, at: Duration) {
         if let Some(balance) = &self.balance {
             balance.record(bytes, at);
@@ -335,7 +335,7 @@ impl OnDevice {
         self.layout.scratch(scratch)
     }
 
-    /// How so many scales are quantized when they are complete.
+    /// How this many scales are quantized when they are complete.
     pub(super) fn scales_job(
         &self,
         tensor: usize,

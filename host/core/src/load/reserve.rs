@@ -36,7 +36,7 @@ impl Reserved {
         }
     }
 
-    /// The plan that it was taken for.
+    /// Returns the plan that it was taken for.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }

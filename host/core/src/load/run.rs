@@ -363,7 +363,7 @@ impl<'a, 'm> Run<'a, 'm> {
         })
     }
 
-    /// Where so many f32 scales go that belong to these codes; none where the worker has them.
+    /// Where this many f32 scales go that belong to these codes; none where the worker has them.
     fn scale_target<'t>(
         &self,
         codes: &Target<'_>,

@@ -57,7 +57,7 @@ impl Ledger {
         self.usage.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is in use now, and was at most.
+    /// Returns what is in use now, and was at most.
     pub fn usage(&self) -> Usage {
         *self.lock()
     }

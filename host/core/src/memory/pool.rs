@@ -35,12 +35,12 @@ pub struct Allocation {
 }
 
 impl Allocation {
-    /// Its first byte in the pool's range, a multiple of the pool's alignment.
+    /// Returns its first byte in the pool's range, a multiple of the pool's alignment.
     pub fn offset(&self) -> u64 {
         self.offset
     }
 
-    /// Its length in bytes, as it was asked for.
+    /// Returns its length in bytes, as it was asked for.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -55,9 +55,9 @@ pub struct ForeignAllocation(
 );
 
 impl Pool {
-    /// A pool of `capacity` bytes, of which every allocation starts at, and takes, a multiple of
-    /// `alignment` (at least one byte). What is left of `capacity` beyond such a multiple is not
-    /// used.
+    /// Returns a pool of `capacity` bytes, of which every allocation starts at, and takes, a
+    /// multiple of `alignment` (at least one byte). What is left of `capacity` beyond such a
+    /// multiple is not used.
     pub fn new(capacity: u64, alignment: u64) -> Pool {
         static POOLS: AtomicU64 = AtomicU64::new(0);
         let alignment = alignment.max(1);
@@ -123,22 +123,23 @@ impl Pool {
         Ok(())
     }
 
-    /// Bytes that can be in use at most.
+    /// Returns the number of bytes that can be in use at most.
     pub fn capacity(&self) -> u64 {
         self.capacity
     }
 
-    /// What every allocation's offset is a multiple of.
+    /// Returns what every allocation's offset is a multiple of.
     pub fn alignment(&self) -> u64 {
         self.alignment
     }
 
-    /// Bytes in use now and at most, each allocation rounded up to the alignment.
+    /// Returns the number of bytes in use now and at most, each allocation rounded up to the
+    /// alignment.
     pub fn used(&self) -> Gauge {
         self.used
     }
 
-    /// The most that one allocation can have now.
+    /// Returns the most that one allocation can have now.
     pub fn largest_free(&self) -> u64 {
         self.free_by_length.last().map_or(0, |&(length, _)| length)
     }

@@ -1,7 +1,7 @@
 //! What the operating system says of this process.
 
-/// The most resident memory that this process has had, in bytes; `None` where the system does not
-/// tell.
+/// Returns the most resident memory that this process has had, in bytes; `None` where the system
+/// does not tell.
 pub fn peak_rss_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status

@@ -66,28 +66,28 @@ impl StagingRing {
         })
     }
 
-    /// Bytes taken in all, the workers' buffers included.
+    /// Returns the number of bytes taken in all, the workers' buffers included.
     pub fn bytes(&self) -> u64 {
         let buffers = self.buffers as u64 * self.buffer as u64;
         self.memory.len() as u64 + self.workers() as u64 * buffers
     }
 
-    /// How many workers have a slot.
+    /// Returns how many workers have a slot.
     pub fn workers(&self) -> usize {
         self.memory.len() / self.slot
     }
 
-    /// Bytes of one slot.
+    /// Returns the number of bytes of one slot.
     pub fn slot_bytes(&self) -> usize {
         self.slot
     }
 
-    /// Bytes of one buffer; zero where workers have none.
+    /// Returns the number of bytes of one buffer; zero where workers have none.
     pub fn buffer_bytes(&self) -> usize {
         self.buffer
     }
 
-    /// The slots, one for each worker.
+    /// Returns the slots, one for each worker.
     pub fn slots(&mut self) -> impl ExactSizeIterator<Item = &mut [u8]> {
         self.memory.chunks_exact_mut(self.slot)
     }

@@ -171,38 +171,38 @@ impl Model {
         })
     }
 
-    /// The plan that was carried out.
+    /// Returns the plan that was carried out.
     pub fn plan(&self) -> &Plan {
         &self.plan
     }
 
-    /// What loading took.
+    /// Returns what loading took.
     pub fn stats(&self) -> &LoadStats {
         &self.stats
     }
 
-    /// What hands out the bytes that the plan reserved behind the weights of this device
+    /// Returns what hands out the bytes that the plan reserved behind the weights of this device
     /// ([`PlanOptions::reserve_headroom`](crate::plan::PlanOptions::reserve_headroom)); `None` where it
     /// reserved none.
     pub fn tail(&self, device: usize) -> Option<&TailAllocator> {
         self.tails.get(device)?.as_ref()
     }
 
-    /// The tensor with this name, also under its tied name. `None` for what was not loaded.
+    /// Returns the tensor with this name, also under its tied name. `None` for what was not loaded.
     pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         self.by_name
             .get(name)
             .map(|&index| Tensor { model: self, index })
     }
 
-    /// The tensor with this index in the checkpoint. `None` for what was not loaded.
+    /// Returns the tensor with this index in the checkpoint. `None` for what was not loaded.
     pub fn tensor_at(&self, index: usize) -> Option<Tensor<'_>> {
         let planned = self.plan.tensors.get(index)?;
         planned.placement.device?;
         Some(Tensor { model: self, index })
     }
 
-    /// Every loaded tensor, in checkpoint order.
+    /// Returns every loaded tensor, in checkpoint order.
     pub fn tensors(&self) -> impl Iterator<Item = Tensor<'_>> {
         (0..self.tensors.len())
             .filter(|&index| self.plan.tensors[index].placement.device.is_some())
@@ -219,12 +219,12 @@ pub struct DevicePart<'m> {
 }
 
 impl DevicePart<'_> {
-    /// Its device, and its first byte there, a multiple of 256.
+    /// Returns its device, and its first byte there, a multiple of 256.
     pub fn address(&self) -> DeviceAddress {
         self.address
     }
 
-    /// Its length in bytes.
+    /// Returns its length in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
@@ -251,17 +251,17 @@ impl<'m> Tensor<'m> {
         self.model.memory.get(device)?.as_ref()
     }
 
-    /// Its index in the checkpoint and in the plan.
+    /// Returns its index in the checkpoint and in the plan.
     pub fn index(&self) -> usize {
         self.index
     }
 
-    /// Its parts, in the order of their offsets on its device.
+    /// Returns its parts, in the order of their offsets on its device.
     pub fn parts(&self) -> &'m [PlannedPart] {
         &self.planned().parts
     }
 
-    /// Its key in the checkpoint.
+    /// Returns its key in the checkpoint.
     pub fn name(&self) -> &'m str {
         &self.stored().name
     }
@@ -276,7 +276,7 @@ impl<'m> Tensor<'m> {
         &self.stored().shape
     }
 
-    /// How it is stored.
+    /// Returns how it is stored.
     pub fn format(&self) -> Format {
         self.planned().placement.format
     }
@@ -289,7 +289,8 @@ impl<'m> Tensor<'m> {
             .map_or(usize::MAX, |device| device as usize)
     }
 
-    /// How its parts are to be read if it is a 4-bit weight, quantized while loading or before.
+    /// Returns how its parts are to be read if it is a 4-bit weight, quantized while loading or
+    /// before.
     pub fn quantization(&self) -> Option<Quantization> {
         match (self.format(), &self.stored().quantized) {
             (
@@ -312,12 +313,12 @@ impl<'m> Tensor<'m> {
         }
     }
 
-    /// The mean of the scales of a double-quantized weight.
+    /// Returns the mean of the scales of a double-quantized weight.
     pub fn absmax_mean(&self) -> Option<f32> {
         self.quantization()?.absmax_mean
     }
 
-    /// A part in place, where the processor can read the device's memory.
+    /// Returns a part in place, where the processor can read the device's memory.
     pub fn part(&self, kind: PartKind) -> Option<&'m [u8]> {
         let part = self.planned().part(kind)?;
         match self.reservation() {
@@ -327,15 +328,15 @@ impl<'m> Tensor<'m> {
         }
     }
 
-    /// A part that stays in place, wherever it is, when the model is gone.
+    /// Returns a part that stays in place, wherever it is, when the model is gone.
     pub fn shared_part(&self, kind: PartKind) -> Option<SharedPart> {
         let part = self.planned().part(kind)?;
         let memory = self.reservation().cloned();
         Some(SharedPart::new(memory, part.offset, part.bytes))
     }
 
-    /// A part in place in a GPU's memory, for kernels of the application's own. `None` for parts in
-    /// host memory.
+    /// Returns a part in place in a GPU's memory, for kernels of the application's own. `None` for
+    /// parts in host memory.
     pub fn device_part(&self, kind: PartKind) -> Option<DevicePart<'m>> {
         let part = self.planned().part(kind)?;
         Some(DevicePart {
@@ -345,7 +346,7 @@ impl<'m> Tensor<'m> {
         })
     }
 
-    /// A copy of a part, wherever it is; `None` when the format has no such part.
+    /// Returns a copy of a part, wherever it is; `None` when the format has no such part.
     ///
     /// # Errors
     /// When the device cannot be read.
@@ -381,7 +382,7 @@ impl<'m> Tensor<'m> {
         Ok(out)
     }
 
-    /// The elements as numbers of type `to`, little-endian and row-major: NF4 weights are
+    /// Returns the elements as numbers of type `to`, little-endian and row-major: NF4 weights are
     /// dequantized (one f32 product, rounded once), others converted.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ enum Elements {
 }
 
 impl Tensor<'_> {
-    /// Whether this range lies in a part.
+    /// Returns whether this range lies in a part.
     ///
     /// # Errors
     /// [`ModelError::NoPart`] and [`ModelError::OutsideTensor`].

@@ -24,12 +24,12 @@ impl SharedPart {
         }
     }
 
-    /// Its length in bytes.
+    /// Returns its length in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// The part in place, where the processor can read the device's memory.
+    /// Returns the part in place, where the processor can read the device's memory.
     pub fn host(&self) -> Option<&[u8]> {
         match &self.memory {
             Some(memory) => host_bytes(&**memory, self.offset, self.bytes),
@@ -37,7 +37,7 @@ impl SharedPart {
         }
     }
 
-    /// Where it lies in a GPU's memory, a multiple of 256; `None` for host memory.
+    /// Returns where it lies in a GPU's memory, a multiple of 256; `None` for host memory.
     pub fn address(&self) -> Option<DeviceAddress> {
         address(&**self.memory.as_ref()?, self.offset)
     }

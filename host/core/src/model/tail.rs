@@ -83,17 +83,17 @@ impl TailAllocator {
         Ok(allocation)
     }
 
-    /// Bytes that can be handed out at most.
+    /// Returns the number of bytes that can be handed out at most.
     pub fn capacity(&self) -> u64 {
         self.pool().capacity()
     }
 
-    /// Bytes handed out, now and at most, each allocation rounded up to 256.
+    /// Returns the number of bytes handed out, now and at most, each allocation rounded up to 256.
     pub fn used(&self) -> Gauge {
         self.pool().used()
     }
 
-    /// The most that one allocation can have now.
+    /// Returns the most that one allocation can have now.
     pub fn largest_free(&self) -> u64 {
         self.pool().largest_free()
     }
@@ -112,17 +112,17 @@ pub struct TailAllocation {
 }
 
 impl TailAllocation {
-    /// Its length in bytes.
+    /// Returns its length in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }
 
-    /// Where it lies in a GPU's memory, a multiple of 256; `None` for host memory.
+    /// Returns where it lies in a GPU's memory, a multiple of 256; `None` for host memory.
     pub fn address(&self) -> Option<DeviceAddress> {
         address(&*self.tail.0.memory, self.tail.0.start + self.offset)
     }
 
-    /// Its bytes, where they are in host memory.
+    /// Returns its bytes, where they are in host memory.
     pub fn host(&self) -> Option<&[u8]> {
         match &self.host {
             None if self.bytes > 0 => None,
@@ -130,7 +130,7 @@ impl TailAllocation {
         }
     }
 
-    /// Its bytes to write, where they are in host memory.
+    /// Returns its bytes to write, where they are in host memory.
     pub fn host_mut(&mut self) -> Option<&mut [u8]> {
         match &mut self.host {
             None if self.bytes > 0 => None,

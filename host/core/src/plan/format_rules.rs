@@ -63,7 +63,7 @@ pub enum FormatRuleError {
 }
 
 impl FormatRules {
-    /// Whether a setting of this name is a rule.
+    /// Returns whether a setting of this name is a rule.
     pub fn is_rule(name: &str) -> bool {
         name.starts_with(PREFIX)
     }
@@ -100,8 +100,8 @@ impl FormatRules {
         Ok((FormatRules(rules), others))
     }
 
-    /// The formats that the rules fix: indices of tensors, ascending, and their formats. The names
-    /// of a tied parameter are one: a rule that matches any of them is for all.
+    /// Returns the formats that the rules fix: indices of tensors, ascending, and their formats.
+    /// The names of a tied parameter are one: a rule that matches any of them is for all.
     ///
     /// # Errors
     /// [`FormatRuleError::NoMatch`] and [`FormatRuleError::Illegal`].
@@ -155,7 +155,7 @@ impl FormatRules {
         Ok(formats)
     }
 
-    /// The rules as settings, in their order.
+    /// Returns the rules as settings, in their order.
     pub fn settings(&self) -> impl Iterator<Item = (String, String)> + '_ {
         let setting = |rule: &Rule| {
             let name = format!("{PREFIX}{}", rule.pattern);

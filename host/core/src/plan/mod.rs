@@ -25,7 +25,6 @@ use crate::cancel::{CancelToken, Watch};
 use crate::checkpoint::{Checkpoint, TensorInfo, Tie};
 use crate::device::DeviceInfo;
 use crate::memory::ReservationSize;
-use crate::options::setters;
 use crate::policy::Proposal;
 use crate::types::{Format, Placement};
 
@@ -50,7 +49,7 @@ pub struct PlannedTensor {
 }
 
 impl PlannedTensor {
-    /// Bytes of all its parts.
+    /// Returns the number of bytes of all its parts.
     pub fn requested(&self) -> u64 {
         self.parts.iter().map(|part| part.bytes).sum()
     }
@@ -66,7 +65,7 @@ impl PlannedTensor {
         }
     }
 
-    /// The part of this kind.
+    /// Returns the part of this kind.
     pub fn part(&self, kind: PartKind) -> Option<PlannedPart> {
         self.parts.iter().copied().find(|part| part.kind == kind)
     }
@@ -131,7 +130,7 @@ pub struct PlanOptions {
     pub cancel: CancelToken,
 }
 
-setters!([] PlanOptions:
+tightfit_common::setters!([] PlanOptions:
     with_reserved_headroom: reserve_headroom, bool;
     with_cancel: cancel, CancelToken;
 );

@@ -35,17 +35,17 @@ impl PartSizes {
         PartSizes { parts, count: N }
     }
 
-    /// The parts in the order in which they are stored.
+    /// Returns the parts in the order in which they are stored.
     pub fn iter(&self) -> impl Iterator<Item = (PartKind, u64)> + '_ {
         self.parts[..self.count].iter().copied()
     }
 
-    /// Bytes of all parts.
+    /// Returns the number of bytes of all parts.
     pub fn requested(&self) -> u64 {
         self.iter().map(|(_, bytes)| bytes).sum()
     }
 
-    /// Bytes of all parts, each rounded up to [`PART_ALIGNMENT`].
+    /// Returns the number of bytes of all parts, each rounded up to [`PART_ALIGNMENT`].
     pub fn padded(&self) -> u64 {
         self.iter()
             .map(|(_, bytes)| bytes.next_multiple_of(PART_ALIGNMENT))
@@ -83,7 +83,7 @@ pub enum SizeError {
     },
 }
 
-/// The parts of a tensor of this type and shape stored in `format`.
+/// Returns the parts of a tensor of this type and shape stored in `format`.
 ///
 /// Format::NF4 takes `ceil(n / 2)` bytes of codes and `ceil(n / block)` scales of 4 bytes; with double
 /// quantization one byte a scale and 4 bytes per 256 scales. The code tables and the offset of
@@ -118,7 +118,7 @@ pub fn part_sizes(dtype: DType, shape: &[u64], format: Format) -> Result<PartSiz
             double_quantized,
         } => {
             if !dtype.is_quantizable() {
-                return Err(illegal("Format::NF4 is made from bf16, f16 or f32"));
+                return Err(illegal("NF4 is made from bf16, f16 or f32"));
             }
             let parts = sizes::nf4(shape, dtype.bits(), block_size, double_quantized)
                 .ok_or_else(overflow)?;
@@ -132,8 +132,8 @@ pub fn part_sizes(dtype: DType, shape: &[u64], format: Format) -> Result<PartSiz
     }
 }
 
-/// The parts of this tensor stored in `format`. A weight that is quantized in the checkpoint can
-/// only be stored, and then has the parts of its own quantization.
+/// Returns the parts of this tensor stored in `format`. A weight that is quantized in the
+/// checkpoint can only be stored, and then has the parts of its own quantization.
 ///
 /// # Errors
 /// As [`part_sizes`], and [`SizeError::AlreadyQuantized`].

@@ -64,7 +64,7 @@ impl Content {
         }
     }
 
-    /// What the elements of such a tensor count as.
+    /// Returns what the elements of such a tensor count as.
     pub fn of(kind: TensorKind) -> Content {
         match kind {
             TensorKind::Embedding => Content::Embeddings,
@@ -97,13 +97,13 @@ pub struct Fill {
 }
 
 impl Fill {
-    /// Bytes of one kind.
+    /// Returns the number of bytes of one kind.
     pub fn get(&self, content: Content) -> u64 {
         let mut fill = *self;
         *fill.part(content)
     }
 
-    /// Every kind with its bytes, in the order of a picture.
+    /// Returns every kind with its bytes, in the order of a picture.
     pub fn parts(&self) -> [(Content, u64); 10] {
         Content::ALL.map(|content| (content, self.get(content)))
     }
@@ -124,7 +124,7 @@ impl Fill {
     }
 }
 
-/// What fills each device of a plan for these tensors.
+/// Returns what fills each device of a plan for these tensors.
 pub fn fills(tensors: &[TensorInfo], plan: &Plan) -> Vec<Fill> {
     let mut fills = vec![Fill::default(); plan.devices.len()];
     for (tensor, planned) in tensors.iter().zip(&plan.tensors) {

@@ -65,7 +65,7 @@ impl Share {
 }
 
 impl Inspection {
-    /// What `checkpoint` holds, with the formats that `plan` gives its tensors.
+    /// Returns what `checkpoint` holds, with the formats that `plan` gives its tensors.
     pub fn new(checkpoint: &Checkpoint, plan: &Plan) -> Inspection {
         let mut dtypes: BTreeMap<String, Share> = BTreeMap::new();
         let mut formats: BTreeMap<String, Share> = BTreeMap::new();

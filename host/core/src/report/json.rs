@@ -167,7 +167,7 @@ impl From<&Proposed> for PolicyReport {
 }
 
 impl Report {
-    /// The report of a plan. `staging_bytes` is what a load may take.
+    /// Returns the report of a plan. `staging_bytes` is what a load may take.
     pub fn of_plan(checkpoint: &Checkpoint, proposed: &Proposed, staging_bytes: u64) -> Report {
         Report {
             schema: 1,

@@ -7,9 +7,9 @@ use serde_json::ser::{CharEscape, Formatter, PrettyFormatter, Serializer};
 
 use crate::text::is_hidden;
 
-/// A value as indented JSON that can be printed: characters that [are hidden](is_hidden) are escaped
-/// in its strings (`\u009b`; as a pair of surrogates beyond U+FFFF), so that it says the same to a
-/// parser and nothing to a terminal. It ends without a line break.
+/// Returns a value as indented JSON that can be printed: characters that [are hidden](is_hidden)
+/// are escaped in its strings (`\u009b`; as a pair of surrogates beyond U+FFFF), so that it says
+/// the same to a parser and nothing to a terminal. It ends without a line break.
 ///
 /// # Errors
 /// When the value cannot be JSON, as a map without strings as keys.

@@ -34,7 +34,6 @@ use crate::device::{Device, DeviceKind, HostDevice};
 use crate::load;
 use crate::memory::DEFAULT_STAGING;
 use crate::model::{Quantization, Tensor};
-use crate::options::setters;
 use crate::plan::{PartKind, Plan, tensor_part_sizes};
 use crate::progress::{Progress, ReportProgress};
 use crate::types::{Format, Placement, QuantType};
@@ -92,7 +91,7 @@ impl Default for SaveOptions<'_> {
     }
 }
 
-setters!([<'a>] SaveOptions<'a>:
+tightfit_common::setters!([<'a>] SaveOptions<'a>:
     with_threads: threads, usize;
     with_staging_bytes: staging_bytes, u64;
     with_strict: strict, bool;

@@ -25,7 +25,7 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// A bf16 tensor, drawn around one where the name is that of a norm's weight.
+    /// Returns a bf16 tensor, drawn around one where the name is that of a norm's weight.
     pub fn new(name: impl Into<String>, shape: &[u64]) -> Tensor {
         let name = name.into();
         let module = name.strip_suffix(".weight").unwrap_or("");
@@ -46,7 +46,7 @@ impl Tensor {
         }
     }
 
-    /// Its elements, or `None` when they do not fit in 64 bits.
+    /// Returns its elements, or `None` when they do not fit in 64 bits.
     pub fn elements(&self) -> Option<u64> {
         elements(&self.shape)
     }
@@ -145,7 +145,7 @@ impl Decoder {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Qwen35 {
     pub(super) layers: u64,
-    /// Every so many layers the last one has full attention.
+    /// Number of layers of which the last one has full attention.
     pub(super) full_attention_interval: u64,
     pub(super) hidden: u64,
     pub(super) vocab: u64,

@@ -40,7 +40,7 @@ pub enum Preset {
 }
 
 impl Preset {
-    /// Every preset, small ones first within a family.
+    /// Returns every preset, small ones first within a family.
     pub const fn all() -> &'static [Preset] {
         &[
             Preset::Demo,
@@ -55,7 +55,7 @@ impl Preset {
         ]
     }
 
-    /// The name that users give, for example `qwen2.5-7b`.
+    /// Returns the name that users give, for example `qwen2.5-7b`.
     pub const fn name(self) -> &'static str {
         match self {
             Preset::Demo => "demo",
@@ -70,7 +70,7 @@ impl Preset {
         }
     }
 
-    /// The tensors in the order of the model's modules.
+    /// Returns the tensors in the order of the model's modules.
     pub fn tensors(self) -> Vec<Tensor> {
         match self.shape() {
             Shape::Decoder(decoder) => decoder.tensors(),
@@ -79,7 +79,7 @@ impl Preset {
         }
     }
 
-    /// Elements of all tensors.
+    /// Returns the number of elements of all tensors.
     pub fn parameters(self) -> u64 {
         self.tensors().iter().filter_map(Tensor::elements).sum()
     }

@@ -13,7 +13,6 @@ use super::preset::Preset;
 use super::random::{self, Tables};
 use super::shards::{self, Shard};
 use crate::cancel::CancelToken;
-use crate::options::setters;
 use crate::progress::{Progress, ReportProgress};
 use crate::types::DType;
 
@@ -51,7 +50,7 @@ impl Default for SynthOptions<'_> {
     }
 }
 
-setters!([<'a>] SynthOptions<'a>:
+tightfit_common::setters!([<'a>] SynthOptions<'a>:
     with_headers_only: headers_only, bool;
     with_seed: seed, u64;
     with_shard_bytes: shard_bytes, u64;
@@ -100,7 +99,7 @@ pub fn write(
     write_model(&preset.into(), directory, options)
 }
 
-/// The same as [`write()`] for a model that is no preset.
+/// [`write()`] for a model that is no preset.
 ///
 /// # Errors
 /// As for [`write()`], and [`SynthError::Unsupported`] for types other than `BF16`, unless no

@@ -38,7 +38,7 @@ impl Buffer {
         }
     }
 
-    /// Its length in bytes.
+    /// Returns its length in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
     }

@@ -10,7 +10,9 @@ use wasmtime::component::{InstancePre, Linker};
 use wasmtime::error::Context as _;
 use wasmtime::{Store, bail};
 
-use crate::sandbox::{Compiler, Failure, Guest, Limits, Linked, Options, State, checked_component};
+use crate::sandbox::{
+    Compiler, Guest, GuestFailure, Limits, Linked, SandboxOptions, State, checked_component,
+};
 use crate::wit;
 use crate::wit::BadPlacement;
 use crate::wit::bindings::exports::tightfit::host::planner;
@@ -33,7 +35,7 @@ static PACKED: &[u8] = include_bytes!("builtin/packed.wasm");
 /// # Errors
 /// As [`WasmPolicy::new`].
 #[doc(hidden)]
-pub fn precheck_component(bytes: &[u8], limits: &Limits) -> Result<Vec<u8>, Failure> {
+pub fn precheck_component(bytes: &[u8], limits: &Limits) -> Result<Vec<u8>, GuestFailure> {
     checked_component(bytes, &World::POLICY, limits)
 }
 
@@ -66,7 +68,7 @@ impl WasmPolicy {
     ///
     /// # Errors
     /// [`PolicyError::Unknown`], [`PolicyError::Unreadable`], or as [`WasmPolicy::new`].
-    pub fn open(name: &str, options: impl Into<Options>) -> Result<WasmPolicy, PolicyError> {
+    pub fn open(name: &str, options: impl Into<SandboxOptions>) -> Result<WasmPolicy, PolicyError> {
         let options = options.into();
         if let Some(policy) = WasmPolicy::builtin(name, options.clone()) {
             return policy;
@@ -92,7 +94,7 @@ impl WasmPolicy {
     /// program, and so compiled in this process.
     pub fn builtin(
         name: &str,
-        options: impl Into<Options>,
+        options: impl Into<SandboxOptions>,
     ) -> Option<Result<WasmPolicy, PolicyError>> {
         let bytes = match name {
             "auto" => AUTO,
@@ -101,10 +103,7 @@ impl WasmPolicy {
             "packed" => PACKED,
             _ => return None,
         };
-        let options = Options {
-            compiler: Compiler::InProcess,
-            ..options.into()
-        };
+        let options = options.into().with_compiler(Compiler::InProcess);
         Some(WasmPolicy::new(name, bytes, options))
     }
 
@@ -115,7 +114,7 @@ impl WasmPolicy {
     pub fn new(
         label: &str,
         bytes: &[u8],
-        options: impl Into<Options>,
+        options: impl Into<SandboxOptions>,
     ) -> Result<WasmPolicy, PolicyError> {
         Guest::new(label, bytes, options.into())
             .map(WasmPolicy)
@@ -167,7 +166,7 @@ fn check_planner(pre: &InstancePre<State<()>>) -> wasmtime::Result<()> {
         .context("its function plan has another type")
 }
 
-fn failed(policy: &str, failure: Failure) -> PolicyError {
+fn failed(policy: &str, failure: GuestFailure) -> PolicyError {
     PolicyError::Failed {
         policy: policy.to_owned(),
         status: Status::from(&failure),
@@ -182,7 +181,7 @@ impl Policy for WasmPolicy {
         })?;
         let limits = self.0.limits();
         if description.settings.len() > limits.settings {
-            let failure = Failure::TooMany {
+            let failure = GuestFailure::TooMany {
                 what: "settings",
                 limit: limits.settings,
             };

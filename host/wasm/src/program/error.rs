@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::sandbox::Failure;
+use crate::sandbox::GuestFailure;
 use tightfit::status::Status;
 use tightfit::types::Bytes;
 
@@ -23,7 +23,7 @@ pub enum ProgramError {
         /// Its file, or how it was named.
         program: String,
         /// How.
-        failure: Failure,
+        failure: GuestFailure,
     },
     /// It says that it could not do its work.
     #[error("program '{program}' gave up: {message}")]

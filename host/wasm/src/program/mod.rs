@@ -1,4 +1,4 @@
-//! Runs programs: programs in wasm that load models and work with them, within [`Limits`] and a quota
+//! Runs programs in wasm, which load models and work with them, within [`Limits`] and a quota
 //! of devices' memory.
 //!
 //! ```no_run
@@ -24,9 +24,7 @@ use wasmtime::component::{InstancePre, Linker, ResourceTable};
 
 pub use error::ProgramError;
 
-pub use crate::sandbox::{Failure, Limits};
-
-use crate::sandbox::{Guest, Linked, Options, State};
+use crate::sandbox::{Guest, GuestFailure, Limits, Linked, SandboxOptions, State};
 use crate::wit::program::bindings::ProgramPre;
 use crate::wit::program::{
     ProgramCtx, ProgramCtxView, ProgramView, Stopped, add_program_to_linker,
@@ -40,12 +38,10 @@ const MOST_ANSWER: usize = 1 << 20;
 /// Returns what a program may use unless it is said otherwise: as a policy, but fuel and time for
 /// reading, computing and loading.
 pub fn default_limits() -> Limits {
-    Limits {
-        fuel: 1_000_000_000_000,
-        fuel_per_tensor: 0,
-        deadline: Duration::from_secs(600),
-        ..Limits::default()
-    }
+    Limits::default()
+        .with_fuel(1_000_000_000_000)
+        .with_fuel_per_tensor(0)
+        .with_deadline(Duration::from_secs(600))
 }
 
 impl Linked for ProgramPre<State<Own>> {
@@ -101,7 +97,10 @@ impl WasmProgram {
     ///
     /// # Errors
     /// [`ProgramError::Unreadable`], or as [`WasmProgram::new`].
-    pub fn open(path: &Path, options: impl Into<Options>) -> Result<WasmProgram, ProgramError> {
+    pub fn open(
+        path: &Path,
+        options: impl Into<SandboxOptions>,
+    ) -> Result<WasmProgram, ProgramError> {
         let label = path.display().to_string();
         let guest = Guest::open(&label, path, options.into());
         let guest = guest.map_err(|source| ProgramError::Unreadable {
@@ -120,7 +119,7 @@ impl WasmProgram {
     pub fn new(
         label: &str,
         bytes: &[u8],
-        options: impl Into<Options>,
+        options: impl Into<SandboxOptions>,
     ) -> Result<WasmProgram, ProgramError> {
         Guest::new(label, bytes, options.into())
             .map(WasmProgram)
@@ -203,14 +202,14 @@ fn call(
 fn cause(error: wasmtime::Error, limits: &Limits) -> wasmtime::Error {
     if let Some(Stopped::Deadline) = error.downcast_ref() {
         let seconds = limits.deadline.as_secs_f64();
-        return Failure::Deadline { seconds }.into();
+        return GuestFailure::Deadline { seconds }.into();
     }
     error
 }
 
-fn failed(program: &str, failure: Failure) -> ProgramError {
+fn failed(program: &str, failure: GuestFailure) -> ProgramError {
     match failure {
-        Failure::Cancelled => ProgramError::Cancelled,
+        GuestFailure::Cancelled => ProgramError::Cancelled,
         failure => ProgramError::Failed {
             program: program.to_owned(),
             failure,

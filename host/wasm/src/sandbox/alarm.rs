@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use wasmtime::{Engine, Store, UpdateDeadline};
 
-use super::Failure;
+use super::GuestFailure;
 
 /// How often a call that is over its deadline is reminded of it: the first time it may have just
 /// looked at the clock, or be inside a host function.
@@ -49,7 +49,7 @@ pub(super) struct Alarm {
     id: Option<u64>,
 }
 
-/// Has the store's guest trap with [`Failure::Deadline`] once `patience` is over.
+/// Has the store's guest trap with [`GuestFailure::Deadline`] once `patience` is over.
 ///
 /// # Errors
 /// When no thread can be started.
@@ -58,7 +58,7 @@ pub(super) fn set<T: 'static>(store: &mut Store<T>, patience: Duration) -> io::R
     let deadline = Instant::now().checked_add(patience);
     store.set_epoch_deadline(1);
     store.epoch_deadline_callback(move |_| match deadline {
-        Some(deadline) if Instant::now() >= deadline => Err(Failure::Deadline {
+        Some(deadline) if Instant::now() >= deadline => Err(GuestFailure::Deadline {
             seconds: patience.as_secs_f64(),
         }
         .into()),

@@ -14,7 +14,7 @@ use wasmtime::{Engine, OutOfMemory};
 
 use super::code::{Code, check_length};
 use super::run::{self, Reservation};
-use super::{CompilerProgram, Failure, Limits, space};
+use super::{CompilerProgram, GuestFailure, Limits, space};
 use crate::component;
 use tightfit::cancel::CancelToken;
 
@@ -78,8 +78,8 @@ const LAST_WORDS: u64 = 64 << 10;
 /// Compiles a component, or a core module with the description of its world, that has been checked.
 ///
 /// # Errors
-/// [`Failure::NotAComponent`], [`Failure::CompileTime`], [`Failure::CompileMemory`],
-/// [`Failure::Compiled`], [`Failure::Compiler`], [`Failure::Cancelled`]; [`Failure::Host`] when the
+/// [`GuestFailure::NotAComponent`], [`GuestFailure::CompileTime`], [`GuestFailure::CompileMemory`],
+/// [`GuestFailure::Compiled`], [`GuestFailure::Compiler`], [`GuestFailure::Cancelled`]; [`GuestFailure::Host`] when the
 /// child cannot be started.
 pub(super) fn compile(
     program: &CompilerProgram,
@@ -87,7 +87,7 @@ pub(super) fn compile(
     limits: &Limits,
     reservation: Reservation,
     cancel: &CancelToken,
-) -> Result<Code, Failure> {
+) -> Result<Code, GuestFailure> {
     let order = Order {
         memory: limits.compile_memory,
         // The parent's clock is the limit. Should the parent be gone, this one ends the child.
@@ -97,7 +97,7 @@ pub(super) fn compile(
     };
     let ended = talk(program, &order, bytes, limits, cancel).map_err(|error| {
         let program = program.program.display();
-        Failure::host(format_args!(
+        GuestFailure::host(format_args!(
             "the compiler {program} cannot be run: {error}"
         ))
     })?;
@@ -110,7 +110,7 @@ pub(super) fn compile(
             Ok(code)
         }
         Answer::TooLong(failure) => Err(failure),
-        Answer::Refused(reason) => Err(Failure::NotAComponent {
+        Answer::Refused(reason) => Err(GuestFailure::NotAComponent {
             reason: String::from_utf8_lossy(&reason).into_owned(),
         }),
         Answer::OutOfMemory => Err(out_of_memory(limits)),
@@ -120,10 +120,10 @@ pub(super) fn compile(
 
 /// Returns the failure of a child that ran out of memory: it inherits what this process may use,
 /// where that is less.
-fn out_of_memory(limits: &Limits) -> Failure {
+fn out_of_memory(limits: &Limits) -> GuestFailure {
     match space::limit() {
         Some(most) if most < limits.compile_memory => space::failure("compiling it takes more"),
-        _ => Failure::CompileMemory {
+        _ => GuestFailure::CompileMemory {
             limit: limits.compile_memory,
         },
     }
@@ -134,7 +134,7 @@ fn out_of_memory(limits: &Limits) -> Failure {
 enum Answer {
     Compiled(Vec<u8>),
     /// Compiled, to more than is read.
-    TooLong(Failure),
+    TooLong(GuestFailure),
     Refused(Vec<u8>),
     OutOfMemory,
     /// Nothing, or nothing whole.
@@ -186,12 +186,12 @@ struct Ended {
 
 impl Ended {
     /// Returns why there is no answer.
-    fn failure(&self, limits: &Limits) -> Failure {
+    fn failure(&self, limits: &Limits) -> GuestFailure {
         if self.cancelled {
-            return Failure::Cancelled;
+            return GuestFailure::Cancelled;
         }
         if self.timed_out {
-            return Failure::CompileTime {
+            return GuestFailure::CompileTime {
                 seconds: limits.compile_time.as_secs_f64(),
             };
         }
@@ -206,7 +206,7 @@ impl Ended {
             message += ": ";
             message.extend(last.chars().take(500));
         }
-        Failure::Compiler { message }
+        GuestFailure::Compiler { message }
     }
 }
 

@@ -4,7 +4,7 @@
 use wasmtime::Engine;
 use wasmtime::component::Component;
 
-use super::{Failure, Limits};
+use super::{GuestFailure, Limits};
 use tightfit::types::Bytes;
 
 /// Code that this program's own compiler has made, here or in a child, and that nobody else can
@@ -28,10 +28,10 @@ const COMPILED_FROM: u64 = 16;
 
 /// What keeps a guest of `guest` bytes from being loaded that is compiled to `have`: it has to be
 /// in proportion to the limits, and to the guest.
-pub(super) fn check_length(have: u64, guest: usize, limits: &Limits) -> Result<(), Failure> {
+pub(super) fn check_length(have: u64, guest: usize, limits: &Limits) -> Result<(), GuestFailure> {
     let limit = limits.compiled;
     if have > limit {
-        return Err(Failure::Compiled { limit });
+        return Err(GuestFailure::Compiled { limit });
     }
     let most = SHORT_CODE.saturating_add(COMPILED_FROM.saturating_mul(guest as u64));
     if have > most {
@@ -39,7 +39,7 @@ pub(super) fn check_length(have: u64, guest: usize, limits: &Limits) -> Result<(
             "compiled, it takes more than {}, which is out of proportion to its size",
             Bytes(most)
         );
-        return Err(Failure::NotAComponent { reason });
+        return Err(GuestFailure::NotAComponent { reason });
     }
     Ok(())
 }
@@ -70,8 +70,8 @@ impl Code {
     /// it was compiled from.
     ///
     /// # Errors
-    /// [`Failure::Compiled`], [`Failure::NotAComponent`].
-    pub(super) fn check(&self, guest: usize, limits: &Limits) -> Result<(), Failure> {
+    /// [`GuestFailure::Compiled`], [`GuestFailure::NotAComponent`].
+    pub(super) fn check(&self, guest: usize, limits: &Limits) -> Result<(), GuestFailure> {
         check_length(self.0.len() as u64, guest, limits)?;
         let have = section_bytes(&self.0, DESCRIPTION).unwrap_or(0);
         let most = SHORT_DESCRIPTION + guest as u64 / DESCRIBED_BY;
@@ -79,7 +79,7 @@ impl Code {
             let reason = format!(
                 "its types and instances take {have} bytes to describe, at most {most} for one of its size"
             );
-            return Err(Failure::NotAComponent { reason });
+            return Err(GuestFailure::NotAComponent { reason });
         }
         Ok(())
     }

@@ -13,7 +13,7 @@ use tightfit::types::Bytes;
 /// out as it is.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
-pub enum Failure {
+pub enum GuestFailure {
     /// It is not WebAssembly, or damaged, or nothing that can be made a component.
     #[error("it is not a component: {reason}")]
     NotAComponent {
@@ -153,9 +153,9 @@ pub enum Failure {
     },
 }
 
-impl Failure {
+impl GuestFailure {
     /// Returns how a policy in wasm failed, if that is what the error says.
-    pub fn of(error: &PolicyError) -> Option<&Failure> {
+    pub fn of(error: &PolicyError) -> Option<&GuestFailure> {
         match error {
             PolicyError::Failed { source, .. } => source.downcast_ref(),
             _ => None,
@@ -166,26 +166,26 @@ impl Failure {
     /// `out-of-fuel`; `host` where it was not the guest.
     pub const fn kind(&self) -> &'static str {
         match self {
-            Failure::NotAComponent { .. } | Failure::WrongWorld(_) => "not-a-policy",
-            Failure::TooLarge { .. } => "too-large",
-            Failure::TooMany { .. } => "too-many",
-            Failure::CompileTime { .. }
-            | Failure::CompileMemory { .. }
-            | Failure::Compiled { .. }
-            | Failure::Compiler { .. } => "compile",
-            Failure::OutOfFuel { .. } => "out-of-fuel",
-            Failure::Deadline { .. } => "deadline",
-            Failure::Memory { .. } => "memory",
-            Failure::Tables { .. } => "tables",
-            Failure::HostCall { .. } => "host-call",
-            Failure::Handles { .. } => "handles",
-            Failure::Resources { .. } => "resources",
-            Failure::StackOverflow => "stack-overflow",
-            Failure::EmptyWasi { .. } => "empty-wasi",
-            Failure::Exit { .. } => "exit",
-            Failure::Panic { .. } => "panic",
-            Failure::Trap { .. } => "trap",
-            Failure::Host { .. } | Failure::Cancelled => "host",
+            GuestFailure::NotAComponent { .. } | GuestFailure::WrongWorld(_) => "not-a-policy",
+            GuestFailure::TooLarge { .. } => "too-large",
+            GuestFailure::TooMany { .. } => "too-many",
+            GuestFailure::CompileTime { .. }
+            | GuestFailure::CompileMemory { .. }
+            | GuestFailure::Compiled { .. }
+            | GuestFailure::Compiler { .. } => "compile",
+            GuestFailure::OutOfFuel { .. } => "out-of-fuel",
+            GuestFailure::Deadline { .. } => "deadline",
+            GuestFailure::Memory { .. } => "memory",
+            GuestFailure::Tables { .. } => "tables",
+            GuestFailure::HostCall { .. } => "host-call",
+            GuestFailure::Handles { .. } => "handles",
+            GuestFailure::Resources { .. } => "resources",
+            GuestFailure::StackOverflow => "stack-overflow",
+            GuestFailure::EmptyWasi { .. } => "empty-wasi",
+            GuestFailure::Exit { .. } => "exit",
+            GuestFailure::Panic { .. } => "panic",
+            GuestFailure::Trap { .. } => "trap",
+            GuestFailure::Host { .. } | GuestFailure::Cancelled => "host",
         }
     }
 
@@ -193,75 +193,75 @@ impl Failure {
     /// takes it; where it was none that can be set, none.
     pub fn limit(&self) -> Option<&'static str> {
         match self {
-            Failure::TooLarge { what, .. } => Some(limit_on_size(what)),
-            Failure::TooMany { what, .. } => Some(what),
-            Failure::CompileTime { .. } => Some("compile-time"),
-            Failure::CompileMemory { .. } => Some("compile-memory"),
-            Failure::Compiled { .. } => Some("compiled"),
-            Failure::OutOfFuel { .. } => Some("fuel"),
-            Failure::Deadline { .. } => Some("deadline"),
-            Failure::Memory { .. } => Some("memory"),
-            Failure::Tables { .. } => Some("table-elements"),
-            Failure::HostCall { .. } => Some("host-call-bytes"),
-            Failure::Handles { .. } => Some("handles"),
-            Failure::Resources { .. } => Some("resources"),
-            Failure::NotAComponent { .. }
-            | Failure::WrongWorld(_)
-            | Failure::Compiler { .. }
-            | Failure::Cancelled
-            | Failure::StackOverflow
-            | Failure::EmptyWasi { .. }
-            | Failure::Exit { .. }
-            | Failure::Panic { .. }
-            | Failure::Trap { .. }
-            | Failure::Host { .. } => None,
+            GuestFailure::TooLarge { what, .. } => Some(limit_on_size(what)),
+            GuestFailure::TooMany { what, .. } => Some(what),
+            GuestFailure::CompileTime { .. } => Some("compile-time"),
+            GuestFailure::CompileMemory { .. } => Some("compile-memory"),
+            GuestFailure::Compiled { .. } => Some("compiled"),
+            GuestFailure::OutOfFuel { .. } => Some("fuel"),
+            GuestFailure::Deadline { .. } => Some("deadline"),
+            GuestFailure::Memory { .. } => Some("memory"),
+            GuestFailure::Tables { .. } => Some("table-elements"),
+            GuestFailure::HostCall { .. } => Some("host-call-bytes"),
+            GuestFailure::Handles { .. } => Some("handles"),
+            GuestFailure::Resources { .. } => Some("resources"),
+            GuestFailure::NotAComponent { .. }
+            | GuestFailure::WrongWorld(_)
+            | GuestFailure::Compiler { .. }
+            | GuestFailure::Cancelled
+            | GuestFailure::StackOverflow
+            | GuestFailure::EmptyWasi { .. }
+            | GuestFailure::Exit { .. }
+            | GuestFailure::Panic { .. }
+            | GuestFailure::Trap { .. }
+            | GuestFailure::Host { .. } => None,
         }
     }
 
     /// Returns the same with at most `limit` bytes of each of the guest's texts. Every failure
     /// comes through here before anybody is told of it.
     #[cfg(feature = "compile")]
-    pub(crate) fn shortened(mut self, limit: usize) -> Failure {
+    pub(crate) fn shortened(mut self, limit: usize) -> GuestFailure {
         match &mut self {
-            Failure::NotAComponent { reason: text }
-            | Failure::Compiler { message: text }
-            | Failure::EmptyWasi { function: text }
-            | Failure::Panic { message: text }
-            | Failure::Trap { message: text }
-            | Failure::Host { message: text } => truncate(text, limit),
-            Failure::WrongWorld(mismatch) => {
+            GuestFailure::NotAComponent { reason: text }
+            | GuestFailure::Compiler { message: text }
+            | GuestFailure::EmptyWasi { function: text }
+            | GuestFailure::Panic { message: text }
+            | GuestFailure::Trap { message: text }
+            | GuestFailure::Host { message: text } => truncate(text, limit),
+            GuestFailure::WrongWorld(mismatch) => {
                 mismatch.texts().for_each(|text| truncate(text, limit));
             }
-            Failure::TooLarge { .. }
-            | Failure::TooMany { .. }
-            | Failure::CompileTime { .. }
-            | Failure::CompileMemory { .. }
-            | Failure::Compiled { .. }
-            | Failure::Cancelled
-            | Failure::OutOfFuel { .. }
-            | Failure::Deadline { .. }
-            | Failure::Memory { .. }
-            | Failure::Tables { .. }
-            | Failure::HostCall { .. }
-            | Failure::Handles { .. }
-            | Failure::Resources { .. }
-            | Failure::StackOverflow
-            | Failure::Exit { .. } => {}
+            GuestFailure::TooLarge { .. }
+            | GuestFailure::TooMany { .. }
+            | GuestFailure::CompileTime { .. }
+            | GuestFailure::CompileMemory { .. }
+            | GuestFailure::Compiled { .. }
+            | GuestFailure::Cancelled
+            | GuestFailure::OutOfFuel { .. }
+            | GuestFailure::Deadline { .. }
+            | GuestFailure::Memory { .. }
+            | GuestFailure::Tables { .. }
+            | GuestFailure::HostCall { .. }
+            | GuestFailure::Handles { .. }
+            | GuestFailure::Resources { .. }
+            | GuestFailure::StackOverflow
+            | GuestFailure::Exit { .. } => {}
         }
         self
     }
 
     /// Makes a failure of an error that is not about the guest.
     #[cfg(feature = "compile")]
-    pub(crate) fn host(error: impl std::fmt::Display) -> Failure {
-        Failure::Host {
+    pub(crate) fn host(error: impl std::fmt::Display) -> GuestFailure {
+        GuestFailure::Host {
             // With a wasmtime error's causes.
             message: format!("{error:#}"),
         }
     }
 }
 
-/// Returns the name of the limit that [`Failure::TooLarge`] is about.
+/// Returns the name of the limit that [`GuestFailure::TooLarge`] is about.
 fn limit_on_size(what: &str) -> &'static str {
     match what {
         "file" => "component",
@@ -269,12 +269,12 @@ fn limit_on_size(what: &str) -> &'static str {
     }
 }
 
-impl From<&Failure> for Status {
-    fn from(failure: &Failure) -> Status {
+impl From<&GuestFailure> for Status {
+    fn from(failure: &GuestFailure) -> Status {
         match failure {
             // Not the guest's doing: this machine, or this process, cannot run it.
-            Failure::Host { .. } => Status::Device,
-            Failure::Cancelled => Status::Interrupted,
+            GuestFailure::Host { .. } => Status::Device,
+            GuestFailure::Cancelled => Status::Interrupted,
             _ => Status::Policy,
         }
     }

@@ -7,7 +7,7 @@ use std::path::Path;
 use wasmtime::Store;
 use wasmtime::component::{InstancePre, Linker};
 
-use super::{Failure, Limits, Mismatch, Options, Sandbox, State, read_component};
+use super::{GuestFailure, Limits, Mismatch, Sandbox, SandboxOptions, State, read_component};
 use crate::world::World;
 use tightfit::text::truncated;
 
@@ -60,8 +60,8 @@ impl<P: Linked> Guest<P> {
     pub(crate) fn open(
         label: &str,
         path: &Path,
-        options: Options,
-    ) -> io::Result<Result<Guest<P>, Failure>> {
+        options: SandboxOptions,
+    ) -> io::Result<Result<Guest<P>, GuestFailure>> {
         let bytes = read_component(path, &options.limits)?;
         Ok(bytes.and_then(|bytes| Guest::new(label, &bytes, options)))
     }
@@ -70,18 +70,22 @@ impl<P: Linked> Guest<P> {
     ///
     /// # Errors
     /// When the bytes are not a guest of this world or exceed the limits.
-    pub(crate) fn new(label: &str, bytes: &[u8], options: Options) -> Result<Guest<P>, Failure> {
+    pub(crate) fn new(
+        label: &str,
+        bytes: &[u8],
+        options: SandboxOptions,
+    ) -> Result<Guest<P>, GuestFailure> {
         let text_bytes = options.limits.text_bytes;
         Guest::link(label, bytes, options).map_err(|failure| failure.shortened(text_bytes))
     }
 
-    fn link(label: &str, bytes: &[u8], options: Options) -> Result<Guest<P>, Failure> {
+    fn link(label: &str, bytes: &[u8], options: SandboxOptions) -> Result<Guest<P>, GuestFailure> {
         let sandbox = Sandbox::new(options)?;
         let component = sandbox.compile(bytes, &P::WORLD)?;
         let mut linker = Linker::new(sandbox.engine());
-        P::add_to_linker(&mut linker).map_err(Failure::host)?;
+        P::add_to_linker(&mut linker).map_err(GuestFailure::host)?;
         let linked = P::new(sandbox.link(&mut linker, &component)?).map_err(|error| {
-            Failure::WrongWorld(Mismatch::ExportType {
+            GuestFailure::WrongWorld(Mismatch::ExportType {
                 export: P::WORLD.exports.concat(),
                 reason: format!("{error:#}"),
             })
@@ -124,7 +128,7 @@ impl<P: Linked> Guest<P> {
         fuel: u64,
         live: bool,
         call: impl FnOnce(&P, &mut Store<State<P::Own>>) -> wasmtime::Result<R>,
-    ) -> Result<(R, u64), Failure> {
+    ) -> Result<(R, u64), GuestFailure> {
         let result = self
             .sandbox
             .run(own, fuel, live, |store| call(&self.linked, store));

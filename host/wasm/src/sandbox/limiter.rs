@@ -2,7 +2,7 @@
 
 use wasmtime::ResourceLimiter;
 
-use super::{Failure, Limits, space};
+use super::{GuestFailure, Limits, space};
 
 /// Sums all memories and all tables of a store: wasmtime's own limits are for each of them. What
 /// would grow past its own maximum does not grow, and is not counted.
@@ -36,7 +36,7 @@ impl Sum {
         current: usize,
         desired: usize,
         maximum: Option<usize>,
-        failure: impl FnOnce(u64, u64) -> Failure,
+        failure: impl FnOnce(u64, u64) -> GuestFailure,
     ) -> wasmtime::Result<bool> {
         if maximum.is_some_and(|maximum| desired > maximum) {
             return Ok(false);
@@ -70,7 +70,7 @@ impl ResourceLimiter for Limiter {
         desired: usize,
         maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        let failure = |need, limit| Failure::Memory { need, limit };
+        let failure = |need, limit| GuestFailure::Memory { need, limit };
         self.memory.grow(current, desired, maximum, failure)
     }
 
@@ -89,7 +89,7 @@ impl ResourceLimiter for Limiter {
         desired: usize,
         maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        let failure = |need, limit| Failure::Tables { need, limit };
+        let failure = |need, limit| GuestFailure::Tables { need, limit };
         self.elements.grow(current, desired, maximum, failure)
     }
 

@@ -6,7 +6,17 @@ use tightfit::types::parse_bytes;
 
 /// What a guest may use. The defaults let policies written in any language plan the largest
 /// models, and stop everything else within seconds.
+///
+/// ```
+/// use std::time::Duration;
+/// use tightfit_wasm::sandbox::Limits;
+///
+/// let limits = Limits::default()
+///     .with_deadline(Duration::from_secs(1))
+///     .with_memory(64 << 20);
+/// ```
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct Limits {
     /// Fuel (about one unit an instruction) for a call, whatever the model.
     pub fuel: u64,
@@ -90,6 +100,31 @@ impl Default for Limits {
         }
     }
 }
+
+tightfit_common::setters!([] Limits:
+    with_fuel: fuel, u64;
+    with_fuel_per_tensor: fuel_per_tensor, u64;
+    with_deadline: deadline, Duration;
+    with_memory: memory, u64;
+    with_memories: memories, usize;
+    with_table_elements: table_elements, u64;
+    with_tables: tables, usize;
+    with_instances: instances, usize;
+    with_modules: modules, usize;
+    with_imports: imports, usize;
+    with_stack: stack, usize;
+    with_host_call_bytes: host_call_bytes, usize;
+    with_handles: handles, usize;
+    with_resources: resources, usize;
+    with_log_bytes: log_bytes, usize;
+    with_text_bytes: text_bytes, usize;
+    with_settings: settings, usize;
+    with_component: component, u64;
+    with_function: function, u64;
+    with_compile_time: compile_time, Duration;
+    with_compile_memory: compile_memory, u64;
+    with_compiled: compiled, u64;
+);
 
 /// A limit that cannot be set so.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -1,7 +1,7 @@
 //! Runs wasm that nobody vouches for, within [`Limits`]: policies, and whatever else becomes a
 //! guest. Nothing here knows what a guest is asked.
 //!
-//! What happens to a guest, in this order; every way in which it ends early is a [`Failure`]:
+//! What happens to a guest, in this order; every way in which it ends early is a [`GuestFailure`]:
 //!
 //! 1. One pass over its bytes checks sizes, counts, and that it imports and exports what this host
 //!    has and asks for.
@@ -50,7 +50,7 @@ mod wasi;
 #[cfg(feature = "compile")]
 mod wasi_types;
 
-pub use failure::Failure;
+pub use failure::GuestFailure;
 pub use mismatch::Mismatch;
 
 #[cfg(feature = "compile")]
@@ -64,7 +64,7 @@ pub(crate) use guest::{Guest, Linked};
 #[cfg(feature = "compile")]
 pub use limits::{BadLimit, Limits};
 #[cfg(feature = "compile")]
-pub use options::{Compiler, CompilerProgram, Options, Wasi};
+pub use options::{Compiler, CompilerProgram, SandboxOptions, Wasi};
 #[cfg(feature = "compile")]
 use run::Sandbox;
 #[cfg(feature = "compile")]

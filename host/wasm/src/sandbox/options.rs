@@ -9,7 +9,8 @@ use tightfit::cancel::CancelToken;
 
 /// How guests are compiled and run.
 #[derive(Debug, Clone, Default)]
-pub struct Options {
+#[non_exhaustive]
+pub struct SandboxOptions {
     /// What a guest may use.
     pub limits: Limits,
     /// The process in which guests are compiled.
@@ -22,12 +23,20 @@ pub struct Options {
     pub cancel: CancelToken,
 }
 
-impl From<Limits> for Options {
+tightfit_common::setters!([] SandboxOptions:
+    with_limits: limits, Limits;
+    with_compiler: compiler, Compiler;
+    with_cache: cache, Option<Arc<Cache>>;
+    with_wasi: wasi, Wasi;
+    with_cancel: cancel, CancelToken;
+);
+
+impl From<Limits> for SandboxOptions {
     /// With these limits, compiling in this process, without a cache or WASI.
-    fn from(limits: Limits) -> Options {
-        Options {
+    fn from(limits: Limits) -> SandboxOptions {
+        SandboxOptions {
             limits,
-            ..Options::default()
+            ..SandboxOptions::default()
         }
     }
 }
@@ -48,17 +57,15 @@ pub enum Compiler {
 ///
 /// ```no_run
 /// use tightfit_wasm::policy::WasmPolicy;
-/// use tightfit_wasm::sandbox::{Compiler, CompilerProgram, Options, compile_for_parent};
+/// use tightfit_wasm::sandbox::{Compiler, CompilerProgram, SandboxOptions, compile_for_parent};
 ///
 /// // First of all, before anything else is started or opened.
 /// if std::env::args().nth(1).as_deref() == Some("compile-guest") {
 ///     compile_for_parent(std::io::stdin().lock(), std::io::stdout().lock())?;
 ///     return Ok(());
 /// }
-/// let options = Options {
-///     compiler: Compiler::Child(CompilerProgram::itself(["compile-guest"])?),
-///     ..Options::default()
-/// };
+/// let options = SandboxOptions::default()
+///     .with_compiler(Compiler::Child(CompilerProgram::itself(["compile-guest"])?));
 /// let policy = WasmPolicy::open("policy.wasm", options)?;
 /// # drop(policy);
 /// # Ok::<(), Box<dyn std::error::Error>>(())

@@ -5,20 +5,20 @@ use std::collections::BTreeSet;
 use wasmparser::{BinaryReaderError, Parser, Payload};
 
 use super::instances::Counter;
-use super::{Failure, Limits, Wasi};
+use super::{GuestFailure, Limits, Wasi};
 use crate::world::World;
 
 /// Checks sizes, counts, and what is imported and exported.
 ///
 /// # Errors
-/// [`Failure::NotAComponent`], [`Failure::TooLarge`], [`Failure::TooMany`], [`Failure::Tables`],
-/// [`Failure::Memory`], [`Failure::WrongWorld`].
+/// [`GuestFailure::NotAComponent`], [`GuestFailure::TooLarge`], [`GuestFailure::TooMany`], [`GuestFailure::Tables`],
+/// [`GuestFailure::Memory`], [`GuestFailure::WrongWorld`].
 pub(super) fn check(
     bytes: &[u8],
     world: &World,
     wasi: Wasi,
     limits: &Limits,
-) -> Result<(), Failure> {
+) -> Result<(), GuestFailure> {
     check_size("file", bytes.len() as u64, limits.component)?;
     if !bytes.starts_with(b"\0asm") {
         return Err(not_a_component(
@@ -46,7 +46,7 @@ pub(super) fn check(
                     let name = import.map_err(damaged)?.name.name;
                     world
                         .check_import(name, wasi)
-                        .map_err(Failure::WrongWorld)?;
+                        .map_err(GuestFailure::WrongWorld)?;
                     imports.insert(name);
                     check_count("imports", imports.len() as u64, limits.imports)?;
                 }
@@ -54,7 +54,7 @@ pub(super) fn check(
             Payload::ComponentExportSection(section) if instances.depth() == 1 => {
                 for export in section.clone() {
                     let name = export.map_err(damaged)?.name.name;
-                    world.check_export(name).map_err(Failure::WrongWorld)?;
+                    world.check_export(name).map_err(GuestFailure::WrongWorld)?;
                     exports.push(name);
                 }
             }
@@ -65,7 +65,7 @@ pub(super) fn check(
                     if is_interface(name) || name == "wasi_snapshot_preview1" {
                         world
                             .check_import(name, wasi)
-                            .map_err(Failure::WrongWorld)?;
+                            .map_err(GuestFailure::WrongWorld)?;
                         imports.insert(name);
                         check_count("imports", imports.len() as u64, limits.imports)?;
                     }
@@ -75,7 +75,9 @@ pub(super) fn check(
                 for export in section.clone() {
                     let name = export.map_err(damaged)?.name;
                     let interface = name.split('#').next().unwrap_or(name);
-                    world.check_export(interface).map_err(Failure::WrongWorld)?;
+                    world
+                        .check_export(interface)
+                        .map_err(GuestFailure::WrongWorld)?;
                 }
             }
             _ => {}
@@ -89,16 +91,16 @@ pub(super) fn check(
     check_count("instances", sum.instances, limits.instances)?;
     let (need, limit) = (instances.laid_out(), limits.table_elements);
     if need > limit {
-        return Err(Failure::Tables { need, limit });
+        return Err(GuestFailure::Tables { need, limit });
     }
     let (need, limit) = (sum.bytes, limits.memory);
     if need > limit {
-        return Err(Failure::Memory { need, limit });
+        return Err(GuestFailure::Memory { need, limit });
     }
     if Parser::is_component(bytes) {
         world
             .check_exports(exports.iter().copied())
-            .map_err(Failure::WrongWorld)?;
+            .map_err(GuestFailure::WrongWorld)?;
     }
     Ok(())
 }
@@ -109,26 +111,26 @@ fn is_interface(name: &str) -> bool {
     name.contains(':') && name.contains('/') && !name.starts_with('[')
 }
 
-fn not_a_component(reason: &str) -> Failure {
-    Failure::NotAComponent {
+fn not_a_component(reason: &str) -> GuestFailure {
+    GuestFailure::NotAComponent {
         reason: reason.to_owned(),
     }
 }
 
-fn damaged(error: BinaryReaderError) -> Failure {
+fn damaged(error: BinaryReaderError) -> GuestFailure {
     not_a_component(&format!("damaged: {error}"))
 }
 
-fn check_count(what: &'static str, have: u64, limit: usize) -> Result<(), Failure> {
+fn check_count(what: &'static str, have: u64, limit: usize) -> Result<(), GuestFailure> {
     if have > limit as u64 {
-        return Err(Failure::TooMany { what, limit });
+        return Err(GuestFailure::TooMany { what, limit });
     }
     Ok(())
 }
 
-fn check_size(what: &'static str, have: u64, limit: u64) -> Result<(), Failure> {
+fn check_size(what: &'static str, have: u64, limit: u64) -> Result<(), GuestFailure> {
     if have > limit {
-        return Err(Failure::TooLarge { what, have, limit });
+        return Err(GuestFailure::TooLarge { what, have, limit });
     }
     Ok(())
 }

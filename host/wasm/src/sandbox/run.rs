@@ -9,7 +9,8 @@ use super::code::Code;
 use super::limiter::Limiter;
 use super::wasi::EmptyWasi;
 use super::{
-    Cache, Compiler, Failure, Limits, Mismatch, Options, Wasi, alarm, child, precheck, space, wasi,
+    Cache, Compiler, GuestFailure, Limits, Mismatch, SandboxOptions, Wasi, alarm, child, precheck,
+    space, wasi,
 };
 use crate::component;
 use crate::wit::messages::Messages;
@@ -19,7 +20,7 @@ use crate::world::World;
 /// An engine in which guests run, and the options that hold for each of them.
 pub(crate) struct Sandbox {
     engine: Engine,
-    options: Options,
+    options: SandboxOptions,
     reservation: Reservation,
 }
 
@@ -57,9 +58,9 @@ fn checked<'a>(
     world: &World,
     wasi: Wasi,
     limits: &Limits,
-) -> Result<Cow<'a, [u8]>, Failure> {
+) -> Result<Cow<'a, [u8]>, GuestFailure> {
     precheck::check(bytes, world, wasi, limits)?;
-    component::described(bytes, world).map_err(|error| Failure::NotAComponent {
+    component::described(bytes, world).map_err(|error| GuestFailure::NotAComponent {
         reason: format!("damaged: {error}"),
     })
 }
@@ -72,24 +73,24 @@ pub(crate) fn checked_component(
     bytes: &[u8],
     world: &World,
     limits: &Limits,
-) -> Result<Vec<u8>, Failure> {
+) -> Result<Vec<u8>, GuestFailure> {
     let bytes = checked(bytes, world, Wasi::None, limits)?;
     component::component(&bytes)
         .map(Cow::into_owned)
-        .map_err(|reason| Failure::NotAComponent { reason })
+        .map_err(|reason| GuestFailure::NotAComponent { reason })
 }
 
 impl Sandbox {
     /// # Errors
-    /// [`Failure::Host`] where this machine cannot run wasm, or not with this stack.
-    pub(crate) fn new(options: impl Into<Options>) -> Result<Sandbox, Failure> {
+    /// [`GuestFailure::Host`] where this machine cannot run wasm, or not with this stack.
+    pub(crate) fn new(options: impl Into<SandboxOptions>) -> Result<Sandbox, GuestFailure> {
         let options = options.into();
         let reservation = match space::limit() {
             None => Reservation::Whole,
             Some(_) => Reservation::Little,
         };
         let config = config(options.limits.stack, reservation);
-        let engine = Engine::new(&config).map_err(Failure::host)?;
+        let engine = Engine::new(&config).map_err(GuestFailure::host)?;
         Ok(Sandbox {
             engine,
             options,
@@ -109,8 +110,8 @@ impl Sandbox {
     /// module that carries its component type.
     ///
     /// # Errors
-    /// [`Failure::NotAComponent`], [`Failure::WrongWorld`], the limits on sizes and on compiling.
-    pub(crate) fn compile(&self, bytes: &[u8], world: &World) -> Result<Component, Failure> {
+    /// [`GuestFailure::NotAComponent`], [`GuestFailure::WrongWorld`], the limits on sizes and on compiling.
+    pub(crate) fn compile(&self, bytes: &[u8], world: &World) -> Result<Component, GuestFailure> {
         let limits = &self.options.limits;
         let bytes = checked(bytes, world, self.options.wasi, limits)?;
         let Some(cache) = &self.options.cache else {
@@ -130,14 +131,14 @@ impl Sandbox {
     }
 
     /// Code that has been checked.
-    fn compile_anew(&self, bytes: &[u8]) -> Result<Code, Failure> {
-        let Options { limits, cancel, .. } = &self.options;
+    fn compile_anew(&self, bytes: &[u8]) -> Result<Code, GuestFailure> {
+        let SandboxOptions { limits, cancel, .. } = &self.options;
         let code = match &self.options.compiler {
             Compiler::InProcess => component::component(bytes)
                 .and_then(|bytes| {
                     Code::compile(&self.engine, &bytes).map_err(|error| format!("{error:#}"))
                 })
-                .map_err(|reason| Failure::NotAComponent { reason }),
+                .map_err(|reason| GuestFailure::NotAComponent { reason }),
             Compiler::Child(program) => {
                 child::compile(program, bytes, limits, self.reservation, cancel)
             }
@@ -146,7 +147,7 @@ impl Sandbox {
         Ok(code)
     }
 
-    fn load(&self, code: &Code) -> Result<Component, Failure> {
+    fn load(&self, code: &Code) -> Result<Component, GuestFailure> {
         code.load(&self.engine).map_err(host_failure)
     }
 
@@ -154,12 +155,12 @@ impl Sandbox {
     /// empty WASI.
     ///
     /// # Errors
-    /// [`Failure::WrongWorld`] where something is not there.
+    /// [`GuestFailure::WrongWorld`] where something is not there.
     pub(crate) fn link<T: Send + 'static>(
         &self,
         linker: &mut Linker<State<T>>,
         component: &Component,
-    ) -> Result<InstancePre<State<T>>, Failure> {
+    ) -> Result<InstancePre<State<T>>, GuestFailure> {
         if self.options.wasi == Wasi::Empty {
             wasi::add_to_linker(linker, component)?;
         }
@@ -174,7 +175,7 @@ impl Sandbox {
             let import = imports
                 .find(|name| reason.contains(name))
                 .unwrap_or_default();
-            Failure::WrongWorld(Mismatch::ImportType {
+            GuestFailure::WrongWorld(Mismatch::ImportType {
                 import: import.to_owned(),
                 reason,
             })
@@ -195,7 +196,7 @@ impl Sandbox {
         fuel: u64,
         live: bool,
         call: impl FnOnce(&mut Store<State<T>>) -> wasmtime::Result<R>,
-    ) -> Result<(R, u64), Failure> {
+    ) -> Result<(R, u64), GuestFailure> {
         let messages = Messages::default();
         messages.emit_around(live, || self.run_with(&messages, own, fuel, call))
     }
@@ -206,7 +207,7 @@ impl Sandbox {
         own: T,
         fuel: u64,
         call: impl FnOnce(&mut Store<State<T>>) -> wasmtime::Result<R>,
-    ) -> Result<(R, u64), Failure> {
+    ) -> Result<(R, u64), GuestFailure> {
         let limits = &self.options.limits;
         let state = State {
             context: TightfitCtx::keeping(messages.clone(), limits.log_bytes, limits.text_bytes),
@@ -220,7 +221,7 @@ impl Sandbox {
         store.set_max_component_handles(limits.handles);
         let alarm = alarm::set(&mut store, limits.deadline);
         let _alarm = alarm.map_err(|error| {
-            Failure::host(format_args!("no thread to watch its deadline: {error}"))
+            GuestFailure::host(format_args!("no thread to watch its deadline: {error}"))
         })?;
         match store.set_fuel(fuel).and_then(|()| call(&mut store)) {
             Ok(value) => Ok((value, fuel - store.get_fuel().unwrap_or(0))),
@@ -229,28 +230,33 @@ impl Sandbox {
     }
 }
 
-fn failure<T>(error: wasmtime::Error, fuel: u64, limits: &Limits, state: &State<T>) -> Failure {
-    let error = match error.downcast::<Failure>() {
+fn failure<T>(
+    error: wasmtime::Error,
+    fuel: u64,
+    limits: &Limits,
+    state: &State<T>,
+) -> GuestFailure {
+    let error = match error.downcast::<GuestFailure>() {
         Ok(failure) => return failure,
         Err(error) => error,
     };
     if let Some(ResourceTableError::Full) = error.downcast_ref() {
         let limit = limits.resources;
-        return Failure::Resources { limit };
+        return GuestFailure::Resources { limit };
     }
     let last_words = || {
         let logged = state.context.last_error().map(str::to_owned);
         logged.or_else(|| state.wasi.last_words())
     };
     match error.downcast_ref::<Trap>() {
-        Some(Trap::OutOfFuel) => return Failure::OutOfFuel { fuel },
-        Some(Trap::StackOverflow) => return Failure::StackOverflow,
+        Some(Trap::OutOfFuel) => return GuestFailure::OutOfFuel { fuel },
+        Some(Trap::StackOverflow) => return GuestFailure::StackOverflow,
         Some(trap) => {
             return match last_words() {
                 Some(message) if *trap == Trap::UnreachableCodeReached => {
-                    Failure::Panic { message }
+                    GuestFailure::Panic { message }
                 }
-                _ => Failure::Trap {
+                _ => GuestFailure::Trap {
                     message: trap.to_string(),
                 },
             };
@@ -262,21 +268,21 @@ fn failure<T>(error: wasmtime::Error, fuel: u64, limits: &Limits, state: &State<
     match limit_in(&message, limits) {
         Some(failure) => failure,
         None if short => space::failure(message),
-        None => Failure::Trap { message },
+        None => GuestFailure::Trap { message },
     }
 }
 
 /// Makes a failure of an error that is not about the guest.
-fn host_failure(error: wasmtime::Error) -> Failure {
+fn host_failure(error: wasmtime::Error) -> GuestFailure {
     match space::is_short(&error) {
         true => space::failure(format_args!("{error:#}")),
-        false => Failure::host(error),
+        false => GuestFailure::host(error),
     }
 }
 
 /// Returns the limit of which wasmtime says only in words that it was exceeded.
-fn limit_in(message: &str, limits: &Limits) -> Option<Failure> {
-    let too_many = |what, limit| Failure::TooMany { what, limit };
+fn limit_in(message: &str, limits: &Limits) -> Option<GuestFailure> {
+    let too_many = |what, limit| GuestFailure::TooMany { what, limit };
     [
         (
             "memory count too high",
@@ -289,13 +295,13 @@ fn limit_in(message: &str, limits: &Limits) -> Option<Failure> {
         ),
         (
             "store handle limit exceeded",
-            Failure::Handles {
+            GuestFailure::Handles {
                 limit: limits.handles,
             },
         ),
         (
             "fuel allocated for hostcalls has been exhausted",
-            Failure::HostCall {
+            GuestFailure::HostCall {
                 limit: limits.host_call_bytes as u64,
             },
         ),

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::Failure;
+use super::GuestFailure;
 use tightfit::types::Bytes;
 
 /// Returns the bytes of address space that this process may use, where that is limited (`ulimit
@@ -33,12 +33,12 @@ pub(super) fn is_short(error: &wasmtime::Error) -> bool {
 }
 
 /// Returns how a guest fails for want of this process's memory.
-pub(super) fn failure(what: impl std::fmt::Display) -> Failure {
+pub(super) fn failure(what: impl std::fmt::Display) -> GuestFailure {
     match limit() {
-        Some(limit) => Failure::host(format_args!(
+        Some(limit) => GuestFailure::host(format_args!(
             "{what}: this process may use {} of address space (`ulimit -v`)",
             Bytes(limit)
         )),
-        None => Failure::host(format_args!("{what}: this machine lacks memory")),
+        None => GuestFailure::host(format_args!("{what}: this machine lacks memory")),
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! What a component imports of it is made as the component names it, so it fits every 0.2.x; it has to
 //! be of the type that WASI declares. Calls that a runtime makes as it starts and ends are answered;
-//! any other call ends the guest with [`Failure::EmptyWasi`], which names it.
+//! any other call ends the guest with [`GuestFailure::EmptyWasi`], which names it.
 
 use wasmtime::component::types::ComponentItem;
 use wasmtime::component::{Component, Linker, Resource, ResourceType, Val};
@@ -10,7 +10,7 @@ use wasmtime::{StoreContextMut, bail, format_err};
 
 use super::run::State;
 use super::wasi_types::{Declared, Resources, WASI};
-use super::{Failure, Mismatch};
+use super::{GuestFailure, Mismatch};
 use crate::wit::bindings::tightfit::host::log::{Host as _, Level};
 
 /// What an empty WASI remembers of one guest.
@@ -72,11 +72,11 @@ const MOST_RANDOM: u64 = 64 << 10;
 /// Adds what the component imports of WASI.
 ///
 /// # Errors
-/// [`Failure::WrongWorld`] where it imports a function that WASI does not have, or not of this type.
+/// [`GuestFailure::WrongWorld`] where it imports a function that WASI does not have, or not of this type.
 pub(super) fn add_to_linker<T: Send + 'static>(
     linker: &mut Linker<State<T>>,
     component: &Component,
-) -> Result<(), Failure> {
+) -> Result<(), GuestFailure> {
     let engine = linker.engine().clone();
     let ty = component.component_type();
     let instances: Vec<_> = ty
@@ -97,7 +97,7 @@ pub(super) fn add_to_linker<T: Send + 'static>(
         }
     }
     for (interface, import) in &instances {
-        let mut instance = linker.instance(interface).map_err(Failure::host)?;
+        let mut instance = linker.instance(interface).map_err(GuestFailure::host)?;
         for (name, export) in import.exports(&engine) {
             let added = match export.ty {
                 ComponentItem::Resource(_) => {
@@ -116,7 +116,7 @@ pub(super) fn add_to_linker<T: Send + 'static>(
                         }),
                     };
                     if let Some(mismatch) = mismatch {
-                        return Err(Failure::WrongWorld(mismatch));
+                        return Err(GuestFailure::WrongWorld(mismatch));
                     }
                     instance.func_new(name, move |store, _, parameters, results| {
                         let result = answer(store, &function, parameters)?;
@@ -132,7 +132,7 @@ pub(super) fn add_to_linker<T: Send + 'static>(
                 }
                 _ => Ok(()),
             };
-            added.map_err(Failure::host)?;
+            added.map_err(GuestFailure::host)?;
         }
     }
     Ok(())
@@ -168,7 +168,7 @@ fn answer<T: Send + 'static>(
                 [Val::Result(Ok(_))] => 0,
                 _ => 1,
             };
-            return Err(Failure::Exit { status }.into());
+            return Err(GuestFailure::Exit { status }.into());
         }
         "wasi:cli/stdin#get-stdin" => handle(&mut store, STDIN)?,
         "wasi:cli/stdout#get-stdout" => handle(&mut store, STDOUT)?,
@@ -227,7 +227,7 @@ fn answer<T: Send + 'static>(
         }
         _ => {
             let function = function.to_owned();
-            return Err(Failure::EmptyWasi { function }.into());
+            return Err(GuestFailure::EmptyWasi { function }.into());
         }
     };
     Ok(Some(value))

@@ -7,7 +7,7 @@ mod models;
 
 use std::hint::black_box;
 
-use tightfit_program::{Program, Error, Failure, Level, program, log};
+use tightfit_program::{Program, Error, GaveUp, Level, program, log};
 
 struct Hostile;
 
@@ -17,13 +17,13 @@ program!(Hostile);
 const ESCAPES: &str = "evil\x1b[2J\x1b]0;owned\x07\r\u{9b}31m\u{202e}txt\u{200b}\u{2028}\u{ad}\u{61c}\u{feff}\u{e0041}";
 
 impl Program for Hostile {
-    fn run(arguments: Vec<String>) -> Result<String, Failure> {
+    fn run(arguments: Vec<String>) -> Result<String, GaveUp> {
         let (behavior, rest) = arguments.split_first().ok_or("what shall I do?")?;
         let answered = memory::misbehave(behavior, rest)
             .or_else(|| models::misbehave(behavior, rest))
             .or_else(|| handles::misbehave(behavior));
         match answered {
-            Some(answer) => answer.map_err(|error| Failure::from(format!("{error:?}"))),
+            Some(answer) => answer.map_err(|error| GaveUp::from(format!("{error:?}"))),
             None => misbehave(behavior, rest),
         }
     }
@@ -33,7 +33,7 @@ impl Program for Hostile {
 type Answer = Result<String, Error>;
 
 /// What needs nothing of the host.
-fn misbehave(behavior: &str, rest: &[String]) -> Result<String, Failure> {
+fn misbehave(behavior: &str, rest: &[String]) -> Result<String, GaveUp> {
     match behavior {
         "loop" => loop {
             black_box(behavior);

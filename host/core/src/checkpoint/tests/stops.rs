@@ -19,7 +19,7 @@ pub(super) fn stops_everywhere(path: &Path) -> usize {
     looks
 }
 
-/// `count` empty tensors with names of so many bytes that begin alike, in the reverse order of names.
+/// `count` empty tensors with names of this many bytes that begin alike, in the reverse order of names.
 fn empty_tensors(first: usize, count: usize, length: usize) -> String {
     let entry = |i: usize| {
         let name = format!("{}{:08}", "x".repeat(length - 8), first + count - i);

@@ -48,7 +48,7 @@ struct Last {
 }
 
 impl CudaDevice {
-    /// How many devices the driver has.
+    /// Returns how many devices the driver has.
     ///
     /// # Errors
     /// [`DeviceError::Unavailable`] without a driver, with one too old, or without devices.
@@ -56,8 +56,8 @@ impl CudaDevice {
         driver::device_count()
     }
 
-    /// The device with the driver's number `index`, of which at most `capacity` bytes may be used;
-    /// by default all that are free.
+    /// Returns the device with the driver's number `index`, of which at most `capacity` bytes may
+    /// be used; by default all that are free.
     ///
     /// # Errors
     /// [`DeviceError::Unavailable`] when it is not there, [`DeviceError::Driver`] when it cannot be

@@ -2,6 +2,21 @@
 
 /// Gives a struct of options a method for each field that returns the same options with another value
 /// of it.
+///
+/// ```
+/// #[derive(Default)]
+/// #[non_exhaustive]
+/// pub struct Options {
+///     pub threads: usize,
+/// }
+///
+/// tightfit_common::setters!([] Options:
+///     with_threads: threads, usize;
+/// );
+///
+/// assert_eq!(Options::default().with_threads(3).threads, 3);
+/// ```
+#[macro_export]
 macro_rules! setters {
     ([$($generics:tt)*] $options:ty: $($setter:ident: $field:ident, $of:ty;)*) => {
         impl $($generics)* $options {
@@ -15,5 +30,3 @@ macro_rules! setters {
         }
     };
 }
-
-pub(crate) use setters;
