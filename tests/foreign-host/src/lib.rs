@@ -107,7 +107,7 @@ impl Host {
     }
 }
 
-/// With this, [`tightfit::plan::propose`] and [`tightfit::load::place`] ask the foreign host.
+/// With this, [`tightfit::plan::propose`] and [`tightfit::reserve`] ask the foreign host.
 impl Policy for Host {
     fn describe(&self) -> Result<Description, PolicyError> {
         self.planner()

@@ -94,8 +94,8 @@ fn a_plan_that_makes_no_sense_is_refused() {
         ),
         (
             "block-48",
-            "tensor 'model.layers.0.mlp.up_proj.weight': format nf4+double/48 cannot hold bf16 \
-             elements: the block size is a power of two from 32 to 4096",
+            "tensor 'model.layers.0.mlp.up_proj.weight': block size 48 is not a power of two from \
+             32 to 4096",
         ),
         (
             "integers",

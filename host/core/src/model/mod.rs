@@ -182,7 +182,8 @@ impl Model {
     }
 
     /// Returns what hands out the bytes that the plan reserved behind the weights of this device
-    /// ([`Plan::with_tail`]); `None` where it reserved none.
+    /// ([`PlanOptions::reserve_headroom`](crate::plan::PlanOptions::reserve_headroom)); `None` where it
+    /// reserved none.
     pub fn tail(&self, device: usize) -> Option<&TailAllocator> {
         self.tails.get(device)?.as_ref()
     }

@@ -118,7 +118,7 @@ pub fn part_sizes(dtype: DType, shape: &[u64], format: Format) -> Result<PartSiz
             double_quantized,
         } => {
             if !dtype.is_quantizable() {
-                return Err(illegal("Format::NF4 is made from bf16, f16 or f32"));
+                return Err(illegal("NF4 is made from bf16, f16 or f32"));
             }
             let parts = sizes::nf4(shape, dtype.bits(), block_size, double_quantized)
                 .ok_or_else(overflow)?;
