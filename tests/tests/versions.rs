@@ -70,7 +70,7 @@ fn loads(bytes: &[u8]) -> Result<(), Failure> {
     };
     let golden = GoldenModel::unpack("llama");
     let bench = Bench::new(16 << 20);
-    let context = bench.context().grant("llama", &golden.path("bf16"));
+    let context = bench.context().grant("llama", golden.path("bf16"));
     let outcome = run(&program, context, &["llama"]).unwrap_or_else(|error| panic!("{error}"));
     assert!(
         outcome.answer.contains(" tensors quantized, "),
