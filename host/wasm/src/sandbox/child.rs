@@ -195,8 +195,9 @@ impl Ended {
                 seconds: limits.compile_time.as_secs_f64(),
             };
         }
-        // What the standard library says as it gives up.
-        if self.last_words.contains("memory allocation of ") {
+        // What the standard library says as it gives up, and what wasmtime does.
+        let lack = ["memory allocation of ", "unhandled out-of-memory error"];
+        if lack.iter().any(|words| self.last_words.contains(words)) {
             return out_of_memory(limits);
         }
         let last = self.last_words.lines().map(str::trim);
