@@ -85,7 +85,7 @@ pub enum SizeError {
 
 /// Returns the parts of a tensor of this type and shape stored in `format`.
 ///
-/// Format::NF4 takes `ceil(n / 2)` bytes of codes and `ceil(n / block)` scales of 4 bytes; with double
+/// NF4 takes `ceil(n / 2)` bytes of codes and `ceil(n / block)` scales of 4 bytes; with double
 /// quantization one byte a scale and 4 bytes per 256 scales. The code tables and the offset of
 /// double quantization are constants of the model and not counted.
 ///
