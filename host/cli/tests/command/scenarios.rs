@@ -319,7 +319,7 @@ fn what_cannot_be_run_says_why_and_stops_nothing() {
         ("setting", "'speed'"),
         ("rule", "matches none of the"),
         ("device", "cuda:99"),
-        ("names", "'a'"),
+        ("names", "two tensors are called \"a\""),
         ("size", "64 bits"),
     ] {
         let head = format!("ERROR   s.toml: {case}");
