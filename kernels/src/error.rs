@@ -22,6 +22,18 @@ pub enum KernelError {
         /// Bytes in the source.
         have: usize,
     },
+    /// A source whose rows or tiles do not end where bytes do, or that has none.
+    #[error(
+        "rows of {columns} codes in tiles of {} x {} are not decoded: lengths are not zero, and of \
+         4-bit codes even",
+        tile[0], tile[1]
+    )]
+    SourceTile {
+        /// Number of elements of a row.
+        columns: usize,
+        /// Rows and columns of a tile.
+        tile: [usize; 2],
+    },
     /// The GPU is too old for the kernels.
     #[error(
         "the kernels need compute capability {}.{}, the GPU has {}.{}",

@@ -1,8 +1,8 @@
 //! The entry point: checks lengths, and sends each call to the code for the instruction set.
 
 use crate::{
-    BlockSize, FloatType, Isa, KernelError, NESTED_BLOCK_SIZE, QuantType, blocks, code_values,
-    dequantize, double, error::check_length, float, packed_bytes, quantize,
+    BlockSize, FloatType, Isa, KernelError, NESTED_BLOCK_SIZE, QuantType, SourceMatrix, blocks,
+    code_values, dequantize, double, error::check_length, float, packed_bytes, quantize, sources,
 };
 
 /// Runs one function of the module for the instruction set.
@@ -259,6 +259,55 @@ impl Kernels {
                 cast(source, from, to, out)
             );
         }
+        Ok(())
+    }
+}
+
+impl Kernels {
+    /// Decodes rows of weights that another method has stored with a scale for each tile: a code's value
+    /// times its scale in f32, rounded once to `to`. To bf16 these are the weights that programs
+    /// compute with which load such checkpoints, and what NF4 is made of.
+    ///
+    /// - `first_row`: the row of the matrix that `codes` begin with.
+    /// - `codes`: whole rows.
+    /// - `scales`: those of all tiles that the rows lie in, from the tile of `first_row` on.
+    /// - `out`: as many elements of type `to`, little-endian, at any alignment.
+    ///
+    /// ```
+    /// use tightfit_kernels::{FloatType, Kernels, SourceCodes, SourceMatrix, SourceScale};
+    ///
+    /// // One row of MXFP4: 1.0, -6.0 and zeros, times 2^1.
+    /// let matrix = SourceMatrix {
+    ///     codes: SourceCodes::F4E2M1,
+    ///     columns: 32,
+    ///     tile: [1, 32],
+    ///     scale: SourceScale::E8M0,
+    /// };
+    /// let mut codes = [0u8; 16];
+    /// codes[0] = 0xf2;
+    /// let mut out = [0u8; 128];
+    /// Kernels::detect().decode(&matrix, 0, &codes, &[128], FloatType::F32, &mut out)?;
+    /// assert_eq!(out[..8], [2f32.to_le_bytes(), (-12f32).to_le_bytes()].concat());
+    /// # Ok::<(), tightfit_kernels::KernelError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`KernelError::SourceTile`], and [`KernelError::Length`] if the lengths do not belong together.
+    pub fn decode(
+        self,
+        matrix: &SourceMatrix,
+        first_row: usize,
+        codes: &[u8],
+        scales: &[u8],
+        to: FloatType,
+        out: &mut [u8],
+    ) -> Result<(), KernelError> {
+        sources::check(matrix, first_row, codes, scales, to, out)?;
+        dispatch!(
+            self.isa,
+            sources::decode(matrix, first_row, codes, scales, to, out),
+            decode(matrix, first_row, codes, scales, to, out)
+        );
         Ok(())
     }
 }

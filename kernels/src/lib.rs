@@ -5,7 +5,8 @@
 //! bitsandbytes' CUDA kernels give, including for blocks with zeros, subnormals, infinities and
 //! NaN, whichever instruction set computes them: portable Rust, AVX2 or AVX-512.
 //!
-//! Products with such weights, [`Kernels::linear`], take them as they lie.
+//! Products with such weights, [`Kernels::linear`], take them as they lie. Weights that other methods
+//! have stored (FP8, MXFP4, int4) are decoded by [`Kernels::decode`], to be quantized.
 //!
 //! [`Kernels`] is the entry point. It knows no files and no devices: sources are little-endian
 //! bytes at any alignment, as they come out of a safetensors file, and results go to slices of the
@@ -36,6 +37,7 @@ mod kernels;
 mod linear;
 mod mean;
 mod quantize;
+mod sources;
 mod tables;
 #[cfg(target_arch = "x86_64")]
 mod x86;
@@ -49,5 +51,6 @@ pub use isa::Isa;
 pub use kernels::{Kernels, QuantizeStats};
 pub use linear::{LinearWeights, Scales};
 pub use mean::AbsmaxMean;
+pub use sources::{SourceCodes, SourceMatrix, SourceScale};
 pub use tables::{DYNAMIC_MAP, FP4, NF4, NF4_THRESHOLDS};
 pub use tightfit_common::{BlockSize, IllegalBlockSize, QuantType};

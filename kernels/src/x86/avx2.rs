@@ -7,6 +7,7 @@ mod absmax;
 mod convert;
 mod linear;
 mod memory;
+mod sources;
 
 use std::arch::x86_64::*;
 
@@ -21,6 +22,7 @@ pub(crate) use self::{
     absmax::{absmax_mean, dequantize_absmax, quantize_absmax},
     convert::{cast, dequantize},
     linear::add_products_if_available,
+    sources::{decode, tile_of_4_bits},
 };
 
 #[target_feature(enable = "avx2,f16c")]

@@ -7,6 +7,7 @@ mod absmax;
 mod convert;
 mod linear;
 mod memory;
+mod sources;
 
 use std::arch::x86_64::*;
 
@@ -23,6 +24,7 @@ pub(crate) use self::{
     absmax::{absmax_mean, dequantize_absmax, quantize_absmax},
     convert::{cast, dequantize},
     linear::{add_products_if_available, sums_of_bf16},
+    sources::decode,
 };
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]

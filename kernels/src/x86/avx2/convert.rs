@@ -151,14 +151,14 @@ fn read_bf16(bytes: &[u8; 16]) -> __m256 {
 
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn narrow_to_f16(x: __m256) -> __m128i {
+pub(super) fn narrow_to_f16(x: __m256) -> __m128i {
     _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x)
 }
 
 /// As [`float::f32_to_bf16`].
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn narrow_to_bf16(x: __m256) -> __m128i {
+pub(super) fn narrow_to_bf16(x: __m256) -> __m128i {
     let bits = _mm256_castps_si256(x);
     let upper = _mm256_srli_epi32::<16>(bits);
     let odd = _mm256_and_si256(upper, _mm256_set1_epi32(1));

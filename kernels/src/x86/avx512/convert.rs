@@ -138,14 +138,14 @@ fn read_bf16(bytes: &[u8; 32]) -> __m512 {
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
 #[inline]
-fn narrow_to_f16(x: __m512) -> __m256i {
+pub(super) fn narrow_to_f16(x: __m512) -> __m256i {
     _mm512_cvtps_ph::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(x)
 }
 
 /// As [`float::f32_to_bf16`]. The conversion instruction of AVX512_BF16 would flush subnormals.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
 #[inline]
-fn narrow_to_bf16(x: __m512) -> __m256i {
+pub(super) fn narrow_to_bf16(x: __m512) -> __m256i {
     let bits = _mm512_castps_si512(x);
     let upper = _mm512_srli_epi32::<16>(bits);
     let odd = _mm512_and_si512(upper, _mm512_set1_epi32(1));
