@@ -293,6 +293,7 @@ mod tests {
         assert!(context.last_error.unwrap().capacity() < 2 * TEXT_LIMIT);
     }
 
+    #[cfg(feature = "compile")]
     #[test]
     fn messages_count_as_they_are_shown() {
         for message in [
