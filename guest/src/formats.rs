@@ -19,15 +19,19 @@
 //!
 //! fn formats_of(request: &Request) -> Result<Vec<Format>, Refusal> {
 //!     let formats = Formats::read(&Settings::new(SPECS, request))?;
-//!     if let Some(note) = formats.unmatched(request) {
-//!         log(Level::Warn, &note);
+//!     for warning in formats.warnings(request) {
+//!         log(Level::Warn, &warning);
 //!     }
 //!     Ok(formats.choose(request, &formats::kinds(request)))
 //! }
 //! ```
 
+use std::collections::BTreeSet;
+
+use crate::config;
+use crate::kept::{Skipped, transposed};
 use crate::names::TensorKind::{self, Embedding, Expert, Linear, OutputHead};
-use crate::names::{kind_of, kind_of_module};
+use crate::names::{kind_of, kind_of_module, layer_of};
 use crate::patterns::Patterns;
 use crate::settings::{Settings, Spec};
 use crate::{Format, Nf4Format, Refusal, Request, Tensor};
@@ -95,23 +99,45 @@ impl Formats {
 
     /// Returns the format of each tensor of the request; `kinds` are those that [`kinds`] finds.
     /// Formats that the user has fixed are among them, so that sizes are those that the host
-    /// reserves.
+    /// reserves. What [`keeps`] says stays as stored.
     pub fn choose(&self, request: &Request, kinds: &[TensorKind]) -> Vec<Format> {
-        let format = |(tensor, kind): (&Tensor, &TensorKind)| {
-            let wanted = match kind {
-                Linear => true,
-                Expert => self.quantize_experts,
-                _ => false,
-            };
-            if wanted && tensor.is_quantizable() && !self.skip.matches(&tensor.name) {
-                Format::Nf4(self.nf4)
-            } else {
-                Format::Stored
+        self.choose_where(request, |t| match kinds[t] {
+            Linear => true,
+            Expert => self.quantize_experts,
+            _ => false,
+        })
+    }
+
+    /// Returns the format of each tensor of the request, as [`Formats::choose`] does, where `wanted` says
+    /// by its index whether a tensor is of a kind that is quantized.
+    pub fn choose_where(&self, request: &Request, wanted: impl Fn(usize) -> bool) -> Vec<Format> {
+        let kept = keeps(request);
+        let format = |(t, tensor): (usize, &Tensor)| {
+            let quantized = wanted(t) && !kept[t] && tensor.is_quantizable();
+            match quantized && !self.skip.matches(&tensor.name) {
+                true => Format::Nf4(self.nf4),
+                false => Format::Stored,
             }
         };
-        let mut formats: Vec<Format> = request.tensors.iter().zip(kinds).map(format).collect();
+        let mut formats: Vec<Format> = request.tensors.iter().enumerate().map(format).collect();
         request.fix_formats(&mut formats);
         formats
+    }
+
+    /// Returns what the user should know of the formats: patterns of [`SKIP`] that match nothing, and why
+    /// matrices are left as stored that would be expected in NF4.
+    pub fn warnings(&self, request: &Request) -> Vec<String> {
+        let mut warnings: Vec<String> = self.unmatched(request).into_iter().collect();
+        let transposed = transposed(request);
+        let conv1d = transposed.iter().filter(|&&transposed| transposed).count();
+        if let Some(first) = transposed.iter().position(|&transposed| transposed) {
+            warnings.push(format!(
+                "{conv1d} matrices stay as stored, {} the first of them: they are of Conv1D modules, whose rows \
+                 are inputs, and 4-bit weights are those of the transposed matrix",
+                request.tensors[first].name
+            ));
+        }
+        warnings
     }
 
     /// Returns a warning for the user where patterns of [`SKIP`] match no tensor: mostly they are
@@ -137,10 +163,41 @@ impl Formats {
 /// Patterns that are named in one warning.
 const MOST_PATTERNS: usize = 8;
 
+/// For each tensor, whether it stays as stored because of what the checkpoint is: the matrices of Conv1D
+/// modules, whose rows are inputs, and modules that a checkpoint in 4 bits has left out on purpose
+/// (`llm_int8_skip_modules` in its config.json).
+pub fn keeps(request: &Request) -> Vec<bool> {
+    let skipped = Skipped::of(request);
+    let mut keeps = transposed(request);
+    for (keeps, tensor) in keeps.iter_mut().zip(&request.tensors) {
+        *keeps = *keeps || skipped.matches(tensor);
+    }
+    keeps
+}
+
 /// Returns what each tensor is for. A tensor that is tied to an embedding is that embedding,
-/// whatever the checkpoint calls it: the first thing that is needed, and looked up in.
+/// whatever the checkpoint calls it: the first thing that is needed, and looked up in. A matrix outside
+/// of all layers with a row for each entry of a vocabulary (`vocab_size` anywhere in config.json) is a
+/// table or an output head, whatever it is called.
 pub fn kinds(request: &Request) -> Vec<TensorKind> {
     let mut kinds: Vec<TensorKind> = request.tensors.iter().map(kind_of).collect();
+    let mut sizes = None;
+    for (kind, tensor) in kinds.iter_mut().zip(&request.tensors) {
+        if *kind == Linear
+            && let [rows, _] = tensor.shape[..]
+            && layer_of(&tensor.name).is_none()
+        {
+            // Most models have no such matrix: config.json is read for those that do.
+            let sizes = sizes.get_or_insert_with(|| vocabularies(&request.config_json));
+            if sizes.contains(&rows) {
+                *kind = if tensor.name.contains("emb") {
+                    Embedding
+                } else {
+                    OutputHead
+                };
+            }
+        }
+    }
     for tie in &request.ties {
         let alias = kind_of_module(&tie.alias);
         if let Some(kind) = kinds.get_mut(tie.tensor as usize)
@@ -150,6 +207,18 @@ pub fn kinds(request: &Request) -> Vec<TensorKind> {
         }
     }
     kinds
+}
+
+/// Returns the sizes of all vocabularies that a configuration has.
+fn vocabularies(config_json: &str) -> BTreeSet<u64> {
+    let mut sizes = BTreeSet::new();
+    let config = config::parse(config_json);
+    config::visit(&config, &mut |key, value| {
+        if key.ends_with("vocab_size") {
+            sizes.extend(value.as_u64());
+        }
+    });
+    sizes
 }
 
 #[cfg(test)]
