@@ -260,6 +260,89 @@ mod tests {
         let own = [Format::Stored, nf4(64, false), Format::Stored];
         assert_eq!(choose(&free), own);
     }
+
+    /// Names of what is quantized by default.
+    fn quantized(request: &Request) -> Vec<&str> {
+        let specs = [SKIP, EXPERTS, DOUBLE_QUANT, BLOCK_SIZE];
+        let formats = Formats::read(&Settings::new(&specs, request)).unwrap();
+        let chosen = formats.choose(request, &kinds(request));
+        let both = request.tensors.iter().zip(chosen);
+        let quantized = both.filter(|(_, format)| *format != Format::Stored);
+        quantized.map(|(tensor, _)| tensor.name.as_str()).collect()
+    }
+
+    fn model(names: &[(&str, [u64; 2])], config: &str) -> Request {
+        let tensor = |(name, shape): &(&str, [u64; 2])| Tensor::new(*name, Dtype::Bf16, shape);
+        Request {
+            config_json: config.into(),
+            ..Request::new(names.iter().map(tensor).collect(), vec![])
+        }
+    }
+
+    #[test]
+    fn a_row_for_each_entry_of_a_vocabulary_is_a_table_or_a_head() {
+        let tensors = [
+            ("model.tokens.weight", [300, 64]),
+            ("model.token_emb.weight", [200, 64]),
+            ("decode.weight", [300, 64]),
+            ("projector.weight", [64, 64]),
+            // In a layer it is what it looks like.
+            ("model.layers.0.mlp.up_proj.weight", [300, 64]),
+        ];
+        let config = r#"{"a_config": {"vocab_size": 300}, "text_vocab_size": 200}"#;
+        let request = model(&tensors, config);
+        assert_eq!(
+            kinds(&request)[..4],
+            [OutputHead, Embedding, OutputHead, Linear]
+        );
+        let linear = ["projector.weight", "model.layers.0.mlp.up_proj.weight"];
+        assert_eq!(quantized(&request), linear);
+        assert_eq!(quantized(&model(&tensors, "{}")).len(), 5);
+    }
+
+    #[test]
+    fn conv1d_stays_as_stored_and_a_warning_says_why() {
+        let tensors = [
+            ("h.0.attn.c_attn.weight", [64, 192]),
+            ("h.0.attn.c_proj.weight", [64, 64]),
+            ("adapter.weight", [64, 64]),
+        ];
+        let request = model(&tensors, r#"{"model_type": "gpt2"}"#);
+        assert_eq!(quantized(&request), ["adapter.weight"]);
+        let specs = [SKIP, EXPERTS, DOUBLE_QUANT, BLOCK_SIZE];
+        let formats = Formats::read(&Settings::new(&specs, &request)).unwrap();
+        let warnings = formats.warnings(&request);
+        assert!(
+            warnings[0].starts_with("2 matrices stay as stored, h.0.attn.c_attn.weight"),
+            "{warnings:?}"
+        );
+    }
+
+    #[test]
+    fn modules_that_a_quantized_checkpoint_skipped_stay_as_stored() {
+        let tensors = [
+            ("model.layers.0.mlp.up_proj.weight", [64, 64]),
+            ("model.layers.0.mlp.down_proj.weight", [64, 64]),
+            ("model.layers.1.mlp.up_proj.weight", [64, 64]),
+        ];
+        let config = |list: &str| {
+            format!(
+                r#"{{"quantization_config": {{"load_in_4bit": true, "{list}": ["model.layers.0.mlp.down_proj"]}}}}"#
+            )
+        };
+        for list in ["llm_int8_skip_modules", "modules_to_not_convert"] {
+            let mut request = model(&tensors, &config(list));
+            // Without a weight in 4 bits it is no such checkpoint.
+            assert_eq!(quantized(&request).len(), 3);
+            request.tensors[2].quantized = Some(crate::Quantization {
+                quant_type: crate::QuantType::Nf4,
+                block_size: 64,
+                double_quantized: false,
+            });
+            assert_eq!(quantized(&request), [tensors[0].0]);
+        }
+    }
+
     #[test]
     fn patterns_that_match_nothing_are_pointed_out() {
         let tensors = vec![Tensor::new("a.up_proj.weight", Dtype::Bf16, &[64, 64])];
