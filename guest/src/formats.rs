@@ -283,7 +283,7 @@ mod tests {
     fn a_row_for_each_entry_of_a_vocabulary_is_a_table_or_a_head() {
         let tensors = [
             ("model.tokens.weight", [300, 64]),
-            ("model.token_emb.weight", [200, 64]),
+            ("model.emb_of_tokens.weight", [200, 64]),
             ("decode.weight", [300, 64]),
             ("projector.weight", [64, 64]),
             // In a layer it is what it looks like.

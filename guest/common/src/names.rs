@@ -214,6 +214,7 @@ fn is_head(module: &str, parent: &str, last: &str) -> bool {
 fn is_embedding(parent: &str, last: &str) -> bool {
     (last.starts_with("embed_") && !last.ends_with("_proj"))
         || last.ends_with("_embeds")
+        || (last.ends_with("_emb") && is_table_list(last))
         || last.ends_with("_embeds_layer")
         || last.ends_with("_embeds_layers")
         || last.ends_with("_embeddings_table")
@@ -225,8 +226,8 @@ fn is_embedding(parent: &str, last: &str) -> bool {
         || (last == "shared" && parent.is_empty())
 }
 
-/// Returns whether a list of this name can be one of tables. Elsewhere a number is a place in a sequence of
-/// linear layers: those that embed times and labels in diffusion models.
+/// Returns whether what is called so, or a list of them, can be tables. Times and labels are embedded by
+/// linear layers in diffusion models, whose numbers are places in a sequence.
 fn is_table_list(list: &str) -> bool {
     !contains(list, "time")
         && !contains(list, "label")

@@ -245,6 +245,8 @@ fn tables_and_heads_of_several_streams() {
         ("lm_heads.7.weight", &[1024, 1024], OutputHead),
         ("input_embeds_layers.2.weight", &[1056, 1024], Embedding),
         ("position_embeds_layer.weight", &[1024, 1024], Embedding),
+        ("model.token_emb.weight", &[1024, 64], Embedding),
+        ("time_emb.weight", &[1024, 64], Linear),
         ("emb.4.weight", &[1024, 1024], Embedding),
         ("generator.text_lm_head.weight", &[1024, 64], OutputHead),
         ("time_embed.0.weight", &[1280, 320], Linear),

@@ -110,8 +110,8 @@ pub(crate) fn keepers(
     if keepers.is_empty() && !around.linear {
         // Nothing but what follows attention: how wide that is inside, config.json may tell.
         for module in &modules {
-            let only = |role| module.has(role) && !module.has(Role::Query);
-            if only(Role::Output) && is_attention(module.path) {
+            let asks = module.has(Role::Query) || module.has(Role::Fused);
+            if module.has(Role::Output) && !asks && is_attention(module.path) {
                 keepers.push(module.by_config(Role::Output, around)?);
             }
         }
@@ -232,7 +232,8 @@ fn is_attention(path: &str) -> bool {
 /// Returns whether a module of a layer looks at the encoder.
 fn is_cross(path: &str) -> bool {
     let lower = path.to_ascii_lowercase();
-    lower.contains("cross") || lower.contains("encdec") || lower.contains("encoder_attn")
+    let words = ["cross", "encdec", "encoder_attn", "encoder_decoder"];
+    words.iter().any(|word| lower.contains(word))
 }
 
 impl Module<'_> {
@@ -322,8 +323,12 @@ impl Module<'_> {
             // GPT-2's cross-attention: the queries are elsewhere.
             return Some((Role::Fused, Some(rows)));
         }
-        let queries = self
-            .columns(Role::Output)
+        let queries = self.columns(Role::Output);
+        if queries == Some(rows) {
+            // Queries alone: the keys are those of another layer.
+            return None;
+        }
+        let queries = queries
             .or_else(|| geometry.query_elements(around.layer))
             .or(fused.columns);
         let rest = queries.and_then(|queries| rows.checked_sub(queries));

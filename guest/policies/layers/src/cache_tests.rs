@@ -314,6 +314,19 @@ fn layers_see_what_config_json_says() {
             r#""num_hidden_layers": 3, "num_kv_shared_layers": 1"#,
             vec![ALL, ALL, 1],
         ),
+        (
+            r#""model_type": "recurrent_gemma", "block_types": ["recurrent", "attention"], "attention_window_size": 64"#,
+            vec![STATE, 64, STATE, 64],
+        ),
+        (
+            r#""layer_group_size": 2, "num_hidden_layers": 5"#,
+            vec![STATE, ALL, STATE, ALL, ALL],
+        ),
+        (
+            r#""model_type": "gla", "attn": {"layers": [1]}"#,
+            vec![STATE, ALL, STATE],
+        ),
+        (r#""model_type": "retnet", "attn": null"#, vec![STATE]),
         (r#""attn_config": {"sliding_window_size": 10}"#, vec![ALL]),
     ] {
         let root = config::parse(&format!("{{{config}}}"));
@@ -348,6 +361,11 @@ fn keys_and_values_are_found_in_every_arrangement() {
                 ("self_attn.v_proj", [16, hidden]),
             ],
             kv,
+        ),
+        // Queries alone: the keys are those of another layer.
+        (
+            vec![("attn.Wqkv", [96, hidden]), ("attn.out_proj", [hidden, 96])],
+            0,
         ),
         // Keys are values too.
         (

@@ -26,6 +26,7 @@ pub(crate) struct Windows<'a> {
     window: Option<u64>,
     /// The layer from which on keys and values are those of earlier ones.
     shared_from: Option<u64>,
+    is_griffin: bool,
 }
 
 #[derive(Debug)]
@@ -64,6 +65,9 @@ enum Rule<'a> {
     Letters { text: &'a str, window: u8 },
     /// `*` is attention.
     Hybrid(&'a str),
+    /// The last layer of each group sees everything, and so do those behind the last whole group; the
+    /// others have a state.
+    Groups { size: u64, tail: u64 },
     /// Layers before this one see everything.
     From(u64),
 }
@@ -99,6 +103,9 @@ const ALL_WINDOWED: [&str; 9] = [
     "ministral",
 ];
 
+/// Families of linear attention: what layers have attention of the other kind is listed.
+const LINEAR: [&str; 6] = ["delta_net", "gla", "hgrn", "hgrn2", "linear_attn", "retnet"];
+
 impl<'a> Windows<'a> {
     /// Reads the part of a configuration that describes the language model.
     pub(crate) fn of(config: &'a Value) -> Windows<'a> {
@@ -111,6 +118,7 @@ impl<'a> Windows<'a> {
             config,
             rule: rule(config, window),
             window,
+            is_griffin: config.get("model_type").and_then(Value::as_str) == Some("recurrent_gemma"),
             shared_from: shared.and_then(|shared| layers?.checked_sub(shared)),
         }
     }
@@ -140,7 +148,12 @@ impl<'a> Windows<'a> {
                 let name = names
                     .get(index % names.len().max(1))
                     .and_then(|name| name.as_str());
-                name.map_or(Sight::Everything, |name| by_name(name, window))
+                match name {
+                    // Griffin's attention is local.
+                    Some("attention") if self.is_griffin => window,
+                    Some(name) => by_name(name, window),
+                    None => Sight::Everything,
+                }
             }
             Rule::Flags { list, full, other } => match list.get(index).and_then(as_flag) {
                 Some(flag) => full_or(flag == *full, *other),
@@ -176,6 +189,9 @@ impl<'a> Windows<'a> {
             }
             Rule::Hybrid(pattern) => {
                 full_or(pattern.as_bytes().get(index) == Some(&b'*'), Other::State)
+            }
+            Rule::Groups { size, tail } => {
+                full_or(layer % size == size - 1 || layer >= *tail, Other::State)
             }
             Rule::From(first) => full_or(layer < *first, Other::Window),
         }
@@ -276,6 +292,11 @@ fn rule<'a>(config: &'a Value, window: Option<u64>) -> Rule<'a> {
             .filter(|text| !text.is_empty())
     };
 
+    let family = config
+        .get("model_type")
+        .and_then(Value::as_str)
+        .unwrap_or("");
+
     for key in [
         "layer_types",
         "layers_block_type",
@@ -358,6 +379,22 @@ fn rule<'a>(config: &'a Value, window: Option<u64>) -> Rule<'a> {
             other: Other::State,
         };
     }
+    if let (Some(size), Some(layers)) = (positive(&["layer_group_size"]), layer_count(config)) {
+        // Ring-linear.
+        let tail = layers - layers % size;
+        return Rule::Groups { size, tail };
+    }
+    if LINEAR.contains(&family) {
+        let list = config
+            .get("attn")
+            .and_then(|attention| attention.get("layers"));
+        return Rule::Listed {
+            list: list.and_then(Value::as_array).map_or(&[], Vec::as_slice),
+            first: 0,
+            full: true,
+            other: Other::State,
+        };
+    }
     if let Some(pattern) = text("hybrid_override_pattern") {
         return Rule::Hybrid(pattern);
     }
@@ -390,10 +427,6 @@ fn rule<'a>(config: &'a Value, window: Option<u64>) -> Rule<'a> {
         // EXAONE: `LLLG`, repeated.
         return Rule::Letters { text, window: b'L' };
     }
-    let family = config
-        .get("model_type")
-        .and_then(Value::as_str)
-        .unwrap_or("");
     if let Some(period) = positive(&["global_attn_every_n_layers"]) {
         let offset = if family.starts_with("modernbert") {
             0
