@@ -29,7 +29,7 @@
 use std::collections::BTreeSet;
 
 use crate::config;
-use crate::kept::{Skipped, transposed};
+use crate::kept::{skipped, transposed};
 use crate::names::TensorKind::{self, Embedding, Expert, Linear, OutputHead};
 use crate::names::{kind_of, kind_of_module, layer_of};
 use crate::patterns::Patterns;
@@ -167,10 +167,9 @@ const MOST_PATTERNS: usize = 8;
 /// modules, whose rows are inputs, and modules that a checkpoint in 4 bits has left out on purpose
 /// (`llm_int8_skip_modules` in its config.json).
 pub fn keeps(request: &Request) -> Vec<bool> {
-    let skipped = Skipped::of(request);
     let mut keeps = transposed(request);
-    for (keeps, tensor) in keeps.iter_mut().zip(&request.tensors) {
-        *keeps = *keeps || skipped.matches(tensor);
+    for (keeps, skipped) in keeps.iter_mut().zip(skipped(request)) {
+        *keeps |= skipped;
     }
     keeps
 }

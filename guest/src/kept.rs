@@ -1,7 +1,6 @@
 //! What stays as stored because of what the checkpoint is, whatever the user sets.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ops::Bound;
+use std::collections::BTreeMap;
 
 use crate::config::{self, Value};
 use crate::names::{layer_of, module_of};
@@ -68,99 +67,88 @@ fn is_conv1d_model(config_json: &str) -> bool {
     found
 }
 
-/// Modules that a checkpoint in 4 bits has left as they were on purpose (`llm_int8_skip_modules`).
-#[derive(Debug, Default)]
-pub(crate) struct Skipped {
-    names: BTreeSet<String>,
-    /// The same without those that another one is the beginning of, so that only the last one before a
-    /// name can be the beginning of it.
-    beginnings: BTreeSet<String>,
-    /// Ends of names, backwards, in the same way.
-    ends: BTreeSet<String>,
+/// For each tensor, whether it is of a module that a checkpoint in 4 bits has left as it was on purpose
+/// (`llm_int8_skip_modules`).
+pub(crate) fn skipped(request: &Request) -> Vec<bool> {
+    let mut skipped = vec![false; request.tensors.len()];
+    if request
+        .tensors
+        .iter()
+        .all(|tensor| tensor.quantized.is_none())
+    {
+        return skipped;
+    }
+    let root = config::parse(&request.config_json);
+    let found = match &root["quantization_config"] {
+        own @ Value::Object(_) => own,
+        // Models of several parts have it beside the one that is quantized.
+        _ => &config::language_model(&root)["quantization_config"],
+    };
+    let lists = ["llm_int8_skip_modules", "modules_to_not_convert"];
+    let lists = lists.iter().filter_map(|key| found[*key].as_array());
+    let names = lists.flatten().filter_map(Value::as_str);
+    mark(&request.tensors, names, &mut skipped);
+    skipped
 }
 
-impl Skipped {
-    /// Reads the list of a checkpoint in which something is quantized already.
-    pub(crate) fn of(request: &Request) -> Skipped {
-        if !request
-            .tensors
+/// Marks the tensors whose modules are named, as transformers matches names: by the beginning of a module's
+/// or its end (version 5), or by whole components within (version 4).
+///
+/// There may be as many names as tensors, so that names are looked up among tensors that are sorted.
+fn mark<'a>(tensors: &[Tensor], names: impl Iterator<Item = &'a str>, marked: &mut [bool]) {
+    let modules = || {
+        // Others stay as stored in any case.
+        let open = tensors
             .iter()
-            .any(|tensor| tensor.quantized.is_some())
-        {
-            return Skipped::default();
-        }
-        let root = config::parse(&request.config_json);
-        let own = &root["quantization_config"];
-        let found = match own {
-            Value::Object(_) => own,
-            // Models of several parts have it beside the one that is quantized.
-            _ => &config::language_model(&root)["quantization_config"],
-        };
-        let lists = ["llm_int8_skip_modules", "modules_to_not_convert"];
-        let lists = lists.iter().filter_map(|key| found[*key].as_array());
-        let names = lists.flatten().filter_map(Value::as_str);
-        Skipped::new(names.map(|name| name.trim_matches('.')))
-    }
-
-    fn new<'a>(names: impl Iterator<Item = &'a str>) -> Skipped {
-        let names: BTreeSet<String> = names
-            .filter(|name| !name.is_empty())
-            .map(str::to_owned)
-            .collect();
-        let backwards = names.iter().map(|name| backwards(name)).collect();
-        Skipped {
-            beginnings: without_longer(names.clone()),
-            ends: without_longer(backwards),
-            names,
-        }
-    }
-
-    /// Returns whether the module of a tensor is one of them, as transformers matches them: by the
-    /// beginning of its name or the end (version 5), or by whole components within (version 4).
-    pub(crate) fn matches(&self, tensor: &Tensor) -> bool {
-        if self.names.is_empty() {
-            return false;
-        }
-        let module = module_of(&tensor.name);
-        self.names.contains(module)
-            || has_beginning(&self.beginnings, module)
-            || has_beginning(&self.ends, &backwards(module))
-            || self.has_components(module)
-    }
-
-    fn has_components(&self, module: &str) -> bool {
-        let dots = || module.match_indices('.').map(|(dot, _)| dot);
-        dots().any(|start| {
-            let ends = dots().filter(|&end| end > start);
-            ends.into_iter()
-                .any(|end| self.names.contains(&module[start + 1..end]))
+            .enumerate()
+            .filter(|(_, tensor)| tensor.is_quantizable());
+        open.map(|(t, tensor)| (module_of(&tensor.name), t))
+    };
+    let mut whole: Vec<(&str, usize)> = modules().collect();
+    let mut backward: Vec<(String, usize)> = modules()
+        .map(|(module, t)| (backwards(module), t))
+        .collect();
+    let mut inner: Vec<(&str, usize)> = modules()
+        .flat_map(|(module, t)| {
+            let dots = module.match_indices('.');
+            dots.map(move |(dot, _)| (&module[dot + 1..], t))
         })
+        .collect();
+    whole.sort_unstable();
+    backward.sort_unstable();
+    inner.sort_unstable();
+    for name in names
+        .map(|name| name.trim_matches('.'))
+        .filter(|name| !name.is_empty())
+    {
+        for &(_, t) in beginning_with(&whole, name) {
+            marked[t] = true;
+        }
+        let name_backwards = backwards(name);
+        for (_, t) in beginning_with(&backward, &name_backwards) {
+            marked[*t] = true;
+        }
+        for (rest, t) in beginning_with(&inner, name) {
+            if rest.as_bytes().get(name.len()) == Some(&b'.') {
+                marked[*t] = true;
+            }
+        }
     }
+}
+
+/// Returns those of sorted texts that begin so.
+fn beginning_with<'s, T: AsRef<str>>(
+    sorted: &'s [(T, usize)],
+    beginning: &str,
+) -> &'s [(T, usize)] {
+    let from = sorted.partition_point(|(text, _)| text.as_ref() < beginning);
+    let rest = &sorted[from..];
+    let end = rest.partition_point(|(text, _)| text.as_ref().starts_with(beginning));
+    &rest[..end]
 }
 
 fn backwards(name: &str) -> String {
     name.chars().rev().collect()
-}
-
-fn without_longer(names: BTreeSet<String>) -> BTreeSet<String> {
-    let mut kept = BTreeSet::new();
-    let mut last: Option<String> = None;
-    for name in names {
-        if last
-            .as_ref()
-            .is_none_or(|last| !name.starts_with(last.as_str()))
-        {
-            last = Some(name.clone());
-            kept.insert(name);
-        }
-    }
-    kept
-}
-
-fn has_beginning(beginnings: &BTreeSet<String>, name: &str) -> bool {
-    let until = (Bound::Unbounded, Bound::Included(name));
-    let last = beginnings.range::<str, _>(until).next_back();
-    last.is_some_and(|beginning| name.starts_with(beginning.as_str()))
 }
 
 #[cfg(test)]
@@ -228,6 +216,15 @@ mod tests {
         assert_eq!(transposed_names(some, nested), all[2..]);
     }
 
+    fn is_marked(name: &str, skipped: &[&str]) -> bool {
+        let others = ["a.b.c.weight", "z.weight", "model.layers.2.mlp.weight"];
+        let mut tensors: Vec<Tensor> = others.iter().map(|name| tensor(name, &[8, 8])).collect();
+        tensors.insert(1, tensor(name, &[8, 8]));
+        let mut marked = vec![false; 4];
+        mark(&tensors, skipped.iter().copied(), &mut marked);
+        marked[1]
+    }
+
     #[test]
     fn skipped_modules_match_as_in_transformers() {
         let skipped = [
@@ -238,7 +235,6 @@ mod tests {
             "layers.3.self_attn",
             "",
         ];
-        let skipped = Skipped::new(skipped.into_iter());
         for (name, matches) in [
             ("lm_head.weight", true),
             ("language_model.lm_head.weight", true),
@@ -252,15 +248,17 @@ mod tests {
             ("model.vision_tower.blocks.0.fc1.weight", true),
             ("model.visions.fc1.weight", false),
         ] {
-            assert_eq!(skipped.matches(&tensor(name, &[8, 8])), matches, "{name}");
+            assert_eq!(is_marked(name, &skipped), matches, "{name}");
         }
-        assert!(!Skipped::default().matches(&tensor("a.weight", &[8, 8])));
+        assert!(!is_marked("a.weight", &[]));
     }
 
     #[test]
-    fn a_name_is_found_behind_others_with_its_beginning() {
-        let skipped = Skipped::new(["a.b", "a.b.c", "a.b.d", "a"].into_iter());
-        assert!(skipped.matches(&tensor("a.b.z.weight", &[8, 8])));
-        assert!(!skipped.matches(&tensor("b.z.weight", &[8, 8])));
+    fn a_name_is_found_among_others_with_its_beginning() {
+        let skipped = ["a.b.c", "a.b.z", "a.b.d"];
+        assert!(is_marked("a.b.z.y.weight", &skipped));
+        assert!(!is_marked("a.b.y.z.weight", &skipped));
+        assert!(is_marked("m.a.b.c.y.weight", &skipped));
+        assert!(!is_marked("m.a.b.cc.y.weight", &skipped));
     }
 }
