@@ -47,10 +47,12 @@ extern crate self as tightfit_guest;
 pub mod amounts;
 #[doc(hidden)]
 pub mod bindings;
+pub mod config;
 #[doc(hidden)]
 pub mod export;
 pub mod formats;
 pub mod in_memory;
+mod kept;
 mod log;
 pub mod names;
 pub mod partition;
@@ -69,6 +71,7 @@ pub use bindings::tightfit::host::types::{
     Device, DeviceKind, Dtype, Error, ErrorCode, Format, Nf4Format, Placement, QuantType,
     Quantization, Tensor,
 };
+pub use kept::transposed;
 pub use log::log;
 pub use tightfit_common::patterns;
 

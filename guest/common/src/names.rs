@@ -58,8 +58,9 @@ const SIDE_BRANCHES: [&str; 12] = [
     "token2wav",
 ];
 
-const HEADS: [&str; 6] = [
+const HEADS: [&str; 7] = [
     "lm_head",
+    "lm_heads",
     "embed_out",
     "output_layer",
     "score",
@@ -67,10 +68,16 @@ const HEADS: [&str; 6] = [
     "qa_outputs",
 ];
 
-const EMBEDDINGS: [&str; 7] = [
+/// Modules whose `output` turns hidden states into logits.
+const LANGUAGE_MODELS: [&str; 5] = ["language_model", "model", "llm", "lm", "text_model"];
+
+const EMBEDDINGS: [&str; 10] = [
     "wte",
     "wpe",
+    "wtt",
     "embed",
+    "embeds",
+    "emb",
     "embedding",
     "embeddings",
     "tok_embeddings",
@@ -166,6 +173,16 @@ pub fn kind_of(name: &str, dimensions: usize, is_float: bool) -> TensorKind {
     if dimensions <= 2 && is_embedding(parent, last) {
         return TensorKind::Embedding;
     }
+    // One of several: models with a vocabulary for each of some streams have a list of tables or heads.
+    if is_number(last) && dimensions == 2 {
+        let (above, list) = split_last(parent);
+        if is_head(parent, above, list) {
+            return TensorKind::OutputHead;
+        }
+        if is_table_list(list) && is_embedding(above, list) {
+            return TensorKind::Embedding;
+        }
+    }
     if is_norm(last) {
         return TensorKind::Norm;
     }
@@ -187,20 +204,39 @@ fn is_head(module: &str, parent: &str, last: &str) -> bool {
     match last {
         // DeepSeek's multi-token prediction keeps a copy of the output head in its layer.
         "head" => parent.is_empty() || parent.ends_with("shared_head"),
-        "output" | "proj_out" => parent.is_empty(),
+        "output" => parent.is_empty() || LANGUAGE_MODELS.contains(&split_last(parent).1),
+        "proj_out" => parent.is_empty(),
         "decoder" => parent.ends_with("predictions"),
-        _ => HEADS.contains(&last) && layer_of(module).is_none(),
+        _ => (HEADS.contains(&last) || last.ends_with("_lm_head")) && layer_of(module).is_none(),
     }
 }
 
 fn is_embedding(parent: &str, last: &str) -> bool {
     (last.starts_with("embed_") && !last.ends_with("_proj"))
+        || last.ends_with("_embeds")
+        || (last.ends_with("_emb") && is_table_list(last))
+        || last.ends_with("_embeds_layer")
+        || last.ends_with("_embeds_layers")
+        || last.ends_with("_embeddings_table")
         || last.ends_with("_embed")
         || last.ends_with("_embedding")
         || last.ends_with("_embeddings")
         || last.ends_with("position_embedding_table")
         || EMBEDDINGS.contains(&last)
         || (last == "shared" && parent.is_empty())
+}
+
+/// Returns whether what is called so, or a list of them, can be tables. Times and labels are embedded by
+/// linear layers in diffusion models, whose numbers are places in a sequence.
+fn is_table_list(list: &str) -> bool {
+    !contains(list, "time")
+        && !contains(list, "label")
+        && !contains(list, "patch")
+        && list != "embedding"
+}
+
+fn is_number(component: &str) -> bool {
+    !component.is_empty() && component.bytes().all(|byte| byte.is_ascii_digit())
 }
 
 fn is_norm(last: &str) -> bool {

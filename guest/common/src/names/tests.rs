@@ -234,6 +234,29 @@ fn qwen3_5_moe() {
 }
 
 #[test]
+fn tables_and_heads_of_several_streams() {
+    check(&[
+        (
+            "decoder.model.decoder.embed_tokens.3.weight",
+            &[2049, 1024],
+            Embedding,
+        ),
+        ("decoder.lm_heads.0.weight", &[2048, 1024], OutputHead),
+        ("lm_heads.7.weight", &[1024, 1024], OutputHead),
+        ("input_embeds_layers.2.weight", &[1056, 1024], Embedding),
+        ("position_embeds_layer.weight", &[1024, 1024], Embedding),
+        ("model.token_emb.weight", &[1024, 64], Embedding),
+        ("time_emb.weight", &[1024, 64], Linear),
+        ("emb.4.weight", &[1024, 1024], Embedding),
+        ("generator.text_lm_head.weight", &[1024, 64], OutputHead),
+        ("time_embed.0.weight", &[1280, 320], Linear),
+        ("time_embedding.2.weight", &[1280, 320], Linear),
+        ("connector.embedding.0.weight", &[1280, 320], Linear),
+        ("blocks.0.lm_heads.0.weight", &[64, 64], Linear),
+    ]);
+}
+
+#[test]
 fn gpt_oss_in_both_forms() {
     check(&[
         (
@@ -370,6 +393,12 @@ fn older_families() {
             OutputHead,
         ),
         ("output.weight", &[32_000, 4096], OutputHead),
+        ("language_model.output.weight", &[92_553, 4096], OutputHead),
+        (
+            "language_model.model.layers.0.attention.output.weight",
+            &[64, 64],
+            Linear,
+        ),
         ("encoder.layer.0.output.dense.weight", &[768, 3072], Linear),
         ("backbone.layers.0.mixer.A_log", &[1536, 16], Other),
         ("backbone.layers.0.mixer.x_proj.weight", &[80, 1536], Linear),

@@ -7,26 +7,16 @@ use crate::options::{Experts, Library, Options};
 
 /// Returns the format of each tensor.
 pub(crate) fn formats(request: &Request, kinds: &[TensorKind], options: &Options) -> Vec<Format> {
-    let format = |(tensor, kind): (&Tensor, &TensorKind)| {
-        let wanted = match kind {
-            Linear => true,
-            Expert => match options.experts {
-                Experts::Nf4 => true,
-                Experts::Stored => false,
-                Experts::AsLibrary => as_linear(tensor, options.library),
-            },
-            Router => as_linear(tensor, options.library),
-            _ => false,
-        };
-        if wanted && tensor.is_quantizable() && !options.formats.skip.matches(&tensor.name) {
-            Format::Nf4(options.formats.nf4)
-        } else {
-            Format::Stored
-        }
-    };
-    let mut formats: Vec<Format> = request.tensors.iter().zip(kinds).map(format).collect();
-    request.fix_formats(&mut formats);
-    formats
+    options.formats.choose_where(request, |t| match kinds[t] {
+        Linear => true,
+        Expert => match options.experts {
+            Experts::Nf4 => true,
+            Experts::Stored => false,
+            Experts::AsLibrary => as_linear(&request.tensors[t], options.library),
+        },
+        Router => as_linear(&request.tensors[t], options.library),
+        _ => false,
+    })
 }
 
 /// Returns whether it is the matrix of a linear layer in memory. Transformers 5 makes stacks of all

@@ -59,8 +59,8 @@ impl Policy for HuggingFace {
                 "there is no device to place anything on",
             ));
         }
-        if let Some(note) = options.formats.unmatched(&request) {
-            log(Level::Warn, &note);
+        for warning in options.formats.warnings(&request) {
+            log(Level::Warn, &warning);
         }
         let duplicates = request.duplicates();
         let kinds = tightfit_guest::formats::kinds(&request);

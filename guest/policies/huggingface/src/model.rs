@@ -25,8 +25,7 @@ pub(crate) struct Model<'a> {
 
 impl<'a> Model<'a> {
     pub(crate) fn new(request: &'a Request, duplicates: &[bool]) -> Model<'a> {
-        // What cannot be read says nothing; the host has complained where it matters.
-        let config: Value = serde_json::from_str(&request.config_json).unwrap_or(Value::Null);
+        let config = tightfit_guest::config::parse(&request.config_json);
         let drafts_from = drafts_from(&config);
         let mut tree = Tree::new();
         let mut unused = Vec::new();

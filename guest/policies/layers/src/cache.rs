@@ -1,206 +1,230 @@
-//! Room for the KV cache and the logits, by what config.json says about attention.
+//! Room for what a model keeps while it generates, and for the logits.
 
-use serde_json::Value;
-use tightfit_guest::names::TensorKind::{self, Embedding, Linear};
+use tightfit_guest::config::{self, number};
+use tightfit_guest::names::TensorKind::{self, Embedding};
+use tightfit_guest::names::side_branch_of;
 use tightfit_guest::partition::Item;
-use tightfit_guest::{Refusal, Request};
+use tightfit_guest::transposed;
+use tightfit_guest::{Level, Refusal, Request, config::Value};
 
+use crate::attention::{Circumstances, Keeper, Memory, keepers};
+use crate::geometry::Geometry;
 use crate::options::Options;
 use crate::units::{Part, Unit};
+use crate::windows::{Sight, Windows};
 
-/// Keys and values are kept in 16 bits.
-const ELEMENT_BYTES: u64 = 2;
-/// Logits are computed in 32.
+/// Logits are computed in 32 bits.
 const LOGIT_BYTES: u64 = 4;
 
-/// What a request of some length takes beside the weights.
-#[derive(Debug)]
-pub(crate) struct Cache {
-    /// The part of config.json that describes the language model.
-    config: Value,
-    /// Bytes of one token of one sequence in one layer.
-    token: u64,
-    layers: Option<u64>,
-    context: u64,
-    batch: u64,
-}
-
-/// How far back a layer looks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Attention {
-    Full,
-    /// So many tokens.
-    Window(u64),
-    /// It keeps a state that does not grow.
-    None,
-}
-
-impl Cache {
-    /// Reads the geometry.
-    ///
-    /// # Errors
-    /// A refusal when config.json does not tell it.
-    pub(crate) fn read(config_json: &str, options: &Options) -> Result<Cache, Refusal> {
-        let unusable = |why: &str| {
-            let instead = "use `reserve` instead of `context`";
-            Refusal::unsupported(format!("no KV cache can be computed: {why}; {instead}"))
-        };
-        let root: Value = serde_json::from_str(&without_python_constants(config_json))
-            .map_err(|error| unusable(&format!("config.json is not valid JSON ({error})")))?;
-        let config = language_model(root);
-        let token = token_bytes(&config)
-            .ok_or_else(|| unusable("config.json lacks the number or size of attention heads"))?;
-        Ok(Cache {
-            layers: number(
-                &config,
-                &["num_hidden_layers", "n_layer", "n_layers", "num_layers"],
-            ),
-            config,
-            token,
-            context: options.context.into(),
-            batch: options.batch.into(),
-        })
+/// Adds what the layers keep to their tensors, and what the logits need to the output head. Returns what
+/// the user may want to know.
+///
+/// # Errors
+/// A refusal when there is attention of unknown width.
+pub(crate) fn reserve(
+    request: &Request,
+    options: &Options,
+    kinds: &[TensorKind],
+    units: &[Unit<'_>],
+    items: &mut [Item],
+) -> Result<Vec<(Level, String)>, Refusal> {
+    let root = config::parse(&request.config_json);
+    let config = config::language_model(&root);
+    let layers = reserve_layers(request, options, &root, units, items)?;
+    // A tied head is the embedding.
+    let table = |unit: &&Unit<'_>| unit.part == Part::Output || unit.part == Part::Input;
+    let mut tables = units
+        .iter()
+        .filter(table)
+        .rev()
+        .flat_map(|unit| &unit.tensors);
+    let head = tables.find(|&&t| matches!(kinds[t as usize], TensorKind::OutputHead | Embedding));
+    if let Some(&head) = head {
+        let rows = request.tensors[head as usize].shape.first().copied();
+        let vocabulary = number(config, &["vocab_size"]).or(rows).unwrap_or(0);
+        let logits = product(&[vocabulary, options.batch.into(), LOGIT_BYTES]);
+        add(items, head, logits);
     }
+    Ok(layers)
+}
 
-    /// Adds what a layer needs to one of its tensors, and what the logits need to the output head.
-    pub(crate) fn reserve(
-        &self,
-        request: &Request,
-        kinds: &[TensorKind],
-        units: &[Unit<'_>],
-        items: &mut [Item],
-    ) {
-        let main = main_stack(units);
-        for unit in units {
-            if let Part::Layer { stack, index, .. } = unit.part
-                && Some(stack) == main
-            {
-                let carrier = attention(request, kinds, unit);
-                items[carrier as usize].headroom = self.layer_bytes(index.into());
+fn reserve_layers(
+    request: &Request,
+    options: &Options,
+    root: &Value,
+    units: &[Unit<'_>],
+    items: &mut [Item],
+) -> Result<Vec<(Level, String)>, Refusal> {
+    let Some(main) = generating_stack(units) else {
+        return Ok(vec![]);
+    };
+    let config = config::language_model(root);
+    let (geometry, windows) = (Geometry { config }, Windows::of(config));
+    let transposed = transposed(request);
+    let encoder_tokens = encoder_tokens(root, options);
+    let batch = u64::from(options.batch);
+    let (mut shared, mut seen) = (None, Seen::default());
+    for unit in units {
+        let Part::Layer { stack, index, .. } = unit.part else {
+            continue;
+        };
+        let layer = u64::from(index);
+        if stack != main || windows.is_draft(layer) {
+            continue;
+        }
+        let sight = windows.sight(layer);
+        let around = Circumstances {
+            request,
+            transposed: &transposed,
+            geometry: &geometry,
+            layer,
+            linear: sight == Sight::State,
+            compressed: options.compressed_latent,
+        };
+        // A stack's name, two dots, and the layer's number.
+        let prefix = stack.len() + 2 + index.checked_ilog10().unwrap_or(0) as usize + 1;
+        let mut found = keepers(&unit.tensors, prefix, &around).map_err(|module| {
+            Refusal::unsupported(format!(
+                "no KV cache can be computed: neither the tensors of {stack}.{index}.{module} nor config.json \
+                 tell the width of its keys and values; use `reserve` instead of `context`"
+            ))
+        })?;
+        let attends = |keeper: &&Keeper| matches!(keeper.memory, Memory::Tokens(_));
+        match found.iter().find(attends) {
+            Some(keeper) => shared = Some(keeper.memory),
+            None => {
+                if let (true, Some(memory), Some(&tensor)) =
+                    (windows.borrows(layer), shared, unit.tensors.first())
+                {
+                    found.push(Keeper {
+                        tensor,
+                        memory,
+                        by_shape: false,
+                        is_latent: false,
+                    });
+                }
             }
         }
-        // A tied head is the embedding.
-        let table = |unit: &&Unit<'_>| unit.part == Part::Output || unit.part == Part::Input;
-        let mut tables = units
-            .iter()
-            .filter(table)
-            .rev()
-            .flat_map(|unit| &unit.tensors);
-        let head =
-            tables.find(|&&t| matches!(kinds[t as usize], TensorKind::OutputHead | Embedding));
-        if let Some(&head) = head {
-            let rows = request.tensors[head as usize].shape.first().copied();
-            let vocabulary = number(&self.config, &["vocab_size"]).or(rows).unwrap_or(0);
-            let logits = product(&[vocabulary, self.batch, LOGIT_BYTES]);
-            let headroom = &mut items[head as usize].headroom;
-            *headroom = headroom.saturating_add(logits);
+        seen.layer(layer, &found, &geometry, options);
+        for keeper in found {
+            let tokens = match sight {
+                Sight::Everything => options.context.into(),
+                Sight::Window(tokens) => u64::from(options.context).min(tokens),
+                Sight::State => options.context.into(),
+                Sight::Shared => 0,
+            };
+            let bytes = match keeper.memory {
+                Memory::Tokens(bytes) => product(&[bytes, tokens, batch]),
+                Memory::EncoderTokens(bytes) => product(&[bytes, encoder_tokens, batch]),
+                Memory::State(bytes) => product(&[bytes, batch]),
+            };
+            add(items, keeper.tensor, bytes);
         }
     }
+    Ok(seen.notes(&windows, options, encoder_tokens))
+}
 
-    fn layer_bytes(&self, layer: u64) -> u64 {
-        let tokens = match self.attention(layer) {
-            Attention::Full => self.context,
-            Attention::Window(tokens) => self.context.min(tokens),
-            Attention::None => 0,
-        };
-        product(&[self.token, tokens, self.batch])
-    }
+/// What there was in the layers, for the user.
+#[derive(Debug, Default)]
+struct Seen {
+    attention: bool,
+    cross: bool,
+    agrees: bool,
+    /// The first layer whose shapes say something else than the configuration: bytes of a token.
+    differs: Option<(u64, u64, u64)>,
+    latent: bool,
+}
 
-    /// Returns what config.json says about a layer. In doubt it is full attention: too much room is
-    /// better than too little.
-    fn attention(&self, layer: u64) -> Attention {
-        let config = &self.config;
-        if self.layers.is_some_and(|layers| layer >= layers) {
-            // Multi-token prediction, which generation does not run.
-            return Attention::None;
-        }
-        let window = number(config, &["sliding_window", "attention_chunk_size"])
-            .filter(|&tokens| tokens > 0)
-            .map_or(Attention::Full, Attention::Window);
-        let at = |list: &str| {
-            config
-                .get(list)?
-                .get(usize::try_from(layer).ok()?)?
-                .as_str()
-        };
-        if let Some(kind) = at("layer_types").or_else(|| at("layers_block_type")) {
-            return match kind {
-                "sliding_attention" | "chunked_attention" => window,
-                "linear_attention" | "mamba" | "mamba2" | "recurrent" | "conv" | "moe" | "mlp" => {
-                    Attention::None
+impl Seen {
+    fn layer(&mut self, layer: u64, found: &[Keeper], geometry: &Geometry<'_>, options: &Options) {
+        let stated = geometry.token_elements(layer);
+        let stated = stated.map(|elements| elements.saturating_mul(2));
+        for keeper in found {
+            self.latent |= keeper.is_latent;
+            match keeper.memory {
+                Memory::EncoderTokens(_) => self.cross = true,
+                Memory::State(_) => {}
+                Memory::Tokens(bytes) => {
+                    self.attention = true;
+                    let compressed = keeper.is_latent && options.compressed_latent;
+                    let Some(stated) = stated.filter(|_| keeper.by_shape && !compressed) else {
+                        continue;
+                    };
+                    self.agrees |= stated == bytes;
+                    if stated != bytes && self.differs.is_none() {
+                        self.differs = Some((layer, stated, bytes));
+                    }
                 }
-                _ => Attention::Full,
-            };
-        }
-        let every = |interval: u64, offset: u64| interval > 0 && layer % interval == offset;
-        if let Some(interval) = number(config, &["full_attention_interval"])
-            && interval > 0
-        {
-            return if every(interval, interval - 1) {
-                Attention::Full
-            } else {
-                Attention::None
-            };
-        }
-        if let Some(period) = number(config, &["attn_layer_period"])
-            && period > 0
-        {
-            let offset = number(config, &["attn_layer_offset"]).unwrap_or(0);
-            return if every(period, offset) {
-                Attention::Full
-            } else {
-                Attention::None
-            };
-        }
-        if let Some(pattern) = config
-            .get("hybrid_override_pattern")
-            .and_then(Value::as_str)
-        {
-            let here = usize::try_from(layer)
-                .ok()
-                .and_then(|layer| pattern.as_bytes().get(layer));
-            return if here == Some(&b'*') {
-                Attention::Full
-            } else {
-                Attention::None
-            };
-        }
-        if window == Attention::Full || self.sees_all(layer) {
-            Attention::Full
-        } else {
-            window
+            }
         }
     }
 
-    /// Returns whether a layer of a model with a sliding window does without.
-    fn sees_all(&self, layer: u64) -> bool {
-        let config = &self.config;
-        if let Some(used) = config.get("use_sliding_window").and_then(Value::as_bool) {
-            // Qwen2: the first layers are full.
-            let first = number(config, &["max_window_layers"]).unwrap_or(0);
-            return !used || layer < first;
+    fn notes(
+        &self,
+        windows: &Windows<'_>,
+        options: &Options,
+        encoder_tokens: u64,
+    ) -> Vec<(Level, String)> {
+        let mut notes = Vec::new();
+        // Where some layers are as stated, others are wider or narrower by design.
+        if let (Some((layer, stated, bytes)), false) = (self.differs, self.agrees) {
+            notes.push((
+                Level::Warn,
+                format!(
+                    "the KV cache is counted by the shapes of the tensors, {bytes} bytes for a token in layer \
+                     {layer}: config.json would make it {stated}"
+                ),
+            ));
         }
-        if let Some(pattern) = config.get("sliding_window_pattern").and_then(Value::as_str) {
-            // EXAONE: `LLLG`, repeated.
-            let length = pattern.len().max(1) as u64;
-            return pattern.as_bytes().get((layer % length) as usize) != Some(&b'L');
+        if let (true, Some(note)) = (self.attention, windows.note()) {
+            notes.push((Level::Warn, note));
         }
-        let by_family = match config.get("model_type").and_then(Value::as_str) {
-            Some("gemma2") => Some(2),
-            Some("gemma3" | "gemma3_text") => Some(6),
-            Some("cohere2") => Some(4),
-            _ => None,
-        };
-        match number(config, &["sliding_window_pattern"]).or(by_family) {
-            Some(0) => true,
-            Some(pattern) => layer % pattern == pattern - 1,
-            None => false,
+        if self.latent {
+            let counted = match options.compressed_latent {
+                true => "compressed, as `latent-cache` says",
+                false => {
+                    "expanded to keys and values of all heads, as transformers keeps them (`latent-cache`)"
+                }
+            };
+            notes.push((
+                Level::Info,
+                format!("the cache of latent attention is counted {counted}"),
+            ));
         }
+        if self.cross {
+            notes.push((
+                Level::Info,
+                format!("the cache of cross-attention is counted for {encoder_tokens} tokens of the encoder"),
+            ));
+        }
+        notes
     }
 }
 
-/// Returns the stack that generates: the one with the most layers, the last of several.
-fn main_stack<'a>(units: &[Unit<'a>]) -> Option<&'a str> {
+/// Returns the tokens of the encoder: what the user says, or the configuration, or as many as of the
+/// decoder.
+fn encoder_tokens(root: &Value, options: &Options) -> u64 {
+    if options.encoder_context > 0 {
+        return options.encoder_context.into();
+    }
+    // Whisper's sounds are padded to this many, and images of Llama 3.2 cut into so many tiles.
+    let vision = &root["vision_config"];
+    let tiles = || {
+        let side =
+            number(vision, &["image_size"])?.checked_div(number(vision, &["patch_size"])?)?;
+        let patches = side.checked_mul(side)?.checked_add(1)?;
+        patches.checked_mul(number(vision, &["max_num_tiles"])?)
+    };
+    let language_model = config::language_model(root);
+    number(language_model, &["max_source_positions"])
+        .filter(|&tokens| tokens > 0)
+        .or_else(tiles)
+        .unwrap_or(options.context.into())
+}
+
+/// Returns the stack that generates: the one with the most layers, the last of several. Encoders and
+/// towers do not, unless they are all there is.
+fn generating_stack<'a>(units: &[Unit<'a>]) -> Option<&'a str> {
     let mut counts: Vec<(&str, usize)> = Vec::new();
     for unit in units {
         if let Part::Layer { stack, .. } = unit.part {
@@ -210,109 +234,27 @@ fn main_stack<'a>(units: &[Unit<'a>]) -> Option<&'a str> {
             }
         }
     }
-    let most = counts.into_iter().max_by_key(|&(_, count)| count);
-    most.map(|(stack, _)| stack)
-}
-
-/// Returns the tensor beside which a layer's cache belongs, should the layer be split.
-fn attention(request: &Request, kinds: &[TensorKind], unit: &Unit<'_>) -> u32 {
-    let is_attention = |&&t: &&u32| {
-        let name = &request.tensors[t as usize].name;
-        kinds[t as usize] == Linear && (name.contains("attn") || name.contains("attention"))
+    counts.retain(|(stack, _)| side_branch_of(stack).is_none());
+    let encodes = |stack: &str| stack.contains("encoder") && !stack.contains("decoder");
+    let most = |encoders: bool| {
+        let stacks = counts
+            .iter()
+            .filter(|(stack, _)| encodes(stack) == encoders);
+        stacks
+            .max_by_key(|(_, count)| *count)
+            .map(|(stack, _)| *stack)
     };
-    let found = unit
-        .tensors
-        .iter()
-        .find(is_attention)
-        .or(unit.tensors.first());
-    found.copied().unwrap_or(0)
+    most(false).or_else(|| most(true))
 }
 
-/// Returns the configuration of the language model within that of a larger one.
-fn language_model(mut root: Value) -> Value {
-    if let Some(thinker) = root
-        .get_mut("thinker_config")
-        .filter(|found| found.is_object())
-    {
-        root = thinker.take();
-    }
-    for name in ["text_config", "llm_config", "language_config"] {
-        if let Some(found) = root.get_mut(name).filter(|found| found.is_object()) {
-            return found.take();
-        }
-    }
-    root
-}
-
-/// Returns the bytes of the keys and values of one token in one layer.
-fn token_bytes(config: &Value) -> Option<u64> {
-    let heads = number(
-        config,
-        &["num_attention_heads", "n_head", "n_heads", "num_heads"],
-    );
-    if let (Some(heads), Some(rope), Some(value)) = (
-        heads,
-        number(config, &["qk_rope_head_dim"]),
-        number(config, &["v_head_dim"]),
-    ) {
-        // DeepSeek's latent attention, as transformers caches it: expanded to all heads.
-        let nope = number(config, &["qk_nope_head_dim"]).unwrap_or(0);
-        let elements = nope.saturating_add(rope).saturating_add(value);
-        return Some(product(&[heads, elements, ELEMENT_BYTES]));
-    }
-    let kv_heads = number(
-        config,
-        &[
-            "num_key_value_heads",
-            "num_kv_heads",
-            "n_head_kv",
-            "multi_query_group_num",
-        ],
-    );
-    let kv_heads = match (kv_heads, config.get("multi_query").and_then(Value::as_bool)) {
-        (Some(heads), _) => heads,
-        (None, Some(true)) => 1,
-        (None, _) => heads?,
-    };
-    let head = number(config, &["head_dim", "kv_channels"]).or_else(|| {
-        let hidden = number(config, &["hidden_size", "n_embd", "d_model"])?;
-        hidden.checked_div(heads?)
-    })?;
-    Some(product(&[2, kv_heads, head, ELEMENT_BYTES]))
-}
-
-fn number(config: &Value, names: &[&str]) -> Option<u64> {
-    names.iter().find_map(|name| config.get(name)?.as_u64())
+fn add(items: &mut [Item], tensor: u32, bytes: u64) {
+    let headroom = &mut items[tensor as usize].headroom;
+    *headroom = headroom.saturating_add(bytes);
 }
 
 fn product(factors: &[u64]) -> u64 {
-    factors
-        .iter()
-        .fold(1, |product, &factor| product.saturating_mul(factor))
-}
-
-/// Python writes `NaN` and `Infinity` into JSON, and some published configurations have them.
-fn without_python_constants(json: &str) -> String {
-    let mut out = String::with_capacity(json.len());
-    let mut rest = json;
-    let (mut in_string, mut escaped) = (false, false);
-    while let Some(c) = rest.chars().next() {
-        if !in_string {
-            let constants = ["-Infinity", "Infinity", "NaN"];
-            if let Some(after) = constants.iter().find_map(|word| rest.strip_prefix(word)) {
-                out.push_str("null");
-                rest = after;
-                continue;
-            }
-        }
-        if c == '"' && !escaped {
-            in_string = !in_string;
-        }
-        escaped = in_string && c == '\\' && !escaped;
-        out.push(c);
-        rest = &rest[c.len_utf8()..];
-    }
-    out
+    let multiply = |product: u64, &factor: &u64| product.saturating_mul(factor);
+    factors.iter().fold(1, multiply)
 }
 
 #[cfg(test)]

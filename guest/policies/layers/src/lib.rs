@@ -3,11 +3,14 @@
 
 #![forbid(unsafe_code)]
 
+mod attention;
 mod cache;
+mod geometry;
 mod options;
 mod place;
 mod refusals;
 mod units;
+mod windows;
 
 #[cfg(test)]
 mod fixtures;
@@ -20,7 +23,6 @@ use tightfit_guest::partition::Item;
 use tightfit_guest::sizing::Sizer;
 use tightfit_guest::{Description, Level, Proposal, Refusal, Request, formats, log};
 
-use cache::Cache;
 use options::{Options, SPECS};
 
 /// How layers are arranged where there is more than one way.
@@ -49,8 +51,8 @@ pub fn plan(request: &Request, arrangement: Arrangement) -> Result<Proposal, Ref
             "there is no device to place anything on",
         ));
     }
-    if let Some(note) = options.formats.unmatched(request) {
-        log(Level::Warn, &note);
+    for warning in options.formats.warnings(request) {
+        log(Level::Warn, &warning);
     }
     let kinds = formats::kinds(request);
     let duplicates = request.duplicates();
@@ -68,8 +70,9 @@ pub fn plan(request: &Request, arrangement: Arrangement) -> Result<Proposal, Ref
     }
     let units = units::in_model_order(request, &kinds, &duplicates);
     if options.context > 0 {
-        let cache = Cache::read(&request.config_json, &options)?;
-        cache.reserve(request, &kinds, &units, &mut items);
+        for (level, note) in cache::reserve(request, &options, &kinds, &units, &mut items)? {
+            log(level, &note);
+        }
     }
 
     let bins = request.bins(options.reserve);

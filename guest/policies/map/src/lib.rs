@@ -66,8 +66,8 @@ impl Policy for Map {
         for note in &places.notes {
             log(Level::Warn, note);
         }
-        if let Some(note) = formats.unmatched(&request) {
-            log(Level::Warn, &note);
+        for warning in formats.warnings(&request) {
+            log(Level::Warn, &warning);
         }
         let formats = formats.choose(&request, &formats::kinds(&request));
         let headroom = headroom(&request, &places.devices, &formats, reserve)?;

@@ -67,7 +67,7 @@ pub(crate) fn open_checkpoint(
         .and_then(|path| Checkpoint::open_with(&path, cancel));
     match local {
         Err(error) if is_missing(&error, model, hub.offline) => {}
-        other => return Ok(other?),
+        other => return Ok(warned(other?)),
     }
     let bar = progress::bytes("downloading", quiet);
     let shown = Mutex::new(String::new());
@@ -87,7 +87,19 @@ pub(crate) fn open_checkpoint(
         .with_cancel(cancel.clone());
     let fetched = hub::fetch(&hub, model, &options);
     bar.finish_and_clear();
-    Ok(Checkpoint::open_with(&fetched?, cancel)?)
+    Ok(warned(Checkpoint::open_with(&fetched?, cancel)?))
+}
+
+/// Warns of heads that are no second copies of the table that config.json ties them to.
+fn warned(checkpoint: Checkpoint) -> Checkpoint {
+    for tie in checkpoint.untied() {
+        tracing::warn!(
+            "'{}' is stored with other values than '{}', to which config.json ties it: both are kept",
+            truncated(tie.alias.clone(), MOST_NAME),
+            truncated(checkpoint.tensors()[tie.tensor].name.clone(), MOST_NAME)
+        );
+    }
+    checkpoint
 }
 
 /// Whether a download can help: the id, or some of its files, are not in the cache.

@@ -6,6 +6,7 @@ mod help;
 #[cfg(target_os = "linux")]
 mod interrupts;
 mod json;
+mod kinds;
 #[cfg(target_os = "linux")]
 mod outputs;
 mod pictures;

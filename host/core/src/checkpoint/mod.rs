@@ -110,12 +110,14 @@ pub struct Checkpoint {
     source_bytes: u64,
     config: Option<Config>,
     ties: Vec<Tie>,
+    untied: Vec<Tie>,
     metadata: BTreeMap<String, String>,
 }
 
 impl Checkpoint {
     /// Opens a `.safetensors` file, an index, or a directory and reads what is in it, without
-    /// reading weights.
+    /// reading weights; but for an output head that is stored although it is tied to the embedding, which
+    /// is compared with it.
     ///
     /// In a directory, `model.safetensors.index.json` names the files; else `model.safetensors`
     /// is the file; else a complete set of `*-0000i-of-0000N.safetensors`; else the only
@@ -224,10 +226,31 @@ impl Checkpoint {
                 shape: &tensor.shape,
             })
             .collect();
+        let read = |tensor: &TensorInfo, start: u64, buffer: &mut [u8]| {
+            read_at(
+                &shards,
+                &tensors,
+                tensor.shard,
+                tensor.offset + start,
+                buffer,
+            )
+        };
+        let (mut tied, mut untied) = (Vec::new(), Vec::new());
+        for tie in ties::find(&named, config.as_ref(), cancel)? {
+            let differs = match tie.alias_tensor {
+                Some(alias) => ties::differ(&tensors[tie.tensor], &tensors[alias], read, cancel)?,
+                None => false,
+            };
+            match differs {
+                true => untied.push(tie),
+                false => tied.push(tie),
+            }
+        }
         Ok(Checkpoint {
             path: path.into(),
             directory: located.directory,
-            ties: ties::find(&named, config.as_ref(), cancel)?,
+            ties: tied,
+            untied,
             source_bytes,
             shards: shards.into(),
             tensors,
@@ -250,6 +273,7 @@ impl Checkpoint {
             tensors,
             config: None,
             ties: Vec::new(),
+            untied: Vec::new(),
             metadata: BTreeMap::new(),
         }
     }
@@ -298,6 +322,12 @@ impl Checkpoint {
     /// Tensors that the model uses under a second name.
     pub fn ties(&self) -> &[Tie] {
         &self.ties
+    }
+
+    /// Pairs that the configuration ties although other values are stored under the second name: both are
+    /// tensors of their own, as transformers 5 has it, and users should be told.
+    pub fn untied(&self) -> &[Tie] {
+        &self.untied
     }
 
     /// `__metadata__` of the files; of equal keys that of the first file.

@@ -1,6 +1,7 @@
 //! Tensors that go by two names: the embedding that is also the output head.
 
 use super::config::Config;
+use super::{CheckpointError, TensorInfo};
 use crate::cancel::{CancelToken, Cancelled, Watch};
 
 /// A tensor that the model uses under a second name.
@@ -11,7 +12,7 @@ pub struct Tie {
     /// The second name, for example `lm_head.weight`.
     pub alias: String,
     /// Index of the tensor stored under the second name, where the file holds it although the
-    /// model is tied. transformers gives such a model the embedding; the copy is not needed.
+    /// model is tied. The copy is not needed.
     pub alias_tensor: Option<usize>,
 }
 
@@ -103,6 +104,57 @@ pub(crate) fn find(
         alias,
         alias_tensor,
     }])
+}
+
+/// Bytes of each tensor that are held while two are compared.
+const COMPARED_BYTES: u64 = 1 << 20;
+/// Places at which two tensors are compared first: where they differ, it mostly shows at any of them.
+const SAMPLES: u64 = 16;
+const SAMPLE_BYTES: u64 = 4096;
+
+/// Returns whether two tensors of a checkpoint are of the same type and shape and hold different bytes.
+/// Other pairs are not compared: a head that is quantized, for example, has no bytes to compare with.
+///
+/// `read` fills a buffer with the bytes of a tensor from some byte on.
+///
+/// # Errors
+/// Those of `read`, and [`CheckpointError::Cancelled`].
+pub(crate) fn differ(
+    first: &TensorInfo,
+    second: &TensorInfo,
+    read: impl Fn(&TensorInfo, u64, &mut [u8]) -> Result<(), CheckpointError>,
+    cancel: &CancelToken,
+) -> Result<bool, CheckpointError> {
+    let plain = first.quantized.is_none() && second.quantized.is_none();
+    if !plain || first.dtype != second.dtype || first.shape != second.shape {
+        return Ok(false);
+    }
+    let bytes = first.bytes;
+    let mut pieces = [Vec::new(), Vec::new()];
+    let mut differ = |start: u64, length: u64| {
+        cancel.check()?;
+        let length = length.min(bytes - start) as usize;
+        for (piece, tensor) in pieces.iter_mut().zip([first, second]) {
+            piece.resize(length, 0);
+            read(tensor, start, piece)?;
+        }
+        Ok::<bool, CheckpointError>(pieces[0] != pieces[1])
+    };
+    if bytes > SAMPLES * SAMPLE_BYTES {
+        for sample in 0..SAMPLES {
+            if differ(bytes / SAMPLES * sample, SAMPLE_BYTES)? {
+                return Ok(true);
+            }
+        }
+    }
+    let mut start = 0;
+    while start < bytes {
+        if differ(start, COMPARED_BYTES)? {
+            return Ok(true);
+        }
+        start += COMPARED_BYTES;
+    }
+    Ok(false)
 }
 
 /// Name of the head that is tied to the embedding of this name; `None` for other tensors.

@@ -26,6 +26,7 @@ pub use companions::{
 pub use error::SaveError;
 pub use target::check_target;
 
+use tightfit_common::names::{TensorKind, kind_of};
 use tightfit_kernels::{DYNAMIC_MAP, FP4, Kernels, NF4};
 
 use crate::cancel::CancelToken;
@@ -66,7 +67,8 @@ pub struct SaveOptions<'a> {
     pub max_shard_bytes: u64,
     /// Replace an existing checkpoint.
     pub force: bool,
-    /// Modules that were left out of quantization on the user's wish: a reader has to be told.
+    /// Modules were left out of quantization on the user's wish: a reader has to be told. It is in any
+    /// case where linear layers were left out.
     pub skipped_on_request: bool,
     /// Called as bytes of the source are done.
     pub progress: ReportProgress<'a>,
@@ -174,7 +176,7 @@ pub fn save(
     config::write(
         checkpoint.config(),
         &weights,
-        options.skipped_on_request,
+        options.skipped_on_request || weights.iter().any(is_left_out),
         &target,
     )?;
     let nonfinite_blocks = writer.nonfinite_blocks;
@@ -194,6 +196,25 @@ pub fn save(
 /// Whether a weight is stored in a 4-bit format, quantized now or before.
 fn is_4bit(tensor: &TensorInfo, format: Format) -> bool {
     tensor.quantized.is_some() || matches!(format, Format::Nf4 { .. })
+}
+
+/// Whether a matrix is none in 4 bits, though transformers would make a 4-bit module for it unless it is
+/// told: that of a linear layer, or an output head of a name of its own.
+fn is_left_out((tensor, format): &(TensorInfo, Format)) -> bool {
+    let Some(module) = tensor.name.strip_suffix(".weight") else {
+        return false;
+    };
+    if tensor.shape.len() != 2 || !tensor.dtype.is_quantizable() || is_4bit(tensor, *format) {
+        return false;
+    }
+    match kind_of(&tensor.name, 2, true) {
+        TensorKind::Linear => true,
+        TensorKind::OutputHead => {
+            let name = module.rsplit('.').next().unwrap_or(module);
+            name == "output" || name.ends_with("_lm_head") || name.parse::<u32>().is_ok()
+        }
+        _ => false,
+    }
 }
 
 struct Writer<'a> {

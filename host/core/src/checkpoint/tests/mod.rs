@@ -172,9 +172,13 @@ fn ties_are_found_with_the_head_stored_and_without() {
     let embedding = matrix("model.embed_tokens.weight", 0);
     let head = matrix("lm_head.weight", 8);
     let open = |header: &str, data, config: &str| {
-        write(&dir, "model.safetensors", &file(header, data));
+        let mut bytes = file(header, 0);
+        bytes.extend((0..data).map(|i: u8| i % 8));
+        write(&dir, "model.safetensors", &bytes);
         write(&dir, "config.json", config.as_bytes());
-        Checkpoint::open(dir.path()).unwrap().ties().to_vec()
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(checkpoint.untied(), []);
+        checkpoint.ties().to_vec()
     };
     let tied = r#"{"architectures":["Qwen2ForCausalLM"],"tie_word_embeddings":true}"#;
     let both = format!("{{{embedding},{head}}}");
@@ -188,6 +192,54 @@ fn ties_are_found_with_the_head_stored_and_without() {
     tie.alias_tensor = Some(1);
     assert_eq!(open(&both, 16, tied), [tie]);
     assert_eq!(open(&both, 16, &tied.replace("true", "false")), []);
+}
+
+/// A table of this many rows of 512 bytes and a head, tied by config.json; the head is the table but for
+/// one byte.
+fn tied(rows: u64, other: Option<u64>) -> TempDir {
+    let dir = dir();
+    let table = 512 * rows;
+    let entry = |begin: u64, end: u64| json!({"dtype": "BF16", "shape": [rows, 256], "data_offsets": [begin, end]});
+    let header = json!({
+        "model.embed_tokens.weight": entry(0, table),
+        "lm_head.weight": entry(table, 2 * table),
+    });
+    let mut bytes = file(&header.to_string(), 0);
+    let values = (0..2 * table).map(|i| ((i % table) * 7 / 3) as u8);
+    let data = bytes.len();
+    bytes.extend(values);
+    if let Some(other) = other {
+        bytes[data + (table + other) as usize] ^= 1;
+    }
+    write(&dir, "model.safetensors", &bytes);
+    let config = r#"{"architectures":["Qwen2ForCausalLM"],"tie_word_embeddings":true}"#;
+    write(&dir, "config.json", config.as_bytes());
+    dir
+}
+
+#[test]
+fn a_head_with_other_values_than_the_table_is_not_tied() {
+    for rows in [1, 100, 5000] {
+        let dir = tied(rows, None);
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!((checkpoint.ties().len(), checkpoint.untied().len()), (1, 0));
+        // One byte anywhere tells, also where pieces end.
+        let bytes = 512 * rows;
+        for other in [0, bytes / 2, (1 << 20) - 1, 1 << 20, bytes - 1] {
+            let dir = tied(rows, Some(other.min(bytes - 1)));
+            let checkpoint = Checkpoint::open(dir.path()).unwrap();
+            assert!(checkpoint.ties().is_empty(), "{rows} {other}");
+            assert_eq!(checkpoint.untied()[0].alias, "lm_head.weight");
+        }
+    }
+}
+
+#[test]
+fn comparing_a_head_with_the_table_can_be_stopped() {
+    let few = stops::stops_everywhere(tied(100, None).path());
+    let many = stops::stops_everywhere(tied(6000, None).path());
+    // Three mebibytes in pieces of one.
+    assert!(many >= few + 3, "{few} {many}");
 }
 
 #[cfg(unix)]
