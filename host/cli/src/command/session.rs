@@ -67,7 +67,7 @@ pub(crate) fn open_checkpoint(
         .and_then(|path| Checkpoint::open_with(&path, cancel));
     match local {
         Err(error) if is_missing(&error, model, hub.offline) => {}
-        other => return Ok(other?),
+        other => return Ok(remarked(other?)),
     }
     let bar = progress::bytes("downloading", quiet);
     let shown = Mutex::new(String::new());
@@ -87,7 +87,15 @@ pub(crate) fn open_checkpoint(
         .with_cancel(cancel.clone());
     let fetched = hub::fetch(&hub, model, &options);
     bar.finish_and_clear();
-    Ok(Checkpoint::open_with(&fetched?, cancel)?)
+    Ok(remarked(Checkpoint::open_with(&fetched?, cancel)?))
+}
+
+/// Warns of what is worth saying of a checkpoint.
+fn remarked(checkpoint: Checkpoint) -> Checkpoint {
+    for remark in checkpoint.remarks() {
+        tracing::warn!("{remark}");
+    }
+    checkpoint
 }
 
 /// Whether a download can help: the id, or some of its files, are not in the cache.
@@ -95,7 +103,8 @@ fn is_missing(error: &CheckpointError, model: &str, offline: bool) -> bool {
     match error {
         CheckpointError::NotInCache { .. } | CheckpointError::RevisionNotInCache { .. } => true,
         // Other tools fetch single files, and an interrupted download leaves some out.
-        CheckpointError::MissingShard { .. }
+        CheckpointError::DownloadNotEnded { .. }
+        | CheckpointError::MissingShard { .. }
         | CheckpointError::IncompleteSet { .. }
         | CheckpointError::NotACheckpoint { .. }
         | CheckpointError::OnlyPickles { .. }

@@ -12,6 +12,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::CheckpointError;
 use super::file::{io_error, read_limited};
+use super::unfinished::{Unfinished, unfinished};
 use crate::cancel::{self, CancelToken, Watch};
 
 /// Files that a directory may hold before it is no model directory.
@@ -107,6 +108,13 @@ impl Directory {
             Err(error) if is_not_found(&error) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// What a download that was not ended has left: beside the blobs, or in the directory itself.
+    pub(super) fn unfinished(&self) -> Option<Unfinished> {
+        let local = self.allowed[0].path.join(".cache/huggingface/download");
+        let blobs = self.allowed.iter().skip(1);
+        unfinished(blobs.map(|blobs| blobs.path.as_path()).chain([&*local]))
     }
 
     /// Names of everything in the directory, sorted; characters that are not Unicode replaced.

@@ -7,20 +7,25 @@
 //! and not a signal.
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod cache;
 mod config;
 mod directory;
 mod error;
 mod file;
+mod file_kind;
 mod header;
 mod index;
 mod locate;
+mod python_json;
 mod quantized;
+mod remark;
 mod shown;
 #[cfg(test)]
 mod tests;
 mod text;
 mod ties;
+mod unfinished;
 mod visit;
 mod write;
 
@@ -38,11 +43,14 @@ pub use error::CheckpointError;
 pub(crate) use error::shown;
 pub use file::Shard;
 pub(crate) use file::{ReadFailure, Source, is_plain_file_name};
+pub use file_kind::FileKind;
 pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES, MAX_TENSORS};
 #[cfg(feature = "hub")]
 pub(crate) use index::parse as parse_index;
 pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
+pub(crate) use python_json::{in_place, without_mark};
 pub use quantized::{Extent, Nested, Quantized};
+pub use remark::Remark;
 pub use ties::Tie;
 pub(crate) use write::{HeaderError, header_text};
 
@@ -111,14 +119,16 @@ pub struct Checkpoint {
     config: Option<Config>,
     ties: Vec<Tie>,
     metadata: BTreeMap<String, String>,
+    remarks: Vec<Remark>,
 }
 
 impl Checkpoint {
     /// Opens a `.safetensors` file, an index, or a directory and reads what is in it, without
     /// reading weights.
     ///
-    /// In a directory, `model.safetensors.index.json` names the files; else `model.safetensors`
-    /// is the file; else a complete set of `*-0000i-of-0000N.safetensors`; else the only
+    /// In a directory `model.safetensors` is the file, as for transformers, unless an index names it
+    /// as one of several; else `model.safetensors.index.json` names the files, and of a tensor that
+    /// several of them hold the one that counts; else a complete set of `*-0000i-of-0000N.safetensors`; else the only
     /// `.safetensors` file. `config.json` is read from beside the files.
     ///
     /// `path` may be a link to anywhere. Every other file must lie, all links followed, in the
@@ -158,7 +168,8 @@ impl Checkpoint {
             cancel.check()?;
             let mut shard = Shard::open(source)?;
             let path = shard.path().to_owned();
-            let (header, data) = read_header(&shard, &mut header_bytes, cancel)?;
+            let (header, data) = read_header(&shard, &mut header_bytes, cancel)
+                .map_err(|error| error.or_kind(locate::kind(&shard)))?;
             if tensors.len() + header.tensors.len() > MAX_TENSORS {
                 return Err(CheckpointError::TooLarge {
                     path: path.clone(),
@@ -207,7 +218,14 @@ impl Checkpoint {
             }
             shards.push(shard);
         }
+        if let Some(index) = &located.index {
+            let dropped = drop_superseded(index, &mut tensors, cancel)?;
+            source_bytes -= dropped;
+        }
         let by_name = sorted_by_name(&tensors, &shards, cancel)?;
+        if adapter::is_adapter(&tensors, cancel)? {
+            return Err(adapter::error(&located.directory, cancel));
+        }
         if let Some(index) = located.index {
             check_index(&index, &tensors, &by_name, &shards, cancel)?;
         }
@@ -234,6 +252,7 @@ impl Checkpoint {
             by_name,
             config,
             metadata,
+            remarks: located.remarks,
         })
     }
 
@@ -251,6 +270,7 @@ impl Checkpoint {
             config: None,
             ties: Vec::new(),
             metadata: BTreeMap::new(),
+            remarks: Vec::new(),
         }
     }
 
@@ -290,9 +310,10 @@ impl Checkpoint {
         self.config.as_ref()
     }
 
-    /// Returns the text of the model's configuration as a policy is told it: `{}` where there is none.
+    /// Returns the text of the model's configuration as a policy is told it: JSON to the letter
+    /// ([`Config::strict_text`]), `{}` where there is none.
     pub fn config_json(&self) -> &str {
-        self.config.as_ref().map_or("{}", |config| &config.text)
+        self.config.as_ref().map_or("{}", Config::strict_text)
     }
 
     /// Tensors that the model uses under a second name.
@@ -303,6 +324,11 @@ impl Checkpoint {
     /// `__metadata__` of the files; of equal keys that of the first file.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
+    }
+
+    /// Returns what whoever loads it should hear: which of its files were not looked at, and why.
+    pub fn remarks(&self) -> &[Remark] {
+        &self.remarks
     }
 
     /// Fills the buffer with the bytes of a file from `offset` on.
@@ -378,6 +404,30 @@ fn read_at(
             })
         }
     }
+}
+
+/// Takes out the tensors that the index places in another shard, as transformers does: an overlay
+/// replaces a few tensors of a checkpoint, whose shards still hold the old ones. Returns their bytes.
+fn drop_superseded(
+    index: &index::Index,
+    tensors: &mut Vec<TensorInfo>,
+    cancel: &CancelToken,
+) -> Result<u64, CheckpointError> {
+    let mut watch = Watch::new(cancel);
+    let mut dropped = 0;
+    let mut outcome = Ok(());
+    tensors.retain(|tensor| {
+        outcome = outcome.and_then(|()| watch.item(8 * tensor.name.len()));
+        match index.shard_of(&tensor.name) {
+            Some(shard) if shard != tensor.shard && outcome.is_ok() => {
+                dropped += tensor.bytes;
+                false
+            }
+            _ => true,
+        }
+    });
+    outcome?;
+    Ok(dropped)
 }
 
 /// Every entry of the index is in the shard that it names. Tensors that the index does not list

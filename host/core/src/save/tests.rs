@@ -83,6 +83,35 @@ fn saved(dir: &TempDir) -> Saved {
     save_as(dir, NF4).unwrap_or_else(|error| panic!("{error}"))
 }
 
+// The configuration
+
+#[test]
+fn what_only_python_calls_json_stays_as_it_was_written() {
+    let dir = plain();
+    let line = "\"time_step_limit\": [0.0, Infinity]";
+    let text = format!(
+        "\u{feff}{{\"z\": \"\\ud800\", {line},\n \"a\": [NaN, -Infinity, 1e999], \"\\udc00\": {{\"b\":NaN}}}}"
+    );
+    write(&dir, "config.json", text.as_bytes());
+    saved(&dir);
+    let have = fs::read_to_string(dir.path().join("out/config.json")).unwrap();
+    assert!(
+        have.starts_with(&format!(
+            "{{\n  \"z\": \"\\ud800\",\n  {line},\n  \"a\": [NaN, -Infinity, 1e999],\n"
+        )),
+        "{have}"
+    );
+    assert!(
+        have.contains("{\"b\":NaN},\n  \"quantization_config\": {\n"),
+        "{have}"
+    );
+    // Of what is not quantized, all stays; transformers refuses the mark.
+    fs::remove_dir_all(dir.path().join("out")).unwrap();
+    save_as(&dir, Format::Stored).unwrap();
+    let have = fs::read_to_string(dir.path().join("out/config.json")).unwrap();
+    assert_eq!(have, text[3..]);
+}
+
 // Files beside the weights
 
 #[cfg(unix)]
