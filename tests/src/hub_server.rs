@@ -42,6 +42,12 @@ pub struct Behavior {
     pub announce: Option<(String, u64)>,
     /// Sends whole files whatever range is asked for.
     pub ignore_ranges: bool,
+    /// The header `Content-Range` of answers to ranges instead of the right one; none where it is empty.
+    pub content_range: Option<String>,
+    /// Answers every request for a file so: status, headers, body.
+    pub refusal: Option<(u16, Vec<String>, String)>,
+    /// Redirects without a word on the file, as mirrors do.
+    pub bare_redirect: bool,
     /// Adds this to the lengths in answers about files.
     pub longer: i64,
     /// The etag of every file instead of its own.
@@ -205,11 +211,22 @@ fn answer(request: &Request, behavior: &mut Behavior) -> (Vec<u8>, bool) {
     {
         let name = file.rsplit('/').next().unwrap_or_default();
         let mut headers = vec![format!("Location: {base}{}", request.path)];
-        if let Some(content) = behavior.files.get(name) {
+        if let Some(content) = behavior.files.get(name)
+            && !behavior.bare_redirect
+        {
             headers.push(format!("X-Linked-Size: {}", content.len()));
             headers.push(format!("X-Linked-Etag: \"{}\"", etag(content)));
         }
         return (head(302, 0, &headers), true);
+    }
+    if let Some((status, headers, body)) = &behavior.refusal
+        && request.path.contains("/resolve/")
+    {
+        let mut bytes = head(*status, body.len() as i64, headers);
+        if request.method != "HEAD" {
+            bytes.extend(body.as_bytes());
+        }
+        return (bytes, true);
     }
     if let Some(token) = &behavior.token
         && request.authorization.as_deref() != Some(&format!("Bearer {token}"))
@@ -276,8 +293,15 @@ fn answer(request: &Request, behavior: &mut Behavior) -> (Vec<u8>, bool) {
     let mut bytes = match from {
         Some(from) if from >= length => return (head(416, 0, &[]), true),
         Some(from) => {
-            let range = format!("Content-Range: bytes {from}-{}/{length}", length - 1);
-            let mut bytes = head(206, (length - from) as i64, &[range]);
+            let range = match behavior.content_range.as_deref() {
+                None => vec![format!(
+                    "Content-Range: bytes {from}-{}/{length}",
+                    length - 1
+                )],
+                Some("") => Vec::new(),
+                Some(range) => vec![format!("Content-Range: {range}")],
+            };
+            let mut bytes = head(206, (length - from) as i64, &range);
             bytes.extend(&content[from..]);
             bytes
         }

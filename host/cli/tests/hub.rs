@@ -258,6 +258,69 @@ fn a_dropped_connection_is_taken_up_again() {
 }
 
 #[test]
+fn bytes_that_cannot_be_placed_are_asked_for_from_the_start() {
+    for range in ["", "bytes 0-9/10", "bytes 5000-5001/9", "items 5000-"] {
+        let mut behavior = single();
+        behavior.drop_after = Some((5000, 1));
+        behavior.content_range = Some(range.to_owned());
+        let (server, place) = start(behavior);
+        place.run(&LOAD).succeeds();
+        let requests = server.take_requests();
+        let weights = requests
+            .iter()
+            .filter(|r| r.method == "GET" && r.path.ends_with(".safetensors"));
+        let ranges: Vec<_> = weights.map(|r| r.range.as_deref()).collect();
+        assert_eq!(ranges, [None, Some("bytes=5000-"), None], "{range}");
+    }
+}
+
+#[test]
+fn what_the_hub_says_of_an_error_is_shown() {
+    let long = "x".repeat(20_000);
+    for (status, headers, body, word) in [
+        (
+            429,
+            vec!["X-Error-Message: slow down, please".to_owned()],
+            "",
+            "slow down, please",
+        ),
+        (
+            403,
+            vec![],
+            r#"{"error":"Access to org/name is restricted\u001b[2J"}"#,
+            "is restricted\\u{1b}[2J",
+        ),
+        (
+            404,
+            vec!["Content-Type: application/json".to_owned()],
+            r#"{"error":"Entry not found"}"#,
+            "Entry not found",
+        ),
+        (401, vec![], r#"{"error":{"code":1}}"#, "answered 401"),
+        (
+            403,
+            vec!["Content-Type: text/html".to_owned()],
+            r#"{"error":"not shown"}"#,
+            "answered 403",
+        ),
+        (
+            403,
+            vec![],
+            &format!("{{\"error\":\"{long}\"}}"),
+            "answered 403",
+        ),
+    ] {
+        let mut behavior = single();
+        behavior.refusal = Some((status, headers, body.to_owned()));
+        let (_server, place) = start(behavior);
+        let outcome = place.run(&["load", "org/name", "--device", "cpu"]);
+        let outcome = outcome.fails(3, &[word]);
+        assert!(!outcome.stderr.contains("not shown"), "{outcome:?}");
+        assert!(!outcome.stderr.contains(&long[..500]), "{outcome:?}");
+    }
+}
+
+#[test]
 fn an_interrupted_download_is_resumed_by_the_next_run() {
     for ignore_ranges in [false, true] {
         let mut behavior = single();
@@ -452,6 +515,26 @@ fn the_token_does_not_follow_a_redirect_to_another_port() {
             "{away:?}"
         );
     }
+}
+
+#[test]
+fn a_mirror_that_only_redirects_is_followed_without_the_token() {
+    let other = HubServer::start(single());
+    let mut behavior = single();
+    behavior.bare_redirect = true;
+    behavior.redirect = Some(("/org/name/resolve/".to_owned(), other.endpoint()));
+    let (server, mut place) = start(behavior);
+    place.set("HF_TOKEN", "hf_secret");
+    place.run(&LOAD).succeeds();
+    assert!(
+        server
+            .take_requests()
+            .iter()
+            .all(|r| r.authorization.is_some())
+    );
+    let there = other.take_requests();
+    assert!(there.iter().any(|r| r.method == "HEAD") && there.iter().any(|r| r.method == "GET"));
+    assert!(there.iter().all(|r| r.authorization.is_none()));
 }
 
 #[test]

@@ -21,6 +21,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 const MAX_REDIRECTS: usize = 10;
 /// What is read at once of a text.
 const TEXT_PIECE: usize = 64 << 10;
+/// Longest answer in which a server's message is looked for.
+const MAX_MESSAGE_BYTES: usize = 16 << 10;
 
 /// What asks the hub about one model.
 pub(super) struct Client<'a> {
@@ -142,8 +144,8 @@ impl<'a> Client<'a> {
     /// Sends a request and follows where it is redirected to.
     ///
     /// The token is sent to the hub's own scheme, host and port only, and never again once a redirect
-    /// has led away from there. A `HEAD` is not redirected away: elsewhere are only the bytes, and
-    /// the hub has said of them what is to be known. Gives the address that answered.
+    /// has led away from there. A `HEAD` is not redirected away by a hub that has said what is to be
+    /// known of the bytes elsewhere. Gives the address that answered.
     fn send(
         &self,
         method: &Method,
@@ -171,8 +173,8 @@ impl<'a> Client<'a> {
                 self.limited(&shown, most, || request.call().map_err(network(&shown)))?;
             let status = response.status().as_u16();
             // Nothing behind the offset: the caller starts again.
-            if !(status == 416 && from > 0) {
-                self.check_status(&shown, status, is_home)?;
+            if status >= 400 && !(status == 416 && from > 0) {
+                return Err(self.refused(&shown, response, is_home));
             }
             let location = response.headers().get("location");
             let Some(location) = location.filter(|_| response.status().is_redirection()) else {
@@ -183,7 +185,12 @@ impl<'a> Client<'a> {
                 redirected(&at, location)
             });
             let next = next.map_err(|problem| bad(&shown, problem))?;
-            if method == Method::HEAD && Origin::of(&next).as_ref() != Ok(&self.home) {
+            // A mirror that only leads to another says nothing of the file itself.
+            if method == Method::HEAD
+                && Origin::of(&next).as_ref() != Ok(&self.home)
+                && about(&shown, &response)
+                    .is_ok_and(|_| header(&response, "x-linked-size").is_some())
+            {
                 return Ok((shown, response));
             }
             at = next;
@@ -273,8 +280,15 @@ impl<'a> Client<'a> {
 
     /// Asks about a file.
     pub(super) fn about(&self, url: &str) -> Result<About, HubError> {
-        let (at, response) = self.send(&Method::HEAD, url, 0)?;
-        about(&at, &response)
+        match self.send(&Method::HEAD, url, 0) {
+            Ok((at, response)) => about(&at, &response),
+            // What is said of it in a body is not there in the answer to a `HEAD`.
+            Err(error) if error.is_unexplained() => match self.send(&Method::GET, url, 0) {
+                Err(explained) => Err(explained),
+                Ok(_) => Err(error),
+            },
+            Err(error) => Err(error),
+        }
     }
 
     /// The bytes of a file from an offset on; all of them if the server does not know better.
@@ -282,26 +296,68 @@ impl<'a> Client<'a> {
         Ok(self.send(&Method::GET, url, from)?.1)
     }
 
-    fn check_status(&self, url: &str, status: u16, is_home: bool) -> Result<(), HubError> {
+    /// The error for an answer with a status that does not help, with what the server says of it.
+    fn refused(&self, url: &str, response: Response<Body>, is_home: bool) -> HubError {
+        let status = response.status().as_u16();
+        let said = match self.said(url, response) {
+            Ok(said) => said,
+            Err(HubError::Cancelled) => return HubError::Cancelled,
+            Err(_) => None,
+        };
         match status {
-            200..=399 => Ok(()),
-            401 | 403 if is_home => Err(HubError::Unauthorized {
+            401 | 403 if is_home => HubError::Unauthorized {
                 model: self.model.into(),
                 url: url.into(),
                 status,
                 token: self.hub.token.is_some(),
-            }),
-            404 if is_home => Err(HubError::NotFound {
+                said,
+            },
+            404 if is_home => HubError::NotFound {
                 model: self.model.into(),
                 revision: self.revision.into(),
                 url: url.into(),
-            }),
-            _ => Err(HubError::Status {
+                said,
+            },
+            _ => HubError::Status {
                 url: url.into(),
                 status,
-            }),
+                said,
+            },
         }
     }
+
+    /// What a server says of an error: in the header that the hub has for it, or as `error` in JSON.
+    fn said(&self, url: &str, response: Response<Body>) -> Result<Option<String>, HubError> {
+        if let Some(message) = header(&response, "x-error-message").filter(|text| !text.is_empty())
+        {
+            return Ok(Some(message.to_owned()));
+        }
+        let is_json = header(&response, "content-type")
+            .is_none_or(|kind| kind.to_ascii_lowercase().contains("json"));
+        if !is_json {
+            return Ok(None);
+        }
+        let mut body = response.into_body().into_reader();
+        let (mut bytes, mut piece) = (Vec::new(), vec![0; MAX_MESSAGE_BYTES]);
+        let mut pace = Pace::new(self.hub.patience);
+        // A longer one is no message.
+        while bytes.len() <= MAX_MESSAGE_BYTES {
+            match self.read(url, &mut body, &mut piece, &mut pace)? {
+                0 => break,
+                read => bytes.extend_from_slice(&piece[..read]),
+            }
+        }
+        let said = serde_json::from_slice(&bytes).ok();
+        Ok(said
+            .and_then(|Said { error }| error)
+            .filter(|error| !error.is_empty()))
+    }
+}
+
+/// What a server says in place of a file.
+#[derive(serde::Deserialize)]
+struct Said {
+    error: Option<String>,
 }
 
 fn too_slow(url: &str, slow: TooSlow) -> HubError {
