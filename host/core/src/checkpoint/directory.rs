@@ -119,9 +119,35 @@ impl Directory {
 
     /// Names of everything in the directory, sorted; characters that are not Unicode replaced.
     pub(crate) fn list(&self, cancel: &CancelToken) -> Result<Vec<String>, CheckpointError> {
+        self.names(&self.allowed[0].path, cancel)
+    }
+
+    /// The same for a folder in the directory; `None` where there is none, or only behind a link.
+    pub(crate) fn list_in(
+        &self,
+        folder: &str,
+        cancel: &CancelToken,
+    ) -> Result<Option<Vec<String>>, CheckpointError> {
+        let mut path = self.allowed[0].path.clone();
+        for name in folder.split('/') {
+            path.push(name);
+            if !fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir()) {
+                return Ok(None);
+            }
+        }
+        self.names(&path, cancel).map(Some)
+    }
+
+    /// Whether what has this name in the directory is a link.
+    pub(crate) fn is_link(&self, name: &str) -> bool {
+        let path = self.allowed[0].path.join(name);
+        fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink())
+    }
+
+    fn names(&self, path: &Path, cancel: &CancelToken) -> Result<Vec<String>, CheckpointError> {
         let mut names = Vec::new();
         let mut watch = Watch::new(cancel);
-        for entry in fs::read_dir(&self.allowed[0].path).map_err(io_error("list", &self.given))? {
+        for entry in fs::read_dir(path).map_err(io_error("list", &self.given))? {
             let entry = entry.map_err(io_error("list", &self.given))?;
             watch.item(0)?;
             if names.len() == MAX_DIRECTORY_ENTRIES {
