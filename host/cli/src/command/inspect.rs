@@ -57,6 +57,9 @@ fn text(inspection: &Inspection) -> String {
             inspection.experts.tensors,
         );
     }
+    if let Some(method) = &inspection.quantization {
+        text += &format!("{method}\n");
+    }
     for (tensor, alias) in &inspection.ties {
         text += &format!("tied: {} = {}\n", printable(alias), printable(tensor));
     }

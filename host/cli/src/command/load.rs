@@ -106,6 +106,9 @@ pub(crate) fn text(report: &Report) -> String {
         printable(&report.policy.version),
         report.policy.seconds,
     );
+    if let Some(method) = &model.quantization {
+        text += &format!("{method}\n\n");
+    }
     for revision in &report.policy.revisions {
         text += &format!(
             "revised: {} had {} left where the plan needed {}\n\n",

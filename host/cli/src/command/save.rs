@@ -117,5 +117,16 @@ pub(crate) fn write(
     for file in &saved.left_out {
         tracing::warn!("{file}");
     }
+    match checkpoint.quantization() {
+        _ if saved.quantized > 0 => {}
+        Some(method) => tracing::warn!(
+            "no weight is in 4 bits: the checkpoint is quantized by {} already, and was copied as it is",
+            printable(&method.to_string())
+        ),
+        None => tracing::warn!(
+            "no weight is in 4 bits: of its {} tensors the policy chose none to be quantized",
+            checkpoint.tensors().len()
+        ),
+    }
     Ok(saved)
 }

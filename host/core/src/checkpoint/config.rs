@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use super::directory::Directory;
 use super::file_kind::FileKind;
-use super::{CheckpointError, python_json};
+use super::{CheckpointError, method, python_json};
 use crate::cancel::CancelToken;
 
 /// Largest `config.json` that is read, in bytes.
@@ -173,6 +173,11 @@ impl Config {
     /// writes as `NaN`, `Infinity` and `-Infinity` is `null`, and there is no byte order mark.
     pub fn strict_text(&self) -> &str {
         self.strict.as_deref().unwrap_or(&self.text)
+    }
+
+    /// Whether it says that the model is quantized, wherever it does.
+    pub(crate) fn states_quantization(&self) -> bool {
+        method::of_config(&self.json).is_some()
     }
 
     /// Returns whether the architecture is one that has an output head over the vocabulary.

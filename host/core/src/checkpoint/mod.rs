@@ -17,6 +17,7 @@ mod file_kind;
 mod header;
 mod index;
 mod locate;
+mod method;
 mod python_json;
 mod quantized;
 mod remark;
@@ -48,6 +49,7 @@ pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES,
 #[cfg(feature = "hub")]
 pub(crate) use index::parse as parse_index;
 pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
+pub use method::{MethodSource, QuantizationMethod};
 pub(crate) use python_json::{in_place, without_mark};
 pub use quantized::{Extent, Nested, Quantized};
 pub use remark::Remark;
@@ -120,6 +122,7 @@ pub struct Checkpoint {
     ties: Vec<Tie>,
     metadata: BTreeMap<String, String>,
     remarks: Vec<Remark>,
+    quantization: Option<QuantizationMethod>,
 }
 
 impl Checkpoint {
@@ -235,6 +238,7 @@ impl Checkpoint {
             true => by_name,
             false => sorted_by_name(&tensors, &shards, cancel)?,
         };
+        let quantization = quantization(config.as_ref(), &tensors, &by_name, cancel)?;
         let named: Vec<ties::Named<'_>> = tensors
             .iter()
             .map(|tensor| ties::Named {
@@ -253,6 +257,7 @@ impl Checkpoint {
             config,
             metadata,
             remarks: located.remarks,
+            quantization,
         })
     }
 
@@ -271,6 +276,7 @@ impl Checkpoint {
             ties: Vec::new(),
             metadata: BTreeMap::new(),
             remarks: Vec::new(),
+            quantization: None,
         }
     }
 
@@ -324,6 +330,13 @@ impl Checkpoint {
     /// `__metadata__` of the files; of equal keys that of the first file.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
+    }
+
+    /// Returns the method by which it has been quantized already, by bitsandbytes or another: as
+    /// config.json says, or as its tensors show. What such a checkpoint has in floating point was left
+    /// so on purpose; [`plan::propose`](crate::plan::propose) leaves it so.
+    pub fn quantization(&self) -> Option<&QuantizationMethod> {
+        self.quantization.as_ref()
     }
 
     /// Returns what whoever loads it should hear: which of its files were not looked at, and why.
@@ -403,6 +416,26 @@ fn read_at(
                 have,
             })
         }
+    }
+}
+
+/// The method by which a checkpoint has been quantized.
+fn quantization(
+    config: Option<&Config>,
+    tensors: &[TensorInfo],
+    by_name: &[u32],
+    cancel: &CancelToken,
+) -> Result<Option<QuantizationMethod>, CheckpointError> {
+    let stated = config.and_then(|config| method::of_config(&config.json));
+    match stated {
+        // Of bitsandbytes' 4 bits the weights are seen; a configuration without them is left over
+        // from weights that have been replaced.
+        Some(method) if method.is_bitsandbytes_4bit() => {
+            let is_there = tensors.iter().any(|tensor| tensor.quantized.is_some());
+            Ok(Some(method).filter(|_| is_there))
+        }
+        None => Ok(method::of_tensors(tensors, by_name, cancel)?),
+        stated => Ok(stated),
     }
 }
 

@@ -13,6 +13,8 @@ use crate::checkpoint::{Config, TensorInfo, in_place, without_mark};
 use crate::types::{DType, Format, QuantType};
 
 const KEY: &str = "quantization_config";
+/// Which modules bitsandbytes leaves as they are.
+const SKIPPED: &str = "llm_int8_skip_modules";
 
 /// Writes the model's configuration, where it has one.
 pub(super) fn write(
@@ -46,7 +48,14 @@ fn with_quantization(
         return Err(SaveError::Internal("a configuration cannot be read again"));
     };
     // A checkpoint that was quantized already says so itself.
-    if entries.iter().any(|(key, _)| key == KEY) {
+    if let Some((_, settings)) = entries.iter_mut().find(|(key, _)| key == KEY) {
+        let Some(changed) = without_quantized(settings, weights) else {
+            return Ok(text.to_owned());
+        };
+        *settings = &changed;
+        return Ok(rendered(&entries, "\n", ""));
+    }
+    if config.states_quantization() {
         return Ok(text.to_owned());
     }
     let value = quantization_config(config, weights, skipped_on_request);
@@ -57,11 +66,35 @@ fn with_quantization(
         false => entries.len(),
     };
     entries.insert(position, (KEY.to_owned(), &indented));
+    Ok(rendered(&entries, "\n", ""))
+}
+
+/// The settings of a checkpoint that was quantized before, with those of its weights that are
+/// quantized now out of the list of modules that are not; `None` where that changes nothing.
+fn without_quantized(settings: &str, weights: &[(TensorInfo, Format)]) -> Option<String> {
+    let is_new = |(tensor, format): &(TensorInfo, Format)| {
+        tensor.quantized.is_none() && matches!(format, Format::Nf4 { .. })
+    };
+    if !weights.iter().any(is_new) {
+        return None;
+    }
+    let mut entries = entries(settings)?;
+    let (_, list) = entries.iter_mut().find(|(key, _)| key == SKIPPED)?;
+    if list.trim() == "null" {
+        return None;
+    }
+    let modules = Value::from(unquantized_modules(weights)).to_string();
+    *list = &modules;
+    Some(rendered(&entries, "", "  "))
+}
+
+/// An object with these entries, each in a line of its own, that ends with `end`.
+fn rendered(entries: &[(String, &str)], end: &str, indentation: &str) -> String {
     let lines: Vec<String> = entries
         .iter()
-        .map(|(key, value)| format!("  {}: {value}", Value::from(key.as_str())))
+        .map(|(key, value)| format!("{indentation}  {}: {value}", Value::from(key.as_str())))
         .collect();
-    Ok(format!("{{\n{}\n}}\n", lines.join(",\n")))
+    format!("{{\n{}\n{indentation}}}{end}", lines.join(",\n"))
 }
 
 /// The entries of an object in their order, values as they are written: `NaN` and `Infinity` too,
@@ -85,6 +118,8 @@ fn quantization_config(
 ) -> Value {
     let mut quant_type = QuantType::Nf4;
     let mut double = false;
+    // Then what is not quantized was left out by whoever did it.
+    let was_quantized = weights.iter().any(|(tensor, _)| tensor.quantized.is_some());
     for (tensor, format) in weights {
         match (&tensor.quantized, format) {
             (Some(quantized), _) => {
@@ -114,7 +149,7 @@ fn quantization_config(
         "bnb_4bit_use_double_quant": double,
         "llm_int8_enable_fp32_cpu_offload": false,
         "llm_int8_has_fp16_weight": false,
-        "llm_int8_skip_modules": skipped_on_request.then(|| unquantized_modules(weights)),
+        "llm_int8_skip_modules": (skipped_on_request || was_quantized).then(|| unquantized_modules(weights)),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": true,
         "load_in_8bit": false,

@@ -128,6 +128,8 @@ pub struct Saved {
 /// `*.tiktoken`, `*.bpe`) are copied as new files of this user, whatever their modes are. What is
 /// larger than [`MAX_COMPANION_BYTES`], or no regular file, is left out, as [`Saved::left_out`] says.
 ///
+/// A checkpoint that another method has quantized is only copied: nothing of it may be put in 4 bits.
+///
 /// # Errors
 /// [`SaveError`]; nothing is left at `target`, or what was there before.
 pub fn save(
@@ -139,6 +141,7 @@ pub fn save(
     if placements.len() != checkpoint.tensors().len() {
         return Err(SaveError::OtherPlan);
     }
+    check_method(checkpoint, placements)?;
     // First, for what may not be copied is known before hours of work.
     let companions = Companions::find(checkpoint.directory(), &options.cancel)?;
     let target = Target::create(target.as_ref(), options.force)?;
@@ -189,6 +192,28 @@ pub fn save(
         nonfinite_blocks,
         left_out: companions.left_out,
     })
+}
+
+/// Nothing is to be in 4 bits in a checkpoint that another method has quantized: its configuration
+/// would describe one of them only.
+fn check_method(checkpoint: &Checkpoint, placements: &[Placement]) -> Result<(), SaveError> {
+    let Some(method) = checkpoint.quantization() else {
+        return Ok(());
+    };
+    let mut tensors = checkpoint.tensors().iter().zip(placements);
+    let quantized = |(_, placement): &(&TensorInfo, &Placement)| {
+        placement.device.is_some() && matches!(placement.format, Format::Nf4 { .. })
+    };
+    match tensors.find(quantized) {
+        Some((tensor, placement)) if !method.is_bitsandbytes_4bit() => {
+            Err(SaveError::OtherMethod {
+                method: method.to_string(),
+                tensor: tensor.name.clone(),
+                format: placement.format,
+            })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether a weight is stored in a 4-bit format, quantized now or before.
