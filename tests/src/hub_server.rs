@@ -80,6 +80,7 @@ pub struct HubServer {
 struct State {
     behavior: Behavior,
     requests: Vec<Request>,
+    bytes_sent: usize,
 }
 
 impl HubServer {
@@ -90,6 +91,7 @@ impl HubServer {
         let state = Arc::new(Mutex::new(State {
             behavior,
             requests: Vec::new(),
+            bytes_sent: 0,
         }));
         let shared = Arc::clone(&state);
         thread::spawn(move || {
@@ -110,6 +112,11 @@ impl HubServer {
     /// The requests so far, which are forgotten.
     pub fn take_requests(&self) -> Vec<Request> {
         std::mem::take(&mut self.state.lock().unwrap().requests)
+    }
+
+    /// Bytes of all answers so far, heads included.
+    pub fn bytes_sent(&self) -> usize {
+        self.state.lock().unwrap().bytes_sent
     }
 
     /// Changes how it behaves.
@@ -137,6 +144,7 @@ fn serve(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
         let mut state = state.lock().unwrap();
         state.requests.push(request.clone());
         let (bytes, keep) = answer(&request, &mut state.behavior);
+        state.bytes_sent += bytes.len();
         let behavior = &mut state.behavior;
         let slow = behavior.slow;
         let body = bytes.windows(4).position(|window| window == b"\r\n\r\n");
@@ -283,16 +291,18 @@ fn answer(request: &Request, behavior: &mut Behavior) -> (Vec<u8>, bool) {
         return (head(200, length as i64, &headers), true);
     }
     let from = request.range.as_deref().filter(|_| !behavior.ignore_ranges);
-    let from = from.and_then(|range| {
-        range
-            .strip_prefix("bytes=")?
-            .strip_suffix('-')?
-            .parse()
-            .ok()
+    let range = from.and_then(|range| {
+        let (from, last) = range.strip_prefix("bytes=")?.split_once('-')?;
+        let last = match last {
+            "" => usize::MAX,
+            last => last.parse().ok()?,
+        };
+        Some((from.parse::<usize>().ok()?, last))
     });
-    let mut bytes = match from {
-        Some(from) if from >= length => return (head(416, 0, &[]), true),
-        Some(from) => {
+    let mut bytes = match range {
+        Some((from, _)) if from >= length => return (head(416, 0, &[]), true),
+        Some((from, last)) => {
+            let last = last.min(length - 1);
             let range = match behavior.content_range.as_deref() {
                 None => vec![format!(
                     "Content-Range: bytes {from}-{}/{length}",
@@ -301,8 +311,8 @@ fn answer(request: &Request, behavior: &mut Behavior) -> (Vec<u8>, bool) {
                 Some("") => Vec::new(),
                 Some(range) => vec![format!("Content-Range: {range}")],
             };
-            let mut bytes = head(206, (length - from) as i64, &range);
-            bytes.extend(&content[from..]);
+            let mut bytes = head(206, (last + 1 - from) as i64, &range);
+            bytes.extend(&content[from..=last]);
             bytes
         }
         None => {

@@ -132,13 +132,108 @@ fn a_sharded_model_is_downloaded_once_and_loaded_from_the_cache_then() {
 }
 
 #[test]
+fn plans_take_headers_and_no_weights() {
+    for ignore_ranges in [false, true] {
+        let mut behavior = sharded();
+        behavior.ignore_ranges = ignore_ranges;
+        let whole: usize = behavior.files.values().map(Vec::len).sum();
+        let (server, place) = start(behavior);
+        for command in [
+            &["inspect", "org/name"][..],
+            &["plan", "org/name", "--device", "sim:1GiB"],
+        ] {
+            let report = place
+                .run(&[command, &["--json"]].concat())
+                .succeeds()
+                .json();
+            let model = report.get("model").unwrap_or(&report);
+            assert_eq!(model["path"], "org/name");
+            assert!(model["source_bytes"].as_u64().unwrap() as usize * 10 > whole * 8);
+            let requests = server.take_requests();
+            let weights = requests
+                .iter()
+                .filter(|r| r.method == "GET" && r.path.ends_with(".safetensors"));
+            // First the length of the header, then the header.
+            let ranges: Vec<_> = weights.map(|r| r.range.as_deref().unwrap()).collect();
+            assert_eq!(ranges.len(), 4, "{ranges:?}");
+            let last = |range: &str| {
+                range
+                    .strip_prefix("bytes=0-")
+                    .unwrap()
+                    .parse::<usize>()
+                    .unwrap()
+            };
+            assert_eq!((last(ranges[0]), last(ranges[2])), (7, 7));
+            assert!(!place.path(ENTRY).exists());
+        }
+        // What was planned is what is loaded then.
+        let planned = place.run(&["plan", "org/name", "--device", "sim:1GiB", "--json"]);
+        let planned = planned.succeeds().json();
+        let loaded = place.run(&LOAD).succeeds().json();
+        let reserved = |report: &serde_json::Value| report["devices"][0]["reserved"].clone();
+        assert_eq!(reserved(&planned), reserved(&loaded));
+        server.take_requests();
+        place
+            .run(&["plan", "org/name", "--device", "sim:1GiB"])
+            .succeeds();
+        assert_eq!(server.take_requests(), []);
+    }
+}
+
+#[test]
+fn a_plan_of_a_large_model_takes_less_than_a_hundredth_of_it() {
+    let directory = TempDir::new().unwrap();
+    write_decoder(directory.path(), 2, 512);
+    let whole = files_of(directory.path());
+    let name = "model-00001-of-00001.safetensors";
+    let mut files = whole.clone();
+    let weights = files.remove("model.safetensors").unwrap();
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&weights).unwrap();
+    let names = metadata.tensors().into_keys();
+    let map: serde_json::Map<_, _> = names.map(|tensor| (tensor, json!(name))).collect();
+    let index = json!({ "weight_map": map }).to_string();
+    files.insert(name.into(), weights);
+    files.insert("model.safetensors.index.json".into(), index.into_bytes());
+    let total: usize = files.values().map(Vec::len).sum();
+    let (server, place) = start(Behavior {
+        files,
+        ..Behavior::default()
+    });
+    place
+        .run(&["plan", "org/name", "--device", "sim:1GiB"])
+        .succeeds();
+    let sent = server.bytes_sent();
+    assert!(sent > 0 && sent * 100 < total, "{sent} of {total}");
+}
+
+#[test]
+fn what_bitsandbytes_has_quantized_is_downloaded_for_a_plan() {
+    let directory = TempDir::new().unwrap();
+    let place = Place::new();
+    write_decoder(directory.path(), 1, 64);
+    let model = directory.path().to_str().unwrap();
+    place.run(&["save", model, "quantized"]).succeeds();
+    let (server, place) = start(Behavior {
+        files: files_of(&place.path("quantized")),
+        ..Behavior::default()
+    });
+    let text = place.run(&["inspect", "org/name"]).succeeds().stdout;
+    assert!(
+        text.contains("quantized by bitsandbytes already (4 bits)"),
+        "{text}"
+    );
+    assert!(fetched(&server.take_requests()).contains(&"model.safetensors"));
+}
+
+#[test]
 fn only_what_is_needed_is_downloaded() {
     let (server, place) = start(single());
-    for command in ["inspect", "plan"] {
-        place.run(&[command, "org/name", "--quiet"]).succeeds();
+    for command in ["load", "plan"] {
+        let arguments = [command, "org/name", "--device", "sim:1GiB", "--quiet"];
+        place.run(&arguments).succeeds();
         let requests = server.take_requests();
         let expected: &[&str] = match command {
-            "inspect" => &[
+            "load" => &[
                 "config.json",
                 "tokenizer.json",
                 "tokenizer_config.json",
@@ -393,6 +488,7 @@ fn an_interrupt_ends_a_download_that_can_be_resumed() {
 #[test]
 fn a_shard_outside_of_the_model_is_refused_before_it_is_asked_for() {
     let mut behavior = single();
+    behavior.files.remove("model.safetensors");
     let index = json!({ "weight_map": { "a": "../../etc/passwd" } }).to_string();
     behavior
         .files
@@ -460,7 +556,8 @@ fn a_revision_is_downloaded_and_remembered_under_its_name() {
     behavior.revisions = vec!["v1.0".into(), "refs/pr/1".into()];
     let (server, place) = start(behavior);
     for revision in ["v1.0", "refs/pr/1", COMMIT] {
-        let arguments = ["inspect", "org/name", "--quiet", "--revision", revision];
+        let load = ["load", "org/name", "--device", "sim:1GiB", "--quiet"];
+        let arguments = [&load[..], &["--revision", revision]].concat();
         place.run(&arguments).succeeds();
         let offline = [&arguments[..], &["--offline"]].concat();
         place.run(&offline).succeeds();

@@ -11,7 +11,7 @@ use crate::command::error::CommandError;
 use crate::command::{output, session};
 
 pub(crate) fn run(options: &InspectOptions) -> Result<(), CommandError> {
-    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
+    let checkpoint = session::open_headers(&options.model, options.output.quiet)?;
     let proposed = session::propose_with(
         &options.policy,
         &checkpoint,

@@ -33,7 +33,7 @@ struct SaveReport {
 
 /// `tightfit save`.
 pub(crate) fn run(options: &SaveCommand, cancel: CancelToken) -> Result<(), CommandError> {
-    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
+    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, &cancel)?;
     let proposed = session::propose_with(
         &options.policy,
         &checkpoint,

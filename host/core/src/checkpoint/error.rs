@@ -517,6 +517,11 @@ pub enum CheckpointError {
         problem: String,
     },
 
+    /// Bytes of a file were asked for of which only the header is here.
+    #[error("of {path:?} only the header has been downloaded, and no weights")]
+    #[allow(missing_docs, reason = "the file")]
+    HeadersOnly { path: PathBuf },
+
     /// The file became shorter after it was opened.
     #[error(
         "{path:?} was cut short while loading: bytes {start}..{end} ({}) were to be read, and the \

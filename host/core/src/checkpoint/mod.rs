@@ -42,12 +42,16 @@ pub use config::{Config, LayerType, MAX_CONFIG_BYTES};
 pub(crate) use directory::Directory;
 pub use error::CheckpointError;
 pub(crate) use error::shown;
+#[cfg(feature = "hub")]
+pub(crate) use file::Beginning;
 pub use file::Shard;
 pub(crate) use file::{ReadFailure, Source, is_plain_file_name};
 pub use file_kind::FileKind;
+#[cfg(feature = "hub")]
+pub(crate) use header::header_length;
 pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES, MAX_TENSORS};
 #[cfg(feature = "hub")]
-pub(crate) use index::parse as parse_index;
+pub(crate) use index::{Index, parse as parse_index};
 pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
 pub use method::{MethodSource, QuantizationMethod};
 pub(crate) use python_json::{in_place, without_mark};
@@ -57,13 +61,14 @@ pub use ties::Tie;
 pub(crate) use write::{HeaderError, header_text};
 
 use header::Header;
+use locate::Located;
 use text::{PIECE, Text};
 
 use crate::cancel::{self, CancelToken, Watch};
 use crate::types::DType;
 
 /// Most headers of a checkpoint in all, in bytes; the largest real ones have a tenth of this.
-const MAX_ALL_HEADERS_BYTES: u64 = 4 * MAX_HEADER_BYTES;
+pub(crate) const MAX_ALL_HEADERS_BYTES: u64 = 4 * MAX_HEADER_BYTES;
 /// Shards that stay open. Those beyond are opened for each read, so that a checkpoint of thousands
 /// of shards does not use up the process's descriptors.
 const MAX_OPEN_SHARDS: usize = 128;
@@ -161,6 +166,46 @@ impl Checkpoint {
         let located = locate::locate(path, cancel)?;
         // First, because it is small and most likely to be what is broken in an edited model.
         let config = Config::read(&located.directory, cancel)?;
+        Checkpoint::of_files(path, located, config, cancel)
+    }
+
+    /// A checkpoint of which only this is here: what its files begin with, and their lengths. It can be
+    /// planned for; its weights cannot be read.
+    ///
+    /// # Errors
+    /// [`CheckpointError::HeadersOnly`] where opening it takes more, and as [`Checkpoint::open`].
+    #[cfg(feature = "hub")]
+    pub(crate) fn of_beginnings(
+        name: &str,
+        config: Option<Config>,
+        index: Option<Index>,
+        files: Vec<Beginning>,
+        cancel: &CancelToken,
+    ) -> Result<Checkpoint, CheckpointError> {
+        let located = Located {
+            // It has none, and nothing is read there: `save` asks first.
+            directory: Arc::new(Directory::open(&std::env::temp_dir())?),
+            shards: files.into_iter().map(Source::Beginning).collect(),
+            index,
+            remarks: Vec::new(),
+        };
+        Checkpoint::of_files(Path::new(name), located, config, cancel)
+    }
+
+    /// Whether its weights are elsewhere.
+    pub(crate) fn has_headers_only(&self) -> bool {
+        #[cfg(feature = "hub")]
+        return self.shards.iter().any(Shard::is_beginning);
+        #[cfg(not(feature = "hub"))]
+        false
+    }
+
+    fn of_files(
+        path: &Path,
+        located: Located,
+        config: Option<Config>,
+        cancel: &CancelToken,
+    ) -> Result<Checkpoint, CheckpointError> {
         let mut watch = Watch::new(cancel);
         let mut shards = Vec::with_capacity(located.shards.len());
         let mut tensors = Vec::new();

@@ -37,6 +37,20 @@ pub(super) struct Client<'a> {
     pub(super) cancel: &'a CancelToken,
 }
 
+/// Which bytes of a file are asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Range {
+    from: u64,
+    last: Option<u64>,
+}
+
+impl Range {
+    const ALL: Range = Range {
+        from: 0,
+        last: None,
+    };
+}
+
 /// What the hub says of a file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct About {
@@ -150,7 +164,7 @@ impl<'a> Client<'a> {
         &self,
         method: &Method,
         url: &str,
-        from: u64,
+        range: Range,
     ) -> Result<(String, Response<Body>), HubError> {
         let bad = |at: &str, problem: &str| HubError::BadAnswer {
             url: at.to_owned(),
@@ -161,7 +175,7 @@ impl<'a> Client<'a> {
         for _ in 0..=MAX_REDIRECTS {
             let origin = Origin::of(&at).map_err(|problem| bad(url, problem))?;
             is_home &= origin == self.home;
-            let request = self.request(method, &at, from, is_home);
+            let request = self.request(method, &at, range, is_home);
             let shown = match is_home {
                 true => at.to_string(),
                 // Elsewhere the rest is often a key to the file.
@@ -173,7 +187,7 @@ impl<'a> Client<'a> {
                 self.limited(&shown, most, || request.call().map_err(network(&shown)))?;
             let status = response.status().as_u16();
             // Nothing behind the offset: the caller starts again.
-            if status >= 400 && !(status == 416 && from > 0) {
+            if status >= 400 && !(status == 416 && range.from > 0) {
                 return Err(self.refused(&shown, response, is_home));
             }
             let location = response.headers().get("location");
@@ -205,7 +219,7 @@ impl<'a> Client<'a> {
         &self,
         method: &Method,
         at: &Uri,
-        from: u64,
+        range: Range,
         with_token: bool,
     ) -> RequestBuilder<WithoutBody> {
         let agent = self.agent.borrow();
@@ -216,18 +230,24 @@ impl<'a> Client<'a> {
         if let Some(token) = self.hub.token.as_ref().filter(|_| with_token) {
             request = request.header("authorization", format!("Bearer {token}"));
         }
-        if from > 0 {
-            request = request.header("range", format!("bytes={from}-"));
+        match (range.from, range.last) {
+            (0, None) => request,
+            (from, None) => request.header("range", format!("bytes={from}-")),
+            (from, Some(last)) => request.header("range", format!("bytes={from}-{last}")),
         }
-        request
     }
 
     /// The text at an address, of at most this many bytes.
-    pub(super) fn text(&self, url: &str, limit: u64) -> Result<String, HubError> {
-        let (url, response) = self.send(&Method::GET, url, 0)?;
+    pub(super) fn text(
+        &self,
+        url: &str,
+        what: &'static str,
+        limit: u64,
+    ) -> Result<String, HubError> {
+        let (url, response) = self.send(&Method::GET, url, Range::ALL)?;
         let too_large = |have| HubError::TooLarge {
             url: url.clone(),
-            what: "a list of files",
+            what,
             have,
             limit,
         };
@@ -280,20 +300,57 @@ impl<'a> Client<'a> {
 
     /// Asks about a file.
     pub(super) fn about(&self, url: &str) -> Result<About, HubError> {
-        match self.send(&Method::HEAD, url, 0) {
+        match self.send(&Method::HEAD, url, Range::ALL) {
             Ok((at, response)) => about(&at, &response),
             // What is said of it in a body is not there in the answer to a `HEAD`.
-            Err(error) if error.is_unexplained() => match self.send(&Method::GET, url, 0) {
-                Err(explained) => Err(explained),
-                Ok(_) => Err(error),
-            },
+            Err(error) if error.is_unexplained() => {
+                match self.send(&Method::GET, url, Range::ALL) {
+                    Err(explained) => Err(explained),
+                    Ok(_) => Err(error),
+                }
+            }
             Err(error) => Err(error),
         }
     }
 
     /// The bytes of a file from an offset on; all of them if the server does not know better.
     pub(super) fn get(&self, url: &str, from: u64) -> Result<Response<Body>, HubError> {
-        Ok(self.send(&Method::GET, url, from)?.1)
+        let range = Range { from, last: None };
+        Ok(self.send(&Method::GET, url, range)?.1)
+    }
+
+    /// So many bytes of a file from its beginning on, at most a few hundred MB. A server that sends
+    /// all of it is not listened to any longer.
+    pub(super) fn beginning(&self, url: &str, bytes: usize) -> Result<Vec<u8>, HubError> {
+        let last = Some((bytes as u64).saturating_sub(1));
+        let (url, response) = self.send(&Method::GET, url, Range { from: 0, last })?;
+        let is_placed = match response.status().as_u16() {
+            206 => header(&response, "content-range")
+                .is_none_or(|range| range.trim().starts_with("bytes 0-")),
+            status => status == 200,
+        };
+        if !is_placed {
+            return Err(HubError::BadAnswer {
+                problem: format!(
+                    "it has status {} and not the first {bytes} bytes",
+                    response.status().as_u16()
+                ),
+                url,
+            });
+        }
+        let mut body = response.into_body().into_reader();
+        let (mut have, mut piece) = (Vec::new(), vec![0; TEXT_PIECE]);
+        let mut pace = Pace::new(self.hub.patience);
+        while have.len() < bytes {
+            let most = piece.len().min(bytes - have.len());
+            match self.read(&url, &mut body, &mut piece[..most], &mut pace)? {
+                0 => {
+                    return Err(network(&url)("the connection was closed early"));
+                }
+                read => have.extend_from_slice(&piece[..read]),
+            }
+        }
+        Ok(have)
     }
 
     /// The error for an answer with a status that does not help, with what the server says of it.
