@@ -71,6 +71,8 @@ pub enum LeftOutReason {
     Missing,
     /// It is a folder with weights of its own that `modules.json` does not name.
     OtherWeights,
+    /// It is a folder, and with its files there would be more than [`MAX_COMPANIONS`].
+    TooMany,
     /// It is a file of a module, and of a kind that is not copied, for it can hold code.
     Kind,
     /// It is a folder, and reached through a link.
@@ -95,6 +97,10 @@ impl fmt::Display for LeftOut {
         match self.reason {
             LeftOutReason::NotAFile => f.write_str("it is not a regular file"),
             LeftOutReason::OtherWeights => f.write_str("it is a folder with weights of its own"),
+            LeftOutReason::TooMany => write!(
+                f,
+                "with what is in it there would be more than {MAX_COMPANIONS} files beside the weights"
+            ),
             LeftOutReason::Kind => f.write_str("files of its kind can hold code"),
             LeftOutReason::Link => f.write_str("it is a folder that is reached through a link"),
             LeftOutReason::Missing => f.write_str("it is a link to a file that is not there"),
@@ -124,9 +130,11 @@ pub(super) struct Companions {
 }
 
 impl Companions {
-    /// Looks at what lies in the checkpoint's directory.
+    /// Looks at what lies in the checkpoint's directory. Where a single file of it was named, folders
+    /// that `modules.json` does not name are somebody else's.
     pub(super) fn find(
         directory: &Arc<Directory>,
+        is_single_file: bool,
         cancel: &CancelToken,
     ) -> Result<Companions, SaveError> {
         let names = directory.list(cancel)?;
@@ -140,7 +148,11 @@ impl Companions {
         let modules = modules(directory, cancel)?;
         let mut folders: Vec<String> = names;
         // One that a path of modules.json leads through is looked into for it.
-        folders.retain(|name| !is_companion(name) && is_folder_name(name));
+        let leads_to = |name: &str, module: &String| module.split('/').next() == Some(name);
+        folders.retain(|name| {
+            let is_wanted = !is_single_file || modules.iter().any(|module| leads_to(name, module));
+            is_wanted && !is_companion(name) && is_folder_name(name)
+        });
         found.add_folders(directory, &folders, &modules, MAX_DEPTH, &mut 0, cancel)?;
         found.files.sort_by(|(a, _), (b, _)| a.cmp(b));
         found.left_out.sort_by(|a, b| a.file.cmp(&b.file));
@@ -208,12 +220,9 @@ impl Companions {
             };
             *looked_into += 1;
             if *looked_into > MAX_FOLDERS {
-                return Err(SaveError::Checkpoint(CheckpointError::TooLarge {
-                    path: directory.path().into(),
-                    what: "a number of folders beside the weights",
-                    have: *looked_into as u64,
-                    limit: MAX_FOLDERS as u64,
-                }));
+                let (file, reason) = (folder.clone(), LeftOutReason::TooMany);
+                self.left_out.push(LeftOut { file, reason });
+                return Ok(());
             }
             let inside = |name: &String| format!("{folder}/{name}");
             let has_weights = names.iter().any(|name| is_weights(name));
@@ -223,7 +232,8 @@ impl Companions {
                 .map(inside)
                 .collect();
             if has_weights && !is_module {
-                if !files.is_empty() {
+                // With a configuration too it is a model of its own.
+                if !files.is_empty() && !names.iter().any(|name| name == "config.json") {
                     let (file, reason) = (folder.clone(), LeftOutReason::OtherWeights);
                     self.left_out.push(LeftOut { file, reason });
                 }
@@ -239,7 +249,12 @@ impl Companions {
                     reason: reason.clone(),
                 }));
             }
-            let before = (self.files.len(), self.folders.len());
+            let before = self.folders.len();
+            if self.files.len() + self.left_out.len() + files.len() > MAX_COMPANIONS {
+                let (file, reason) = (folder.clone(), LeftOutReason::TooMany);
+                self.left_out.push(LeftOut { file, reason });
+                return Ok(());
+            }
             if !files.is_empty() {
                 self.folders.push(folder.clone());
                 self.add(directory, files, cancel)?;
@@ -256,7 +271,7 @@ impl Companions {
                 let at = self.folders.len();
                 self.add_folders(directory, &deeper, modules, depth - 1, looked_into, cancel)?;
                 // Made before those in it.
-                if self.folders.len() > at && before.1 == at {
+                if self.folders.len() > at && before == at {
                     self.folders.insert(at, folder.clone());
                 }
             }

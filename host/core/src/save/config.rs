@@ -83,7 +83,7 @@ fn without_quantized(settings: &str, weights: &[(TensorInfo, Format)]) -> Option
     if list.trim() == "null" {
         return None;
     }
-    let modules = Value::from(unquantized_modules(weights)).to_string();
+    let modules = pretty(&unquantized_modules(weights)).replace('\n', "\n    ");
     *list = &modules;
     Some(rendered(&entries, "", "  "))
 }

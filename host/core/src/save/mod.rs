@@ -29,7 +29,7 @@ pub use target::check_target;
 use tightfit_kernels::{DYNAMIC_MAP, FP4, Kernels, NF4};
 
 use crate::cancel::CancelToken;
-use crate::checkpoint::{Checkpoint, Extent, TensorInfo};
+use crate::checkpoint::{Checkpoint, CheckpointError, Extent, TensorInfo};
 use crate::device::{Device, DeviceKind, HostDevice};
 use crate::load;
 use crate::memory::DEFAULT_STAGING;
@@ -141,9 +141,17 @@ pub fn save(
     if placements.len() != checkpoint.tensors().len() {
         return Err(SaveError::OtherPlan);
     }
+    if checkpoint.has_headers_only() {
+        let path = checkpoint.path().into();
+        return Err(SaveError::Checkpoint(CheckpointError::HeadersOnly { path }));
+    }
     check_method(checkpoint, placements)?;
     // First, for what may not be copied is known before hours of work.
-    let companions = Companions::find(checkpoint.directory(), &options.cancel)?;
+    let companions = Companions::find(
+        checkpoint.directory(),
+        !checkpoint.path().is_dir(),
+        &options.cancel,
+    )?;
     let target = Target::create(target.as_ref(), options.force)?;
     let kept: Vec<(TensorInfo, Format)> = checkpoint
         .tensors()

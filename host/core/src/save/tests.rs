@@ -335,7 +335,6 @@ fn folders_that_belong_to_the_model_are_copied() {
         [
             ("3_Pickled/pytorch_model.bin", &LeftOutReason::Kind),
             ("checkpoint-500", &LeftOutReason::OtherWeights),
-            ("onnx", &LeftOutReason::OtherWeights),
         ]
     );
     let out = dir.path().join("out");
@@ -360,6 +359,36 @@ fn folders_that_belong_to_the_model_are_copied() {
     assert_eq!(names(&out.join("3_Pickled/inner")), ["x.txt"]);
     assert_eq!(names(&out.join("processor")), ["preprocessor_config.json"]);
     assert_eq!(names(&out.join("a/b")), ["x.json"]);
+    // Of a single file only what modules.json names.
+    let checkpoint = Checkpoint::open(dir.path().join("m/model.safetensors")).unwrap();
+    let placement = Placement {
+        device: Some(0),
+        format: NF4,
+    };
+    let single = dir.path().join("single");
+    save(&checkpoint, &[placement], &single, &SaveOptions::default()).unwrap();
+    assert!(single.join("1_Pooling/config.json").exists());
+    assert!(!single.join("processor").exists() && !single.join("a").exists());
+}
+
+#[test]
+fn folders_with_very_many_files_are_left_out_and_told() {
+    let dir = plain();
+    for folder in ["few", "many"] {
+        fs::create_dir(dir.path().join("m").join(folder)).unwrap();
+    }
+    write(&dir, "few/x.json", b"{}");
+    for file in 0..MAX_COMPANIONS {
+        write(&dir, &format!("many/{file}.txt"), b"");
+    }
+    let saved = saved(&dir);
+    let told: Vec<(&str, &LeftOutReason)> = saved
+        .left_out
+        .iter()
+        .map(|left| (&*left.file, &left.reason))
+        .collect();
+    assert_eq!(told, [("many", &LeftOutReason::TooMany)]);
+    assert!(dir.path().join("out/few/x.json").exists());
 }
 
 #[cfg(unix)]
@@ -398,7 +427,7 @@ fn many_files_together_have_a_limit_too() {
     }
     // The rest is known before anything is copied, so that this test need not copy it.
     let directory = Checkpoint::open(dir.path().join("m")).unwrap();
-    let found = Companions::find(directory.directory(), &CancelToken::new()).unwrap();
+    let found = Companions::find(directory.directory(), false, &CancelToken::new()).unwrap();
     let left: Vec<&str> = found
         .left_out
         .iter()
@@ -473,7 +502,7 @@ fn copying_ends_when_it_is_cancelled_and_when_a_file_changes() {
     let path = write(&dir, "vocab.txt", b"words");
     let checkpoint = Checkpoint::open(dir.path().join("m")).unwrap();
     let cancel = CancelToken::new();
-    let find = || Companions::find(checkpoint.directory(), &cancel);
+    let find = || Companions::find(checkpoint.directory(), false, &cancel);
     let found = find().unwrap();
     let target = Target::create(&dir.path().join("out"), false).unwrap();
     // Longer, shorter, and as long as before.
