@@ -42,6 +42,12 @@ pub struct Behavior {
     pub announce: Option<(String, u64)>,
     /// Sends whole files whatever range is asked for.
     pub ignore_ranges: bool,
+    /// The header `Content-Range` of answers to ranges instead of the right one; none where it is empty.
+    pub content_range: Option<String>,
+    /// Answers every request for a file so: status, headers, body.
+    pub refusal: Option<(u16, Vec<String>, String)>,
+    /// Redirects without a word on the file, as mirrors do.
+    pub bare_redirect: bool,
     /// Adds this to the lengths in answers about files.
     pub longer: i64,
     /// The etag of every file instead of its own.
@@ -74,6 +80,7 @@ pub struct HubServer {
 struct State {
     behavior: Behavior,
     requests: Vec<Request>,
+    bytes_sent: usize,
 }
 
 impl HubServer {
@@ -84,6 +91,7 @@ impl HubServer {
         let state = Arc::new(Mutex::new(State {
             behavior,
             requests: Vec::new(),
+            bytes_sent: 0,
         }));
         let shared = Arc::clone(&state);
         thread::spawn(move || {
@@ -104,6 +112,11 @@ impl HubServer {
     /// The requests so far, which are forgotten.
     pub fn take_requests(&self) -> Vec<Request> {
         std::mem::take(&mut self.state.lock().unwrap().requests)
+    }
+
+    /// Bytes of all answers so far, heads included.
+    pub fn bytes_sent(&self) -> usize {
+        self.state.lock().unwrap().bytes_sent
     }
 
     /// Changes how it behaves.
@@ -131,6 +144,7 @@ fn serve(stream: &TcpStream, state: &Mutex<State>) -> Option<()> {
         let mut state = state.lock().unwrap();
         state.requests.push(request.clone());
         let (bytes, keep) = answer(&request, &mut state.behavior);
+        state.bytes_sent += bytes.len();
         let behavior = &mut state.behavior;
         let slow = behavior.slow;
         let body = bytes.windows(4).position(|window| window == b"\r\n\r\n");
@@ -205,11 +219,22 @@ fn answer(request: &Request, behavior: &mut Behavior) -> (Vec<u8>, bool) {
     {
         let name = file.rsplit('/').next().unwrap_or_default();
         let mut headers = vec![format!("Location: {base}{}", request.path)];
-        if let Some(content) = behavior.files.get(name) {
+        if let Some(content) = behavior.files.get(name)
+            && !behavior.bare_redirect
+        {
             headers.push(format!("X-Linked-Size: {}", content.len()));
             headers.push(format!("X-Linked-Etag: \"{}\"", etag(content)));
         }
         return (head(302, 0, &headers), true);
+    }
+    if let Some((status, headers, body)) = &behavior.refusal
+        && request.path.contains("/resolve/")
+    {
+        let mut bytes = head(*status, body.len() as i64, headers);
+        if request.method != "HEAD" {
+            bytes.extend(body.as_bytes());
+        }
+        return (bytes, true);
     }
     if let Some(token) = &behavior.token
         && request.authorization.as_deref() != Some(&format!("Bearer {token}"))
@@ -266,19 +291,28 @@ fn answer(request: &Request, behavior: &mut Behavior) -> (Vec<u8>, bool) {
         return (head(200, length as i64, &headers), true);
     }
     let from = request.range.as_deref().filter(|_| !behavior.ignore_ranges);
-    let from = from.and_then(|range| {
-        range
-            .strip_prefix("bytes=")?
-            .strip_suffix('-')?
-            .parse()
-            .ok()
+    let range = from.and_then(|range| {
+        let (from, last) = range.strip_prefix("bytes=")?.split_once('-')?;
+        let last = match last {
+            "" => usize::MAX,
+            last => last.parse().ok()?,
+        };
+        Some((from.parse::<usize>().ok()?, last))
     });
-    let mut bytes = match from {
-        Some(from) if from >= length => return (head(416, 0, &[]), true),
-        Some(from) => {
-            let range = format!("Content-Range: bytes {from}-{}/{length}", length - 1);
-            let mut bytes = head(206, (length - from) as i64, &[range]);
-            bytes.extend(&content[from..]);
+    let mut bytes = match range {
+        Some((from, _)) if from >= length => return (head(416, 0, &[]), true),
+        Some((from, last)) => {
+            let last = last.min(length - 1);
+            let range = match behavior.content_range.as_deref() {
+                None => vec![format!(
+                    "Content-Range: bytes {from}-{}/{length}",
+                    length - 1
+                )],
+                Some("") => Vec::new(),
+                Some(range) => vec![format!("Content-Range: {range}")],
+            };
+            let mut bytes = head(206, (last + 1 - from) as i64, &range);
+            bytes.extend(&content[from..=last]);
             bytes
         }
         None => {

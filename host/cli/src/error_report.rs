@@ -101,6 +101,9 @@ impl From<&CheckpointError> for ErrorReport {
             E::DuplicateTensor { first, tensor, .. } => (Some(first), Some(tensor)),
             E::Overlap { path, first, .. } => (Some(path), Some(first)),
             E::NotFound { path }
+            | E::WrongKind { path, .. }
+            | E::Adapter { path, .. }
+            | E::DownloadNotEnded { path, .. }
             | E::NotACheckpoint { path, .. }
             | E::EmptyDirectory { path }
             | E::OnlyPickles { path, .. }
@@ -122,6 +125,10 @@ impl From<&CheckpointError> for ErrorReport {
         };
         let kind = match error {
             E::Cancelled => "interrupted",
+            E::WrongKind { kind, .. } => kind.name(),
+            E::OnlyPickles { .. } => "pickle",
+            E::Adapter { .. } => "adapter",
+            E::DownloadNotEnded { .. } => "download-not-ended",
             _ => "checkpoint",
         };
         ErrorReport {

@@ -132,13 +132,108 @@ fn a_sharded_model_is_downloaded_once_and_loaded_from_the_cache_then() {
 }
 
 #[test]
+fn plans_take_headers_and_no_weights() {
+    for ignore_ranges in [false, true] {
+        let mut behavior = sharded();
+        behavior.ignore_ranges = ignore_ranges;
+        let whole: usize = behavior.files.values().map(Vec::len).sum();
+        let (server, place) = start(behavior);
+        for command in [
+            &["inspect", "org/name"][..],
+            &["plan", "org/name", "--device", "sim:1GiB"],
+        ] {
+            let report = place
+                .run(&[command, &["--json"]].concat())
+                .succeeds()
+                .json();
+            let model = report.get("model").unwrap_or(&report);
+            assert_eq!(model["path"], "org/name");
+            assert!(model["source_bytes"].as_u64().unwrap() as usize * 10 > whole * 8);
+            let requests = server.take_requests();
+            let weights = requests
+                .iter()
+                .filter(|r| r.method == "GET" && r.path.ends_with(".safetensors"));
+            // First the length of the header, then the header.
+            let ranges: Vec<_> = weights.map(|r| r.range.as_deref().unwrap()).collect();
+            assert_eq!(ranges.len(), 4, "{ranges:?}");
+            let last = |range: &str| {
+                range
+                    .strip_prefix("bytes=0-")
+                    .unwrap()
+                    .parse::<usize>()
+                    .unwrap()
+            };
+            assert_eq!((last(ranges[0]), last(ranges[2])), (7, 7));
+            assert!(!place.path(ENTRY).exists());
+        }
+        // What was planned is what is loaded then.
+        let planned = place.run(&["plan", "org/name", "--device", "sim:1GiB", "--json"]);
+        let planned = planned.succeeds().json();
+        let loaded = place.run(&LOAD).succeeds().json();
+        let reserved = |report: &serde_json::Value| report["devices"][0]["reserved"].clone();
+        assert_eq!(reserved(&planned), reserved(&loaded));
+        server.take_requests();
+        place
+            .run(&["plan", "org/name", "--device", "sim:1GiB"])
+            .succeeds();
+        assert_eq!(server.take_requests(), []);
+    }
+}
+
+#[test]
+fn a_plan_of_a_large_model_takes_less_than_a_hundredth_of_it() {
+    let directory = TempDir::new().unwrap();
+    write_decoder(directory.path(), 2, 512);
+    let whole = files_of(directory.path());
+    let name = "model-00001-of-00001.safetensors";
+    let mut files = whole.clone();
+    let weights = files.remove("model.safetensors").unwrap();
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&weights).unwrap();
+    let names = metadata.tensors().into_keys();
+    let map: serde_json::Map<_, _> = names.map(|tensor| (tensor, json!(name))).collect();
+    let index = json!({ "weight_map": map }).to_string();
+    files.insert(name.into(), weights);
+    files.insert("model.safetensors.index.json".into(), index.into_bytes());
+    let total: usize = files.values().map(Vec::len).sum();
+    let (server, place) = start(Behavior {
+        files,
+        ..Behavior::default()
+    });
+    place
+        .run(&["plan", "org/name", "--device", "sim:1GiB"])
+        .succeeds();
+    let sent = server.bytes_sent();
+    assert!(sent > 0 && sent * 100 < total, "{sent} of {total}");
+}
+
+#[test]
+fn what_bitsandbytes_has_quantized_is_downloaded_for_a_plan() {
+    let directory = TempDir::new().unwrap();
+    let place = Place::new();
+    write_decoder(directory.path(), 1, 64);
+    let model = directory.path().to_str().unwrap();
+    place.run(&["save", model, "quantized"]).succeeds();
+    let (server, place) = start(Behavior {
+        files: files_of(&place.path("quantized")),
+        ..Behavior::default()
+    });
+    let text = place.run(&["inspect", "org/name"]).succeeds().stdout;
+    assert!(
+        text.contains("quantized by bitsandbytes already (4 bits)"),
+        "{text}"
+    );
+    assert!(fetched(&server.take_requests()).contains(&"model.safetensors"));
+}
+
+#[test]
 fn only_what_is_needed_is_downloaded() {
     let (server, place) = start(single());
-    for command in ["inspect", "plan"] {
-        place.run(&[command, "org/name", "--quiet"]).succeeds();
+    for command in ["load", "plan"] {
+        let arguments = [command, "org/name", "--device", "sim:1GiB", "--quiet"];
+        place.run(&arguments).succeeds();
         let requests = server.take_requests();
         let expected: &[&str] = match command {
-            "inspect" => &[
+            "load" => &[
                 "config.json",
                 "tokenizer.json",
                 "tokenizer_config.json",
@@ -258,6 +353,69 @@ fn a_dropped_connection_is_taken_up_again() {
 }
 
 #[test]
+fn bytes_that_cannot_be_placed_are_asked_for_from_the_start() {
+    for range in ["", "bytes 0-9/10", "bytes 5000-5001/9", "items 5000-"] {
+        let mut behavior = single();
+        behavior.drop_after = Some((5000, 1));
+        behavior.content_range = Some(range.to_owned());
+        let (server, place) = start(behavior);
+        place.run(&LOAD).succeeds();
+        let requests = server.take_requests();
+        let weights = requests
+            .iter()
+            .filter(|r| r.method == "GET" && r.path.ends_with(".safetensors"));
+        let ranges: Vec<_> = weights.map(|r| r.range.as_deref()).collect();
+        assert_eq!(ranges, [None, Some("bytes=5000-"), None], "{range}");
+    }
+}
+
+#[test]
+fn what_the_hub_says_of_an_error_is_shown() {
+    let long = "x".repeat(20_000);
+    for (status, headers, body, word) in [
+        (
+            429,
+            vec!["X-Error-Message: slow down, please".to_owned()],
+            "",
+            "slow down, please",
+        ),
+        (
+            403,
+            vec![],
+            r#"{"error":"Access to org/name is restricted\u001b[2J"}"#,
+            "is restricted\\u{1b}[2J",
+        ),
+        (
+            404,
+            vec!["Content-Type: application/json".to_owned()],
+            r#"{"error":"Entry not found"}"#,
+            "Entry not found",
+        ),
+        (401, vec![], r#"{"error":{"code":1}}"#, "answered 401"),
+        (
+            403,
+            vec!["Content-Type: text/html".to_owned()],
+            r#"{"error":"not shown"}"#,
+            "answered 403",
+        ),
+        (
+            403,
+            vec![],
+            &format!("{{\"error\":\"{long}\"}}"),
+            "answered 403",
+        ),
+    ] {
+        let mut behavior = single();
+        behavior.refusal = Some((status, headers, body.to_owned()));
+        let (_server, place) = start(behavior);
+        let outcome = place.run(&["load", "org/name", "--device", "cpu"]);
+        let outcome = outcome.fails(3, &[word]);
+        assert!(!outcome.stderr.contains("not shown"), "{outcome:?}");
+        assert!(!outcome.stderr.contains(&long[..500]), "{outcome:?}");
+    }
+}
+
+#[test]
 fn an_interrupted_download_is_resumed_by_the_next_run() {
     for ignore_ranges in [false, true] {
         let mut behavior = single();
@@ -330,6 +488,7 @@ fn an_interrupt_ends_a_download_that_can_be_resumed() {
 #[test]
 fn a_shard_outside_of_the_model_is_refused_before_it_is_asked_for() {
     let mut behavior = single();
+    behavior.files.remove("model.safetensors");
     let index = json!({ "weight_map": { "a": "../../etc/passwd" } }).to_string();
     behavior
         .files
@@ -397,7 +556,8 @@ fn a_revision_is_downloaded_and_remembered_under_its_name() {
     behavior.revisions = vec!["v1.0".into(), "refs/pr/1".into()];
     let (server, place) = start(behavior);
     for revision in ["v1.0", "refs/pr/1", COMMIT] {
-        let arguments = ["inspect", "org/name", "--quiet", "--revision", revision];
+        let load = ["load", "org/name", "--device", "sim:1GiB", "--quiet"];
+        let arguments = [&load[..], &["--revision", revision]].concat();
         place.run(&arguments).succeeds();
         let offline = [&arguments[..], &["--offline"]].concat();
         place.run(&offline).succeeds();
@@ -452,6 +612,26 @@ fn the_token_does_not_follow_a_redirect_to_another_port() {
             "{away:?}"
         );
     }
+}
+
+#[test]
+fn a_mirror_that_only_redirects_is_followed_without_the_token() {
+    let other = HubServer::start(single());
+    let mut behavior = single();
+    behavior.bare_redirect = true;
+    behavior.redirect = Some(("/org/name/resolve/".to_owned(), other.endpoint()));
+    let (server, mut place) = start(behavior);
+    place.set("HF_TOKEN", "hf_secret");
+    place.run(&LOAD).succeeds();
+    assert!(
+        server
+            .take_requests()
+            .iter()
+            .all(|r| r.authorization.is_some())
+    );
+    let there = other.take_requests();
+    assert!(there.iter().any(|r| r.method == "HEAD") && there.iter().any(|r| r.method == "GET"));
+    assert!(there.iter().all(|r| r.authorization.is_none()));
 }
 
 #[test]

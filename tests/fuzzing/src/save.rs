@@ -287,7 +287,8 @@ fn assert_saved(
         let Ok(name) = path.strip_prefix(target) else {
             continue;
         };
-        if name.as_os_str().is_empty() {
+        let is_folder = FileType::from_raw_mode(*mode) == FileType::Directory;
+        if name.as_os_str().is_empty() || is_folder {
             continue;
         }
         assert_eq!(mode & !0o644, regular, "{path:?} has mode {mode:o}");

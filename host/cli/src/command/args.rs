@@ -45,6 +45,12 @@ pub(crate) enum Command {
     /// Load a checkpoint and report
     Load(LoadOptions),
     /// Quantize a checkpoint and write it, as bitsandbytes and transformers read it
+    ///
+    /// What belongs to the model is copied: *.json, *.txt, *.model, *.jinja, *.tiktoken and *.bpe beside the
+    /// weights, up to 64 MiB each and 256 MiB in all, and folders (two deep) with such files and no weights of
+    /// their own, or that modules.json names, these with their *.safetensors. What is left out of that is named
+    /// in a warning. Nothing else is copied: no pickles, no code, nothing hidden, nothing behind links that lead
+    /// out. A checkpoint that another method has quantized is copied as it is, or refused.
     Save(SaveCommand),
     /// Run a program in wasm that loads models and works with them, sandboxed
     Run(RunOptions),

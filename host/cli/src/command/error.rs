@@ -175,6 +175,10 @@ impl CommandError {
                 SaveError::HeaderTooLarge { .. } => report("usage"),
                 SaveError::Checkpoint(error) => error.into(),
                 SaveError::Load(error) => error.into(),
+                SaveError::OtherMethod { tensor, .. } => ErrorReport {
+                    tensor: Some(tensor.clone()),
+                    ..report("quantized-already")
+                },
                 SaveError::SameName { name } => ErrorReport {
                     tensor: Some(name.clone()),
                     ..report("checkpoint")

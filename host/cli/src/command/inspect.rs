@@ -11,7 +11,7 @@ use crate::command::error::CommandError;
 use crate::command::{output, session};
 
 pub(crate) fn run(options: &InspectOptions) -> Result<(), CommandError> {
-    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
+    let checkpoint = session::open_headers(&options.model, options.output.quiet)?;
     let proposed = session::propose_with(
         &options.policy,
         &checkpoint,
@@ -56,6 +56,9 @@ fn text(inspection: &Inspection) -> String {
             Bytes(inspection.experts.bytes),
             inspection.experts.tensors,
         );
+    }
+    if let Some(method) = &inspection.quantization {
+        text += &format!("{method}\n");
     }
     for (tensor, alias) in &inspection.ties {
         text += &format!("tied: {} = {}\n", printable(alias), printable(tensor));

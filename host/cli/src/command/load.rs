@@ -22,7 +22,7 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Com
         // Before a load that would have been for nothing.
         check_target(directory, options.write.force)?;
     }
-    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
+    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, &cancel)?;
     let devices = open_devices(&options.placement.devices)?;
     let placed = session::reserve_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
     let proposed = placed.proposed.clone();
@@ -106,6 +106,9 @@ pub(crate) fn text(report: &Report) -> String {
         printable(&report.policy.version),
         report.policy.seconds,
     );
+    if let Some(method) = &model.quantization {
+        text += &format!("{method}\n\n");
+    }
     for revision in &report.policy.revisions {
         text += &format!(
             "revised: {} had {} left where the plan needed {}\n\n",

@@ -18,7 +18,7 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), CommandError> {
     let staging = options.staging.unwrap_or(DEFAULT_STAGING);
     // What a load would refuse is refused here.
     StagingRing::new(staging, 1, 0).map_err(LoadError::Staging)?;
-    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, None)?;
+    let checkpoint = session::open_headers(&options.model, options.output.quiet)?;
     let devices = planned_devices(&options.placement.devices)?;
     let policy = &options.placement.policy;
     if let Some([a, b]) = options.diff.as_deref() {

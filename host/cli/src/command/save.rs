@@ -33,7 +33,7 @@ struct SaveReport {
 
 /// `tightfit save`.
 pub(crate) fn run(options: &SaveCommand, cancel: CancelToken) -> Result<(), CommandError> {
-    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, Some(&cancel))?;
+    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, &cancel)?;
     let proposed = session::propose_with(
         &options.policy,
         &checkpoint,
@@ -116,6 +116,17 @@ pub(crate) fn write(
     let saved = saved?;
     for file in &saved.left_out {
         tracing::warn!("{file}");
+    }
+    match checkpoint.quantization() {
+        _ if saved.quantized > 0 => {}
+        Some(method) => tracing::warn!(
+            "no weight is in 4 bits: the checkpoint is quantized by {} already, and was copied as it is",
+            printable(&method.to_string())
+        ),
+        None => tracing::warn!(
+            "no weight is in 4 bits: of its {} tensors the policy chose none to be quantized",
+            checkpoint.tensors().len()
+        ),
     }
     Ok(saved)
 }

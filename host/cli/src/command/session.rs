@@ -9,7 +9,7 @@ use serde::Serialize;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::{self, Checkpoint, CheckpointError};
 use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
-use tightfit::hub::{self, FetchOptions, FileProgress, Hub};
+use tightfit::hub::{self, FetchOptions, FileProgress, Hub, HubError};
 use tightfit::load::{self, ReservedPlan};
 use tightfit::plan::{self, PlanOptions, Proposed};
 use tightfit::text::truncated;
@@ -51,24 +51,66 @@ pub(crate) fn cancel_on_interrupt() -> CancelToken {
     token
 }
 
-/// Finds and opens a checkpoint, and downloads what the cache lacks of it. Without a token an
-/// interrupt ends the process, which leaves a download fit to be resumed.
+/// Finds and opens a checkpoint, and downloads what the cache lacks of it. An interrupt leaves a
+/// download fit to be resumed.
 pub(crate) fn open_checkpoint(
     options: &ModelOptions,
     quiet: bool,
-    cancel: Option<&CancelToken>,
+    cancel: &CancelToken,
 ) -> Result<Checkpoint, CommandError> {
-    let never = CancelToken::new();
-    let cancel = cancel.unwrap_or(&never);
+    match open_local(options, cancel)? {
+        Local::Here(checkpoint) => Ok(*checkpoint),
+        Local::Missing(hub) => download(&hub, options, quiet, cancel),
+    }
+}
+
+/// Finds a checkpoint and opens it as far as planning takes: of what the cache lacks, only
+/// configuration and headers are asked for, and all of it only where that is not enough.
+pub(crate) fn open_headers(
+    options: &ModelOptions,
+    quiet: bool,
+) -> Result<Checkpoint, CommandError> {
+    let cancel = CancelToken::new();
+    let hub = match open_local(options, &cancel)? {
+        Local::Here(checkpoint) => return Ok(*checkpoint),
+        Local::Missing(hub) => hub,
+    };
+    let fetch = FetchOptions::default()
+        .with_revision(options.revision.as_deref())
+        .with_cancel(cancel.clone());
+    match hub::headers(&hub, &options.model, &fetch) {
+        Err(HubError::Checkpoint(CheckpointError::HeadersOnly { .. })) => {
+            download(&hub, options, quiet, &cancel)
+        }
+        other => Ok(remarked(other?)),
+    }
+}
+
+/// What there is of a model without a download.
+enum Local {
+    Here(Box<Checkpoint>),
+    /// Nothing, or not all of it: the hub to ask.
+    Missing(Hub),
+}
+
+fn open_local(options: &ModelOptions, cancel: &CancelToken) -> Result<Local, CommandError> {
     let mut hub = Hub::from_process();
     hub.offline |= options.offline;
     let (model, revision) = (&options.model, options.revision.as_deref());
     let local = checkpoint::resolve_revision(model, revision, &hub.cache)
         .and_then(|path| Checkpoint::open_with(&path, cancel));
     match local {
-        Err(error) if is_missing(&error, model, hub.offline) => {}
-        other => return Ok(warned(other?)),
+        Err(error) if is_missing(&error, model, hub.offline) => Ok(Local::Missing(hub)),
+        other => Ok(Local::Here(Box::new(remarked(other?)))),
     }
+}
+
+fn download(
+    hub: &Hub,
+    options: &ModelOptions,
+    quiet: bool,
+    cancel: &CancelToken,
+) -> Result<Checkpoint, CommandError> {
     let bar = progress::bytes("downloading", quiet);
     let shown = Mutex::new(String::new());
     let report = |progress: FileProgress<'_>| {
@@ -81,17 +123,21 @@ pub(crate) fn open_checkpoint(
         }
         bar.set_position(progress.bytes_done);
     };
-    let options = FetchOptions::default()
-        .with_revision(revision)
+    let fetch = FetchOptions::default()
+        .with_revision(options.revision.as_deref())
         .with_progress(&report)
         .with_cancel(cancel.clone());
-    let fetched = hub::fetch(&hub, model, &options);
+    let fetched = hub::fetch(hub, &options.model, &fetch);
     bar.finish_and_clear();
-    Ok(warned(Checkpoint::open_with(&fetched?, cancel)?))
+    Ok(remarked(Checkpoint::open_with(&fetched?, cancel)?))
 }
 
-/// Warns of heads that are no second copies of the table that config.json ties them to.
-fn warned(checkpoint: Checkpoint) -> Checkpoint {
+/// Warns of what is worth saying of a checkpoint: also of heads that are no second copies of the table
+/// that config.json ties them to.
+fn remarked(checkpoint: Checkpoint) -> Checkpoint {
+    for remark in checkpoint.remarks() {
+        tracing::warn!("{remark}");
+    }
     for tie in checkpoint.untied() {
         tracing::warn!(
             "'{}' is stored with other values than '{}', to which config.json ties it: both are kept",
@@ -107,7 +153,8 @@ fn is_missing(error: &CheckpointError, model: &str, offline: bool) -> bool {
     match error {
         CheckpointError::NotInCache { .. } | CheckpointError::RevisionNotInCache { .. } => true,
         // Other tools fetch single files, and an interrupted download leaves some out.
-        CheckpointError::MissingShard { .. }
+        CheckpointError::DownloadNotEnded { .. }
+        | CheckpointError::MissingShard { .. }
         | CheckpointError::IncompleteSet { .. }
         | CheckpointError::NotACheckpoint { .. }
         | CheckpointError::OnlyPickles { .. }

@@ -45,6 +45,7 @@ fn has_the_promised_form(report: &Value) {
         [
             ("architecture", "string"),
             ("path", "string"),
+            ("quantization", "null"),
             ("source_bytes", "integer"),
             ("tensors", "integer")
         ]

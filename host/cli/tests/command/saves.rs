@@ -32,6 +32,118 @@ fn skipped_modules(place: &Place, model: &str) -> serde_json::Value {
     config["quantization_config"]["llm_int8_skip_modules"].clone()
 }
 
+/// Adds entries to the configuration of a model, before all others.
+fn configure(place: &Place, model: &str, entries: &str) {
+    let path = place.path(model).join("config.json");
+    let text = fs::read_to_string(&path).unwrap_or_else(|_| "{}".to_owned());
+    let (_, rest) = text.split_once('{').expect("an object");
+    let comma = if rest.trim_start().starts_with('}') {
+        ""
+    } else {
+        ","
+    };
+    fs::write(path, format!("{{{entries}{comma}{rest}")).unwrap();
+}
+
+#[test]
+fn what_another_method_has_quantized_is_named_and_left_alone() {
+    for (method, bits) in [
+        ("fp8", ""),
+        ("compressed-tensors", ""),
+        ("gptq", r#","bits":4"#),
+    ] {
+        for nested in [false, true] {
+            let place = place_with_model();
+            let entry = format!(r#""quantization_config":{{"quant_method":"{method}"{bits}}}"#);
+            let entry = if nested {
+                format!(r#""text_config":{{{entry}}}"#)
+            } else {
+                entry
+            };
+            configure(&place, "m", &entry);
+            let words = format!("quantized by {method} already");
+            for arguments in [
+                &["inspect", "m"][..],
+                &["plan", "m", "--device", "cpu"],
+                &["load", "m", "--device", "cpu"],
+            ] {
+                let text = place.run(arguments).succeeds().stdout;
+                assert!(text.contains(&words), "{text}");
+            }
+            let plan = place.run(&["plan", "m", "--device", "cpu", "--placements", "--json"]);
+            let plan = plan.succeeds().json();
+            assert_eq!(plan["model"]["quantization"]["method"], method);
+            assert_eq!(plan["model"]["quantization"]["source"], "config");
+            let placements = plan["placements"].as_array().unwrap();
+            assert!(
+                placements
+                    .iter()
+                    .all(|placement| placement["format"] == "stored")
+            );
+            let inspected = place.run(&["inspect", "m", "--json"]).succeeds().json();
+            assert_eq!(inspected["quantization"], plan["model"]["quantization"]);
+            // What is asked for is done in memory, and in no checkpoint.
+            let rule = ["--set", "format:q_proj=nf4"];
+            let load = ["load", "m", "--device", "cpu", "--json"];
+            let loaded = place.run(&[&load[..], &rule].concat()).succeeds().json();
+            assert_eq!(loaded["load"]["quantized"], 2);
+            let save = [&["save", "m", "out"][..], &rule].concat();
+            let outcome = place
+                .run(&save)
+                .fails(CHECKPOINT, &[method, "q_proj.weight"]);
+            assert!(!place.path("out").exists(), "{outcome:?}");
+            let error = place.run(&[&save[..], &["--json"]].concat()).json();
+            assert_eq!(error["error"]["kind"], "quantized-already");
+            let outcome = place.run(&["save", "m", "out"]);
+            let words = format!("no weight is in 4 bits: the checkpoint is quantized by {method}");
+            assert!(outcome.stderr.contains(&words), "{outcome:?}");
+            assert_eq!(outcome.status, Some(0));
+            let config = |model: &str| fs::read(place.path(model).join("config.json")).unwrap();
+            assert_eq!(config("m"), config("out"));
+        }
+    }
+}
+
+#[test]
+fn modules_that_bitsandbytes_left_out_stay_as_they_are() {
+    let place = place_with_model();
+    configure(&place, "m", r#""time_step_limit": [0.0, Infinity]"#);
+    place
+        .run(&["save", "m", "some", "--set", "skip=q_proj"])
+        .succeeds();
+    let text = fs::read_to_string(place.path("some/config.json")).unwrap();
+    assert!(
+        text.contains("\"time_step_limit\": [0.0, Infinity]"),
+        "{text}"
+    );
+    place.run(&["save", "some", "again"]).succeeds();
+    assert_eq!(files(&place.path("some")), files(&place.path("again")));
+    // One of them is asked for.
+    let rule = "format:layers.0.self_attn.q_proj=nf4";
+    place
+        .run(&["save", "some", "more", "--set", rule])
+        .succeeds();
+    let path = place.path("more/config.json");
+    let text = fs::read_to_string(&path).unwrap();
+    fs::write(&path, text.replace("Infinity", "null")).unwrap();
+    let listed = skipped_modules(&place, "more");
+    let is_listed = |module: &str| listed.as_array().unwrap().iter().any(|name| name == module);
+    assert!(!is_listed("model.layers.0.self_attn.q_proj"));
+    assert!(is_listed("model.layers.1.self_attn.q_proj") && is_listed("lm_head"));
+}
+
+#[test]
+fn nothing_quantized_is_worth_a_warning() {
+    let place = place_with_model();
+    let outcome = place.run(&["save", "m", "out", "--set", "skip=*"]);
+    assert!(
+        outcome.stderr.contains("no weight is in 4 bits"),
+        "{outcome:?}"
+    );
+    assert_eq!(outcome.status, Some(0));
+    place.run(&["save", "m", "quantized"]).succeeds();
+}
+
 #[test]
 fn modules_skipped_on_request_are_listed_for_readers() {
     let place = place_with_model();

@@ -13,6 +13,7 @@ use super::CheckpointError;
 use super::directory::Directory;
 use super::error::shown;
 use super::file::{io_error, is_plain_file_name};
+use super::unfinished::unfinished;
 use crate::cancel::CancelToken;
 
 /// The variables that say where the cache is, apart from the process, so that tests and embedding
@@ -193,6 +194,14 @@ fn snapshot(entry: &Path, model: &str, revision: Option<&str>) -> Result<PathBuf
         path: entry.into(),
         problem,
     };
+    let not_ended = || {
+        let unfinished = unfinished([&*entry.join("blobs")])?;
+        Some(CheckpointError::DownloadNotEnded {
+            path: entry.into(),
+            files: unfinished.files,
+            bytes: unfinished.bytes,
+        })
+    };
     let snapshots = entry.join("snapshots");
     let name = revision.unwrap_or("main");
     if !is_revision(name) {
@@ -212,9 +221,11 @@ fn snapshot(entry: &Path, model: &str, revision: Option<&str>) -> Result<PathBuf
         return if snapshot.is_dir() {
             check_inside(entry, snapshot)
         } else {
-            Err(bad(format!(
-                "refs/{name} names the snapshot {commit}, which is not there"
-            )))
+            Err(not_ended().unwrap_or_else(|| {
+                bad(format!(
+                    "refs/{name} names the snapshot {commit}, which is not there"
+                ))
+            }))
         };
     }
     if let Some(revision) = revision {
@@ -244,7 +255,8 @@ fn snapshot(entry: &Path, model: &str, revision: Option<&str>) -> Result<PathBuf
     }
     match found.len() {
         1 => check_inside(entry, found.remove(0)),
-        0 => Err(bad("it holds no snapshot; download the model again".into())),
+        0 => Err(not_ended()
+            .unwrap_or_else(|| bad("it holds no snapshot; download the model again".into()))),
         n => Err(bad(format!(
             "it holds {n} snapshots and no refs/main; give the path of one of them"
         ))),

@@ -8,8 +8,9 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::CheckpointError;
 use super::directory::Directory;
+use super::file_kind::FileKind;
+use super::{CheckpointError, method, python_json};
 use crate::cancel::CancelToken;
 
 /// Largest `config.json` that is read, in bytes.
@@ -50,8 +51,11 @@ impl LayerType {
 /// The configuration of a model. Sizes are those of its text model where it has several models.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// The file as it is, for policies that look for more.
+    /// The file as it is. Python's `NaN` and `Infinity`, which it may hold, are no JSON: see
+    /// [`Config::strict_text`].
     pub text: String,
+    /// The same as JSON, where the file is not.
+    strict: Option<String>,
     /// The same, parsed; always an object.
     pub json: Value,
     /// The first of `architectures`, for example `Qwen2ForCausalLM`.
@@ -88,12 +92,18 @@ impl Config {
         cancel: &CancelToken,
     ) -> Result<Option<Config>, CheckpointError> {
         match directory.read_text(NAME, "a configuration (bytes)", MAX_CONFIG_BYTES, cancel)? {
-            Some(text) => Config::parse(&directory.path().join(NAME), text).map(Some),
+            Some(text) => {
+                let kind = FileKind::of(text.as_bytes());
+                Config::parse(&directory.path().join(NAME), text)
+                    .map(Some)
+                    .map_err(|error| error.or_kind(kind))
+            }
             None => Ok(None),
         }
     }
 
-    /// Parses the text of the file at `path`, which is named in errors only.
+    /// Parses the text of the file at `path`, which is named in errors only. It may be JSON as Python
+    /// writes it.
     ///
     /// # Errors
     /// [`CheckpointError::Json`], [`CheckpointError::NotAnObject`], and
@@ -108,11 +118,13 @@ impl Config {
                 limit: MAX_VALUES as u64,
             });
         }
-        let json: Value = serde_json::from_str(&text).map_err(|source| CheckpointError::Json {
-            path: path.into(),
-            what: WHAT,
-            source,
-        })?;
+        let strict = python_json::strict(&text, &CancelToken::new())?;
+        let json: Value =
+            serde_json::from_str(&strict).map_err(|source| CheckpointError::Json {
+                path: path.into(),
+                what: WHAT,
+                source,
+            })?;
         let Value::Object(top) = &json else {
             return Err(CheckpointError::NotAnObject {
                 path: path.into(),
@@ -148,12 +160,24 @@ impl Config {
                 .filter(|_| boolean(model, "use_sliding_window") != Some(false)),
             json: Value::Null,
             text: String::new(),
+            strict: (*strict != text).then(|| strict.into_owned()),
         };
         Ok(Config {
             json,
             text,
             ..config
         })
+    }
+
+    /// Returns the text as JSON that every parser reads, for policies that look for more: what Python
+    /// writes as `NaN`, `Infinity` and `-Infinity` is `null`, and there is no byte order mark.
+    pub fn strict_text(&self) -> &str {
+        self.strict.as_deref().unwrap_or(&self.text)
+    }
+
+    /// Whether it says that the model is quantized, wherever it does.
+    pub(crate) fn states_quantization(&self) -> bool {
+        method::of_config(&self.json).is_some()
     }
 
     /// Returns whether the architecture is one that has an output head over the vocabulary.
@@ -370,6 +394,20 @@ mod tests {
             assert_eq!(c.num_key_value_heads, None, "{value}");
             assert_eq!(c.architecture, None, "{value}");
         }
+    }
+
+    #[test]
+    fn what_only_python_calls_json_is_read() {
+        let text = "\u{feff}{\"time_step_limit\":[0.0,Infinity],\"a\":NaN,\"b\":-Infinity,\
+            \"hidden_size\":64}";
+        let c = config(text);
+        assert_eq!(c.hidden_size, Some(64));
+        assert_eq!(c.text, text);
+        assert_eq!(
+            c.strict_text(),
+            "{\"time_step_limit\":[0.0,null],\"a\":null,\"b\":null,\"hidden_size\":64}"
+        );
+        assert_eq!(config("{}").strict_text(), "{}");
     }
 
     #[test]

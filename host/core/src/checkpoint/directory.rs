@@ -12,6 +12,7 @@ use std::path::{Component, Path, PathBuf};
 
 use super::CheckpointError;
 use super::file::{io_error, read_limited};
+use super::unfinished::{Unfinished, unfinished};
 use crate::cancel::{self, CancelToken, Watch};
 
 /// Files that a directory may hold before it is no model directory.
@@ -109,11 +110,44 @@ impl Directory {
         }
     }
 
+    /// What a download that was not ended has left: beside the blobs, or in the directory itself.
+    pub(super) fn unfinished(&self) -> Option<Unfinished> {
+        let local = self.allowed[0].path.join(".cache/huggingface/download");
+        let blobs = self.allowed.iter().skip(1);
+        unfinished(blobs.map(|blobs| blobs.path.as_path()).chain([&*local]))
+    }
+
     /// Names of everything in the directory, sorted; characters that are not Unicode replaced.
     pub(crate) fn list(&self, cancel: &CancelToken) -> Result<Vec<String>, CheckpointError> {
+        self.names(&self.allowed[0].path, cancel)
+    }
+
+    /// The same for a folder in the directory; `None` where there is none, or only behind a link.
+    pub(crate) fn list_in(
+        &self,
+        folder: &str,
+        cancel: &CancelToken,
+    ) -> Result<Option<Vec<String>>, CheckpointError> {
+        let mut path = self.allowed[0].path.clone();
+        for name in folder.split('/') {
+            path.push(name);
+            if !fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.is_dir()) {
+                return Ok(None);
+            }
+        }
+        self.names(&path, cancel).map(Some)
+    }
+
+    /// Whether what has this name in the directory is a link.
+    pub(crate) fn is_link(&self, name: &str) -> bool {
+        let path = self.allowed[0].path.join(name);
+        fs::symlink_metadata(path).is_ok_and(|metadata| metadata.is_symlink())
+    }
+
+    fn names(&self, path: &Path, cancel: &CancelToken) -> Result<Vec<String>, CheckpointError> {
         let mut names = Vec::new();
         let mut watch = Watch::new(cancel);
-        for entry in fs::read_dir(&self.allowed[0].path).map_err(io_error("list", &self.given))? {
+        for entry in fs::read_dir(path).map_err(io_error("list", &self.given))? {
             let entry = entry.map_err(io_error("list", &self.given))?;
             watch.item(0)?;
             if names.len() == MAX_DIRECTORY_ENTRIES {

@@ -4,6 +4,7 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use super::file_kind::FileKind;
 pub(crate) use super::shown::{shortened, shown};
 use crate::cancel::Cancelled;
 use crate::status::Status;
@@ -112,6 +113,52 @@ pub enum CheckpointError {
         path: PathBuf,
         /// The first pickle in it.
         file: String,
+    },
+
+    /// A file is something else than it should be.
+    #[error("{path:?} is {kind}")]
+    WrongKind {
+        /// The file.
+        path: PathBuf,
+        /// What it is.
+        kind: FileKind,
+    },
+
+    /// What changes a model, and is none.
+    #[error(
+        "{path:?} is {} adapter for {}, and not a checkpoint: merge it into that model first, for \
+         example with merge_and_unload of PEFT",
+        match .kind {
+            Some(kind) => format!("a {}", shown(kind)),
+            None => "an".to_owned(),
+        },
+        match .base {
+            Some(base) => format!("'{}'", shown(base)),
+            None => "a model that it does not name".to_owned(),
+        }
+    )]
+    Adapter {
+        /// The directory, or the file.
+        path: PathBuf,
+        /// As its configuration names it, for example `LORA`.
+        kind: Option<String>,
+        /// The model that it is for, where its configuration names one.
+        base: Option<String>,
+    },
+
+    /// Weights are missing, and a download has left partial files.
+    #[error(
+        "the download into {path:?} was begun and not ended: it has left {files} partial file{} of \
+         {bytes} bytes; run it again, not offline, and it goes on",
+        if *.files == 1 { "" } else { "s" }
+    )]
+    DownloadNotEnded {
+        /// The directory.
+        path: PathBuf,
+        /// Partial files.
+        files: u64,
+        /// Bytes of them.
+        bytes: u64,
     },
 
     /// Neither a safetensors file nor a directory with one.
@@ -470,6 +517,11 @@ pub enum CheckpointError {
         problem: String,
     },
 
+    /// Bytes of a file were asked for of which only the header is here.
+    #[error("of {path:?} only the header has been downloaded, and no weights")]
+    #[allow(missing_docs, reason = "the file")]
+    HeadersOnly { path: PathBuf },
+
     /// The file became shorter after it was opened.
     #[error(
         "{path:?} was cut short while loading: bytes {start}..{end} ({}) were to be read, and the \
@@ -493,6 +545,26 @@ pub enum CheckpointError {
     #[error("{path:?} was changed while loading; load the checkpoint again")]
     #[allow(missing_docs, reason = "the file")]
     Changed { path: PathBuf },
+}
+
+impl CheckpointError {
+    /// The same, or [`CheckpointError::WrongKind`] where a file could not be read as what it should be
+    /// because it is something else.
+    pub(super) fn or_kind(self, kind: Option<FileKind>) -> CheckpointError {
+        let path = match &self {
+            CheckpointError::TooLarge { path, .. }
+            | CheckpointError::Json { path, .. }
+            | CheckpointError::NotUtf8 { path, .. }
+            | CheckpointError::NotAnObject { path, .. }
+            | CheckpointError::NoHeader { path, .. }
+            | CheckpointError::HeaderPastEnd { path, .. } => path.clone(),
+            _ => return self,
+        };
+        match kind {
+            Some(kind) => CheckpointError::WrongKind { path, kind },
+            None => self,
+        }
+    }
 }
 
 /// Directories, in a message.

@@ -28,6 +28,19 @@ pub(crate) enum Source {
     In(Arc<Directory>, String),
     /// By a path that the user gave: whoever names a link means what it leads to.
     Named(PathBuf),
+    /// Not at all: only its beginning and its length are known.
+    #[cfg(feature = "hub")]
+    Beginning(Beginning),
+}
+
+/// What is known of a file elsewhere.
+#[cfg(feature = "hub")]
+#[derive(Debug, Clone)]
+pub(crate) struct Beginning {
+    pub(crate) name: String,
+    /// Its first bytes, with the whole header.
+    pub(crate) bytes: Arc<[u8]>,
+    pub(crate) length: u64,
 }
 
 impl Source {
@@ -35,6 +48,8 @@ impl Source {
         match self {
             Source::In(directory, name) => directory.path().join(name),
             Source::Named(path) => path.clone(),
+            #[cfg(feature = "hub")]
+            Source::Beginning(beginning) => beginning.name.clone().into(),
         }
     }
 
@@ -42,6 +57,8 @@ impl Source {
         match self {
             Source::In(directory, name) => directory.open_file(name),
             Source::Named(path) => open_named(path),
+            #[cfg(feature = "hub")]
+            Source::Beginning(_) => Err(CheckpointError::HeadersOnly { path: self.path() }),
         }
     }
 }
@@ -89,6 +106,20 @@ impl Shard {
     /// Opens a regular file for positioned reads.
     pub(crate) fn open(source: Source) -> Result<Shard, CheckpointError> {
         let path = source.path();
+        #[cfg(feature = "hub")]
+        if let Source::Beginning(beginning) = &source {
+            let state = State {
+                length: beginning.length,
+                modified: None,
+                identity: None,
+            };
+            return Ok(Shard {
+                path,
+                state,
+                source,
+                file: None,
+            });
+        }
         let file = source.open()?;
         let metadata = file
             .metadata()
@@ -99,6 +130,12 @@ impl Shard {
             state: State::of(&metadata),
             file: Some(file),
         })
+    }
+
+    /// Whether only its beginning is here.
+    #[cfg(feature = "hub")]
+    pub(super) fn is_beginning(&self) -> bool {
+        matches!(self.source, Source::Beginning(_))
     }
 
     /// Gives the descriptor back; later reads open the file again and check that it is the same.
@@ -118,6 +155,14 @@ impl Shard {
 
     /// Fills the buffer from the bytes at `offset`.
     pub(crate) fn read_at(&self, offset: u64, buffer: &mut [u8]) -> Result<(), ReadFailure> {
+        #[cfg(feature = "hub")]
+        if let Source::Beginning(beginning) = &self.source
+            && let Some(end) = offset.checked_add(buffer.len() as u64)
+            && end <= beginning.bytes.len() as u64
+        {
+            buffer.copy_from_slice(&beginning.bytes[offset as usize..end as usize]);
+            return Ok(());
+        }
         let reopened;
         let file = match &self.file {
             Some(file) => file,

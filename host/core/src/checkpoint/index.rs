@@ -2,18 +2,19 @@
 //!
 //! Written by transformers and huggingface_hub as `{"metadata": {..}, "weight_map": {tensor: file}}`.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fmt;
 use std::path::Path;
 
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
 
-use super::CheckpointError;
 use super::error::shortened;
 use super::file::is_plain_file_name;
 use super::header::{MAX_NAME_BYTES, MAX_TENSORS};
 use super::text::{MAX_VALUE_BYTES, long_value};
 use super::visit::{Skip, Visited, counted};
+use super::{CheckpointError, python_json};
 use crate::cancel::{self, CancelToken, Watch};
 
 /// Largest index that is read, in bytes.
@@ -32,12 +33,33 @@ pub(crate) struct Index {
     pub(crate) entries: Vec<(String, usize)>,
 }
 
-/// Parses the text of the index at `path` (named in errors only).
+impl Index {
+    /// Position of the shard that holds this tensor.
+    pub(crate) fn shard_of(&self, tensor: &str) -> Option<usize> {
+        let by_name = |(name, _): &(String, usize)| name.as_str().cmp(tensor);
+        let position = self.entries.binary_search_by(by_name).ok()?;
+        Some(self.entries[position].1)
+    }
+}
+
+/// Parses the text of the index at `path` (named in errors only). It may be JSON as Python writes it.
 pub(crate) fn parse(
     path: &Path,
     text: &str,
     cancel: &CancelToken,
 ) -> Result<Index, CheckpointError> {
+    let text = python_json::without_mark(text);
+    match parse_strict(path, text, cancel) {
+        // Looked at only then: it may be a quarter of a gigabyte, and is nearly always JSON.
+        Err(error @ CheckpointError::Json { .. }) => match python_json::strict(text, cancel)? {
+            Cow::Owned(strict) => parse_strict(path, &strict, cancel),
+            Cow::Borrowed(_) => Err(error),
+        },
+        other => other,
+    }
+}
+
+fn parse_strict(path: &Path, text: &str, cancel: &CancelToken) -> Result<Index, CheckpointError> {
     if !text.trim_start().starts_with('{') {
         return Err(CheckpointError::NotAnObject {
             path: path.into(),
@@ -266,6 +288,14 @@ mod tests {
             let error = index(text).unwrap_err();
             assert!(check(&error), "{text}: {error:?}");
         }
+    }
+
+    #[test]
+    fn what_only_python_calls_json_is_read() {
+        let index = index(
+            "\u{feff}{\"metadata\":{\"total_size\":Infinity,\"loss\":NaN},\"weight_map\":{\"NaN\":\"x\"}}",
+        );
+        assert_eq!(index.unwrap().entries, [("NaN".to_owned(), 0)]);
     }
 
     #[test]

@@ -5,10 +5,11 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::CheckpointError;
 use super::directory::Directory;
-use super::file::{Source, io_error, read_text};
+use super::file::{Shard, Source, io_error, read_text};
+use super::file_kind::{FIRST_BYTES, FileKind};
 use super::index::{self, Index, MAX_INDEX_BYTES, MAX_SHARDS};
+use super::{CheckpointError, Remark, adapter};
 use crate::cancel::CancelToken;
 
 const INDEX: &str = "model.safetensors.index.json";
@@ -24,6 +25,8 @@ pub(crate) struct Located {
     pub(crate) shards: Vec<Source>,
     /// The index, where there is one; its shards are those above.
     pub(crate) index: Option<Index>,
+    /// What whoever loads it should hear.
+    pub(crate) remarks: Vec<Remark>,
 }
 
 /// Finds the files: of a `.safetensors` file, an index, or a directory. A file that `path` names
@@ -46,7 +49,7 @@ pub(crate) fn locate(path: &Path, cancel: &CancelToken) -> Result<Located, Check
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     if name.ends_with(".safetensors.index.json") {
         return match read_text(path, INDEX_WHAT, MAX_INDEX_BYTES, cancel)? {
-            Some(text) => with_index(directory, path, &text, cancel),
+            Some(text) => with_index(&directory, path, &text, cancel),
             None => Err(CheckpointError::NotFound { path: path.into() }),
         };
     }
@@ -55,6 +58,14 @@ pub(crate) fn locate(path: &Path, cancel: &CancelToken) -> Result<Located, Check
             directory,
             shards: vec![Source::Named(path.into())],
             index: None,
+            remarks: Vec::new(),
+        });
+    }
+    let shard = Shard::open(Source::Named(path.into()))?;
+    if let Some(kind) = kind(&shard).or_else(|| FileKind::of_name(&name)) {
+        return Err(CheckpointError::WrongKind {
+            path: path.into(),
+            kind,
         });
     }
     Err(CheckpointError::NotACheckpoint {
@@ -63,73 +74,153 @@ pub(crate) fn locate(path: &Path, cancel: &CancelToken) -> Result<Located, Check
     })
 }
 
+/// What a file is by its first bytes, if it is something else than it should be.
+pub(crate) fn kind(shard: &Shard) -> Option<FileKind> {
+    let mut first = vec![0; shard.length().min(FIRST_BYTES as u64) as usize];
+    shard.read_at(0, &mut first).ok()?;
+    FileKind::of(&first)
+}
+
 fn in_directory(
     directory: Arc<Directory>,
     cancel: &CancelToken,
 ) -> Result<Located, CheckpointError> {
-    if let Some(text) = directory.read_text(INDEX, INDEX_WHAT, MAX_INDEX_BYTES, cancel)? {
-        let path = directory.path().join(INDEX);
-        return with_index(directory, &path, &text, cancel);
+    let outcome = files_in(&directory, cancel);
+    // What a download has not brought yet is not what is wrong.
+    let is_missing = matches!(
+        outcome,
+        Err(CheckpointError::MissingShard { .. }
+            | CheckpointError::IncompleteSet { .. }
+            | CheckpointError::NotACheckpoint { .. }
+            | CheckpointError::EmptyDirectory { .. })
+    );
+    match directory.unfinished().filter(|_| is_missing) {
+        Some(unfinished) => Err(CheckpointError::DownloadNotEnded {
+            path: directory.path().into(),
+            files: unfinished.files,
+            bytes: unfinished.bytes,
+        }),
+        None => outcome,
+    }
+}
+
+fn files_in(directory: &Arc<Directory>, cancel: &CancelToken) -> Result<Located, CheckpointError> {
+    let located = |shards: Vec<String>| Located {
+        shards: sources(directory, shards),
+        directory: Arc::clone(directory),
+        index: None,
+        remarks: Vec::new(),
+    };
+    let index = directory.read_text(INDEX, INDEX_WHAT, MAX_INDEX_BYTES, cancel)?;
+    let index_path = directory.path().join(INDEX);
+    // As for transformers, which does not look at an index then. Where it leads is checked when it is
+    // opened.
+    if !matches!(directory.has(SINGLE), Ok(false)) {
+        let Some(text) = index else {
+            return Ok(located(vec![SINGLE.into()]));
+        };
+        let parsed = match index::parse(&index_path, &text, cancel) {
+            Err(CheckpointError::Cancelled) => return Err(CheckpointError::Cancelled),
+            parsed => parsed.ok(),
+        };
+        let shards = parsed.as_ref().map_or(&[][..], |index| &index.shards);
+        let is_one_of_them = shards.iter().any(|shard| shard == SINGLE);
+        return Ok(match parsed {
+            Some(index) if is_one_of_them => indexed(directory, &index_path, index, cancel)?,
+            _ => {
+                let mut missing = None;
+                for shard in shards {
+                    cancel.check()?;
+                    if !directory.has(shard).unwrap_or(false) {
+                        missing = Some(shard.clone());
+                        break;
+                    }
+                }
+                Located {
+                    remarks: vec![Remark::IndexIgnored {
+                        index: index_path,
+                        missing,
+                    }],
+                    ..located(vec![SINGLE.into()])
+                }
+            }
+        });
+    }
+    if let Some(text) = index {
+        return with_index(directory, &index_path, &text, cancel);
     }
     let names = directory.list(cancel)?;
-    let located = |shards: Vec<String>| Located {
-        shards: sources(&directory, shards),
-        directory: Arc::clone(&directory),
-        index: None,
-    };
-    let directory = directory.path();
-    if names.iter().any(|name| name == SINGLE) {
-        return Ok(located(vec![SINGLE.into()]));
-    }
-    if let Some(shards) = numbered_set(directory, &names)? {
+    let path = directory.path();
+    if let Some(shards) = numbered_set(path, &names)? {
         return Ok(located(shards));
     }
-    let mut single = names.iter().filter(|name| is_safetensors(name));
+    let is_adapter = names.iter().any(|name| name == adapter::CONFIG);
+    let mut single = names
+        .iter()
+        .filter(|name| is_safetensors(name) && !(is_adapter && name.starts_with("adapter")));
     match (single.next(), single.next()) {
         (Some(name), None) => Ok(located(vec![name.clone()])),
         (Some(first), Some(second)) => Err(CheckpointError::Ambiguous {
-            path: directory.into(),
+            path: path.into(),
             first: first.clone(),
             second: second.clone(),
         }),
-        (None, _) if names.is_empty() => Err(CheckpointError::EmptyDirectory {
-            path: directory.into(),
-        }),
-        (None, _) => match names.iter().find(|name| is_pickle(name)) {
-            Some(file) => Err(CheckpointError::OnlyPickles {
-                path: directory.into(),
-                file: file.clone(),
-            }),
-            None => Err(CheckpointError::NotACheckpoint {
-                path: directory.into(),
-                problem: "there is no .safetensors file in it".into(),
-            }),
-        },
+        (None, _) if is_adapter => Err(adapter::error(directory, cancel)),
+        (None, _) if names.is_empty() => Err(CheckpointError::EmptyDirectory { path: path.into() }),
+        (None, _) => {
+            let known = |name: &String| Some((name.clone(), FileKind::of_name(name)?));
+            Err(match names.iter().find_map(known) {
+                Some((file, FileKind::Pickle)) => CheckpointError::OnlyPickles {
+                    path: path.into(),
+                    file,
+                },
+                Some((file, kind)) => CheckpointError::WrongKind {
+                    path: path.join(file),
+                    kind,
+                },
+                None => CheckpointError::NotACheckpoint {
+                    path: path.into(),
+                    problem: "there is no .safetensors file in it".into(),
+                },
+            })
+        }
     }
 }
 
 /// The shards that an index with this text lists.
 fn with_index(
-    directory: Arc<Directory>,
+    directory: &Arc<Directory>,
     path: &Path,
     text: &str,
     cancel: &CancelToken,
 ) -> Result<Located, CheckpointError> {
-    let index = index::parse(path, text, cancel)?;
+    let index = index::parse(path, text, cancel)
+        .map_err(|error| error.or_kind(FileKind::of(text.as_bytes())))?;
+    indexed(directory, path, index, cancel)
+}
+
+/// The shards of an index, all of which are there.
+fn indexed(
+    directory: &Arc<Directory>,
+    path: &Path,
+    index: Index,
+    cancel: &CancelToken,
+) -> Result<Located, CheckpointError> {
     for (position, shard) in index.shards.iter().enumerate() {
         cancel.check()?;
         if !directory.has(shard)? {
             let entry = index.entries.iter().find(|(_, at)| *at == position);
             return Err(CheckpointError::MissingShard {
-                path: directory.path().join(shard),
+                path: path.with_file_name(shard),
                 tensor: entry.map_or_else(String::new, |(tensor, _)| tensor.clone()),
             });
         }
     }
     Ok(Located {
-        shards: sources(&directory, index.shards.clone()),
-        directory,
+        shards: sources(directory, index.shards.clone()),
+        directory: Arc::clone(directory),
         index: Some(index),
+        remarks: Vec::new(),
     })
 }
 
@@ -140,14 +231,6 @@ fn sources(directory: &Arc<Directory>, names: Vec<String>) -> Vec<Source> {
 
 fn is_safetensors(name: &str) -> bool {
     name.ends_with(".safetensors")
-}
-
-/// The names that PyTorch weights have on the Hugging Face hub.
-fn is_pickle(name: &str) -> bool {
-    (name.starts_with("pytorch_model") && name.ends_with(".bin"))
-        || [".pt", ".pth", ".ckpt"]
-            .iter()
-            .any(|end| name.ends_with(end))
 }
 
 /// The one set of files named `*-0000i-of-0000N.safetensors`, in order, checked to be complete.

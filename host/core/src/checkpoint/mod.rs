@@ -7,20 +7,26 @@
 //! and not a signal.
 #![forbid(unsafe_code)]
 
+mod adapter;
 mod cache;
 mod config;
 mod directory;
 mod error;
 mod file;
+mod file_kind;
 mod header;
 mod index;
 mod locate;
+mod method;
+mod python_json;
 mod quantized;
+mod remark;
 mod shown;
 #[cfg(test)]
 mod tests;
 mod text;
 mod ties;
+mod unfinished;
 mod visit;
 mod write;
 
@@ -36,24 +42,33 @@ pub use config::{Config, LayerType, MAX_CONFIG_BYTES};
 pub(crate) use directory::Directory;
 pub use error::CheckpointError;
 pub(crate) use error::shown;
+#[cfg(feature = "hub")]
+pub(crate) use file::Beginning;
 pub use file::Shard;
 pub(crate) use file::{ReadFailure, Source, is_plain_file_name};
+pub use file_kind::FileKind;
+#[cfg(feature = "hub")]
+pub(crate) use header::header_length;
 pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES, MAX_TENSORS};
 #[cfg(feature = "hub")]
-pub(crate) use index::parse as parse_index;
+pub(crate) use index::{Index, parse as parse_index};
 pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
+pub use method::{MethodSource, QuantizationMethod};
+pub(crate) use python_json::{in_place, without_mark};
 pub use quantized::{Extent, Nested, Quantized};
+pub use remark::Remark;
 pub use ties::Tie;
 pub(crate) use write::{HeaderError, header_text};
 
 use header::Header;
+use locate::Located;
 use text::{PIECE, Text};
 
 use crate::cancel::{self, CancelToken, Watch};
 use crate::types::DType;
 
 /// Most headers of a checkpoint in all, in bytes; the largest real ones have a tenth of this.
-const MAX_ALL_HEADERS_BYTES: u64 = 4 * MAX_HEADER_BYTES;
+pub(crate) const MAX_ALL_HEADERS_BYTES: u64 = 4 * MAX_HEADER_BYTES;
 /// Shards that stay open. Those beyond are opened for each read, so that a checkpoint of thousands
 /// of shards does not use up the process's descriptors.
 const MAX_OPEN_SHARDS: usize = 128;
@@ -112,6 +127,8 @@ pub struct Checkpoint {
     ties: Vec<Tie>,
     untied: Vec<Tie>,
     metadata: BTreeMap<String, String>,
+    remarks: Vec<Remark>,
+    quantization: Option<QuantizationMethod>,
 }
 
 impl Checkpoint {
@@ -119,8 +136,9 @@ impl Checkpoint {
     /// reading weights; but for an output head that is stored although it is tied to the embedding, which
     /// is compared with it.
     ///
-    /// In a directory, `model.safetensors.index.json` names the files; else `model.safetensors`
-    /// is the file; else a complete set of `*-0000i-of-0000N.safetensors`; else the only
+    /// In a directory `model.safetensors` is the file, as for transformers, unless an index names it
+    /// as one of several; else `model.safetensors.index.json` names the files, and of a tensor that
+    /// several of them hold the one that counts; else a complete set of `*-0000i-of-0000N.safetensors`; else the only
     /// `.safetensors` file. `config.json` is read from beside the files.
     ///
     /// `path` may be a link to anywhere. Every other file must lie, all links followed, in the
@@ -150,6 +168,46 @@ impl Checkpoint {
         let located = locate::locate(path, cancel)?;
         // First, because it is small and most likely to be what is broken in an edited model.
         let config = Config::read(&located.directory, cancel)?;
+        Checkpoint::of_files(path, located, config, cancel)
+    }
+
+    /// A checkpoint of which only this is here: what its files begin with, and their lengths. It can be
+    /// planned for; its weights cannot be read.
+    ///
+    /// # Errors
+    /// [`CheckpointError::HeadersOnly`] where opening it takes more, and as [`Checkpoint::open`].
+    #[cfg(feature = "hub")]
+    pub(crate) fn of_beginnings(
+        name: &str,
+        config: Option<Config>,
+        index: Option<Index>,
+        files: Vec<Beginning>,
+        cancel: &CancelToken,
+    ) -> Result<Checkpoint, CheckpointError> {
+        let located = Located {
+            // It has none, and nothing is read there: `save` asks first.
+            directory: Arc::new(Directory::open(&std::env::temp_dir())?),
+            shards: files.into_iter().map(Source::Beginning).collect(),
+            index,
+            remarks: Vec::new(),
+        };
+        Checkpoint::of_files(Path::new(name), located, config, cancel)
+    }
+
+    /// Whether its weights are elsewhere.
+    pub(crate) fn has_headers_only(&self) -> bool {
+        #[cfg(feature = "hub")]
+        return self.shards.iter().any(Shard::is_beginning);
+        #[cfg(not(feature = "hub"))]
+        false
+    }
+
+    fn of_files(
+        path: &Path,
+        located: Located,
+        config: Option<Config>,
+        cancel: &CancelToken,
+    ) -> Result<Checkpoint, CheckpointError> {
         let mut watch = Watch::new(cancel);
         let mut shards = Vec::with_capacity(located.shards.len());
         let mut tensors = Vec::new();
@@ -160,7 +218,8 @@ impl Checkpoint {
             cancel.check()?;
             let mut shard = Shard::open(source)?;
             let path = shard.path().to_owned();
-            let (header, data) = read_header(&shard, &mut header_bytes, cancel)?;
+            let (header, data) = read_header(&shard, &mut header_bytes, cancel)
+                .map_err(|error| error.or_kind(locate::kind(&shard)))?;
             if tensors.len() + header.tensors.len() > MAX_TENSORS {
                 return Err(CheckpointError::TooLarge {
                     path: path.clone(),
@@ -209,7 +268,14 @@ impl Checkpoint {
             }
             shards.push(shard);
         }
+        if let Some(index) = &located.index {
+            let dropped = drop_superseded(index, &mut tensors, cancel)?;
+            source_bytes -= dropped;
+        }
         let by_name = sorted_by_name(&tensors, &shards, cancel)?;
+        if adapter::is_adapter(&tensors, cancel)? {
+            return Err(adapter::error(&located.directory, cancel));
+        }
         if let Some(index) = located.index {
             check_index(&index, &tensors, &by_name, &shards, cancel)?;
         }
@@ -219,6 +285,7 @@ impl Checkpoint {
             true => by_name,
             false => sorted_by_name(&tensors, &shards, cancel)?,
         };
+        let quantization = quantization(config.as_ref(), &tensors, &by_name, cancel)?;
         let named: Vec<ties::Named<'_>> = tensors
             .iter()
             .map(|tensor| ties::Named {
@@ -257,6 +324,8 @@ impl Checkpoint {
             by_name,
             config,
             metadata,
+            remarks: located.remarks,
+            quantization,
         })
     }
 
@@ -275,6 +344,8 @@ impl Checkpoint {
             ties: Vec::new(),
             untied: Vec::new(),
             metadata: BTreeMap::new(),
+            remarks: Vec::new(),
+            quantization: None,
         }
     }
 
@@ -314,9 +385,10 @@ impl Checkpoint {
         self.config.as_ref()
     }
 
-    /// Returns the text of the model's configuration as a policy is told it: `{}` where there is none.
+    /// Returns the text of the model's configuration as a policy is told it: JSON to the letter
+    /// ([`Config::strict_text`]), `{}` where there is none.
     pub fn config_json(&self) -> &str {
-        self.config.as_ref().map_or("{}", |config| &config.text)
+        self.config.as_ref().map_or("{}", Config::strict_text)
     }
 
     /// Tensors that the model uses under a second name.
@@ -333,6 +405,18 @@ impl Checkpoint {
     /// `__metadata__` of the files; of equal keys that of the first file.
     pub fn metadata(&self) -> &BTreeMap<String, String> {
         &self.metadata
+    }
+
+    /// Returns the method by which it has been quantized already, by bitsandbytes or another: as
+    /// config.json says, or as its tensors show. What such a checkpoint has in floating point was left
+    /// so on purpose; [`plan::propose`](crate::plan::propose) leaves it so.
+    pub fn quantization(&self) -> Option<&QuantizationMethod> {
+        self.quantization.as_ref()
+    }
+
+    /// Returns what whoever loads it should hear: which of its files were not looked at, and why.
+    pub fn remarks(&self) -> &[Remark] {
+        &self.remarks
     }
 
     /// Fills the buffer with the bytes of a file from `offset` on.
@@ -408,6 +492,50 @@ fn read_at(
             })
         }
     }
+}
+
+/// The method by which a checkpoint has been quantized.
+fn quantization(
+    config: Option<&Config>,
+    tensors: &[TensorInfo],
+    by_name: &[u32],
+    cancel: &CancelToken,
+) -> Result<Option<QuantizationMethod>, CheckpointError> {
+    let stated = config.and_then(|config| method::of_config(&config.json));
+    match stated {
+        // Of bitsandbytes' 4 bits the weights are seen; a configuration without them is left over
+        // from weights that have been replaced.
+        Some(method) if method.is_bitsandbytes_4bit() => {
+            let is_there = tensors.iter().any(|tensor| tensor.quantized.is_some());
+            Ok(Some(method).filter(|_| is_there))
+        }
+        None => Ok(method::of_tensors(tensors, by_name, cancel)?),
+        stated => Ok(stated),
+    }
+}
+
+/// Takes out the tensors that the index places in another shard, as transformers does: an overlay
+/// replaces a few tensors of a checkpoint, whose shards still hold the old ones. Returns their bytes.
+fn drop_superseded(
+    index: &index::Index,
+    tensors: &mut Vec<TensorInfo>,
+    cancel: &CancelToken,
+) -> Result<u64, CheckpointError> {
+    let mut watch = Watch::new(cancel);
+    let mut dropped = 0;
+    let mut outcome = Ok(());
+    tensors.retain(|tensor| {
+        outcome = outcome.and_then(|()| watch.item(8 * tensor.name.len()));
+        match index.shard_of(&tensor.name) {
+            Some(shard) if shard != tensor.shard && outcome.is_ok() => {
+                dropped += tensor.bytes;
+                false
+            }
+            _ => true,
+        }
+    });
+    outcome?;
+    Ok(dropped)
 }
 
 /// Every entry of the index is in the shard that it names. Tensors that the index does not list

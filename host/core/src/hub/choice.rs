@@ -43,7 +43,7 @@ pub(super) fn limit(name: &str) -> Option<(u64, &'static str)> {
 
 /// The file to begin the weights with, in the order in which a directory's files are looked at.
 pub(super) fn weights<'a>(names: &[&'a str]) -> Option<&'a str> {
-    for wanted in [INDEX, SINGLE] {
+    for wanted in [SINGLE, INDEX] {
         if let Some(name) = names.iter().find(|name| **name == wanted) {
             return Some(name);
         }
@@ -93,8 +93,9 @@ mod tests {
     }
 
     #[test]
-    fn safetensors_are_preferred_and_the_index_before_all() {
-        assert_eq!(weights(&["model.safetensors", INDEX]), Some(INDEX));
+    fn one_file_is_preferred_and_then_the_index() {
+        assert_eq!(weights(&[INDEX, "model.safetensors"]), Some(SINGLE));
+        assert_eq!(weights(&["a.safetensors", INDEX]), Some(INDEX));
         assert_eq!(
             weights(&["a.safetensors", SINGLE, "pytorch_model.bin"]),
             Some(SINGLE)

@@ -1,5 +1,6 @@
 //! What can go wrong with a download: what, where, need and have.
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -38,24 +39,30 @@ pub enum HubError {
     /// The hub has no such model, or no such revision of it.
     #[error(
         "there is no model '{model}' with revision '{revision}', neither as a path nor in the \
-         local Hugging Face cache nor on the hub: {url} answered 404"
+         local Hugging Face cache nor on the hub: {url} answered 404{}",
+        Said(.said)
     )]
-    #[allow(missing_docs, reason = "what was asked for, and the address")]
+    #[allow(
+        missing_docs,
+        reason = "what was asked for, the address, and what the server said"
+    )]
     NotFound {
         model: String,
         revision: String,
         url: String,
+        said: Option<String>,
     },
 
     /// The hub does not tell whoever asks.
     #[error(
         "the hub does not give '{model}': {url} answered {status}: it does not exist, or it is \
-         private or gated{}",
+         private or gated{}{}",
         if *.token {
             "; the token that was sent does not give access"
         } else {
             " and needs a token: set HF_TOKEN"
-        }
+        },
+        Said(.said)
     )]
     Unauthorized {
         /// What was asked for.
@@ -66,12 +73,18 @@ pub enum HubError {
         status: u16,
         /// Whether a token was sent.
         token: bool,
+        /// What the server said.
+        said: Option<String>,
     },
 
     /// The hub answered with a status that does not help.
-    #[error("{url} answered {status}")]
+    #[error("{url} answered {status}{}", Said(.said))]
     #[allow(missing_docs, reason = "the address and its answer")]
-    Status { url: String, status: u16 },
+    Status {
+        url: String,
+        status: u16,
+        said: Option<String>,
+    },
 
     /// The hub cannot be reached, or the connection broke.
     #[error("cannot download {url}: {problem}")]
@@ -194,12 +207,35 @@ pub enum HubError {
     Cancelled,
 }
 
+/// What a server said of an error, in a message: shortened and escaped, as it comes from anybody.
+struct Said<'a>(&'a Option<String>);
+
+impl fmt::Display for Said<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(said) => write!(f, "; it says '{}'", shown(said)),
+            None => Ok(()),
+        }
+    }
+}
+
 impl HubError {
     /// Whether the same request may succeed a moment later.
     pub(super) fn may_pass(&self) -> bool {
         match self {
             HubError::Network { .. } | HubError::TooSlow { .. } => true,
             HubError::Status { status, .. } => *status == 429 || *status >= 500,
+            _ => false,
+        }
+    }
+
+    /// Whether a server refuses for good and has not said why.
+    pub(super) fn is_unexplained(&self) -> bool {
+        match self {
+            HubError::Unauthorized { said: None, .. } | HubError::NotFound { said: None, .. } => {
+                true
+            }
+            HubError::Status { said: None, .. } => !self.may_pass(),
             _ => false,
         }
     }

@@ -21,6 +21,8 @@ const CONNECT: Duration = Duration::from_secs(10);
 const MAX_REDIRECTS: usize = 10;
 /// What is read at once of a text.
 const TEXT_PIECE: usize = 64 << 10;
+/// Longest answer in which a server's message is looked for.
+const MAX_MESSAGE_BYTES: usize = 16 << 10;
 
 /// What asks the hub about one model.
 pub(super) struct Client<'a> {
@@ -33,6 +35,20 @@ pub(super) struct Client<'a> {
     model: &'a str,
     revision: &'a str,
     pub(super) cancel: &'a CancelToken,
+}
+
+/// Which bytes of a file are asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Range {
+    from: u64,
+    last: Option<u64>,
+}
+
+impl Range {
+    const ALL: Range = Range {
+        from: 0,
+        last: None,
+    };
 }
 
 /// What the hub says of a file.
@@ -142,13 +158,13 @@ impl<'a> Client<'a> {
     /// Sends a request and follows where it is redirected to.
     ///
     /// The token is sent to the hub's own scheme, host and port only, and never again once a redirect
-    /// has led away from there. A `HEAD` is not redirected away: elsewhere are only the bytes, and
-    /// the hub has said of them what is to be known. Gives the address that answered.
+    /// has led away from there. A `HEAD` is not redirected away by a hub that has said what is to be
+    /// known of the bytes elsewhere. Gives the address that answered.
     fn send(
         &self,
         method: &Method,
         url: &str,
-        from: u64,
+        range: Range,
     ) -> Result<(String, Response<Body>), HubError> {
         let bad = |at: &str, problem: &str| HubError::BadAnswer {
             url: at.to_owned(),
@@ -159,7 +175,7 @@ impl<'a> Client<'a> {
         for _ in 0..=MAX_REDIRECTS {
             let origin = Origin::of(&at).map_err(|problem| bad(url, problem))?;
             is_home &= origin == self.home;
-            let request = self.request(method, &at, from, is_home);
+            let request = self.request(method, &at, range, is_home);
             let shown = match is_home {
                 true => at.to_string(),
                 // Elsewhere the rest is often a key to the file.
@@ -171,8 +187,8 @@ impl<'a> Client<'a> {
                 self.limited(&shown, most, || request.call().map_err(network(&shown)))?;
             let status = response.status().as_u16();
             // Nothing behind the offset: the caller starts again.
-            if !(status == 416 && from > 0) {
-                self.check_status(&shown, status, is_home)?;
+            if status >= 400 && !(status == 416 && range.from > 0) {
+                return Err(self.refused(&shown, response, is_home));
             }
             let location = response.headers().get("location");
             let Some(location) = location.filter(|_| response.status().is_redirection()) else {
@@ -183,7 +199,12 @@ impl<'a> Client<'a> {
                 redirected(&at, location)
             });
             let next = next.map_err(|problem| bad(&shown, problem))?;
-            if method == Method::HEAD && Origin::of(&next).as_ref() != Ok(&self.home) {
+            // A mirror that only leads to another says nothing of the file itself.
+            if method == Method::HEAD
+                && Origin::of(&next).as_ref() != Ok(&self.home)
+                && about(&shown, &response)
+                    .is_ok_and(|_| header(&response, "x-linked-size").is_some())
+            {
                 return Ok((shown, response));
             }
             at = next;
@@ -198,7 +219,7 @@ impl<'a> Client<'a> {
         &self,
         method: &Method,
         at: &Uri,
-        from: u64,
+        range: Range,
         with_token: bool,
     ) -> RequestBuilder<WithoutBody> {
         let agent = self.agent.borrow();
@@ -209,18 +230,24 @@ impl<'a> Client<'a> {
         if let Some(token) = self.hub.token.as_ref().filter(|_| with_token) {
             request = request.header("authorization", format!("Bearer {token}"));
         }
-        if from > 0 {
-            request = request.header("range", format!("bytes={from}-"));
+        match (range.from, range.last) {
+            (0, None) => request,
+            (from, None) => request.header("range", format!("bytes={from}-")),
+            (from, Some(last)) => request.header("range", format!("bytes={from}-{last}")),
         }
-        request
     }
 
     /// The text at an address, of at most this many bytes.
-    pub(super) fn text(&self, url: &str, limit: u64) -> Result<String, HubError> {
-        let (url, response) = self.send(&Method::GET, url, 0)?;
+    pub(super) fn text(
+        &self,
+        url: &str,
+        what: &'static str,
+        limit: u64,
+    ) -> Result<String, HubError> {
+        let (url, response) = self.send(&Method::GET, url, Range::ALL)?;
         let too_large = |have| HubError::TooLarge {
             url: url.clone(),
-            what: "a list of files",
+            what,
             have,
             limit,
         };
@@ -273,35 +300,121 @@ impl<'a> Client<'a> {
 
     /// Asks about a file.
     pub(super) fn about(&self, url: &str) -> Result<About, HubError> {
-        let (at, response) = self.send(&Method::HEAD, url, 0)?;
-        about(&at, &response)
+        match self.send(&Method::HEAD, url, Range::ALL) {
+            Ok((at, response)) => about(&at, &response),
+            // What is said of it in a body is not there in the answer to a `HEAD`.
+            Err(error) if error.is_unexplained() => {
+                match self.send(&Method::GET, url, Range::ALL) {
+                    Err(explained) => Err(explained),
+                    Ok(_) => Err(error),
+                }
+            }
+            Err(error) => Err(error),
+        }
     }
 
     /// The bytes of a file from an offset on; all of them if the server does not know better.
     pub(super) fn get(&self, url: &str, from: u64) -> Result<Response<Body>, HubError> {
-        Ok(self.send(&Method::GET, url, from)?.1)
+        let range = Range { from, last: None };
+        Ok(self.send(&Method::GET, url, range)?.1)
     }
 
-    fn check_status(&self, url: &str, status: u16, is_home: bool) -> Result<(), HubError> {
+    /// So many bytes of a file from its beginning on, at most a few hundred MB. A server that sends
+    /// all of it is not listened to any longer.
+    pub(super) fn beginning(&self, url: &str, bytes: usize) -> Result<Vec<u8>, HubError> {
+        let last = Some((bytes as u64).saturating_sub(1));
+        let (url, response) = self.send(&Method::GET, url, Range { from: 0, last })?;
+        let is_placed = match response.status().as_u16() {
+            206 => header(&response, "content-range")
+                .is_none_or(|range| range.trim().starts_with("bytes 0-")),
+            status => status == 200,
+        };
+        if !is_placed {
+            return Err(HubError::BadAnswer {
+                problem: format!(
+                    "it has status {} and not the first {bytes} bytes",
+                    response.status().as_u16()
+                ),
+                url,
+            });
+        }
+        let mut body = response.into_body().into_reader();
+        let (mut have, mut piece) = (Vec::new(), vec![0; TEXT_PIECE]);
+        let mut pace = Pace::new(self.hub.patience);
+        while have.len() < bytes {
+            let most = piece.len().min(bytes - have.len());
+            match self.read(&url, &mut body, &mut piece[..most], &mut pace)? {
+                0 => {
+                    return Err(network(&url)("the connection was closed early"));
+                }
+                read => have.extend_from_slice(&piece[..read]),
+            }
+        }
+        Ok(have)
+    }
+
+    /// The error for an answer with a status that does not help, with what the server says of it.
+    fn refused(&self, url: &str, response: Response<Body>, is_home: bool) -> HubError {
+        let status = response.status().as_u16();
+        let said = match self.said(url, response) {
+            Ok(said) => said,
+            Err(HubError::Cancelled) => return HubError::Cancelled,
+            Err(_) => None,
+        };
         match status {
-            200..=399 => Ok(()),
-            401 | 403 if is_home => Err(HubError::Unauthorized {
+            401 | 403 if is_home => HubError::Unauthorized {
                 model: self.model.into(),
                 url: url.into(),
                 status,
                 token: self.hub.token.is_some(),
-            }),
-            404 if is_home => Err(HubError::NotFound {
+                said,
+            },
+            404 if is_home => HubError::NotFound {
                 model: self.model.into(),
                 revision: self.revision.into(),
                 url: url.into(),
-            }),
-            _ => Err(HubError::Status {
+                said,
+            },
+            _ => HubError::Status {
                 url: url.into(),
                 status,
-            }),
+                said,
+            },
         }
     }
+
+    /// What a server says of an error: in the header that the hub has for it, or as `error` in JSON.
+    fn said(&self, url: &str, response: Response<Body>) -> Result<Option<String>, HubError> {
+        if let Some(message) = header(&response, "x-error-message").filter(|text| !text.is_empty())
+        {
+            return Ok(Some(message.to_owned()));
+        }
+        let is_json = header(&response, "content-type")
+            .is_none_or(|kind| kind.to_ascii_lowercase().contains("json"));
+        if !is_json {
+            return Ok(None);
+        }
+        let mut body = response.into_body().into_reader();
+        let (mut bytes, mut piece) = (Vec::new(), vec![0; MAX_MESSAGE_BYTES]);
+        let mut pace = Pace::new(self.hub.patience);
+        // A longer one is no message.
+        while bytes.len() <= MAX_MESSAGE_BYTES {
+            match self.read(url, &mut body, &mut piece, &mut pace)? {
+                0 => break,
+                read => bytes.extend_from_slice(&piece[..read]),
+            }
+        }
+        let said = serde_json::from_slice(&bytes).ok();
+        Ok(said
+            .and_then(|Said { error }| error)
+            .filter(|error| !error.is_empty()))
+    }
+}
+
+/// What a server says in place of a file.
+#[derive(serde::Deserialize)]
+struct Said {
+    error: Option<String>,
 }
 
 fn too_slow(url: &str, slow: TooSlow) -> HubError {

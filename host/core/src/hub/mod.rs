@@ -28,7 +28,7 @@ mod store;
 mod transfer;
 mod watchdog;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use hf_hub::api::RepoInfo;
@@ -36,7 +36,10 @@ use hf_hub::api::sync::{ApiBuilder, ApiRepo};
 use hf_hub::{Cache, Repo, RepoType};
 
 use crate::cancel::CancelToken;
-use crate::checkpoint::{self, CheckpointError, Directory, MAX_INDEX_BYTES, parse_index};
+use crate::checkpoint::{
+    self, Beginning, Checkpoint, CheckpointError, Config, Directory, MAX_ALL_HEADERS_BYTES,
+    MAX_INDEX_BYTES, header_length, parse_index,
+};
 
 pub use environment::Hub;
 pub use error::HubError;
@@ -45,6 +48,7 @@ use http::Client;
 use store::Entry;
 use transfer::Transfer;
 
+const CONFIG: &str = "config.json";
 /// Most bytes of the answer that lists a model's files.
 const MAX_INFO_BYTES: u64 = 32 << 20;
 /// How often a request is repeated that failed for a reason that may pass.
@@ -99,6 +103,31 @@ tightfit_common::setters!([<'a>] FetchOptions<'a>:
 /// # Errors
 /// A [`HubError`] that says what was asked for and where. Complete files stay in the cache.
 pub fn fetch(hub: &Hub, model: &str, options: &FetchOptions<'_>) -> Result<PathBuf, HubError> {
+    with_model(hub, model, options, |mut download, revision, info| {
+        download.all(model, revision, info)?;
+        download.entry.refer(revision, &info.sha)?;
+        Ok(download.entry.snapshot())
+    })
+}
+
+/// Asks for a model's configuration, its index and the headers of its weights, and for nothing else:
+/// enough to plan for it. Nothing is written into the cache.
+///
+/// # Errors
+/// As [`fetch`]; and [`CheckpointError::HeadersOnly`] where some of the weights have to be read, as for
+/// what bitsandbytes has quantized.
+pub fn headers(hub: &Hub, model: &str, options: &FetchOptions<'_>) -> Result<Checkpoint, HubError> {
+    with_model(hub, model, options, |download, revision, info| {
+        download.headers(model, revision, info)
+    })
+}
+
+fn with_model<T>(
+    hub: &Hub,
+    model: &str,
+    options: &FetchOptions<'_>,
+    work: impl FnOnce(Download<'_>, &str, &RepoInfo) -> Result<T, HubError>,
+) -> Result<T, HubError> {
     let (progress, cancel) = (options.progress, &options.cancel);
     let revision = options.revision.unwrap_or("main");
     let Some(name) = checkpoint::entry_name(model) else {
@@ -144,16 +173,14 @@ pub fn fetch(hub: &Hub, model: &str, options: &FetchOptions<'_>) -> Result<PathB
         api.repo(repository)
     };
     let info = info(&client, &repository(revision))?;
-    let mut download = Download {
+    let download = Download {
         client: &client,
         entry: Entry::new(cache.join(name), &info.sha),
         // Of the commit, so that all files belong together even if the branch moves meanwhile.
         repository: repository(&info.sha),
         progress,
     };
-    download.all(model, revision, &info)?;
-    download.entry.refer(revision, &info.sha)?;
-    Ok(download.entry.snapshot())
+    work(download, revision, &info)
 }
 
 /// What the model consists of at the revision.
@@ -161,7 +188,7 @@ fn info(client: &Client<'_>, repository: &ApiRepo) -> Result<RepoInfo, HubError>
     let request = repository.info_request();
     let url = request.uri_ref().map(ToString::to_string);
     let url = url.unwrap_or_else(|| client.hub.endpoint.clone());
-    let text = client.patiently(|| client.text(&url, MAX_INFO_BYTES))?;
+    let text = client.patiently(|| client.text(&url, "a list of files", MAX_INFO_BYTES))?;
     let bad = |problem: String| HubError::BadAnswer {
         url: url.clone(),
         problem,
@@ -178,6 +205,32 @@ fn info(client: &Client<'_>, repository: &ApiRepo) -> Result<RepoInfo, HubError>
     }
 }
 
+/// The file to begin the weights with.
+fn chosen<'n>(names: &[&'n str], model: &str, revision: &str) -> Result<&'n str, HubError> {
+    choice::weights(names).ok_or_else(|| HubError::NoSafetensors {
+        model: model.into(),
+        revision: revision.into(),
+        have: choice::other_weights(names).map(str::to_owned),
+    })
+}
+
+/// All shards of an index are there.
+fn check_shards(
+    shards: &[String],
+    names: &[&str],
+    model: &str,
+    revision: &str,
+) -> Result<(), HubError> {
+    match shards.iter().find(|shard| !names.contains(&shard.as_str())) {
+        Some(shard) => Err(HubError::MissingShard {
+            model: model.into(),
+            revision: revision.into(),
+            shard: shard.clone(),
+        }),
+        None => Ok(()),
+    }
+}
+
 /// A download under way.
 struct Download<'a> {
     client: &'a Client<'a>,
@@ -187,19 +240,94 @@ struct Download<'a> {
 }
 
 impl Download<'_> {
+    /// The text of a small file; `None` where the model has none.
+    fn small(&self, names: &[&str], name: &str) -> Result<Option<String>, HubError> {
+        let Some((limit, what)) = choice::limit(name).filter(|_| names.contains(&name)) else {
+            return Ok(None);
+        };
+        let url = self.repository.url(name);
+        let text = self
+            .client
+            .patiently(|| self.client.text(&url, what, limit))?;
+        Ok(Some(text))
+    }
+
+    fn headers(
+        &self,
+        model: &str,
+        revision: &str,
+        info: &RepoInfo,
+    ) -> Result<Checkpoint, HubError> {
+        let cancel = self.client.cancel;
+        let names: Vec<&str> = info
+            .siblings
+            .iter()
+            .map(|file| file.rfilename.as_str())
+            .collect();
+        let weights = chosen(&names, model, revision)?;
+        let config = match self.small(&names, CONFIG)? {
+            Some(text) => Some(Config::parse(Path::new(CONFIG), text)?),
+            None => None,
+        };
+        let (mut index, mut shards) = (None, vec![weights.to_owned()]);
+        if weights == choice::INDEX {
+            let text = self.small(&names, weights)?.unwrap_or_default();
+            let parsed = parse_index(Path::new(weights), &text, cancel)?;
+            check_shards(&parsed.shards, &names, model, revision)?;
+            shards.clone_from(&parsed.shards);
+            index = Some(parsed);
+        }
+        let (mut files, mut total) = (Vec::with_capacity(shards.len()), 0);
+        for name in shards {
+            let file = self.beginning(&name, &mut total)?;
+            (self.progress)(FileProgress {
+                file: &name,
+                bytes_done: file.bytes.len() as u64,
+                bytes_total: file.bytes.len() as u64,
+            });
+            files.push(file);
+        }
+        Ok(Checkpoint::of_beginnings(
+            model, config, index, files, cancel,
+        )?)
+    }
+
+    /// A file as far as its header goes. `total` are the bytes of all headers.
+    fn beginning(&self, name: &str, total: &mut u64) -> Result<Beginning, HubError> {
+        let url = self.repository.url(name);
+        let client = self.client;
+        let length = client.patiently(|| client.about(&url))?.bytes;
+        let first = client.patiently(|| client.beginning(&url, length.min(8) as usize))?;
+        let mut bytes = first.clone();
+        // What is too short, or something else, is told when it is opened.
+        if let Ok(first) = <[u8; 8]>::try_from(first)
+            && let Ok(header) = header_length(Path::new(name), first, length)
+        {
+            *total += header as u64;
+            if *total > MAX_ALL_HEADERS_BYTES {
+                return Err(HubError::TooLarge {
+                    url,
+                    what: "all headers",
+                    have: *total,
+                    limit: MAX_ALL_HEADERS_BYTES,
+                });
+            }
+            bytes = client.patiently(|| client.beginning(&url, 8 + header))?;
+        }
+        Ok(Beginning {
+            name: name.to_owned(),
+            bytes: bytes.into(),
+            length,
+        })
+    }
+
     fn all(&mut self, model: &str, revision: &str, info: &RepoInfo) -> Result<(), HubError> {
         let names: Vec<&str> = info
             .siblings
             .iter()
             .map(|file| file.rfilename.as_str())
             .collect();
-        let Some(weights) = choice::weights(&names) else {
-            return Err(HubError::NoSafetensors {
-                model: model.into(),
-                revision: revision.into(),
-                have: choice::other_weights(&names).map(str::to_owned),
-            });
-        };
+        let weights = chosen(&names, model, revision)?;
         // The index first: what is wrong with it is known before anything large is fetched, and
         // with it an interrupted download is known to be incomplete.
         let mut shards = vec![weights.to_owned()];
@@ -209,15 +337,7 @@ impl Download<'_> {
             let cancel = self.client.cancel;
             let text = directory.read_text(weights, "an index (bytes)", MAX_INDEX_BYTES, cancel)?;
             shards = parse_index(&path, &text.unwrap_or_default(), cancel)?.shards;
-            for shard in &shards {
-                if !names.contains(&shard.as_str()) {
-                    return Err(HubError::MissingShard {
-                        model: model.into(),
-                        revision: revision.into(),
-                        shard: shard.clone(),
-                    });
-                }
-            }
+            check_shards(&shards, &names, model, revision)?;
         }
         for name in choice::SMALL
             .into_iter()

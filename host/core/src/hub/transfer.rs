@@ -70,24 +70,26 @@ impl Transfer<'_> {
             done = 0;
         }
         let mut response = self.client.get(self.url, done)?;
-        if response.status().as_u16() == 416 {
+        // Bytes that cannot be placed are no more use than none: mirrors leave the range out.
+        let is_of_no_use = match response.status().as_u16() {
+            416 => true,
+            206 => !is_rest(header(&response, "content-range"), done, about.bytes),
+            _ => false,
+        };
+        if is_of_no_use && done > 0 {
             done = 0;
             response = self.client.get(self.url, 0)?;
         }
-        // A server may send everything whatever was asked for.
-        if !(response.status().as_u16() == 206
-            && starts_at(header(&response, "content-range"), done))
-        {
-            if response.status().as_u16() != 200 {
+        match response.status().as_u16() {
+            // A server may send everything whatever was asked for.
+            200 => done = 0,
+            206 if is_rest(header(&response, "content-range"), done, about.bytes) => {}
+            status => {
                 return Err(HubError::BadAnswer {
                     url: self.url.into(),
-                    problem: format!(
-                        "it has status {} and not the bytes from {done} on",
-                        response.status().as_u16()
-                    ),
+                    problem: format!("it has status {status} and not the bytes from {done} on"),
                 });
             }
-            done = 0;
         }
         let announced = header(&response, "content-length").and_then(|length| length.parse().ok());
         if let Some(announced) = announced.map(|length: u64| done.saturating_add(length))
@@ -178,12 +180,18 @@ impl Transfer<'_> {
     }
 }
 
-/// Whether a `Content-Range` begins at the offset.
-fn starts_at(range: Option<&str>, offset: u64) -> bool {
-    let first = range
-        .and_then(|range| range.strip_prefix("bytes "))
-        .and_then(|range| range.split('-').next());
-    first.and_then(|first| first.parse().ok()) == Some(offset)
+/// Whether a `Content-Range` is that of all bytes from the offset on, of so many in all.
+fn is_rest(range: Option<&str>, offset: u64, bytes: u64) -> bool {
+    let Some(range) = range.and_then(|range| range.trim().strip_prefix("bytes ")) else {
+        return false;
+    };
+    let range = range.split('/').next().unwrap_or_default();
+    let Some((first, last)) = range.split_once('-') else {
+        return false;
+    };
+    let number = |text: &str| text.trim().parse::<u64>().ok();
+    number(first) == Some(offset)
+        && number(last).and_then(|last| last.checked_add(1)) == Some(bytes)
 }
 
 #[cfg(test)]
@@ -191,15 +199,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_range_is_taken_only_where_it_begins_at_the_offset() {
-        assert!(starts_at(Some("bytes 5-9/10"), 5));
+    fn a_range_is_taken_only_where_it_is_the_rest_of_the_file() {
+        assert!(is_rest(Some("bytes 5-9/10"), 5, 10));
+        assert!(is_rest(Some("bytes 5-9/*"), 5, 10));
         for range in [
             None,
             Some("bytes 4-9/10"),
+            Some("bytes 5-8/10"),
+            Some("bytes 5-18446744073709551615/10"),
+            Some("bytes 5/10"),
             Some("bytes */10"),
             Some("5-9/10"),
+            Some(""),
         ] {
-            assert!(!starts_at(range, 5), "{range:?}");
+            assert!(!is_rest(range, 5, 10), "{range:?}");
         }
     }
 }

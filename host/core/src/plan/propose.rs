@@ -8,6 +8,7 @@ use crate::checkpoint::Checkpoint;
 use crate::device::DeviceInfo;
 use crate::policy::{Policy, PolicyError, PreviousFailure, Request, check_settings};
 use crate::status::Status;
+use crate::types::Format;
 
 /// A plan, and which policy made it and how.
 #[derive(Debug, Clone, PartialEq)]
@@ -78,7 +79,8 @@ impl From<Cancelled> for ProposeError {
 /// Asks `policy` where the checkpoint's tensors go, and lays them out.
 ///
 /// Settings named `format:PATTERN` are [`FormatRules`] and hold whatever the policy says; all others
-/// are the policy's.
+/// are the policy's. A checkpoint that has been quantized already ([`Checkpoint::quantization`]) stays
+/// as it is stored but for such rules.
 ///
 /// # Errors
 /// [`ProposeError`].
@@ -114,6 +116,16 @@ pub fn propose_with(
     propose_again(checkpoint, policy, devices, settings, None, options)
 }
 
+/// The formats of all `count` tensors, those that no rule is for as stored: what the method that has
+/// quantized a checkpoint left in floating point stays so unless the user asks.
+fn with_the_rest_stored(required: Vec<(usize, Format)>, count: usize) -> Vec<(usize, Format)> {
+    let mut formats = vec![Format::Stored; count];
+    for (tensor, format) in required {
+        formats[tensor] = format;
+    }
+    formats.into_iter().enumerate().collect()
+}
+
 /// [`propose_with`], telling the policy why its previous plan failed.
 pub(crate) fn propose_again(
     checkpoint: &Checkpoint,
@@ -130,7 +142,10 @@ pub(crate) fn propose_again(
     let label = policy.label().unwrap_or(&description.name);
     check_settings(label, &description, &settings)?;
     cancel.check()?;
-    let required_formats = rules.formats(checkpoint.tensors(), checkpoint.ties())?;
+    let mut required_formats = rules.formats(checkpoint.tensors(), checkpoint.ties())?;
+    if checkpoint.quantization().is_some() {
+        required_formats = with_the_rest_stored(required_formats, checkpoint.tensors().len());
+    }
     let mut offered = devices.to_vec();
     if options.reserve_headroom {
         // Weights and headroom are rounded up together. Where only whole units are offered, that

@@ -49,7 +49,8 @@ pub struct PreviousFailure {
 /// Everything a policy is told.
 #[derive(Debug, Clone, Copy)]
 pub struct Request<'a> {
-    /// The checkpoint's config.json, or `{}` when there is none.
+    /// The checkpoint's config.json as JSON that every parser reads, or `{}` when there is none: what
+    /// Python writes as `NaN`, `Infinity` and `-Infinity` is `null`.
     pub config_json: &'a str,
     /// In checkpoint order.
     pub tensors: &'a [TensorInfo],

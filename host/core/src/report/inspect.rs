@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 use tightfit_common::names::TensorKind;
 
-use super::purpose;
+use super::{MethodReport, purpose};
 use crate::checkpoint::{Checkpoint, Config, TensorInfo};
 use crate::plan::Plan;
 use crate::types::{Format, elements};
@@ -43,6 +43,8 @@ pub struct Inspection {
     pub stored_bytes: u64,
     /// Pairs of names for one parameter.
     pub ties: Vec<(String, String)>,
+    /// The method by which it has been quantized already, if it has.
+    pub quantization: Option<MethodReport>,
 }
 
 /// A part of a checkpoint.
@@ -128,6 +130,7 @@ impl Inspection {
                     (tensor.name.clone(), tie.alias.clone())
                 })
                 .collect(),
+            quantization: checkpoint.quantization().map(MethodReport::from),
         }
     }
 }

@@ -2,15 +2,17 @@
 //! changed, while `schema` is 1. Sizes are in bytes.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use serde::Serialize;
 
 use super::{Fill, fills};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, QuantizationMethod};
 use crate::load::Revision;
 use crate::memory::{Usage, peak_rss_bytes};
 use crate::model::LoadStats;
 use crate::plan::{Plan, Proposed};
+use crate::text::printable;
 
 /// What `plan` and `load` report.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -44,6 +46,46 @@ pub struct ModelReport {
     pub tensors: usize,
     /// Bytes of them.
     pub source_bytes: u64,
+    /// The method by which it has been quantized already, if it has.
+    pub quantization: Option<MethodReport>,
+}
+
+/// The method by which a checkpoint has been quantized.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct MethodReport {
+    /// Its name, for example `fp8`, `gptq` or `bitsandbytes`.
+    pub method: String,
+    /// Bits of an element, where config.json says so.
+    pub bits: Option<u64>,
+    /// Where it is known from: `config` or `tensors`.
+    pub source: &'static str,
+}
+
+impl From<&QuantizationMethod> for MethodReport {
+    fn from(method: &QuantizationMethod) -> MethodReport {
+        MethodReport {
+            method: method.name.clone(),
+            bits: method.bits,
+            source: method.source.name(),
+        }
+    }
+}
+
+impl fmt::Display for MethodReport {
+    /// One sentence: what it is and what that means.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "quantized by {} already", printable(&self.method))?;
+        if let Some(bits) = self.bits {
+            write!(f, " ({bits} bits)")?;
+        }
+        match self.source {
+            "config" => f.write_str(", as config.json says")?,
+            _ => f.write_str(", as its tensors show")?,
+        }
+        f.write_str(
+            ": what that left in float stays as it is, unless --set format:PATTERN=FORMAT asks",
+        )
+    }
 }
 
 /// The policy that placed the tensors.
@@ -178,6 +220,7 @@ impl Report {
                     .and_then(|config| config.architecture.clone()),
                 tensors: checkpoint.tensors().len(),
                 source_bytes: checkpoint.source_bytes(),
+                quantization: checkpoint.quantization().map(MethodReport::from),
             },
             policy: PolicyReport::from(proposed),
             devices: proposed

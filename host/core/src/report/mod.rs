@@ -10,7 +10,7 @@ mod to_json;
 pub use fill::{Content, Fill, fills};
 pub use inspect::Inspection;
 pub use json::{
-    DeviceReport, HostReport, LoadReport, ModelReport, PlacementReport, PolicyReport,
+    DeviceReport, HostReport, LoadReport, MethodReport, ModelReport, PlacementReport, PolicyReport,
     QuantizedReport, Report, RevisionReport,
 };
 

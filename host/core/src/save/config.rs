@@ -9,10 +9,12 @@ use serde_json::{Value, json};
 use super::layout::pretty;
 use super::target::Target;
 use super::{SaveError, is_4bit};
-use crate::checkpoint::{Config, TensorInfo};
+use crate::checkpoint::{Config, TensorInfo, in_place, without_mark};
 use crate::types::{DType, Format, QuantType};
 
 const KEY: &str = "quantization_config";
+/// Which modules bitsandbytes leaves as they are.
+const SKIPPED: &str = "llm_int8_skip_modules";
 
 /// Writes the model's configuration, where it has one.
 pub(super) fn write(
@@ -28,8 +30,8 @@ pub(super) fn write(
         .iter()
         .any(|(tensor, format)| is_4bit(tensor, *format));
     let text = match quantized {
-        true => with_quantization(config, weights, skipped_on_request),
-        false => config.text.clone(),
+        true => with_quantization(config, weights, skipped_on_request)?,
+        false => without_mark(&config.text).to_owned(),
     };
     target.write_text("config.json", &text)
 }
@@ -39,31 +41,73 @@ fn with_quantization(
     config: &Config,
     weights: &[(TensorInfo, Format)],
     skipped_on_request: bool,
-) -> String {
-    let Ok(Entries(mut entries)) = serde_json::from_str(&config.text) else {
-        // It was parsed when the checkpoint was opened.
-        return config.text.clone();
+) -> Result<String, SaveError> {
+    // transformers refuses a byte order mark.
+    let text = without_mark(&config.text);
+    let Some(mut entries) = entries(text) else {
+        return Err(SaveError::Internal("a configuration cannot be read again"));
     };
     // A checkpoint that was quantized already says so itself.
-    if entries.iter().any(|(key, _)| key == KEY) {
-        return config.text.clone();
+    if let Some((_, settings)) = entries.iter_mut().find(|(key, _)| key == KEY) {
+        let Some(changed) = without_quantized(settings, weights) else {
+            return Ok(text.to_owned());
+        };
+        *settings = &changed;
+        return Ok(rendered(&entries, "\n", ""));
+    }
+    if config.states_quantization() {
+        return Ok(text.to_owned());
     }
     let value = quantization_config(config, weights, skipped_on_request);
     let indented = pretty(&value).replace('\n', "\n  ");
-    let Ok(raw) = RawValue::from_string(indented) else {
-        return config.text.clone();
-    };
     // transformers sorts its keys; in a file that is not sorted it comes last.
     let position = match entries.is_sorted_by(|(a, _), (b, _)| a <= b) {
         true => entries.partition_point(|(key, _)| key.as_str() < KEY),
         false => entries.len(),
     };
-    entries.insert(position, (KEY.to_owned(), raw));
+    entries.insert(position, (KEY.to_owned(), &indented));
+    Ok(rendered(&entries, "\n", ""))
+}
+
+/// The settings of a checkpoint that was quantized before, with those of its weights that are
+/// quantized now out of the list of modules that are not; `None` where that changes nothing.
+fn without_quantized(settings: &str, weights: &[(TensorInfo, Format)]) -> Option<String> {
+    let is_new = |(tensor, format): &(TensorInfo, Format)| {
+        tensor.quantized.is_none() && matches!(format, Format::Nf4 { .. })
+    };
+    if !weights.iter().any(is_new) {
+        return None;
+    }
+    let mut entries = entries(settings)?;
+    let (_, list) = entries.iter_mut().find(|(key, _)| key == SKIPPED)?;
+    if list.trim() == "null" {
+        return None;
+    }
+    let modules = pretty(&unquantized_modules(weights)).replace('\n', "\n    ");
+    *list = &modules;
+    Some(rendered(&entries, "", "  "))
+}
+
+/// An object with these entries, each in a line of its own, that ends with `end`.
+fn rendered(entries: &[(String, &str)], end: &str, indentation: &str) -> String {
     let lines: Vec<String> = entries
         .iter()
-        .map(|(key, value)| format!("  {}: {}", Value::from(key.as_str()), value.get()))
+        .map(|(key, value)| format!("{indentation}  {}: {value}", Value::from(key.as_str())))
         .collect();
-    format!("{{\n{}\n}}\n", lines.join(",\n"))
+    format!("{{\n{}\n{indentation}}}{end}", lines.join(",\n"))
+}
+
+/// The entries of an object in their order, values as they are written: `NaN` and `Infinity` too,
+/// which Python writes.
+fn entries(text: &str) -> Option<Vec<(String, &str)>> {
+    let json = in_place(text);
+    let Entries(entries) = serde_json::from_str(&json).ok()?;
+    let written = |(key, value): (String, &RawValue)| {
+        // A value is a part of the JSON, which has it where the text has it.
+        let start = value.get().as_ptr() as usize - json.as_ptr() as usize;
+        Some((key, text.get(start..start + value.get().len())?))
+    };
+    entries.into_iter().map(written).collect()
 }
 
 /// What transformers 5.23 writes for such weights.
@@ -74,6 +118,8 @@ fn quantization_config(
 ) -> Value {
     let mut quant_type = QuantType::Nf4;
     let mut double = false;
+    // Then what is not quantized was left out by whoever did it.
+    let was_quantized = weights.iter().any(|(tensor, _)| tensor.quantized.is_some());
     for (tensor, format) in weights {
         match (&tensor.quantized, format) {
             (Some(quantized), _) => {
@@ -103,7 +149,7 @@ fn quantization_config(
         "bnb_4bit_use_double_quant": double,
         "llm_int8_enable_fp32_cpu_offload": false,
         "llm_int8_has_fp16_weight": false,
-        "llm_int8_skip_modules": skipped_on_request.then(|| unquantized_modules(weights)),
+        "llm_int8_skip_modules": (skipped_on_request || was_quantized).then(|| unquantized_modules(weights)),
         "llm_int8_threshold": 6.0,
         "load_in_4bit": true,
         "load_in_8bit": false,
@@ -125,20 +171,20 @@ fn unquantized_modules(weights: &[(TensorInfo, Format)]) -> Vec<String> {
         .collect()
 }
 
-/// The entries of an object in their order, values as they are written.
-struct Entries(Vec<(String, Box<RawValue>)>);
+/// The entries of an object in their order.
+struct Entries<'t>(Vec<(String, &'t RawValue)>);
 
-impl<'de> Deserialize<'de> for Entries {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Entries, D::Error> {
+impl<'de> Deserialize<'de> for Entries<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Entries<'de>, D::Error> {
         struct InOrder;
         impl<'de> Visitor<'de> for InOrder {
-            type Value = Entries;
+            type Value = Entries<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries<'de>, A::Error> {
                 let mut entries = Vec::new();
                 while let Some(entry) = map.next_entry()? {
                     entries.push(entry);

@@ -8,6 +8,7 @@ use crate::checkpoint::{CheckpointError, shown};
 use crate::load::LoadError;
 use crate::plan::{PlanError, SizeError};
 use crate::status::Status;
+use crate::types::Format;
 
 /// Why a checkpoint was not written. Nothing is left at the target, or what was there before.
 #[derive(Debug, thiserror::Error)]
@@ -55,6 +56,20 @@ pub enum SaveError {
     SameName {
         /// The name.
         name: String,
+    },
+    /// A weight is to be in 4 bits in a checkpoint that another method has quantized.
+    #[error(
+        "the checkpoint is quantized by {} already, and with '{}' in {format} no single method would \
+         describe it: leave what it holds as it is stored, or start from weights that are not quantized",
+        shown(.method), shown(.tensor)
+    )]
+    OtherMethod {
+        /// The method.
+        method: String,
+        /// The weight.
+        tensor: String,
+        /// The format that it was to have.
+        format: Format,
     },
     /// What would be written is larger than any checkpoint that can be opened.
     #[error("writing the tensor '{}' would make {what} {need}, at most {limit} can be opened", shown(.tensor))]
@@ -113,6 +128,7 @@ impl From<&SaveError> for Status {
             // What is listed is read; all else that fails is what is written.
             SaveError::Checkpoint(_)
             | SaveError::SameName { .. }
+            | SaveError::OtherMethod { .. }
             | SaveError::TooLarge { .. }
             | SaveError::Io { action: "list", .. } => Status::Checkpoint,
             SaveError::Load(error) => error.into(),

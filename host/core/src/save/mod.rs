@@ -30,7 +30,7 @@ use tightfit_common::names::{TensorKind, kind_of};
 use tightfit_kernels::{DYNAMIC_MAP, FP4, Kernels, NF4};
 
 use crate::cancel::CancelToken;
-use crate::checkpoint::{Checkpoint, Extent, TensorInfo};
+use crate::checkpoint::{Checkpoint, CheckpointError, Extent, TensorInfo};
 use crate::device::{Device, DeviceKind, HostDevice};
 use crate::load;
 use crate::memory::DEFAULT_STAGING;
@@ -130,6 +130,8 @@ pub struct Saved {
 /// `*.tiktoken`, `*.bpe`) are copied as new files of this user, whatever their modes are. What is
 /// larger than [`MAX_COMPANION_BYTES`], or no regular file, is left out, as [`Saved::left_out`] says.
 ///
+/// A checkpoint that another method has quantized is only copied: nothing of it may be put in 4 bits.
+///
 /// # Errors
 /// [`SaveError`]; nothing is left at `target`, or what was there before.
 pub fn save(
@@ -141,8 +143,17 @@ pub fn save(
     if placements.len() != checkpoint.tensors().len() {
         return Err(SaveError::OtherPlan);
     }
+    if checkpoint.has_headers_only() {
+        let path = checkpoint.path().into();
+        return Err(SaveError::Checkpoint(CheckpointError::HeadersOnly { path }));
+    }
+    check_method(checkpoint, placements)?;
     // First, for what may not be copied is known before hours of work.
-    let companions = Companions::find(checkpoint.directory(), &options.cancel)?;
+    let companions = Companions::find(
+        checkpoint.directory(),
+        !checkpoint.path().is_dir(),
+        &options.cancel,
+    )?;
     let target = Target::create(target.as_ref(), options.force)?;
     let kept: Vec<(TensorInfo, Format)> = checkpoint
         .tensors()
@@ -191,6 +202,28 @@ pub fn save(
         nonfinite_blocks,
         left_out: companions.left_out,
     })
+}
+
+/// Nothing is to be in 4 bits in a checkpoint that another method has quantized: its configuration
+/// would describe one of them only.
+fn check_method(checkpoint: &Checkpoint, placements: &[Placement]) -> Result<(), SaveError> {
+    let Some(method) = checkpoint.quantization() else {
+        return Ok(());
+    };
+    let mut tensors = checkpoint.tensors().iter().zip(placements);
+    let quantized = |(_, placement): &(&TensorInfo, &Placement)| {
+        placement.device.is_some() && matches!(placement.format, Format::Nf4 { .. })
+    };
+    match tensors.find(quantized) {
+        Some((tensor, placement)) if !method.is_bitsandbytes_4bit() => {
+            Err(SaveError::OtherMethod {
+                method: method.to_string(),
+                tensor: tensor.name.clone(),
+                format: placement.format,
+            })
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether a weight is stored in a 4-bit format, quantized now or before.

@@ -123,6 +123,13 @@ impl Target {
         self.partial.path().join(name)
     }
 
+    /// Makes a folder in the directory, as open as the directory will be.
+    pub(super) fn make_folder(&self, name: &str) -> Result<(), SaveError> {
+        let path = self.partial.path().join(name);
+        fs::create_dir(&path).map_err(io_error("create", &path))?;
+        make_like_any_directory(&path)
+    }
+
     /// Creates a file with our own mode, whatever the checkpoint's files have.
     pub(super) fn create_file(&self, name: &str) -> Result<File, SaveError> {
         let path = self.partial.path().join(name);

@@ -83,6 +83,61 @@ fn saved(dir: &TempDir) -> Saved {
     save_as(dir, NF4).unwrap_or_else(|error| panic!("{error}"))
 }
 
+// The configuration
+
+#[test]
+fn what_only_python_calls_json_stays_as_it_was_written() {
+    let dir = plain();
+    let line = "\"time_step_limit\": [0.0, Infinity]";
+    let text = format!(
+        "\u{feff}{{\"z\": \"\\ud800\", {line},\n \"a\": [NaN, -Infinity, 1e999], \"\\udc00\": {{\"b\":NaN}}}}"
+    );
+    write(&dir, "config.json", text.as_bytes());
+    saved(&dir);
+    let have = fs::read_to_string(dir.path().join("out/config.json")).unwrap();
+    assert!(
+        have.starts_with(&format!(
+            "{{\n  \"z\": \"\\ud800\",\n  {line},\n  \"a\": [NaN, -Infinity, 1e999],\n"
+        )),
+        "{have}"
+    );
+    assert!(
+        have.contains("{\"b\":NaN},\n  \"quantization_config\": {\n"),
+        "{have}"
+    );
+    // Of what is not quantized, all stays; transformers refuses the mark.
+    fs::remove_dir_all(dir.path().join("out")).unwrap();
+    save_as(&dir, Format::Stored).unwrap();
+    let have = fs::read_to_string(dir.path().join("out/config.json")).unwrap();
+    assert_eq!(have, text[3..]);
+}
+
+// Checkpoints that are quantized already
+
+/// `m` with one matrix that another method left in float, and with this configuration.
+fn quantized_by(settings: serde_json::Value) -> TempDir {
+    let dir = plain();
+    let config = json!({"hidden_size": 8, "quantization_config": settings});
+    write(&dir, "config.json", config.to_string().as_bytes());
+    dir
+}
+
+#[test]
+fn what_another_method_has_quantized_is_copied_or_refused() {
+    for method in ["fp8", "mxfp4", "gptq", "new"] {
+        let dir = quantized_by(json!({"quant_method": method}));
+        let error = save_as(&dir, NF4).unwrap_err();
+        assert!(
+            matches!(&error, SaveError::OtherMethod { method: is, tensor, .. } if is == method && tensor == "a.weight"),
+            "{error}"
+        );
+        let saved = save_as(&dir, Format::Stored).unwrap();
+        assert_eq!(saved.quantized, 0);
+        let config = |path: &str| fs::read(dir.path().join(path).join("config.json")).unwrap();
+        assert_eq!(config("m"), config("out"));
+    }
+}
+
 // Files beside the weights
 
 #[cfg(unix)]
@@ -225,6 +280,143 @@ fn what_is_too_large_or_no_file_is_left_out_and_told() {
 }
 
 #[test]
+fn folders_that_belong_to_the_model_are_copied() {
+    let dir = plain();
+    let folder = |name: &str| fs::create_dir_all(dir.path().join("m").join(name)).unwrap();
+    for name in [
+        "1_Pooling",
+        "2_Dense",
+        "3_Pickled/inner",
+        "processor",
+        "a/b/c/d",
+        "onnx",
+        "figures",
+        ".git",
+        "checkpoint-500",
+    ] {
+        folder(name);
+    }
+    let modules = json!([
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+        {"idx": 1, "path": "1_Pooling"}, {"idx": 2, "path": "2_Dense/"}, {"idx": 3, "path": "3_Pickled"},
+        {"idx": 4, "path": "../../etc"}, {"idx": 5, "path": "/etc"}, {"idx": 6, "path": "gone"},
+    ]);
+    write(&dir, "modules.json", modules.to_string().as_bytes());
+    for name in [
+        "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
+        "3_Pickled/config.json",
+        "3_Pickled/pytorch_model.bin",
+        "3_Pickled/inner/x.txt",
+        "processor/preprocessor_config.json",
+        "processor/.hidden.json",
+        "a/b/x.json",
+        "a/b/c/x.json",
+        "onnx/model.onnx",
+        "onnx/config.json",
+        "figures/plot.png",
+        ".git/x.json",
+        "checkpoint-500/model.safetensors.index.json",
+        "checkpoint-500/trainer_state.json",
+    ] {
+        write(&dir, name, b"{}");
+    }
+    #[cfg(unix)]
+    std::os::unix::fs::symlink(".git", dir.path().join("m/linked")).unwrap();
+    let saved = saved(&dir);
+    let told: Vec<(&str, &LeftOutReason)> = saved
+        .left_out
+        .iter()
+        .map(|left| (&*left.file, &left.reason))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            ("3_Pickled/pytorch_model.bin", &LeftOutReason::Kind),
+            ("checkpoint-500", &LeftOutReason::OtherWeights),
+        ]
+    );
+    let out = dir.path().join("out");
+    assert_eq!(
+        names(&out),
+        [
+            "1_Pooling",
+            "2_Dense",
+            "3_Pickled",
+            "a",
+            "config.json",
+            "model.safetensors",
+            "modules.json",
+            "processor",
+        ]
+    );
+    assert_eq!(
+        names(&out.join("2_Dense")),
+        ["config.json", "model.safetensors"]
+    );
+    assert_eq!(names(&out.join("3_Pickled")), ["config.json", "inner"]);
+    assert_eq!(names(&out.join("3_Pickled/inner")), ["x.txt"]);
+    assert_eq!(names(&out.join("processor")), ["preprocessor_config.json"]);
+    assert_eq!(names(&out.join("a/b")), ["x.json"]);
+    // Of a single file only what modules.json names.
+    let checkpoint = Checkpoint::open(dir.path().join("m/model.safetensors")).unwrap();
+    let placement = Placement {
+        device: Some(0),
+        format: NF4,
+    };
+    let single = dir.path().join("single");
+    save(&checkpoint, &[placement], &single, &SaveOptions::default()).unwrap();
+    assert!(single.join("1_Pooling/config.json").exists());
+    assert!(!single.join("processor").exists() && !single.join("a").exists());
+}
+
+#[test]
+fn folders_with_very_many_files_are_left_out_and_told() {
+    let dir = plain();
+    for folder in ["few", "many"] {
+        fs::create_dir(dir.path().join("m").join(folder)).unwrap();
+    }
+    write(&dir, "few/x.json", b"{}");
+    for file in 0..MAX_COMPANIONS {
+        write(&dir, &format!("many/{file}.txt"), b"");
+    }
+    let saved = saved(&dir);
+    let told: Vec<(&str, &LeftOutReason)> = saved
+        .left_out
+        .iter()
+        .map(|left| (&*left.file, &left.reason))
+        .collect();
+    assert_eq!(told, [("many", &LeftOutReason::TooMany)]);
+    assert!(dir.path().join("out/few/x.json").exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn folders_behind_links_and_links_out_of_folders_are_not_copied() {
+    let dir = plain();
+    fs::create_dir_all(dir.path().join("secret")).unwrap();
+    fs::write(dir.path().join("secret/x.json"), "of mine").unwrap();
+    let link = |target: &str, name: &str| {
+        std::os::unix::fs::symlink(dir.path().join(target), dir.path().join("m").join(name))
+            .unwrap();
+    };
+    link("secret", "1_Pooling");
+    link("secret", "processor");
+    write(&dir, "modules.json", br#"[{"path": "1_Pooling"}]"#);
+    let saved_once = saved(&dir);
+    let told: Vec<&str> = saved_once.left_out.iter().map(|left| &*left.file).collect();
+    assert_eq!(told, ["1_Pooling"]);
+    fs::create_dir(dir.path().join("m/folder")).unwrap();
+    link("secret/x.json", "folder/x.json");
+    fs::remove_dir_all(dir.path().join("out")).unwrap();
+    assert!(matches!(
+        save_as(&dir, NF4),
+        Err(SaveError::Checkpoint(CheckpointError::LeadsOut { .. }))
+    ));
+}
+
+#[test]
 fn many_files_together_have_a_limit_too() {
     let dir = plain();
     let half = MAX_COMPANIONS_BYTES / MAX_COMPANION_BYTES * 2;
@@ -235,7 +427,7 @@ fn many_files_together_have_a_limit_too() {
     }
     // The rest is known before anything is copied, so that this test need not copy it.
     let directory = Checkpoint::open(dir.path().join("m")).unwrap();
-    let found = Companions::find(directory.directory(), &CancelToken::new()).unwrap();
+    let found = Companions::find(directory.directory(), false, &CancelToken::new()).unwrap();
     let left: Vec<&str> = found
         .left_out
         .iter()
@@ -310,7 +502,7 @@ fn copying_ends_when_it_is_cancelled_and_when_a_file_changes() {
     let path = write(&dir, "vocab.txt", b"words");
     let checkpoint = Checkpoint::open(dir.path().join("m")).unwrap();
     let cancel = CancelToken::new();
-    let find = || Companions::find(checkpoint.directory(), &cancel);
+    let find = || Companions::find(checkpoint.directory(), false, &cancel);
     let found = find().unwrap();
     let target = Target::create(&dir.path().join("out"), false).unwrap();
     // Longer, shorter, and as long as before.

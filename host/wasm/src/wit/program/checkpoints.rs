@@ -90,7 +90,7 @@ impl checkpoints::HostCheckpoint for ProgramCtxView<'_> {
         let (_, table) = self.begin()?;
         let OpenCheckpoint(checkpoint) = table.get(&checkpoint)?;
         let config = checkpoint.config();
-        Ok(config.map_or_else(|| "{}".to_owned(), |config| config.text.clone()))
+        Ok(config.map_or_else(|| "{}".to_owned(), |config| config.strict_text().to_owned()))
     }
 
     fn tensor_count(&mut self, checkpoint: Resource<OpenCheckpoint>) -> wasmtime::Result<u32> {
