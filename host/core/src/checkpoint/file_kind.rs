@@ -78,7 +78,7 @@ impl FileKind {
         };
         pages
             .iter()
-            .any(|page| is_page(page))
+            .any(is_page)
             .then_some(FileKind::WebPage)
     }
 
