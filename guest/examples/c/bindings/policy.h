@@ -274,7 +274,8 @@ typedef struct {
 
 // Everything a policy is told.
 typedef struct exports_tightfit_host_planner_request_t {
-  // The checkpoint's config.json as it is, or `{}` when there is none.
+  // The checkpoint's config.json, or `{}` when there is none. What Python writes as `NaN`, `Infinity`
+  // and `-Infinity` is `null` here, so that it is JSON.
   policy_string_t   config_json;
   // In checkpoint order: shard by shard, by offset within a shard.
   exports_tightfit_host_planner_list_tensor_t   tensors;
