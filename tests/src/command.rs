@@ -33,25 +33,25 @@ pub fn tightfit() -> PathBuf {
 
 /// A place of its own to run the command in: working directory, home and temporary directory.
 #[derive(Debug)]
-pub struct Place {
+pub struct Scratchpad {
     directory: TempDir,
     variables: Vec<(&'static str, String)>,
 }
 
-impl Default for Place {
-    fn default() -> Place {
-        Place::new()
+impl Default for Scratchpad {
+    fn default() -> Scratchpad {
+        Scratchpad::new()
     }
 }
 
-impl Place {
+impl Scratchpad {
     /// An empty one.
-    pub fn new() -> Place {
+    pub fn new() -> Scratchpad {
         let directory = TempDir::new().expect("there is room for a temporary directory");
         for name in ["work", "home", "tmp"] {
             fs::create_dir(directory.path().join(name)).unwrap();
         }
-        Place {
+        Scratchpad {
             directory,
             variables: Vec::new(),
         }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use safetensors::Dtype;
 use tempfile::TempDir;
-use tightfit_tests::command::Place;
+use tightfit_tests::command::Scratchpad;
 use tightfit_tests::double_quant::Differences;
 use tightfit_tests::golden::{GoldenModel, MODELS, MOE_MODELS};
 use tightfit_tests::loading::{Contents, DOUBLE_QUANT, contents, load_with_auto};
@@ -227,7 +227,7 @@ fn belongs_to(key: &str, stack: &str) -> bool {
 #[test]
 fn the_command_writes_the_same_files_as_the_library() {
     let golden = GoldenModel::unpack("qwen3_moe");
-    let place = Place::new();
+    let scratchpad = Scratchpad::new();
     let model = golden.path("bf16");
     let model = model.to_str().expect("its name is text");
     for (name, settings) in [
@@ -246,13 +246,13 @@ fn the_command_writes_the_same_files_as_the_library() {
         load.extend(["--device", "sim:1GiB"]);
         for arguments in [&mut save, &mut load] {
             arguments.extend(sets.iter().map(String::as_str));
-            place.run(arguments).succeeds();
+            scratchpad.run(arguments).succeeds();
         }
         let by_library = golden.path(name);
         save_with(&golden.path("bf16"), &by_library, settings, &small_shards()).unwrap();
         let expected = files(&by_library);
-        assert!(files(&place.path(name)) == expected, "{name}");
-        assert!(files(&place.path(&loaded)) == expected, "{loaded}");
+        assert!(files(&scratchpad.path(name)) == expected, "{name}");
+        assert!(files(&scratchpad.path(&loaded)) == expected, "{loaded}");
     }
     let all = [
         "double",
@@ -262,5 +262,5 @@ fn the_command_writes_the_same_files_as_the_library() {
         "plain",
         "plain-loaded",
     ];
-    assert_eq!(names(&place.path("")), all.map(str::to_owned).into());
+    assert_eq!(names(&scratchpad.path("")), all.map(str::to_owned).into());
 }

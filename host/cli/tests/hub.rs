@@ -5,7 +5,7 @@ use std::fs;
 
 use serde_json::json;
 use tempfile::TempDir;
-use tightfit_tests::command::Place;
+use tightfit_tests::command::Scratchpad;
 use tightfit_tests::hub_server::{Behavior, COMMIT, HubServer, Request, files_of};
 use tightfit_tests::models::{write_awkward, write_decoder};
 
@@ -73,17 +73,17 @@ fn sharded() -> Behavior {
 }
 
 /// A place whose command knows the server and nothing else.
-fn place(server: &HubServer) -> Place {
-    let mut place = Place::new();
-    place.set("HF_HUB_OFFLINE", "0");
-    place.set("HF_ENDPOINT", server.endpoint());
-    place
+fn scratchpad(server: &HubServer) -> Scratchpad {
+    let mut scratchpad = Scratchpad::new();
+    scratchpad.set("HF_HUB_OFFLINE", "0");
+    scratchpad.set("HF_ENDPOINT", server.endpoint());
+    scratchpad
 }
 
-fn start(behavior: Behavior) -> (HubServer, Place) {
+fn start(behavior: Behavior) -> (HubServer, Scratchpad) {
     let server = HubServer::start(behavior);
-    let place = place(&server);
-    (server, place)
+    let scratchpad = scratchpad(&server);
+    (server, scratchpad)
 }
 
 /// Names of the files whose bytes were asked for, in order.
@@ -100,8 +100,8 @@ const ENTRY: &str = "../home/.cache/huggingface/hub/models--org--name";
 
 #[test]
 fn a_sharded_model_is_downloaded_once_and_loaded_from_the_cache_then() {
-    let (server, place) = start(sharded());
-    let report = place.run(&LOAD).succeeds().json();
+    let (server, scratchpad) = start(sharded());
+    let report = scratchpad.run(&LOAD).succeeds().json();
     let requests = server.take_requests();
     assert_eq!(
         fetched(&requests),
@@ -117,11 +117,11 @@ fn a_sharded_model_is_downloaded_once_and_loaded_from_the_cache_then() {
             .iter()
             .all(|request| request.authorization.is_none())
     );
-    let again = place.run(&LOAD).succeeds().json();
+    let again = scratchpad.run(&LOAD).succeeds().json();
     assert_eq!(server.take_requests(), []);
     assert_eq!(report["model"], again["model"]);
     // As other tools lay it out.
-    let entry = place.path(ENTRY);
+    let entry = scratchpad.path(ENTRY);
     assert_eq!(fs::read_to_string(entry.join("refs/main")).unwrap(), COMMIT);
     let snapshot = entry.join("snapshots").join(COMMIT);
     assert!(
@@ -137,12 +137,12 @@ fn plans_take_headers_and_no_weights() {
         let mut behavior = sharded();
         behavior.ignore_ranges = ignore_ranges;
         let whole: usize = behavior.files.values().map(Vec::len).sum();
-        let (server, place) = start(behavior);
+        let (server, scratchpad) = start(behavior);
         for command in [
             &["inspect", "org/name"][..],
             &["plan", "org/name", "--device", "sim:1GiB"],
         ] {
-            let report = place
+            let report = scratchpad
                 .run(&[command, &["--json"]].concat())
                 .succeeds()
                 .json();
@@ -164,16 +164,16 @@ fn plans_take_headers_and_no_weights() {
                     .unwrap()
             };
             assert_eq!((last(ranges[0]), last(ranges[2])), (7, 7));
-            assert!(!place.path(ENTRY).exists());
+            assert!(!scratchpad.path(ENTRY).exists());
         }
         // What was planned is what is loaded then.
-        let planned = place.run(&["plan", "org/name", "--device", "sim:1GiB", "--json"]);
+        let planned = scratchpad.run(&["plan", "org/name", "--device", "sim:1GiB", "--json"]);
         let planned = planned.succeeds().json();
-        let loaded = place.run(&LOAD).succeeds().json();
+        let loaded = scratchpad.run(&LOAD).succeeds().json();
         let reserved = |report: &serde_json::Value| report["devices"][0]["reserved"].clone();
         assert_eq!(reserved(&planned), reserved(&loaded));
         server.take_requests();
-        place
+        scratchpad
             .run(&["plan", "org/name", "--device", "sim:1GiB"])
             .succeeds();
         assert_eq!(server.take_requests(), []);
@@ -195,11 +195,11 @@ fn a_plan_of_a_large_model_takes_less_than_a_hundredth_of_it() {
     files.insert(name.into(), weights);
     files.insert("model.safetensors.index.json".into(), index.into_bytes());
     let total: usize = files.values().map(Vec::len).sum();
-    let (server, place) = start(Behavior {
+    let (server, scratchpad) = start(Behavior {
         files,
         ..Behavior::default()
     });
-    place
+    scratchpad
         .run(&["plan", "org/name", "--device", "sim:1GiB"])
         .succeeds();
     let sent = server.bytes_sent();
@@ -209,15 +209,15 @@ fn a_plan_of_a_large_model_takes_less_than_a_hundredth_of_it() {
 #[test]
 fn what_bitsandbytes_has_quantized_is_downloaded_for_a_plan() {
     let directory = TempDir::new().unwrap();
-    let place = Place::new();
+    let scratchpad = Scratchpad::new();
     write_decoder(directory.path(), 1, 64);
     let model = directory.path().to_str().unwrap();
-    place.run(&["save", model, "quantized"]).succeeds();
-    let (server, place) = start(Behavior {
-        files: files_of(&place.path("quantized")),
+    scratchpad.run(&["save", model, "quantized"]).succeeds();
+    let (server, scratchpad) = start(Behavior {
+        files: files_of(&scratchpad.path("quantized")),
         ..Behavior::default()
     });
-    let text = place.run(&["inspect", "org/name"]).succeeds().stdout;
+    let text = scratchpad.run(&["inspect", "org/name"]).succeeds().stdout;
     assert!(
         text.contains("quantized by bitsandbytes already (4 bits)"),
         "{text}"
@@ -227,10 +227,10 @@ fn what_bitsandbytes_has_quantized_is_downloaded_for_a_plan() {
 
 #[test]
 fn only_what_is_needed_is_downloaded() {
-    let (server, place) = start(single());
+    let (server, scratchpad) = start(single());
     for command in ["load", "plan"] {
         let arguments = [command, "org/name", "--device", "sim:1GiB", "--quiet"];
-        place.run(&arguments).succeeds();
+        scratchpad.run(&arguments).succeeds();
         let requests = server.take_requests();
         let expected: &[&str] = match command {
             "load" => &[
@@ -247,15 +247,15 @@ fn only_what_is_needed_is_downloaded() {
 
 #[test]
 fn what_another_tool_left_out_is_downloaded() {
-    let (server, place) = start(single());
+    let (server, scratchpad) = start(single());
     // As after loading only the tokenizer with another tool.
-    let entry = place.path(ENTRY);
+    let entry = scratchpad.path(ENTRY);
     let snapshot = entry.join("snapshots").join(COMMIT);
     fs::create_dir_all(&snapshot).unwrap();
     fs::create_dir_all(entry.join("refs")).unwrap();
     fs::write(entry.join("refs/main"), COMMIT).unwrap();
     fs::write(snapshot.join("tokenizer.json"), "{}").unwrap();
-    place.run(&LOAD).succeeds();
+    scratchpad.run(&LOAD).succeeds();
     assert!(!fetched(&server.take_requests()).contains(&"tokenizer.json"));
 }
 
@@ -263,17 +263,19 @@ fn what_another_tool_left_out_is_downloaded() {
 fn the_token_is_sent_where_it_is_set() {
     let mut behavior = single();
     behavior.token = Some("hf_secret".into());
-    let (server, mut place) = start(behavior);
-    let refused = place
+    let (server, mut scratchpad) = start(behavior);
+    let refused = scratchpad
         .run(&LOAD)
         .fails(3, &["org/name", "401", "set HF_TOKEN"]);
     assert!(!refused.stderr.contains("404"));
-    place.set("HF_TOKEN", "hf_wrong");
-    let refused = place.run(&LOAD).fails(3, &["401", "does not give access"]);
+    scratchpad.set("HF_TOKEN", "hf_wrong");
+    let refused = scratchpad
+        .run(&LOAD)
+        .fails(3, &["401", "does not give access"]);
     assert!(!refused.stderr.contains("hf_wrong"), "{refused:?}");
-    place.set("HF_TOKEN", "hf_secret");
+    scratchpad.set("HF_TOKEN", "hf_secret");
     server.take_requests();
-    place.run(&LOAD).succeeds();
+    scratchpad.run(&LOAD).succeeds();
     let sent = Some("Bearer hf_secret".to_owned());
     assert!(
         server
@@ -285,20 +287,20 @@ fn the_token_is_sent_where_it_is_set() {
 
 #[test]
 fn what_the_hub_does_not_know_is_said() {
-    let (server, place) = start(single());
+    let (server, scratchpad) = start(single());
     let endpoint = server.endpoint();
-    place
+    scratchpad
         .run(&["load", "org/other", "--device", "cpu"])
         .fails(3, &["org/other", "main", &endpoint, "404"]);
-    place
+    scratchpad
         .run(&["load", "org/name", "--device", "cpu", "--revision", "v9"])
         .fails(3, &["org/name", "v9", "404"]);
     // Not ids: the hub is not asked.
     server.take_requests();
     for model in ["./nowhere", "a/b/c", "/nowhere"] {
-        place.run(&["inspect", model]).fails(3, &[model]);
+        scratchpad.run(&["inspect", model]).fails(3, &[model]);
     }
-    place
+    scratchpad
         .run(&["inspect", "org/name", "--revision", "../x"])
         .fails(3, &["../x"]);
     assert_eq!(server.take_requests(), []);
@@ -306,7 +308,7 @@ fn what_the_hub_does_not_know_is_said() {
 
 #[test]
 fn offline_says_what_was_looked_for_and_where() {
-    let (server, mut place) = start(single());
+    let (server, mut scratchpad) = start(single());
     let words = [
         "org/name",
         "main",
@@ -314,29 +316,29 @@ fn offline_says_what_was_looked_for_and_where() {
         "--offline",
         "HF_HUB_OFFLINE",
     ];
-    place
+    scratchpad
         .run(&["inspect", "org/name", "--offline"])
         .fails(3, &words);
-    place.set("HF_HUB_OFFLINE", "yes");
-    place.run(&["inspect", "org/name"]).fails(3, &words);
+    scratchpad.set("HF_HUB_OFFLINE", "yes");
+    scratchpad.run(&["inspect", "org/name"]).fails(3, &words);
     assert_eq!(server.take_requests(), []);
 }
 
 #[test]
 fn an_unreachable_hub_is_named() {
-    let mut place = Place::new();
-    place.set("HF_HUB_OFFLINE", "");
+    let mut scratchpad = Scratchpad::new();
+    scratchpad.set("HF_HUB_OFFLINE", "");
     // The port is free: nothing listens on it any more.
     let port = std::net::TcpListener::bind("127.0.0.1:0")
         .unwrap()
         .local_addr()
         .unwrap();
-    place.set("HF_ENDPOINT", format!("http://{port}"));
-    place
+    scratchpad.set("HF_ENDPOINT", format!("http://{port}"));
+    scratchpad
         .run(&["inspect", "org/name"])
         .fails(3, &["cannot download", &port.to_string()]);
-    place.set("HF_ENDPOINT", "hub.example");
-    place
+    scratchpad.set("HF_ENDPOINT", "hub.example");
+    scratchpad
         .run(&["inspect", "org/name"])
         .fails(3, &["HF_ENDPOINT", "hub.example"]);
 }
@@ -345,8 +347,8 @@ fn an_unreachable_hub_is_named() {
 fn a_dropped_connection_is_taken_up_again() {
     let mut behavior = single();
     behavior.drop_after = Some((5000, 1));
-    let (server, place) = start(behavior);
-    place.run(&LOAD).succeeds();
+    let (server, scratchpad) = start(behavior);
+    scratchpad.run(&LOAD).succeeds();
     let requests = server.take_requests();
     let ranges: Vec<_> = requests.iter().filter_map(|r| r.range.as_deref()).collect();
     assert_eq!(ranges, ["bytes=5000-"]);
@@ -358,8 +360,8 @@ fn bytes_that_cannot_be_placed_are_asked_for_from_the_start() {
         let mut behavior = single();
         behavior.drop_after = Some((5000, 1));
         behavior.content_range = Some(range.to_owned());
-        let (server, place) = start(behavior);
-        place.run(&LOAD).succeeds();
+        let (server, scratchpad) = start(behavior);
+        scratchpad.run(&LOAD).succeeds();
         let requests = server.take_requests();
         let weights = requests
             .iter()
@@ -407,8 +409,8 @@ fn what_the_hub_says_of_an_error_is_shown() {
     ] {
         let mut behavior = single();
         behavior.refusal = Some((status, headers, body.to_owned()));
-        let (_server, place) = start(behavior);
-        let outcome = place.run(&["load", "org/name", "--device", "cpu"]);
+        let (_server, scratchpad) = start(behavior);
+        let outcome = scratchpad.run(&["load", "org/name", "--device", "cpu"]);
         let outcome = outcome.fails(3, &[word]);
         assert!(!outcome.stderr.contains("not shown"), "{outcome:?}");
         assert!(!outcome.stderr.contains(&long[..500]), "{outcome:?}");
@@ -422,17 +424,17 @@ fn an_interrupted_download_is_resumed_by_the_next_run() {
         // More often than it is tried again.
         behavior.drop_after = Some((1000, 4));
         behavior.ignore_ranges = ignore_ranges;
-        let (server, place) = start(behavior);
-        place
+        let (server, scratchpad) = start(behavior);
+        scratchpad
             .run(&LOAD)
             .fails(3, &["cannot download", "model.safetensors"]);
         // What is incomplete is never taken for the model.
-        assert!(!place.path(ENTRY).join("refs").exists());
-        place
+        assert!(!scratchpad.path(ENTRY).join("refs").exists());
+        scratchpad
             .run(&["inspect", "org/name", "--offline"])
             .fails(3, &["models--org--name"]);
         server.take_requests();
-        place.run(&LOAD).succeeds();
+        scratchpad.run(&LOAD).succeeds();
         let requests = server.take_requests();
         assert_eq!(fetched(&requests), ["model.safetensors"]);
         let ranges: Vec<_> = requests.iter().filter_map(|r| r.range.as_deref()).collect();
@@ -444,7 +446,7 @@ fn an_interrupted_download_is_resumed_by_the_next_run() {
                 "bytes=4000-"
             }]
         );
-        let loaded = place
+        let loaded = scratchpad
             .path(ENTRY)
             .join("snapshots")
             .join(COMMIT)
@@ -460,9 +462,9 @@ fn an_interrupted_download_is_resumed_by_the_next_run() {
 fn an_interrupt_ends_a_download_that_can_be_resumed() {
     let mut behavior = single();
     behavior.slow = true;
-    let (server, place) = start(behavior);
-    let blobs = place.path(ENTRY).join("blobs");
-    let mut running = place.start(&LOAD);
+    let (server, scratchpad) = start(behavior);
+    let blobs = scratchpad.path(ENTRY).join("blobs");
+    let mut running = scratchpad.start(&LOAD);
     let begun = |_| {
         let Ok(list) = fs::read_dir(&blobs) else {
             return false;
@@ -479,7 +481,7 @@ fn an_interrupt_ends_a_download_that_can_be_resumed() {
     running.finish().fails(130, &["interrupted", "resumed"]);
     server.change(|behavior| behavior.slow = false);
     server.take_requests();
-    place.run(&LOAD).succeeds();
+    scratchpad.run(&LOAD).succeeds();
     let requests = server.take_requests();
     assert_eq!(fetched(&requests), ["model.safetensors"]);
     assert!(requests.iter().any(|request| request.range.is_some()));
@@ -496,8 +498,8 @@ fn a_shard_outside_of_the_model_is_refused_before_it_is_asked_for() {
     behavior
         .files
         .insert("../../etc/passwd".into(), b"root".to_vec());
-    let (server, place) = start(behavior);
-    place.run(&LOAD).fails(3, &["../../etc/passwd"]);
+    let (server, scratchpad) = start(behavior);
+    scratchpad.run(&LOAD).fails(3, &["../../etc/passwd"]);
     assert_eq!(
         fetched(&server.take_requests()),
         ["model.safetensors.index.json"]
@@ -508,8 +510,8 @@ fn a_shard_outside_of_the_model_is_refused_before_it_is_asked_for() {
 fn a_shard_that_the_model_lacks_is_named() {
     let mut behavior = sharded();
     behavior.files.remove("model-00002-of-00002.safetensors");
-    let (server, place) = start(behavior);
-    place
+    let (server, scratchpad) = start(behavior);
+    scratchpad
         .run(&LOAD)
         .fails(3, &["model-00002-of-00002.safetensors", "does not have"]);
     assert_eq!(
@@ -532,9 +534,9 @@ fn what_is_not_as_announced_is_refused() {
     for (change, word) in cases {
         let mut behavior = single();
         change(&mut behavior);
-        let (_server, place) = start(behavior);
-        place.run(&LOAD).fails(3, &[word]);
-        let snapshot = place.path(ENTRY).join("snapshots").join(COMMIT);
+        let (_server, scratchpad) = start(behavior);
+        scratchpad.run(&LOAD).fails(3, &[word]);
+        let snapshot = scratchpad.path(ENTRY).join("snapshots").join(COMMIT);
         assert!(!snapshot.join("config.json").exists(), "{word}");
     }
 }
@@ -543,8 +545,8 @@ fn what_is_not_as_announced_is_refused() {
 fn pickles_are_not_downloaded() {
     let mut behavior = single();
     behavior.files.remove("model.safetensors");
-    let (server, place) = start(behavior);
-    place
+    let (server, scratchpad) = start(behavior);
+    scratchpad
         .run(&LOAD)
         .fails(3, &["org/name", "no weights as safetensors"]);
     assert_eq!(fetched(&server.take_requests()), [] as [&str; 0]);
@@ -554,13 +556,13 @@ fn pickles_are_not_downloaded() {
 fn a_revision_is_downloaded_and_remembered_under_its_name() {
     let mut behavior = single();
     behavior.revisions = vec!["v1.0".into(), "refs/pr/1".into()];
-    let (server, place) = start(behavior);
+    let (server, scratchpad) = start(behavior);
     for revision in ["v1.0", "refs/pr/1", COMMIT] {
         let load = ["load", "org/name", "--device", "sim:1GiB", "--quiet"];
         let arguments = [&load[..], &["--revision", revision]].concat();
-        place.run(&arguments).succeeds();
+        scratchpad.run(&arguments).succeeds();
         let offline = [&arguments[..], &["--offline"]].concat();
-        place.run(&offline).succeeds();
+        scratchpad.run(&offline).succeeds();
     }
     let asked: Vec<_> = server.take_requests().into_iter().map(|r| r.path).collect();
     assert!(asked[0].ends_with("/revision/v1.0"), "{asked:?}");
@@ -576,7 +578,7 @@ fn a_revision_is_downloaded_and_remembered_under_its_name() {
             .iter()
             .all(|path| !path.contains("/resolve/") || path.contains(COMMIT))
     );
-    place
+    scratchpad
         .run(&["inspect", "org/name", "--offline", "--revision", "v2"])
         .fails(3, &["v2", "models--org--name"]);
 }
@@ -598,9 +600,9 @@ fn the_token_does_not_follow_a_redirect_to_another_port() {
         let other = HubServer::start(single());
         let mut behavior = single();
         behavior.redirect = Some((prefix.into(), other.endpoint()));
-        let (server, mut place) = start(behavior);
-        place.set("HF_TOKEN", "hf_secret");
-        place.run(&LOAD).succeeds();
+        let (server, mut scratchpad) = start(behavior);
+        scratchpad.set("HF_TOKEN", "hf_secret");
+        scratchpad.run(&LOAD).succeeds();
         let at_home = tokens(&server);
         assert!(
             !at_home.is_empty() && at_home.iter().all(|(_, sent)| *sent),
@@ -620,9 +622,9 @@ fn a_mirror_that_only_redirects_is_followed_without_the_token() {
     let mut behavior = single();
     behavior.bare_redirect = true;
     behavior.redirect = Some(("/org/name/resolve/".to_owned(), other.endpoint()));
-    let (server, mut place) = start(behavior);
-    place.set("HF_TOKEN", "hf_secret");
-    place.run(&LOAD).succeeds();
+    let (server, mut scratchpad) = start(behavior);
+    scratchpad.set("HF_TOKEN", "hf_secret");
+    scratchpad.run(&LOAD).succeeds();
     assert!(
         server
             .take_requests()
@@ -640,9 +642,9 @@ fn the_token_follows_a_redirect_within_the_hub() {
     // Named with its port and in the other case, which is the same server.
     let base = format!("{}/again", server.endpoint().replace("http", "HTTP"));
     server.change(|behavior| behavior.redirect = Some(("/org/".into(), base)));
-    let mut place = place(&server);
-    place.set("HF_TOKEN", "hf_secret");
-    place.run(&LOAD).succeeds();
+    let mut scratchpad = scratchpad(&server);
+    scratchpad.set("HF_TOKEN", "hf_secret");
+    scratchpad.run(&LOAD).succeeds();
     let sent = tokens(&server);
     let again = sent.iter().filter(|(path, _)| path.contains("/again/"));
     assert!(again.count() > 0, "{sent:?}");
@@ -655,9 +657,9 @@ fn the_token_does_not_come_back_from_elsewhere() {
     home.change(|behavior| behavior.redirect = Some(("/org/".into(), away.endpoint())));
     let back = format!("{}/again", home.endpoint());
     away.change(|behavior| behavior.redirect = Some(("/".into(), back)));
-    let mut place = place(&home);
-    place.set("HF_TOKEN", "hf_secret");
-    place.run(&LOAD).succeeds();
+    let mut scratchpad = scratchpad(&home);
+    scratchpad.set("HF_TOKEN", "hf_secret");
+    scratchpad.run(&LOAD).succeeds();
     assert!(tokens(&away).iter().all(|(_, sent)| !sent));
     for (path, sent) in tokens(&home) {
         assert_eq!(sent, !path.contains("/again/"), "{path}");
@@ -670,9 +672,9 @@ fn a_resumed_download_is_redirected_without_the_token() {
     away.change(|behavior| behavior.drop_after = Some((5000, 1)));
     let mut behavior = single();
     behavior.redirect = Some(("/org/".into(), away.endpoint()));
-    let (_server, mut place) = start(behavior);
-    place.set("HF_TOKEN", "hf_secret");
-    place.run(&LOAD).succeeds();
+    let (_server, mut scratchpad) = start(behavior);
+    scratchpad.set("HF_TOKEN", "hf_secret");
+    scratchpad.run(&LOAD).succeeds();
     let requests = away.take_requests();
     assert!(
         requests
@@ -693,13 +695,15 @@ fn redirects_that_cannot_be_followed_are_named() {
     for (base, word) in cases {
         let mut behavior = single();
         behavior.redirect = Some(("/api/".into(), base.into()));
-        let (_server, place) = start(behavior);
-        place.run(&LOAD).fails(3, &[word]);
+        let (_server, scratchpad) = start(behavior);
+        scratchpad.run(&LOAD).fails(3, &[word]);
     }
     let server = HubServer::start(single());
     let itself = server.endpoint();
     server.change(|behavior| behavior.redirect = Some(("/".into(), itself)));
-    place(&server).run(&LOAD).fails(3, &["redirects more than"]);
+    scratchpad(&server)
+        .run(&LOAD)
+        .fails(3, &["redirects more than"]);
 }
 
 #[test]
@@ -707,13 +711,13 @@ fn a_server_that_drips_is_given_up_and_what_came_is_kept() {
     let mut behavior = single();
     // More often than it is tried again.
     behavior.drip = Some((1000, 4));
-    let (server, mut place) = start(behavior);
-    place.set("HF_HUB_DOWNLOAD_TIMEOUT", "1");
-    place
+    let (server, mut scratchpad) = start(behavior);
+    scratchpad.set("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+    scratchpad
         .run(&LOAD)
         .fails(3, &["model.safetensors", "bytes came in 1 s", "4096"]);
     server.take_requests();
-    place.run(&LOAD).succeeds();
+    scratchpad.run(&LOAD).succeeds();
     let requests = server.take_requests();
     assert_eq!(fetched(&requests), ["model.safetensors"]);
     let range = requests.iter().find_map(|r| r.range.as_deref()).unwrap();
@@ -729,9 +733,9 @@ fn a_server_that_drips_is_given_up_and_what_came_is_kept() {
 fn a_dripping_server_that_recovers_is_only_tried_again() {
     let mut behavior = single();
     behavior.drip = Some((1000, 1));
-    let (server, mut place) = start(behavior);
-    place.set("HF_HUB_DOWNLOAD_TIMEOUT", "1");
-    place.run(&LOAD).succeeds();
+    let (server, mut scratchpad) = start(behavior);
+    scratchpad.set("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+    scratchpad.run(&LOAD).succeeds();
     let requests = server.take_requests();
     assert_eq!(requests.iter().filter(|r| r.range.is_some()).count(), 1);
 }
@@ -740,9 +744,9 @@ fn a_dripping_server_that_recovers_is_only_tried_again() {
 fn a_list_that_drips_is_given_up() {
     let mut behavior = single();
     behavior.drip_list = true;
-    let (_server, mut place) = start(behavior);
-    place.set("HF_HUB_DOWNLOAD_TIMEOUT", "1");
-    place
+    let (_server, mut scratchpad) = start(behavior);
+    scratchpad.set("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+    scratchpad
         .run(&LOAD)
         .fails(3, &["/revision/main", "bytes came in 1 s"]);
 }
@@ -751,8 +755,8 @@ fn a_list_that_drips_is_given_up() {
 fn a_silent_server_is_given_up_and_an_interrupt_does_not_wait_for_it() {
     let mut behavior = single();
     behavior.silent = true;
-    let (server, mut place) = start(behavior);
-    let mut running = place.start(&LOAD);
+    let (server, mut scratchpad) = start(behavior);
+    let mut running = scratchpad.start(&LOAD);
     assert!(
         running.interrupt_when(|_| {
             fetched(&server.take_requests()).contains(&"model.safetensors")
@@ -762,8 +766,8 @@ fn a_silent_server_is_given_up_and_an_interrupt_does_not_wait_for_it() {
     running.finish().fails(130, &["interrupted"]);
     // Patience is 30 s.
     assert!(start.elapsed().as_secs() < 20, "{:?}", start.elapsed());
-    place.set("HF_HUB_DOWNLOAD_TIMEOUT", "1");
-    place
+    scratchpad.set("HF_HUB_DOWNLOAD_TIMEOUT", "1");
+    scratchpad
         .run(&LOAD)
         .fails(3, &["cannot download", "model.safetensors"]);
 }
@@ -778,8 +782,8 @@ fn small_files_and_lists_that_are_large_are_refused_before_they_are_written() {
     ] {
         let mut behavior = single();
         behavior.announce = Some((name.into(), bytes));
-        let (server, place) = start(behavior);
-        place
+        let (server, scratchpad) = start(behavior);
+        scratchpad
             .run(&LOAD)
             .fails(3, &[name, &bytes.to_string(), "at most"]);
         assert!(!fetched(&server.take_requests()).contains(&name));
@@ -787,17 +791,19 @@ fn small_files_and_lists_that_are_large_are_refused_before_they_are_written() {
     // Longer than it said: not a byte more than that is written.
     let mut behavior = single();
     behavior.announce = Some(("config.json".into(), 10));
-    let (_server, place) = start(behavior);
-    place.run(&LOAD).fails(3, &["config.json", "has 10 bytes"]);
+    let (_server, scratchpad) = start(behavior);
+    scratchpad
+        .run(&LOAD)
+        .fails(3, &["config.json", "has 10 bytes"]);
     let mut behavior = single();
     behavior.padded_list = Some(33 << 20);
-    let (_server, place) = start(behavior);
-    place
+    let (_server, scratchpad) = start(behavior);
+    scratchpad
         .run(&LOAD)
         .fails(3, &["a list of files", "at most 33554432"]);
     // A list without a length that is none too long is fine.
     let mut behavior = single();
     behavior.padded_list = Some(1000);
-    let (_server, place) = start(behavior);
-    place.run(&LOAD).succeeds();
+    let (_server, scratchpad) = start(behavior);
+    scratchpad.run(&LOAD).succeeds();
 }

@@ -2,21 +2,21 @@
 
 use std::fs;
 
-use tightfit_tests::command::Place;
+use tightfit_tests::command::Scratchpad;
 use tightfit_tests::models;
 
 const USAGE: i32 = 2;
 
-fn place() -> Place {
-    let place = Place::new();
-    fs::create_dir(place.path("m")).unwrap();
-    models::write_decoder(&place.path("m"), 2, 64);
-    place
+fn scratchpad() -> Scratchpad {
+    let scratchpad = Scratchpad::new();
+    fs::create_dir(scratchpad.path("m")).unwrap();
+    models::write_decoder(&scratchpad.path("m"), 2, 64);
+    scratchpad
 }
 
 #[test]
 fn formats_are_fixed_by_pattern_and_the_last_rule_counts() {
-    let place = place();
+    let scratchpad = scratchpad();
     let arguments = ["m", "--device", "sim:64MiB", "--json", "--placements"];
     let rules = [
         "--set",
@@ -27,7 +27,7 @@ fn formats_are_fixed_by_pattern_and_the_last_rule_counts() {
         "format:lm_head=nf4",
     ];
     for command in ["plan", "load"] {
-        let report = place
+        let report = scratchpad
             .run(&[&[command], &arguments[..], &rules].concat())
             .json();
         let format = |name: &str| {
@@ -51,7 +51,7 @@ fn formats_are_fixed_by_pattern_and_the_last_rule_counts() {
 
 #[test]
 fn a_rule_that_cannot_be_used_is_a_usage_error() {
-    let place = place();
+    let scratchpad = scratchpad();
     for (rule, words) in [
         (
             "format:*.nothing=nf4",
@@ -60,7 +60,7 @@ fn a_rule_that_cannot_be_used_is_a_usage_error() {
         ("format:norm=int8", &["'int8' is not a format", "nf4"]),
         ("format:=nf4", &["names no tensors"]),
     ] {
-        place
+        scratchpad
             .run(&["plan", "m", "--device", "sim:64MiB", "--set", rule])
             .fails(USAGE, words);
     }

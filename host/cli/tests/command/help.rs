@@ -5,13 +5,13 @@ use std::process::Command;
 
 use tightfit::synth::Preset;
 use tightfit::text::is_hidden;
-use tightfit_tests::command::{Place, tightfit};
+use tightfit_tests::command::{Scratchpad, tightfit};
 
 const USAGE: i32 = 2;
 
 #[test]
 fn every_command_lists_its_options_and_exit_statuses() {
-    let place = Place::new();
+    let scratchpad = Scratchpad::new();
     for command in [
         &[][..],
         &["demo"],
@@ -28,7 +28,7 @@ fn every_command_lists_its_options_and_exit_statuses() {
         &["devices"],
     ] {
         let help = [&["help"], command].concat();
-        let text = place.run(&help).succeeds().stdout;
+        let text = scratchpad.run(&help).succeeds().stdout;
         let statuses = text.split_once("Exit status:").expect("statuses").1;
         for status in ["\n  0  ", "\n  1  ", "\n  2  ", "\n  130  "] {
             assert!(statuses.contains(status), "{command:?}: {text}");
@@ -37,20 +37,23 @@ fn every_command_lists_its_options_and_exit_statuses() {
             statuses.contains("SIGTERM") && statuses.contains("cannot be written"),
             "{text}"
         );
-        let same = place
+        let same = scratchpad
             .run(&[command, &["--help"]].concat())
             .succeeds()
             .stdout;
         assert_eq!(same, text);
         assert!(text.is_ascii(), "{text}");
     }
-    let text = place.run(&["help", "check"]).succeeds().stdout;
+    let text = scratchpad.run(&["help", "check"]).succeeds().stdout;
     assert!(text.contains("every expectation holds"), "{text}");
 }
 
 #[test]
 fn presets_are_listed() {
-    let text = Place::new().run(&["synth", "--help"]).succeeds().stdout;
+    let text = Scratchpad::new()
+        .run(&["synth", "--help"])
+        .succeeds()
+        .stdout;
     for preset in Preset::all() {
         assert!(text.contains(preset.name()), "{text}");
     }
@@ -59,19 +62,19 @@ fn presets_are_listed() {
 #[cfg(target_os = "linux")]
 #[test]
 fn help_that_cannot_be_written_is_a_failure() {
-    let place = Place::new();
+    let scratchpad = Scratchpad::new();
     for arguments in ["--version", "--help", "help plan", "plan --help"] {
-        place
+        scratchpad
             .run_shell(&format!("\"$TIGHTFIT\" {arguments} > /dev/full"))
             .fails(1, &["cannot write the result"]);
     }
-    place.run_unheard(&["--help"]).succeeds();
+    scratchpad.run_unheard(&["--help"]).succeeds();
 }
 
 #[test]
 fn what_was_typed_is_not_repeated_raw() {
     let evil = "--x\x1b[2J\u{9b}31m\u{202e}\u{200b}\r";
-    let place = Place::new();
+    let scratchpad = Scratchpad::new();
     for arguments in [
         &[evil][..],
         &[&evil[2..]],
@@ -84,7 +87,7 @@ fn what_was_typed_is_not_repeated_raw() {
         &["plan", &evil[2..]],
         &["check", &evil[2..]],
     ] {
-        let outcome = place.run(arguments);
+        let outcome = scratchpad.run(arguments);
         assert_ne!(outcome.status, Some(0), "{outcome:?}");
         assert_eq!(outcome.stdout, "");
         let hidden = outcome.stderr.chars().find(|&c| c != '\n' && is_hidden(c));
@@ -93,7 +96,7 @@ fn what_was_typed_is_not_repeated_raw() {
             outcome.stderr.contains("\\u{9b}31m\\u{202e}"),
             "{outcome:?}"
         );
-        let json = place.run(&[arguments, &["--json"]].concat());
+        let json = scratchpad.run(&[arguments, &["--json"]].concat());
         let hidden = json.stdout.chars().find(|&c| c != '\n' && is_hidden(c));
         assert_eq!(hidden, None, "{json:?}");
         assert_eq!(json.json()["error"]["status"], json.status.unwrap());
@@ -113,7 +116,7 @@ fn what_was_typed_is_not_repeated_raw() {
 
 #[test]
 fn an_amount_without_a_unit_is_asked_for_one() {
-    let place = Place::new();
+    let scratchpad = Scratchpad::new();
     for arguments in [
         &["plan", "m", "--device", "sim:24"][..],
         &["plan", "m", "--device", "cuda:0:24"],
@@ -123,7 +126,11 @@ fn an_amount_without_a_unit_is_asked_for_one() {
         &["save", "m", "d", "--max-shard-size", "5"],
         &["run", "x.wasm", "--quota", "8"],
     ] {
-        place.run(arguments).fails(USAGE, &["has no unit", "GiB"]);
+        scratchpad
+            .run(arguments)
+            .fails(USAGE, &["has no unit", "GiB"]);
     }
-    place.run(&["devices", "--device", "sim:24B"]).succeeds();
+    scratchpad
+        .run(&["devices", "--device", "sim:24B"])
+        .succeeds();
 }

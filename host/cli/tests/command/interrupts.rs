@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tightfit::checkpoint::Checkpoint;
-use tightfit_tests::command::{Place, bytes_read};
+use tightfit_tests::command::{Scratchpad, bytes_read};
 use tightfit_tests::guests::{HOSTILE, Handwritten};
 use tightfit_tests::models;
 use tightfit_tests::saving::{files, names};
@@ -35,13 +35,13 @@ fn is_empty(directory: &Path) {
 
 #[test]
 fn a_load_is_interrupted() {
-    let place = Place::new();
+    let scratchpad = Scratchpad::new();
     // A fast machine is done with the first before it can be interrupted.
     for (preset, device) in [("qwen2.5-0.5b", "sim:2GiB"), ("qwen2.5-7b", "sim:8GiB")] {
-        place
+        scratchpad
             .run(&["synth", preset, preset, "--headers-only"])
             .succeeds();
-        let mut load = place.start(&["load", preset, "--threads", "1", "--device", device]);
+        let mut load = scratchpad.start(&["load", preset, "--threads", "1", "--device", device]);
         // Much more than headers: it has begun to load.
         if load.interrupt_when(|process| bytes_read(process) > 8 << 20) {
             let outcome = load.finish();
@@ -73,9 +73,9 @@ fn long_headers(directory: &Path) {
 
 #[test]
 fn opening_a_checkpoint_is_interrupted() {
-    let place = Place::new();
-    long_headers(&place.path("m"));
-    fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
+    let scratchpad = Scratchpad::new();
+    long_headers(&scratchpad.path("m"));
+    fs::write(scratchpad.path("hostile.wasm"), HOSTILE).unwrap();
     let commands: [&[&str]; 5] = [
         &["inspect", "m"],
         &["plan", "m", "--device", "sim:1GiB"],
@@ -91,7 +91,7 @@ fn opening_a_checkpoint_is_interrupted() {
         ],
     ];
     for command in commands {
-        let mut running = place.start(command);
+        let mut running = scratchpad.start(command);
         // In the middle of the second header.
         assert!(running.interrupt_when(|process| bytes_read(process) > 100 << 20));
         let outcome = running.finish();
@@ -101,74 +101,74 @@ fn opening_a_checkpoint_is_interrupted() {
             "{command:?}: {outcome:?}"
         );
     }
-    assert!(!place.path("out").exists());
+    assert!(!scratchpad.path("out").exists());
 }
 
 #[test]
 fn an_interrupted_synth_removes_what_it_has_written() {
-    let place = Place::new();
-    let mut synth = place.start(&["synth", "qwen2.5-0.5b", "new/model"]);
-    assert!(synth.interrupt_when(|_| has_weights(&place.path("new"))));
+    let scratchpad = Scratchpad::new();
+    let mut synth = scratchpad.start(&["synth", "qwen2.5-0.5b", "new/model"]);
+    assert!(synth.interrupt_when(|_| has_weights(&scratchpad.path("new"))));
     synth.finish().fails(INTERRUPTED, &["cancelled"]);
-    is_empty(&place.path(""));
+    is_empty(&scratchpad.path(""));
 
     // An empty directory that was there stays there.
-    fs::create_dir(place.path("old")).unwrap();
-    let mut synth = place.start(&["synth", "qwen2.5-0.5b", "old"]);
-    assert!(synth.interrupt_when(|_| has_weights(&place.path("old"))));
+    fs::create_dir(scratchpad.path("old")).unwrap();
+    let mut synth = scratchpad.start(&["synth", "qwen2.5-0.5b", "old"]);
+    assert!(synth.interrupt_when(|_| has_weights(&scratchpad.path("old"))));
     synth.finish().fails(INTERRUPTED, &["cancelled"]);
-    is_empty(&place.path("old"));
+    is_empty(&scratchpad.path("old"));
 }
 
 #[test]
 fn an_interrupted_demo_removes_its_model() {
-    let place = Place::new();
-    let mut demo = place.start(&["demo", "--quiet"]);
-    assert!(demo.interrupt_when(|_| has_weights(&place.temporary())));
+    let scratchpad = Scratchpad::new();
+    let mut demo = scratchpad.start(&["demo", "--quiet"]);
+    assert!(demo.interrupt_when(|_| has_weights(&scratchpad.temporary())));
     demo.finish().fails(INTERRUPTED, &["cancelled"]);
-    is_empty(&place.temporary());
+    is_empty(&scratchpad.temporary());
 }
 
 #[test]
 fn an_interrupted_save_removes_what_it_has_written() {
-    let place = Place::new();
-    place
+    let scratchpad = Scratchpad::new();
+    scratchpad
         .run(&["synth", "qwen2.5-0.5b", "m", "--headers-only"])
         .succeeds();
-    let mut save = place.start(&["save", "m", "new/out", "--threads", "1"]);
-    assert!(save.interrupt_when(|_| has_weights(&place.path("new"))));
+    let mut save = scratchpad.start(&["save", "m", "new/out", "--threads", "1"]);
+    assert!(save.interrupt_when(|_| has_weights(&scratchpad.path("new"))));
     save.finish().fails(INTERRUPTED, &["cancelled"]);
-    assert_eq!(names(&place.path("")), ["m".to_owned()].into());
+    assert_eq!(names(&scratchpad.path("")), ["m".to_owned()].into());
 
     // An empty directory that was there stays there.
-    fs::create_dir_all(place.path("old/out")).unwrap();
-    let mut save = place.start(&["save", "m", "old/out", "--threads", "1"]);
-    assert!(save.interrupt_when(|_| has_weights(&place.path("old"))));
+    fs::create_dir_all(scratchpad.path("old/out")).unwrap();
+    let mut save = scratchpad.start(&["save", "m", "old/out", "--threads", "1"]);
+    assert!(save.interrupt_when(|_| has_weights(&scratchpad.path("old"))));
     save.finish().fails(INTERRUPTED, &["cancelled"]);
-    assert_eq!(names(&place.path("old")), ["out".to_owned()].into());
-    is_empty(&place.path("old/out"));
+    assert_eq!(names(&scratchpad.path("old")), ["out".to_owned()].into());
+    is_empty(&scratchpad.path("old/out"));
 }
 
 #[test]
 fn copying_what_lies_beside_the_weights_is_interrupted() {
-    let place = Place::new();
-    models::write_decoder(&place.path("m"), 1, 64);
+    let scratchpad = Scratchpad::new();
+    models::write_decoder(&scratchpad.path("m"), 1, 64);
     for number in 0..4 {
-        let file = fs::File::create(place.path(&format!("m/{number}.txt"))).unwrap();
+        let file = fs::File::create(scratchpad.path(&format!("m/{number}.txt"))).unwrap();
         file.set_len(60 << 20).unwrap();
     }
     // A fast machine may be done before it can be interrupted.
     for _ in 0..10 {
-        let mut save = place.start(&["save", "m", "new/out"]);
-        if save.interrupt_when(|_| has_weights(&place.path("new"))) {
+        let mut save = scratchpad.start(&["save", "m", "new/out"]);
+        if save.interrupt_when(|_| has_weights(&scratchpad.path("new"))) {
             let outcome = save.finish();
             if outcome.status != Some(0) {
                 outcome.fails(INTERRUPTED, &["cancelled"]);
-                assert_eq!(names(&place.path("")), ["m".to_owned()].into());
+                assert_eq!(names(&scratchpad.path("")), ["m".to_owned()].into());
                 return;
             }
         }
-        fs::remove_dir_all(place.path("new")).unwrap();
+        fs::remove_dir_all(scratchpad.path("new")).unwrap();
     }
     panic!("no save was slow enough to be interrupted");
 }
@@ -176,21 +176,21 @@ fn copying_what_lies_beside_the_weights_is_interrupted() {
 #[test]
 fn a_save_that_is_killed_leaves_nothing_under_its_name_or_everything() {
     const MOMENTS: u64 = 10;
-    let place = Place::new();
-    models::write_decoder(&place.path("m"), 12, 512);
+    let scratchpad = Scratchpad::new();
+    models::write_decoder(&scratchpad.path("m"), 12, 512);
     let save = |target| ["save", "m", target, "--quiet", "--max-shard-size=10MB"];
-    place.run(&save("whole")).succeeds();
-    let whole = files(&place.path("whole"));
+    scratchpad.run(&save("whole")).succeeds();
+    let whole = files(&scratchpad.path("whole"));
     assert!(whole.len() > 3, "{} files", whole.len());
-    let source = fs::metadata(place.path("m/model.safetensors"))
+    let source = fs::metadata(scratchpad.path("m/model.safetensors"))
         .unwrap()
         .len();
     let mut killed = 0;
     for moment in 0..MOMENTS {
-        let out = place.path("out");
+        let out = scratchpad.path("out");
         // The last are when everything has been read: files are written, moved, named.
         let begun = source * moment / (MOMENTS - 2);
-        let mut running = place.start(&save("out"));
+        let mut running = scratchpad.start(&save("out"));
         killed += u64::from(running.kill_when(|process| bytes_read(process) >= begun));
         running.finish();
         if out.exists() {
@@ -198,21 +198,21 @@ fn a_save_that_is_killed_leaves_nothing_under_its_name_or_everything() {
             Checkpoint::open(&out).unwrap_or_else(|error| panic!("{error}"));
             fs::remove_dir_all(&out).unwrap();
         }
-        for name in names(&place.path("")) {
+        for name in names(&scratchpad.path("")) {
             let left = name.starts_with(".out.partial-");
             assert!(left || name == "m" || name == "whole", "{name} is left");
         }
     }
     assert!(killed >= MOMENTS / 2, "only {killed} were killed in time");
     // What is left does not disturb the next.
-    place.run(&save("out")).succeeds();
-    assert!(files(&place.path("out")) == whole);
+    scratchpad.run(&save("out")).succeeds();
+    assert!(files(&scratchpad.path("out")) == whole);
 }
 
 #[test]
 fn an_interrupted_check_removes_its_models() {
-    let place = Place::new();
-    fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
+    let scratchpad = Scratchpad::new();
+    fs::write(scratchpad.path("hostile.wasm"), HOSTILE).unwrap();
     let mut text = String::from(
         "[defaults]\npolicy = \"hostile.wasm\"\nsettings = { behavior = \"loop\" }\n\
          model = { preset = \"demo\" }\ndevices = [\"sim:1GiB\"]\n",
@@ -222,11 +222,11 @@ fn an_interrupted_check_removes_its_models() {
         text +=
             &format!("[[scenario]]\nname = \"{number}\"\nexpect = {{ fails = \"out-of-fuel\" }}\n");
     }
-    fs::write(place.path("s.toml"), text).unwrap();
-    let mut check = place.start(&["check", "s.toml"]);
-    assert!(check.interrupt_when(|_| has_weights(&place.temporary())));
+    fs::write(scratchpad.path("s.toml"), text).unwrap();
+    let mut check = scratchpad.start(&["check", "s.toml"]);
+    assert!(check.interrupt_when(|_| has_weights(&scratchpad.temporary())));
     check.finish().fails(INTERRUPTED, &["cancelled"]);
-    is_empty(&place.temporary());
+    is_empty(&scratchpad.temporary());
 }
 
 /// A policy, and a program, that take longer to compile than anybody waits.
@@ -274,14 +274,14 @@ fn children(process: u32) -> Vec<u32> {
 
 #[test]
 fn the_compiling_of_a_policy_is_interrupted() {
-    let place = Place::new();
-    fs::create_dir(place.path("m")).unwrap();
-    models::write_awkward(&place.path("m"));
+    let scratchpad = Scratchpad::new();
+    fs::create_dir(scratchpad.path("m")).unwrap();
+    models::write_awkward(&scratchpad.path("m"));
     let [policy, program] = bombs();
-    fs::write(place.path("bomb.wasm"), policy).unwrap();
-    fs::write(place.path("program.wasm"), program).unwrap();
+    fs::write(scratchpad.path("bomb.wasm"), policy).unwrap();
+    fs::write(scratchpad.path("program.wasm"), program).unwrap();
     fs::write(
-        place.path("s.toml"),
+        scratchpad.path("s.toml"),
         "[[scenario]]\nname = \"it\"\npolicy = \"bomb.wasm\"\nmodel = { preset = \"demo\" }\n\
          devices = [\"sim:1GiB\"]\nexpect = { fails = \"compile\" }\n",
     )
@@ -298,7 +298,7 @@ fn the_compiling_of_a_policy_is_interrupted() {
         &["check", "s.toml"],
     ] {
         let compiler = Cell::new(None);
-        let mut running = place.start(&[arguments, &limits].concat());
+        let mut running = scratchpad.start(&[arguments, &limits].concat());
         let compiles = |process| {
             compiler.set(children(process).first().copied());
             // It has read the policy, and is at it.

@@ -5,7 +5,7 @@ use std::fs;
 
 use serde_json::{Value, json};
 use tightfit::text::is_hidden;
-use tightfit_tests::command::{Outcome, Place};
+use tightfit_tests::command::{Outcome, Scratchpad};
 use tightfit_tests::guests::{HOSTILE, hostile_in_describe};
 use tightfit_tests::json_schema::Schema;
 use tightfit_tests::models;
@@ -18,19 +18,19 @@ fn schema() -> Schema {
     Schema::new(include_str!("../../output.schema.json"))
 }
 
-fn place() -> Place {
-    let place = Place::new();
-    models::write_decoder(&place.path("m"), 2, 64);
-    fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
-    fs::write(place.path("check.wasm"), LOAD_AND_CHECK).unwrap();
-    fs::write(place.path("program.wasm"), HOSTILE_PROGRAM).unwrap();
+fn scratchpad() -> Scratchpad {
+    let scratchpad = Scratchpad::new();
+    models::write_decoder(&scratchpad.path("m"), 2, 64);
+    fs::write(scratchpad.path("hostile.wasm"), HOSTILE).unwrap();
+    fs::write(scratchpad.path("check.wasm"), LOAD_AND_CHECK).unwrap();
+    fs::write(scratchpad.path("program.wasm"), HOSTILE_PROGRAM).unwrap();
     let scenarios = "[defaults]\nmodel = { path = \"m\" }\ndevices = [\"sim:1GiB\"]\n\
         [[scenario]]\nname = \"a\"\nexpect = { fits = true }\n\
         [[scenario]]\nname = \"b\"\nexpect = { fits = false }\n\
         [[scenario]]\nname = \"c\"\npolicy = \"none\"\nexpect = { fits = true }\n\
         [[scenario]]\nname = \"d\"\nexpect = { tensors.\"*\" = { format = \"f32\" } }\n";
-    fs::write(place.path("s.toml"), scenarios).unwrap();
-    place
+    fs::write(scratchpad.path("s.toml"), scenarios).unwrap();
+    scratchpad
 }
 
 #[track_caller]
@@ -51,11 +51,11 @@ fn checked(outcome: &Outcome, schema: &Schema, definition: &str) -> Value {
 
 #[test]
 fn every_result_has_the_documented_form() {
-    let (place, schema) = (place(), schema());
-    fs::create_dir(place.path("nan")).unwrap();
+    let (scratchpad, schema) = (scratchpad(), schema());
+    fs::create_dir(scratchpad.path("nan")).unwrap();
     let name = "model.layers.0.mlp.up_proj.weight";
     let matrix = [(name, "BF16", &[1, 64][..], &[0xff; 2 * 64][..])];
-    models::write_safetensors(&place.path("nan/model.safetensors"), &matrix);
+    models::write_safetensors(&scratchpad.path("nan/model.safetensors"), &matrix);
     let device = "--device=sim:1GiB";
     let hostile = [
         "--diff",
@@ -105,7 +105,7 @@ fn every_result_has_the_documented_form() {
         ("policy", &["policy", "show", "auto"]),
         ("policies", &["policy", "list"]),
     ] {
-        let outcome = place.run(&[arguments, &["--json"]].concat());
+        let outcome = scratchpad.run(&[arguments, &["--json"]].concat());
         assert_eq!(
             outcome.status,
             Some(i32::from(definition == "checked")),
@@ -129,11 +129,11 @@ fn every_result_has_the_documented_form() {
 
 #[test]
 fn every_error_has_the_documented_form() {
-    let (place, schema) = (place(), schema());
-    fs::write(place.path("text.safetensors"), "once upon a time").unwrap();
-    fs::write(place.path("bad.toml"), "x").unwrap();
-    fs::create_dir(place.path("full")).unwrap();
-    fs::write(place.path("full/mine"), "").unwrap();
+    let (scratchpad, schema) = (scratchpad(), schema());
+    fs::write(scratchpad.path("text.safetensors"), "once upon a time").unwrap();
+    fs::write(scratchpad.path("bad.toml"), "x").unwrap();
+    fs::create_dir(scratchpad.path("full")).unwrap();
+    fs::write(scratchpad.path("full/mine"), "").unwrap();
     let small = "--device=sim:64KiB";
     let hostile = |behavior| ["--policy", "hostile.wasm", "--set", behavior];
     let plan = |more: &[&'static str]| [&["plan", "m"], more].concat();
@@ -299,7 +299,7 @@ fn every_error_has_the_documented_form() {
             json!({ "path": "s.toml/out" }),
         ),
     ] {
-        let outcome = place.run(&[&arguments[..], &["--json"]].concat());
+        let outcome = scratchpad.run(&[&arguments[..], &["--json"]].concat());
         assert_eq!(outcome.status, Some(status), "{outcome:#?}");
         let value = checked(&outcome, &schema, "error");
         let error = &value["error"];
@@ -320,7 +320,7 @@ fn every_error_has_the_documented_form() {
             outcome.stderr.contains(message.lines().next().unwrap()),
             "{outcome:#?}"
         );
-        let text = place.run(&arguments).fails_midway(status, &[]);
+        let text = scratchpad.run(&arguments).fails_midway(status, &[]);
         assert!(!text.stdout.contains('{'), "{text:#?}");
         // But for the names of temporary files.
         let said = |outcome: &Outcome| outcome.stderr.split(" at path ").next().unwrap().to_owned();
@@ -330,10 +330,10 @@ fn every_error_has_the_documented_form() {
 
 #[test]
 fn what_is_missing_is_said_once() {
-    let place = place();
+    let scratchpad = scratchpad();
     let plan = |policy: &[&str]| {
         let arguments = [&["plan", "m", "--device=sim:64KiB"], policy].concat();
-        place
+        scratchpad
             .run(&arguments)
             .fails(4, &["refuses", "missing"])
             .stderr
@@ -352,10 +352,10 @@ fn what_is_missing_is_said_once() {
 
 #[test]
 fn nothing_that_is_printed_can_control_a_terminal() {
-    let (place, schema) = (place(), schema());
+    let (scratchpad, schema) = (scratchpad(), schema());
     // In names of tensors, files and directories, in config.json, in settings and scenarios.
     let model = format!("m{ESCAPES}");
-    fs::create_dir(place.path(&model)).unwrap();
+    fs::create_dir(scratchpad.path(&model)).unwrap();
     // Controls are turned down in names of tensors; not all that hides is one.
     let hides: String = ESCAPES.chars().filter(|c| !c.is_control()).collect();
     let name = format!("model.layers.0.mlp.{hides}.up_proj.weight");
@@ -373,10 +373,18 @@ fn nothing_that_is_printed_can_control_a_terminal() {
             &[0; 2 * 64 * 64][..],
         ),
     ];
-    models::write_safetensors(&place.path(&model).join("model.safetensors"), &tensors);
+    models::write_safetensors(&scratchpad.path(&model).join("model.safetensors"), &tensors);
     let config = json!({ "architectures": [ESCAPES], "model_type": ESCAPES });
-    fs::write(place.path(&model).join("config.json"), config.to_string()).unwrap();
-    fs::write(place.path("hostile.wasm"), hostile_in_describe("escape")).unwrap();
+    fs::write(
+        scratchpad.path(&model).join("config.json"),
+        config.to_string(),
+    )
+    .unwrap();
+    fs::write(
+        scratchpad.path("hostile.wasm"),
+        hostile_in_describe("escape"),
+    )
+    .unwrap();
     let device = "--device=sim:1GiB";
     let refuse = [
         "--policy=hostile.wasm",
@@ -392,7 +400,7 @@ fn nothing_that_is_printed_can_control_a_terminal() {
         json!(format!("x{}", &ESCAPES[1..])),
         json!(format!("y{}", &ESCAPES[1..])),
     );
-    fs::write(place.path(&scenario), text).unwrap();
+    fs::write(scratchpad.path(&scenario), text).unwrap();
     let out = format!("out{ESCAPES}");
     for (definition, arguments) in [
         ("inspection", vec!["inspect", &model]),
@@ -419,22 +427,25 @@ fn nothing_that_is_printed_can_control_a_terminal() {
         ("checked", vec!["check", &scenario]),
         ("error", vec!["check", &out]),
     ] {
-        let json = place.run(&[&arguments[..], &["--json"]].concat());
+        let json = scratchpad.run(&[&arguments[..], &["--json"]].concat());
         checked(&json, &schema, definition);
-        let text = place.run(&arguments);
+        let text = scratchpad.run(&arguments);
         is_tame(&text.stdout);
         is_tame(&text.stderr);
         if definition == "saved" {
-            fs::remove_dir_all(place.path(&out)).unwrap();
+            fs::remove_dir_all(scratchpad.path(&out)).unwrap();
         }
     }
     // A parser gets what was there.
-    let report = place.run(&["inspect", &model, "--json"]).succeeds().json();
+    let report = scratchpad
+        .run(&["inspect", &model, "--json"])
+        .succeeds()
+        .json();
     assert_eq!(
         (&report["path"], &report["architecture"]),
         (&json!(model), &json!(ESCAPES))
     );
-    let report = place.run(&["plan", &model, device, "--json", "--placements"]);
+    let report = scratchpad.run(&["plan", &model, device, "--json", "--placements"]);
     let report = report.succeeds().json();
     let mut placements = report["placements"].as_array().unwrap().iter();
     assert!(placements.any(|placement| placement["tensor"] == json!(name)));
@@ -442,9 +453,13 @@ fn nothing_that_is_printed_can_control_a_terminal() {
         ("--svg", vec!["plan", &model, device]),
         ("--junit", vec!["check", &scenario]),
     ] {
-        let outcome = place.run(&[&command[..], &[option, "file"]].concat());
+        let outcome = scratchpad.run(&[&command[..], &[option, "file"]].concat());
         is_tame(&outcome.stderr);
-        is_tame(&fs::read_to_string(place.path("file")).unwrap());
-        is_tame(&place.run(&[&command[..], &[option, "-"]].concat()).stdout);
+        is_tame(&fs::read_to_string(scratchpad.path("file")).unwrap());
+        is_tame(
+            &scratchpad
+                .run(&[&command[..], &[option, "-"]].concat())
+                .stdout,
+        );
     }
 }

@@ -7,7 +7,7 @@ use std::thread;
 
 use rustix::fs::{CWD, FileType, Mode, makedev, mknodat};
 use rustix::process::geteuid;
-use tightfit_tests::command::{Outcome, Place};
+use tightfit_tests::command::{Outcome, Scratchpad};
 use tightfit_tests::models;
 use tightfit_tests::saving::names;
 
@@ -20,16 +20,16 @@ const WRITERS: [(&str, &str, &str); 2] = [
     ("--junit", "<?xml ", "</testsuites>\n"),
 ];
 
-fn place() -> Place {
-    let place = Place::new();
-    models::write_decoder(&place.path("m"), 1, 64);
+fn scratchpad() -> Scratchpad {
+    let scratchpad = Scratchpad::new();
+    models::write_decoder(&scratchpad.path("m"), 1, 64);
     fs::write(
-        place.path("s.toml"),
+        scratchpad.path("s.toml"),
         "[[scenario]]\nname = \"x\"\nmodel = { path = \"m\" }\ndevices = [\"sim:1GiB\"]\n\
          expect = { fits = true }\n",
     )
     .unwrap();
-    place
+    scratchpad
 }
 
 fn arguments<'a>(option: &'a str, path: &'a str) -> Vec<&'a str> {
@@ -39,8 +39,8 @@ fn arguments<'a>(option: &'a str, path: &'a str) -> Vec<&'a str> {
     }
 }
 
-fn write(place: &Place, option: &str, path: &str) -> Outcome {
-    place.run(&arguments(option, path))
+fn write(scratchpad: &Scratchpad, option: &str, path: &str) -> Outcome {
+    scratchpad.run(&arguments(option, path))
 }
 
 #[track_caller]
@@ -58,9 +58,9 @@ fn mode(path: &Path) -> u32 {
 
 #[test]
 fn a_device_is_written_and_never_replaced() {
-    let place = place();
+    let scratchpad = scratchpad();
     // A node of our own where that is possible: root could replace it.
-    let node = place.path("node");
+    let node = scratchpad.path("node");
     let made = mknodat(
         CWD,
         &node,
@@ -69,12 +69,12 @@ fn a_device_is_written_and_never_replaced() {
         makedev(1, 3),
     );
     for (option, ..) in WRITERS {
-        write(&place, option, "/dev/null").succeeds();
-        write(&place, option, "/dev/full")
+        write(&scratchpad, option, "/dev/null").succeeds();
+        write(&scratchpad, option, "/dev/full")
             .fails_midway(OUTPUT, &["cannot write /dev/full", "space"]);
         if made.is_ok() {
             // It may lie where devices cannot be opened.
-            write(&place, option, "node");
+            write(&scratchpad, option, "node");
             let kind = fs::symlink_metadata(&node).unwrap().file_type();
             assert!(kind.is_char_device(), "{option}: {kind:?}");
         }
@@ -87,17 +87,17 @@ fn a_device_is_written_and_never_replaced() {
 
 #[test]
 fn the_reader_of_a_fifo_gets_all_of_it() {
-    let place = place();
-    let fifo = place.path("fifo");
+    let scratchpad = scratchpad();
+    let fifo = scratchpad.path("fifo");
     mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-    symlink("fifo", place.path("link")).unwrap();
+    symlink("fifo", scratchpad.path("link")).unwrap();
     for writer in WRITERS {
         for path in ["fifo", "link"] {
             let reader = thread::spawn({
                 let fifo = fifo.clone();
                 move || fs::read_to_string(fifo).unwrap()
             });
-            write(&place, writer.0, path).succeeds();
+            write(&scratchpad, writer.0, path).succeeds();
             assert!(fs::symlink_metadata(&fifo).unwrap().file_type().is_fifo());
             is_whole(&reader.join().unwrap(), writer);
         }
@@ -106,34 +106,45 @@ fn the_reader_of_a_fifo_gets_all_of_it() {
 
 #[test]
 fn links_are_followed_and_stay() {
-    let place = place();
-    fs::create_dir_all(place.path("a/b")).unwrap();
-    fs::write(place.path("a/target"), "old").unwrap();
-    symlink("../target", place.path("a/b/second")).unwrap();
-    symlink("a/b/second", place.path("first")).unwrap();
-    symlink("a/new", place.path("dangling")).unwrap();
-    symlink("round", place.path("round")).unwrap();
-    symlink("no/such/file", place.path("nowhere")).unwrap();
+    let scratchpad = scratchpad();
+    fs::create_dir_all(scratchpad.path("a/b")).unwrap();
+    fs::write(scratchpad.path("a/target"), "old").unwrap();
+    symlink("../target", scratchpad.path("a/b/second")).unwrap();
+    symlink("a/b/second", scratchpad.path("first")).unwrap();
+    symlink("a/new", scratchpad.path("dangling")).unwrap();
+    symlink("round", scratchpad.path("round")).unwrap();
+    symlink("no/such/file", scratchpad.path("nowhere")).unwrap();
     for writer in WRITERS {
         for (link, target) in [("first", "a/target"), ("dangling", "a/new")] {
-            write(&place, writer.0, link).succeeds();
-            assert!(fs::symlink_metadata(place.path(link)).unwrap().is_symlink());
-            is_whole(&fs::read_to_string(place.path(target)).unwrap(), writer);
+            write(&scratchpad, writer.0, link).succeeds();
+            assert!(
+                fs::symlink_metadata(scratchpad.path(link))
+                    .unwrap()
+                    .is_symlink()
+            );
+            is_whole(
+                &fs::read_to_string(scratchpad.path(target)).unwrap(),
+                writer,
+            );
         }
         for link in ["round", "nowhere"] {
             let words = [format!("cannot write {link}")];
-            write(&place, writer.0, link).fails(OUTPUT, &[words[0].as_str()]);
-            assert!(fs::symlink_metadata(place.path(link)).unwrap().is_symlink());
+            write(&scratchpad, writer.0, link).fails(OUTPUT, &[words[0].as_str()]);
+            assert!(
+                fs::symlink_metadata(scratchpad.path(link))
+                    .unwrap()
+                    .is_symlink()
+            );
         }
     }
-    let left = names(&place.path("a"));
+    let left = names(&scratchpad.path("a"));
     assert_eq!(left, ["b", "new", "target"].map(str::to_owned).into());
 }
 
 #[test]
 fn the_mode_and_other_names_of_a_file_stay() {
-    let place = place();
-    let old = place.path("old");
+    let scratchpad = scratchpad();
+    let old = scratchpad.path("old");
     for writer in WRITERS {
         for (before, after) in [
             (0o600, 0o600),
@@ -143,7 +154,7 @@ fn the_mode_and_other_names_of_a_file_stay() {
         ] {
             fs::write(&old, "old").unwrap();
             fs::set_permissions(&old, fs::Permissions::from_mode(before)).unwrap();
-            write(&place, writer.0, "old").succeeds();
+            write(&scratchpad, writer.0, "old").succeeds();
             assert_eq!(mode(&old), after, "{before:o}");
             is_whole(&fs::read_to_string(&old).unwrap(), writer);
         }
@@ -152,17 +163,20 @@ fn the_mode_and_other_names_of_a_file_stay() {
             "old, and longer than what is written. ".repeat(10_000),
         )
         .unwrap();
-        fs::hard_link(&old, place.path("other")).unwrap();
-        write(&place, writer.0, "old").succeeds();
-        is_whole(&fs::read_to_string(place.path("other")).unwrap(), writer);
-        fs::remove_file(place.path("other")).unwrap();
+        fs::hard_link(&old, scratchpad.path("other")).unwrap();
+        write(&scratchpad, writer.0, "old").succeeds();
+        is_whole(
+            &fs::read_to_string(scratchpad.path("other")).unwrap(),
+            writer,
+        );
+        fs::remove_file(scratchpad.path("other")).unwrap();
         // A new one is as other programs make them.
-        fs::write(place.path("any"), "").unwrap();
-        write(&place, writer.0, "new").succeeds();
-        assert_eq!(mode(&place.path("new")), mode(&place.path("any")));
-        fs::remove_file(place.path("new")).unwrap();
+        fs::write(scratchpad.path("any"), "").unwrap();
+        write(&scratchpad, writer.0, "new").succeeds();
+        assert_eq!(mode(&scratchpad.path("new")), mode(&scratchpad.path("any")));
+        fs::remove_file(scratchpad.path("new")).unwrap();
     }
-    let left = names(&place.path(""));
+    let left = names(&scratchpad.path(""));
     assert_eq!(
         left,
         ["any", "m", "old", "s.toml"].map(str::to_owned).into()
@@ -171,89 +185,92 @@ fn the_mode_and_other_names_of_a_file_stay() {
 
 #[test]
 fn an_owner_stays_and_what_may_not_be_written_is_not() {
-    let place = place();
-    let old = place.path("old");
+    let scratchpad = scratchpad();
+    let old = scratchpad.path("old");
     let root = geteuid().is_root();
     for writer in WRITERS {
         fs::write(&old, "old").unwrap();
         if root {
             std::os::unix::fs::chown(&old, Some(1234), Some(4321)).unwrap();
-            write(&place, writer.0, "old").succeeds();
+            write(&scratchpad, writer.0, "old").succeeds();
             let now = fs::metadata(&old).unwrap();
             assert_eq!((now.uid(), now.gid()), (1234, 4321));
             is_whole(&fs::read_to_string(&old).unwrap(), writer);
             continue;
         }
         fs::set_permissions(&old, fs::Permissions::from_mode(0o444)).unwrap();
-        write(&place, writer.0, "old").fails(OUTPUT, &["cannot write old", "denied"]);
+        write(&scratchpad, writer.0, "old").fails(OUTPUT, &["cannot write old", "denied"]);
         assert_eq!(fs::read_to_string(&old).unwrap(), "old");
         fs::remove_file(&old).unwrap();
         // A file that may be written, in a directory that may not.
-        fs::create_dir(place.path("closed")).unwrap();
-        fs::write(place.path("closed/old"), "old").unwrap();
+        fs::create_dir(scratchpad.path("closed")).unwrap();
+        fs::write(scratchpad.path("closed/old"), "old").unwrap();
         let closed = |mode| {
-            fs::set_permissions(place.path("closed"), fs::Permissions::from_mode(mode)).unwrap();
+            fs::set_permissions(scratchpad.path("closed"), fs::Permissions::from_mode(mode))
+                .unwrap();
         };
         closed(0o555);
-        write(&place, writer.0, "closed/old").succeeds();
-        write(&place, writer.0, "closed/new").fails(OUTPUT, &["cannot write closed/new"]);
+        write(&scratchpad, writer.0, "closed/old").succeeds();
+        write(&scratchpad, writer.0, "closed/new").fails(OUTPUT, &["cannot write closed/new"]);
         closed(0o755);
         is_whole(
-            &fs::read_to_string(place.path("closed/old")).unwrap(),
+            &fs::read_to_string(scratchpad.path("closed/old")).unwrap(),
             writer,
         );
-        fs::remove_dir_all(place.path("closed")).unwrap();
+        fs::remove_dir_all(scratchpad.path("closed")).unwrap();
     }
 }
 
 #[test]
 fn standard_output_has_many_names_and_then_gets_nothing_else() {
-    let place = place();
-    symlink("/dev/stdout", place.path("link")).unwrap();
-    let before = names(&place.path(""));
+    let scratchpad = scratchpad();
+    symlink("/dev/stdout", scratchpad.path("link")).unwrap();
+    let before = names(&scratchpad.path(""));
     for writer in WRITERS {
         for path in ["-", "/dev/stdout", "/dev/fd/1", "/proc/self/fd/1", "link"] {
-            let text = write(&place, writer.0, path).succeeds().stdout;
+            let text = write(&scratchpad, writer.0, path).succeeds().stdout;
             is_whole(&text, writer);
             let json = [&arguments(writer.0, path)[..], &["--json"]].concat();
-            let both = place.run(&json).fails_midway(USAGE, &[writer.0, "--json"]);
+            let both = scratchpad
+                .run(&json)
+                .fails_midway(USAGE, &[writer.0, "--json"]);
             assert_eq!(both.json()["error"]["kind"], "usage");
         }
-        assert_eq!(names(&place.path("")), before);
+        assert_eq!(names(&scratchpad.path("")), before);
         assert!(fs::symlink_metadata("/dev/stdout").unwrap().is_symlink());
-        let ordinary = write(&place, writer.0, "./-").succeeds().stdout;
+        let ordinary = write(&scratchpad, writer.0, "./-").succeeds().stdout;
         assert!(!ordinary.contains('<'), "{ordinary}");
-        is_whole(&fs::read_to_string(place.path("-")).unwrap(), writer);
-        fs::remove_file(place.path("-")).unwrap();
+        is_whole(&fs::read_to_string(scratchpad.path("-")).unwrap(), writer);
+        fs::remove_file(scratchpad.path("-")).unwrap();
     }
 }
 
 #[test]
 fn redirected_output_is_not_replaced_under_its_writer() {
-    let place = place();
+    let scratchpad = scratchpad();
     for writer in WRITERS {
         for path in ["-", "/dev/stdout", "/proc/self/fd/1", "out"] {
             let line = format!(
                 "\"$TIGHTFIT\" {} > out",
                 arguments(writer.0, path).join(" ")
             );
-            place.run_shell(&line).succeeds();
-            is_whole(&fs::read_to_string(place.path("out")).unwrap(), writer);
-            fs::remove_file(place.path("out")).unwrap();
+            scratchpad.run_shell(&line).succeeds();
+            is_whole(&fs::read_to_string(scratchpad.path("out")).unwrap(), writer);
+            fs::remove_file(scratchpad.path("out")).unwrap();
         }
         // Another open file, which has no other name any more.
         let line = format!(
             "exec 3<> out 4< out; rm out; \"$TIGHTFIT\" {} > /dev/null; cat <&4",
             arguments(writer.0, "/proc/self/fd/3").join(" ")
         );
-        is_whole(&place.run_shell(&line).succeeds().stdout, writer);
+        is_whole(&scratchpad.run_shell(&line).succeeds().stdout, writer);
         let line = format!(
             "\"$TIGHTFIT\" {} > /dev/full",
             arguments(writer.0, "-").join(" ")
         );
-        place
+        scratchpad
             .run_shell(&line)
             .fails(OUTPUT, &["cannot write -", "space"]);
-        place.run_unheard(&arguments(writer.0, "-")).succeeds();
+        scratchpad.run_unheard(&arguments(writer.0, "-")).succeeds();
     }
 }

@@ -3,7 +3,7 @@
 use std::fs;
 
 use serde_json::{Value, json};
-use tightfit_tests::command::Place;
+use tightfit_tests::command::Scratchpad;
 use tightfit_tests::guests::HOSTILE;
 use tightfit_tests::models;
 
@@ -11,11 +11,11 @@ const USAGE: i32 = 2;
 const DOES_NOT_FIT: i32 = 4;
 const TWO: [&str; 4] = ["--device", "sim:2MiB", "--device", "sim:2MiB"];
 
-fn place_with_model() -> Place {
-    let place = Place::new();
-    models::write_decoder(&place.path("model"), 8, 64);
-    fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
-    place
+fn scratchpad_with_model() -> Scratchpad {
+    let scratchpad = Scratchpad::new();
+    models::write_decoder(&scratchpad.path("model"), 8, 64);
+    fs::write(scratchpad.path("hostile.wasm"), HOSTILE).unwrap();
+    scratchpad
 }
 
 fn plan(more: &[&str]) -> Vec<String> {
@@ -25,8 +25,8 @@ fn plan(more: &[&str]) -> Vec<String> {
 
 #[test]
 fn plan_draws_bars_and_a_map() {
-    let place = place_with_model();
-    let text = place.run(&plan(&[])).succeeds().stdout;
+    let scratchpad = scratchpad_with_model();
+    let text = scratchpad.run(&plan(&[])).succeeds().stdout;
     let bars: Vec<&str> = text.lines().filter(|line| line.starts_with('[')).collect();
     assert_eq!(bars.len(), 2, "{text}");
     for bar in bars {
@@ -48,9 +48,9 @@ fn plan_draws_bars_and_a_map() {
 
 #[test]
 fn what_fills_a_device_adds_up() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     let arguments = plan(&["--json", "--set", "reserve=100KiB"]);
-    let report = place.run(&arguments).succeeds().json();
+    let report = scratchpad.run(&arguments).succeeds().json();
     for device in report["devices"].as_array().unwrap() {
         let fill = device["fill"].as_object().unwrap();
         let sum: u64 = fill.values().map(|bytes| bytes.as_u64().unwrap()).sum();
@@ -62,26 +62,31 @@ fn what_fills_a_device_adds_up() {
 
 #[test]
 fn a_drawing_is_written_whole_or_not_at_all() {
-    let place = place_with_model();
-    place.run(&plan(&["--svg", "plan.svg"])).succeeds();
-    let drawing = fs::read_to_string(place.path("plan.svg")).unwrap();
+    let scratchpad = scratchpad_with_model();
+    scratchpad.run(&plan(&["--svg", "plan.svg"])).succeeds();
+    let drawing = fs::read_to_string(scratchpad.path("plan.svg")).unwrap();
     assert!(drawing.starts_with("<svg ") && drawing.ends_with("</svg>\n"));
     assert!(drawing.contains("model, placed by auto"), "{drawing}");
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        let mode = |name| fs::metadata(place.path(name)).unwrap().permissions().mode();
-        fs::write(place.path("other"), "").unwrap();
+        let mode = |name| {
+            fs::metadata(scratchpad.path(name))
+                .unwrap()
+                .permissions()
+                .mode()
+        };
+        fs::write(scratchpad.path("other"), "").unwrap();
         assert_eq!(mode("plan.svg"), mode("other"));
     }
-    place
+    scratchpad
         .run(&plan(&["--svg", "no/such/plan.svg"]))
         .fails(1, &["cannot write no/such/plan.svg"]);
     // It is written before it finds out that it cannot have this name.
-    place
+    scratchpad
         .run(&plan(&["--svg", "model"]))
         .fails(1, &["cannot write model"]);
-    let names: Vec<_> = fs::read_dir(place.path(""))
+    let names: Vec<_> = fs::read_dir(scratchpad.path(""))
         .unwrap()
         .map(|e| e.unwrap().file_name())
         .collect();
@@ -90,14 +95,14 @@ fn a_drawing_is_written_whole_or_not_at_all() {
 
 #[test]
 fn two_plans_are_compared() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     let arguments = plan(&["--diff", "auto", "auto", "--set", "B.double-quant=true"]);
-    let text = place.run(&arguments).succeeds().stdout;
+    let text = scratchpad.run(&arguments).succeeds().stdout;
     assert!(
         text.contains("in another format") && text.contains("nf4+double"),
         "{text}"
     );
-    let report = place
+    let report = scratchpad
         .run(&[&arguments[..], &["--json".to_owned()]].concat())
         .succeeds()
         .json();
@@ -119,7 +124,7 @@ fn two_plans_are_compared() {
     );
     // The same figures as the plans have by themselves.
     for (side, setting) in [("a", "double-quant=false"), ("b", "double-quant=true")] {
-        let alone = place
+        let alone = scratchpad
             .run(&plan(&["--json", "--set", setting]))
             .succeeds()
             .json();
@@ -137,7 +142,7 @@ fn two_plans_are_compared() {
             alone["policy"]["settings"]["double-quant"]
         );
     }
-    let same = place
+    let same = scratchpad
         .run(&plan(&["--diff", "auto", "auto"]))
         .succeeds()
         .stdout;
@@ -146,7 +151,7 @@ fn two_plans_are_compared() {
         "{same}"
     );
     assert_eq!(
-        place
+        scratchpad
             .run(&plan(&["--diff", "auto", "auto", "-q"]))
             .succeeds()
             .stdout,
@@ -156,7 +161,7 @@ fn two_plans_are_compared() {
 
 #[test]
 fn a_policy_that_refuses_is_shown_beside_the_other() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     let refuses = plan(&[
         "--diff",
         "auto",
@@ -164,12 +169,12 @@ fn a_policy_that_refuses_is_shown_beside_the_other() {
         "--set",
         "behavior=refuse-to-fit",
     ]);
-    let text = place.run(&refuses).succeeds().stdout;
+    let text = scratchpad.run(&refuses).succeeds().stdout;
     assert!(
         text.contains("A: auto") && text.contains("B: no plan: policy 'hostile.wasm' refuses"),
         "{text}"
     );
-    let report = place
+    let report = scratchpad
         .run(&[&refuses[..], &["--json".to_owned()]].concat())
         .succeeds()
         .json();
@@ -190,8 +195,8 @@ fn a_policy_that_refuses_is_shown_beside_the_other() {
         "plan", "model", "--device", "sim:1KiB", "--diff", "auto", "packed",
     ];
     let words = ["A: policy 'auto' refuses", "B: policy 'packed' refuses"];
-    place.run(&both).fails(DOES_NOT_FIT, &words);
-    let both = place.run(&[&both[..], &["--json"]].concat());
+    scratchpad.run(&both).fails(DOES_NOT_FIT, &words);
+    let both = scratchpad.run(&[&both[..], &["--json"]].concat());
     let report = both.fails_midway(DOES_NOT_FIT, &words).json();
     for (error, guest) in [
         (&report["error"], "auto"),
@@ -208,7 +213,7 @@ fn a_policy_that_refuses_is_shown_beside_the_other() {
         assert!(report[side]["refusal"].is_string(), "{report}");
     }
     // A fault is no refusal.
-    place
+    scratchpad
         .run(&plan(&[
             "--diff",
             "auto",
@@ -221,7 +226,7 @@ fn a_policy_that_refuses_is_shown_beside_the_other() {
 
 #[test]
 fn what_cannot_be_compared_is_a_usage_error() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     for (more, words) in [
         (
             &["--diff", "auto", "auto", "--policy", "auto"][..],
@@ -239,6 +244,6 @@ fn what_cannot_be_compared_is_a_usage_error() {
             "A.no-such",
         ),
     ] {
-        place.run(&plan(more)).fails(USAGE, &[words]);
+        scratchpad.run(&plan(more)).fails(USAGE, &[words]);
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 use tightfit::text::is_hidden;
-use tightfit_tests::command::{Outcome, Place};
+use tightfit_tests::command::{Outcome, Scratchpad};
 use tightfit_tests::guests::{HOSTILE, Handwritten, hostile_in_describe};
 use tightfit_tests::models;
 
@@ -15,31 +15,31 @@ const POLICY: i32 = 5;
 const DEVICE: i32 = 6;
 
 /// With an awkward model and the hostile policy.
-fn hostile_place() -> Place {
-    let place = Place::new();
-    fs::create_dir(place.path("m")).unwrap();
-    models::write_awkward(&place.path("m"));
-    fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
-    place
+fn hostile_place() -> Scratchpad {
+    let scratchpad = Scratchpad::new();
+    fs::create_dir(scratchpad.path("m")).unwrap();
+    models::write_awkward(&scratchpad.path("m"));
+    fs::write(scratchpad.path("hostile.wasm"), HOSTILE).unwrap();
+    scratchpad
 }
 
-fn plan(place: &Place, behavior: &str) -> Outcome {
+fn plan(scratchpad: &Scratchpad, behavior: &str) -> Outcome {
     let behavior = format!("behavior={behavior}");
     let device = ["--device", "sim:64MiB"];
     let policy = ["--policy", "hostile.wasm", "--set", &behavior];
-    place.run(&[&["plan", "m"], &device[..], &policy].concat())
+    scratchpad.run(&[&["plan", "m"], &device[..], &policy].concat())
 }
 
 #[test]
 fn a_policy_that_fails_is_named_with_the_reason() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     for (behavior, word) in [
         ("loop", "out of fuel"),
         ("recurse", "stack overflowed"),
         ("eat-memory", "at most 256.0 MiB"),
         ("panic", "the policy has lost its head"),
     ] {
-        let outcome = plan(&place, behavior);
+        let outcome = plan(&scratchpad, behavior);
         assert_eq!(outcome.status, Some(POLICY), "{outcome:?}");
         let sentence = outcome
             .stderr
@@ -56,24 +56,24 @@ fn a_policy_that_fails_is_named_with_the_reason() {
         ("torn-tie", "lm_head.weight"),
         ("few-headrooms", "headroom"),
     ] {
-        plan(&place, behavior).fails(POLICY, &["policy 'hostile.wasm'", "bad plan", word]);
+        plan(&scratchpad, behavior).fails(POLICY, &["policy 'hostile.wasm'", "bad plan", word]);
     }
-    plan(&place, "honest").succeeds();
+    plan(&scratchpad, "honest").succeeds();
 }
 
 #[test]
 fn what_is_not_loaded_and_patterns_that_match_nothing_are_pointed_out() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     let warning = "tensors are not loaded, '";
-    let outcome = plan(&place, "load-nothing");
+    let outcome = plan(&scratchpad, "load-nothing");
     assert_eq!(outcome.status, Some(0), "{outcome:?}");
     assert!(outcome.stderr.contains(warning), "{outcome:?}");
-    let outcome = plan(&place, "honest");
+    let outcome = plan(&scratchpad, "honest");
     assert_eq!(outcome.status, Some(0), "{outcome:?}");
     assert!(!outcome.stderr.contains(warning), "{outcome:?}");
     let behavior = ["--policy", "hostile.wasm", "--set", "behavior=load-nothing"];
     let save = [&["save", "m", "saved"], &behavior[..]].concat();
-    let outcome = place.run(&save);
+    let outcome = scratchpad.run(&save);
     assert_eq!(outcome.status, Some(0), "{outcome:?}");
     assert!(outcome.stderr.contains(warning), "{outcome:?}");
 
@@ -85,7 +85,7 @@ fn what_is_not_loaded_and_patterns_that_match_nothing_are_pointed_out() {
             _ => "experts=nf4",
         };
         let device = ["--device", "sim:64MiB"];
-        place.run(&[&["plan", "m"], &device[..], &policy, &[map]].concat())
+        scratchpad.run(&[&["plan", "m"], &device[..], &policy, &[map]].concat())
     };
     for policy in ["auto", "packed", "huggingface", "map"] {
         let outcome = skip(policy, "nonexistent");
@@ -100,20 +100,20 @@ fn what_is_not_loaded_and_patterns_that_match_nothing_are_pointed_out() {
 
 #[test]
 fn a_refusal_has_the_status_of_its_reason() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     for (behavior, status, words) in [
         ("refuse-to-fit", DOES_NOT_FIT, "it is all too much"),
         ("refuse-model", DOES_NOT_FIT, "I do not like this model"),
         ("refuse-setting", USAGE, "I do not like this setting"),
         ("unheard-of", USAGE, "unheard-of"),
     ] {
-        plan(&place, behavior).fails(status, &["hostile", "refuses", words]);
+        plan(&scratchpad, behavior).fails(status, &["hostile", "refuses", words]);
     }
 }
 
 #[test]
 fn a_proposal_that_does_not_fit_names_device_need_have_and_tensor() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     let arguments = [
         "plan",
         "m",
@@ -124,8 +124,8 @@ fn a_proposal_that_does_not_fit_names_device_need_have_and_tensor() {
     ];
     let tensor = "model.layers.0.mlp.up_proj.weight";
     let words = ["hostile", "sim:0", "12.00 KiB", "5.859 KiB", tensor];
-    place.run(&arguments).fails(DOES_NOT_FIT, &words);
-    plan(&place, "endless-headroom").fails(DOES_NOT_FIT, &["headroom", "sim:0", "64.00 MiB"]);
+    scratchpad.run(&arguments).fails(DOES_NOT_FIT, &words);
+    plan(&scratchpad, "endless-headroom").fails(DOES_NOT_FIT, &["headroom", "sim:0", "64.00 MiB"]);
 }
 
 /// Whether a terminal would show it as text.
@@ -135,10 +135,14 @@ fn is_tame(text: &str) -> bool {
 
 #[test]
 fn a_policy_cannot_write_to_the_terminal() {
-    let place = hostile_place();
-    fs::write(place.path("hostile.wasm"), hostile_in_describe("escape")).unwrap();
+    let scratchpad = hostile_place();
+    fs::write(
+        scratchpad.path("hostile.wasm"),
+        hostile_in_describe("escape"),
+    )
+    .unwrap();
     for behavior in ["refuse-with-escapes", "log-escapes", "too-few", "honest"] {
-        let outcome = plan(&place, behavior);
+        let outcome = plan(&scratchpad, behavior);
         assert!(is_tame(&outcome.stdout), "{outcome:?}");
         assert!(is_tame(&outcome.stderr), "{outcome:?}");
         let all = format!("{}{}", outcome.stdout, outcome.stderr);
@@ -146,7 +150,7 @@ fn a_policy_cannot_write_to_the_terminal() {
         let named = behavior != "too-few";
         assert_eq!(all.contains("evil\\u{1b}[2J"), named, "{outcome:?}");
     }
-    let shown = place
+    let shown = scratchpad
         .run(&["policy", "show", "hostile.wasm"])
         .succeeds()
         .stdout;
@@ -156,8 +160,8 @@ fn a_policy_cannot_write_to_the_terminal() {
 #[test]
 fn a_policy_cannot_fill_the_terminal() {
     const MOST: usize = 100 << 10;
-    let place = hostile_place();
-    let flood = plan(&place, "flood-the-log");
+    let scratchpad = hostile_place();
+    let flood = plan(&scratchpad, "flood-the-log");
     assert_eq!(flood.status, Some(0));
     assert!(
         flood.stderr.contains("policy: warn: flood"),
@@ -165,52 +169,60 @@ fn a_policy_cannot_fill_the_terminal() {
         flood.stderr
     );
     assert!(flood.stderr.len() < MOST, "{}", flood.stderr.len());
-    let refusal = plan(&place, "refuse-at-length").fails(DOES_NOT_FIT, &["hostile", "xxx"]);
+    let refusal = plan(&scratchpad, "refuse-at-length").fails(DOES_NOT_FIT, &["hostile", "xxx"]);
     assert!(refusal.stderr.len() < MOST, "{}", refusal.stderr.len());
-    plan(&place, "refuse-without-end").fails(POLICY, &["hostile.wasm", "`host-call-bytes`"]);
-    fs::write(place.path("hostile.wasm"), hostile_in_describe("long")).unwrap();
-    let shown = place.run(&["policy", "show", "hostile.wasm"]).succeeds();
+    plan(&scratchpad, "refuse-without-end").fails(POLICY, &["hostile.wasm", "`host-call-bytes`"]);
+    fs::write(scratchpad.path("hostile.wasm"), hostile_in_describe("long")).unwrap();
+    let shown = scratchpad
+        .run(&["policy", "show", "hostile.wasm"])
+        .succeeds();
     assert!(shown.stdout.len() < MOST, "{}", shown.stdout.len());
 }
 
 #[test]
 fn describe_can_fail_too() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     for (behavior, word) in [("loop", "out of fuel"), ("panic", "lost its head")] {
-        fs::write(place.path("hostile.wasm"), hostile_in_describe(behavior)).unwrap();
+        fs::write(
+            scratchpad.path("hostile.wasm"),
+            hostile_in_describe(behavior),
+        )
+        .unwrap();
         for arguments in [
             &["policy", "show", "hostile.wasm"][..],
             &["plan", "m", "--policy", "hostile.wasm"],
             &["inspect", "m", "--policy", "hostile.wasm"],
         ] {
-            place.run(arguments).fails(POLICY, &["hostile.wasm", word]);
+            scratchpad
+                .run(arguments)
+                .fails(POLICY, &["hostile.wasm", word]);
         }
     }
 }
 
 #[test]
 fn files_that_are_no_policies_are_turned_down() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     for (bytes, word) in [
         (&b"(component)"[..], "not a WebAssembly binary"),
         (b"\x7fELF", "not a WebAssembly binary"),
         (&HOSTILE[..HOSTILE.len() / 2], "hostile.wasm"),
     ] {
-        fs::write(place.path("hostile.wasm"), bytes).unwrap();
-        plan(&place, "honest").fails(POLICY, &["hostile.wasm", word]);
+        fs::write(scratchpad.path("hostile.wasm"), bytes).unwrap();
+        plan(&scratchpad, "honest").fails(POLICY, &["hostile.wasm", word]);
     }
-    let file = fs::File::create(place.path("hostile.wasm")).unwrap();
+    let file = fs::File::create(scratchpad.path("hostile.wasm")).unwrap();
     file.set_len(1 << 40).unwrap();
-    plan(&place, "honest").fails(POLICY, &["hostile.wasm", "1.000 TiB", "32.00 MiB"]);
+    plan(&scratchpad, "honest").fails(POLICY, &["hostile.wasm", "1.000 TiB", "32.00 MiB"]);
 }
 
 /// A model of real shape without data.
-fn place_with(preset: &str) -> Place {
-    let place = Place::new();
-    place
+fn scratchpad_with(preset: &str) -> Scratchpad {
+    let scratchpad = Scratchpad::new();
+    scratchpad
         .run(&["synth", preset, "m", "--headers-only", "--quiet"])
         .succeeds();
-    place
+    scratchpad
 }
 
 fn devices_of(report: &Value) -> Vec<(&str, u64, u64)> {
@@ -229,15 +241,15 @@ fn devices_of(report: &Value) -> Vec<(&str, u64, u64)> {
 
 #[test]
 fn packed_leaves_the_devices_empty_that_it_does_not_need() {
-    let place = place_with("qwen2.5-7b");
+    let scratchpad = scratchpad_with("qwen2.5-7b");
     let device = ["--device", "sim:4GiB"].repeat(4);
     let arguments = [&["plan", "m", "--json"], &device[..]].concat();
     let packed = [&arguments[..], &["--policy", "packed"]].concat();
-    let report = place.run(&packed).succeeds().json();
+    let report = scratchpad.run(&packed).succeeds().json();
     let packed: Vec<u64> = devices_of(&report).iter().map(|d| d.1).collect();
     assert!(packed[0] > 3900 << 20 && packed[1] > 0, "{packed:?}");
     assert_eq!(packed[2..], [0, 0]);
-    let report = place.run(&arguments).succeeds().json();
+    let report = scratchpad.run(&arguments).succeeds().json();
     let spread: Vec<u64> = devices_of(&report).iter().map(|d| d.1).collect();
     assert!(spread.iter().all(|&bytes| bytes > 0), "{spread:?}");
     assert!(spread.iter().max() < packed.iter().max());
@@ -245,11 +257,11 @@ fn packed_leaves_the_devices_empty_that_it_does_not_need() {
 
 #[test]
 fn a_long_context_of_a_large_model_fits_on_two_cards_with_its_cache() {
-    let place = place_with("qwen3.5-35b-a3b");
+    let scratchpad = scratchpad_with("qwen3.5-35b-a3b");
     let device = ["--device", "sim:32GiB"].repeat(2);
     let context = ["--set", "context=262144", "--set", "batch=1", "--json"];
     let arguments = [&["plan", "m"], &device[..], &context].concat();
-    let report = place.run(&arguments).succeeds().json();
+    let report = scratchpad.run(&arguments).succeeds().json();
     // Ten of forty layers have full attention: two heads of 256 for keys and as many for values.
     let cache = 10 * 262_144 * 2 * 2 * 256 * 2;
     // The others keep a state of 128 by 128 for each of 32 heads, and four columns for a convolution.
@@ -265,9 +277,9 @@ fn a_long_context_of_a_large_model_fits_on_two_cards_with_its_cache() {
 
 #[test]
 fn a_device_map_places_what_it_names_by_either_name() {
-    let place = place_with("mixtral-8x7b");
+    let scratchpad = scratchpad_with("mixtral-8x7b");
     let map = r#"{"": 0, "model.layers.31.mlp.experts.gate_up_proj": "cpu", "model.layers.9": 1}"#;
-    fs::write(place.path("map.json"), format!("{map}\n")).unwrap();
+    fs::write(scratchpad.path("map.json"), format!("{map}\n")).unwrap();
     let arguments = [
         "plan",
         "m",
@@ -286,7 +298,7 @@ fn a_device_map_places_what_it_names_by_either_name() {
         "--json",
         "--placements",
     ];
-    let report = place.run(&arguments).succeeds().json();
+    let report = scratchpad.run(&arguments).succeeds().json();
     let placements = report["placements"].as_array().unwrap();
     assert_eq!(placements.len(), 995);
     for placement in placements {
@@ -306,12 +318,12 @@ fn a_device_map_places_what_it_names_by_either_name() {
 
 #[test]
 fn a_map_that_cannot_be_followed_is_refused() {
-    let place = place_with("qwen2.5-0.5b");
+    let scratchpad = scratchpad_with("qwen2.5-0.5b");
     let map = |map: &str| {
         let setting = format!("device-map={map}");
         let policy = ["--policy", "map", "--set", &setting];
         let device = ["--device", "sim:100MiB", "--device", "sim:8GiB"];
-        place.run(&[&["plan", "m"], &policy[..], &device].concat())
+        scratchpad.run(&[&["plan", "m"], &policy[..], &device].concat())
     };
     map("{\"model\": 7}").fails(USAGE, &["`model` on 7", "sim:0, sim:1"]);
     map("{\"model.layers\": 1}").fails(USAGE, &["no entry for `model.embed_tokens.weight`"]);
@@ -328,12 +340,12 @@ fn a_map_that_cannot_be_followed_is_refused() {
 
 #[test]
 fn a_setting_is_read_from_a_file() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     let set = |setting: &str| {
         let arguments = ["plan", "m", "--device", "sim:64MiB", "--json", "--set"];
-        place.run(&[&arguments[..], &[setting]].concat())
+        scratchpad.run(&[&arguments[..], &[setting]].concat())
     };
-    fs::write(place.path("value"), "lm_head, *.up_proj\n").unwrap();
+    fs::write(scratchpad.path("value"), "lm_head, *.up_proj\n").unwrap();
     let report = set("skip=@value").succeeds().json();
     assert_eq!(report["policy"]["settings"]["skip"], "lm_head, *.up_proj\n");
     let outcome = set("skip=@@value");
@@ -345,20 +357,20 @@ fn a_setting_is_read_from_a_file() {
     set("skip=@nothing").fails(USAGE, &["skip=@nothing", "'nothing'", "No such file"]);
     set("skip=@m").fails(USAGE, &["'m'", "directory"]);
     set("skip=@").fails(USAGE, &["''"]);
-    fs::write(place.path("value"), b"\xff").unwrap();
+    fs::write(scratchpad.path("value"), b"\xff").unwrap();
     set("skip=@value").fails(USAGE, &["'value'", "UTF-8"]);
-    let file = fs::File::create(place.path("value")).unwrap();
+    let file = fs::File::create(scratchpad.path("value")).unwrap();
     file.set_len((16 << 20) + 1).unwrap();
     set("skip=@value").fails(USAGE, &["'value'", "longer than 16.00 MiB"]);
 }
 
 #[test]
 fn a_limit_that_is_hit_is_named_and_can_be_set() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     // What is kept need not be compiled.
     let show = |limit: &str| {
         let limit = ["--policy-limit", limit];
-        place.run(
+        scratchpad.run(
             &[
                 &["policy", "show", "hostile.wasm", "--no-cache"],
                 &limit[..],
@@ -388,7 +400,7 @@ fn a_limit_that_is_hit_is_named_and_can_be_set() {
         show(limit).fails(POLICY, &["hostile.wasm", &format!("`{name}`"), &hint]);
     }
     // What is said is cut, not refused.
-    let brief = place.run(&[
+    let brief = scratchpad.run(&[
         "policy",
         "show",
         "hostile.wasm",
@@ -403,12 +415,12 @@ fn a_limit_that_is_hit_is_named_and_can_be_set() {
 
 #[test]
 fn a_policy_for_another_host_is_told_apart_in_a_sentence() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     let show = |interface: &str, more: &[&str]| {
         let text =
             format!(r#"(component (import "{interface}" (instance (export "now" (func)))))"#);
-        fs::write(place.path("other.wasm"), wat::parse_str(text).unwrap()).unwrap();
-        place.run(&[&["policy", "show", "other.wasm"], more].concat())
+        fs::write(scratchpad.path("other.wasm"), wat::parse_str(text).unwrap()).unwrap();
+        scratchpad.run(&[&["policy", "show", "other.wasm"], more].concat())
     };
     let newer =
         "it imports tightfit:host/log@0.2.0, this host has 0.1.0: it is for a newer release";
@@ -422,7 +434,7 @@ fn a_policy_for_another_host_is_told_apart_in_a_sentence() {
 
 #[test]
 fn what_is_logged_is_bounded_by_a_limit() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     let behavior = [
         "--policy",
         "hostile.wasm",
@@ -437,7 +449,7 @@ fn what_is_logged_is_bounded_by_a_limit() {
             &limit,
         ]
         .concat();
-        place
+        scratchpad
             .run(&arguments)
             .stderr
             .matches("policy: warn: flood")
@@ -451,7 +463,7 @@ fn what_is_logged_is_bounded_by_a_limit() {
 fn names_are_cut_as_all_that_a_policy_says() {
     // Texts of 4 KiB, some with a second one, and what is said around them.
     const MOST: usize = 9 << 10;
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     let long = "x".repeat(100_000);
     let control = "\\1b".repeat(50_000);
     let component = |parts: &str| wat::parse_str(format!("(component {parts})")).unwrap();
@@ -489,23 +501,23 @@ fn names_are_cut_as_all_that_a_policy_says() {
         ))
         .module(),
     ] {
-        fs::write(place.path("long.wasm"), &policy).unwrap();
+        fs::write(scratchpad.path("long.wasm"), &policy).unwrap();
         for wasi in ["none", "empty"] {
             let arguments = ["policy", "show", "long.wasm", "--no-cache", "--wasi", wasi];
-            let outcome = place.run(&arguments);
+            let outcome = scratchpad.run(&arguments);
             let shown = outcome.stderr.len() + outcome.stdout.len();
             assert_eq!(outcome.status, Some(POLICY), "{:.300}", outcome.stderr);
             assert!(shown < MOST, "{shown} bytes: {:.300}", outcome.stderr);
             let brief = [&arguments[..], &["--policy-limit", "text-bytes=20"]].concat();
-            let outcome = place.run(&brief);
+            let outcome = scratchpad.run(&brief);
             assert!(outcome.stderr.len() < 400, "{:.500}", outcome.stderr);
         }
     }
     // What a policy that works imports is listed.
     let interface = format!("tightfit:host/log@0.1.0+{}", "x".repeat(100_000));
     let import = format!(r#"(import "{interface}" "write" (func (param i32 i32 i32)))"#);
-    fs::write(place.path("long.wasm"), module(&import).module()).unwrap();
-    let outcome = place.run(&["policy", "show", "long.wasm"]);
+    fs::write(scratchpad.path("long.wasm"), module(&import).module()).unwrap();
+    let outcome = scratchpad.run(&["policy", "show", "long.wasm"]);
     assert!(
         outcome.stdout.len() + outcome.stderr.len() < MOST,
         "{:.300}",
@@ -515,9 +527,9 @@ fn names_are_cut_as_all_that_a_policy_says() {
 
 #[test]
 fn settings_are_listed_as_far_as_one_text_goes() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     fs::write(
-        place.path("hostile.wasm"),
+        scratchpad.path("hostile.wasm"),
         hostile_in_describe("many-settings"),
     )
     .unwrap();
@@ -527,13 +539,15 @@ fn settings_are_listed_as_far_as_one_text_goes() {
         &limit[..],
     ]
     .concat();
-    let outcome = place.run(&arguments).fails(USAGE, &["no setting 'none'"]);
+    let outcome = scratchpad
+        .run(&arguments)
+        .fails(USAGE, &["no setting 'none'"]);
     assert!(outcome.stderr.len() < 5000, "{}", outcome.stderr.len());
 }
 
 #[test]
 fn a_policy_whose_messages_nobody_reads_does_not_outstay_its_deadline() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     // Empty messages, and such that are escaped.
     for (message, length) in [(0, 0), (1000, 4000), (65, 1)] {
         let policy = Handwritten {
@@ -546,9 +560,9 @@ fn a_policy_whose_messages_nobody_reads_does_not_outstay_its_deadline() {
             ),
             ..Handwritten::default()
         };
-        fs::write(place.path("test.wasm"), policy.module()).unwrap();
+        fs::write(scratchpad.path("test.wasm"), policy.module()).unwrap();
         fs::write(
-            place.path("s.toml"),
+            scratchpad.path("s.toml"),
             "[[scenario]]\nname = \"it\"\npolicy = \"test.wasm\"\nmodel = { preset = \"demo\" }\n\
              devices = [\"sim:1GiB\"]\nexpect = { fails = \"deadline\" }\n",
         )
@@ -567,7 +581,7 @@ fn a_policy_whose_messages_nobody_reads_does_not_outstay_its_deadline() {
                 "--policy-limit",
                 "log-bytes=1MiB",
             ];
-            let mut running = place.start(&[*arguments, &limits].concat());
+            let mut running = scratchpad.start(&[*arguments, &limits].concat());
             assert!(
                 running.ends_unread(Duration::from_secs(120)),
                 "{arguments:?}"
@@ -578,7 +592,7 @@ fn a_policy_whose_messages_nobody_reads_does_not_outstay_its_deadline() {
         }
         // Within the default limit nothing is lost.
         let limits = ["--policy-limit", "deadline=0.2"];
-        let outcome = place.run(&[&["policy", "show", "test.wasm"], &limits[..]].concat());
+        let outcome = scratchpad.run(&[&["policy", "show", "test.wasm"], &limits[..]].concat());
         let outcome = outcome.fails(POLICY, &["longer than 0.2 s"]);
         let most = (68 << 10) + 200;
         assert!(outcome.stderr.len() < most, "{}", outcome.stderr.len());
@@ -587,27 +601,32 @@ fn a_policy_whose_messages_nobody_reads_does_not_outstay_its_deadline() {
 
 #[test]
 fn a_policy_makes_do_with_little_address_space_and_says_what_is_missing() {
-    let place = hostile_place();
+    let scratchpad = hostile_place();
     let arguments = ["plan", "m", "--device", "sim:64MiB", "--json"];
-    let usual = place.run(&arguments).succeeds().json();
-    let scarce = place.run_in_space(400_000, &arguments).succeeds().json();
+    let usual = scratchpad.run(&arguments).succeeds().json();
+    let scarce = scratchpad
+        .run_in_space(400_000, &arguments)
+        .succeeds()
+        .json();
     assert_eq!(scarce["fuel"], usual["fuel"]);
     assert_eq!(scarce["devices"], usual["devices"]);
     // One that is compiled by another process.
     let show = ["policy", "show", "hostile.wasm"];
-    place.run_in_space(400_000, &show).succeeds();
+    scratchpad.run_in_space(400_000, &show).succeeds();
     // The guest may have what the process has not.
     let greedy = Handwritten {
         describe: "(drop (memory.grow (i32.const 4000))) (i32.const 16)".to_owned(),
         ..Handwritten::default()
     };
-    fs::write(place.path("greedy.wasm"), greedy.module()).unwrap();
-    place.run(&["policy", "show", "greedy.wasm"]).succeeds();
-    let outcome = place.run_in_space(200_000, &["policy", "show", "greedy.wasm"]);
+    fs::write(scratchpad.path("greedy.wasm"), greedy.module()).unwrap();
+    scratchpad
+        .run(&["policy", "show", "greedy.wasm"])
+        .succeeds();
+    let outcome = scratchpad.run_in_space(200_000, &["policy", "show", "greedy.wasm"]);
     outcome.fails(DEVICE, &["could not be run", "address space", "ulimit -v"]);
     // A limit is a limit all the same.
     let limits = ["--policy-limit", "memory=1MiB"];
     let arguments = [&["policy", "show", "greedy.wasm"], &limits[..]].concat();
-    let outcome = place.run_in_space(200_000, &arguments);
+    let outcome = scratchpad.run_in_space(200_000, &arguments);
     outcome.fails(POLICY, &["`memory`"]);
 }

@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
-use tightfit_tests::command::Place;
+use tightfit_tests::command::Scratchpad;
 use tightfit_tests::models;
 use tightfit_tests::programs::{HOSTILE, LOAD_AND_CHECK};
 
@@ -12,17 +12,17 @@ const CHECKPOINT: i32 = 3;
 const PROGRAM: i32 = 5;
 
 /// With a model `m`, the example program and the hostile one.
-fn place() -> Place {
-    let place = Place::new();
-    models::write_decoder(&place.path("m"), 1, 64);
-    fs::write(place.path("check.wasm"), LOAD_AND_CHECK).unwrap();
-    fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
-    place
+fn scratchpad() -> Scratchpad {
+    let scratchpad = Scratchpad::new();
+    models::write_decoder(&scratchpad.path("m"), 1, 64);
+    fs::write(scratchpad.path("check.wasm"), LOAD_AND_CHECK).unwrap();
+    fs::write(scratchpad.path("hostile.wasm"), HOSTILE).unwrap();
+    scratchpad
 }
 
 #[test]
 fn a_program_loads_what_it_was_granted() {
-    let place = place();
+    let scratchpad = scratchpad();
     let arguments = [
         "run",
         "check.wasm",
@@ -32,12 +32,12 @@ fn a_program_loads_what_it_was_granted() {
         "--device",
         "sim:64MiB",
     ];
-    let text = place.run(&arguments).succeeds().stdout;
+    let text = scratchpad.run(&arguments).succeeds().stdout;
     // Seven matrices of the layer, embeddings and head.
     assert!(text.starts_with("9 of 10 tensors quantized, "), "{text}");
     assert_eq!(text.lines().count(), 4);
 
-    let outcome = place.run(&[&arguments[..], &["--json", "--quota", "8MiB"]].concat());
+    let outcome = scratchpad.run(&[&arguments[..], &["--json", "--quota", "8MiB"]].concat());
     let ran = outcome.succeeds().json();
     assert_eq!(ran["schema"], 1);
     assert_eq!(ran["answer"], text);
@@ -50,7 +50,7 @@ fn a_program_loads_what_it_was_granted() {
 
 #[test]
 fn what_goes_wrong_has_a_sentence_and_a_status() {
-    let place = place();
+    let scratchpad = scratchpad();
     let device = ["--device", "sim:64MiB", "--device", "sim:64MiB"];
     for (arguments, status, words) in [
         (
@@ -94,13 +94,13 @@ fn what_goes_wrong_has_a_sentence_and_a_status() {
         (&["hostile.wasm", "--limit", "speed=9"], USAGE, &["speed"]),
     ] {
         let arguments = [&["run"], arguments, &device].concat();
-        place.run(&arguments).fails(status, words);
+        scratchpad.run(&arguments).fails(status, words);
     }
 }
 
 #[test]
 fn an_answer_cannot_control_the_terminal() {
-    let outcome = place().run(&["run", "hostile.wasm", "escape", "--device", "sim:1MiB"]);
+    let outcome = scratchpad().run(&["run", "hostile.wasm", "escape", "--device", "sim:1MiB"]);
     let text = outcome.succeeds().stdout;
     assert_eq!(
         text,
@@ -110,7 +110,7 @@ fn an_answer_cannot_control_the_terminal() {
 
 #[test]
 fn what_a_program_logs_is_heard_while_it_runs_and_does_not_hold_it() {
-    let place = place();
+    let scratchpad = scratchpad();
     let run = [
         "run",
         "hostile.wasm",
@@ -125,7 +125,7 @@ fn what_a_program_logs_is_heard_while_it_runs_and_does_not_hold_it() {
         "--limit",
         "deadline=80000",
     ];
-    let mut running = place.start(&[&run[..], &limits].concat());
+    let mut running = scratchpad.start(&[&run[..], &limits].concat());
     assert_eq!(running.next_message(), "policy: warn: it begins\n");
     assert!(running.kill_when(|_| true));
     running.finish();
@@ -138,7 +138,7 @@ fn what_a_program_logs_is_heard_while_it_runs_and_does_not_hold_it() {
         "sim:64MiB",
     ];
     let limits = ["--limit", "log-bytes=1MiB"];
-    let mut running = place.start(&[&run[..], &limits].concat());
+    let mut running = scratchpad.start(&[&run[..], &limits].concat());
     assert!(running.ends_unread(Duration::from_secs(120)));
     let outcome = running.finish();
     assert_eq!(outcome.stdout, "flooded\n");

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use tightfit_tests::command::{Outcome, Place};
+use tightfit_tests::command::{Outcome, Scratchpad};
 use tightfit_tests::guests::Handwritten;
 use tightfit_tests::models;
 
@@ -14,10 +14,10 @@ const MIB: u64 = 1 << 20;
 const BASE: u64 = 50 * MIB;
 
 /// Shows a policy. Gives the most memory that this took.
-fn show(place: &Place, policy: &[u8], more: &[&str]) -> (Outcome, u64) {
-    fs::write(place.path("test.wasm"), policy).unwrap();
+fn show(scratchpad: &Scratchpad, policy: &[u8], more: &[&str]) -> (Outcome, u64) {
+    fs::write(scratchpad.path("test.wasm"), policy).unwrap();
     let arguments = [&["policy", "show", "test.wasm"], more].concat();
-    let (outcome, peak) = place.start(&arguments).finish_measured();
+    let (outcome, peak) = scratchpad.start(&arguments).finish_measured();
     println!(
         "{} bytes: {} MiB, {}",
         policy.len(),
@@ -38,10 +38,10 @@ fn component(parts: &str) -> Vec<u8> {
 
 #[test]
 fn a_few_bytes_do_not_become_many_nor_drive_out_what_is_kept() {
-    let mut place = Place::new();
-    let cached = place.path("xdg");
-    place.set("XDG_CACHE_HOME", cached.to_str().unwrap());
-    place.run(&["policy", "show", "auto"]).succeeds();
+    let mut scratchpad = Scratchpad::new();
+    let cached = scratchpad.path("xdg");
+    scratchpad.set("XDG_CACHE_HOME", cached.to_str().unwrap());
+    scratchpad.run(&["policy", "show", "auto"]).succeeds();
     let images = r#"(core module (memory 257)
         (data (i32.const 0) "a") (data (i32.const 16777200) "b"))"#;
     let table = "(core module (table 1048576 funcref) (elem (i32.const 1048568) $f) (func $f))";
@@ -62,7 +62,7 @@ fn a_few_bytes_do_not_become_many_nor_drive_out_what_is_kept() {
         data.repeat(255),
         levels,
     ] {
-        let (outcome, peak) = show(&place, &component(&parts), &[]);
+        let (outcome, peak) = show(&scratchpad, &component(&parts), &[]);
         assert_eq!(outcome.status, Some(POLICY), "{outcome:?}");
         assert!(peak < BASE, "{} MiB", peak / MIB);
     }
@@ -92,11 +92,11 @@ fn handing_over(describe: &str, plan: &str) -> Vec<u8> {
 #[test]
 fn a_call_takes_a_small_multiple_of_what_it_may_hand_over() {
     const LIMIT: u64 = 32 * MIB;
-    let place = Place::new();
-    fs::create_dir(place.path("m")).unwrap();
-    models::write_awkward(&place.path("m"));
+    let scratchpad = Scratchpad::new();
+    fs::create_dir(scratchpad.path("m")).unwrap();
+    models::write_awkward(&scratchpad.path("m"));
     let plan = |policy: Vec<u8>, words: &str| {
-        fs::write(place.path("test.wasm"), &policy).unwrap();
+        fs::write(scratchpad.path("test.wasm"), &policy).unwrap();
         let arguments = [
             "plan",
             "m",
@@ -109,7 +109,7 @@ fn a_call_takes_a_small_multiple_of_what_it_may_hand_over() {
             "--limit",
             "log-bytes=1KiB",
         ];
-        let (outcome, peak) = place.start(&arguments).finish_measured();
+        let (outcome, peak) = scratchpad.start(&arguments).finish_measured();
         println!("{words}: {} MiB, {:.100}", peak / MIB, outcome.stderr);
         assert!(
             outcome.stderr.contains(words),
@@ -165,14 +165,14 @@ fn a_call_takes_a_small_multiple_of_what_it_may_hand_over() {
 #[test]
 fn types_of_a_guests_own_under_names_of_wasi_are_not_lifted() {
     // 470,000 elements of 32 flags are 1.9 MB there and 0.85 GB of names here.
-    let place = Place::new();
+    let scratchpad = Scratchpad::new();
     let labels: String = (0..32).map(|label| format!(r#" "f{label}""#)).collect();
     let component = component(&format!(
         r#"(import "wasi:cli/environment@0.2.0" (instance
             (type $f' (flags{labels})) (export "f" (type $f (eq $f'))) (type $l (list $f))
             (export "get-arguments" (func (param "x" $l)))))"#
     ));
-    let (outcome, peak) = show(&place, &component, &["--wasi", "empty"]);
+    let (outcome, peak) = show(&scratchpad, &component, &["--wasi", "empty"]);
     outcome.fails(
         POLICY,
         &["wasi:cli/environment@0.2.0", "get-arguments", "WASI 0.2"],

@@ -3,15 +3,15 @@
 use std::fs;
 
 use serde_json::{Value, json};
-use tightfit_tests::command::Place;
+use tightfit_tests::command::Scratchpad;
 use tightfit_tests::models;
 
 const DEVICE: [&str; 2] = ["--device", "sim:1GiB"];
 
-fn place_with_model() -> Place {
-    let place = Place::new();
-    models::write_decoder(&place.path("model"), 2, 64);
-    place
+fn scratchpad_with_model() -> Scratchpad {
+    let scratchpad = Scratchpad::new();
+    models::write_decoder(&scratchpad.path("model"), 2, 64);
+    scratchpad
 }
 
 /// The fields of an object in alphabetical order, each with the type of its value.
@@ -88,11 +88,11 @@ fn has_the_promised_form(report: &Value) {
 
 #[test]
 fn plan_says_where_everything_would_go() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     let spec = [
         "plan", "model", "--device", "sim:1GiB", "--device", "cpu:2GiB",
     ];
-    let text = place.run(&spec).succeeds().stdout;
+    let text = scratchpad.run(&spec).succeeds().stdout;
     for word in [
         "LlamaForCausalLM",
         "policy auto",
@@ -104,7 +104,7 @@ fn plan_says_where_everything_would_go() {
     }
     assert!(!text.contains("loaded in"), "{text}");
 
-    let report = place
+    let report = scratchpad
         .run(&[&spec[..], &["--json"]].concat())
         .succeeds()
         .json();
@@ -129,10 +129,10 @@ fn plan_says_where_everything_would_go() {
 
 #[test]
 fn load_reports_what_the_plan_said() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     let arguments = |command| [&[command, "model", "--json"], &DEVICE[..]].concat();
-    let plan = place.run(&arguments("plan")).succeeds().json();
-    let load = place.run(&arguments("load")).succeeds().json();
+    let plan = scratchpad.run(&arguments("plan")).succeeds().json();
+    let load = scratchpad.run(&arguments("load")).succeeds().json();
     has_the_promised_form(&load);
     assert_eq!(
         shape(&load["load"]),
@@ -155,7 +155,7 @@ fn load_reports_what_the_plan_said() {
     );
     assert_eq!(load["load"]["nonfinite_blocks"], 0);
 
-    let text = place
+    let text = scratchpad
         .run(&[&["load", "model"], &DEVICE[..]].concat())
         .succeeds()
         .stdout;
@@ -164,10 +164,10 @@ fn load_reports_what_the_plan_said() {
 
 #[test]
 fn placements_are_listed_where_asked_for() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     for command in ["plan", "load"] {
         let arguments = [&[command, "model", "--placements"], &DEVICE[..]].concat();
-        let report = place
+        let report = scratchpad
             .run(&[&arguments[..], &["--json"]].concat())
             .succeeds()
             .json();
@@ -202,7 +202,7 @@ fn placements_are_listed_where_asked_for() {
             .map(|p| p["bytes"].as_u64().unwrap())
             .sum();
         assert_eq!(report["devices"][0]["allocated"], sum);
-        let text = place.run(&arguments).succeeds().stdout;
+        let text = scratchpad.run(&arguments).succeeds().stdout;
         assert!(
             text.contains("model.layers.1.input_layernorm.weight"),
             "{text}"
@@ -216,7 +216,7 @@ fn placements_are_listed_where_asked_for() {
         "--set",
         "double-quant=true",
     ];
-    let report = place
+    let report = scratchpad
         .run(&[&double[..], &DEVICE].concat())
         .succeeds()
         .json();
@@ -229,10 +229,10 @@ fn placements_are_listed_where_asked_for() {
 #[test]
 fn a_load_takes_no_more_memory_than_it_says() {
     const MIB: u64 = 1 << 20;
-    let place = Place::new();
-    models::write_decoder(&place.path("model"), 3, 1024);
+    let scratchpad = Scratchpad::new();
+    models::write_decoder(&scratchpad.path("model"), 3, 1024);
     let arguments = [&["load", "model", "--json"], &DEVICE[..]].concat();
-    let report = place.run(&arguments).succeeds().json();
+    let report = scratchpad.run(&arguments).succeeds().json();
     assert!(report["model"]["source_bytes"].as_u64().unwrap() > 96 * MIB);
     let number = |value: &Value| value.as_u64().unwrap();
     let device = &report["devices"][0];
@@ -251,12 +251,15 @@ fn a_load_takes_no_more_memory_than_it_says() {
 
 #[test]
 fn inspect_says_what_is_in_a_checkpoint() {
-    let place = place_with_model();
-    let text = place.run(&["inspect", "model"]).succeeds().stdout;
+    let scratchpad = scratchpad_with_model();
+    let text = scratchpad.run(&["inspect", "model"]).succeeds().stdout;
     for word in ["LlamaForCausalLM", "18 tensors", "bf16", "nf4", "stored"] {
         assert!(text.contains(word), "it lacks {word}: {text}");
     }
-    let report = place.run(&["inspect", "model", "--json"]).succeeds().json();
+    let report = scratchpad
+        .run(&["inspect", "model", "--json"])
+        .succeeds()
+        .json();
     assert_eq!(report["schema"], 1);
     assert_eq!(
         (&report["tensors"], &report["layers"]),
@@ -274,19 +277,19 @@ fn inspect_says_what_is_in_a_checkpoint() {
 
 #[test]
 fn a_file_and_a_cached_id_are_models_too() {
-    let place = place_with_model();
-    let file = place
+    let scratchpad = scratchpad_with_model();
+    let file = scratchpad
         .run(&["inspect", "model/model.safetensors", "--json"])
         .succeeds()
         .json();
     assert_eq!(file["tensors"], 18);
     // As the Hugging Face hub lays out its cache.
-    let cached = place.path("../home/.cache/huggingface/hub/models--org--name");
+    let cached = scratchpad.path("../home/.cache/huggingface/hub/models--org--name");
     fs::create_dir_all(cached.join("snapshots")).unwrap();
     fs::create_dir_all(cached.join("refs")).unwrap();
     fs::write(cached.join("refs/main"), "abc123").unwrap();
-    fs::rename(place.path("model"), cached.join("snapshots/abc123")).unwrap();
-    let id = place
+    fs::rename(scratchpad.path("model"), cached.join("snapshots/abc123")).unwrap();
+    let id = scratchpad
         .run(&["inspect", "org/name", "--json"])
         .succeeds()
         .json();
@@ -295,13 +298,16 @@ fn a_file_and_a_cached_id_are_models_too() {
 
 #[test]
 fn synth_writes_what_inspect_reads() {
-    let place = Place::new();
-    let text = place
+    let scratchpad = Scratchpad::new();
+    let text = scratchpad
         .run(&["synth", "demo", "d", "--headers-only"])
         .succeeds()
         .stdout;
     assert!(text.starts_with("d: 195 tensors"), "{text}");
-    let report = place.run(&["inspect", "d", "--json"]).succeeds().json();
+    let report = scratchpad
+        .run(&["inspect", "d", "--json"])
+        .succeeds()
+        .json();
     assert_eq!(
         (&report["tensors"], &report["layers"]),
         (&json!(195), &json!(16))
@@ -311,26 +317,26 @@ fn synth_writes_what_inspect_reads() {
 
 #[test]
 fn demo_shows_a_plan_kept_to_the_byte_and_cleans_up() {
-    let place = Place::new();
-    let text = place.run(&["demo"]).succeeds().stdout;
+    let scratchpad = Scratchpad::new();
+    let text = scratchpad.run(&["demo"]).succeeds().stdout;
     for word in ["exactly the plan", "Unloaded: 0 B still reserved"] {
         assert!(text.contains(word), "it lacks `{word}`: {text}");
     }
-    assert_eq!(fs::read_dir(place.temporary()).unwrap().count(), 0);
-    let report = place.run(&["demo", "--json"]).succeeds().json();
+    assert_eq!(fs::read_dir(scratchpad.temporary()).unwrap().count(), 0);
+    let report = scratchpad.run(&["demo", "--json"]).succeeds().json();
     has_the_promised_form(&report);
     assert_eq!(report["load"]["quantized"], 112);
 }
 
 #[test]
 fn devices_are_listed() {
-    let place = Place::new();
-    let text = place.run(&["devices"]).succeeds().stdout;
+    let scratchpad = Scratchpad::new();
+    let text = scratchpad.run(&["devices"]).succeeds().stdout;
     assert!(text.contains("cpu"), "{text}");
     let arguments = [
         "devices", "--json", "--device", "sim:3GiB", "--device", "cpu:1GiB",
     ];
-    let listed = place.run(&arguments).succeeds().json();
+    let listed = scratchpad.run(&arguments).succeeds().json();
     assert_eq!(listed["schema"], 1);
     let devices = &listed["devices"];
     assert_eq!(devices.as_array().unwrap().len(), 2);
@@ -354,18 +360,24 @@ fn devices_are_listed() {
 
 #[test]
 fn policies_are_listed_and_shown() {
-    let place = Place::new();
-    let list = place.run(&["policy", "list"]).succeeds().stdout;
+    let scratchpad = Scratchpad::new();
+    let list = scratchpad.run(&["policy", "list"]).succeeds().stdout;
     assert!(list.lines().any(|line| line == "auto"), "{list}");
-    let policies = place.run(&["policy", "list", "--json"]).succeeds().json();
+    let policies = scratchpad
+        .run(&["policy", "list", "--json"])
+        .succeeds()
+        .json();
     let names = policies["policies"].as_array().unwrap().iter();
     let names: Vec<&str> = names
         .map(|policy| policy["name"].as_str().unwrap())
         .collect();
     assert_eq!(names, list.lines().collect::<Vec<_>>());
-    let text = place.run(&["policy", "show", "auto"]).succeeds().stdout;
+    let text = scratchpad
+        .run(&["policy", "show", "auto"])
+        .succeeds()
+        .stdout;
     assert!(text.contains("double-quant (default: false)"), "{text}");
-    let shown = place
+    let shown = scratchpad
         .run(&["policy", "show", "auto", "--json"])
         .succeeds()
         .json();
@@ -398,7 +410,7 @@ fn policies_are_listed_and_shown() {
 
 #[test]
 fn quiet_prints_nothing() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     for arguments in [
         &["synth", "demo", "d", "--headers-only", "--quiet"][..],
         &["inspect", "model", "--quiet"],
@@ -407,9 +419,13 @@ fn quiet_prints_nothing() {
         &["policy", "show", "auto", "--quiet"],
         &["devices", "--quiet"],
     ] {
-        assert_eq!(place.run(arguments).succeeds().stdout, "", "{arguments:?}");
+        assert_eq!(
+            scratchpad.run(arguments).succeeds().stdout,
+            "",
+            "{arguments:?}"
+        );
     }
-    let both = place
+    let both = scratchpad
         .run(&["plan", "model", "--quiet", "--json"])
         .succeeds();
     has_the_promised_form(&both.json());
@@ -417,15 +433,17 @@ fn quiet_prints_nothing() {
 
 #[test]
 fn a_reader_that_goes_away_is_no_error() {
-    let place = Place::new();
+    let scratchpad = Scratchpad::new();
     // More text than a pipe holds.
-    place
+    scratchpad
         .run(&["synth", "llama-3.1-70b", "d", "--headers-only"])
         .succeeds();
     let device = ["--device", "sim:80GiB"];
     let arguments = [&["plan", "d", "--placements", "--json"], &device[..]].concat();
-    assert!(place.run(&arguments).succeeds().stdout.len() > 64 << 10);
-    place.run_unheard(&arguments).succeeds();
-    place.run_unheard(&["policy", "show", "auto"]).succeeds();
-    place.run_unheard(&["--help"]).succeeds();
+    assert!(scratchpad.run(&arguments).succeeds().stdout.len() > 64 << 10);
+    scratchpad.run_unheard(&arguments).succeeds();
+    scratchpad
+        .run_unheard(&["policy", "show", "auto"])
+        .succeeds();
+    scratchpad.run_unheard(&["--help"]).succeeds();
 }

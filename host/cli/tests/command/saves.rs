@@ -3,7 +3,7 @@
 use std::fs;
 
 use tightfit::checkpoint::Checkpoint;
-use tightfit_tests::command::Place;
+use tightfit_tests::command::Scratchpad;
 use tightfit_tests::models;
 use tightfit_tests::saving::{files, names, written};
 
@@ -12,29 +12,29 @@ const USAGE: i32 = 2;
 const CHECKPOINT: i32 = 3;
 const DOES_NOT_FIT: i32 = 4;
 
-fn place_with_model() -> Place {
-    let place = Place::new();
-    models::write_decoder(&place.path("m"), 2, 64);
-    place
+fn scratchpad_with_model() -> Scratchpad {
+    let scratchpad = Scratchpad::new();
+    models::write_decoder(&scratchpad.path("m"), 2, 64);
+    scratchpad
 }
 
 /// Asserts that there is nothing but what was there.
 #[track_caller]
-fn has_only(place: &Place, expected: &[&str]) {
+fn has_only(scratchpad: &Scratchpad, expected: &[&str]) {
     let expected = expected.iter().map(|&name| name.to_owned()).collect();
-    assert_eq!(names(&place.path("")), expected);
+    assert_eq!(names(&scratchpad.path("")), expected);
 }
 
 /// Modules that a reader of the saved model must not take for 4-bit ones.
-fn skipped_modules(place: &Place, model: &str) -> serde_json::Value {
-    let text = fs::read_to_string(place.path(model).join("config.json")).unwrap();
+fn skipped_modules(scratchpad: &Scratchpad, model: &str) -> serde_json::Value {
+    let text = fs::read_to_string(scratchpad.path(model).join("config.json")).unwrap();
     let config: serde_json::Value = serde_json::from_str(&text).unwrap();
     config["quantization_config"]["llm_int8_skip_modules"].clone()
 }
 
 /// Adds entries to the configuration of a model, before all others.
-fn configure(place: &Place, model: &str, entries: &str) {
-    let path = place.path(model).join("config.json");
+fn configure(scratchpad: &Scratchpad, model: &str, entries: &str) {
+    let path = scratchpad.path(model).join("config.json");
     let text = fs::read_to_string(&path).unwrap_or_else(|_| "{}".to_owned());
     let (_, rest) = text.split_once('{').expect("an object");
     let comma = if rest.trim_start().starts_with('}') {
@@ -53,24 +53,24 @@ fn what_another_method_has_quantized_is_named_and_left_alone() {
         ("gptq", r#","bits":4"#),
     ] {
         for nested in [false, true] {
-            let place = place_with_model();
+            let scratchpad = scratchpad_with_model();
             let entry = format!(r#""quantization_config":{{"quant_method":"{method}"{bits}}}"#);
             let entry = if nested {
                 format!(r#""text_config":{{{entry}}}"#)
             } else {
                 entry
             };
-            configure(&place, "m", &entry);
+            configure(&scratchpad, "m", &entry);
             let words = format!("quantized by {method} already");
             for arguments in [
                 &["inspect", "m"][..],
                 &["plan", "m", "--device", "cpu"],
                 &["load", "m", "--device", "cpu"],
             ] {
-                let text = place.run(arguments).succeeds().stdout;
+                let text = scratchpad.run(arguments).succeeds().stdout;
                 assert!(text.contains(&words), "{text}");
             }
-            let plan = place.run(&["plan", "m", "--device", "cpu", "--placements", "--json"]);
+            let plan = scratchpad.run(&["plan", "m", "--device", "cpu", "--placements", "--json"]);
             let plan = plan.succeeds().json();
             assert_eq!(plan["model"]["quantization"]["method"], method);
             assert_eq!(plan["model"]["quantization"]["source"], "config");
@@ -80,25 +80,32 @@ fn what_another_method_has_quantized_is_named_and_left_alone() {
                     .iter()
                     .all(|placement| placement["format"] == "stored")
             );
-            let inspected = place.run(&["inspect", "m", "--json"]).succeeds().json();
+            let inspected = scratchpad
+                .run(&["inspect", "m", "--json"])
+                .succeeds()
+                .json();
             assert_eq!(inspected["quantization"], plan["model"]["quantization"]);
             // What is asked for is done in memory, and in no checkpoint.
             let rule = ["--set", "format:q_proj=nf4"];
             let load = ["load", "m", "--device", "cpu", "--json"];
-            let loaded = place.run(&[&load[..], &rule].concat()).succeeds().json();
+            let loaded = scratchpad
+                .run(&[&load[..], &rule].concat())
+                .succeeds()
+                .json();
             assert_eq!(loaded["load"]["quantized"], 2);
             let save = [&["save", "m", "out"][..], &rule].concat();
-            let outcome = place
+            let outcome = scratchpad
                 .run(&save)
                 .fails(CHECKPOINT, &[method, "q_proj.weight"]);
-            assert!(!place.path("out").exists(), "{outcome:?}");
-            let error = place.run(&[&save[..], &["--json"]].concat()).json();
+            assert!(!scratchpad.path("out").exists(), "{outcome:?}");
+            let error = scratchpad.run(&[&save[..], &["--json"]].concat()).json();
             assert_eq!(error["error"]["kind"], "quantized-already");
-            let outcome = place.run(&["save", "m", "out"]);
+            let outcome = scratchpad.run(&["save", "m", "out"]);
             let words = format!("no weight is in 4 bits: the checkpoint is quantized by {method}");
             assert!(outcome.stderr.contains(&words), "{outcome:?}");
             assert_eq!(outcome.status, Some(0));
-            let config = |model: &str| fs::read(place.path(model).join("config.json")).unwrap();
+            let config =
+                |model: &str| fs::read(scratchpad.path(model).join("config.json")).unwrap();
             assert_eq!(config("m"), config("out"));
         }
     }
@@ -106,27 +113,30 @@ fn what_another_method_has_quantized_is_named_and_left_alone() {
 
 #[test]
 fn modules_that_bitsandbytes_left_out_stay_as_they_are() {
-    let place = place_with_model();
-    configure(&place, "m", r#""time_step_limit": [0.0, Infinity]"#);
-    place
+    let scratchpad = scratchpad_with_model();
+    configure(&scratchpad, "m", r#""time_step_limit": [0.0, Infinity]"#);
+    scratchpad
         .run(&["save", "m", "some", "--set", "skip=q_proj"])
         .succeeds();
-    let text = fs::read_to_string(place.path("some/config.json")).unwrap();
+    let text = fs::read_to_string(scratchpad.path("some/config.json")).unwrap();
     assert!(
         text.contains("\"time_step_limit\": [0.0, Infinity]"),
         "{text}"
     );
-    place.run(&["save", "some", "again"]).succeeds();
-    assert_eq!(files(&place.path("some")), files(&place.path("again")));
+    scratchpad.run(&["save", "some", "again"]).succeeds();
+    assert_eq!(
+        files(&scratchpad.path("some")),
+        files(&scratchpad.path("again"))
+    );
     // One of them is asked for.
     let rule = "format:layers.0.self_attn.q_proj=nf4";
-    place
+    scratchpad
         .run(&["save", "some", "more", "--set", rule])
         .succeeds();
-    let path = place.path("more/config.json");
+    let path = scratchpad.path("more/config.json");
     let text = fs::read_to_string(&path).unwrap();
     fs::write(&path, text.replace("Infinity", "null")).unwrap();
-    let listed = skipped_modules(&place, "more");
+    let listed = skipped_modules(&scratchpad, "more");
     let is_listed = |module: &str| listed.as_array().unwrap().iter().any(|name| name == module);
     assert!(!is_listed("model.layers.0.self_attn.q_proj"));
     assert!(is_listed("model.layers.1.self_attn.q_proj") && is_listed("lm_head"));
@@ -134,25 +144,25 @@ fn modules_that_bitsandbytes_left_out_stay_as_they_are() {
 
 #[test]
 fn nothing_quantized_is_worth_a_warning() {
-    let place = place_with_model();
-    let outcome = place.run(&["save", "m", "out", "--set", "skip=*"]);
+    let scratchpad = scratchpad_with_model();
+    let outcome = scratchpad.run(&["save", "m", "out", "--set", "skip=*"]);
     assert!(
         outcome.stderr.contains("no weight is in 4 bits"),
         "{outcome:?}"
     );
     assert_eq!(outcome.status, Some(0));
-    place.run(&["save", "m", "quantized"]).succeeds();
+    scratchpad.run(&["save", "m", "quantized"]).succeeds();
 }
 
 #[test]
 fn modules_skipped_on_request_are_listed_for_readers() {
-    let place = place_with_model();
-    place.run(&["save", "m", "all"]).succeeds();
-    assert_eq!(skipped_modules(&place, "all"), serde_json::Value::Null);
-    place
+    let scratchpad = scratchpad_with_model();
+    scratchpad.run(&["save", "m", "all"]).succeeds();
+    assert_eq!(skipped_modules(&scratchpad, "all"), serde_json::Value::Null);
+    scratchpad
         .run(&["save", "m", "some", "--set", "skip=q_proj"])
         .succeeds();
-    let listed = skipped_modules(&place, "some");
+    let listed = skipped_modules(&scratchpad, "some");
     let listed = listed.as_array().expect("a list");
     // The list replaces the default one, so that the output head is in it too.
     for module in [
@@ -174,21 +184,23 @@ fn modules_skipped_on_request_are_listed_for_readers() {
 
 #[test]
 fn a_save_says_what_it_wrote() {
-    let place = place_with_model();
-    let text = place.run(&["save", "m", "text"]).succeeds().stdout;
+    let scratchpad = scratchpad_with_model();
+    let text = scratchpad.run(&["save", "m", "text"]).succeeds().stdout;
     for word in ["text: ", "in 1 file, from ", "14 weights in 4 bits"] {
         assert!(text.contains(word), "it lacks {word}: {text}");
     }
-    let quiet = place.run(&["save", "m", "quiet", "--quiet"]).succeeds();
+    let quiet = scratchpad
+        .run(&["save", "m", "quiet", "--quiet"])
+        .succeeds();
     assert_eq!(quiet.stdout, "");
     let save = ["save", "m", "json", "--json", "--max-shard-size", "20KB"];
-    let report = place.run(&save).succeeds().json();
-    let bytes: usize = written(&place.path("json"))
+    let report = scratchpad.run(&save).succeeds().json();
+    let bytes: usize = written(&scratchpad.path("json"))
         .0
         .values()
         .map(|tensor| tensor.data.len())
         .sum();
-    let shards = names(&place.path("json"))
+    let shards = names(&scratchpad.path("json"))
         .into_iter()
         .filter(|name| name.ends_with(".safetensors"))
         .count();
@@ -200,35 +212,39 @@ fn a_save_says_what_it_wrote() {
     assert_eq!(report["quantized"], 14);
     assert_eq!(report["nonfinite_blocks"], 0);
     assert!(report["seconds"].is_number());
-    let source = Checkpoint::open(place.path("m")).unwrap().source_bytes();
+    let source = Checkpoint::open(scratchpad.path("m"))
+        .unwrap()
+        .source_bytes();
     assert_eq!(report["source_bytes"], source);
-    has_only(&place, &["json", "m", "quiet", "text"]);
+    has_only(&scratchpad, &["json", "m", "quiet", "text"]);
 }
 
 #[test]
 fn a_single_file_is_saved_from_beside_it() {
-    let place = place_with_model();
-    place.run(&["save", "m", "expected", "--quiet"]).succeeds();
+    let scratchpad = scratchpad_with_model();
+    scratchpad
+        .run(&["save", "m", "expected", "--quiet"])
+        .succeeds();
     for file in ["config.json", "model.safetensors"] {
-        fs::copy(place.path("m").join(file), place.path(file)).unwrap();
+        fs::copy(scratchpad.path("m").join(file), scratchpad.path(file)).unwrap();
     }
-    place
+    scratchpad
         .run(&["save", "model.safetensors", "out", "--quiet"])
         .succeeds();
-    assert!(files(&place.path("out")) == files(&place.path("expected")));
+    assert!(files(&scratchpad.path("out")) == files(&scratchpad.path("expected")));
 }
 
 #[test]
 fn what_is_too_large_to_be_copied_is_warned_of() {
-    let place = place_with_model();
-    let file = fs::File::create(place.path("m/vocab.txt")).unwrap();
+    let scratchpad = scratchpad_with_model();
+    let file = fs::File::create(scratchpad.path("m/vocab.txt")).unwrap();
     file.set_len(3 << 30).unwrap();
     let warning = "tightfit: warn: \"vocab.txt\" was not copied: it has 3221225472 bytes, and a \
                    file beside the weights at most 67108864\n";
-    let outcome = place.run(&["save", "m", "out", "--json"]);
+    let outcome = scratchpad.run(&["save", "m", "out", "--json"]);
     assert_eq!((outcome.status, &*outcome.stderr), (Some(0), warning));
     assert_eq!(outcome.json()["left_out"], serde_json::json!(["vocab.txt"]));
-    assert!(!place.path("out/vocab.txt").exists());
+    assert!(!scratchpad.path("out/vocab.txt").exists());
     let load = [
         "load",
         "m",
@@ -237,22 +253,22 @@ fn what_is_too_large_to_be_copied_is_warned_of() {
         "again",
         "--quiet",
     ];
-    let outcome = place.run(&load);
+    let outcome = scratchpad.run(&load);
     assert_eq!((outcome.status, &*outcome.stderr), (Some(0), warning));
 }
 
 #[cfg(unix)]
 #[test]
 fn no_command_follows_a_link_out_of_the_checkpoint() {
-    let place = place_with_model();
-    fs::create_dir(place.path("private")).unwrap();
+    let scratchpad = scratchpad_with_model();
+    fs::create_dir(scratchpad.path("private")).unwrap();
     fs::write(
-        place.path("private/auth.json"),
+        scratchpad.path("private/auth.json"),
         r#"{"auth":"dXNlcjpodW50ZXIy"}"#,
     )
     .unwrap();
     for name in ["config.json", "tokenizer.json"] {
-        let link = place.path("m").join(name);
+        let link = scratchpad.path("m").join(name);
         let kept = fs::read(&link).ok();
         let _ = fs::remove_file(&link);
         std::os::unix::fs::symlink("../private/auth.json", &link).unwrap();
@@ -261,10 +277,12 @@ fn no_command_follows_a_link_out_of_the_checkpoint() {
             "private/auth.json",
             "does not belong to the checkpoint",
         ];
-        place.run(&["save", "m", "out"]).fails(CHECKPOINT, &words);
+        scratchpad
+            .run(&["save", "m", "out"])
+            .fails(CHECKPOINT, &words);
         if name == "config.json" {
             for command in ["inspect", "plan", "load"] {
-                place.run(&[command, "m"]).fails(CHECKPOINT, &words);
+                scratchpad.run(&[command, "m"]).fails(CHECKPOINT, &words);
             }
         }
         fs::remove_file(&link).unwrap();
@@ -272,65 +290,67 @@ fn no_command_follows_a_link_out_of_the_checkpoint() {
             fs::write(&link, bytes).unwrap();
         }
     }
-    has_only(&place, &["m", "private"]);
+    has_only(&scratchpad, &["m", "private"]);
 }
 
 #[test]
 fn a_directory_that_is_there_is_replaced_only_by_force() {
-    let place = place_with_model();
-    fs::create_dir(place.path("empty")).unwrap();
-    place.run(&["save", "m", "empty", "--quiet"]).succeeds();
-    let expected = files(&place.path("empty"));
+    let scratchpad = scratchpad_with_model();
+    fs::create_dir(scratchpad.path("empty")).unwrap();
+    scratchpad
+        .run(&["save", "m", "empty", "--quiet"])
+        .succeeds();
+    let expected = files(&scratchpad.path("empty"));
 
-    fs::create_dir(place.path("full")).unwrap();
-    fs::write(place.path("full/mine"), "text").unwrap();
-    fs::write(place.path("file"), "text").unwrap();
+    fs::create_dir(scratchpad.path("full")).unwrap();
+    fs::write(scratchpad.path("full/mine"), "text").unwrap();
+    fs::write(scratchpad.path("file"), "text").unwrap();
     for target in ["full", "full/", "file", "m", "empty"] {
         let words = [target.trim_end_matches('/'), "exists", "--force"];
-        place.run(&["save", "m", target]).fails(USAGE, &words);
+        scratchpad.run(&["save", "m", target]).fails(USAGE, &words);
         let load = ["load", "m", "--device=sim:1GiB", "--save", target];
-        place.run(&load).fails(USAGE, &words);
+        scratchpad.run(&load).fails(USAGE, &words);
     }
-    assert_eq!(names(&place.path("full")), ["mine".to_owned()].into());
-    assert_eq!(fs::read_to_string(place.path("file")).unwrap(), "text");
+    assert_eq!(names(&scratchpad.path("full")), ["mine".to_owned()].into());
+    assert_eq!(fs::read_to_string(scratchpad.path("file")).unwrap(), "text");
     // The last is the model itself.
     for target in ["full", "file", "m"] {
         let save = ["save", "m", target, "--force", "--quiet"];
-        place.run(&save).succeeds();
-        assert!(files(&place.path(target)) == expected, "{target}");
+        scratchpad.run(&save).succeeds();
+        assert!(files(&scratchpad.path(target)) == expected, "{target}");
     }
-    has_only(&place, &["empty", "file", "full", "m"]);
+    has_only(&scratchpad, &["empty", "file", "full", "m"]);
 }
 
 #[test]
 fn directories_above_are_made_where_that_is_possible() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     let deep = ["save", "m", "a/b/out", "--quiet"];
-    place.run(&deep).succeeds();
-    assert_eq!(names(&place.path("a/b")), ["out".to_owned()].into());
+    scratchpad.run(&deep).succeeds();
+    assert_eq!(names(&scratchpad.path("a/b")), ["out".to_owned()].into());
     // What is no directory can have none, whoever asks.
-    fs::write(place.path("file"), "text").unwrap();
+    fs::write(scratchpad.path("file"), "text").unwrap();
     for target in ["file/out", "file/a/out"] {
         let words = ["cannot", "file"];
-        place.run(&["save", "m", target]).fails(OUTPUT, &words);
+        scratchpad.run(&["save", "m", target]).fails(OUTPUT, &words);
     }
     for target in ["..", "/"] {
         let words = ["not the name of a directory"];
-        place.run(&["save", "m", target]).fails(USAGE, &words);
+        scratchpad.run(&["save", "m", target]).fails(USAGE, &words);
     }
-    has_only(&place, &["a", "file", "m"]);
+    has_only(&scratchpad, &["a", "file", "m"]);
 }
 
 #[test]
 fn a_save_that_fails_leaves_nothing() {
-    let place = place_with_model();
-    fs::create_dir(place.path("nan")).unwrap();
+    let scratchpad = scratchpad_with_model();
+    fs::create_dir(scratchpad.path("nan")).unwrap();
     let name = "model.layers.0.mlp.up_proj.weight";
     let data = [0xff; 2 * 64];
     let matrix = [(name, "BF16", &[1, 64][..], &data[..])];
-    models::write_safetensors(&place.path("nan/model.safetensors"), &matrix);
-    fs::create_dir(place.path("same")).unwrap();
-    fs::write(place.path("same/model.safetensors"), "1234567").unwrap();
+    models::write_safetensors(&scratchpad.path("nan/model.safetensors"), &matrix);
+    fs::create_dir(scratchpad.path("same")).unwrap();
+    fs::write(scratchpad.path("same/model.safetensors"), "1234567").unwrap();
     for (arguments, status, words) in [
         (
             &["nan", "new/out", "--strict"][..],
@@ -358,12 +378,12 @@ fn a_save_that_fails_leaves_nothing() {
         (&["m"], USAGE, &["<DIRECTORY>"]),
     ] {
         let save = [&["save"], arguments].concat();
-        place.run(&save).fails(status, words);
+        scratchpad.run(&save).fails(status, words);
     }
     let small = ["load", "m", "--device=sim:64KiB", "--save", "new/out"];
-    place.run(&small).fails(DOES_NOT_FIT, &["refuses"]);
-    has_only(&place, &["m", "nan", "same"]);
-    let report = place
+    scratchpad.run(&small).fails(DOES_NOT_FIT, &["refuses"]);
+    has_only(&scratchpad, &["m", "nan", "same"]);
+    let report = scratchpad
         .run(&["save", "nan", "out", "--json"])
         .succeeds()
         .json();
@@ -373,10 +393,12 @@ fn a_save_that_fails_leaves_nothing() {
 #[cfg(unix)]
 #[test]
 fn a_full_disk_leaves_nothing_that_looks_complete() {
-    let place = Place::new();
-    models::write_decoder(&place.path("m"), 2, 512);
-    place.run(&["save", "m", "whole", "--quiet"]).succeeds();
-    let whole = fs::metadata(place.path("whole/model.safetensors")).unwrap();
+    let scratchpad = Scratchpad::new();
+    models::write_decoder(&scratchpad.path("m"), 2, 512);
+    scratchpad
+        .run(&["save", "m", "whole", "--quiet"])
+        .succeeds();
+    let whole = fs::metadata(scratchpad.path("whole/model.safetensors")).unwrap();
     // Blocks are of 512 or of 1024 bytes. Less than a megabyte would stop the policy: its memory
     // is a file to the system.
     let blocks = whole.len() / 1024;
@@ -388,28 +410,28 @@ fn a_full_disk_leaves_nothing_that_looks_complete() {
             &["load", "m", "--device=sim:1GiB", "--save", "new/out"],
             &["save", "m", "whole", "--force"],
         ] {
-            place
+            scratchpad
                 .run_limited(blocks, true, arguments)
                 .fails(OUTPUT, &words);
         }
-        has_only(&place, &["m", "whole"]);
-        let killed = place.run_limited(blocks, false, &["save", "m", "out"]);
+        has_only(&scratchpad, &["m", "whole"]);
+        let killed = scratchpad.run_limited(blocks, false, &["save", "m", "out"]);
         assert_eq!(killed.status, None, "{killed:#?}");
-        assert!(!place.path("out").exists());
-        for name in names(&place.path("")) {
+        assert!(!scratchpad.path("out").exists());
+        for name in names(&scratchpad.path("")) {
             if name.starts_with(".out.partial-") {
-                fs::remove_dir_all(place.path(&name)).unwrap();
+                fs::remove_dir_all(scratchpad.path(&name)).unwrap();
             }
         }
-        has_only(&place, &["m", "whole"]);
+        has_only(&scratchpad, &["m", "whole"]);
     }
 }
 
 #[test]
 fn two_tensors_that_would_have_one_name_are_refused() {
-    let place = Place::new();
-    fs::create_dir(place.path("m")).unwrap();
-    fs::write(place.path("m/config.json"), r#"{"hidden_size": 8}"#).unwrap();
+    let scratchpad = Scratchpad::new();
+    fs::create_dir(scratchpad.path("m")).unwrap();
+    fs::write(scratchpad.path("m/config.json"), r#"{"hidden_size": 8}"#).unwrap();
     let zeros = [0; 2 * 2 * 16 * 8];
     let experts = "model.layers.0.mlp.experts";
     let stack = format!("{experts}.gate_up_proj");
@@ -423,11 +445,11 @@ fn two_tensors_that_would_have_one_name_are_refused() {
             (expert.as_str(), "BF16", shape, &zeros[..128]),
         ];
         // A gate of 16 rows is square to none: hidden size 8, intermediate size 8.
-        models::write_safetensors(&place.path("m/model.safetensors"), &tensors);
-        place
+        models::write_safetensors(&scratchpad.path("m/model.safetensors"), &tensors);
+        scratchpad
             .run(&["save", "m", "out"])
             .fails(CHECKPOINT, &[&expert]);
-        has_only(&place, &["m"]);
+        has_only(&scratchpad, &["m"]);
     }
 }
 
@@ -438,18 +460,20 @@ fn only_directories_and_files_are_replaced_and_links_stay() {
     use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
     use std::os::unix::net::UnixListener;
 
-    let place = place_with_model();
-    place.run(&["save", "m", "expected", "--quiet"]).succeeds();
-    let expected = files(&place.path("expected"));
-    let fifo = place.path("fifo");
+    let scratchpad = scratchpad_with_model();
+    scratchpad
+        .run(&["save", "m", "expected", "--quiet"])
+        .succeeds();
+    let expected = files(&scratchpad.path("expected"));
+    let fifo = scratchpad.path("fifo");
     mknodat(CWD, &fifo, FileType::Fifo, Mode::RUSR | Mode::WUSR, 0).unwrap();
-    let _listener = UnixListener::bind(place.path("socket")).unwrap();
-    symlink("fifo", place.path("to-fifo")).unwrap();
+    let _listener = UnixListener::bind(scratchpad.path("socket")).unwrap();
+    symlink("fifo", scratchpad.path("to-fifo")).unwrap();
     for target in ["fifo", "socket", "to-fifo", "/dev/null"] {
         let save = ["save", "m", target];
-        place.run(&save).fails(USAGE, &["exists"]);
+        scratchpad.run(&save).fails(USAGE, &["exists"]);
         let force = ["save", "m", target, "--force"];
-        place
+        scratchpad
             .run(&force)
             .fails(USAGE, &["not the name of a directory"]);
         let load = [
@@ -460,32 +484,41 @@ fn only_directories_and_files_are_replaced_and_links_stay() {
             target,
             "--force",
         ];
-        place
+        scratchpad
             .run(&load)
             .fails(USAGE, &["not the name of a directory"]);
     }
     assert!(fs::symlink_metadata(&fifo).unwrap().file_type().is_fifo());
 
     // A directory keeps its mode, behind a link too.
-    fs::create_dir_all(place.path("elsewhere/real")).unwrap();
-    symlink("elsewhere/real", place.path("link")).unwrap();
-    symlink("nowhere", place.path("dangling")).unwrap();
-    let mode = |path: &str| fs::metadata(place.path(path)).unwrap().permissions().mode() & 0o7777;
+    fs::create_dir_all(scratchpad.path("elsewhere/real")).unwrap();
+    symlink("elsewhere/real", scratchpad.path("link")).unwrap();
+    symlink("nowhere", scratchpad.path("dangling")).unwrap();
+    let mode = |path: &str| {
+        fs::metadata(scratchpad.path(path))
+            .unwrap()
+            .permissions()
+            .mode()
+            & 0o7777
+    };
     for (more, before) in [(&[][..], 0o700), (&["--force"], 0o750)] {
         let permissions = fs::Permissions::from_mode(before);
-        fs::set_permissions(place.path("elsewhere/real"), permissions).unwrap();
+        fs::set_permissions(scratchpad.path("elsewhere/real"), permissions).unwrap();
         let save = [&["save", "m", "link", "--quiet"], more].concat();
-        place.run(&save).succeeds();
+        scratchpad.run(&save).succeeds();
         assert!(
-            fs::symlink_metadata(place.path("link"))
+            fs::symlink_metadata(scratchpad.path("link"))
                 .unwrap()
                 .is_symlink()
         );
         assert_eq!(mode("elsewhere/real"), before);
-        assert!(files(&place.path("elsewhere/real")) == expected);
+        assert!(files(&scratchpad.path("elsewhere/real")) == expected);
     }
-    place
+    scratchpad
         .run(&["save", "m", "dangling", "--force"])
         .fails(OUTPUT, &["cannot follow the link", "dangling"]);
-    assert_eq!(names(&place.path("elsewhere")), ["real".to_owned()].into());
+    assert_eq!(
+        names(&scratchpad.path("elsewhere")),
+        ["real".to_owned()].into()
+    );
 }

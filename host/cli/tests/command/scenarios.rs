@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use quick_xml::Reader;
 use quick_xml::events::Event;
-use tightfit_tests::command::Place;
+use tightfit_tests::command::Scratchpad;
 use tightfit_tests::guests::HOSTILE;
 
 const FAILED: i32 = 1;
@@ -35,10 +35,10 @@ policy = "nowhere.wasm"
 expect = { fits = true }
 "#;
 
-fn place_with(text: &str) -> Place {
-    let place = Place::new();
-    fs::write(place.path("s.toml"), text).unwrap();
-    place
+fn scratchpad_with(text: &str) -> Scratchpad {
+    let scratchpad = Scratchpad::new();
+    fs::write(scratchpad.path("s.toml"), text).unwrap();
+    scratchpad
 }
 
 #[test]
@@ -52,19 +52,19 @@ fn the_built_in_policies_keep_their_promises() {
     assert!(files.len() >= 2, "{files:?}");
     let mut arguments = vec![PathBuf::from("check"), "--json".into()];
     arguments.extend(files);
-    let place = Place::new();
-    let outcome = place.run(&arguments);
+    let scratchpad = Scratchpad::new();
+    let outcome = scratchpad.run(&arguments);
     let report = outcome.json();
     assert_eq!(outcome.status, Some(0), "{report:#}");
     assert!(report["ok"].as_u64().unwrap() >= 20, "{report:#}");
-    let left = fs::read_dir(place.temporary()).unwrap().count();
+    let left = fs::read_dir(scratchpad.temporary()).unwrap().count();
     assert_eq!(left, 0, "models are left behind");
 }
 
 #[test]
 fn what_was_expected_and_what_was_found_is_printed() {
-    let place = place_with(MIXED);
-    let outcome = place.run(&["check", "s.toml"]);
+    let scratchpad = scratchpad_with(MIXED);
+    let outcome = scratchpad.run(&["check", "s.toml"]);
     assert_eq!(outcome.status, Some(FAILED), "{outcome:#?}");
     for line in [
         "ok      s.toml: right",
@@ -85,18 +85,18 @@ fn what_was_expected_and_what_was_found_is_printed() {
         assert!(outcome.stdout.contains(line), "{line}: {outcome:#?}");
     }
     assert!(outcome.stderr.contains("2 of 3 cases"), "{outcome:#?}");
-    let quiet = place.run(&["check", "s.toml", "--quiet"]);
+    let quiet = scratchpad.run(&["check", "s.toml", "--quiet"]);
     assert!(!quiet.stdout.contains("right"), "{quiet:#?}");
     assert!(quiet.stdout.contains("FAILED"), "{quiet:#?}");
 }
 
 #[test]
 fn one_case_is_counted_as_one_and_a_pattern_without_match_has_failed() {
-    let place = place_with(
+    let scratchpad = scratchpad_with(
         "[[scenario]]\nname = \"x\"\nmodel = { preset = \"demo\" }\ndevices = [\"sim:1GiB\"]\n\
          [scenario.expect.tensors]\n\"*.experts.*\" = { format = \"nf4\" }\n",
     );
-    let outcome = place.run(&["check", "s.toml", "--json"]);
+    let outcome = scratchpad.run(&["check", "s.toml", "--json"]);
     let words = ["1 of 1 case did not go as expected"];
     let report = outcome.fails_midway(FAILED, &words).json();
     assert_eq!(
@@ -108,8 +108,8 @@ fn one_case_is_counted_as_one_and_a_pattern_without_match_has_failed() {
 
 #[test]
 fn programs_get_json_and_junit() {
-    let place = place_with(MIXED);
-    let outcome = place.run(&["check", "s.toml", "--json", "--junit", "report.xml"]);
+    let scratchpad = scratchpad_with(MIXED);
+    let outcome = scratchpad.run(&["check", "s.toml", "--json", "--junit", "report.xml"]);
     let report = outcome.json();
     assert_eq!(report["schema"], 1);
     let counts = [&report["ok"], &report["failed"], &report["errors"]];
@@ -120,7 +120,7 @@ fn programs_get_json_and_junit() {
     assert!(findings.iter().all(|finding| finding["holds"] == false));
     assert_eq!(findings.len(), 4, "{wrong:#}");
 
-    let xml = fs::read_to_string(place.path("report.xml")).unwrap();
+    let xml = fs::read_to_string(scratchpad.path("report.xml")).unwrap();
     let mut reader = Reader::from_str(&xml);
     let (mut cases, mut failures, mut errors) = (0, 0, 0);
     loop {
@@ -142,7 +142,7 @@ fn programs_get_json_and_junit() {
 
 #[test]
 fn ways_to_fail_can_be_expected() {
-    let place = place_with(
+    let scratchpad = scratchpad_with(
         r#"
         [defaults]
         policy = "hostile.wasm"
@@ -171,8 +171,8 @@ fn ways_to_fail_can_be_expected() {
         expect = { fails = "panic" }
         "#,
     );
-    fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
-    let outcome = place.run(&["check", "s.toml"]);
+    fs::write(scratchpad.path("hostile.wasm"), HOSTILE).unwrap();
+    let outcome = scratchpad.run(&["check", "s.toml"]);
     assert_eq!(outcome.status, Some(FAILED), "{outcome:#?}");
     assert!(
         outcome.stdout.contains("5 cases: 3 ok, 2 failed"),
@@ -231,30 +231,30 @@ fn a_file_that_makes_no_sense_is_refused_with_its_line() {
             &["s.toml:5", "more than 1000000 tensors"],
         ),
     ] {
-        let place = place_with(text);
-        place.run(&["check", "s.toml"]).fails(USAGE, words);
+        let scratchpad = scratchpad_with(text);
+        scratchpad.run(&["check", "s.toml"]).fails(USAGE, words);
     }
-    let place = Place::new();
-    place
+    let scratchpad = Scratchpad::new();
+    scratchpad
         .run(&["check", "none.toml"])
         .fails(USAGE, &["none.toml"]);
-    place.run(&["check"]).fails(USAGE, &["SCENARIO.toml"]);
+    scratchpad.run(&["check"]).fails(USAGE, &["SCENARIO.toml"]);
 }
 
 #[test]
 fn a_broken_file_stops_all_before_anything_is_run() {
-    let place = place_with(MIXED);
-    fs::write(place.path("broken.toml"), "[[scenario]]").unwrap();
-    place
+    let scratchpad = scratchpad_with(MIXED);
+    fs::write(scratchpad.path("broken.toml"), "[[scenario]]").unwrap();
+    scratchpad
         .run(&["check", "s.toml", "broken.toml"])
         .fails(USAGE, &["broken.toml:1:1", "name"]);
 }
 
 #[test]
 fn every_broken_file_is_named() {
-    let place = place_with(MIXED);
-    fs::write(place.path("broken.toml"), "x").unwrap();
-    place
+    let scratchpad = scratchpad_with(MIXED);
+    fs::write(scratchpad.path("broken.toml"), "x").unwrap();
+    scratchpad
         .run(&["check", "broken.toml", "s.toml", "none.toml", "."])
         .fails(
             USAGE,
@@ -264,7 +264,7 @@ fn every_broken_file_is_named() {
 
 #[test]
 fn what_cannot_be_run_says_why_and_stops_nothing() {
-    let place = place_with(
+    let scratchpad = scratchpad_with(
         r#"
         [defaults]
         model = { preset = "qwen2.5-0.5b" }
@@ -310,7 +310,7 @@ fn what_cannot_be_run_says_why_and_stops_nothing() {
         expect = { fits = true }
         "#,
     );
-    let outcome = place.run(&["check", "s.toml"]);
+    let outcome = scratchpad.run(&["check", "s.toml"]);
     assert_eq!(outcome.status, Some(FAILED), "{outcome:#?}");
     let lines: Vec<&str> = outcome.stdout.lines().collect();
     for (case, word) in [
@@ -330,21 +330,21 @@ fn what_cannot_be_run_says_why_and_stops_nothing() {
     }
     assert!(lines.contains(&"ok      s.toml: last"), "{outcome:#?}");
     assert_eq!(lines.last(), Some(&"8 cases: 1 ok, 7 could not be run"));
-    let left = fs::read_dir(place.temporary()).unwrap().count();
+    let left = fs::read_dir(scratchpad.temporary()).unwrap().count();
     assert_eq!(left, 0, "models are left behind");
 }
 
 #[test]
 fn a_report_that_cannot_be_written_is_a_failure() {
-    let place = place_with(MIXED);
-    place
+    let scratchpad = scratchpad_with(MIXED);
+    scratchpad
         .run(&["check", "s.toml", "--quiet", "--junit", "no/where.xml"])
         .fails(FAILED, &["no/where.xml"]);
 }
 
 #[test]
 fn every_expectation_can_fail() {
-    let place = place_with(
+    let scratchpad = scratchpad_with(
         r#"
         [[scenario]]
         name = "all wrong"
@@ -366,7 +366,7 @@ fn every_expectation_can_fail() {
         "model.norm" = { loaded = false }
         "#,
     );
-    let report = place.run(&["check", "s.toml", "--json"]).json();
+    let report = scratchpad.run(&["check", "s.toml", "--json"]).json();
     let case = &report["files"][0]["cases"][0];
     let findings = case["expectations"].as_array().unwrap();
     let held: Vec<_> = findings.iter().filter(|f| f["holds"] == true).collect();
@@ -401,8 +401,8 @@ fn the_examples_of_the_reference_make_sense() {
         "auto",
     );
     for (text, cases) in [(first.as_str(), 2), (&own, 1)] {
-        let place = place_with(text);
-        let report = place.run(&["check", "s.toml", "--json"]).json();
+        let scratchpad = scratchpad_with(text);
+        let report = scratchpad.run(&["check", "s.toml", "--json"]).json();
         assert_eq!(report["ok"], cases, "{report:#}");
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use tightfit_tests::command::Place;
+use tightfit_tests::command::Scratchpad;
 use tightfit_tests::models;
 
 const OUTPUT: i32 = 1;
@@ -11,15 +11,15 @@ const CHECKPOINT: i32 = 3;
 const DOES_NOT_FIT: i32 = 4;
 const DEVICE: i32 = 6;
 
-fn place_with_model() -> Place {
-    let place = Place::new();
-    models::write_decoder(&place.path("m"), 1, 64);
-    place
+fn scratchpad_with_model() -> Scratchpad {
+    let scratchpad = Scratchpad::new();
+    models::write_decoder(&scratchpad.path("m"), 1, 64);
+    scratchpad
 }
 
 #[test]
 fn what_cannot_be_understood_is_a_matter_of_usage() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     let twice = ["plan", "m", "--set", "batch=1", "--set", "batch=2"];
     for (arguments, words) in [
         (&["plan", "m", "--colour"][..], &["--colour"][..]),
@@ -59,17 +59,17 @@ fn what_cannot_be_understood_is_a_matter_of_usage() {
         (&["synth", "demo", "m"], &["m", "not empty"]),
         (&["synth", "demo", "m/config.json"], &["not a directory"]),
     ] {
-        place.run(arguments).fails(USAGE, words);
+        scratchpad.run(arguments).fails(USAGE, words);
     }
-    assert!(!place.path("d").exists());
+    assert!(!scratchpad.path("d").exists());
 }
 
 #[test]
 fn policies_that_are_no_files_are_not_read() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     for path in ["m", "/dev/zero"] {
         let arguments = ["plan", "m", "--policy", path];
-        place
+        scratchpad
             .run(&arguments)
             .fails(USAGE, &[path, "not a regular file"]);
     }
@@ -77,18 +77,18 @@ fn policies_that_are_no_files_are_not_read() {
 
 #[test]
 fn a_checkpoint_that_cannot_be_read_is_named() {
-    let place = place_with_model();
-    fs::create_dir(place.path("empty")).unwrap();
-    fs::write(place.path("short.safetensors"), "1234567").unwrap();
-    fs::write(place.path("text.safetensors"), "once upon a time").unwrap();
-    models::write_decoder(&place.path("configured"), 1, 64);
+    let scratchpad = scratchpad_with_model();
+    fs::create_dir(scratchpad.path("empty")).unwrap();
+    fs::write(scratchpad.path("short.safetensors"), "1234567").unwrap();
+    fs::write(scratchpad.path("text.safetensors"), "once upon a time").unwrap();
+    models::write_decoder(&scratchpad.path("configured"), 1, 64);
     fs::write(
-        place.path("configured/config.json"),
+        scratchpad.path("configured/config.json"),
         "{ \"architectures\": ",
     )
     .unwrap();
-    models::write_decoder(&place.path("cut"), 1, 64);
-    let weights = place.path("cut/model.safetensors");
+    models::write_decoder(&scratchpad.path("cut"), 1, 64);
+    let weights = scratchpad.path("cut/model.safetensors");
     let length = fs::metadata(&weights).unwrap().len();
     fs::File::options()
         .write(true)
@@ -107,24 +107,24 @@ fn a_checkpoint_that_cannot_be_read_is_named() {
             ("configured", &["config.json", "line 1"]),
             ("cut", &["model.safetensors", "cut short", "lm_head.weight"]),
         ] {
-            place.run(&[command, model]).fails(CHECKPOINT, words);
+            scratchpad.run(&[command, model]).fails(CHECKPOINT, words);
         }
     }
 }
 
 #[test]
 fn weights_that_are_no_numbers_are_counted_or_with_strict_refused() {
-    let place = Place::new();
-    fs::create_dir(place.path("m")).unwrap();
+    let scratchpad = Scratchpad::new();
+    fs::create_dir(scratchpad.path("m")).unwrap();
     // bf16: of 64 x 64 zeros one NaN and, in another block, one infinity.
     let mut data = vec![0; 2 * 64 * 64];
     data[2..4].copy_from_slice(&0x7fc0u16.to_le_bytes());
     data[1000..1002].copy_from_slice(&0x7f80u16.to_le_bytes());
     let name = "model.layers.0.mlp.up_proj.weight";
     let tensors = [(name, "BF16", &[64, 64][..], &data[..])];
-    models::write_safetensors(&place.path("m/model.safetensors"), &tensors);
+    models::write_safetensors(&scratchpad.path("m/model.safetensors"), &tensors);
     let device = ["--device", "sim:1MiB"];
-    let load = |more: &[&str]| place.run(&[&["load", "m"], &device[..], more].concat());
+    let load = |more: &[&str]| scratchpad.run(&[&["load", "m"], &device[..], more].concat());
     load(&["--strict"]).fails(CHECKPOINT, &[name, "infinities or NaN"]);
     let text = load(&[]).succeeds().stdout;
     assert!(text.contains("2 blocks with infinities or NaN"), "{text}");
@@ -135,31 +135,33 @@ fn weights_that_are_no_numbers_are_counted_or_with_strict_refused() {
 
 #[test]
 fn what_does_not_fit_says_what_is_missing() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     for command in ["plan", "load"] {
-        place.run(&[command, "m", "--device", "sim:64KiB"]).fails(
-            DOES_NOT_FIT,
-            &["policy 'auto' refuses", "needs", "can take"],
-        );
+        scratchpad
+            .run(&[command, "m", "--device", "sim:64KiB"])
+            .fails(
+                DOES_NOT_FIT,
+                &["policy 'auto' refuses", "needs", "can take"],
+            );
     }
-    place
+    scratchpad
         .run(&["plan", "m", "--device", "sim:0"])
         .fails(DOES_NOT_FIT, &["policy 'auto' refuses"]);
-    place
+    scratchpad
         .run(&["demo", "--device", "sim:1MiB"])
         .fails_midway(DOES_NOT_FIT, &["policy 'auto' refuses"]);
-    assert_eq!(fs::read_dir(place.temporary()).unwrap().count(), 0);
+    assert_eq!(fs::read_dir(scratchpad.temporary()).unwrap().count(), 0);
 }
 
 #[test]
 fn a_device_that_is_not_there_is_a_failure_of_the_device() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     for command in ["plan", "load"] {
-        place
+        scratchpad
             .run(&[command, "m", "--device", "cuda:7"])
             .fails(DEVICE, &["cuda:7"]);
     }
-    place
+    scratchpad
         .run(&["devices", "--device", "cuda:7"])
         .fails(DEVICE, &["cuda:7"]);
 }
@@ -167,22 +169,22 @@ fn a_device_that_is_not_there_is_a_failure_of_the_device() {
 #[cfg(unix)]
 #[test]
 fn a_synthetic_model_on_a_full_disk_is_an_output_that_cannot_be_written() {
-    let place = Place::new();
-    place
+    let scratchpad = Scratchpad::new();
+    scratchpad
         .run_limited(20 << 10, true, &["synth", "demo", "new/d"])
         .fails(OUTPUT, &["cannot write", "model.safetensors"]);
-    assert!(!place.path("new").exists());
-    fs::write(place.path("file"), "").unwrap();
-    place
+    assert!(!scratchpad.path("new").exists());
+    fs::write(scratchpad.path("file"), "").unwrap();
+    scratchpad
         .run(&["synth", "demo", "file/d/e"])
         .fails(USAGE, &["not a directory"]);
 }
 
 #[test]
 fn a_plan_is_for_devices_that_need_not_be_there() {
-    let place = place_with_model();
+    let scratchpad = scratchpad_with_model();
     for (device, kind) in [("cpu:4096GiB", "cpu"), ("cuda:3:4096GiB", "cuda:3")] {
-        let report = place
+        let report = scratchpad
             .run(&["plan", "m", "--json", "--device", device])
             .succeeds()
             .json();
@@ -190,14 +192,14 @@ fn a_plan_is_for_devices_that_need_not_be_there() {
         assert_eq!(report["devices"][0]["capacity"], 4096u64 << 30);
         // A reserve that no machine that runs tests has.
         let reserve = ["plan", "m", "--device", device, "--set", "reserve=4000GiB"];
-        place.run(&reserve).succeeds();
+        scratchpad.run(&reserve).succeeds();
     }
     // Where it is loaded, it has to be there.
-    place
+    scratchpad
         .run(&["load", "m", "--device", "cuda:3:4096GiB"])
         .fails(DEVICE, &["cuda:3"]);
     let reserve = "--set=reserve=4000GiB";
-    place
+    scratchpad
         .run(&["load", "m", "--device", "cpu:4096GiB", reserve])
         .fails(DOES_NOT_FIT, &["missing"]);
 }

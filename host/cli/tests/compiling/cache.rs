@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use tempfile::TempDir;
 use tightfit::policy::Policy;
-use tightfit_tests::command::Place;
+use tightfit_tests::command::Scratchpad;
 use tightfit_tests::guests::{HOSTILE, Handwritten};
 use tightfit_wasm::policy::WasmPolicy;
 use tightfit_wasm::sandbox::{Cache, CacheError, SandboxOptions};
@@ -246,12 +246,18 @@ fn use_keeps_an_entry_young() {
 #[test]
 fn threads_and_processes_share_it() {
     let _alone = alone();
-    let mut place = Place::new();
-    let cached = place.path("xdg");
-    place.set("XDG_CACHE_HOME", cached.to_str().unwrap());
-    fs::write(place.path("hostile.wasm"), HOSTILE).unwrap();
+    let mut scratchpad = Scratchpad::new();
+    let cached = scratchpad.path("xdg");
+    scratchpad.set("XDG_CACHE_HOME", cached.to_str().unwrap());
+    fs::write(scratchpad.path("hostile.wasm"), HOSTILE).unwrap();
     thread::scope(|scope| {
-        let show = |_| scope.spawn(|| place.run(&["policy", "show", "hostile.wasm"]).succeeds());
+        let show = |_| {
+            scope.spawn(|| {
+                scratchpad
+                    .run(&["policy", "show", "hostile.wasm"])
+                    .succeeds()
+            })
+        };
         let shown: Vec<_> = (0..6).map(show).collect();
         for shown in shown {
             assert!(shown.join().unwrap().stdout.starts_with("hostile 1.0.0"));
@@ -269,10 +275,10 @@ fn threads_and_processes_share_it() {
         }
     });
     // Built-in policies are kept too; nothing is with --no-cache.
-    place.run(&["policy", "show", "auto"]).succeeds();
+    scratchpad.run(&["policy", "show", "auto"]).succeeds();
     assert_eq!(entries(&path).len(), 2);
     fs::remove_dir_all(&cached).unwrap();
-    place
+    scratchpad
         .run(&["policy", "show", "auto", "--no-cache"])
         .succeeds();
     assert!(!cached.exists());
@@ -281,19 +287,19 @@ fn threads_and_processes_share_it() {
 #[test]
 fn the_command_works_without_a_cache_and_says_when_it_is_unsafe() {
     let _alone = alone();
-    let mut place = Place::new();
-    let cached = place.path("xdg");
-    place.set("XDG_CACHE_HOME", cached.to_str().unwrap());
+    let mut scratchpad = Scratchpad::new();
+    let cached = scratchpad.path("xdg");
+    scratchpad.set("XDG_CACHE_HOME", cached.to_str().unwrap());
     let compiled = cached.join("tightfit/compiled");
     fs::create_dir_all(&compiled).unwrap();
     fs::set_permissions(&compiled, Permissions::from_mode(0o777)).unwrap();
-    let outcome = place.run(&["policy", "show", "auto"]);
+    let outcome = scratchpad.run(&["policy", "show", "auto"]);
     assert_eq!(outcome.status, Some(0), "{outcome:?}");
     assert!(outcome.stderr.contains("others have access"), "{outcome:?}");
     assert!(entries(&compiled).is_empty());
     // A place that cannot be written to is nobody's fault.
-    place.set("XDG_CACHE_HOME", "/proc/nowhere");
-    place.run(&["policy", "show", "auto"]).succeeds();
+    scratchpad.set("XDG_CACHE_HOME", "/proc/nowhere");
+    scratchpad.run(&["policy", "show", "auto"]).succeeds();
 }
 
 /// A policy with this much data, which takes as much when it is compiled.
@@ -348,11 +354,11 @@ fn with_pages(bytes: u64) -> Vec<u8> {
 #[test]
 fn a_key_that_is_damaged_is_replaced_and_told_of_once() {
     let _alone = alone();
-    let mut place = Place::new();
-    let cached = place.path("xdg");
-    place.set("XDG_CACHE_HOME", cached.to_str().unwrap());
+    let mut scratchpad = Scratchpad::new();
+    let cached = scratchpad.path("xdg");
+    scratchpad.set("XDG_CACHE_HOME", cached.to_str().unwrap());
     let key = cached.join("tightfit/compiled/key");
-    let show = || place.run(&["policy", "show", "auto"]);
+    let show = || scratchpad.run(&["policy", "show", "auto"]);
     show().succeeds();
     for damaged in [&b""[..], &[1; 16], &[1; 33], &[1; 100_000]] {
         fs::write(&key, damaged).unwrap();

@@ -4,40 +4,40 @@ use std::fs;
 use std::path::PathBuf;
 
 use cuda_stand_in::control::{FUNCTIONS, Report, Setup, VARIABLE, install};
-use tightfit_tests::command::Place;
+use tightfit_tests::command::Scratchpad;
 
 use super::{MIB, decoder, is_left_out};
 
 /// A place where the command finds the stand-in, and where its books will be.
-fn with_stand_in(setup: &Setup, missing: Option<&str>) -> (Place, PathBuf) {
-    let mut place = Place::new();
-    let books = place.path("books");
+fn with_stand_in(setup: &Setup, missing: Option<&str>) -> (Scratchpad, PathBuf) {
+    let mut scratchpad = Scratchpad::new();
+    let books = scratchpad.path("books");
     let setup = Setup {
         report: books.to_str().unwrap().to_owned(),
         ..setup.clone()
     };
-    fs::create_dir(place.path("driver")).unwrap();
-    install(&place.path("driver"), missing);
-    find_driver(&mut place);
-    place.set(VARIABLE, setup.to_string());
-    (place, books)
+    fs::create_dir(scratchpad.path("driver")).unwrap();
+    install(&scratchpad.path("driver"), missing);
+    find_driver(&mut scratchpad);
+    scratchpad.set(VARIABLE, setup.to_string());
+    (scratchpad, books)
 }
 
-fn find_driver(place: &mut Place) {
-    let directory = place.path("driver");
-    place.set("LD_LIBRARY_PATH", directory.to_str().unwrap());
+fn find_driver(scratchpad: &mut Scratchpad) {
+    let directory = scratchpad.path("driver");
+    scratchpad.set("LD_LIBRARY_PATH", directory.to_str().unwrap());
 }
 
 /// A place where no driver can be loaded, whatever this machine has: libraries of its names are
 /// there and are none.
-fn without_driver() -> Place {
-    let mut place = Place::new();
-    fs::create_dir(place.path("driver")).unwrap();
+fn without_driver() -> Scratchpad {
+    let mut scratchpad = Scratchpad::new();
+    fs::create_dir(scratchpad.path("driver")).unwrap();
     for name in ["libcuda.so", "libcuda.so.1"] {
-        fs::write(place.path("driver").join(name), "not a library").unwrap();
+        fs::write(scratchpad.path("driver").join(name), "not a library").unwrap();
     }
-    find_driver(&mut place);
-    place
+    find_driver(&mut scratchpad);
+    scratchpad
 }
 
 #[test]
@@ -48,8 +48,8 @@ fn load_uses_all_devices_and_reports_them() {
         devices: vec![64 * MIB; 2],
         ..Setup::default()
     };
-    let (place, books) = with_stand_in(&setup, None);
-    let report = place.run(&["load", model, "--json"]).succeeds().json();
+    let (scratchpad, books) = with_stand_in(&setup, None);
+    let report = scratchpad.run(&["load", model, "--json"]).succeeds().json();
     let devices = report["devices"].as_array().unwrap();
     assert_eq!(devices.len(), 2);
     let books = Report::read(&fs::read_to_string(books).unwrap());
@@ -68,8 +68,8 @@ fn load_uses_all_devices_and_reports_them() {
 fn what_does_not_fit_is_refused_before_anything_is_taken() {
     let directory = decoder(4);
     let model = directory.path().to_str().unwrap();
-    let (place, books) = with_stand_in(&Setup::default(), None);
-    place
+    let (scratchpad, books) = with_stand_in(&Setup::default(), None);
+    scratchpad
         .run(&["load", model, "--device", "cuda:0:4MiB"])
         .fails(4, &["12.00 MiB", "4.00 MiB"]);
     let books = Report::read(&fs::read_to_string(books).unwrap());
@@ -81,13 +81,13 @@ fn what_does_not_fit_is_refused_before_anything_is_taken() {
 fn without_a_driver_gpus_are_missing_and_the_processor_is_used() {
     let directory = decoder(1);
     let model = directory.path().to_str().unwrap();
-    let place = without_driver();
-    place
+    let scratchpad = without_driver();
+    scratchpad
         .run(&["load", model, "--device", "cuda:0"])
         .fails(6, &["cuda:0", "no NVIDIA driver"]);
     for device in [&[][..], &["--device", "cpu"]] {
         let arguments = [&["load", model, "--json"], device].concat();
-        let report = place.run(&arguments).succeeds().json();
+        let report = scratchpad.run(&arguments).succeeds().json();
         assert_eq!(report["devices"][0]["name"], "cpu");
     }
 }
@@ -100,11 +100,11 @@ fn a_driver_without_devices_says_so() {
         devices: Vec::new(),
         ..Setup::default()
     };
-    let (place, _) = with_stand_in(&setup, None);
-    place
+    let (scratchpad, _) = with_stand_in(&setup, None);
+    scratchpad
         .run(&["plan", model, "--device", "cuda:0"])
         .fails(6, &["cuda:0", "no device"]);
-    let report = place.run(&["plan", model, "--json"]).succeeds().json();
+    let report = scratchpad.run(&["plan", model, "--json"]).succeeds().json();
     assert_eq!(report["devices"][0]["name"], "cpu");
 }
 
@@ -117,12 +117,14 @@ fn a_driver_that_cannot_start_is_quoted() {
         error: 803,
         ..Setup::default()
     };
-    let (place, _) = with_stand_in(&setup, None);
-    place.run(&["load", model, "--device", "cuda:0"]).fails(
-        6,
-        &["cuda:0", "cuInit", "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"],
-    );
-    place.run(&["load", model, "--quiet"]).succeeds();
+    let (scratchpad, _) = with_stand_in(&setup, None);
+    scratchpad
+        .run(&["load", model, "--device", "cuda:0"])
+        .fails(
+            6,
+            &["cuda:0", "cuInit", "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH"],
+        );
+    scratchpad.run(&["load", model, "--quiet"]).succeeds();
 }
 
 #[test]
@@ -130,8 +132,8 @@ fn a_driver_too_old_is_named_by_what_it_lacks() {
     let directory = decoder(1);
     let model = directory.path().to_str().unwrap();
     for function in FUNCTIONS {
-        let (place, _) = with_stand_in(&Setup::default(), Some(function));
-        place
+        let (scratchpad, _) = with_stand_in(&Setup::default(), Some(function));
+        scratchpad
             .run(&["plan", model, "--device", "cuda:0"])
             .fails(6, &["cuda:0", "too old", function]);
     }
@@ -163,8 +165,8 @@ fn a_driver_that_fails_while_loading_is_quoted_with_status_6() {
         // the same order.
         let load = ["load", model, "--quiet", "--threads", "1"];
         let load = [&load[..], &["--quantize-on", quantize_on]].concat();
-        let (place, books) = with_stand_in(&Setup::default(), None);
-        place.run(&load).succeeds();
+        let (scratchpad, books) = with_stand_in(&Setup::default(), None);
+        scratchpad.run(&load).succeeds();
         let calls = Report::read(&fs::read_to_string(books).unwrap()).calls;
         for call in failing {
             let at = calls.iter().position(|name| name == call).unwrap() as u64 + 1;
@@ -172,8 +174,8 @@ fn a_driver_that_fails_while_loading_is_quoted_with_status_6() {
                 fail_at: Some(at),
                 ..Setup::default()
             };
-            let (place, books) = with_stand_in(&setup, None);
-            place
+            let (scratchpad, books) = with_stand_in(&setup, None);
+            scratchpad
                 .run(&load)
                 .fails(6, &["cuda:0", call, "CUDA_ERROR_LAUNCH_FAILED"]);
             Report::read(&fs::read_to_string(books).unwrap()).is_clean(call);
@@ -193,21 +195,21 @@ fn who_has_quantized_is_reported() {
         ("cpu", "by_host", "by_device"),
         ("gpu", "by_device", "by_host"),
     ] {
-        let (place, books) = with_stand_in(&Setup::default(), None);
+        let (scratchpad, books) = with_stand_in(&Setup::default(), None);
         let arguments = [&load[..], &[quantize_on]].concat();
-        let report = place.run(&arguments).succeeds().json();
+        let report = scratchpad.run(&arguments).succeeds().json();
         let quantized = &report["load"]["quantized_on"]["cuda:0"];
         assert!(quantized[side].as_u64().unwrap() > 0, "{quantized}");
         assert_eq!(quantized[other], 0, "{quantized}");
         Report::read(&fs::read_to_string(books).unwrap()).is_clean(quantize_on);
     }
-    let (place, _) = with_stand_in(&Setup::default(), None);
-    let outcome = place
+    let (scratchpad, _) = with_stand_in(&Setup::default(), None);
+    let outcome = scratchpad
         .run(&["load", model, "--quantize-on", "gpu"])
         .succeeds();
     let line = "quantized for cuda:0: ";
     assert!(outcome.stdout.contains(line), "{}", outcome.stdout);
-    place
+    scratchpad
         .run(&["load", model, "--quantize-on", "elsewhere"])
         .fails(2, &["--quantize-on", "cpu, gpu and auto"]);
 }
