@@ -409,7 +409,8 @@ impl Checkpoint {
 
     /// Returns the method by which it has been quantized already, by bitsandbytes or another: as
     /// config.json says, or as its tensors show. What such a checkpoint has in floating point was left
-    /// so on purpose; [`plan::propose`](crate::plan::propose) leaves it so.
+    /// so on purpose; [`plan::propose`](crate::plan::propose) leaves it so, but beside bitsandbytes' 4 bits:
+    /// what these skipped, policies know.
     pub fn quantization(&self) -> Option<&QuantizationMethod> {
         self.quantization.as_ref()
     }

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::{BadPlan, FormatRuleError, FormatRules, Plan, PlanError, PlanOptions};
 use crate::cancel::Cancelled;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, QuantizationMethod};
 use crate::device::DeviceInfo;
 use crate::policy::{Policy, PolicyError, PreviousFailure, Request, check_settings};
 use crate::status::Status;
@@ -79,8 +79,8 @@ impl From<Cancelled> for ProposeError {
 /// Asks `policy` where the checkpoint's tensors go, and lays them out.
 ///
 /// Settings named `format:PATTERN` are [`FormatRules`] and hold whatever the policy says; all others
-/// are the policy's. A checkpoint that has been quantized already ([`Checkpoint::quantization`]) stays
-/// as it is stored but for such rules.
+/// are the policy's. A checkpoint that another method than bitsandbytes' 4 bits has quantized
+/// ([`Checkpoint::quantization`]) stays as it is stored but for such rules.
 ///
 /// # Errors
 /// [`ProposeError`].
@@ -143,7 +143,9 @@ pub(crate) fn propose_again(
     check_settings(label, &description, &settings)?;
     cancel.check()?;
     let mut required_formats = rules.formats(checkpoint.tensors(), checkpoint.ties())?;
-    if checkpoint.quantization().is_some() {
+    // Beside bitsandbytes' 4 bits more may be quantized: policies know which modules it skipped.
+    let is_finished = |method: &QuantizationMethod| !method.is_bitsandbytes_4bit();
+    if checkpoint.quantization().is_some_and(is_finished) {
         required_formats = with_the_rest_stored(required_formats, checkpoint.tensors().len());
     }
     let mut offered = devices.to_vec();
