@@ -266,3 +266,20 @@ fn attention(tensors: &mut Vec<Tensor>, layer: &str, shape: Shape) {
 fn matrix(tensors: &mut Vec<Tensor>, layer: &str, module: &str, rows: u64, columns: u64) {
     tensors.push(tensor(format!("{layer}.{module}.weight"), &[rows, columns]));
 }
+
+/// SplitMix64: the same cases on every run.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn below(&mut self, bound: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        (z ^ (z >> 31)) % bound
+    }
+
+    pub(crate) fn one_of<T: Copy>(&mut self, choice: &[T]) -> T {
+        choice[self.below(choice.len() as u64) as usize]
+    }
+}

@@ -9,19 +9,6 @@ use crate::Arrangement::{self, Pack, Spread};
 use crate::fixtures::*;
 use crate::plan;
 
-/// SplitMix64: the same cases on every run.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % bound
-    }
-}
-
 /// Units in model order, each a list of tensors, in steps of 2 MiB.
 type Units = Vec<Vec<u64>>;
 

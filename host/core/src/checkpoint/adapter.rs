@@ -61,22 +61,9 @@ pub(super) fn is_adapter(tensors: &[TensorInfo], cancel: &CancelToken) -> Result
 
 /// As PEFT, diffusers and kohya's scripts call the parts of an adapter.
 fn is_low_rank(component: &str) -> bool {
-    [
-        "lora_",
-        "lora",
-        "ia3_",
-        "hada_",
-        "lokr_",
-        "oft_",
-        "vera_lambda_",
-        "prompt_embeddings",
-    ]
-    .iter()
-    .any(|known| match *known {
-        "lora" => component == "lora",
-        "prompt_embeddings" => component == *known,
-        prefix => component.starts_with(prefix),
-    })
+    const NAMES: [&str; 2] = ["lora", "prompt_embeddings"];
+    const PREFIXES: [&str; 6] = ["lora_", "ia3_", "hada_", "lokr_", "oft_", "vera_lambda_"];
+    NAMES.contains(&component) || PREFIXES.iter().any(|prefix| component.starts_with(prefix))
 }
 
 #[cfg(test)]

@@ -319,8 +319,8 @@ impl<'a> Client<'a> {
         Ok(self.send(&Method::GET, url, range)?.1)
     }
 
-    /// So many bytes of a file from its beginning on, at most a few hundred MB. A server that sends
-    /// all of it is not listened to any longer.
+    /// Returns this many bytes of a file from its beginning on, at most a few hundred MB. A server that
+    /// sends more of it is not listened to any longer.
     pub(super) fn beginning(&self, url: &str, bytes: usize) -> Result<Vec<u8>, HubError> {
         let last = Some((bytes as u64).saturating_sub(1));
         let (url, response) = self.send(&Method::GET, url, Range { from: 0, last })?;
