@@ -5,7 +5,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use tightfit_kernels::{
-    BlockSize, FloatType, Isa, Kernels, SourceCodes, SourceMatrix, SourceScale,
+    BlockSize, FloatType, Isa, Kernels, SourceCodes, SourceMatrix, SourceRows, SourceScale,
 };
 
 /// In the second-level cache, as chunks of a load are.
@@ -54,8 +54,14 @@ fn main() {
             let scales =
                 vec![0x3d; ROWS.div_ceil(tile[0]) * matrix.scale_columns() * scale.bytes()];
             let rate = rate(elements, || {
+                let rows = SourceRows {
+                    first: 0,
+                    codes: black_box(&bytes),
+                    scales: &scales,
+                    zeros: &[],
+                };
                 kernels
-                    .decode(&matrix, 0, black_box(&bytes), &scales, float, &mut out)
+                    .decode(&matrix, &rows, float, &mut out)
                     .expect("lengths are right");
             });
             println!("{isa:<9} {name:<26} {rate:6.1}");

@@ -1,8 +1,9 @@
 //! The entry point: checks lengths, and sends each call to the code for the instruction set.
 
 use crate::{
-    BlockSize, FloatType, Isa, KernelError, NESTED_BLOCK_SIZE, QuantType, SourceMatrix, blocks,
-    code_values, dequantize, double, error::check_length, float, packed_bytes, quantize, sources,
+    BlockSize, FloatType, Isa, KernelError, NESTED_BLOCK_SIZE, QuantType, SourceMatrix, SourceRows,
+    blocks, code_values, dequantize, double, error::check_length, float, packed_bytes, quantize,
+    sources,
 };
 
 /// Runs one function of the module for the instruction set.
@@ -268,13 +269,12 @@ impl Kernels {
     /// times its scale in f32, rounded once to `to`. To bf16 these are the weights that programs
     /// compute with which load such checkpoints, and what NF4 is made of.
     ///
-    /// - `first_row`: the row of the matrix that `codes` begin with.
-    /// - `codes`: whole rows.
-    /// - `scales`: those of all tiles that the rows lie in, from the tile of `first_row` on.
-    /// - `out`: as many elements of type `to`, little-endian, at any alignment.
+    /// `out` holds as many elements of type `to`, little-endian, at any alignment.
     ///
     /// ```
-    /// use tightfit_kernels::{FloatType, Kernels, SourceCodes, SourceMatrix, SourceScale};
+    /// use tightfit_kernels::{
+    ///     FloatType, Kernels, SourceCodes, SourceMatrix, SourceRows, SourceScale,
+    /// };
     ///
     /// // One row of MXFP4: 1.0, -6.0 and zeros, times 2^1.
     /// let matrix = SourceMatrix {
@@ -285,8 +285,14 @@ impl Kernels {
     /// };
     /// let mut codes = [0u8; 16];
     /// codes[0] = 0xf2;
+    /// let rows = SourceRows {
+    ///     first: 0,
+    ///     codes: &codes,
+    ///     scales: &[128],
+    ///     zeros: &[],
+    /// };
     /// let mut out = [0u8; 128];
-    /// Kernels::detect().decode(&matrix, 0, &codes, &[128], FloatType::F32, &mut out)?;
+    /// Kernels::detect().decode(&matrix, &rows, FloatType::F32, &mut out)?;
     /// assert_eq!(out[..8], [2f32.to_le_bytes(), (-12f32).to_le_bytes()].concat());
     /// # Ok::<(), tightfit_kernels::KernelError>(())
     /// ```
@@ -296,17 +302,15 @@ impl Kernels {
     pub fn decode(
         self,
         matrix: &SourceMatrix,
-        first_row: usize,
-        codes: &[u8],
-        scales: &[u8],
+        rows: &SourceRows<'_>,
         to: FloatType,
         out: &mut [u8],
     ) -> Result<(), KernelError> {
-        sources::check(matrix, first_row, codes, scales, to, out)?;
+        sources::check(matrix, rows, to, out)?;
         dispatch!(
             self.isa,
-            sources::decode(matrix, first_row, codes, scales, to, out),
-            decode(matrix, first_row, codes, scales, to, out)
+            sources::decode(matrix, rows, to, out),
+            decode(matrix, rows, to, out)
         );
         Ok(())
     }

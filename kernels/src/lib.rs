@@ -51,6 +51,6 @@ pub use isa::Isa;
 pub use kernels::{Kernels, QuantizeStats};
 pub use linear::{LinearWeights, Scales};
 pub use mean::AbsmaxMean;
-pub use sources::{SourceCodes, SourceMatrix, SourceScale};
+pub use sources::{SourceCodes, SourceMatrix, SourceRows, SourceScale, e4m3_to_f32};
 pub use tables::{DYNAMIC_MAP, FP4, NF4, NF4_THRESHOLDS};
 pub use tightfit_common::{BlockSize, IllegalBlockSize, QuantType};

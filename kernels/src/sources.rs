@@ -50,9 +50,11 @@ pub enum SourceScale {
     Float(FloatType),
     /// A byte `b` that stands for 2^(`b` - 127) (OCP E8M0); 255 is NaN.
     E8M0,
-    /// The same, but 255 is infinity, as it is where a scale is computed with `ldexp`: transformers'
-    /// MXFP4.
+    /// The same, but 255 is infinity, as it is where a scale is computed with `exp2`.
     Exponent,
+    /// The same, but it is added to the exponent of the value, as `ldexp` does: with 255, which is 2^128
+    /// and no f32, 0.5 is still 2^127, and zero is zero. So has transformers MXFP4.
+    Ldexp,
 }
 
 impl SourceScale {
@@ -60,15 +62,21 @@ impl SourceScale {
     pub const fn bytes(self) -> usize {
         match self {
             SourceScale::Float(float) => float.bytes(),
-            SourceScale::E8M0 | SourceScale::Exponent => 1,
+            SourceScale::E8M0 | SourceScale::Exponent | SourceScale::Ldexp => 1,
         }
     }
 
-    fn read(self, bytes: &[u8]) -> f32 {
-        match self {
-            SourceScale::Float(float) => float::read(float, bytes),
-            SourceScale::E8M0 if bytes[0] == 255 => f32::NAN,
-            SourceScale::E8M0 | SourceScale::Exponent => power_of_two(bytes[0]),
+    fn read(self, bytes: &[u8], zero: f32) -> TileScale {
+        let (factor, scale) = match self {
+            SourceScale::Float(float) => (1.0, float::read(float, bytes)),
+            SourceScale::E8M0 if bytes[0] == 255 => (1.0, f32::NAN),
+            SourceScale::Ldexp if bytes[0] == 255 => (2.0, power_of_two(254)),
+            _ => (1.0, power_of_two(bytes[0])),
+        };
+        TileScale {
+            zero,
+            factor,
+            scale,
         }
     }
 }
@@ -105,26 +113,35 @@ impl SourceMatrix {
     }
 }
 
-/// Decodes some rows. `scales` begins with those of the tiles that `first_row` lies in.
-pub(crate) fn decode(
-    matrix: &SourceMatrix,
-    first_row: usize,
-    codes: &[u8],
-    scales: &[u8],
-    to: FloatType,
-    out: &mut [u8],
-) {
-    for_each_tile(
-        matrix,
-        first_row,
-        codes,
-        scales,
-        to,
-        out,
-        |codes, scale, out| {
-            tile(matrix.codes, codes, scale, to, out);
-        },
-    );
+/// Whole rows of a [`SourceMatrix`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SourceRows<'a> {
+    /// The row of the matrix that `codes` begin with.
+    pub first: usize,
+    /// The codes.
+    pub codes: &'a [u8],
+    /// The scales of all tiles that the rows lie in, row-major, from the tile of `first` on.
+    pub scales: &'a [u8],
+    /// The value that stands for zero in each of these tiles: it is subtracted, exactly, before
+    /// multiplying. Empty where it is 0 in all of them, as it is in formats of floating point.
+    pub zeros: &'a [i8],
+}
+
+/// What is done to the codes of one tile, in this order.
+#[derive(Clone, Copy)]
+pub(crate) struct TileScale {
+    /// Is subtracted.
+    pub(crate) zero: f32,
+    /// 1, or 2 where the scale cannot be twice as large. Multiplying with it is exact.
+    pub(crate) factor: f32,
+    pub(crate) scale: f32,
+}
+
+/// Decodes some rows.
+pub(crate) fn decode(matrix: &SourceMatrix, rows: &SourceRows<'_>, to: FloatType, out: &mut [u8]) {
+    for_each_tile(matrix, rows, to, out, |codes, scale, out| {
+        tile(matrix.codes, codes, scale, to, out);
+    });
 }
 
 /// Calls `tile` with the part of each row that one scale is for: codes, the scale, and where elements
@@ -132,13 +149,12 @@ pub(crate) fn decode(
 #[inline(always)]
 pub(crate) fn for_each_tile(
     matrix: &SourceMatrix,
-    first_row: usize,
-    codes: &[u8],
-    scales: &[u8],
+    given: &SourceRows<'_>,
     to: FloatType,
     out: &mut [u8],
-    mut tile: impl FnMut(&[u8], f32, &mut [u8]),
+    mut tile: impl FnMut(&[u8], TileScale, &mut [u8]),
 ) {
+    let (first_row, codes) = (given.first, given.codes);
     let row_bytes = matrix.codes.bytes(matrix.columns);
     let first_tile = first_row / matrix.tile[0];
     let each = matrix.scale.bytes();
@@ -149,19 +165,28 @@ pub(crate) fn for_each_tile(
         .zip(out.chunks_exact_mut(matrix.columns * to.bytes()));
     for (row, (codes, out)) in rows.enumerate() {
         let number = (first_row + row) / matrix.tile[0] - first_tile;
-        let scales = &scales[number * matrix.scale_columns() * each..];
+        let first = number * matrix.scale_columns();
+        let scales = &given.scales[first * each..];
+        let zeros = given.zeros.get(first..).unwrap_or_default();
         let tiles = codes
             .chunks(tile_bytes)
             .zip(out.chunks_mut(tile_columns * to.bytes()))
             .zip(scales.chunks_exact(each));
-        for ((codes, out), scale) in tiles {
-            tile(codes, matrix.scale.read(scale), out);
+        for (number, ((codes, out), scale)) in tiles.enumerate() {
+            let zero = zeros.get(number).map_or(0.0, |&zero| f32::from(zero));
+            tile(codes, matrix.scale.read(scale, zero), out);
         }
     }
 }
 
 /// Decodes what one scale is for.
-pub(crate) fn tile(codes: SourceCodes, bytes: &[u8], scale: f32, to: FloatType, out: &mut [u8]) {
+pub(crate) fn tile(
+    codes: SourceCodes,
+    bytes: &[u8],
+    scale: TileScale,
+    to: FloatType,
+    out: &mut [u8],
+) {
     match to {
         FloatType::F32 => tile_of::<4>(codes, bytes, scale, out, f32::to_le_bytes),
         FloatType::F16 => tile_of::<2>(codes, bytes, scale, out, |value| {
@@ -176,7 +201,11 @@ pub(crate) fn tile(codes: SourceCodes, bytes: &[u8], scale: f32, to: FloatType, 
 fn tile_of<const N: usize>(
     kind: SourceCodes,
     codes: &[u8],
-    scale: f32,
+    TileScale {
+        zero,
+        factor,
+        scale,
+    }: TileScale,
     out: &mut [u8],
     round: impl Fn(f32) -> [u8; N],
 ) {
@@ -184,17 +213,18 @@ fn tile_of<const N: usize>(
     match kind {
         SourceCodes::F8E4M3 => {
             for (out, &code) in out.iter_mut().zip(codes) {
-                *out = round(e4m3(code) * scale);
+                *out = round(e4m3_to_f32(code) * factor * scale);
             }
         }
         SourceCodes::F8E5M2 => {
             for (out, &code) in out.iter_mut().zip(codes) {
                 // A binary16 without its last eight bits.
-                *out = round(float::f16_to_f32(u16::from(code) << 8) * scale);
+                let value = float::f16_to_f32(u16::from(code) << 8);
+                *out = round(value * factor * scale);
             }
         }
         SourceCodes::F4E2M1 | SourceCodes::Int4 => {
-            let values = values_of_4_bits(kind).map(|value| round(value * scale));
+            let values = values_of_4_bits(kind).map(|value| round((value - zero) * factor * scale));
             for (out, &code) in out.chunks_mut(2).zip(codes) {
                 for (half, out) in out.iter_mut().enumerate() {
                     *out = values[usize::from(code >> (4 * half) & 0xf)];
@@ -221,8 +251,8 @@ const E2M1: [f32; 16] = [
     0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0,
 ];
 
-/// E4M3 to `f32`: exact.
-fn e4m3(code: u8) -> f32 {
+/// Returns the value of an E4M3 code: exactly, NaN for 0x7f and 0xff.
+pub fn e4m3_to_f32(code: u8) -> f32 {
     let (sign, magnitude) = (u16::from(code & 0x80) << 8, u16::from(code & 0x7f));
     match magnitude {
         0x7f => f32::NAN,
@@ -232,18 +262,17 @@ fn e4m3(code: u8) -> f32 {
     }
 }
 
-/// What [`e4m3`] multiplies with: exactly.
+/// What [`e4m3_to_f32`] multiplies with: exactly.
 pub(crate) const E4M3_BIAS: f32 = 256.0;
 
 /// Checks the lengths of a call, and whether tiles are cut where bytes are.
 pub(crate) fn check(
     matrix: &SourceMatrix,
-    first_row: usize,
-    codes: &[u8],
-    scales: &[u8],
+    given: &SourceRows<'_>,
     to: FloatType,
     out: &[u8],
 ) -> Result<(), KernelError> {
+    let (first_row, codes) = (given.first, given.codes);
     let [tile_rows, tile_columns] = matrix.tile;
     let halves = matrix.codes.bits() == 4;
     if matrix.columns == 0
@@ -268,8 +297,12 @@ pub(crate) fn check(
         // Inclusive of the tile that the last row lies in.
         _ => (first_row.saturating_add(rows - 1)) / tile_rows - first_row / tile_rows + 1,
     };
-    let scales_needed = tiles
-        .saturating_mul(matrix.scale_columns())
-        .saturating_mul(matrix.scale.bytes());
-    check_length("scales", scales_needed, scales.len())
+    let tiles = tiles.saturating_mul(matrix.scale_columns());
+    let zeros = match matrix.codes {
+        SourceCodes::Int4 if !given.zeros.is_empty() => tiles,
+        _ => 0,
+    };
+    check_length("zeros", zeros, given.zeros.len())?;
+    let scales = tiles.saturating_mul(matrix.scale.bytes());
+    check_length("scales", scales, given.scales.len())
 }

@@ -3,7 +3,7 @@
 use proptest::prelude::*;
 use tightfit_kernels::half::{bf16, f16};
 use tightfit_kernels::{
-    FloatType, Isa, KernelError, Kernels, SourceCodes, SourceMatrix, SourceScale,
+    FloatType, Isa, KernelError, Kernels, SourceCodes, SourceMatrix, SourceRows, SourceScale,
 };
 
 fn all() -> Vec<Kernels> {
@@ -58,13 +58,8 @@ fn scale(kind: SourceScale, bytes: &[u8]) -> f32 {
 }
 
 /// Element by element.
-fn expected(
-    matrix: &SourceMatrix,
-    first_row: usize,
-    codes: &[u8],
-    scales: &[u8],
-    to: FloatType,
-) -> Vec<u8> {
+fn expected(matrix: &SourceMatrix, rows: &SourceRows<'_>, to: FloatType) -> Vec<u8> {
+    let (first_row, codes, scales) = (rows.first, rows.codes, rows.scales);
     let mut out = Vec::new();
     let elements = codes.len() * 8 / matrix.codes.bits();
     for element in 0..elements {
@@ -77,7 +72,16 @@ fn expected(
         let tile = tile_row * matrix.scale_columns() + column / matrix.tile[1];
         let each = matrix.scale.bytes();
         let scale = scale(matrix.scale, &scales[tile * each..][..each]);
-        let product = value(matrix.codes, code) as f32 * scale;
+        let zero = rows.zeros.get(tile).map_or(0.0, |&zero| f64::from(zero));
+        let value = value(matrix.codes, code) - zero;
+        let product = match matrix.scale {
+            // All in the exponent, which f64 has room for.
+            SourceScale::Ldexp => {
+                let exponent = i32::from(scales[tile * each]) - 127;
+                (value * 2f64.powi(exponent)) as f32
+            }
+            _ => value as f32 * scale,
+        };
         match to {
             FloatType::F32 => out.extend(product.to_le_bytes()),
             FloatType::F16 => out.extend(f16::from_f32(product).to_le_bytes()),
@@ -121,7 +125,7 @@ const CODES: [SourceCodes; 4] = [
 #[test]
 fn every_code_with_every_power_of_two() {
     for codes in CODES {
-        for scale in [SourceScale::E8M0, SourceScale::Exponent] {
+        for scale in [SourceScale::E8M0, SourceScale::Exponent, SourceScale::Ldexp] {
             let all_codes: Vec<u8> = (0..=255).collect();
             let columns = all_codes.len() * 8 / codes.bits();
             let matrix = SourceMatrix {
@@ -132,13 +136,17 @@ fn every_code_with_every_power_of_two() {
             };
             let rows = all_codes.repeat(256);
             let scales: Vec<u8> = (0..=255).collect();
+            let rows = SourceRows {
+                first: 0,
+                codes: &rows,
+                scales: &scales,
+                zeros: &[],
+            };
             for to in FloatType::ALL {
-                let want = bits(&expected(&matrix, 0, &rows, &scales, to), to);
+                let want = bits(&expected(&matrix, &rows, to), to);
                 for kernels in all() {
                     let mut out = vec![0; 256 * columns * to.bytes()];
-                    kernels
-                        .decode(&matrix, 0, &rows, &scales, to, &mut out)
-                        .unwrap();
+                    kernels.decode(&matrix, &rows, to, &mut out).unwrap();
                     assert!(
                         bits(&out, to) == want,
                         "{codes:?} {scale:?} {to} {}",
@@ -155,6 +163,7 @@ fn matrices() -> impl Strategy<Value = (SourceMatrix, usize, usize)> {
         prop::sample::select(FloatType::ALL.to_vec()).prop_map(SourceScale::Float),
         Just(SourceScale::E8M0),
         Just(SourceScale::Exponent),
+        Just(SourceScale::Ldexp),
     ];
     let tile = prop_oneof![1usize..9, Just(16), Just(usize::MAX / 2)];
     (
@@ -184,6 +193,7 @@ proptest! {
     fn any_tiles_from_any_row(
         (matrix, first_row, rows) in matrices(),
         bytes in prop::collection::vec(any::<u8>(), 1000),
+        has_zeros: bool,
     ) {
         let mut bytes = bytes.into_iter().cycle();
         let mut take = |count: usize| -> Vec<u8> { bytes.by_ref().take(count).collect() };
@@ -192,12 +202,18 @@ proptest! {
             0 => 0,
             _ => (first_row + rows - 1) / matrix.tile[0] - first_row / matrix.tile[0] + 1,
         };
-        let scales = take(tiles * matrix.scale_columns() * matrix.scale.bytes());
+        let tiles = tiles * matrix.scale_columns();
+        let scales = take(tiles * matrix.scale.bytes());
+        let zeros: Vec<i8> = match has_zeros && matrix.codes == SourceCodes::Int4 {
+            true => take(tiles).into_iter().map(|byte| byte as i8 >> 4).collect(),
+            false => Vec::new(),
+        };
+        let given = SourceRows { first: first_row, codes: &codes, scales: &scales, zeros: &zeros };
         for to in FloatType::ALL {
-            let want = bits(&expected(&matrix, first_row, &codes, &scales, to), to);
+            let want = bits(&expected(&matrix, &given, to), to);
             for kernels in all() {
                 let mut out = vec![0xa5; rows * matrix.columns * to.bytes()];
-                kernels.decode(&matrix, first_row, &codes, &scales, to, &mut out).unwrap();
+                kernels.decode(&matrix, &given, to, &mut out).unwrap();
                 prop_assert_eq!(&bits(&out, to), &want, "{}", kernels.isa());
             }
         }
@@ -215,12 +231,33 @@ fn what_does_not_belong_together_is_refused() {
     let kernels = Kernels::detect();
     let decode = |matrix: &SourceMatrix, codes: usize, scales: usize, out: usize| {
         let (codes, scales, mut out) = (vec![0; codes], vec![0; scales], vec![0; out]);
-        kernels.decode(matrix, 0, &codes, &scales, FloatType::Bf16, &mut out)
+        let rows = SourceRows {
+            first: 0,
+            codes: &codes,
+            scales: &scales,
+            zeros: &[],
+        };
+        kernels.decode(matrix, &rows, FloatType::Bf16, &mut out)
     };
     assert_eq!(decode(&matrix, 64, 4, 256), Ok(()));
     for (codes, scales, out) in [(63, 4, 256), (64, 3, 256), (64, 5, 256), (64, 4, 255)] {
         let error = decode(&matrix, codes, scales, out).unwrap_err();
         assert!(matches!(error, KernelError::Length { .. }), "{error}");
+    }
+    // Floating-point formats have no other zero, and there is one for each tile.
+    for (codes, zeros) in [(SourceCodes::F4E2M1, 4), (SourceCodes::Int4, 3)] {
+        let matrix = SourceMatrix { codes, ..matrix };
+        let rows = SourceRows {
+            first: 0,
+            codes: &[0; 64],
+            scales: &[0; 4],
+            zeros: &vec![1; zeros],
+        };
+        let error = kernels.decode(&matrix, &rows, FloatType::Bf16, &mut [0; 256]);
+        assert!(matches!(
+            error,
+            Err(KernelError::Length { what: "zeros", .. })
+        ));
     }
     for (columns, tile) in [
         (0, [1, 2]),

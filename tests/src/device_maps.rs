@@ -142,6 +142,7 @@ impl GoldenMaps {
                     shard: 0,
                     offset: 0,
                     quantized: None,
+                    encoded: None,
                 };
                 found.push((tensor, name.clone()));
             }

@@ -292,6 +292,7 @@ fn of_preset(preset: Preset) -> OnDisk {
             shard: 0,
             offset: 0,
             quantized: None,
+            encoded: None,
         })
         .collect();
     OnDisk {

@@ -18,6 +18,7 @@ pub fn tensor(name: &str, dtype: DType, shape: &[u64]) -> TensorInfo {
         shard: 0,
         offset: 0,
         quantized: None,
+        encoded: None,
     }
 }
 

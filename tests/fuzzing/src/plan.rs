@@ -59,6 +59,7 @@ fn tensor(u: &mut Unstructured<'_>, index: usize) -> Result<TensorInfo> {
         shard: 0,
         offset: 0,
         quantized,
+        encoded: None,
     })
 }
 

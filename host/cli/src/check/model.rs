@@ -9,7 +9,7 @@ use tempfile::TempDir;
 use super::error::RunError;
 use super::values::{DTypeName, Parsed};
 use tightfit::cancel::CancelToken;
-use tightfit::checkpoint::{Checkpoint, MAX_TENSORS};
+use tightfit::checkpoint::{Checkpoint, MAX_TENSORS, OpenOptions};
 use tightfit::synth::{self, Model, Preset, SynthOptions, Tensor};
 use tightfit::types::DType;
 
@@ -123,7 +123,10 @@ impl ModelSource {
         let model = match self {
             ModelSource::Path(path) => {
                 return Ok(OpenModel {
-                    checkpoint: Checkpoint::open_with(path, cancel)?,
+                    checkpoint: Checkpoint::open_with(
+                        path,
+                        &OpenOptions::default().with_cancel(cancel.clone()),
+                    )?,
                     _directory: None,
                 });
             }
@@ -146,7 +149,10 @@ impl ModelSource {
             .with_cancel(cancel.clone());
         synth::write_model(&model, directory.path(), &options)?;
         Ok(OpenModel {
-            checkpoint: Checkpoint::open_with(directory.path(), cancel)?,
+            checkpoint: Checkpoint::open_with(
+                directory.path(),
+                &OpenOptions::default().with_cancel(cancel.clone()),
+            )?,
             _directory: Some(directory),
         })
     }

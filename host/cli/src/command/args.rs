@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
+use tightfit::checkpoint::Dequantize;
 use tightfit::device::DeviceSpec;
 use tightfit::load::QuantizeOn;
 use tightfit::synth::Preset;
@@ -103,6 +104,19 @@ pub(crate) struct ModelOptions {
     /// Download nothing, as with HF_HUB_OFFLINE=1
     #[arg(long)]
     pub(crate) offline: bool,
+
+    /// Weights in FP8, MXFP4, NVFP4 or int4 to be decoded to 16 bits as they are read, to be quantized or
+    /// cast from there: auto (those for which NF4 takes less), all, or none (codes and scales are loaded
+    /// as they are)
+    #[arg(long, value_name = "WHICH", default_value = "auto", value_parser = parse_dequantize)]
+    pub(crate) dequantize: Dequantize,
+}
+
+fn parse_dequantize(text: &str) -> Result<Dequantize, String> {
+    let mut names = Dequantize::NAMES.into_iter();
+    names
+        .find_map(|(name, dequantize)| (name == text).then_some(dequantize))
+        .ok_or_else(|| "it must be auto, all or none".to_owned())
 }
 
 /// Where tensors go.

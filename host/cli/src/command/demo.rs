@@ -1,7 +1,7 @@
 //! `tightfit demo`: a whole run on a model that it makes itself.
 
 use tightfit::cancel::CancelToken;
-use tightfit::checkpoint::Checkpoint;
+use tightfit::checkpoint::{Checkpoint, OpenOptions};
 use tightfit::device::{DeviceSpec, open_devices};
 use tightfit::synth::{Preset, SynthOptions};
 use tightfit::text::printable;
@@ -38,7 +38,8 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Comm
         Bytes(written.bytes)
     ))?;
 
-    let checkpoint = Checkpoint::open_with(&model, &cancel)?;
+    let checkpoint =
+        Checkpoint::open_with(&model, &OpenOptions::default().with_cancel(cancel.clone()))?;
     let specs = match options.placement.devices.as_slice() {
         [] => &[DEVICE],
         given => given,

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use serde::Serialize;
 use tightfit::cancel::CancelToken;
-use tightfit::checkpoint::Checkpoint;
+use tightfit::checkpoint::{Checkpoint, OpenOptions};
 use tightfit::device::{Device, open_devices};
 use tightfit::text::printable;
 use tightfit_wasm::program::{Outcome, WasmProgram, default_limits};
@@ -42,7 +42,7 @@ pub(crate) fn run(options: &RunOptions, cancel: CancelToken) -> Result<(), Comma
         .load_with(options.threads.map(usize::from), options.staging);
     for (name, path) in &options.grants {
         // The program is only told that something is wrong with it; the user is told what.
-        Checkpoint::open_with(path, &cancel)?;
+        Checkpoint::open_with(path, &OpenOptions::default().with_cancel(cancel.clone()))?;
         context = context.grant(name, path);
     }
     let program = WasmProgram::open(

@@ -7,7 +7,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use crate::draw::Table;
 use serde::Serialize;
 use tightfit::cancel::CancelToken;
-use tightfit::checkpoint::{self, Checkpoint, CheckpointError};
+use tightfit::checkpoint::{self, Checkpoint, CheckpointError, OpenOptions};
 use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
 use tightfit::hub::{self, FetchOptions, FileProgress, Hub, HubError};
 use tightfit::load::{self, ReservedPlan};
@@ -77,6 +77,7 @@ pub(crate) fn open_headers(
     };
     let fetch = FetchOptions::default()
         .with_revision(options.revision.as_deref())
+        .with_dequantize(options.dequantize)
         .with_cancel(cancel.clone());
     match hub::headers(&hub, &options.model, &fetch) {
         Err(HubError::Checkpoint(CheckpointError::HeadersOnly { .. })) => {
@@ -84,6 +85,12 @@ pub(crate) fn open_headers(
         }
         other => Ok(remarked(other?)),
     }
+}
+
+fn open_options(options: &ModelOptions, cancel: &CancelToken) -> OpenOptions {
+    OpenOptions::default()
+        .with_dequantize(options.dequantize)
+        .with_cancel(cancel.clone())
 }
 
 /// What there is of a model without a download.
@@ -98,7 +105,7 @@ fn open_local(options: &ModelOptions, cancel: &CancelToken) -> Result<Local, Com
     hub.offline |= options.offline;
     let (model, revision) = (&options.model, options.revision.as_deref());
     let local = checkpoint::resolve_revision(model, revision, &hub.cache)
-        .and_then(|path| Checkpoint::open_with(&path, cancel));
+        .and_then(|path| Checkpoint::open_with(&path, &open_options(options, cancel)));
     match local {
         Err(error) if is_missing(&error, model, hub.offline) => Ok(Local::Missing(hub)),
         other => Ok(Local::Here(Box::new(remarked(other?)))),
@@ -129,7 +136,8 @@ fn download(
         .with_cancel(cancel.clone());
     let fetched = hub::fetch(hub, &options.model, &fetch);
     bar.finish_and_clear();
-    Ok(remarked(Checkpoint::open_with(&fetched?, cancel)?))
+    let opened = Checkpoint::open_with(&fetched?, &open_options(options, cancel));
+    Ok(remarked(opened?))
 }
 
 /// Warns of what is worth saying of a checkpoint: also of heads that are no second copies of the table

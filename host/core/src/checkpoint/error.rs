@@ -517,6 +517,15 @@ pub enum CheckpointError {
         problem: String,
     },
 
+    /// Something that cannot be: a fault of ours, please report it.
+    #[error("internal error with '{}': {problem}; please report it", shown(.tensor))]
+    Internal {
+        /// The tensor.
+        tensor: String,
+        /// What is wrong.
+        problem: &'static str,
+    },
+
     /// Bytes of a file were asked for of which only the header is here.
     #[error("of {path:?} only the header has been downloaded, and no weights")]
     #[allow(missing_docs, reason = "the file")]

@@ -11,6 +11,7 @@ mod adapter;
 mod cache;
 mod config;
 mod directory;
+mod encoded;
 mod error;
 mod file;
 mod file_kind;
@@ -40,6 +41,7 @@ pub use cache::{CacheEnvironment, resolve, resolve_revision, resolve_with};
 pub(crate) use cache::{entry_name, is_revision};
 pub use config::{Config, LayerType, MAX_CONFIG_BYTES};
 pub(crate) use directory::Directory;
+pub use encoded::{Dequantize, Encoded, EncodedCounts, ScaleForm};
 pub use error::CheckpointError;
 pub(crate) use error::shown;
 #[cfg(feature = "hub")]
@@ -66,6 +68,7 @@ use text::{PIECE, Text};
 
 use crate::cancel::{self, CancelToken, Watch};
 use crate::types::DType;
+use tightfit_kernels::Kernels;
 
 /// Most headers of a checkpoint in all, in bytes; the largest real ones have a tenth of this.
 pub(crate) const MAX_ALL_HEADERS_BYTES: u64 = 4 * MAX_HEADER_BYTES;
@@ -74,7 +77,8 @@ pub(crate) const MAX_ALL_HEADERS_BYTES: u64 = 4 * MAX_HEADER_BYTES;
 const MAX_OPEN_SHARDS: usize = 128;
 
 /// A tensor of a checkpoint and where it lies. A weight that bitsandbytes has quantized is one
-/// tensor, with the type and the shape that it had before.
+/// tensor, with the type and the shape that it had before; so is one that another method has, if it is
+/// decoded ([`OpenOptions::dequantize`]).
 #[derive(Debug, Clone, PartialEq)]
 pub struct TensorInfo {
     /// Its key, for example `model.layers.0.mlp.up_proj.weight`. Without control characters.
@@ -84,25 +88,32 @@ pub struct TensorInfo {
     /// Row-major; empty for a scalar.
     pub shape: Vec<u64>,
     /// Bytes it occupies at `offset`: what `dtype` and `shape` give, or its codes if it is
-    /// quantized.
+    /// quantized or encoded.
     pub bytes: u64,
     /// Index of its file in [`Checkpoint::shards`].
     pub shard: usize,
     /// Its first byte, counted from the start of the file.
     pub offset: u64,
-    /// How it is quantized in the checkpoint, if it is.
+    /// How it is quantized in the checkpoint, if bitsandbytes has.
     pub quantized: Option<Box<Quantized>>,
+    /// How it is encoded in the checkpoint, if another method has quantized it and it is decoded as it
+    /// is read.
+    pub encoded: Option<Box<Encoded>>,
 }
 
 impl TensorInfo {
     /// Returns the number of bytes of all its parts in the checkpoint: its own, and the scales of a
-    /// quantized weight.
+    /// quantized or encoded weight.
     pub fn source_bytes(&self) -> u64 {
         let scales = self.quantized.as_ref().map_or(0, |quantized| {
             let nested = quantized.nested.map_or(0, |nested| nested.absmax.bytes);
             quantized.absmax.bytes + nested
         });
-        self.bytes + scales
+        let extra = self
+            .encoded
+            .as_ref()
+            .map_or(0, |encoded| encoded.extra_bytes());
+        self.bytes + scales + extra
     }
 
     /// Returns its bytes in the file.
@@ -110,6 +121,22 @@ impl TensorInfo {
         self.offset..self.offset + self.bytes
     }
 }
+
+/// How to open a checkpoint.
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct OpenOptions {
+    /// Which weights that another method has quantized are decoded as they are read.
+    pub dequantize: Dequantize,
+    /// Looked at after every few milliseconds of work: a checkpoint can have hundreds of megabytes of
+    /// headers.
+    pub cancel: CancelToken,
+}
+
+tightfit_common::setters!([] OpenOptions:
+    with_dequantize: dequantize, Dequantize;
+    with_cancel: cancel, CancelToken;
+);
 
 /// A checkpoint whose files are open and whose headers have been checked.
 ///
@@ -129,6 +156,7 @@ pub struct Checkpoint {
     metadata: BTreeMap<String, String>,
     remarks: Vec<Remark>,
     quantization: Option<QuantizationMethod>,
+    encoded: EncodedCounts,
 }
 
 impl Checkpoint {
@@ -148,27 +176,26 @@ impl Checkpoint {
     /// # Errors
     /// A [`CheckpointError`] that names the file and the part of it that is wrong.
     pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, CheckpointError> {
-        Checkpoint::open_with(path, &CancelToken::new())
+        Checkpoint::open_with(path, &OpenOptions::default())
     }
 
-    /// [`Checkpoint::open`] until it is asked to stop: a checkpoint can have hundreds of megabytes of
-    /// headers. The token is looked at after every few milliseconds of work; what was read by then is
-    /// given back.
+    /// [`Checkpoint::open`] with options, until it is asked to stop: what was read by then is given back.
     ///
     /// # Errors
     /// [`CheckpointError::Cancelled`], and as [`Checkpoint::open`].
     pub fn open_with(
         path: impl AsRef<Path>,
-        cancel: &CancelToken,
+        options: &OpenOptions,
     ) -> Result<Checkpoint, CheckpointError> {
-        Checkpoint::open_path(path.as_ref(), cancel)
+        Checkpoint::open_path(path.as_ref(), options)
     }
 
-    fn open_path(path: &Path, cancel: &CancelToken) -> Result<Checkpoint, CheckpointError> {
+    fn open_path(path: &Path, options: &OpenOptions) -> Result<Checkpoint, CheckpointError> {
+        let cancel = &options.cancel;
         let located = locate::locate(path, cancel)?;
         // First, because it is small and most likely to be what is broken in an edited model.
         let config = Config::read(&located.directory, cancel)?;
-        Checkpoint::of_files(path, located, config, cancel)
+        Checkpoint::of_files(path, located, config, options)
     }
 
     /// A checkpoint of which only this is here: what its files begin with, and their lengths. It can be
@@ -182,7 +209,7 @@ impl Checkpoint {
         config: Option<Config>,
         index: Option<Index>,
         files: Vec<Beginning>,
-        cancel: &CancelToken,
+        options: &OpenOptions,
     ) -> Result<Checkpoint, CheckpointError> {
         let located = Located {
             // It has none, and nothing is read there: `save` asks first.
@@ -191,7 +218,7 @@ impl Checkpoint {
             index,
             remarks: Vec::new(),
         };
-        Checkpoint::of_files(Path::new(name), located, config, cancel)
+        Checkpoint::of_files(Path::new(name), located, config, options)
     }
 
     /// Whether its weights are elsewhere.
@@ -206,8 +233,9 @@ impl Checkpoint {
         path: &Path,
         located: Located,
         config: Option<Config>,
-        cancel: &CancelToken,
+        options: &OpenOptions,
     ) -> Result<Checkpoint, CheckpointError> {
+        let cancel = &options.cancel;
         let mut watch = Watch::new(cancel);
         let mut shards = Vec::with_capacity(located.shards.len());
         let mut tensors = Vec::new();
@@ -261,6 +289,7 @@ impl Checkpoint {
                     dtype: tensor.dtype,
                     shape: tensor.shape,
                     quantized: None,
+                    encoded: None,
                 });
             }
             if shards.len() >= MAX_OPEN_SHARDS {
@@ -286,6 +315,28 @@ impl Checkpoint {
             false => sorted_by_name(&tensors, &shards, cancel)?,
         };
         let quantization = quantization(config.as_ref(), &tensors, &by_name, cancel)?;
+        let read_whole = |tensor: &TensorInfo| {
+            let mut bytes = vec![0; tensor.bytes as usize];
+            match read_at(&shards, &[], tensor.shard, tensor.offset, &mut bytes) {
+                Ok(()) => Ok(Some(bytes)),
+                Err(CheckpointError::HeadersOnly { .. }) => Ok(None),
+                Err(error) => Err(error),
+            }
+        };
+        let count = tensors.len();
+        let found = encoded::find(
+            tensors,
+            &by_name,
+            config.as_ref(),
+            options.dequantize,
+            &read_whole,
+            cancel,
+        )?;
+        let tensors = found.tensors;
+        let by_name = match found.counts.decoded {
+            0 if tensors.len() == count => by_name,
+            _ => sorted_by_name(&tensors, &shards, cancel)?,
+        };
         let named: Vec<ties::Named<'_>> = tensors
             .iter()
             .map(|tensor| ties::Named {
@@ -326,6 +377,7 @@ impl Checkpoint {
             metadata,
             remarks: located.remarks,
             quantization,
+            encoded: found.counts,
         })
     }
 
@@ -346,6 +398,7 @@ impl Checkpoint {
             metadata: BTreeMap::new(),
             remarks: Vec::new(),
             quantization: None,
+            encoded: EncodedCounts::default(),
         }
     }
 
@@ -410,9 +463,16 @@ impl Checkpoint {
     /// Returns the method by which it has been quantized already, by bitsandbytes or another: as
     /// config.json says, or as its tensors show. What such a checkpoint has in floating point was left
     /// so on purpose; [`plan::propose`](crate::plan::propose) leaves it so, but beside bitsandbytes' 4 bits:
-    /// what these skipped, policies know.
+    /// what these skipped, policies know. What is decoded as it is read ([`TensorInfo::encoded`]) may be
+    /// quantized anew.
     pub fn quantization(&self) -> Option<&QuantizationMethod> {
         self.quantization.as_ref()
+    }
+
+    /// Returns how many weights other methods than bitsandbytes' 4 bits have quantized, and whether they
+    /// are decoded as they are read.
+    pub fn encoded(&self) -> EncodedCounts {
+        self.encoded
     }
 
     /// Returns what whoever loads it should hear: which of its files were not looked at, and why.
@@ -437,7 +497,8 @@ impl Checkpoint {
         read_at(&self.shards, &self.tensors, shard, offset, buffer)
     }
 
-    /// Fills the buffer with the bytes of a tensor from its byte `start` on.
+    /// Fills the buffer with the bytes of a tensor from its byte `start` on: its codes if bitsandbytes has
+    /// quantized it, its elements as they are decoded if it is encoded.
     ///
     /// # Errors
     /// [`CheckpointError::OutsideTensor`] when the tensor ends before, and those of
@@ -452,17 +513,68 @@ impl Checkpoint {
         buffer: &mut [u8],
     ) -> Result<(), CheckpointError> {
         let info = &self.tensors[tensor];
+        let have = info.decoded_bytes();
         match start.checked_add(buffer.len() as u64) {
-            Some(end) if end <= info.bytes => self.read_at(info.shard, info.offset + start, buffer),
-            end => Err(CheckpointError::OutsideTensor {
-                tensor: info.name.clone(),
-                start,
-                end: end.unwrap_or(u64::MAX),
-                have: info.bytes,
-            }),
+            Some(end) if end <= have => {}
+            end => {
+                return Err(CheckpointError::OutsideTensor {
+                    tensor: info.name.clone(),
+                    start,
+                    end: end.unwrap_or(u64::MAX),
+                    have,
+                });
+            }
+        }
+        if info.encoded.is_none() {
+            return self.read_at(info.shard, info.offset + start, buffer);
+        }
+        // Two elements of 16 bits are decoded together: the range that has this one.
+        let kernels = Kernels::detect();
+        let mut scratch = vec![0; SCRATCH_BYTES];
+        let mut decoded = Vec::new();
+        let mut rest = buffer;
+        let mut start = start;
+        while !rest.is_empty() {
+            let first = start / 4 * 4;
+            let length = rest.len().min(SCRATCH_BYTES);
+            let end = (start + length as u64).next_multiple_of(4).min(have);
+            decoded.resize((end - first) as usize, 0);
+            self.read_elements(info, first, &mut decoded, &mut scratch, kernels)?;
+            let (piece, others) = rest.split_at_mut(length);
+            piece.copy_from_slice(&decoded[(start - first) as usize..][..length]);
+            start += length as u64;
+            rest = others;
+        }
+        Ok(())
+    }
+
+    /// Fills the buffer with elements of a tensor of this checkpoint, or of rows of one, from its byte
+    /// `start` on, as they are decoded if it is encoded; then both are multiples of two elements, but
+    /// where it ends, and `scratch` is what may be used meanwhile: some kilobytes at least.
+    pub(crate) fn read_elements(
+        &self,
+        tensor: &TensorInfo,
+        start: u64,
+        buffer: &mut [u8],
+        scratch: &mut [u8],
+        kernels: Kernels,
+    ) -> Result<(), CheckpointError> {
+        match &tensor.encoded {
+            None => self.read_at(tensor.shard, tensor.offset + start, buffer),
+            Some(encoded) => encoded::Reading {
+                shards: &self.shards,
+                tensors: &self.tensors,
+                tensor,
+                encoded,
+                kernels,
+            }
+            .read(start, buffer, scratch),
         }
     }
 }
+
+/// Bytes of codes and of elements that are held while an encoded tensor is read without a loader.
+const SCRATCH_BYTES: usize = 64 << 10;
 
 /// Fills the buffer with the bytes of a file from `offset` on. `tensors` serve to name what lies
 /// there in an error.

@@ -125,7 +125,8 @@ pub(crate) fn differ(
     read: impl Fn(&TensorInfo, u64, &mut [u8]) -> Result<(), CheckpointError>,
     cancel: &CancelToken,
 ) -> Result<bool, CheckpointError> {
-    let plain = first.quantized.is_none() && second.quantized.is_none();
+    let is_plain = |tensor: &TensorInfo| tensor.quantized.is_none() && tensor.encoded.is_none();
+    let plain = is_plain(first) && is_plain(second);
     if !plain || first.dtype != second.dtype || first.shape != second.shape {
         return Ok(false);
     }

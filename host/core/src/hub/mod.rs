@@ -37,8 +37,8 @@ use hf_hub::{Cache, Repo, RepoType};
 
 use crate::cancel::CancelToken;
 use crate::checkpoint::{
-    self, Beginning, Checkpoint, CheckpointError, Config, Directory, MAX_ALL_HEADERS_BYTES,
-    MAX_INDEX_BYTES, header_length, parse_index,
+    self, Beginning, Checkpoint, CheckpointError, Config, Dequantize, Directory,
+    MAX_ALL_HEADERS_BYTES, MAX_INDEX_BYTES, OpenOptions, header_length, parse_index,
 };
 
 pub use environment::Hub;
@@ -75,6 +75,9 @@ pub struct FetchOptions<'a> {
     pub revision: Option<&'a str>,
     /// Called after every few hundred KiB.
     pub progress: &'a (dyn Fn(FileProgress<'_>) + Sync),
+    /// Which weights that another method has quantized are decoded as they are read; where only headers
+    /// are asked for.
+    pub dequantize: Dequantize,
     /// Looked at between them, and while nothing comes.
     pub cancel: CancelToken,
 }
@@ -84,6 +87,7 @@ impl Default for FetchOptions<'_> {
         FetchOptions {
             revision: None,
             progress: &|_| {},
+            dequantize: Dequantize::default(),
             cancel: CancelToken::new(),
         }
     }
@@ -92,6 +96,7 @@ impl Default for FetchOptions<'_> {
 tightfit_common::setters!([<'a>] FetchOptions<'a>:
     with_revision: revision, Option<&'a str>;
     with_progress: progress, &'a (dyn Fn(FileProgress<'_>) + Sync);
+    with_dequantize: dequantize, Dequantize;
     with_cancel: cancel, CancelToken;
 );
 
@@ -118,7 +123,7 @@ pub fn fetch(hub: &Hub, model: &str, options: &FetchOptions<'_>) -> Result<PathB
 /// what bitsandbytes has quantized.
 pub fn headers(hub: &Hub, model: &str, options: &FetchOptions<'_>) -> Result<Checkpoint, HubError> {
     with_model(hub, model, options, |download, revision, info| {
-        download.headers(model, revision, info)
+        download.headers(model, revision, info, options.dequantize)
     })
 }
 
@@ -257,6 +262,7 @@ impl Download<'_> {
         model: &str,
         revision: &str,
         info: &RepoInfo,
+        dequantize: Dequantize,
     ) -> Result<Checkpoint, HubError> {
         let cancel = self.client.cancel;
         let names: Vec<&str> = info
@@ -287,8 +293,11 @@ impl Download<'_> {
             });
             files.push(file);
         }
+        let options = OpenOptions::default()
+            .with_dequantize(dequantize)
+            .with_cancel(cancel.clone());
         Ok(Checkpoint::of_beginnings(
-            model, config, index, files, cancel,
+            model, config, index, files, &options,
         )?)
     }
 

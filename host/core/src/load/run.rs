@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use tightfit_kernels::{blocks, packed_bytes};
+use tightfit_kernels::{Kernels, blocks, packed_bytes};
 
 use super::arena::Target;
 use super::balance::Side;
@@ -13,7 +13,7 @@ use super::double::{DoubleState, Kept, Returned};
 use super::put::{Transfers, Writers, as_f32, put, put_to_quantize};
 use super::work::{Chunk, Next, Queue, Scales, Task, ToQuantize};
 use super::{LoadError, LoadOptions};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, TensorInfo};
 use crate::device::{PageLocked, QuantizeJob, ScalePlace};
 use crate::plan::Plan;
 use crate::progress::Progress;
@@ -66,17 +66,50 @@ struct Worker<'w> {
 struct Source<'a> {
     checkpoint: &'a Checkpoint,
     tensor: usize,
+    /// The tensor, if it is decoded as it is read: then the offset is that of decoded bytes.
+    encoded: Option<&'a TensorInfo>,
     shard: usize,
     offset: u64,
     bytes: usize,
+    kernels: Kernels,
 }
 
 impl Source<'_> {
-    /// Reads from `start` bytes behind the chunk's first on.
-    fn read(&self, start: usize, buffer: &mut [u8]) -> Result<(), LoadError> {
+    /// Reads from `start` bytes behind the chunk's first on. What is decoded is read through `scratch`.
+    fn read(&self, start: usize, buffer: &mut [u8], scratch: &mut [u8]) -> Result<(), LoadError> {
         let offset = self.offset + start as u64;
-        let read = self.checkpoint.read_at(self.shard, offset, buffer);
+        let read = match self.encoded {
+            None => self.checkpoint.read_at(self.shard, offset, buffer),
+            Some(tensor) => {
+                let kernels = self.kernels;
+                self.checkpoint
+                    .read_elements(tensor, offset, buffer, scratch, kernels)
+            }
+        };
         read.map_err(LoadError::Checkpoint)
+    }
+
+    /// Cuts a worker's slot into what is read at once and what it is decoded from, if it is.
+    fn cut<'s>(&self, slot: &'s mut [u8]) -> (&'s mut [u8], &'s mut [u8]) {
+        match self.encoded {
+            None => (slot, &mut []),
+            // Elements of 16 bits, of codes of 8 and scales.
+            Some(_) => slot.split_at_mut(slot.len() / 2),
+        }
+    }
+
+    /// The part of the tensor's bytes in the checkpoint that is in the chunk: in sum all of them.
+    fn source_bytes(&self) -> u64 {
+        let Some(tensor) = self.encoded else {
+            return self.bytes as u64;
+        };
+        let (stored, decoded) = (tensor.source_bytes(), tensor.decoded_bytes());
+        let until = |end: u64| {
+            let share = u128::from(stored) * u128::from(end) / u128::from(decoded.max(1));
+            // Not more than all.
+            share as u64
+        };
+        until(self.offset + self.bytes as u64) - until(self.offset)
     }
 }
 
@@ -171,13 +204,12 @@ impl<'a, 'm> Run<'a, 'm> {
                     }
                 }
                 Next::Chunk(chunk) => {
-                    let bytes = chunk.bytes;
-                    self.carry_out(chunk, worker)?;
-                    let bytes_read = self.bytes_read.fetch_add(bytes as u64, Ordering::Relaxed);
+                    let bytes = self.carry_out(chunk, worker)?;
+                    let bytes_read = self.bytes_read.fetch_add(bytes, Ordering::Relaxed);
                     if bytes_read == 0 {
                         tracing::debug!("first chunk is sent after {:.1?}", self.start.elapsed());
                     }
-                    let bytes_done = bytes_read + bytes as u64;
+                    let bytes_done = bytes_read + bytes;
                     (self.options.progress)(Progress::new(bytes_done, self.bytes_total));
                 }
             }
@@ -217,26 +249,40 @@ impl<'a, 'm> Run<'a, 'm> {
         self.finished.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn carry_out(&self, chunk: Chunk<'_>, worker: &mut Worker<'_>) -> Result<(), LoadError> {
+    /// Gives the bytes of the checkpoint that were read.
+    fn carry_out(&self, chunk: Chunk<'_>, worker: &mut Worker<'_>) -> Result<u64, LoadError> {
+        let tensor = &self.checkpoint.tensors()[chunk.tensor];
         let source = Source {
             checkpoint: self.checkpoint,
             tensor: chunk.tensor,
+            encoded: tensor.encoded.is_some().then_some(tensor),
             shard: chunk.shard,
             offset: chunk.offset,
             bytes: chunk.bytes,
+            kernels: self.options.kernels,
         };
         match chunk.task {
             // No staging of ours: what the processor cannot write is read into what is copied.
-            Task::Copy { data } => put(&mut worker.writers, [data], |[data]| source.read(0, data)),
+            Task::Copy { data } => put(&mut worker.writers, [data], |[data]| {
+                source.read(0, data, worker.slot)
+            })?,
             Task::Cast { from, to, data } => {
-                let slot = &mut worker.slot[..chunk.bytes];
-                source.read(0, slot)?;
+                let (slot, scratch) = source.cut(worker.slot);
                 put(&mut worker.writers, [data], |[data]| {
-                    Ok(self.options.kernels.cast(slot, from, to, data)?)
-                })
+                    let step = slot.len();
+                    for start in (0..source.bytes).step_by(step) {
+                        let piece = &mut slot[..step.min(source.bytes - start)];
+                        source.read(start, piece, scratch)?;
+                        let data = &mut data[start / from.bytes() * to.bytes()..];
+                        let data = &mut data[..piece.len() / from.bytes() * to.bytes()];
+                        self.options.kernels.cast(piece, from, to, data)?;
+                    }
+                    Ok(())
+                })?;
             }
-            Task::Quantize(piece) => self.quantize(&source, piece, worker),
+            Task::Quantize(piece) => self.quantize(&source, piece, worker)?,
         }
+        Ok(source.source_bytes())
     }
 
     fn quantize(
@@ -286,13 +332,14 @@ impl<'a, 'm> Run<'a, 'm> {
             writers,
         } = worker;
         let (float, block_size) = (piece.float, piece.block_size);
+        let (slot, scratch) = source.cut(slot);
         let block_bytes = block_size.elements() * float.bytes();
         let step = slot.len() / block_bytes * block_bytes;
         let mut produce = |codes: &mut [u8], absmax: &mut [f32]| {
             let mut nonfinite_blocks = 0;
             for start in (0..source.bytes).step_by(step) {
                 let slot = &mut slot[..step.min(source.bytes - start)];
-                source.read(start, slot)?;
+                source.read(start, slot, scratch)?;
                 let (first, elements) = (start / float.bytes(), slot.len() / float.bytes());
                 let codes = &mut codes[packed_bytes(first)..][..packed_bytes(elements)];
                 let absmax =
@@ -358,8 +405,9 @@ impl<'a, 'm> Run<'a, 'm> {
             },
             nonfinite: nonfinite.ok_or(LoadError::Internal("a device has no counters"))?,
         };
+        let slot = &mut *worker.slot;
         put_to_quantize(&mut worker.writers, number, job, |buffer| {
-            source.read(0, buffer)
+            source.read(0, buffer, slot)
         })
     }
 

@@ -25,9 +25,9 @@ pub(super) struct Chunk<'m> {
     pub(super) tensor: usize,
     /// The file that holds it.
     pub(super) shard: usize,
-    /// Its first byte in the file.
+    /// Its first byte in the file; in the tensor, where that is decoded as it is read.
     pub(super) offset: u64,
-    /// Its length in bytes in the checkpoint.
+    /// Its length in bytes, as it is read.
     pub(super) bytes: usize,
     pub(super) task: Task<'m>,
 }
@@ -112,7 +112,11 @@ pub(super) enum Next<'m> {
 struct Tensor<'m> {
     index: usize,
     shard: usize,
+    /// Where it begins in the file.
     offset: u64,
+    /// Whether it is decoded as it is read.
+    is_encoded: bool,
+    /// Its length in bytes, as it is read.
     bytes: usize,
     kind: Kind,
     target: PartTargets<'m>,
@@ -305,8 +309,9 @@ fn add<'m>(
             index,
             shard: info.shard,
             offset: info.offset,
+            is_encoded: info.encoded.is_some(),
             // Parts of a tensor that is placed fit in memory, and this is at most 8 times as much.
-            bytes: info.bytes as usize,
+            bytes: info.decoded_bytes() as usize,
             kind,
             target,
             scratch: planned.scratch_bytes(),
@@ -330,6 +335,7 @@ fn add<'m>(
             index,
             shard: extent.shard,
             offset: extent.offset,
+            is_encoded: false,
             bytes: extent.bytes as usize,
             kind: Kind::Copy,
             target: PartTargets {
@@ -394,7 +400,11 @@ impl<'m> Cursor<'m> {
                 })
             }
         };
-        let offset = self.tensor.offset + self.start as u64;
+        let first = match self.tensor.is_encoded {
+            true => 0,
+            false => self.tensor.offset,
+        };
+        let offset = first + self.start as u64;
         self.start += bytes;
         Some(Chunk {
             tensor: self.tensor.index,
@@ -406,7 +416,7 @@ impl<'m> Cursor<'m> {
     }
 }
 
-/// Bytes of the checkpoint in one chunk. Quantized tensors are cut at block boundaries (a slot
+/// Bytes in one chunk, as it is read. Quantized tensors are cut at block boundaries (a slot
 /// holds several of the largest blocks), so that a cut changes no scale. A buffer holds a chunk as
 /// it is read, and even more so when it is quantized.
 fn chunk_bytes(kind: Kind, target: &PartTargets<'_>, sizes: ChunkSizes) -> usize {

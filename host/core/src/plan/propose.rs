@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::{BadPlan, FormatRuleError, FormatRules, Plan, PlanError, PlanOptions};
 use crate::cancel::Cancelled;
-use crate::checkpoint::{Checkpoint, QuantizationMethod};
+use crate::checkpoint::{Checkpoint, QuantizationMethod, TensorInfo};
 use crate::device::DeviceInfo;
 use crate::policy::{Policy, PolicyError, PreviousFailure, Request, check_settings};
 use crate::status::Status;
@@ -80,7 +80,8 @@ impl From<Cancelled> for ProposeError {
 ///
 /// Settings named `format:PATTERN` are [`FormatRules`] and hold whatever the policy says; all others
 /// are the policy's. A checkpoint that another method than bitsandbytes' 4 bits has quantized
-/// ([`Checkpoint::quantization`]) stays as it is stored but for such rules.
+/// ([`Checkpoint::quantization`]) stays as it is stored but for such rules, and for what is decoded as it
+/// is read ([`TensorInfo::encoded`]), which is the policy's.
 ///
 /// # Errors
 /// [`ProposeError`].
@@ -116,14 +117,21 @@ pub fn propose_with(
     propose_again(checkpoint, policy, devices, settings, None, options)
 }
 
-/// The formats of all `count` tensors, those that no rule is for as stored: what the method that has
-/// quantized a checkpoint left in floating point stays so unless the user asks.
-fn with_the_rest_stored(required: Vec<(usize, Format)>, count: usize) -> Vec<(usize, Format)> {
-    let mut formats = vec![Format::Stored; count];
+/// The formats of tensors, those that no rule is for as stored, but what is decoded as it is read: what
+/// the method that has quantized a checkpoint left in floating point stays so unless the user asks.
+fn with_the_rest_stored(
+    required: Vec<(usize, Format)>,
+    tensors: &[TensorInfo],
+) -> Vec<(usize, Format)> {
+    let as_stored = |tensor: &TensorInfo| tensor.encoded.is_none().then_some(Format::Stored);
+    let mut formats: Vec<Option<Format>> = tensors.iter().map(as_stored).collect();
     for (tensor, format) in required {
-        formats[tensor] = format;
+        formats[tensor] = Some(format);
     }
-    formats.into_iter().enumerate().collect()
+    let formats = formats.into_iter().enumerate();
+    formats
+        .filter_map(|(tensor, format)| Some((tensor, format?)))
+        .collect()
 }
 
 /// [`propose_with`], telling the policy why its previous plan failed.
@@ -146,7 +154,7 @@ pub(crate) fn propose_again(
     // Beside bitsandbytes' 4 bits more may be quantized: policies know which modules it skipped.
     let is_finished = |method: &QuantizationMethod| !method.is_bitsandbytes_4bit();
     if checkpoint.quantization().is_some_and(is_finished) {
-        required_formats = with_the_rest_stored(required_formats, checkpoint.tensors().len());
+        required_formats = with_the_rest_stored(required_formats, checkpoint.tensors());
     }
     let mut offered = devices.to_vec();
     if options.reserve_headroom {

@@ -130,16 +130,17 @@ impl Inspection {
                     (tensor.name.clone(), tie.alias.clone())
                 })
                 .collect(),
-            quantization: checkpoint.quantization().map(MethodReport::from),
+            quantization: MethodReport::of(checkpoint),
         }
     }
 }
 
 /// How the file holds a tensor: its element type, or its 4-bit format.
 fn source_format(tensor: &TensorInfo) -> String {
-    match &tensor.quantized {
-        None => tensor.dtype.to_string(),
-        Some(quantized) => {
+    match (&tensor.quantized, &tensor.encoded) {
+        (None, Some(encoded)) => encoded.name().to_owned(),
+        (None, None) => tensor.dtype.to_string(),
+        (Some(quantized), _) => {
             let double = if quantized.nested.is_some() {
                 "+double"
             } else {

@@ -7,7 +7,7 @@ use std::fmt;
 use serde::Serialize;
 
 use super::{Fill, fills};
-use crate::checkpoint::{Checkpoint, QuantizationMethod};
+use crate::checkpoint::Checkpoint;
 use crate::load::Revision;
 use crate::memory::{Usage, peak_rss_bytes};
 use crate::model::LoadStats;
@@ -51,7 +51,7 @@ pub struct ModelReport {
 }
 
 /// The method by which a checkpoint has been quantized.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct MethodReport {
     /// Its name, for example `fp8`, `gptq` or `bitsandbytes`.
     pub method: String,
@@ -59,17 +59,35 @@ pub struct MethodReport {
     pub bits: Option<u64>,
     /// Where it is known from: `config` or `tensors`.
     pub source: &'static str,
+    /// Weights that are decoded as they are read; their formats are those of the plan.
+    pub decoded: u64,
+    /// Weights that could be, and are left as the file has them.
+    pub left: u64,
+    /// Bits that an element of these takes in the file with its scales, on average.
+    pub left_bits: Option<f64>,
+    /// Weights in codes that are not understood: they are left as the file has them.
+    pub unknown: u64,
 }
 
-impl From<&QuantizationMethod> for MethodReport {
-    fn from(method: &QuantizationMethod) -> MethodReport {
-        MethodReport {
+impl MethodReport {
+    /// Returns what is to be said of a checkpoint that has been quantized.
+    pub fn of(checkpoint: &Checkpoint) -> Option<MethodReport> {
+        let method = checkpoint.quantization()?;
+        let counts = checkpoint.encoded();
+        Some(MethodReport {
             method: method.name.clone(),
             bits: method.bits,
             source: method.source.name(),
-        }
+            decoded: counts.decoded,
+            left: counts.left,
+            left_bits: (counts.left > 0).then(|| counts.left_millibits as f64 / 1000.0),
+            unknown: counts.unknown,
+        })
     }
 }
+
+/// Bits of an element in NF4, in blocks of 64 with scales in f32.
+const NF4_BITS: f64 = 4.5;
 
 impl fmt::Display for MethodReport {
     /// One sentence: what it is and what that means.
@@ -82,8 +100,32 @@ impl fmt::Display for MethodReport {
             "config" => f.write_str(", as config.json says")?,
             _ => f.write_str(", as its tensors show")?,
         }
+        f.write_str(": ")?;
+        match (self.decoded, self.left, self.left_bits) {
+            (0, 0, _) => {}
+            (0, left, Some(bits)) if bits <= NF4_BITS => write!(
+                f,
+                "{left} weights of {bits:.2} bits an element stay as they are, for which NF4 with its \
+                 {NF4_BITS} bits would gain nothing (--dequantize all decodes them); "
+            )?,
+            (0, left, bits) => write!(
+                f,
+                "{left} weights of {:.2} bits an element stay as they are, unless --dequantize asks; ",
+                bits.unwrap_or_default()
+            )?,
+            (decoded, 0, _) => write!(f, "{decoded} weights are decoded as they are read; ")?,
+            (decoded, left, bits) => write!(
+                f,
+                "{decoded} weights are decoded as they are read, {left} of {:.2} bits an element stay as \
+                 they are (--dequantize all decodes them); ",
+                bits.unwrap_or_default()
+            )?,
+        }
+        if self.unknown > 0 {
+            write!(f, "{} are in codes that are not understood; ", self.unknown)?;
+        }
         f.write_str(
-            ": what that left in float stays as it is, unless --set format:PATTERN=FORMAT asks",
+            "what that left in float stays as it is, unless --set format:PATTERN=FORMAT asks",
         )
     }
 }
@@ -220,7 +262,7 @@ impl Report {
                     .and_then(|config| config.architecture.clone()),
                 tensors: checkpoint.tensors().len(),
                 source_bytes: checkpoint.source_bytes(),
-                quantization: checkpoint.quantization().map(MethodReport::from),
+                quantization: MethodReport::of(checkpoint),
             },
             policy: PolicyReport::from(proposed),
             devices: proposed

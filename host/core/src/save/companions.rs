@@ -41,6 +41,8 @@ const WEIGHTS: [&str; 14] = [
 const MAX_DEPTH: usize = 2;
 /// Most folders that are looked into.
 const MAX_FOLDERS: usize = 1000;
+/// In which modelopt says how it has quantized.
+const METHOD: &str = "hf_quant_config.json";
 /// What sentence-transformers' modules are.
 const MODULES: &str = "modules.json";
 
@@ -131,17 +133,19 @@ pub(super) struct Companions {
 
 impl Companions {
     /// Looks at what lies in the checkpoint's directory. Where a single file of it was named, folders
-    /// that `modules.json` does not name are somebody else's.
+    /// that `modules.json` does not name are somebody else's. What describes how weights were quantized
+    /// by another method is left where they are decoded.
     pub(super) fn find(
         directory: &Arc<Directory>,
         is_single_file: bool,
+        is_decoded: bool,
         cancel: &CancelToken,
     ) -> Result<Companions, SaveError> {
         let names = directory.list(cancel)?;
         let mut found = Companions::default();
         let files: Vec<String> = names
             .iter()
-            .filter(|name| is_companion(name))
+            .filter(|name| is_companion(name) && !(is_decoded && *name == METHOD))
             .cloned()
             .collect();
         found.add(directory, files, cancel)?;

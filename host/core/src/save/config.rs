@@ -13,6 +13,10 @@ use crate::checkpoint::{Config, TensorInfo, in_place, without_mark};
 use crate::types::{DType, Format, QuantType};
 
 const KEY: &str = "quantization_config";
+/// What a configuration says of other methods.
+const METHODS: [&str; 2] = [KEY, "compression_config"];
+/// Objects that a model's configuration is in, at most.
+const MAX_DEPTH: usize = 2;
 /// Which modules bitsandbytes leaves as they are.
 const SKIPPED: &str = "llm_int8_skip_modules";
 
@@ -20,6 +24,7 @@ const SKIPPED: &str = "llm_int8_skip_modules";
 pub(super) fn write(
     config: Option<&Config>,
     weights: &[(TensorInfo, Format)],
+    is_decoded: bool,
     skipped_on_request: bool,
     target: &Target,
 ) -> Result<(), SaveError> {
@@ -29,21 +34,25 @@ pub(super) fn write(
     let quantized = weights
         .iter()
         .any(|(tensor, format)| is_4bit(tensor, *format));
-    let text = match quantized {
-        true => with_quantization(config, weights, skipped_on_request)?,
-        false => without_mark(&config.text).to_owned(),
-    };
+    // transformers refuses a byte order mark.
+    let mut text = without_mark(&config.text).to_owned();
+    if is_decoded {
+        text = without_method(&text, 0).unwrap_or(text);
+    }
+    if quantized {
+        text = with_quantization(config, &text, weights, is_decoded, skipped_on_request)?;
+    }
     target.write_text("config.json", &text)
 }
 
 /// The text of the configuration with one more entry; the others stay to the letter.
 fn with_quantization(
     config: &Config,
+    text: &str,
     weights: &[(TensorInfo, Format)],
+    is_decoded: bool,
     skipped_on_request: bool,
 ) -> Result<String, SaveError> {
-    // transformers refuses a byte order mark.
-    let text = without_mark(&config.text);
     let Some(mut entries) = entries(text) else {
         return Err(SaveError::Internal("a configuration cannot be read again"));
     };
@@ -55,7 +64,7 @@ fn with_quantization(
         *settings = &changed;
         return Ok(rendered(&entries, "\n", ""));
     }
-    if config.states_quantization() {
+    if config.states_quantization() && !is_decoded {
         return Ok(text.to_owned());
     }
     let value = quantization_config(config, weights, skipped_on_request);
@@ -67,6 +76,32 @@ fn with_quantization(
     };
     entries.insert(position, (KEY.to_owned(), &indented));
     Ok(rendered(&entries, "\n", ""))
+}
+
+/// An object without what it says of a method that has quantized a model, wherever it does; `None` where
+/// it says nothing. `depth` is how many objects it is in.
+fn without_method(text: &str, depth: usize) -> Option<String> {
+    let mut is_changed = false;
+    let mut kept = Vec::new();
+    for (key, value) in entries(text)? {
+        let is_object = value.trim_start().starts_with('{');
+        if is_object && METHODS.contains(&&*key) {
+            is_changed = true;
+            continue;
+        }
+        let inner = match is_object && depth < MAX_DEPTH {
+            true => without_method(value, depth + 1),
+            false => None,
+        };
+        is_changed |= inner.is_some();
+        kept.push((key, inner.unwrap_or_else(|| value.to_owned())));
+    }
+    let kept: Vec<(String, &str)> = kept
+        .iter()
+        .map(|(key, value)| (key.clone(), &**value))
+        .collect();
+    let end = if depth == 0 { "\n" } else { "" };
+    is_changed.then(|| rendered(&kept, end, &"  ".repeat(depth)))
 }
 
 /// The settings of a checkpoint that was quantized before, with those of its weights that are

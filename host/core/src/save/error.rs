@@ -71,6 +71,27 @@ pub enum SaveError {
         /// The format that it was to have.
         format: Format,
     },
+    /// Some weights of another method are to be written decoded, and some are not decoded.
+    #[error(
+        "of the weights that {} has quantized {weights} are not decoded, and written beside those that \
+         are no single method would describe them: decode all of them, or none",
+        shown(.method)
+    )]
+    MixedMethods {
+        /// The method.
+        method: String,
+        /// How many are not decoded.
+        weights: u64,
+    },
+    /// A decoded stack of experts, as no program reads it.
+    #[error(
+        "the stack '{}' can be loaded decoded and is not written so: programs that read it in MXFP4 have \
+         it dense the other way round, and not in 4 bits", shown(.tensor)
+    )]
+    NoReader {
+        /// The stack.
+        tensor: String,
+    },
     /// What would be written is larger than any checkpoint that can be opened.
     #[error("writing the tensor '{}' would make {what} {need}, at most {limit} can be opened", shown(.tensor))]
     TooLarge {
@@ -129,6 +150,8 @@ impl From<&SaveError> for Status {
             SaveError::Checkpoint(_)
             | SaveError::SameName { .. }
             | SaveError::OtherMethod { .. }
+            | SaveError::MixedMethods { .. }
+            | SaveError::NoReader { .. }
             | SaveError::TooLarge { .. }
             | SaveError::Io { action: "list", .. } => Status::Checkpoint,
             SaveError::Load(error) => error.into(),

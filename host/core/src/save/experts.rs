@@ -148,20 +148,13 @@ impl Stack<'_> {
     }
 
     fn experts(&self) -> impl Iterator<Item = TensorInfo> + '_ {
-        // Elements are whole bytes, and there is at least one.
-        let bytes = self.rows * self.columns * (self.tensor.dtype.bits() / 8);
         let names = (0..self.experts).flat_map(move |expert| {
             let names = self.projections.iter();
             names.map(move |name| format!("{}.{expert}.{name}.weight", self.prefix))
         });
-        names.zip(0u64..).map(move |(name, number)| TensorInfo {
-            name,
-            dtype: self.tensor.dtype,
-            shape: vec![self.rows, self.columns],
-            bytes,
-            shard: self.tensor.shard,
-            offset: self.tensor.offset + number * bytes,
-            quantized: None,
+        names.zip(0u64..).map(move |(name, number)| {
+            self.tensor
+                .rows(name, number * self.rows, [self.rows, self.columns])
         })
     }
 }

@@ -30,7 +30,7 @@ use tightfit_common::names::{TensorKind, kind_of};
 use tightfit_kernels::{DYNAMIC_MAP, FP4, Kernels, NF4};
 
 use crate::cancel::CancelToken;
-use crate::checkpoint::{Checkpoint, CheckpointError, Extent, TensorInfo};
+use crate::checkpoint::{Checkpoint, CheckpointError, Encoded, Extent, ScaleForm, TensorInfo};
 use crate::device::{Device, DeviceKind, HostDevice};
 use crate::load;
 use crate::memory::DEFAULT_STAGING;
@@ -130,7 +130,8 @@ pub struct Saved {
 /// `*.tiktoken`, `*.bpe`) are copied as new files of this user, whatever their modes are. What is
 /// larger than [`MAX_COMPANION_BYTES`], or no regular file, is left out, as [`Saved::left_out`] says.
 ///
-/// A checkpoint that another method has quantized is only copied: nothing of it may be put in 4 bits.
+/// A checkpoint that another method has quantized is only copied, but for weights that are decoded as they
+/// are read ([`TensorInfo::encoded`]): then all of them must be, and config.json names the method no more.
 ///
 /// # Errors
 /// [`SaveError`]; nothing is left at `target`, or what was there before.
@@ -147,11 +148,12 @@ pub fn save(
         let path = checkpoint.path().into();
         return Err(SaveError::Checkpoint(CheckpointError::HeadersOnly { path }));
     }
-    check_method(checkpoint, placements)?;
+    let is_decoded = check_method(checkpoint, placements)?;
     // First, for what may not be copied is known before hours of work.
     let companions = Companions::find(
         checkpoint.directory(),
         !checkpoint.path().is_dir(),
+        is_decoded,
         &options.cancel,
     )?;
     let target = Target::create(target.as_ref(), options.force)?;
@@ -187,6 +189,7 @@ pub fn save(
     config::write(
         checkpoint.config(),
         &weights,
+        is_decoded,
         options.skipped_on_request || weights.iter().any(is_left_out),
         &target,
     )?;
@@ -204,25 +207,43 @@ pub fn save(
     })
 }
 
-/// Nothing is to be in 4 bits in a checkpoint that another method has quantized: its configuration
-/// would describe one of them only.
-fn check_method(checkpoint: &Checkpoint, placements: &[Placement]) -> Result<(), SaveError> {
-    let Some(method) = checkpoint.quantization() else {
-        return Ok(());
-    };
-    let mut tensors = checkpoint.tensors().iter().zip(placements);
-    let quantized = |(_, placement): &(&TensorInfo, &Placement)| {
-        placement.device.is_some() && matches!(placement.format, Format::Nf4 { .. })
-    };
-    match tensors.find(quantized) {
-        Some((tensor, placement)) if !method.is_bitsandbytes_4bit() => {
+/// Whether weights of another method are written decoded. Nothing else of such a checkpoint is to be in
+/// another form: its configuration would describe one of them only.
+fn check_method(checkpoint: &Checkpoint, placements: &[Placement]) -> Result<bool, SaveError> {
+    let method = checkpoint.quantization();
+    let name = || method.map_or("another method".to_owned(), ToString::to_string);
+    let tensors = checkpoint.tensors().iter().zip(placements);
+    let mut loaded = tensors.filter(|(_, placement)| placement.device.is_some());
+    if loaded.clone().any(|(tensor, _)| tensor.encoded.is_some()) {
+        let counts = checkpoint.encoded();
+        if counts.left + counts.unknown > 0 {
+            return Err(SaveError::MixedMethods {
+                method: name(),
+                weights: counts.left + counts.unknown,
+            });
+        }
+        // A program that has them dense has them the other way round, or not in 4 bits.
+        let is_stack = |encoded: &Encoded| {
+            encoded.scale == ScaleForm::Plain(tightfit_kernels::SourceScale::Ldexp)
+        };
+        return match loaded.find(|(tensor, _)| tensor.encoded.as_deref().is_some_and(is_stack)) {
+            None => Ok(true),
+            Some((tensor, _)) => Err(SaveError::NoReader {
+                tensor: tensor.name.clone(),
+            }),
+        };
+    }
+    let quantized =
+        |(_, placement): &(&TensorInfo, &Placement)| matches!(placement.format, Format::Nf4 { .. });
+    match (method, loaded.find(quantized)) {
+        (Some(method), Some((tensor, placement))) if !method.is_bitsandbytes_4bit() => {
             Err(SaveError::OtherMethod {
-                method: method.to_string(),
+                method: name(),
                 tensor: tensor.name.clone(),
                 format: placement.format,
             })
         }
-        _ => Ok(()),
+        _ => Ok(false),
     }
 }
 
@@ -373,25 +394,44 @@ impl Writer<'_> {
         weight: usize,
         file: &mut OpenShard<'_>,
     ) -> Result<(), SaveError> {
-        let mut source = vec![0; extent.bytes.min(COPY_BYTES) as usize];
+        let weights = self.weights;
+        let tensor = &weights[weight].0;
+        let total = match tensor.encoded {
+            Some(_) => tensor.decoded_bytes(),
+            None => extent.bytes,
+        };
+        let mut source = vec![0; total.min(COPY_BYTES) as usize];
+        let mut scratch = vec![0; tensor.encoded.as_ref().map_or(0, |_| COPY_BYTES as usize)];
         let mut cast = Vec::new();
         let types = match format {
-            Format::Cast(to) => self.weights[weight]
-                .0
-                .dtype
-                .float_type()
-                .zip(to.float_type()),
+            Format::Cast(to) => tensor.dtype.float_type().zip(to.float_type()),
             Format::Stored | Format::Nf4 { .. } => None,
         };
+        // What the checkpoint has of it: that is what progress counts.
+        let before = self.done;
+        let source_bytes = match tensor.encoded {
+            Some(_) => tensor.source_bytes(),
+            None => total,
+        };
         let mut start = 0;
-        while start < extent.bytes {
+        while start < total {
             if self.options.cancel.is_cancelled() {
                 return Err(SaveError::Cancelled);
             }
-            let length = (extent.bytes - start).min(COPY_BYTES) as usize;
+            let length = (total - start).min(COPY_BYTES) as usize;
             let piece = &mut source[..length];
-            self.checkpoint
-                .read_at(extent.shard, extent.offset + start, piece)?;
+            match tensor.encoded {
+                None => self
+                    .checkpoint
+                    .read_at(extent.shard, extent.offset + start, piece)?,
+                Some(_) => self.checkpoint.read_elements(
+                    tensor,
+                    start,
+                    piece,
+                    &mut scratch,
+                    self.options.kernels,
+                )?,
+            }
             match types {
                 None => file.write(weight, content, start, piece)?,
                 Some((from, to)) => {
@@ -402,7 +442,8 @@ impl Writer<'_> {
                 }
             }
             start += length as u64;
-            self.done += length as u64;
+            let share = u128::from(source_bytes) * u128::from(start) / u128::from(total);
+            self.done = before + share as u64;
             (self.options.progress)(Progress::new(self.done, self.total));
         }
         Ok(())

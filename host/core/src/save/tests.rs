@@ -427,7 +427,7 @@ fn many_files_together_have_a_limit_too() {
     }
     // The rest is known before anything is copied, so that this test need not copy it.
     let directory = Checkpoint::open(dir.path().join("m")).unwrap();
-    let found = Companions::find(directory.directory(), false, &CancelToken::new()).unwrap();
+    let found = Companions::find(directory.directory(), false, false, &CancelToken::new()).unwrap();
     let left: Vec<&str> = found
         .left_out
         .iter()
@@ -502,7 +502,7 @@ fn copying_ends_when_it_is_cancelled_and_when_a_file_changes() {
     let path = write(&dir, "vocab.txt", b"words");
     let checkpoint = Checkpoint::open(dir.path().join("m")).unwrap();
     let cancel = CancelToken::new();
-    let find = || Companions::find(checkpoint.directory(), false, &cancel);
+    let find = || Companions::find(checkpoint.directory(), false, false, &cancel);
     let found = find().unwrap();
     let target = Target::create(&dir.path().join("out"), false).unwrap();
     // Longer, shorter, and as long as before.
@@ -646,6 +646,7 @@ fn sums_of_sizes_that_need_more_than_64_bits_are_errors() {
         shard: 0,
         offset: 0,
         quantized: None,
+        encoded: None,
     };
     let all = |dtype: DType, format: Format, elements: u64| {
         let weights: Vec<(TensorInfo, Format)> = (0..32)

@@ -4,26 +4,13 @@ use std::arch::x86_64::*;
 
 use super::convert::{narrow_to_bf16, narrow_to_f16};
 use super::memory::*;
-use crate::sources::{E4M3_BIAS, for_each_tile, tile, values_of_4_bits};
-use crate::{FloatType, SourceCodes, SourceMatrix};
+use crate::sources::{E4M3_BIAS, TileScale, for_each_tile, tile, values_of_4_bits};
+use crate::{FloatType, SourceCodes, SourceMatrix, SourceRows};
 
 #[target_feature(enable = "avx2,f16c")]
-pub(crate) fn decode(
-    matrix: &SourceMatrix,
-    first_row: usize,
-    codes: &[u8],
-    scales: &[u8],
-    to: FloatType,
-    out: &mut [u8],
-) {
-    for_each_tile(
-        matrix,
-        first_row,
-        codes,
-        scales,
-        to,
-        out,
-        |codes, scale, out| match (matrix.codes, to) {
+pub(crate) fn decode(matrix: &SourceMatrix, rows: &SourceRows<'_>, to: FloatType, out: &mut [u8]) {
+    for_each_tile(matrix, rows, to, out, |codes, scale, out| {
+        match (matrix.codes, to) {
             (SourceCodes::F8E4M3, FloatType::Bf16 | FloatType::F16) => {
                 e4m3_tile(codes, scale, to, out);
             }
@@ -31,8 +18,8 @@ pub(crate) fn decode(
                 tile_of_4_bits(matrix.codes, codes, scale, to, out);
             }
             _ => tile(matrix.codes, codes, scale, to, out),
-        },
-    );
+        }
+    });
 }
 
 /// Rounds to a float type of 16 bits.
@@ -47,13 +34,13 @@ fn narrow(x: __m256, to: FloatType) -> __m128i {
 
 #[target_feature(enable = "avx2,f16c")]
 #[inline]
-fn e4m3_tile(codes: &[u8], scale: f32, to: FloatType, out: &mut [u8]) {
-    let scales = _mm256_set1_ps(scale);
-    let bias = _mm256_set1_ps(E4M3_BIAS);
+fn e4m3_tile(codes: &[u8], scale: TileScale, to: FloatType, out: &mut [u8]) {
+    let scales = _mm256_set1_ps(scale.scale);
+    let bias = _mm256_set1_ps(E4M3_BIAS * scale.factor);
     let (chunks, rest) = codes.as_chunks::<8>();
     let (out, out_rest) = out.split_at_mut(16 * chunks.len());
     for (codes, out) in chunks.iter().zip(out.as_chunks_mut::<16>().0) {
-        // As `sources::e4m3` does it.
+        // As `sources::e4m3_to_f32` does it.
         let codes = _mm_cvtepu8_epi16(_mm_cvtsi64_si128(i64::from_le_bytes(*codes)));
         let magnitude = _mm_and_si128(codes, _mm_set1_epi16(0x7f));
         let sign = _mm_slli_epi16::<8>(_mm_xor_si128(codes, magnitude));
@@ -74,12 +61,12 @@ fn e4m3_tile(codes: &[u8], scale: f32, to: FloatType, out: &mut [u8]) {
 pub(crate) fn tile_of_4_bits(
     kind: SourceCodes,
     codes: &[u8],
-    scale: f32,
+    scale: TileScale,
     to: FloatType,
     out: &mut [u8],
 ) {
-    let scales = _mm256_set1_ps(scale);
-    let values = values_of_4_bits(kind);
+    let scales = _mm256_set1_ps(scale.scale);
+    let values = values_of_4_bits(kind).map(|value| (value - scale.zero) * scale.factor);
     let (values, _) = values.as_chunks::<8>();
     let first = narrow(_mm256_mul_ps(load256_f32(&values[0]), scales), to);
     let last = narrow(_mm256_mul_ps(load256_f32(&values[1]), scales), to);

@@ -2,15 +2,19 @@
 
 use super::*;
 
+fn options(cancel: CancelToken) -> OpenOptions {
+    OpenOptions::default().with_cancel(cancel)
+}
+
 /// Sees to it that opening stops at each of its looks with the error for that, and gives their number.
 pub(super) fn stops_everywhere(path: &Path) -> usize {
     const MANY: usize = 1 << 40;
     let all = CancelToken::at_look(MANY);
-    Checkpoint::open_with(path, &all).unwrap();
+    Checkpoint::open_with(path, &options(all.clone())).unwrap();
     let looks = MANY - all.looks_left();
     // All of them where there are few.
     for look in (0..looks).step_by(looks.div_ceil(200)) {
-        let opened = Checkpoint::open_with(path, &CancelToken::at_look(look));
+        let opened = Checkpoint::open_with(path, &options(CancelToken::at_look(look)));
         assert!(
             matches!(opened, Err(CheckpointError::Cancelled)),
             "{look} of {looks}: {opened:?}"
@@ -98,7 +102,7 @@ fn what_is_skipped_is_looked_at_too() {
         Checkpoint::open(&path).unwrap_err(),
         CheckpointError::TooManyDimensions { .. }
     );
-    let stopped = Checkpoint::open_with(&path, &CancelToken::at_look(20)).unwrap_err();
+    let stopped = Checkpoint::open_with(&path, &options(CancelToken::at_look(20))).unwrap_err();
     assert_error!(stopped, CheckpointError::Cancelled);
 }
 

@@ -13,7 +13,7 @@ use super::{ProgramCtx, ProgramCtxView};
 use crate::memory::Buffer;
 use crate::stop::Stop;
 use crate::wit::{TEXT_LIMIT, convert};
-use tightfit::checkpoint::{Checkpoint, CheckpointError};
+use tightfit::checkpoint::{Checkpoint, CheckpointError, OpenOptions};
 use tightfit::text::truncate;
 
 /// Tensors, or ties, that are given in one call.
@@ -55,7 +55,10 @@ impl Grants {
         if let Some(open) = grant.open.upgrade() {
             return Ok(open);
         }
-        let checkpoint = match Checkpoint::open_with(&grant.path, &stop.token()) {
+        let checkpoint = match Checkpoint::open_with(
+            &grant.path,
+            &OpenOptions::default().with_cancel(stop.token()),
+        ) {
             Err(CheckpointError::Cancelled) => return Err(stop.reason().into()),
             other => Arc::new(other?),
         };
