@@ -24,8 +24,8 @@ pub enum KernelError {
     },
     /// A source whose rows or tiles do not end where bytes do, or that has none.
     #[error(
-        "rows of {columns} codes in tiles of {} x {} are not decoded: lengths are not zero, and of \
-         4-bit codes even",
+        "rows of {columns} codes in tiles of {} x {} are not decoded: lengths are not zero, and those of \
+         tiles of 4-bit codes even",
         tile[0], tile[1]
     )]
     SourceTile {

@@ -97,7 +97,7 @@ const fn power_of_two(exponent: u8) -> f32 {
 pub struct SourceMatrix {
     /// What the codes mean.
     pub codes: SourceCodes,
-    /// Number of elements of a row. Rows of 4-bit codes have an even number.
+    /// Number of elements of a row. Every row begins with a byte of its own.
     pub columns: usize,
     /// Rows and columns of a tile, none of them zero: `[128, 128]` for DeepSeek's FP8, `[1, 32]` for
     /// MXFP4, `[1, usize::MAX]` for a scale a row, twice `usize::MAX` for one scale in all.
@@ -274,14 +274,10 @@ pub(crate) fn check(
 ) -> Result<(), KernelError> {
     let (first_row, codes) = (given.first, given.codes);
     let [tile_rows, tile_columns] = matrix.tile;
-    let halves = matrix.codes.bits() == 4;
-    if matrix.columns == 0
-        || tile_rows == 0
-        || tile_columns == 0
-        || halves
-            && (!matrix.columns.is_multiple_of(2)
-                || tile_columns < matrix.columns && !tile_columns.is_multiple_of(2))
-    {
+    let ends_in_a_byte = matrix.codes.bits() == 4
+        && tile_columns < matrix.columns
+        && !tile_columns.is_multiple_of(2);
+    if matrix.columns == 0 || tile_rows == 0 || tile_columns == 0 || ends_in_a_byte {
         return Err(KernelError::SourceTile {
             columns: matrix.columns,
             tile: matrix.tile,

@@ -528,16 +528,16 @@ impl Checkpoint {
         if info.encoded.is_none() {
             return self.read_at(info.shard, info.offset + start, buffer);
         }
-        // Two elements of 16 bits are decoded together: the range that has this one.
+        // Elements of 16 bits are decoded as a whole: the range that has these.
         let kernels = Kernels::detect();
         let mut scratch = vec![0; SCRATCH_BYTES];
         let mut decoded = Vec::new();
         let mut rest = buffer;
         let mut start = start;
         while !rest.is_empty() {
-            let first = start / 4 * 4;
+            let first = start / 2 * 2;
             let length = rest.len().min(SCRATCH_BYTES);
-            let end = (start + length as u64).next_multiple_of(4).min(have);
+            let end = (start + length as u64).next_multiple_of(2).min(have);
             decoded.resize((end - first) as usize, 0);
             self.read_elements(info, first, &mut decoded, &mut scratch, kernels)?;
             let (piece, others) = rest.split_at_mut(length);
@@ -549,8 +549,8 @@ impl Checkpoint {
     }
 
     /// Fills the buffer with elements of a tensor of this checkpoint, or of rows of one, from its byte
-    /// `start` on, as they are decoded if it is encoded; then both are multiples of two elements, but
-    /// where it ends, and `scratch` is what may be used meanwhile: some kilobytes at least.
+    /// `start` on, as they are decoded if it is encoded; then both are whole elements, and `scratch` is
+    /// what may be used meanwhile: some kilobytes at least.
     pub(crate) fn read_elements(
         &self,
         tensor: &TensorInfo,

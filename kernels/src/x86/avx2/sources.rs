@@ -76,7 +76,9 @@ pub(crate) fn tile_of_4_bits(
         _mm_and_si128(last, low_bytes),
     );
     let high = _mm_packus_epi16(_mm_srli_epi16::<8>(first), _mm_srli_epi16::<8>(last));
-    let (chunks, rest) = codes.as_chunks::<16>();
+    // An odd number of elements does not fill its last byte.
+    let (chunks, rest) = codes.split_at(out.len() / 64 * 16);
+    let (chunks, _) = chunks.as_chunks::<16>();
     let (out, out_rest) = out.split_at_mut(64 * chunks.len());
     for (codes, out) in chunks.iter().zip(out.as_chunks_mut::<64>().0) {
         let codes = load128(codes);

@@ -357,8 +357,9 @@ impl<'a> Set<'a> {
         let Tiles { rows, tile } = self.tiles(kind, &shape, scales)?;
         let columns = *shape.last()?;
         if kind.codes.bits() == 4 {
-            let even = |n: u64| n >= columns || n.is_multiple_of(2);
-            if !columns.is_multiple_of(2) || !even(tile[1]) {
+            // Tiles begin with a byte, and rows.
+            let is_whole = tile[1] >= columns || tile[1].is_multiple_of(2);
+            if !is_whole {
                 return None;
             }
         }

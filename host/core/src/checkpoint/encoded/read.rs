@@ -31,9 +31,14 @@ struct Segment {
     columns: Range<u64>,
 }
 
+/// Whether the code of this column is the second of a byte.
+fn begins_in_half(encoded: &Encoded, column: u64) -> bool {
+    encoded.codes.bits() == 4 && !column.is_multiple_of(2)
+}
+
 impl Reading<'_> {
-    /// Fills the buffer with elements from byte `start` of the decoded weight on; both are multiples
-    /// of the size of two elements, but where the weight ends. `scratch` bounds what is read at once.
+    /// Fills the buffer with elements from byte `start` of the decoded weight on, both whole ones.
+    /// `scratch` bounds what is read at once.
     pub(in crate::checkpoint) fn read(
         &self,
         start: u64,
@@ -54,7 +59,17 @@ impl Reading<'_> {
                 return Err(self.internal());
             }
             let (piece, others) = rest.split_at_mut(bytes);
-            self.decode(&segment, float, piece, scratch)?;
+            if begins_in_half(self.encoded, segment.columns.start) {
+                let mut pair = [0; 8];
+                let segment = Segment {
+                    columns: segment.columns.start - 1..segment.columns.end,
+                    ..segment
+                };
+                self.decode(&segment, float, &mut pair[..2 * each], scratch)?;
+                piece.copy_from_slice(&pair[each..2 * each]);
+            } else {
+                self.decode(&segment, float, piece, scratch)?;
+            }
             next += elements;
             rest = others;
         }
@@ -91,6 +106,13 @@ impl Reading<'_> {
                     columns: 0..encoded.columns,
                 };
             }
+        }
+        if begins_in_half(encoded, column) {
+            // The second of a byte.
+            return Segment {
+                rows: row_in_stack..row_in_stack + 1,
+                columns: column..column + 1,
+            };
         }
         // Whole tiles of a row, or a part of one.
         let tile = encoded.tile[1].min(encoded.columns);
