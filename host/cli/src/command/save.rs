@@ -119,6 +119,10 @@ pub(crate) fn write(
     }
     match checkpoint.quantization() {
         _ if saved.quantized > 0 => {}
+        Some(method) if checkpoint.encoded().decoded > 0 => tracing::warn!(
+            "no weight is in 4 bits: what {} had quantized was written decoded",
+            printable(&method.to_string())
+        ),
         Some(method) => tracing::warn!(
             "no weight is in 4 bits: the checkpoint is quantized by {} already, and was copied as it is",
             printable(&method.to_string())
