@@ -1,0 +1,150 @@
+//! Presets against what is published of the real models.
+
+use std::collections::HashSet;
+use std::path::Path;
+
+use super::*;
+use crate::checkpoint::{Config, LayerType};
+use crate::types::DType;
+
+fn shape_of(tensors: &[Tensor], name: &str) -> Vec<u64> {
+    let tensor = tensors.iter().find(|tensor| tensor.name == name);
+    tensor.unwrap_or_else(|| panic!("{name}")).shape.clone()
+}
+
+#[test]
+fn numbers_of_tensors_and_parameters_are_the_published_ones() {
+    for (preset, tensors, parameters) in [
+        (Preset::Qwen25_0_5b, 290, 494_032_768),
+        (Preset::Qwen25_7b, 339, 7_615_616_512),
+        (Preset::Llama31_8b, 291, 8_030_261_248),
+        (Preset::Llama31_70b, 723, 70_553_706_496),
+        (Preset::Mixtral8x7b, 995, 46_702_792_704),
+        (Preset::Qwen3_30bA3b, 18_867, 30_532_122_624),
+        // Published as 35 B.
+        (Preset::Qwen35_35bA3b, 1026, 35_107_181_936),
+        // Published as 671 B.
+        (Preset::DeepseekV3, 45_395, 671_026_419_200),
+    ] {
+        assert_eq!(preset.parameters(), parameters, "{preset}");
+        assert_eq!(preset.tensors().len(), tensors, "{preset}");
+    }
+    let demo = 2 * Preset::Demo.parameters();
+    assert!((150_000_000..250_000_000).contains(&demo), "{demo}");
+}
+
+#[test]
+fn qwen25_7b_has_196_linear_layers() {
+    let tensors = Preset::Qwen25_7b.tensors();
+    let linear: Vec<&Tensor> = tensors
+        .iter()
+        .filter(|tensor| tensor.name.ends_with("_proj.weight"))
+        .collect();
+    let parameters: u64 = linear.iter().filter_map(|tensor| tensor.elements()).sum();
+    assert_eq!((linear.len(), parameters), (196, 6_525_288_448));
+    assert_eq!(tensors[0].name, "model.embed_tokens.weight");
+    assert_eq!(tensors[1].name, "model.layers.0.self_attn.q_proj.weight");
+    assert_eq!(tensors[2].name, "model.layers.0.self_attn.q_proj.bias");
+    assert_eq!(tensors[338].name, "lm_head.weight");
+}
+
+#[test]
+fn qwen35_has_the_shapes_of_its_modeling_code() {
+    let tensors = Preset::Qwen35_35bA3b.tensors();
+    for (name, shape) in [
+        ("layers.0.mlp.experts.gate_up_proj", &[256, 1024, 2048][..]),
+        ("layers.0.mlp.experts.down_proj", &[256, 2048, 512]),
+        ("layers.0.mlp.gate.weight", &[256, 2048]),
+        ("layers.0.mlp.shared_expert.down_proj.weight", &[2048, 512]),
+        ("layers.0.mlp.shared_expert_gate.weight", &[1, 2048]),
+        ("layers.0.linear_attn.in_proj_qkv.weight", &[8192, 2048]),
+        ("layers.0.linear_attn.in_proj_z.weight", &[4096, 2048]),
+        ("layers.0.linear_attn.in_proj_a.weight", &[32, 2048]),
+        ("layers.0.linear_attn.out_proj.weight", &[2048, 4096]),
+        ("layers.0.linear_attn.conv1d.weight", &[8192, 1, 4]),
+        ("layers.0.linear_attn.A_log", &[32]),
+        ("layers.0.linear_attn.norm.weight", &[128]),
+        ("layers.3.self_attn.q_proj.weight", &[8192, 2048]),
+        ("layers.3.self_attn.k_proj.weight", &[512, 2048]),
+        ("layers.3.self_attn.o_proj.weight", &[2048, 4096]),
+        ("layers.39.self_attn.q_norm.weight", &[256]),
+        ("embed_tokens.weight", &[248_320, 2048]),
+    ] {
+        let name = format!("model.language_model.{name}");
+        assert_eq!(shape_of(&tensors, &name), shape, "{name}");
+    }
+    for (name, shape) in [
+        ("patch_embed.proj.weight", &[1152, 3, 2, 16, 16][..]),
+        ("pos_embed.weight", &[2304, 1152]),
+        ("blocks.26.attn.qkv.weight", &[3456, 1152]),
+        ("blocks.0.mlp.linear_fc1.bias", &[4304]),
+        ("merger.norm.weight", &[1152]),
+        ("merger.linear_fc1.weight", &[4608, 4608]),
+        ("merger.linear_fc2.weight", &[2048, 4608]),
+    ] {
+        let name = format!("model.visual.{name}");
+        assert_eq!(shape_of(&tensors, &name), shape, "{name}");
+    }
+    assert_eq!(shape_of(&tensors, "lm_head.weight"), [248_320, 2048]);
+    let count = |text: &str| tensors.iter().filter(|t| t.name.contains(text)).count();
+    assert_eq!(count("linear_attn.A_log"), 30);
+    assert_eq!(count("self_attn.q_proj"), 10);
+    assert_eq!(count("mtp"), 0);
+}
+
+#[test]
+fn names_are_unique_and_everything_is_bf16() {
+    for &preset in Preset::all() {
+        let tensors = preset.tensors();
+        let names: HashSet<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
+        assert_eq!(names.len(), tensors.len(), "{preset}");
+        assert!(tensors.iter().all(|t| t.dtype == DType::Bf16), "{preset}");
+    }
+}
+
+#[test]
+fn configurations_describe_the_tensors() {
+    for &preset in Preset::all() {
+        let text = preset.config_json();
+        let config = Config::parse(Path::new("config.json"), text).unwrap();
+        let tensors = preset.tensors();
+        let embedding = tensors
+            .iter()
+            .find(|tensor| tensor.name.ends_with("embed_tokens.weight"))
+            .unwrap();
+        assert_eq!(config.vocab_size, Some(embedding.shape[0]), "{preset}");
+        assert_eq!(config.hidden_size, Some(embedding.shape[1]), "{preset}");
+        let norms = tensors
+            .iter()
+            .filter(|tensor| tensor.name.ends_with("input_layernorm.weight"));
+        assert_eq!(config.num_hidden_layers, Some(norms.count() as u32));
+        let head = tensors.iter().any(|tensor| tensor.name == "lm_head.weight");
+        assert_eq!(config.tie_word_embeddings, Some(!head), "{preset}");
+        let k = tensors
+            .iter()
+            .find(|tensor| tensor.name.ends_with("self_attn.k_proj.weight"));
+        // Latent attention has none.
+        if let Some(k) = k {
+            let (heads, size) = (config.num_key_value_heads, config.head_dim);
+            assert_eq!(u64::from(heads.unwrap() * size.unwrap()), k.shape[0]);
+        }
+        assert!(config.has_language_head(), "{preset}");
+    }
+    let text = Preset::Qwen35_35bA3b.config_json();
+    let config = Config::parse(Path::new("config.json"), text).unwrap();
+    assert_eq!(config.model_type.as_deref(), Some("qwen3_5_moe"));
+    assert_eq!(config.text_model_type.as_deref(), Some("qwen3_5_moe_text"));
+    assert_eq!(config.layer_types.len(), 40);
+    assert_eq!(config.layer_types[2], LayerType::LinearAttention);
+    assert_eq!(config.layer_types[39], LayerType::FullAttention);
+}
+
+#[test]
+fn presets_are_found_by_name() {
+    for &preset in Preset::all() {
+        assert_eq!(preset.name().parse::<Preset>().unwrap(), preset);
+    }
+    assert_eq!("Qwen2.5-7B".parse::<Preset>().unwrap(), Preset::Qwen25_7b);
+    let error = "gpt-5".parse::<Preset>().unwrap_err().to_string();
+    assert!(error.contains("mixtral-8x7b"), "{error}");
+}
