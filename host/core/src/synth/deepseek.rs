@@ -2,7 +2,8 @@
 
 use serde_json::{Value, json};
 
-use super::layout::{List, Tensor};
+use super::layout::List;
+use super::model::Tensor;
 
 /// The shape of a DeepSeek-V3.
 #[derive(Debug, Clone, Copy)]

@@ -6,7 +6,8 @@ use std::str::FromStr;
 use super::config;
 use super::deepseek::DeepseekV3;
 use super::error::SynthError;
-use super::layout::{Decoder, Experts, Qwen35, Tensor, Vision};
+use super::layout::{Decoder, Experts, Qwen35, Vision};
+use super::model::{Model, Tensor};
 
 /// A model whose shape is known.
 ///
@@ -72,26 +73,33 @@ impl Preset {
 
     /// Returns the tensors in the order of the model's modules.
     pub fn tensors(self) -> Vec<Tensor> {
-        match self.shape() {
-            Shape::Decoder(decoder) => decoder.tensors(),
-            Shape::Qwen35(model) => model.tensors(),
-            Shape::DeepseekV3(model) => model.tensors(),
-        }
+        self.shape().tensors()
     }
 
-    /// Returns the number of elements of all tensors.
+    /// Returns the number of parameters: none in scales.
     pub fn parameters(self) -> u64 {
-        self.tensors().iter().filter_map(Tensor::elements).sum()
+        self.tensors().iter().filter_map(Tensor::parameters).sum()
     }
 
     /// `config.json` as transformers writes it.
     pub fn config_json(self) -> String {
-        let config = match (self, self.shape()) {
-            (Preset::Llama31_8b | Preset::Llama31_70b, Shape::Decoder(d)) => config::llama(&d),
-            (Preset::Mixtral8x7b, Shape::Decoder(d)) => config::mixtral(&d),
-            (Preset::Qwen3_30bA3b, Shape::Decoder(d)) => config::qwen3_moe(&d),
-            (_, Shape::Decoder(d)) => config::qwen2(&d),
-            (_, Shape::Qwen35(model)) => config::qwen35(&model),
+        self.config_of(&self.shape())
+    }
+
+    fn model_of(self, shape: &Shape) -> Model {
+        Model {
+            tensors: shape.tensors(),
+            config_json: self.config_of(shape),
+        }
+    }
+
+    fn config_of(self, shape: &Shape) -> String {
+        let config = match (self, shape) {
+            (Preset::Llama31_8b | Preset::Llama31_70b, Shape::Decoder(d)) => config::llama(d),
+            (Preset::Mixtral8x7b, Shape::Decoder(d)) => config::mixtral(d),
+            (Preset::Qwen3_30bA3b, Shape::Decoder(d)) => config::qwen3_moe(d),
+            (_, Shape::Decoder(d)) => config::qwen2(d),
+            (_, Shape::Qwen35(model)) => config::qwen35(model),
             (_, Shape::DeepseekV3(model)) => model.config(),
         };
         format!("{config:#}\n")
@@ -222,6 +230,22 @@ enum Shape {
     Decoder(Decoder),
     Qwen35(Qwen35),
     DeepseekV3(DeepseekV3),
+}
+
+impl Shape {
+    fn tensors(&self) -> Vec<Tensor> {
+        match self {
+            Shape::Decoder(decoder) => decoder.tensors(),
+            Shape::Qwen35(model) => model.tensors(),
+            Shape::DeepseekV3(model) => model.tensors(),
+        }
+    }
+}
+
+impl From<Preset> for Model {
+    fn from(preset: Preset) -> Model {
+        preset.model_of(&preset.shape())
+    }
 }
 
 impl fmt::Display for Preset {
