@@ -1,6 +1,7 @@
 //! The tensors of a model: names, shapes and order, as its checkpoint has them.
 
-use super::model::Tensor;
+use super::model::{Tensor, Values};
+use crate::types::DType;
 
 /// A decoder whose layers are all alike: attention, then a multi-layer perceptron or experts.
 #[derive(Debug, Clone, Copy)]
@@ -240,8 +241,18 @@ impl List {
         self.tensors.push(Tensor::new(name, shape));
     }
 
+    /// A tensor that is not bf16.
+    pub(super) fn add_as(&mut self, dtype: DType, values: Values, name: &str, shape: &[u64]) {
+        self.tensors.push(Tensor {
+            name: format!("{}{name}", self.prefix),
+            dtype,
+            shape: shape.to_vec(),
+            values,
+        });
+    }
+
     /// A module with a weight of this shape and a bias of its rows.
-    fn biased(&mut self, module: &str, shape: &[u64]) {
+    pub(super) fn biased(&mut self, module: &str, shape: &[u64]) {
         self.add(&format!("{module}.weight"), shape);
         self.add(&format!("{module}.bias"), &shape[..1]);
     }

@@ -15,9 +15,9 @@ use super::model::{Model, Tensor};
 /// and agree with the published numbers of parameters. Those of Qwen3.5 are the defaults of its
 /// configuration classes in transformers; that its experts are stored as stacks, and which tensors
 /// its vision tower has, is inferred from the modeling code and from how vLLM loads the model.
-/// DeepSeek-V3 is the bf16 form of a checkpoint that is published in 8 bits. The draft layers
-/// (`mtp.*`, and layer 61 of DeepSeek-V3) of the real files are left out, as every loader skips
-/// them, and all tensors are bf16 here. `demo` is made up.
+/// DeepSeek-V3 has its linear layers in FP8 with a scale for every tile of 128 x 128, as published;
+/// all other tensors are bf16 here. The draft layers (`mtp.*`, and layer 61 of DeepSeek-V3) of the
+/// real files are left out, as every loader skips them. `demo` is made up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Preset {
     /// Built like Qwen2.5 but small: 220 MB.
@@ -36,7 +36,7 @@ pub enum Preset {
     Qwen3_30bA3b,
     /// Qwen3.5-35B-A3B, experts as stacks, with vision: 70 GB.
     Qwen35_35bA3b,
-    /// DeepSeek-V3, 45,395 tensors: 1.3 TB.
+    /// DeepSeek-V3, in FP8 with 90,427 tensors: 673 GB.
     DeepseekV3,
 }
 

@@ -3,6 +3,8 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use serde_json::{Value, json};
+
 use super::*;
 use crate::checkpoint::{Config, LayerType};
 use crate::types::DType;
@@ -24,7 +26,7 @@ fn numbers_of_tensors_and_parameters_are_the_published_ones() {
         // Published as 35 B.
         (Preset::Qwen35_35bA3b, 1026, 35_107_181_936),
         // Published as 671 B.
-        (Preset::DeepseekV3, 45_395, 671_026_419_200),
+        (Preset::DeepseekV3, 90_427, 671_026_419_200),
     ] {
         assert_eq!(preset.parameters(), parameters, "{preset}");
         assert_eq!(preset.tensors().len(), tensors, "{preset}");
@@ -93,12 +95,54 @@ fn qwen35_has_the_shapes_of_its_modeling_code() {
 }
 
 #[test]
-fn names_are_unique_and_everything_is_bf16() {
+fn deepseek_v3_has_its_linear_layers_in_fp8() {
+    let tensors = Preset::DeepseekV3.tensors();
+    for (name, shape, scales) in [
+        ("0.self_attn.q_a_proj", [1536, 7168], [12, 56]),
+        ("0.self_attn.q_b_proj", [24_576, 1536], [192, 12]),
+        // The last tiles have 64 rows.
+        ("0.self_attn.kv_a_proj_with_mqa", [576, 7168], [5, 56]),
+        ("0.self_attn.kv_b_proj", [32_768, 512], [256, 4]),
+        ("0.self_attn.o_proj", [7168, 16_384], [56, 128]),
+        ("2.mlp.gate_proj", [18_432, 7168], [144, 56]),
+        ("2.mlp.down_proj", [7168, 18_432], [56, 144]),
+        ("3.mlp.experts.0.up_proj", [2048, 7168], [16, 56]),
+        ("60.mlp.experts.255.down_proj", [7168, 2048], [56, 16]),
+        ("60.mlp.shared_experts.gate_proj", [2048, 7168], [16, 56]),
+    ] {
+        let name = format!("model.layers.{name}.weight");
+        let at = tensors.iter().position(|t| t.name == name).unwrap();
+        let (weight, scale) = (&tensors[at], &tensors[at + 1]);
+        assert_eq!(weight.dtype, DType::F8E4M3, "{name}");
+        assert_eq!(weight.shape, shape, "{name}");
+        assert_eq!(scale.name, format!("{name}_scale_inv"));
+        assert_eq!(scale.dtype, DType::F32, "{name}");
+        assert_eq!(scale.shape, scales, "{name}");
+        assert_eq!(scale.parameters(), Some(0));
+    }
+    let of = |dtype| tensors.iter().filter(move |t| t.dtype == dtype);
+    assert_eq!(of(DType::F8E4M3).count(), 45_032);
+    // A bias of the router in every layer with experts.
+    assert_eq!(of(DType::F32).count(), 45_032 + 58);
+    let not_fp8 = ["norm.weight", "mlp.gate.weight", "embed_tokens.weight"];
+    let is_left =
+        |name: &str| name == "lm_head.weight" || not_fp8.iter().any(|end| name.ends_with(end));
+    assert!(of(DType::Bf16).all(|tensor| is_left(&tensor.name)));
+    assert!(!tensors.iter().any(|t| t.name.contains("layers.61.")));
+}
+
+#[test]
+fn names_are_unique_and_types_are_the_published_ones() {
     for &preset in Preset::all() {
         let tensors = preset.tensors();
         let names: HashSet<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
         assert_eq!(names.len(), tensors.len(), "{preset}");
-        assert!(tensors.iter().all(|t| t.dtype == DType::Bf16), "{preset}");
+        let types: HashSet<DType> = tensors.iter().map(|t| t.dtype).collect();
+        let expected: &[DType] = match preset {
+            Preset::DeepseekV3 => &[DType::Bf16, DType::F8E4M3, DType::F32],
+            _ => &[DType::Bf16],
+        };
+        assert_eq!(types, expected.iter().copied().collect(), "{preset}");
     }
 }
 
@@ -129,6 +173,16 @@ fn configurations_describe_the_tensors() {
             assert_eq!(u64::from(heads.unwrap() * size.unwrap()), k.shape[0]);
         }
         assert!(config.has_language_head(), "{preset}");
+    }
+    for (preset, method, settings) in [(
+        Preset::DeepseekV3,
+        "fp8",
+        json!({ "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128] }),
+    )] {
+        let config: Value = serde_json::from_str(&preset.config_json()).unwrap();
+        let mut expected = settings;
+        expected["quant_method"] = method.into();
+        assert_eq!(config["quantization_config"], expected, "{preset}");
     }
     let text = Preset::Qwen35_35bA3b.config_json();
     let config = Config::parse(Path::new("config.json"), text).unwrap();
