@@ -11,6 +11,7 @@ mod config;
 mod created;
 mod deepseek;
 mod error;
+mod gpt_oss;
 mod layout;
 mod model;
 mod preset;

@@ -6,6 +6,7 @@ use std::str::FromStr;
 use super::config;
 use super::deepseek::DeepseekV3;
 use super::error::SynthError;
+use super::gpt_oss::GptOss;
 use super::layout::{Decoder, Experts, Qwen35, Vision};
 use super::model::{Model, Tensor};
 
@@ -15,9 +16,10 @@ use super::model::{Model, Tensor};
 /// and agree with the published numbers of parameters. Those of Qwen3.5 are the defaults of its
 /// configuration classes in transformers; that its experts are stored as stacks, and which tensors
 /// its vision tower has, is inferred from the modeling code and from how vLLM loads the model.
-/// DeepSeek-V3 has its linear layers in FP8 with a scale for every tile of 128 x 128, as published;
-/// all other tensors are bf16 here. The draft layers (`mtp.*`, and layer 61 of DeepSeek-V3) of the
-/// real files are left out, as every loader skips them. `demo` is made up.
+/// DeepSeek-V3 has its linear layers in FP8 with a scale for every tile of 128 x 128, and gpt-oss its
+/// experts in MXFP4, both as published; all other tensors are bf16 here. The draft layers (`mtp.*`,
+/// and layer 61 of DeepSeek-V3) of the real files are left out, as every loader skips them. `demo`
+/// is made up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Preset {
     /// Built like Qwen2.5 but small: 220 MB.
@@ -38,6 +40,10 @@ pub enum Preset {
     Qwen35_35bA3b,
     /// DeepSeek-V3, in FP8 with 90,427 tensors: 673 GB.
     DeepseekV3,
+    /// gpt-oss-20b, experts as stacks in MXFP4: 14 GB.
+    GptOss20b,
+    /// gpt-oss-120b, experts as stacks in MXFP4: 65 GB.
+    GptOss120b,
 }
 
 impl Preset {
@@ -53,6 +59,8 @@ impl Preset {
             Preset::Qwen3_30bA3b,
             Preset::Qwen35_35bA3b,
             Preset::DeepseekV3,
+            Preset::GptOss20b,
+            Preset::GptOss120b,
         ]
     }
 
@@ -68,6 +76,8 @@ impl Preset {
             Preset::Qwen3_30bA3b => "qwen3-30b-a3b",
             Preset::Qwen35_35bA3b => "qwen3.5-35b-a3b",
             Preset::DeepseekV3 => "deepseek-v3",
+            Preset::GptOss20b => "gpt-oss-20b",
+            Preset::GptOss120b => "gpt-oss-120b",
         }
     }
 
@@ -76,7 +86,7 @@ impl Preset {
         self.shape().tensors()
     }
 
-    /// Returns the number of parameters: none in scales.
+    /// Returns the number of parameters: two in a byte of MXFP4, and none in scales.
     pub fn parameters(self) -> u64 {
         self.tensors().iter().filter_map(Tensor::parameters).sum()
     }
@@ -101,6 +111,7 @@ impl Preset {
             (_, Shape::Decoder(d)) => config::qwen2(d),
             (_, Shape::Qwen35(model)) => config::qwen35(model),
             (_, Shape::DeepseekV3(model)) => model.config(),
+            (_, Shape::GptOss(model)) => model.config(),
         };
         format!("{config:#}\n")
     }
@@ -221,15 +232,35 @@ impl Preset {
                     expert_intermediate: 2048,
                 });
             }
+            Preset::GptOss20b => {
+                return Shape::GptOss(GptOss {
+                    layers: 24,
+                    experts: 32,
+                    ..GPT_OSS_120B
+                });
+            }
+            Preset::GptOss120b => return Shape::GptOss(GPT_OSS_120B),
         })
     }
 }
+
+const GPT_OSS_120B: GptOss = GptOss {
+    layers: 36,
+    hidden: 2880,
+    vocab: 201_088,
+    heads: 64,
+    kv_heads: 8,
+    head_dim: 64,
+    experts: 128,
+    intermediate: 2880,
+};
 
 /// The kinds of models.
 enum Shape {
     Decoder(Decoder),
     Qwen35(Qwen35),
     DeepseekV3(DeepseekV3),
+    GptOss(GptOss),
 }
 
 impl Shape {
@@ -238,6 +269,7 @@ impl Shape {
             Shape::Decoder(decoder) => decoder.tensors(),
             Shape::Qwen35(model) => model.tensors(),
             Shape::DeepseekV3(model) => model.tensors(),
+            Shape::GptOss(model) => model.tensors(),
         }
     }
 }

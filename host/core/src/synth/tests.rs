@@ -156,7 +156,10 @@ fn tensors_larger_than_a_chunk_are_the_same_as_made_at_once() {
 
 #[test]
 fn quantized_layouts_are_written_and_read() {
-    for (mut tensors, config_json) in [cut_small(Preset::DeepseekV3, "layers.3.")] {
+    for (mut tensors, config_json) in [
+        cut_small(Preset::DeepseekV3, "layers.3."),
+        cut_small(Preset::GptOss20b, "layers.0."),
+    ] {
         tensors.truncate(40);
         let model = Model {
             tensors,
@@ -194,7 +197,10 @@ fn cut_small(preset: Preset, layer: &str) -> (Vec<Tensor>, String) {
 
 #[test]
 fn big_models_of_every_layout_open_without_weights() {
-    for (preset, layers, tensors) in [(Preset::DeepseekV3, 61, 90_427)] {
+    for (preset, layers, tensors) in [
+        (Preset::DeepseekV3, 61, 90_427),
+        (Preset::GptOss120b, 36, 687),
+    ] {
         let dir = tempfile::tempdir().unwrap();
         let options = SynthOptions::default().with_headers_only(true);
         let written = write(preset, dir.path(), &options).unwrap();

@@ -27,6 +27,9 @@ fn numbers_of_tensors_and_parameters_are_the_published_ones() {
         (Preset::Qwen35_35bA3b, 1026, 35_107_181_936),
         // Published as 671 B.
         (Preset::DeepseekV3, 90_427, 671_026_419_200),
+        // Published as 20.91 B and 116.83 B.
+        (Preset::GptOss20b, 459, 20_914_757_184),
+        (Preset::GptOss120b, 687, 116_829_156_672),
     ] {
         assert_eq!(preset.parameters(), parameters, "{preset}");
         assert_eq!(preset.tensors().len(), tensors, "{preset}");
@@ -132,6 +135,44 @@ fn deepseek_v3_has_its_linear_layers_in_fp8() {
 }
 
 #[test]
+fn gpt_oss_has_its_experts_in_mxfp4() {
+    use DType::{Bf16, U8};
+    let tensors = Preset::GptOss120b.tensors();
+    for (name, dtype, shape) in [
+        ("self_attn.sinks", Bf16, &[64][..]),
+        ("self_attn.q_proj.weight", Bf16, &[4096, 2880]),
+        ("self_attn.q_proj.bias", Bf16, &[4096]),
+        ("self_attn.k_proj.bias", Bf16, &[512]),
+        ("self_attn.v_proj.weight", Bf16, &[512, 2880]),
+        ("self_attn.o_proj.weight", Bf16, &[2880, 4096]),
+        ("self_attn.o_proj.bias", Bf16, &[2880]),
+        ("mlp.router.weight", Bf16, &[128, 2880]),
+        ("mlp.router.bias", Bf16, &[128]),
+        ("mlp.experts.gate_up_proj_blocks", U8, &[128, 5760, 90, 16]),
+        ("mlp.experts.gate_up_proj_scales", U8, &[128, 5760, 90]),
+        ("mlp.experts.gate_up_proj_bias", Bf16, &[128, 5760]),
+        ("mlp.experts.down_proj_blocks", U8, &[128, 2880, 90, 16]),
+        ("mlp.experts.down_proj_scales", U8, &[128, 2880, 90]),
+        ("mlp.experts.down_proj_bias", Bf16, &[128, 2880]),
+        ("input_layernorm.weight", Bf16, &[2880]),
+    ] {
+        let name = format!("model.layers.35.{name}");
+        let tensor = tensors.iter().find(|t| t.name == name).unwrap();
+        assert_eq!((tensor.dtype, &tensor.shape[..]), (dtype, shape), "{name}");
+    }
+    assert_eq!(shape_of(&tensors, "lm_head.weight"), [201_088, 2880]);
+    let small = Preset::GptOss20b.tensors();
+    let router = shape_of(&small, "model.layers.23.mlp.router.weight");
+    assert_eq!(router, [32, 2880]);
+    let text = Preset::GptOss120b.config_json();
+    let config = Config::parse(Path::new("config.json"), text).unwrap();
+    assert_eq!(config.sliding_window, Some(128));
+    assert_eq!(config.layer_types.len(), 36);
+    assert_eq!(config.layer_types[0], LayerType::SlidingAttention);
+    assert_eq!(config.layer_types[35], LayerType::FullAttention);
+}
+
+#[test]
 fn names_are_unique_and_types_are_the_published_ones() {
     for &preset in Preset::all() {
         let tensors = preset.tensors();
@@ -140,6 +181,7 @@ fn names_are_unique_and_types_are_the_published_ones() {
         let types: HashSet<DType> = tensors.iter().map(|t| t.dtype).collect();
         let expected: &[DType] = match preset {
             Preset::DeepseekV3 => &[DType::Bf16, DType::F8E4M3, DType::F32],
+            Preset::GptOss20b | Preset::GptOss120b => &[DType::Bf16, DType::U8],
             _ => &[DType::Bf16],
         };
         assert_eq!(types, expected.iter().copied().collect(), "{preset}");
@@ -174,11 +216,23 @@ fn configurations_describe_the_tensors() {
         }
         assert!(config.has_language_head(), "{preset}");
     }
-    for (preset, method, settings) in [(
-        Preset::DeepseekV3,
-        "fp8",
-        json!({ "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128] }),
-    )] {
+    for (preset, method, settings) in [
+        (
+            Preset::DeepseekV3,
+            "fp8",
+            json!({ "activation_scheme": "dynamic", "fmt": "e4m3", "weight_block_size": [128, 128] }),
+        ),
+        (
+            Preset::GptOss120b,
+            "mxfp4",
+            json!({ "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ] }),
+        ),
+    ] {
         let config: Value = serde_json::from_str(&preset.config_json()).unwrap();
         let mut expected = settings;
         expected["quant_method"] = method.into();
