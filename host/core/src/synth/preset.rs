@@ -96,6 +96,25 @@ impl Preset {
         self.config_of(&self.shape())
     }
 
+    /// Returns the model with its first layers only, to try with what is too large as a whole. With
+    /// all of its layers it is the preset.
+    ///
+    /// # Errors
+    /// [`SynthError::Layers`] for none and for more than it has.
+    pub fn first_layers(self, layers: u64) -> Result<Model, SynthError> {
+        let mut shape = self.shape();
+        let all = shape.layers_mut();
+        if !(1..=*all).contains(&layers) {
+            return Err(SynthError::Layers {
+                preset: self,
+                need: layers,
+                have: *all,
+            });
+        }
+        *all = layers;
+        Ok(self.model_of(&shape))
+    }
+
     fn model_of(self, shape: &Shape) -> Model {
         Model {
             tensors: shape.tensors(),
@@ -270,6 +289,15 @@ impl Shape {
             Shape::Qwen35(model) => model.tensors(),
             Shape::DeepseekV3(model) => model.tensors(),
             Shape::GptOss(model) => model.tensors(),
+        }
+    }
+
+    fn layers_mut(&mut self) -> &mut u64 {
+        match self {
+            Shape::Decoder(decoder) => &mut decoder.layers,
+            Shape::Qwen35(model) => &mut model.layers,
+            Shape::DeepseekV3(model) => &mut model.layers,
+            Shape::GptOss(model) => &mut model.layers,
         }
     }
 }

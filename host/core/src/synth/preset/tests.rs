@@ -189,6 +189,58 @@ fn names_are_unique_and_types_are_the_published_ones() {
 }
 
 #[test]
+fn a_cut_is_the_beginning_of_the_model() {
+    for &preset in Preset::all() {
+        let all = Model::from(preset);
+        let json = |model: &Model| -> Value { serde_json::from_str(&model.config_json).unwrap() };
+        let Model { tensors, .. } = preset.first_layers(3).unwrap();
+        let kept = all.tensors.iter().filter(|tensor| {
+            let (_, rest) = tensor.name.split_once(".layers.").unwrap_or(("", "0."));
+            let (layer, _) = rest.split_once('.').unwrap();
+            layer.parse::<u64>().unwrap() < 3
+        });
+        assert!(tensors.iter().eq(kept), "{preset}");
+
+        let cut = preset.first_layers(5).unwrap();
+        let config = Config::parse(Path::new("config.json"), cut.config_json.clone()).unwrap();
+        assert_eq!(config.num_hidden_layers, Some(5), "{preset}");
+        let whole = Config::parse(Path::new("config.json"), all.config_json.clone()).unwrap();
+        let types = whole.layer_types.len().min(5);
+        assert_eq!(config.layer_types, whole.layer_types[..types], "{preset}");
+
+        let layers = u64::from(whole.num_hidden_layers.unwrap());
+        let same = preset.first_layers(layers).unwrap();
+        assert_eq!((&same.tensors, json(&same)), (&all.tensors, json(&all)));
+        for need in [0, layers + 1, u64::MAX] {
+            let error = preset.first_layers(need).unwrap_err();
+            let SynthError::Layers { have, .. } = error else {
+                panic!("{error:?}");
+            };
+            assert_eq!(have, layers);
+            let text = error.to_string();
+            assert!(text.contains(&format!("to {need} layers")), "{text}");
+            assert!(text.contains(&format!("has {layers},")), "{text}");
+        }
+    }
+}
+
+#[test]
+fn four_layers_of_deepseek_v3_have_experts_in_one() {
+    let model = Preset::DeepseekV3.first_layers(4).unwrap();
+    let count = |text: &str| {
+        model
+            .tensors
+            .iter()
+            .filter(|t| t.name.contains(text))
+            .count()
+    };
+    assert_eq!(count("self_attn.o_proj.weight_scale_inv"), 4);
+    assert_eq!(count(".mlp.gate_proj.weight_scale_inv"), 3);
+    assert_eq!(count("layers.3.mlp.experts."), 2 * 3 * 256);
+    assert_eq!(count("layers.4."), 0);
+}
+
+#[test]
 fn configurations_describe_the_tensors() {
     for &preset in Preset::all() {
         let text = preset.config_json();
