@@ -284,6 +284,9 @@ pub(crate) struct SynthOptions {
     /// Sparse files of full length that cost no disk; every weight reads as zero
     #[arg(long)]
     pub(crate) headers_only: bool,
+    /// Only the first N layers, to try what is too large as a whole [default: all]
+    #[arg(long, value_name = "N")]
+    pub(crate) layers: Option<u64>,
     /// Seed of the weights
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,

@@ -6,7 +6,7 @@ use std::time::Instant;
 use serde::Serialize;
 use tightfit::Progress;
 use tightfit::cancel::CancelToken;
-use tightfit::synth::{self, Preset, Written};
+use tightfit::synth::{self, Model, Written};
 use tightfit::text::printable;
 use tightfit::types::Bytes;
 
@@ -30,7 +30,7 @@ struct Synthesized {
 
 /// Writes a checkpoint with a progress bar.
 pub(crate) fn write(
-    preset: Preset,
+    model: impl Into<Model>,
     directory: &Path,
     options: synth::SynthOptions<'_>,
     quiet: bool,
@@ -39,19 +39,23 @@ pub(crate) fn write(
     let bar = progress::bytes("writing", quiet);
     let report = |progress: Progress| progress::show(&bar, progress);
     let options = options.with_progress(&report).with_cancel(cancel.clone());
-    let written = synth::write(preset, directory, &options);
+    let written = synth::write_model(&model.into(), directory, &options);
     bar.finish_and_clear();
     Ok(written?)
 }
 
 pub(crate) fn run(options: &SynthOptions, cancel: &CancelToken) -> Result<(), CommandError> {
     let preset = options.preset;
+    let model = match options.layers {
+        Some(layers) => preset.first_layers(layers)?,
+        None => preset.into(),
+    };
     let given = synth::SynthOptions::default()
         .with_headers_only(options.headers_only)
         .with_seed(options.seed);
     let start = Instant::now();
     let quiet = options.output.quiet;
-    let written = write(preset, &options.directory, given, quiet, cancel)?;
+    let written = write(model, &options.directory, given, quiet, cancel)?;
     let seconds = start.elapsed().as_secs_f64();
     if options.output.json {
         return output::print_json(&Envelope::new(Synthesized {

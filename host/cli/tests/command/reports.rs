@@ -316,6 +316,32 @@ fn synth_writes_what_inspect_reads() {
 }
 
 #[test]
+fn synth_writes_the_first_layers_of_a_big_model() {
+    let scratchpad = Scratchpad::new();
+    let report = scratchpad
+        .run(&[
+            "synth",
+            "deepseek-v3",
+            "d",
+            "--layers",
+            "4",
+            "--headers-only",
+            "--json",
+        ])
+        .succeeds()
+        .json();
+    assert_eq!(report["tensors"], 1621);
+    let report = scratchpad
+        .run(&["inspect", "d", "--json"])
+        .succeeds()
+        .json();
+    assert_eq!(
+        (&report["tensors"], &report["layers"]),
+        (&json!(1621), &json!(4))
+    );
+}
+
+#[test]
 fn demo_shows_a_plan_kept_to_the_byte_and_cleans_up() {
     let scratchpad = Scratchpad::new();
     let text = scratchpad.run(&["demo"]).succeeds().stdout;

@@ -56,6 +56,11 @@ fn what_cannot_be_understood_is_a_matter_of_usage() {
         (&["plan", "m", "--policy", "clever.wasm"], &["clever.wasm"]),
         (&["policy", "show", "clever"], &["clever", "auto"]),
         (&["synth", "gpt-5", "d"], &["gpt-5", "qwen2.5-7b"]),
+        (
+            &["synth", "demo", "d", "--layers", "0"],
+            &["demo", "0", "16"],
+        ),
+        (&["synth", "demo", "d", "--layers", "17"], &["17", "16"]),
         (&["synth", "demo", "m"], &["m", "not empty"]),
         (&["synth", "demo", "m/config.json"], &["not a directory"]),
     ] {

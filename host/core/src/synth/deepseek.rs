@@ -1,8 +1,14 @@
-//! DeepSeek-V3: latent attention, and experts beside a shared one after a few dense layers.
+//! DeepSeek-V3: latent attention, and experts beside a shared one after a few dense layers; linear
+//! layers in FP8.
 
 use serde_json::{Value, json};
 
-use super::layout::{List, Tensor};
+use super::layout::List;
+use super::model::{Tensor, Values};
+use crate::types::DType;
+
+/// Rows and columns that share a scale. Tiles at the edges are cut off.
+const TILE: u64 = 128;
 
 /// The shape of a DeepSeek-V3.
 #[derive(Debug, Clone, Copy)]
@@ -36,15 +42,20 @@ impl DeepseekV3 {
             list.prefix = format!("model.layers.{layer}.");
             self.attention(&mut list);
             if layer < self.dense_layers {
-                list.gated("mlp.", h, self.intermediate);
+                gated(&mut list, "mlp.", h, self.intermediate);
             } else {
                 let inner = self.expert_intermediate;
                 list.add("mlp.gate.weight", &[self.experts, h]);
-                list.add("mlp.gate.e_score_correction_bias", &[self.experts]);
+                list.add_as(
+                    DType::F32,
+                    Values::AroundZero,
+                    "mlp.gate.e_score_correction_bias",
+                    &[self.experts],
+                );
                 for expert in 0..self.experts {
-                    list.gated(&format!("mlp.experts.{expert}."), h, inner);
+                    gated(&mut list, &format!("mlp.experts.{expert}."), h, inner);
                 }
-                list.gated("mlp.shared_experts.", h, inner);
+                gated(&mut list, "mlp.shared_experts.", h, inner);
             }
             list.add("input_layernorm.weight", &[h]);
             list.add("post_attention_layernorm.weight", &[h]);
@@ -59,17 +70,19 @@ impl DeepseekV3 {
         let (h, heads) = (self.hidden, self.heads);
         let (q, kv) = (self.query_rank, self.key_value_rank);
         let key = self.plain_dim + self.rotary_dim;
-        list.add("self_attn.q_a_proj.weight", &[q, h]);
+        linear(list, "self_attn.q_a_proj", q, h);
         list.add("self_attn.q_a_layernorm.weight", &[q]);
-        list.add("self_attn.q_b_proj.weight", &[heads * key, q]);
-        list.add(
-            "self_attn.kv_a_proj_with_mqa.weight",
-            &[kv + self.rotary_dim, h],
+        linear(list, "self_attn.q_b_proj", heads * key, q);
+        linear(
+            list,
+            "self_attn.kv_a_proj_with_mqa",
+            kv + self.rotary_dim,
+            h,
         );
         list.add("self_attn.kv_a_layernorm.weight", &[kv]);
         let unfolded = heads * (self.plain_dim + self.value_dim);
-        list.add("self_attn.kv_b_proj.weight", &[unfolded, kv]);
-        list.add("self_attn.o_proj.weight", &[h, heads * self.value_dim]);
+        linear(list, "self_attn.kv_b_proj", unfolded, kv);
+        linear(list, "self_attn.o_proj", h, heads * self.value_dim);
     }
 
     pub(super) fn config(&self) -> Value {
@@ -97,11 +110,27 @@ impl DeepseekV3 {
             "num_experts_per_tok": 8,
             "num_hidden_layers": self.layers,
             "num_key_value_heads": self.heads,
+            // One in the published file, whose tensors are left out.
             "num_nextn_predict_layers": 0,
             "q_lora_rank": self.query_rank,
             "qk_nope_head_dim": self.plain_dim,
             "qk_rope_head_dim": self.rotary_dim,
+            "quantization_config": {
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "weight_block_size": [TILE, TILE],
+            },
             "rms_norm_eps": 1e-6,
+            "rope_scaling": {
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 40,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 4096,
+                "type": "yarn",
+            },
             "rope_theta": 10_000,
             "routed_scaling_factor": 2.5,
             "scoring_func": "sigmoid",
@@ -114,4 +143,23 @@ impl DeepseekV3 {
             "vocab_size": self.vocab,
         })
     }
+}
+
+/// A linear layer in FP8, and what its codes are multiplied by.
+fn linear(list: &mut List, module: &str, rows: u64, columns: u64) {
+    let weight = format!("{module}.weight");
+    list.add_as(DType::F8E4M3, Values::Fp8Codes, &weight, &[rows, columns]);
+    list.add_as(
+        DType::F32,
+        Values::Fp8Scales,
+        &format!("{weight}_scale_inv"),
+        &[rows.div_ceil(TILE), columns.div_ceil(TILE)],
+    );
+}
+
+/// The three of a gated perceptron.
+fn gated(list: &mut List, module: &str, hidden: u64, inner: u64) {
+    linear(list, &format!("{module}gate_proj"), inner, hidden);
+    linear(list, &format!("{module}up_proj"), inner, hidden);
+    linear(list, &format!("{module}down_proj"), hidden, inner);
 }

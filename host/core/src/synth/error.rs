@@ -3,6 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::preset::Preset;
 use crate::cancel::Cancelled;
 use crate::status::Status;
 
@@ -17,6 +18,17 @@ pub enum SynthError {
         name: String,
         /// All names, separated by commas.
         known: String,
+    },
+
+    /// A preset cannot be cut to so many layers.
+    #[error("{preset} cannot be cut to {need} layers: it has {have}, and at least one is needed")]
+    Layers {
+        /// Which one.
+        preset: Preset,
+        /// How many were asked for.
+        need: u64,
+        /// How many it has.
+        have: u64,
     },
 
     /// The directory has files in it, which are left alone.
@@ -63,6 +75,7 @@ impl From<&SynthError> for Status {
         match error {
             SynthError::Cancelled => Status::Interrupted,
             SynthError::UnknownPreset { .. }
+            | SynthError::Layers { .. }
             | SynthError::NotEmpty { .. }
             | SynthError::NotADirectory { .. } => Status::Usage,
             SynthError::Unsupported { .. } => Status::Checkpoint,

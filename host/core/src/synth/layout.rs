@@ -1,56 +1,7 @@
 //! The tensors of a model: names, shapes and order, as its checkpoint has them.
 
-use crate::types::{DType, elements};
-
-/// What a tensor's elements are drawn from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Values {
-    /// Normal, mean 0, standard deviation 0.02: weights and biases.
-    AroundZero,
-    /// Normal, mean 1, standard deviation 0.02: the weights of norms.
-    AroundOne,
-}
-
-/// A tensor to be written.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tensor {
-    /// Its key in the checkpoint.
-    pub name: String,
-    /// Its type; weights are written as `BF16` only, headers of any type.
-    pub dtype: DType,
-    /// Row-major.
-    pub shape: Vec<u64>,
-    /// What its elements are drawn from.
-    pub values: Values,
-}
-
-impl Tensor {
-    /// Returns a bf16 tensor, drawn around one where the name is that of a norm's weight.
-    pub fn new(name: impl Into<String>, shape: &[u64]) -> Tensor {
-        let name = name.into();
-        let module = name.strip_suffix(".weight").unwrap_or("");
-        let leaf = module.rsplit('.').next().unwrap_or("");
-        let values = if leaf
-            .trim_end_matches(|c: char| c.is_ascii_digit())
-            .ends_with("norm")
-        {
-            Values::AroundOne
-        } else {
-            Values::AroundZero
-        };
-        Tensor {
-            name,
-            dtype: DType::Bf16,
-            shape: shape.to_vec(),
-            values,
-        }
-    }
-
-    /// Returns its elements, or `None` when they do not fit in 64 bits.
-    pub fn elements(&self) -> Option<u64> {
-        elements(&self.shape)
-    }
-}
+use super::model::{Tensor, Values};
+use crate::types::DType;
 
 /// A decoder whose layers are all alike: attention, then a multi-layer perceptron or experts.
 #[derive(Debug, Clone, Copy)]
@@ -290,8 +241,18 @@ impl List {
         self.tensors.push(Tensor::new(name, shape));
     }
 
+    /// A tensor that is not bf16.
+    pub(super) fn add_as(&mut self, dtype: DType, values: Values, name: &str, shape: &[u64]) {
+        self.tensors.push(Tensor {
+            name: format!("{}{name}", self.prefix),
+            dtype,
+            shape: shape.to_vec(),
+            values,
+        });
+    }
+
     /// A module with a weight of this shape and a bias of its rows.
-    fn biased(&mut self, module: &str, shape: &[u64]) {
+    pub(super) fn biased(&mut self, module: &str, shape: &[u64]) {
         self.add(&format!("{module}.weight"), shape);
         self.add(&format!("{module}.bias"), &shape[..1]);
     }

@@ -6,7 +6,9 @@ use std::str::FromStr;
 use super::config;
 use super::deepseek::DeepseekV3;
 use super::error::SynthError;
-use super::layout::{Decoder, Experts, Qwen35, Tensor, Vision};
+use super::gpt_oss::GptOss;
+use super::layout::{Decoder, Experts, Qwen35, Vision};
+use super::model::{Model, Tensor};
 
 /// A model whose shape is known.
 ///
@@ -14,9 +16,10 @@ use super::layout::{Decoder, Experts, Qwen35, Tensor, Vision};
 /// and agree with the published numbers of parameters. Those of Qwen3.5 are the defaults of its
 /// configuration classes in transformers; that its experts are stored as stacks, and which tensors
 /// its vision tower has, is inferred from the modeling code and from how vLLM loads the model.
-/// DeepSeek-V3 is the bf16 form of a checkpoint that is published in 8 bits. The draft layers
-/// (`mtp.*`, and layer 61 of DeepSeek-V3) of the real files are left out, as every loader skips
-/// them, and all tensors are bf16 here. `demo` is made up.
+/// DeepSeek-V3 has its linear layers in FP8 with a scale for every tile of 128 x 128, and gpt-oss its
+/// experts in MXFP4, both as published; all other tensors are bf16 here. The draft layers (`mtp.*`,
+/// and layer 61 of DeepSeek-V3) of the real files are left out, as every loader skips them. `demo`
+/// is made up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Preset {
     /// Built like Qwen2.5 but small: 220 MB.
@@ -35,8 +38,12 @@ pub enum Preset {
     Qwen3_30bA3b,
     /// Qwen3.5-35B-A3B, experts as stacks, with vision: 70 GB.
     Qwen35_35bA3b,
-    /// DeepSeek-V3, 45,395 tensors: 1.3 TB.
+    /// DeepSeek-V3, in FP8 with 90,427 tensors: 673 GB.
     DeepseekV3,
+    /// gpt-oss-20b, experts as stacks in MXFP4: 14 GB.
+    GptOss20b,
+    /// gpt-oss-120b, experts as stacks in MXFP4: 65 GB.
+    GptOss120b,
 }
 
 impl Preset {
@@ -52,6 +59,8 @@ impl Preset {
             Preset::Qwen3_30bA3b,
             Preset::Qwen35_35bA3b,
             Preset::DeepseekV3,
+            Preset::GptOss20b,
+            Preset::GptOss120b,
         ]
     }
 
@@ -67,32 +76,61 @@ impl Preset {
             Preset::Qwen3_30bA3b => "qwen3-30b-a3b",
             Preset::Qwen35_35bA3b => "qwen3.5-35b-a3b",
             Preset::DeepseekV3 => "deepseek-v3",
+            Preset::GptOss20b => "gpt-oss-20b",
+            Preset::GptOss120b => "gpt-oss-120b",
         }
     }
 
     /// Returns the tensors in the order of the model's modules.
     pub fn tensors(self) -> Vec<Tensor> {
-        match self.shape() {
-            Shape::Decoder(decoder) => decoder.tensors(),
-            Shape::Qwen35(model) => model.tensors(),
-            Shape::DeepseekV3(model) => model.tensors(),
-        }
+        self.shape().tensors()
     }
 
-    /// Returns the number of elements of all tensors.
+    /// Returns the number of parameters: two in a byte of MXFP4, and none in scales.
     pub fn parameters(self) -> u64 {
-        self.tensors().iter().filter_map(Tensor::elements).sum()
+        self.tensors().iter().filter_map(Tensor::parameters).sum()
     }
 
     /// `config.json` as transformers writes it.
     pub fn config_json(self) -> String {
-        let config = match (self, self.shape()) {
-            (Preset::Llama31_8b | Preset::Llama31_70b, Shape::Decoder(d)) => config::llama(&d),
-            (Preset::Mixtral8x7b, Shape::Decoder(d)) => config::mixtral(&d),
-            (Preset::Qwen3_30bA3b, Shape::Decoder(d)) => config::qwen3_moe(&d),
-            (_, Shape::Decoder(d)) => config::qwen2(&d),
-            (_, Shape::Qwen35(model)) => config::qwen35(&model),
+        self.config_of(&self.shape())
+    }
+
+    /// Returns the model with its first layers only, to try with what is too large as a whole. With
+    /// all of its layers it is the preset.
+    ///
+    /// # Errors
+    /// [`SynthError::Layers`] for none and for more than it has.
+    pub fn first_layers(self, layers: u64) -> Result<Model, SynthError> {
+        let mut shape = self.shape();
+        let all = shape.layers_mut();
+        if !(1..=*all).contains(&layers) {
+            return Err(SynthError::Layers {
+                preset: self,
+                need: layers,
+                have: *all,
+            });
+        }
+        *all = layers;
+        Ok(self.model_of(&shape))
+    }
+
+    fn model_of(self, shape: &Shape) -> Model {
+        Model {
+            tensors: shape.tensors(),
+            config_json: self.config_of(shape),
+        }
+    }
+
+    fn config_of(self, shape: &Shape) -> String {
+        let config = match (self, shape) {
+            (Preset::Llama31_8b | Preset::Llama31_70b, Shape::Decoder(d)) => config::llama(d),
+            (Preset::Mixtral8x7b, Shape::Decoder(d)) => config::mixtral(d),
+            (Preset::Qwen3_30bA3b, Shape::Decoder(d)) => config::qwen3_moe(d),
+            (_, Shape::Decoder(d)) => config::qwen2(d),
+            (_, Shape::Qwen35(model)) => config::qwen35(model),
             (_, Shape::DeepseekV3(model)) => model.config(),
+            (_, Shape::GptOss(model)) => model.config(),
         };
         format!("{config:#}\n")
     }
@@ -213,15 +251,61 @@ impl Preset {
                     expert_intermediate: 2048,
                 });
             }
+            Preset::GptOss20b => {
+                return Shape::GptOss(GptOss {
+                    layers: 24,
+                    experts: 32,
+                    ..GPT_OSS_120B
+                });
+            }
+            Preset::GptOss120b => return Shape::GptOss(GPT_OSS_120B),
         })
     }
 }
+
+const GPT_OSS_120B: GptOss = GptOss {
+    layers: 36,
+    hidden: 2880,
+    vocab: 201_088,
+    heads: 64,
+    kv_heads: 8,
+    head_dim: 64,
+    experts: 128,
+    intermediate: 2880,
+};
 
 /// The kinds of models.
 enum Shape {
     Decoder(Decoder),
     Qwen35(Qwen35),
     DeepseekV3(DeepseekV3),
+    GptOss(GptOss),
+}
+
+impl Shape {
+    fn tensors(&self) -> Vec<Tensor> {
+        match self {
+            Shape::Decoder(decoder) => decoder.tensors(),
+            Shape::Qwen35(model) => model.tensors(),
+            Shape::DeepseekV3(model) => model.tensors(),
+            Shape::GptOss(model) => model.tensors(),
+        }
+    }
+
+    fn layers_mut(&mut self) -> &mut u64 {
+        match self {
+            Shape::Decoder(decoder) => &mut decoder.layers,
+            Shape::Qwen35(model) => &mut model.layers,
+            Shape::DeepseekV3(model) => &mut model.layers,
+            Shape::GptOss(model) => &mut model.layers,
+        }
+    }
+}
+
+impl From<Preset> for Model {
+    fn from(preset: Preset) -> Model {
+        preset.model_of(&preset.shape())
+    }
 }
 
 impl fmt::Display for Preset {
@@ -248,153 +332,4 @@ impl FromStr for Preset {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::collections::HashSet;
-    use std::path::Path;
-
-    use super::*;
-    use crate::checkpoint::{Config, LayerType};
-    use crate::types::DType;
-
-    fn shape_of(tensors: &[Tensor], name: &str) -> Vec<u64> {
-        let tensor = tensors.iter().find(|tensor| tensor.name == name);
-        tensor.unwrap_or_else(|| panic!("{name}")).shape.clone()
-    }
-
-    #[test]
-    fn numbers_of_tensors_and_parameters_are_the_published_ones() {
-        for (preset, tensors, parameters) in [
-            (Preset::Qwen25_0_5b, 290, 494_032_768),
-            (Preset::Qwen25_7b, 339, 7_615_616_512),
-            (Preset::Llama31_8b, 291, 8_030_261_248),
-            (Preset::Llama31_70b, 723, 70_553_706_496),
-            (Preset::Mixtral8x7b, 995, 46_702_792_704),
-            (Preset::Qwen3_30bA3b, 18_867, 30_532_122_624),
-            // Published as 35 B.
-            (Preset::Qwen35_35bA3b, 1026, 35_107_181_936),
-            // Published as 671 B.
-            (Preset::DeepseekV3, 45_395, 671_026_419_200),
-        ] {
-            assert_eq!(preset.parameters(), parameters, "{preset}");
-            assert_eq!(preset.tensors().len(), tensors, "{preset}");
-        }
-        let demo = 2 * Preset::Demo.parameters();
-        assert!((150_000_000..250_000_000).contains(&demo), "{demo}");
-    }
-
-    #[test]
-    fn qwen25_7b_has_196_linear_layers() {
-        let tensors = Preset::Qwen25_7b.tensors();
-        let linear: Vec<&Tensor> = tensors
-            .iter()
-            .filter(|tensor| tensor.name.ends_with("_proj.weight"))
-            .collect();
-        let parameters: u64 = linear.iter().filter_map(|tensor| tensor.elements()).sum();
-        assert_eq!((linear.len(), parameters), (196, 6_525_288_448));
-        assert_eq!(tensors[0].name, "model.embed_tokens.weight");
-        assert_eq!(tensors[1].name, "model.layers.0.self_attn.q_proj.weight");
-        assert_eq!(tensors[2].name, "model.layers.0.self_attn.q_proj.bias");
-        assert_eq!(tensors[338].name, "lm_head.weight");
-    }
-
-    #[test]
-    fn qwen35_has_the_shapes_of_its_modeling_code() {
-        let tensors = Preset::Qwen35_35bA3b.tensors();
-        for (name, shape) in [
-            ("layers.0.mlp.experts.gate_up_proj", &[256, 1024, 2048][..]),
-            ("layers.0.mlp.experts.down_proj", &[256, 2048, 512]),
-            ("layers.0.mlp.gate.weight", &[256, 2048]),
-            ("layers.0.mlp.shared_expert.down_proj.weight", &[2048, 512]),
-            ("layers.0.mlp.shared_expert_gate.weight", &[1, 2048]),
-            ("layers.0.linear_attn.in_proj_qkv.weight", &[8192, 2048]),
-            ("layers.0.linear_attn.in_proj_z.weight", &[4096, 2048]),
-            ("layers.0.linear_attn.in_proj_a.weight", &[32, 2048]),
-            ("layers.0.linear_attn.out_proj.weight", &[2048, 4096]),
-            ("layers.0.linear_attn.conv1d.weight", &[8192, 1, 4]),
-            ("layers.0.linear_attn.A_log", &[32]),
-            ("layers.0.linear_attn.norm.weight", &[128]),
-            ("layers.3.self_attn.q_proj.weight", &[8192, 2048]),
-            ("layers.3.self_attn.k_proj.weight", &[512, 2048]),
-            ("layers.3.self_attn.o_proj.weight", &[2048, 4096]),
-            ("layers.39.self_attn.q_norm.weight", &[256]),
-            ("embed_tokens.weight", &[248_320, 2048]),
-        ] {
-            let name = format!("model.language_model.{name}");
-            assert_eq!(shape_of(&tensors, &name), shape, "{name}");
-        }
-        for (name, shape) in [
-            ("patch_embed.proj.weight", &[1152, 3, 2, 16, 16][..]),
-            ("pos_embed.weight", &[2304, 1152]),
-            ("blocks.26.attn.qkv.weight", &[3456, 1152]),
-            ("blocks.0.mlp.linear_fc1.bias", &[4304]),
-            ("merger.norm.weight", &[1152]),
-            ("merger.linear_fc1.weight", &[4608, 4608]),
-            ("merger.linear_fc2.weight", &[2048, 4608]),
-        ] {
-            let name = format!("model.visual.{name}");
-            assert_eq!(shape_of(&tensors, &name), shape, "{name}");
-        }
-        assert_eq!(shape_of(&tensors, "lm_head.weight"), [248_320, 2048]);
-        let count = |text: &str| tensors.iter().filter(|t| t.name.contains(text)).count();
-        assert_eq!(count("linear_attn.A_log"), 30);
-        assert_eq!(count("self_attn.q_proj"), 10);
-        assert_eq!(count("mtp"), 0);
-    }
-
-    #[test]
-    fn names_are_unique_and_everything_is_bf16() {
-        for &preset in Preset::all() {
-            let tensors = preset.tensors();
-            let names: HashSet<&str> = tensors.iter().map(|t| t.name.as_str()).collect();
-            assert_eq!(names.len(), tensors.len(), "{preset}");
-            assert!(tensors.iter().all(|t| t.dtype == DType::Bf16), "{preset}");
-        }
-    }
-
-    #[test]
-    fn configurations_describe_the_tensors() {
-        for &preset in Preset::all() {
-            let text = preset.config_json();
-            let config = Config::parse(Path::new("config.json"), text).unwrap();
-            let tensors = preset.tensors();
-            let embedding = tensors
-                .iter()
-                .find(|tensor| tensor.name.ends_with("embed_tokens.weight"))
-                .unwrap();
-            assert_eq!(config.vocab_size, Some(embedding.shape[0]), "{preset}");
-            assert_eq!(config.hidden_size, Some(embedding.shape[1]), "{preset}");
-            let norms = tensors
-                .iter()
-                .filter(|tensor| tensor.name.ends_with("input_layernorm.weight"));
-            assert_eq!(config.num_hidden_layers, Some(norms.count() as u32));
-            let head = tensors.iter().any(|tensor| tensor.name == "lm_head.weight");
-            assert_eq!(config.tie_word_embeddings, Some(!head), "{preset}");
-            let k = tensors
-                .iter()
-                .find(|tensor| tensor.name.ends_with("self_attn.k_proj.weight"));
-            // Latent attention has none.
-            if let Some(k) = k {
-                let (heads, size) = (config.num_key_value_heads, config.head_dim);
-                assert_eq!(u64::from(heads.unwrap() * size.unwrap()), k.shape[0]);
-            }
-            assert!(config.has_language_head(), "{preset}");
-        }
-        let text = Preset::Qwen35_35bA3b.config_json();
-        let config = Config::parse(Path::new("config.json"), text).unwrap();
-        assert_eq!(config.model_type.as_deref(), Some("qwen3_5_moe"));
-        assert_eq!(config.text_model_type.as_deref(), Some("qwen3_5_moe_text"));
-        assert_eq!(config.layer_types.len(), 40);
-        assert_eq!(config.layer_types[2], LayerType::LinearAttention);
-        assert_eq!(config.layer_types[39], LayerType::FullAttention);
-    }
-
-    #[test]
-    fn presets_are_found_by_name() {
-        for &preset in Preset::all() {
-            assert_eq!(preset.name().parse::<Preset>().unwrap(), preset);
-        }
-        assert_eq!("Qwen2.5-7B".parse::<Preset>().unwrap(), Preset::Qwen25_7b);
-        let error = "gpt-5".parse::<Preset>().unwrap_err().to_string();
-        assert!(error.contains("mixtral-8x7b"), "{error}");
-    }
-}
+mod tests;

@@ -5,7 +5,7 @@ use std::ops::Range;
 use serde_json::{Map, Value, json};
 
 use super::error::SynthError;
-use super::layout::Tensor;
+use super::model::Tensor;
 use crate::checkpoint::header_text;
 
 /// A file to be written.
@@ -66,8 +66,8 @@ pub(super) fn index(shards: &[Shard], tensors: &[Tensor]) -> Result<Option<Strin
     for shard in shards {
         for tensor in &tensors[shard.tensors.clone()] {
             weight_map.insert(tensor.name.clone(), Value::from(shard.file.as_str()));
-            let elements = tensor.elements().ok_or_else(too_large)?;
-            parameters = parameters.checked_add(elements).ok_or_else(too_large)?;
+            let own = tensor.parameters().ok_or_else(too_large)?;
+            parameters = parameters.checked_add(own).ok_or_else(too_large)?;
             size = size.checked_add(bytes(tensor)?).ok_or_else(too_large)?;
         }
     }

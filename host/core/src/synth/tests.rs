@@ -121,9 +121,22 @@ fn shards_do_not_change_the_values_and_seeds_do() {
 fn tensors_larger_than_a_chunk_are_the_same_as_made_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let elements = CHUNK as u64 / 2 + 4097;
+    let bytes = |name: &str, count: u64| Tensor {
+        dtype: DType::U8,
+        values: Values::Mxfp4Codes,
+        ..Tensor::new(name, &[count])
+    };
+    // The second chunk would begin within an element of the last.
+    let odd = CHUNK as u64 - 4097 * 2 - 6 - 3;
+    let wide = Tensor {
+        dtype: DType::F32,
+        ..Tensor::new("wide", &[CHUNK as u64 / 4 + 5])
+    };
     let tensors = vec![
         Tensor::new("small", &[3]),
         Tensor::new("large", &[elements]),
+        bytes("odd", odd),
+        wide,
     ];
     let model = Model {
         tensors,
@@ -131,10 +144,75 @@ fn tensors_larger_than_a_chunk_are_the_same_as_made_at_once() {
     };
     run(&model, &dir.path().join("m"), &SynthOptions::default()).unwrap();
     let written = values(&dir.path().join("m"));
-    let mut expected = vec![0; 2 * elements as usize];
-    let tensor = &model.tensors[1];
-    Tables::new().fill(tensor.values, random::key(0, "large"), 0, &mut expected);
-    assert!(written["large"] == expected);
+    let tables = Tables::new();
+    for tensor in &model.tensors {
+        let bytes = tensor.dtype.tensor_bytes(&tensor.shape).unwrap();
+        let mut expected = vec![0; bytes as usize];
+        let source = tables.source(tensor.dtype, tensor.values).unwrap();
+        source.fill(random::key(0, &tensor.name), 0, &mut expected);
+        assert!(written[&tensor.name] == expected, "{}", tensor.name);
+    }
+}
+
+#[test]
+fn quantized_layouts_are_written_and_read() {
+    for (mut tensors, config_json) in [
+        cut_small(Preset::DeepseekV3, "layers.3."),
+        cut_small(Preset::GptOss20b, "layers.0."),
+    ] {
+        tensors.truncate(40);
+        let model = Model {
+            tensors,
+            config_json,
+        };
+        let dir = tempfile::tempdir().unwrap();
+        run(&model, dir.path(), &SynthOptions::default()).unwrap();
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let written = values(dir.path());
+        for tensor in &model.tensors {
+            let read = &checkpoint.tensors()[checkpoint.find(&tensor.name).unwrap()];
+            assert_eq!((read.dtype, &read.shape), (tensor.dtype, &tensor.shape));
+            let zeros = written[&tensor.name].iter().filter(|&&byte| byte == 0);
+            let all = written[&tensor.name].len();
+            assert!(zeros.count() < all / 4 + 4, "{}", tensor.name);
+        }
+    }
+}
+
+/// The tensors with this in their names, of the first rows and experts only.
+fn cut_small(preset: Preset, layer: &str) -> (Vec<Tensor>, String) {
+    let mut tensors = preset.tensors();
+    tensors.retain(|tensor| tensor.name.contains(layer));
+    for tensor in &mut tensors {
+        // Two rows of a matrix have one row of scales.
+        let rows = if tensor.name.ends_with("_scale_inv") {
+            1
+        } else {
+            2
+        };
+        tensor.shape[0] = tensor.shape[0].min(rows);
+    }
+    (tensors, preset.config_json())
+}
+
+#[test]
+fn big_models_of_every_layout_open_without_weights() {
+    for (preset, layers, tensors) in [
+        (Preset::DeepseekV3, 61, 90_427),
+        (Preset::DeepseekV3, 4, 1_621),
+        (Preset::GptOss120b, 36, 687),
+        (Preset::GptOss120b, 2, 41),
+    ] {
+        let dir = tempfile::tempdir().unwrap();
+        let options = SynthOptions::default().with_headers_only(true);
+        let model = preset.first_layers(layers).unwrap();
+        let written = write_model(&model, dir.path(), &options).unwrap();
+        assert_eq!(written.tensors, tensors, "{preset}");
+        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        assert_eq!(checkpoint.tensors().len(), tensors);
+        let config = checkpoint.config().unwrap();
+        assert_eq!(config.num_hidden_layers, Some(layers as u32));
+    }
 }
 
 #[test]
@@ -252,13 +330,15 @@ fn shapes_that_cannot_be_written_are_refused() {
     let error = run(&model, dir.path(), &SynthOptions::default()).unwrap_err();
     assert!(matches!(error, SynthError::Unsupported { .. }), "{error:?}");
     model.tensors[0].shape = vec![2];
-    model.tensors[0].dtype = DType::F32;
-    let error = run(&model, dir.path(), &SynthOptions::default()).unwrap_err();
-    assert!(matches!(error, SynthError::Unsupported { .. }), "{error:?}");
+    for dtype in [DType::F16, DType::F8E4M3, DType::U8] {
+        model.tensors[0].dtype = dtype;
+        let error = run(&model, dir.path(), &SynthOptions::default()).unwrap_err();
+        assert!(matches!(error, SynthError::Unsupported { .. }), "{error:?}");
+    }
     assert!(entries(dir.path()).is_empty());
     // Without weights there is nothing to be made in the type.
     let options = SynthOptions::default().with_headers_only(true);
     run(&model, dir.path(), &options).unwrap();
     let checkpoint = Checkpoint::open(dir.path()).unwrap();
-    assert_eq!(checkpoint.tensors()[0].dtype, DType::F32);
+    assert_eq!(checkpoint.tensors()[0].dtype, DType::U8);
 }

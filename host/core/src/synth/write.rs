@@ -8,13 +8,12 @@ use std::thread;
 
 use super::created::Created;
 use super::error::{SynthError, io_error};
-use super::layout::Tensor;
+use super::model::{Model, Tensor};
 use super::preset::Preset;
-use super::random::{self, Tables};
+use super::random::{self, Source, Tables};
 use super::shards::{self, Shard};
 use crate::cancel::CancelToken;
 use crate::progress::{Progress, ReportProgress};
-use crate::types::DType;
 
 /// Bytes that are made and written at a time.
 pub(super) const CHUNK: usize = 4 << 20;
@@ -69,24 +68,6 @@ pub struct Written {
     pub tensors: usize,
 }
 
-/// Any model, for shapes that no preset has.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Model {
-    /// Its tensors, in the order in which they are stored.
-    pub tensors: Vec<Tensor>,
-    /// The text of `config.json`.
-    pub config_json: String,
-}
-
-impl From<Preset> for Model {
-    fn from(preset: Preset) -> Model {
-        Model {
-            tensors: preset.tensors(),
-            config_json: preset.config_json(),
-        }
-    }
-}
-
 /// Writes a checkpoint of a preset into a directory that is empty or does not exist.
 ///
 /// # Errors
@@ -102,19 +83,16 @@ pub fn write(
 /// [`write()`] for a model that is no preset.
 ///
 /// # Errors
-/// As for [`write()`], and [`SynthError::Unsupported`] for types other than `BF16`, unless no
-/// weights are written.
+/// As for [`write()`], and [`SynthError::Unsupported`] for types in which there are no such
+/// [`Values`](super::Values), unless no weights are written.
 pub fn write_model(
     model: &Model,
     directory: impl AsRef<Path>,
     options: &SynthOptions<'_>,
 ) -> Result<Written, SynthError> {
-    let unsupported = |tensor: &&Tensor| !options.headers_only && tensor.dtype != DType::Bf16;
-    if let Some(tensor) = model.tensors.iter().find(unsupported) {
-        return Err(SynthError::Unsupported {
-            problem: format!("'{}' is of type {}, not bf16", tensor.name, tensor.dtype),
-        });
-    }
+    let tables = (!options.headers_only).then(Tables::new);
+    let sources = tables.as_ref().map(|tables| tables.sources(&model.tensors));
+    let sources = sources.transpose()?;
     let shards = shards::cut(&model.tensors, options.shard_bytes)?;
     let index = shards::index(&shards, &model.tensors)?;
     let total = shards
@@ -131,23 +109,25 @@ pub fn write_model(
         options,
     };
     progress.add(0)?;
-    if options.headers_only {
-        for shard in &shards {
-            let (path, mut file) = created.file(&shard.file)?;
-            file.write_all(&shard.header)
-                .map_err(io_error("write", &path))?;
-            file.set_len(shard.length)
-                .map_err(io_error("extend", &path))?;
-            progress.add(shard.length)?;
+    match sources {
+        Some(sources) => {
+            let weights = Weights {
+                tensors: &model.tensors,
+                sources: &sources,
+                seed: options.seed,
+            };
+            write_weights(&mut created, weights, &shards, &mut progress)?;
         }
-    } else {
-        write_weights(
-            &mut created,
-            &model.tensors,
-            &shards,
-            options.seed,
-            &mut progress,
-        )?;
+        None => {
+            for shard in &shards {
+                let (path, mut file) = created.file(&shard.file)?;
+                file.write_all(&shard.header)
+                    .map_err(io_error("write", &path))?;
+                file.set_len(shard.length)
+                    .map_err(io_error("extend", &path))?;
+                progress.add(shard.length)?;
+            }
+        }
     }
     // Last, so that what has an index and a configuration is complete.
     if let Some(index) = index {
@@ -162,11 +142,19 @@ pub fn write_model(
     })
 }
 
+/// What the weights are made from.
+#[derive(Clone, Copy)]
+struct Weights<'a> {
+    tensors: &'a [Tensor],
+    /// As many.
+    sources: &'a [Source<'a>],
+    seed: u64,
+}
+
 fn write_weights(
     created: &mut Created,
-    tensors: &[Tensor],
+    weights: Weights<'_>,
     shards: &[Shard],
-    seed: u64,
     progress: &mut Steps<'_>,
 ) -> Result<(), SynthError> {
     thread::scope(|scope| {
@@ -181,31 +169,23 @@ fn write_weights(
         thread::Builder::new()
             .name("tightfit-synth".into())
             .spawn_scoped(scope, move || {
-                generate(tensors, shards, seed, &empty, &filled);
+                generate(weights, shards, &empty, &filled);
             })
             .map_err(io_error("start a thread for", created.path()))?;
         write_shards(created, shards, &to_write, &to_fill, progress)
     })
 }
 
-/// Makes the data of all shards in order, in chunks that end with their shard.
+/// Makes the data of all shards in order, in chunks of whole elements that end with their shard.
 fn generate(
-    tensors: &[Tensor],
+    weights: Weights<'_>,
     shards: &[Shard],
-    seed: u64,
     empty: &Receiver<Vec<u8>>,
     filled: &SyncSender<Vec<u8>>,
 ) {
-    let tables = Tables::new();
     for shard in shards {
         let mut left = shard.length - shard.header.len() as u64;
-        let mut parts = tensors[shard.tensors.clone()].iter().map(|tensor| Part {
-            tensor,
-            key: random::key(seed, &tensor.name),
-            next: 0,
-            // Checked when the shards were cut.
-            end: tensor.elements().unwrap_or(0),
-        });
+        let mut parts = weights.parts(shard);
         let mut part = parts.next();
         while left > 0 {
             let Ok(mut buffer) = empty.recv() else {
@@ -213,16 +193,16 @@ fn generate(
             };
             buffer.resize(left.min(CHUNK as u64) as usize, 0);
             let mut rest = buffer.as_mut_slice();
-            while let Some(current) = part.as_mut().filter(|_| !rest.is_empty()) {
-                let count = (current.end - current.next).min(rest.len() as u64 / 2);
-                let (out, after) = rest.split_at_mut(2 * count as usize);
-                tables.fill(current.tensor.values, current.key, current.next, out);
-                current.next += count;
-                rest = after;
-                if current.next == current.end {
-                    part = parts.next();
+            while let Some(current) = &mut part {
+                rest = current.fill(rest);
+                if current.next < current.end {
+                    break;
                 }
+                part = parts.next();
             }
+            // Less than an element may be left, which begins the next chunk.
+            let unused = rest.len();
+            buffer.truncate(buffer.len() - unused);
             left -= buffer.len() as u64;
             if filled.send(buffer).is_err() {
                 return;
@@ -231,12 +211,39 @@ fn generate(
     }
 }
 
+impl<'a> Weights<'a> {
+    /// The tensors of a shard, of which nothing is made yet.
+    fn parts(self, shard: &Shard) -> impl Iterator<Item = Part<'a>> {
+        let tensors = self.tensors[shard.tensors.clone()].iter();
+        let sources = self.sources[shard.tensors.clone()].iter();
+        tensors.zip(sources).map(move |(tensor, &source)| Part {
+            source,
+            key: random::key(self.seed, &tensor.name),
+            next: 0,
+            // Checked when the shards were cut.
+            end: tensor.elements().unwrap_or(0),
+        })
+    }
+}
+
 /// A tensor that is partly made.
 struct Part<'a> {
-    tensor: &'a Tensor,
+    source: Source<'a>,
     key: u64,
     next: u64,
     end: u64,
+}
+
+impl Part<'_> {
+    /// Makes as many elements as there are and as fit; returns the room behind them.
+    fn fill<'b>(&mut self, room: &'b mut [u8]) -> &'b mut [u8] {
+        let width = self.source.width();
+        let count = (self.end - self.next).min(room.len() as u64 / width);
+        let (out, rest) = room.split_at_mut((count * width) as usize);
+        self.source.fill(self.key, self.next, out);
+        self.next += count;
+        rest
+    }
 }
 
 fn write_shards(
