@@ -159,7 +159,7 @@ impl CommandError {
                 SynthError::Io { path, .. } => report("output").at(path),
                 SynthError::NotEmpty { path } => report("exists").at(path),
                 SynthError::NotADirectory { path } => report("usage").at(path),
-                SynthError::UnknownPreset { .. } => report("usage"),
+                SynthError::UnknownPreset { .. } | SynthError::Layers { .. } => report("usage"),
                 _ => report("checkpoint"),
             },
             CommandError::Save(error) => match error {

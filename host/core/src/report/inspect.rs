@@ -103,6 +103,11 @@ impl Inspection {
                 quantized_elements = quantized_elements.saturating_add(n);
             }
         }
+        // What is not decoded counts with the elements that it has, not with those of its tensors.
+        let counts = checkpoint.encoded();
+        parameters = parameters
+            .saturating_sub(counts.left_stored_elements)
+            .saturating_add(counts.left_elements);
         Inspection {
             schema: 1,
             path: checkpoint.path().display().to_string(),

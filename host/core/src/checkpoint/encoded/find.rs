@@ -69,7 +69,8 @@ pub(in crate::checkpoint) fn find(
             continue;
         };
         if !is_included {
-            left.add(&weight.info);
+            let parts = weight.parts.iter().map(|&part| &tensors[part]);
+            left.add(&weight.info, parts.chain([tensor]));
             continue;
         }
         counts.decoded += 1;
@@ -82,7 +83,7 @@ pub(in crate::checkpoint) fn find(
         }
         decoded.push((index, weight.info));
     }
-    (counts.left, counts.left_millibits) = (left.weights, left.millibits());
+    left.count(&mut counts);
     if decoded.is_empty() {
         return Ok(Found { tensors, counts });
     }
@@ -108,19 +109,26 @@ pub(in crate::checkpoint) fn find(
 struct Left {
     weights: u64,
     elements: u128,
+    stored_elements: u128,
     bytes: u128,
 }
 
 impl Left {
-    fn add(&mut self, weight: &TensorInfo) {
+    fn add<'t>(&mut self, weight: &TensorInfo, stored: impl Iterator<Item = &'t TensorInfo>) {
+        let number = |tensor: &TensorInfo| u128::from(elements(&tensor.shape).unwrap_or(0));
         self.weights += 1;
-        self.elements += u128::from(elements(&weight.shape).unwrap_or(0));
+        self.elements += number(weight);
+        self.stored_elements += stored.map(number).sum::<u128>();
         self.bytes += u128::from(weight.source_bytes());
     }
 
-    fn millibits(&self) -> u64 {
-        let bits = (self.bytes * 8000).checked_div(self.elements);
-        bits.map_or(0, |bits| u64::try_from(bits).unwrap_or(u64::MAX))
+    fn count(&self, counts: &mut EncodedCounts) {
+        let most = |number: u128| u64::try_from(number).unwrap_or(u64::MAX);
+        let millibits = (self.bytes * 8000).checked_div(self.elements);
+        counts.left = self.weights;
+        counts.left_elements = most(self.elements);
+        counts.left_stored_elements = most(self.stored_elements);
+        counts.left_millibits = most(millibits.unwrap_or(0));
     }
 }
 

@@ -55,6 +55,11 @@ pub struct EncodedCounts {
     pub decoded: u64,
     /// They could be and are left as the file has them, for NF4 would gain nothing or by the user's wish.
     pub left: u64,
+    /// Elements of these.
+    pub left_elements: u64,
+    /// Elements of the tensors that these are in the file: of codes, which may be several in one, of
+    /// scales and zero points.
+    pub left_stored_elements: u64,
     /// Bits that one element of these takes in the file with its scales, the average in thousandths.
     pub left_millibits: u64,
     /// They look like weights in codes, and it is not known how to decode them.
