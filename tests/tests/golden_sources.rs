@@ -1,20 +1,23 @@
 //! Weights that other methods have quantized, against what these methods' own programs make of them, and
 //! bitsandbytes of that.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use safetensors::Dtype;
+use tempfile::TempDir;
 use tightfit::checkpoint::{Checkpoint, Dequantize, OpenOptions, TensorInfo};
 use tightfit::device::{Device, open_devices};
 use tightfit::load::{LoadOptions, load};
 use tightfit::model::Model;
 use tightfit::plan::{PartKind, Plan};
 use tightfit::policy::Proposal;
+use tightfit::save::{SaveError, SaveOptions, save};
 use tightfit::types::{BlockSize, DType, Format, Placement};
 use tightfit_kernels::half::{bf16, f16};
 use tightfit_kernels::{Isa, Kernels};
 use tightfit_tests::loading::{part, tensor};
+use tightfit_tests::saving::files;
 use tightfit_tests::tensors::FileTensors;
 
 /// A checkpoint, and what is to be made of it.
@@ -108,6 +111,163 @@ fn load_as(
     let source_bytes = tensors.iter().map(TensorInfo::source_bytes);
     assert_eq!(model.stats().bytes_read, source_bytes.sum::<u64>());
     model
+}
+
+/// A directory with the checkpoint `m`, which says of its method in an object of its configuration, and
+/// the same, dequantized before, `plain`.
+fn directories(case: &Case) -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    let settings = std::fs::read_to_string(case.path.join("config.json")).unwrap();
+    let settings: serde_json::Value = serde_json::from_str(&settings).unwrap();
+    let config = |is_quantized: bool| {
+        let method = match is_quantized {
+            true => format!(
+                r#","quantization_config":{}"#,
+                settings["quantization_config"]
+            ),
+            false => String::new(),
+        };
+        format!(
+            "{{\n  \"architectures\": [\"LlamaForCausalLM\"],\n  \"text_config\": {{\"a\":NaN{method}}},\n  \"hidden_size\": 64\n}}\n"
+        )
+    };
+    for (model, is_quantized) in [("m", true), ("plain", false)] {
+        let model = directory.path().join(model);
+        std::fs::create_dir(&model).unwrap();
+        std::fs::write(model.join("config.json"), config(is_quantized)).unwrap();
+        std::fs::write(model.join("tokenizer.json"), "{}").unwrap();
+    }
+    std::fs::write(directory.path().join("m/hf_quant_config.json"), "{}").unwrap();
+    let mut weights = FileTensors::read(&case.path.join("model.safetensors"));
+    let ours = directory.path().join("m/model.safetensors");
+    std::fs::copy(case.path.join("model.safetensors"), &ours).unwrap();
+    let raw = case.open(Dequantize::None);
+    let decoded = case.open(Dequantize::All);
+    for tensor in raw.tensors() {
+        let is_part = decoded
+            .find(&tensor.name)
+            .is_none_or(|found| decoded.tensors()[found].encoded.is_some());
+        if is_part {
+            weights.0.remove(&tensor.name);
+        }
+    }
+    for weight in case.weights() {
+        let tensor = case.expected.0[weight].clone();
+        weights.0.insert(weight.to_owned(), tensor);
+    }
+    weights.write(&directory.path().join("plain/model.safetensors"));
+    directory
+}
+
+/// The text of a configuration, without spaces: an object that is changed is written in lines.
+fn compact(mut files: BTreeMap<String, Vec<u8>>) -> BTreeMap<String, Vec<u8>> {
+    let config = files.get_mut("config.json").unwrap();
+    config.retain(|byte| !byte.is_ascii_whitespace());
+    files
+}
+
+#[test]
+fn what_is_saved_is_what_is_of_a_checkpoint_that_was_dequantized_before() {
+    for case in cases() {
+        // NaN has many forms.
+        if name(&case.path).ends_with("nan") {
+            continue;
+        }
+        let directory = directories(&case);
+        let is_stack = name(&case.path).starts_with("mxfp4_stack");
+        for format in [
+            Format::NF4,
+            Format::NF4_DOUBLE,
+            Format::Stored,
+            Format::Cast(DType::F32),
+        ] {
+            let save_as = |model: &str, target: &str| {
+                let options = OpenOptions::default().with_dequantize(Dequantize::All);
+                let path = directory.path().join(model);
+                let checkpoint = Checkpoint::open_with(path, &options).unwrap();
+                let place = |tensor: &TensorInfo| Placement {
+                    device: Some(0),
+                    format: match case.weights().contains(&*tensor.name) {
+                        true => format,
+                        false => Format::Stored,
+                    },
+                };
+                let placements: Vec<Placement> = checkpoint.tensors().iter().map(place).collect();
+                let target = directory.path().join(target);
+                let options = SaveOptions::default().with_force(true);
+                save(&checkpoint, &placements, target, &options)
+            };
+            let saved = save_as("m", "ours");
+            if is_stack {
+                assert!(
+                    matches!(saved, Err(SaveError::NoReader { .. })),
+                    "{saved:?}"
+                );
+                continue;
+            }
+            let saved = saved.unwrap();
+            assert_eq!(saved, save_as("plain", "theirs").unwrap());
+            let [ours, theirs] =
+                ["ours", "theirs"].map(|saved| compact(files(&directory.path().join(saved))));
+            assert_eq!(
+                ours.keys().collect::<Vec<_>>(),
+                theirs.keys().collect::<Vec<_>>()
+            );
+            for (file, bytes) in ours {
+                assert!(
+                    bytes == theirs[&file],
+                    "{file} of {} in {format}",
+                    name(&case.path)
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn what_no_single_method_would_describe_is_not_saved() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("m");
+    std::fs::create_dir(&path).unwrap();
+    // One in FP8, and one in 4 bits, as DeepSeek-V4 has them.
+    let mut both = FileTensors::default();
+    for case in ["fp8_scale_names", "mxfp4_expert_i8"] {
+        let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/sources");
+        let weights = FileTensors::read(&sources.join(case).join("model.safetensors"));
+        let named = |(name, tensor)| (format!("{case}.{name}"), tensor);
+        both.0.extend(weights.0.into_iter().map(named));
+    }
+    both.write(&path.join("model.safetensors"));
+    let save_with = |dequantize, format| {
+        let options = OpenOptions::default().with_dequantize(dequantize);
+        let checkpoint = Checkpoint::open_with(&path, &options).unwrap();
+        let place = |tensor: &TensorInfo| Placement {
+            device: Some(0),
+            format: if tensor.encoded.is_some() {
+                format
+            } else {
+                Format::Stored
+            },
+        };
+        let placements: Vec<Placement> = checkpoint.tensors().iter().map(place).collect();
+        let target = directory.path().join("out");
+        save(
+            &checkpoint,
+            &placements,
+            &target,
+            &SaveOptions::default().with_force(true),
+        )
+    };
+    for format in [Format::NF4, Format::Stored] {
+        let error = save_with(Dequantize::Auto, format).unwrap_err();
+        assert!(
+            matches!(error, SaveError::MixedMethods { weights: 1.., .. }),
+            "{error}"
+        );
+        assert!(!directory.path().join("out").exists());
+    }
+    save_with(Dequantize::All, Format::NF4).unwrap();
+    save_with(Dequantize::None, Format::NF4).unwrap();
 }
 
 fn name(path: &Path) -> String {

@@ -1,7 +1,9 @@
 //! Headers and indices of checkpoints.
 
 use safetensors::SafeTensors;
-use tightfit::checkpoint::{Checkpoint, Extent, TensorInfo};
+use tightfit::checkpoint::{
+    Checkpoint, Dequantize, Encoded, Extent, OpenOptions, ScaleForm, TensorInfo,
+};
 
 use crate::file;
 
@@ -17,9 +19,19 @@ pub fn checkpoint(data: &[u8]) -> bool {
     } else {
         file("model.safetensors", data)
     };
-    match Checkpoint::open(&path) {
+    // Codes of other methods as what they are, and decoded.
+    let open = |dequantize| {
+        let options = OpenOptions::default().with_dequantize(dequantize);
+        Checkpoint::open_with(&path, &options)
+    };
+    match open(Dequantize::All) {
         Ok(checkpoint) => {
             assert_sound(&checkpoint);
+            if checkpoint.encoded().decoded > 0 {
+                let raw = open(Dequantize::None).expect("it is the same file");
+                assert_sound(&raw);
+                assert_eq!(raw.source_bytes(), checkpoint.source_bytes());
+            }
             assert!(
                 is_index || SafeTensors::deserialize(data).is_ok(),
                 "the format's own reader refuses it"
@@ -57,9 +69,10 @@ pub(crate) fn assert_sound(checkpoint: &Checkpoint) {
         assert_eq!(checkpoint.find(&tensor.name), Some(index));
         assert_printable(&tensor.name);
         let whole = tensor.dtype.tensor_bytes(&tensor.shape);
-        match &tensor.quantized {
-            None => assert_eq!(whole, Some(tensor.bytes)),
-            Some(_) => assert!(whole.is_some()),
+        match (&tensor.quantized, &tensor.encoded) {
+            (None, None) => assert_eq!(whole, Some(tensor.bytes)),
+            (None, Some(_)) => assert_decodes(checkpoint, index, whole.expect("it has a size")),
+            _ => assert!(whole.is_some()),
         }
         bytes += tensor.source_bytes();
         extents.extend(parts(tensor));
@@ -82,6 +95,27 @@ pub(crate) fn assert_sound(checkpoint: &Checkpoint) {
     }
 }
 
+/// Every element of an encoded weight can be read, and is the same however much is read at once.
+fn assert_decodes(checkpoint: &Checkpoint, tensor: usize, bytes: u64) {
+    let end = usize::try_from(bytes).map_or(MOST_DECODED, |bytes| bytes.min(MOST_DECODED));
+    let mut whole = vec![0; end];
+    let read = |start: usize, out: &mut [u8]| {
+        let read = checkpoint.read_tensor(tensor, start as u64, out);
+        read.expect("what lies in the file can be decoded");
+    };
+    read(0, &mut whole);
+    let (middle, third) = (end / 2, end / 3);
+    let mut part = vec![0; end - middle];
+    read(middle, &mut part);
+    assert!(part == whole[middle..]);
+    let mut part = vec![0; middle - third];
+    read(third, &mut part);
+    assert!(part == whole[third..middle]);
+}
+
+/// Bytes of a weight that are decoded: a code can be for very many of them.
+const MOST_DECODED: usize = 1 << 20;
+
 /// Where the tensor's bytes lie.
 fn parts(tensor: &TensorInfo) -> impl Iterator<Item = Extent> + '_ {
     let own = Extent {
@@ -92,7 +126,19 @@ fn parts(tensor: &TensorInfo) -> impl Iterator<Item = Extent> + '_ {
     let quantized = tensor.quantized.as_deref();
     let scales = quantized.map(|quantized| quantized.absmax);
     let nested = quantized.and_then(|quantized| quantized.nested);
-    [Some(own), scales, nested.map(|nested| nested.absmax)]
-        .into_iter()
-        .flatten()
+    let encoded = tensor.encoded.as_deref();
+    let global = encoded.and_then(|encoded| match encoded.scale {
+        ScaleForm::Nested { global, .. } => Some(global),
+        _ => None,
+    });
+    [
+        Some(own),
+        scales,
+        nested.map(|nested| nested.absmax),
+        encoded.map(|encoded| encoded.scales),
+        encoded.and_then(|encoded: &Encoded| encoded.zeros),
+        global,
+    ]
+    .into_iter()
+    .flatten()
 }

@@ -76,6 +76,26 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
             r#"{"w":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},"w.absmax":{"dtype":"F32","shape":[1],"data_offsets":[2,6]}}"#,
             6,
         ),
+        (
+            "fp8",
+            r#"{"w":{"dtype":"F8_E4M3","shape":[3,6],"data_offsets":[0,18]},"w_scale_inv":{"dtype":"F32","shape":[3,2],"data_offsets":[18,42]}}"#,
+            42,
+        ),
+        (
+            "mxfp4",
+            r#"{"e_blocks":{"dtype":"U8","shape":[1,2,1,16],"data_offsets":[0,32]},"e_scales":{"dtype":"U8","shape":[1,2,1],"data_offsets":[32,34]}}"#,
+            34,
+        ),
+        (
+            "int4",
+            r#"{"w.weight_packed":{"dtype":"I32","shape":[2,2],"data_offsets":[0,16]},"w.weight_scale":{"dtype":"F16","shape":[2,2],"data_offsets":[16,24]},"w.weight_zero_point":{"dtype":"I32","shape":[1,2],"data_offsets":[24,32]}}"#,
+            32,
+        ),
+        (
+            "nvfp4",
+            r#"{"w.weight":{"dtype":"U8","shape":[2,8],"data_offsets":[0,16]},"w.weight_scale":{"dtype":"F8_E4M3","shape":[2,1],"data_offsets":[16,18]},"w.weight_scale_2":{"dtype":"F32","shape":[],"data_offsets":[18,22]}}"#,
+            22,
+        ),
     ] {
         let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
         bytes.extend_from_slice(header.as_bytes());

@@ -179,6 +179,11 @@ impl CommandError {
                     tensor: Some(tensor.clone()),
                     ..report("quantized-already")
                 },
+                SaveError::NoReader { tensor } => ErrorReport {
+                    tensor: Some(tensor.clone()),
+                    ..report("quantized-already")
+                },
+                SaveError::MixedMethods { .. } => report("quantized-already"),
                 SaveError::SameName { name } => ErrorReport {
                     tensor: Some(name.clone()),
                     ..report("checkpoint")

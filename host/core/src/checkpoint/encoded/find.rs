@@ -73,6 +73,11 @@ pub(in crate::checkpoint) fn find(
             left.add(&weight.info, parts.chain([tensor]));
             continue;
         }
+        // Names can be such that two weights would have the same scales.
+        if weight.parts.iter().any(|&part| is_used[part]) || is_used[index] {
+            counts.unknown += 1;
+            continue;
+        }
         counts.decoded += 1;
         is_used[index] = true;
         for part in weight.parts {
