@@ -126,6 +126,7 @@ const std::map<std::string, std::function<void(const Arguments&)>> KERNELS = {
     ENTRY(tightfit_linear_transposed_128_bf16),
     ENTRY(tightfit_linear_wide_32_f16),  ENTRY(tightfit_linear_wide_64_f16),
     ENTRY(tightfit_linear_wide_32_bf16), ENTRY(tightfit_linear_wide_64_bf16),
+    ENTRY(tightfit_linear_many_f16),     ENTRY(tightfit_linear_many_bf16),
 };
 
 void answer_launch(std::size_t name_length) {

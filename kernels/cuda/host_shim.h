@@ -43,7 +43,7 @@ struct alignas(16) float4 {
     float x, y, z, w;
 };
 
-inline thread_local Index threadIdx, blockIdx;
+inline thread_local Index threadIdx, blockIdx, gridDim;
 
 namespace shim {
 
@@ -191,6 +191,7 @@ inline void launch(unsigned grid, unsigned threads, std::size_t shared_bytes, st
     if (shared_bytes > DYNAMIC_BYTES) stop("more shared memory than there is");
     dynamic_bytes = shared_bytes;
     block.kernel = std::move(kernel);
+    gridDim.x = grid;
     for (unsigned index = 0; index < grid; index++) {
         blockIdx.x = index;
         // As floats of any type it is NaN, so that reading what nobody wrote shows.
@@ -392,6 +393,10 @@ unsigned round_pair(float first, float second) {
     return Float::template encode<true>(first) | Float::template encode<true>(second) << 16;
 }
 
+inline float2 halves_to_floats(unsigned pair) {
+    return {half_to_float((unsigned short)(pair & 0xffffu)), half_to_float((unsigned short)(pair >> 16))};
+}
+
 // Four matrices of 8 x 8 elements of 16 bits, transposed or not.
 inline void load_matrices(unsigned (&a)[4], const void* row, bool transposed) {
     static const void* rows[64][shim::WARP];
@@ -421,6 +426,7 @@ inline void show_to_tensor_cores() {}
 inline void begin_products() {}
 inline void end_products() {}
 inline void wait_for_products() {}
+inline void wait_for_earlier_products() {}
 template <unsigned COUNT>
 void keep_behind_wait(float (&)[COUNT]) {}
 

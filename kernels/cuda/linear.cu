@@ -6,6 +6,7 @@
 #include "linear_common.cuh"
 #include "linear_fetch.cuh"
 #include "linear_general.cuh"
+#include "linear_many.cuh"
 #include "linear_tiles.cuh"
 #include "linear_transposed.cuh"
 
@@ -73,6 +74,14 @@ LINEAR_WARPGROUPS(tightfit_linear_wide_32_f16, F16, 128, 4, 1, 4, 2)
 LINEAR_WARPGROUPS(tightfit_linear_wide_64_f16, F16, 128, 8, 1, 3, 2)
 LINEAR_WARPGROUPS(tightfit_linear_wide_32_bf16, Bf16, 128, 4, 1, 4, 2)
 LINEAR_WARPGROUPS(tightfit_linear_wide_64_bf16, Bf16, 128, 8, 1, 3, 2)
+
+#define LINEAR_MANY(NAME, FLOAT)                                                                          \
+    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(LINEAR_PARAMETERS(FLOAT)) {              \
+        linear_many<FLOAT>(LINEAR_WEIGHTS, x, bias, y, workspace, rows, outputs, inputs, shares, gridDim.x); \
+    }
+
+LINEAR_MANY(tightfit_linear_many_f16, F16)
+LINEAR_MANY(tightfit_linear_many_bf16, Bf16)
 
 #endif
 #endif

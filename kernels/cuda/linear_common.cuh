@@ -167,6 +167,15 @@ static __device__ __forceinline__ void load_straight(u32 (&b)[4], const void* ro
                  : "memory");
 }
 
+// Two elements of binary16, the first one low.
+static __device__ __forceinline__ float2 halves_to_floats(u32 pair) {
+    float2 values;
+    asm("{\n\t.reg .b16 low, high;\n\tmov.b32 {low, high}, %2;\n\tcvt.f32.f16 %0, low;\n\tcvt.f32.f16 %1, high;\n\t}"
+        : "=f"(values.x), "=f"(values.y)
+        : "r"(pair));
+    return values;
+}
+
 // Two values rounded to the type, the first one low.
 template <class Float>
 static __device__ __forceinline__ u32 round_pair(float first, float second) {

@@ -240,6 +240,13 @@ const TIERS: [Tier; 6] = [
 /// Rows of the last tiers. More are several tiles of columns.
 const MOST_ROWS: usize = 64;
 
+/// Of the kernel for many rows (`linear_many.cuh`): with how many or fewer it is not faster anywhere, the
+/// rows of a tile, inputs of a step, and what five stages have in shared memory.
+const MANY_ROWS: usize = 128;
+const MANY_COLUMNS: usize = 256;
+const MANY_STEP: usize = 64;
+const MANY_SHARED: u32 = 5 * (MANY_COLUMNS * 128 + OUTPUTS * 32 + OUTPUTS * 8) as u32;
+
 /// Of a product with the transposed weights.
 const MOST_SCRATCH: usize = 16 << 20;
 
@@ -255,7 +262,10 @@ impl Linear {
     pub fn launch(&self, gpu: Gpu) -> Result<LinearLaunch, KernelError> {
         check_capability(gpu.compute_capability)?;
         if let Some(tier) = self.tier(gpu)? {
-            return self.launch_tiles(tier, gpu);
+            return match self.is_for_many(gpu) {
+                true => self.launch_many(gpu),
+                false => self.launch_tiles(tier, gpu),
+            };
         }
         let kernel = match self.float {
             FloatType::F32 => "tightfit_linear_general_f32",
@@ -364,6 +374,56 @@ impl Linear {
             .filter(|tier| warpgroups || !tier.by_warpgroup)
             .filter(|tier| tier.rows == MOST_ROWS || self.rows <= tier.rows);
         Ok(tiers.next().filter(|_| fast))
+    }
+
+    /// Whether the kernel for many rows is to do it; the fast ones can.
+    fn is_for_many(&self, gpu: Gpu) -> bool {
+        // Offsets within a tile are 32 bits wide.
+        if gpu.compute_capability != (9, 0)
+            || self.by_row
+            || self.rows <= MANY_ROWS
+            || self.inputs >= 1 << 22
+        {
+            return false;
+        }
+        // It is about half as fast again where most of its tiles are whole, and most blocks have some.
+        let (tiles, parts) = self.many_tiles(gpu);
+        let blocks = u64::from(gpu.multiprocessors.clamp(1, 2048));
+        let rounds = (tiles as u64 * parts as u64).div_ceil(blocks);
+        let of_tiles = self.rows as u64 * self.outputs as u64 * parts as u64;
+        let room = rounds * blocks * (OUTPUTS * MANY_COLUMNS) as u64;
+        parts <= 4 && of_tiles >= room / 10 * 7
+    }
+
+    /// Tiles, and in how many parts each of them is computed.
+    fn many_tiles(&self, gpu: Gpu) -> (usize, usize) {
+        let blocks = gpu.multiprocessors.clamp(1, 2048) as usize;
+        let tiles = self.outputs.div_ceil(OUTPUTS) * self.rows.div_ceil(MANY_COLUMNS);
+        let steps = self.inputs / MANY_STEP;
+        // Where tiles leave half of the GPU without work, each is dealt out.
+        (tiles, (blocks / tiles).min(steps / 4).clamp(1, 8))
+    }
+
+    fn launch_many(&self, gpu: Gpu) -> Result<LinearLaunch, KernelError> {
+        let kernel = match self.float {
+            FloatType::F16 => "tightfit_linear_many_f16",
+            _ => "tightfit_linear_many_bf16",
+        };
+        let blocks = gpu.multiprocessors.clamp(1, 2048) as usize;
+        let (tiles, parts) = self.many_tiles(gpu);
+        let units = tiles as u64 * parts as u64;
+        Ok(LinearLaunch {
+            kernel,
+            grid: grid(kernel, units.min(blocks as u64))?,
+            threads: THREADS,
+            shared_bytes: MANY_SHARED,
+            workspace_bytes: match parts {
+                1 => 0,
+                _ => COUNTERS + units as usize * OUTPUTS * MANY_COLUMNS * 4,
+            },
+            rows: self.rows,
+            shares: parts as u32,
+        })
     }
 
     fn launch_tiles(&self, tier: &Tier, gpu: Gpu) -> Result<LinearLaunch, KernelError> {

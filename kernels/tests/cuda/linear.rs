@@ -323,6 +323,52 @@ pub(crate) fn few_and_some_rows(device: &mut dyn Device) {
     }
 }
 
+pub(crate) fn many_rows(device: &mut dyn Device) {
+    let mut workspace = vec![];
+    for (rows, outputs, inputs, multiprocessors) in [
+        // One step, one tile; tiles that are not whole, and several for a thread block.
+        (256, 128, 64, 1),
+        (500, 250, 192, 2),
+        (510, 255, 320, 4),
+        // In parts, of which each has its own steps.
+        (250, 120, 832, 3),
+        (256, 128, 1088, 4),
+        // With all of its tiles not whole it is not chosen.
+        (140, 40, 832, 132),
+    ] {
+        for double_quantized in [false, true] {
+            let case = Case {
+                double_quantized,
+                multiprocessors,
+                bias: rows % 4 == 0,
+                ..Case::new(rows, outputs, inputs)
+            };
+            if device.compute_capability() == (9, 0) {
+                let is_chosen = case.launch(device).kernel.contains("many");
+                assert_eq!(is_chosen, outputs > 40, "{case:?}");
+            }
+            check(device, &case, &mut workspace);
+        }
+    }
+    for (float, quant_type, block_size) in [
+        (FloatType::F16, QuantType::Nf4, 64),
+        (FloatType::F16, QuantType::Fp4, 128),
+        (FloatType::Bf16, QuantType::Fp4, 4096),
+    ] {
+        for double_quantized in [false, true] {
+            let case = Case {
+                float,
+                quant_type,
+                block_size,
+                double_quantized,
+                multiprocessors: 1,
+                ..Case::new(255, 127, 576)
+            };
+            check(device, &case, &mut workspace);
+        }
+    }
+}
+
 pub(crate) fn every_format_and_block_size(device: &mut dyn Device) {
     let mut workspace = vec![];
     for float in FloatType::ALL {

@@ -51,6 +51,7 @@ on_every_device! {
     double::absmax_to_codes_and_back,
     double::every_code_and_every_midpoint,
     linear::few_and_some_rows,
+    linear::many_rows,
     linear::every_format_and_block_size,
     linear::odd_lengths_and_alignments,
     linear::rows_by_themselves,
