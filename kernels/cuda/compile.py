@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Compiles the kernels with NVRTC. build.sh calls it; it needs no CUDA toolkit and no GPU.
 
-    compile.py NVRTC_WHEEL DIRECTORY RESULT...
+    compile.py NVRTC_WHEEL DIRECTORY
 
 NVRTC_WHEEL is the wheel of nvidia-cuda-nvrtc-cu12, a zip file with the two shared libraries. The
-results of these names go to the directory, and their names to standard output. Those whose name ends in `.zlib` are
+results go to the directory, and their names to standard output. Those whose name ends in `.zlib` are
 compressed: the code of the products would be several MiB otherwise.
 
     compile.py --same A B
@@ -40,7 +40,7 @@ RESULTS = [
 ]
 
 
-def main(wheel, out, *names):
+def main(wheel, out):
     directory = Path(__file__).resolve().parent
     with tempfile.TemporaryDirectory() as libraries:
         with zipfile.ZipFile(wheel) as archive:
@@ -53,8 +53,6 @@ def main(wheel, out, *names):
             ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
         nvrtc = ctypes.CDLL(str(next(Path(libraries).glob("libnvrtc.so*"))))
         for name, source, architecture, options in RESULTS:
-            if name not in names:
-                continue
             options = [f"--gpu-architecture={architecture}", *options]
             result = compile_source(nvrtc, directory, source, options)
             if name.endswith(".zlib"):
@@ -95,6 +93,10 @@ def compile_source(nvrtc, directory, source, options):
     options = [option.encode() for option in options]
     status = nvrtc.nvrtcCompileProgram(program, len(options), strings(options))
     log = text(program, nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog).rstrip(b"\0").decode().strip()
+    # In linear_many.cuh products wait for one another as this compiler orders them. Later ones do
+    # better there by 2 to 4 %, and let every launch of the other kernels take 20 us longer.
+    lines = [line for line in log.splitlines() if "(C7513) Potential Performance Loss" not in line]
+    log = "\n".join(lines)
     if log:
         print(log, file=sys.stderr)
     check(status)
@@ -114,6 +116,6 @@ def content(path):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--same"] and len(sys.argv) == 4:
         sys.exit(content(sys.argv[2]) != content(sys.argv[3]))
-    if len(sys.argv) < 4 or not {*sys.argv[3:]} <= {name for name, *_ in RESULTS}:
+    if len(sys.argv) != 3:
         sys.exit(__doc__)
     main(*sys.argv[1:])
