@@ -25,7 +25,8 @@ pub struct SourceRun {
 }
 
 impl SourceRun {
-    /// Returns the bytes from that of the first code to that of the last one, both included.
+    /// Returns the bytes from that of the first code to that of the last one, both included. As in
+    /// [`SourceRun::scales`], of a run that is refused it says nothing.
     pub fn code_bytes(&self, elements: usize) -> usize {
         let Some((row, column)) = self.last(elements) else {
             return 0;
@@ -33,7 +34,8 @@ impl SourceRun {
         let before = |column: u64| column * self.codes.bits() as u64 / 8;
         let end = self.row_bytes.saturating_mul(row);
         let end = end.saturating_add(before(column) + 1);
-        usize::try_from(end - before(self.first_column.into())).unwrap_or(usize::MAX)
+        let begin = before(self.first_column.into());
+        usize::try_from(end.saturating_sub(begin)).unwrap_or(usize::MAX)
     }
 
     /// Returns the number of scales: of all tiles of a row, from the first element's row of tiles to
@@ -42,7 +44,7 @@ impl SourceRun {
         let Some((row, _)) = self.last(elements) else {
             return 0;
         };
-        let [tile_rows, tile_columns] = self.tile.map(u64::from);
+        let [tile_rows, tile_columns] = self.tile.map(|length| u64::from(length.max(1)));
         let rows = (u64::from(self.first_row) + row) / tile_rows + 1;
         let scales = rows.saturating_mul(u64::from(self.columns).div_ceil(tile_columns));
         usize::try_from(scales).unwrap_or(usize::MAX)
@@ -51,7 +53,7 @@ impl SourceRun {
     /// The last element's row, counted from the first one's, and its column.
     fn last(&self, elements: usize) -> Option<(u64, u64)> {
         let last = u64::from(self.first_column).saturating_add((elements as u64).checked_sub(1)?);
-        let columns = u64::from(self.columns);
+        let columns = u64::from(self.columns.max(1));
         Some((last / columns, last % columns))
     }
 
@@ -68,7 +70,11 @@ impl SourceRun {
         ]
     }
 
-    fn check(&self) -> Result<(), KernelError> {
+    /// Checks whether there are such rows, tiles and a first element.
+    ///
+    /// # Errors
+    /// [`KernelError::SourceRun`] if not.
+    pub fn check(&self) -> Result<(), KernelError> {
         let problem = |problem| Err(KernelError::SourceRun { problem });
         let is_length = |length: u32| (1..=i32::MAX as u32).contains(&length);
         if ![self.columns, self.tile[0], self.tile[1]]
@@ -92,7 +98,7 @@ impl SourceRun {
 /// of 16 bits, and [`crate::Kernels::quantize_nf4`] of that.
 ///
 /// # Errors
-/// [`KernelError::SourceRun`] for a run of which there are no elements, and for `f32`;
+/// As [`SourceRun::check`], also for `f32`;
 /// [`KernelError::Launch`] if there are too many elements for one launch.
 pub fn quantize_source(
     float: FloatType,
@@ -208,6 +214,7 @@ mod tests {
                 ..RUN
             },
         ] {
+            let _ = (bad.code_bytes(100), bad.scales(100));
             let result = launch(bad, FloatType::F16);
             assert!(
                 matches!(result, Err(KernelError::SourceRun { .. })),
