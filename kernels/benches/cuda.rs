@@ -20,13 +20,21 @@ mod gpu;
 mod values;
 
 use cudarc::driver::{CudaSlice, sys::CUevent_flags};
-use tightfit_kernels::{BlockSize, FloatType, QuantType, blocks, cuda, packed_bytes};
+use tightfit_kernels::{
+    BlockSize, FloatType, QuantType, SourceCodes, blocks,
+    cuda::{self, SourceRun},
+    packed_bytes,
+};
 
 use crate::gpu::{Gpu, address};
 use crate::values::{Random, elements};
 
 /// Elements of the tensor: 2 GiB of bf16.
 const ELEMENTS: usize = 1 << 30;
+/// Elements of a row of codes.
+const COLUMNS: usize = 8192;
+/// Where scales of codes begin among the bytes of elements.
+const SOURCE_SCALES: usize = 2 * ELEMENTS;
 const WARM_UP: usize = 3;
 const ROUNDS: usize = 15;
 
@@ -82,6 +90,26 @@ fn main() {
     report("mean of absmax".to_owned(), 4 * values, mean);
     report("quantize absmax".to_owned(), 5 * values, quantize);
     report("dequantize absmax".to_owned(), 5 * values, dequantize);
+    for (what, codes, tile) in [
+        ("fp8, tiles of 128 x 128", SourceCodes::F8E4M3, [128, 128]),
+        ("mxfp4", SourceCodes::F4E2M1, [1, 32]),
+    ] {
+        let run = SourceRun {
+            codes,
+            row_bytes: codes.bytes(COLUMNS) as u64,
+            columns: COLUMNS as u32,
+            tile,
+            first_row: 0,
+            first_column: 0,
+        };
+        memory.fill_with_codes(&gpu, &run);
+        let bytes = run.code_bytes(ELEMENTS)
+            + 4 * run.scales(ELEMENTS)
+            + packed_bytes(ELEMENTS)
+            + 4 * blocks(ELEMENTS, BlockSize::DEFAULT);
+        let seconds = memory.quantize_source(&mut gpu, &run);
+        report(format!("quantize {what}, blocks of 64"), bytes, seconds);
+    }
 }
 
 /// Device memory for everything.
@@ -109,13 +137,30 @@ impl Memory {
     fn fill_with_weights(&mut self, gpu: &Gpu, float: FloatType) {
         let mut random = Random(1);
         let weights: Vec<f32> = (0..1 << 22).map(|_| random.weight(0.02)).collect();
-        let weights = gpu
-            .stream
-            .clone_htod(&elements(&weights, float))
-            .expect("copied to the GPU");
-        for first in (0..ELEMENTS * float.bytes()).step_by(weights.len()) {
-            let mut part = self.elements.slice_mut(first..first + weights.len());
-            gpu.stream.memcpy_dtod(&weights, &mut part).expect("copied");
+        let weights = elements(&weights, float);
+        self.fill(gpu, &weights, 0, ELEMENTS * float.bytes());
+    }
+
+    /// Codes that are numbers, and scales.
+    fn fill_with_codes(&mut self, gpu: &Gpu, run: &SourceRun) {
+        let codes: Vec<u8> = (0..1 << 20).map(|i| (i * 7 % 113) as u8).collect();
+        self.fill(gpu, &codes, 0, run.code_bytes(ELEMENTS));
+        let mut random = Random(2);
+        let scales: Vec<f32> = (0..1 << 16).map(|_| random.weight(0.02)).collect();
+        let scales = elements(&scales, FloatType::F32);
+        self.fill(gpu, &scales, SOURCE_SCALES, 4 * run.scales(ELEMENTS));
+    }
+
+    /// The same bytes again and again.
+    fn fill(&mut self, gpu: &Gpu, with: &[u8], start: usize, len: usize) {
+        let with = gpu.stream.clone_htod(with).expect("copied to the GPU");
+        for first in (0..len).step_by(with.len()) {
+            let count = with.len().min(len - first);
+            let mut part = self
+                .elements
+                .slice_mut(start + first..start + first + count);
+            let with = with.slice(..count);
+            gpu.stream.memcpy_dtod(&with, &mut part).expect("copied");
         }
     }
 
@@ -131,6 +176,23 @@ impl Memory {
             address(&mut self.other, &stream),
         ];
         // SAFETY: every buffer is as long as the largest type and the smallest blocks need.
+        median(gpu, |gpu| unsafe { gpu.queue(launch, 0, &arguments) })
+    }
+
+    fn quantize_source(&mut self, gpu: &mut Gpu, run: &SourceRun) -> f64 {
+        let launch = cuda::quantize_source(FloatType::Bf16, run, ELEMENTS).expect("it is a run");
+        let stream = gpu.stream.clone();
+        let codes = address(&mut self.elements, &stream);
+        let mut arguments = vec![codes, codes + SOURCE_SCALES as u64];
+        arguments.extend(run.arguments());
+        arguments.extend([
+            ELEMENTS as u64,
+            BlockSize::DEFAULT.elements() as u64,
+            address(&mut self.packed, &stream),
+            address(&mut self.absmax, &stream),
+            address(&mut self.other, &stream),
+        ]);
+        // SAFETY: codes take at most a byte for each element, and scales less; the rest is as above.
         median(gpu, |gpu| unsafe { gpu.queue(launch, 0, &arguments) })
     }
 

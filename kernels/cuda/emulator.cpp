@@ -113,6 +113,7 @@ std::function<void(const Arguments&)> entry(void (*kernel)(Types...)) {
 const std::map<std::string, std::function<void(const Arguments&)>> KERNELS = {
 #define ENTRY(NAME) {#NAME, entry(NAME)}
     ENTRY(tightfit_quantize_nf4_f32),    ENTRY(tightfit_quantize_nf4_f16), ENTRY(tightfit_quantize_nf4_bf16),
+    ENTRY(tightfit_quantize_source_f16), ENTRY(tightfit_quantize_source_bf16),
     ENTRY(tightfit_dequantize_f32),      ENTRY(tightfit_dequantize_f16),   ENTRY(tightfit_dequantize_bf16),
     ENTRY(tightfit_sum_absmax),          ENTRY(tightfit_sum_sums),         ENTRY(tightfit_mean),
     ENTRY(tightfit_quantize_absmax),     ENTRY(tightfit_dequantize_absmax),

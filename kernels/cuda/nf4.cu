@@ -5,6 +5,7 @@
 #include "dequantize.cuh"
 #include "double.cuh"
 #include "quantize.cuh"
+#include "sources.cuh"
 
 #define KERNEL extern "C" __global__ void __launch_bounds__(THREADS)
 
@@ -16,6 +17,18 @@
 QUANTIZE_NF4(tightfit_quantize_nf4_f32, F32)
 QUANTIZE_NF4(tightfit_quantize_nf4_f16, F16)
 QUANTIZE_NF4(tightfit_quantize_nf4_bf16, Bf16)
+
+#define QUANTIZE_SOURCE(NAME, FLOAT)                                                                              \
+    KERNEL NAME(                                                                                                  \
+        const u8* codes, const float* scales, u32 kind, u64 row_bytes, u32 columns, u32 tile_rows,                \
+        u32 tile_columns, u32 first_row, u32 first_column, u64 n, u32 block_size, u8* packed, float* absmax,      \
+        u64* nonfinite) {                                                                                         \
+        Source source(codes, scales, kind, row_bytes, columns, tile_rows, tile_columns, first_row, first_column); \
+        quantize_source<FLOAT>(source, n, block_size, packed, absmax, nonfinite);                                 \
+    }
+
+QUANTIZE_SOURCE(tightfit_quantize_source_f16, F16)
+QUANTIZE_SOURCE(tightfit_quantize_source_bf16, Bf16)
 
 #define DEQUANTIZE(NAME, FLOAT)                                                                           \
     KERNEL NAME(const u8* packed, const float* absmax, u64 n, u32 block_size, u32 quant_type, FLOAT::Bits* out) { \

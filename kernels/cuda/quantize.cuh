@@ -103,6 +103,17 @@ struct Vector {
         return Float::decode(BYTES == 4 ? bits : bits >> k * BYTES % 4 * 8 & 0xffffu);
     }
 
+    // Takes the first element out: all others move one place, and these bits become the last.
+    __device__ float shift(u32 last) {
+        float first = value(0);
+#pragma unroll
+        for (int i = 0; i < WORDS; i++) {
+            u32 next = i + 1 < WORDS ? word[i + 1] : last;
+            word[i] = BYTES == 4 ? next : word[i] >> 16 | next << 16;
+        }
+        return first;
+    }
+
     // The largest magnitude as the format's own bits: infinities and NaN are the largest.
     __device__ int largest_magnitude() const {
         u32 largest = 0;
@@ -174,67 +185,75 @@ static __device__ u32 code_of(float v) {
 }
 
 // The packed codes of a vector by their definition, for any absmax. Rarely needed, so it is small
-// instead of fast: one copy, which reads the elements again.
+// instead of fast: one copy.
 template <class Float>
-__device__ __noinline__ u32 any_codes(const typename Float::Bits* source, int left, float absmax) {
+__device__ __noinline__ u32 any_codes(Vector<Float> vector, float absmax) {
     float reciprocal = flushed_reciprocal(absmax);
     u32 codes = 0;
+    // An odd last byte has a spare half: the code of a zero in this block.
 #pragma unroll 1
     for (int k = 0; k < VECTOR; k++) {
-        // An odd last byte has a spare half: the code of a zero in this block.
-        float x = k < left ? Float::decode(source[k]) : 0.0f;
-        codes |= code_of(__fmul_rn(flush(x), reciprocal)) << ((k ^ 1) * 4);
+        codes |= code_of(__fmul_rn(flush(vector.shift(0)), reciprocal)) << ((k ^ 1) * 4);
     }
     return codes;
 }
 
 // The largest key of a vector; as small as the one before.
 template <class Float>
-__device__ __noinline__ int largest_key(const typename Float::Bits* source, int left) {
+__device__ __noinline__ int largest_key(Vector<Float> vector) {
     int key = -1;
 #pragma unroll 1
-    for (int k = 0; k < VECTOR; k++) key = max(key, k < left ? magnitude_key(Float::decode(source[k])) : 0);
+    for (int k = 0; k < VECTOR; k++) key = max(key, magnitude_key(vector.shift(0)));
     return key;
 }
 
+// What a thread block does of `n` elements, and what its thread does of that.
+struct Share {
+    // The first element of the tile, and the tile's number of elements. From here on positions are
+    // those within the tile.
+    u64 tile;
+    int elements;
+    u32 lane;
+    int first_of_warp;
+    // The first element of the thread, and the elements from there on, of whatever thread.
+    int first;
+    int left;
+    u32 block_size;
+    u32 block_bits;
+    // Where codes of the thread's first element go, and the scale of the tile's first block.
+    u8* packed;
+    float* absmax;
+    u64* nonfinite_blocks;
+
+    __device__ Share(u64 n, u32 block_size, u8* packed, float* absmax, u64* nonfinite_blocks)
+        : block_size(block_size), nonfinite_blocks(nonfinite_blocks) {
+        tile = u64(blockIdx.x) * QUANTIZE_TILE;
+        u64 behind = n > tile ? n - tile : 0;
+        elements = behind < QUANTIZE_TILE ? int(behind) : QUANTIZE_TILE;
+        lane = threadIdx.x % LANES;
+        first_of_warp = int(threadIdx.x / LANES) * QUANTIZE_WARP;
+        first = first_of_warp + int(lane) * VECTOR;
+        left = elements - first;
+        block_bits = 31 - __clz(int(block_size));
+        this->packed = packed + (tile + first) / 2;
+        this->absmax = absmax + (tile >> block_bits);
+    }
+
+    // Whether all vectors are whole, and so are the words that their codes go to.
+    __device__ bool is_whole() const {
+        return left >= QUANTIZE_WARP - (LANES - 1) * VECTOR && reinterpret_cast<u64>(packed) % 4 == 0;
+    }
+};
+
+// Quantizes the vectors of a thread.
 template <class Float>
-__device__ void quantize_nf4(
-    const typename Float::Bits* source, u64 n, u32 block_size, u8* packed, float* absmax, u64* nonfinite_blocks) {
+static __device__ void quantize_vectors(const Vector<Float> (&vector)[VECTORS], const Share& share, bool whole) {
     __shared__ u32 entries[INTERVALS];
     __shared__ int of_warps[2][WARPS];
-
-    // From here on positions are those within the tile.
-    u64 tile = u64(blockIdx.x) * QUANTIZE_TILE;
-    u32 block_bits = 31 - __clz(int(block_size));
-    source += tile;
-    packed += tile / 2;
-    absmax += tile >> block_bits;
-    u64 behind = n > tile ? n - tile : 0;
-    int elements = behind < QUANTIZE_TILE ? int(behind) : QUANTIZE_TILE;
-
-    u32 lane = threadIdx.x % LANES;
-    int first_of_warp = int(threadIdx.x / LANES) * QUANTIZE_WARP;
-    int first = first_of_warp + int(lane) * VECTOR;
-    source += first;
-    packed += first / 2;
-    int left = elements - first;
-    bool aligned = reinterpret_cast<u64>(source) % 16 == 0 && reinterpret_cast<u64>(packed) % 4 == 0;
-    // All vectors are whole.
-    bool whole = aligned && left >= QUANTIZE_WARP - (LANES - 1) * VECTOR;
-
-    Vector<Float> vector[VECTORS];
-    if (whole) {
-#pragma unroll
-        for (int u = 0; u < VECTORS; u++) vector[u] = Vector<Float>::load(source + u * VECTOR * LANES);
-    } else {
-#pragma unroll
-        for (int u = 0; u < VECTORS; u++) {
-            vector[u] = Vector<Float>::load_elements(source + u * VECTOR * LANES, left - u * VECTOR * LANES);
-        }
-    }
     if (threadIdx.x < INTERVALS) entries[threadIdx.x] = STEPS.entry[threadIdx.x];
     __syncthreads();
 
+    u32 block_size = share.block_size, lane = share.lane;
     int key[VECTORS];
 #pragma unroll
     for (int u = 0; u < VECTORS; u++) key[u] = vector[u].largest_magnitude();
@@ -242,22 +261,20 @@ __device__ void quantize_nf4(
     float scale = __int_as_float(largest);
     bool plain = largest >= PLAIN_MIN && largest <= PLAIN_MAX;
     // The first of the 32 elements that the thread owns.
-    int owned = first_of_warp + int(lane % 4) * VECTOR * LANES + int(lane / 4) * 4 * VECTOR;
-    bool first_of_block = (owned & (int(block_size) - 1)) == 0 && owned < elements;
+    int owned = share.first_of_warp + int(lane % 4) * VECTOR * LANES + int(lane / 4) * 4 * VECTOR;
+    bool first_of_block = (owned & (int(block_size) - 1)) == 0 && owned < share.elements;
 
     // Whoever shares a block must take the same way.
     bool some_not_plain = block_size > QUANTIZE_WARP ? __syncthreads_or(!plain) != 0
                                                      : __any_sync(ALL_LANES, !plain) != 0;
     if (some_not_plain) {
         u32 nonfinite = __popc(__ballot_sync(ALL_LANES, first_of_block && largest >= INFINITY_BITS));
-        if (lane == 0 && nonfinite != 0) atomicAdd(nonfinite_blocks, u64(nonfinite));
+        if (lane == 0 && nonfinite != 0) atomicAdd(share.nonfinite_blocks, u64(nonfinite));
 #pragma unroll
-        for (int u = 0; u < VECTORS; u++) {
-            key[u] = largest_key<Float>(source + u * VECTOR * LANES, left - u * VECTOR * LANES);
-        }
+        for (int u = 0; u < VECTORS; u++) key[u] = largest_key<Float>(vector[u]);
         scale = absmax_of_key(largest_of_owned_block(key, block_size, of_warps[1]));
     }
-    if (first_of_block) absmax[owned >> block_bits] = scale;
+    if (first_of_block) share.absmax[owned >> share.block_bits] = scale;
 
     // Zero says that a block is not plain: a reciprocal never is.
     float scaled = plain ? __fmul_rn(__frcp_rn(scale), float(1 << FIXED_BITS)) : 0.0f;
@@ -267,18 +284,36 @@ __device__ void quantize_nf4(
         u32 codes = plain_codes(vector[u], scaled_here, entries);
         if (some_not_plain) {
             float scale_here = from_owner(scale, u);
-            if (scaled_here == 0.0f) {
-                codes = any_codes<Float>(source + u * VECTOR * LANES, left - u * VECTOR * LANES, scale_here);
-            }
+            if (scaled_here == 0.0f) codes = any_codes<Float>(vector[u], scale_here);
         }
-        u8* to = packed + u * VECTOR * LANES / 2;
+        u8* to = share.packed + u * VECTOR * LANES / 2;
         if (whole) {
             *reinterpret_cast<u32*>(to) = codes;
         } else {
 #pragma unroll 1
             for (int i = 0; i < VECTOR / 2; i++) {
-                if (u * VECTOR * LANES + 2 * i < left) to[i] = u8(codes >> 8 * i);
+                if (u * VECTOR * LANES + 2 * i < share.left) to[i] = u8(codes >> 8 * i);
             }
         }
     }
+}
+
+template <class Float>
+__device__ void quantize_nf4(
+    const typename Float::Bits* source, u64 n, u32 block_size, u8* packed, float* absmax, u64* nonfinite_blocks) {
+    Share share(n, block_size, packed, absmax, nonfinite_blocks);
+    source += share.tile + share.first;
+    bool whole = share.is_whole() && reinterpret_cast<u64>(source) % 16 == 0;
+
+    Vector<Float> vector[VECTORS];
+    if (whole) {
+#pragma unroll
+        for (int u = 0; u < VECTORS; u++) vector[u] = Vector<Float>::load(source + u * VECTOR * LANES);
+    } else {
+#pragma unroll
+        for (int u = 0; u < VECTORS; u++) {
+            vector[u] = Vector<Float>::load_elements(source + u * VECTOR * LANES, share.left - u * VECTOR * LANES);
+        }
+    }
+    quantize_vectors(vector, share, whole);
 }

@@ -12,6 +12,7 @@
 //! | kernel | arguments |
 //! |---|---|
 //! | [`quantize_nf4`] | source, elements: u64, block size: u32, packed: \*u8, absmax: \*f32, non-finite blocks: \*u64 |
+//! | [`quantize_source`] | codes: \*u8, scales: \*f32, those of [`SourceRun::arguments`]: u32, u64, u32, u32, u32, u32, u32; then as [`quantize_nf4`] from elements on |
 //! | [`dequantize`] | packed: \*u8, absmax: \*f32, elements: u64, block size: u32, [`quant_type_argument`]: u32, out |
 //! | [`sum_absmax`] | absmax: \*f32, values: u64, sums: \*f64 |
 //! | [`sum_sums`] | sums: \*f64, number of them: u64, sums of these: \*f64 |
@@ -29,6 +30,9 @@
 //!   multiples of 16 and packed is one of 4; else they go element by element. A tensor that begins
 //!   at a multiple of 16 may be worked on in pieces that begin at block boundaries: these are
 //!   multiples too.
+//! - The codes and scales of [`quantize_source`] are [`SourceRun::code_bytes`] and [`SourceRun::scales`].
+//!   It is fast only if the columns of rows and tiles are multiples of 8, and codes are multiples of 8
+//!   where every row begins.
 //! - The number of non-finite blocks is added to what is in its place. The caller sets it to zero,
 //!   and may let many launches add to the same place.
 //! - The mean of all absmax values of a tensor, [`crate::Kernels::absmax_mean`], is made of sums of
@@ -38,6 +42,9 @@
 //! Products are in [`linear`], which has modules of its own.
 
 pub mod linear;
+mod sources;
+
+pub use sources::{SourceRun, quantize_source};
 
 use crate::{FloatType, KernelError, NESTED_BLOCK_SIZE, QuantType};
 
@@ -45,10 +52,12 @@ use crate::{FloatType, KernelError, NESTED_BLOCK_SIZE, QuantType};
 pub const PTX: &str = include_str!("../cuda/nf4.ptx");
 
 /// Every kernel in [`PTX`].
-pub const KERNELS: [&str; 11] = [
+pub const KERNELS: [&str; 13] = [
     "tightfit_quantize_nf4_f32",
     "tightfit_quantize_nf4_f16",
     "tightfit_quantize_nf4_bf16",
+    "tightfit_quantize_source_f16",
+    "tightfit_quantize_source_bf16",
     "tightfit_dequantize_f32",
     "tightfit_dequantize_f16",
     "tightfit_dequantize_bf16",
@@ -64,6 +73,10 @@ const THREADS: u32 = 256;
 
 /// Threads that work together on one group of 256 values.
 const WARP: u32 = 32;
+
+/// Elements that a thread block quantizes: four vectors of 8 for each thread, a multiple of every block
+/// size.
+const QUANTIZED_ELEMENTS: usize = 32 * THREADS as usize;
 
 /// The largest grid in its first dimension.
 const MAX_GRID: usize = i32::MAX as usize;
@@ -109,8 +122,7 @@ pub fn quantize_nf4(float: FloatType, elements: usize) -> Result<Launch, KernelE
         FloatType::F16 => "tightfit_quantize_nf4_f16",
         FloatType::Bf16 => "tightfit_quantize_nf4_bf16",
     };
-    // Four vectors of 8 elements for each thread: a multiple of every block size.
-    Launch::new(kernel, elements, 32 * THREADS as usize)
+    Launch::new(kernel, elements, QUANTIZED_ELEMENTS)
 }
 
 /// Dequantizes this many elements: [`crate::Kernels::dequantize`].

@@ -34,6 +34,12 @@ pub enum KernelError {
         /// Rows and columns of a tile.
         tile: [usize; 2],
     },
+    /// Elements of a source that a GPU's kernels do not quantize from their codes.
+    #[error("codes are not quantized where they lie: {problem}")]
+    SourceRun {
+        /// What should be.
+        problem: &'static str,
+    },
     /// The GPU is too old for the kernels.
     #[error(
         "the kernels need compute capability {}.{}, the GPU has {}.{}",

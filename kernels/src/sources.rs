@@ -66,12 +66,21 @@ impl SourceScale {
         }
     }
 
+    /// Returns the scale with these bytes, as many as it has: exactly. `None` for 255 of
+    /// [`SourceScale::Ldexp`], which is no `f32`.
+    pub fn to_f32(self, bytes: &[u8]) -> Option<f32> {
+        match self {
+            SourceScale::Float(float) => Some(float::read(float, bytes)),
+            SourceScale::E8M0 if bytes[0] == 255 => Some(f32::NAN),
+            SourceScale::Ldexp if bytes[0] == 255 => None,
+            _ => Some(power_of_two(bytes[0])),
+        }
+    }
+
     fn read(self, bytes: &[u8], zero: f32) -> TileScale {
-        let (factor, scale) = match self {
-            SourceScale::Float(float) => (1.0, float::read(float, bytes)),
-            SourceScale::E8M0 if bytes[0] == 255 => (1.0, f32::NAN),
-            SourceScale::Ldexp if bytes[0] == 255 => (2.0, power_of_two(254)),
-            _ => (1.0, power_of_two(bytes[0])),
+        let (factor, scale) = match self.to_f32(bytes) {
+            Some(scale) => (1.0, scale),
+            None => (2.0, power_of_two(254)),
         };
         TileScale {
             zero,

@@ -15,6 +15,7 @@ pub mod models;
 pub mod programs;
 pub mod reference;
 pub mod saving;
+pub mod sources;
 pub mod tensors;
 pub mod wasi;
 pub mod wit_package;

@@ -2,69 +2,23 @@
 //! bitsandbytes of that.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use safetensors::Dtype;
 use tempfile::TempDir;
 use tightfit::checkpoint::{Checkpoint, Dequantize, OpenOptions, TensorInfo};
 use tightfit::device::{Device, open_devices};
-use tightfit::load::{LoadOptions, load};
+use tightfit::load::LoadOptions;
 use tightfit::model::Model;
-use tightfit::plan::{PartKind, Plan};
-use tightfit::policy::Proposal;
+use tightfit::plan::PartKind;
 use tightfit::save::{SaveError, SaveOptions, save};
 use tightfit::types::{BlockSize, DType, Format, Placement};
 use tightfit_kernels::half::{bf16, f16};
 use tightfit_kernels::{Isa, Kernels};
 use tightfit_tests::loading::{part, tensor};
 use tightfit_tests::saving::files;
+use tightfit_tests::sources::{self, GoldenSource};
 use tightfit_tests::tensors::FileTensors;
-
-/// A checkpoint, and what is to be made of it.
-struct Case {
-    path: PathBuf,
-    expected: FileTensors,
-}
-
-fn cases() -> Vec<Case> {
-    let entries =
-        std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("golden/sources")).unwrap();
-    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.unwrap().path()).collect();
-    paths.sort();
-    assert!(paths.len() >= 18, "{paths:?}");
-    paths
-        .into_iter()
-        .map(|path| Case {
-            expected: FileTensors::read(&path.join("expected.safetensors")),
-            path,
-        })
-        .collect()
-}
-
-impl Case {
-    /// Without the expectations, which lie beside it.
-    fn open(&self, dequantize: Dequantize) -> Checkpoint {
-        let options = OpenOptions::default().with_dequantize(dequantize);
-        Checkpoint::open_with(self.path.join("model.safetensors"), &options)
-            .unwrap_or_else(|error| panic!("{error}"))
-    }
-
-    fn weights(&self) -> BTreeSet<&str> {
-        let names = self.expected.0.keys();
-        let suffixes = [".codes", ".absmax", ".cudaref_codes", ".cudaref_absmax"];
-        names
-            .map(String::as_str)
-            .filter(|name| !suffixes.iter().any(|suffix| name.ends_with(suffix)))
-            .collect()
-    }
-
-    /// What bitsandbytes' CUDA kernel gives, where its CPU path has something else.
-    fn nf4(&self, weight: &str, part: &str) -> &[u8] {
-        let reference = self.expected.0.get(&format!("{weight}.cudaref_{part}"));
-        let other = || &self.expected.0[&format!("{weight}.{part}")];
-        &reference.unwrap_or_else(other).data
-    }
-}
 
 /// The bits of 16-bit floats, but one for all NaN: programs give different ones.
 fn bits(bytes: &[u8], dtype: DType) -> Vec<u16> {
@@ -93,29 +47,12 @@ fn load_as(
     options: &LoadOptions<'_>,
 ) -> Model {
     let devices: Vec<Box<dyn Device>> = open_devices(&["sim:1GiB".parse().unwrap()]).unwrap();
-    let infos: Vec<_> = devices.iter().map(|device| device.info()).collect();
-    let place = |tensor: &TensorInfo| Placement {
-        device: Some(0),
-        format: match weights.contains(&*tensor.name) {
-            true => format,
-            false => Format::Stored,
-        },
-    };
-    let tensors = checkpoint.tensors();
-    let proposal = Proposal {
-        placements: tensors.iter().map(place).collect(),
-        headroom: vec![0],
-    };
-    let plan = Plan::of(checkpoint, &infos, &proposal).unwrap();
-    let model = load(checkpoint, &plan, &devices, options).unwrap();
-    let source_bytes = tensors.iter().map(TensorInfo::source_bytes);
-    assert_eq!(model.stats().bytes_read, source_bytes.sum::<u64>());
-    model
+    sources::load_as(checkpoint, &devices, weights, format, options)
 }
 
 /// A directory with the checkpoint `m`, which says of its method in an object of its configuration, and
 /// the same, dequantized before, `plain`.
-fn directories(case: &Case) -> TempDir {
+fn directories(case: &GoldenSource) -> TempDir {
     let directory = tempfile::tempdir().unwrap();
     let settings = std::fs::read_to_string(case.path.join("config.json")).unwrap();
     let settings: serde_json::Value = serde_json::from_str(&settings).unwrap();
@@ -168,13 +105,13 @@ fn compact(mut files: BTreeMap<String, Vec<u8>>) -> BTreeMap<String, Vec<u8>> {
 
 #[test]
 fn what_is_saved_is_what_is_of_a_checkpoint_that_was_dequantized_before() {
-    for case in cases() {
+    for case in GoldenSource::all() {
         // NaN has many forms.
-        if name(&case.path).ends_with("nan") {
+        if case.name().ends_with("nan") {
             continue;
         }
         let directory = directories(&case);
-        let is_stack = name(&case.path).starts_with("mxfp4_stack");
+        let is_stack = case.name().starts_with("mxfp4_stack");
         for format in [
             Format::NF4,
             Format::NF4_DOUBLE,
@@ -217,7 +154,7 @@ fn what_is_saved_is_what_is_of_a_checkpoint_that_was_dequantized_before() {
                 assert!(
                     bytes == theirs[&file],
                     "{file} of {} in {format}",
-                    name(&case.path)
+                    case.name()
                 );
             }
         }
@@ -270,13 +207,9 @@ fn what_no_single_method_would_describe_is_not_saved() {
     save_with(Dequantize::None, Format::NF4).unwrap();
 }
 
-fn name(path: &Path) -> String {
-    path.file_name().unwrap().to_string_lossy().into_owned()
-}
-
 #[test]
 fn decoded_weights_are_those_of_the_methods_programs() {
-    for case in cases() {
+    for case in GoldenSource::all() {
         let checkpoint = case.open(Dequantize::All);
         let float = FileTensors::read(&case.path.join("model.safetensors"));
         let float = |name: &str| matches!(float.0.get(name), Some(t) if t.dtype == Dtype::BF16);
@@ -286,12 +219,7 @@ fn decoded_weights_are_those_of_the_methods_programs() {
             assert_eq!(is_encoded, !float(weight), "{weight}");
         }
         let counts = checkpoint.encoded();
-        assert_eq!(
-            (counts.left, counts.unknown),
-            (0, 0),
-            "{}",
-            name(&case.path)
-        );
+        assert_eq!((counts.left, counts.unknown), (0, 0), "{}", case.name());
         let weights = case.weights();
         let model = load_as(
             &checkpoint,
@@ -308,14 +236,14 @@ fn decoded_weights_are_those_of_the_methods_programs() {
             let have = bits(part(loaded, PartKind::Data), loaded.dtype());
             let want = bits(&expected.data, loaded.dtype());
             let differ = have.iter().zip(&want).position(|(have, want)| have != want);
-            assert_eq!(differ, None, "element of {weight} in {}", name(&case.path));
+            assert_eq!(differ, None, "element of {weight} in {}", case.name());
         }
     }
 }
 
 #[test]
 fn nf4_is_what_bitsandbytes_makes_of_decoded_weights() {
-    for case in cases() {
+    for case in GoldenSource::all() {
         let checkpoint = case.open(Dequantize::All);
         let mut first = None;
         for isa in Isa::available() {
@@ -327,7 +255,7 @@ fn nf4_is_what_bitsandbytes_makes_of_decoded_weights() {
                 let model = load_as(&checkpoint, &case.weights(), Format::NF4, &options);
                 for weight in case.weights() {
                     let loaded = tensor(&model, weight);
-                    let context = format!("{weight} in {} by {isa}", name(&case.path));
+                    let context = format!("{weight} in {} by {isa}", case.name());
                     let codes = part(loaded, PartKind::Codes);
                     assert!(codes == case.nf4(weight, "codes"), "codes of {context}");
                     let absmax = part(loaded, PartKind::Absmax);
@@ -347,7 +275,7 @@ fn other_formats_are_those_of_a_checkpoint_that_was_dequantized_before() {
         block_size: BlockSize::new(4096).unwrap(),
         double_quantized: false,
     };
-    for case in cases() {
+    for case in GoldenSource::all() {
         let checkpoint = case.open(Dequantize::All);
         let directory = tempfile::tempdir().unwrap();
         let mut plain = FileTensors::default();
@@ -381,12 +309,12 @@ fn other_formats_are_those_of_a_checkpoint_that_was_dequantized_before() {
                     PartKind::NestedAbsmax,
                 ] {
                     // NaN has many forms.
-                    let is_nan = kind == PartKind::Data && name(&case.path).ends_with("nan");
+                    let is_nan = kind == PartKind::Data && case.name().ends_with("nan");
                     if !is_nan {
                         assert!(
                             have.part(kind) == want.part(kind),
                             "{format} of {weight} in {}",
-                            name(&case.path)
+                            case.name()
                         );
                     }
                 }

@@ -1,7 +1,9 @@
 //! The kernels as functions, like the methods of `Kernels`.
 
 use tightfit_kernels::{
-    BlockSize, FloatType, NESTED_BLOCK_SIZE, QuantType, blocks, cuda, packed_bytes,
+    BlockSize, FloatType, NESTED_BLOCK_SIZE, QuantType, blocks,
+    cuda::{self, SourceRun},
+    packed_bytes,
 };
 
 use crate::device::{Argument, Device};
@@ -55,6 +57,55 @@ pub(crate) fn quantize(
     misaligned: Misaligned,
 ) -> Quantized {
     let elements = source.len() / float.bytes();
+    let mut after = source.to_vec();
+    let arguments = vec![buffer(misaligned.elements, &mut after)];
+    let launch = cuda::quantize_nf4(float, elements).expect("not too many");
+    let result = quantized(device, launch, arguments, elements, block_size, misaligned);
+    assert!(after == source, "the source was changed");
+    result
+}
+
+/// Codes and `f32` scales of a run, and the type that elements are rounded to.
+#[derive(Debug)]
+pub(crate) struct Coded {
+    pub(crate) run: SourceRun,
+    pub(crate) codes: Vec<u8>,
+    pub(crate) scales: Vec<u8>,
+    pub(crate) float: FloatType,
+    pub(crate) elements: usize,
+}
+
+/// `misaligned.elements` is that of codes.
+pub(crate) fn quantize_source(
+    device: &mut dyn Device,
+    source: &Coded,
+    block_size: BlockSize,
+    misaligned: Misaligned,
+) -> Quantized {
+    let (run, elements) = (&source.run, source.elements);
+    assert_eq!(source.codes.len(), run.code_bytes(elements));
+    assert_eq!(source.scales.len(), 4 * run.scales(elements));
+    let (mut codes, mut scales) = (source.codes.clone(), source.scales.clone());
+    let mut arguments = vec![
+        buffer(misaligned.elements, &mut codes),
+        buffer(misaligned.absmax, &mut scales),
+    ];
+    arguments.extend(run.arguments().map(Argument::Number));
+    let launch = cuda::quantize_source(source.float, run, elements).expect("not too many");
+    let result = quantized(device, launch, arguments, elements, block_size, misaligned);
+    assert!((&codes, &scales) == (&source.codes, &source.scales));
+    result
+}
+
+/// Launches a kernel that quantizes, whose arguments begin with those given.
+fn quantized(
+    device: &mut dyn Device,
+    launch: cuda::Launch,
+    arguments: Vec<Argument<'_>>,
+    elements: usize,
+    block_size: BlockSize,
+    misaligned: Misaligned,
+) -> Quantized {
     // The kernel adds to the count.
     const BEFORE: u64 = 1 << 40;
     let mut count = BEFORE.to_le_bytes();
@@ -63,19 +114,17 @@ pub(crate) fn quantize(
         absmax: vec![UNWRITTEN; 4 * blocks(elements, block_size)],
         nonfinite_blocks: 0,
     };
-    let mut after = source.to_vec();
-    device.launch(
-        cuda::quantize_nf4(float, elements).expect("not too many"),
-        &mut [
-            buffer(misaligned.elements, &mut after),
-            number(elements),
-            number(block_size.elements()),
-            buffer(misaligned.packed, &mut result.packed),
-            buffer(misaligned.absmax, &mut result.absmax),
-            buffer(8, &mut count),
-        ],
-    );
-    assert!(after == source, "the source was changed");
+    // Only as long as the results are lent.
+    let mut arguments: Vec<Argument<'_>> = arguments;
+    arguments.extend([
+        number(elements),
+        number(block_size.elements()),
+        buffer(misaligned.packed, &mut result.packed),
+        buffer(misaligned.absmax, &mut result.absmax),
+        buffer(8, &mut count),
+    ]);
+    device.launch(launch, &mut arguments);
+    drop(arguments);
     result.nonfinite_blocks = u64::from_le_bytes(count) - BEFORE;
     result
 }

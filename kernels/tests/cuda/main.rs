@@ -13,6 +13,7 @@ mod golden;
 mod gpu;
 mod large;
 mod linear;
+mod sources;
 mod transposed;
 mod values;
 mod weights;
@@ -47,6 +48,9 @@ on_every_device! {
     weights::lengths_and_alignments,
     weights::pieces_equal_the_whole,
     weights::dequantizing,
+    sources::every_code_with_every_kind_of_scale,
+    sources::any_run_of_any_weight,
+    sources::pieces_of_a_weight_as_it_is_loaded,
     double::means,
     double::absmax_to_codes_and_back,
     double::every_code_and_every_midpoint,

@@ -6,7 +6,7 @@ use crate::calls::{Misaligned, Quantized, dequantize, quantize};
 use crate::device::Device;
 use crate::values::{Random, SPECIAL, assert_elements, assert_floats, elements, floats, portable};
 
-fn definition(source: &[u8], float: FloatType, block_size: BlockSize) -> Quantized {
+pub(crate) fn definition(source: &[u8], float: FloatType, block_size: BlockSize) -> Quantized {
     let elements = source.len() / float.bytes();
     let mut packed = vec![0; packed_bytes(elements)];
     let mut absmax = vec![0.0; blocks(elements, block_size)];
@@ -33,7 +33,11 @@ fn check(
         "{float}, block size {block_size}, {} bytes, {misaligned:?}",
         source.len()
     );
-    assert_floats(&floats(&have.absmax), &floats(&need.absmax), &what);
+    assert_quantized(&have, &need, &what);
+}
+
+pub(crate) fn assert_quantized(have: &Quantized, need: &Quantized, what: &str) {
+    assert_floats(&floats(&have.absmax), &floats(&need.absmax), what);
     if let Some(i) = (0..need.packed.len()).find(|i| have.packed[*i] != need.packed[*i]) {
         panic!(
             "{what}: byte {i} is {:02x}, should be {:02x}",

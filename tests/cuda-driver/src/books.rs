@@ -41,6 +41,8 @@ pub(crate) struct Books {
     pub(crate) modules: Modules,
     /// Names of the calls, in order.
     pub(crate) calls: Vec<&'static str>,
+    /// The kernels that were launched, in order.
+    pub(crate) launches: Vec<&'static str>,
     pub(crate) faults: Vec<String>,
     /// The most bytes in use at a time, of each device.
     pub(crate) peaks: Vec<u64>,
@@ -92,6 +94,7 @@ impl Books {
             events: HashMap::new(),
             modules: Modules::default(),
             calls: Vec::new(),
+            launches: Vec::new(),
             faults: Vec::new(),
             host_peak: 0,
             next_address: FIRST_ADDRESS,
@@ -158,6 +161,8 @@ impl Books {
     pub(crate) fn report(&self) -> String {
         let mut lines: Vec<String> = Vec::new();
         lines.extend(self.calls.iter().map(|call| format!("call {call}")));
+        let launches = self.launches.iter();
+        lines.extend(launches.map(|kernel| format!("launch {kernel}")));
         lines.extend(self.faults.iter().map(|fault| format!("fault {fault}")));
         lines.extend(self.leaks().iter().map(|leak| format!("leak {leak}")));
         lines.extend(self.peaks.iter().map(|peak| format!("peak {peak}")));

@@ -158,6 +158,8 @@ impl StandIn {
 pub struct Report {
     /// The calls in their order, without versions.
     pub calls: Vec<String>,
+    /// The kernels that were launched, in their order.
+    pub launches: Vec<String>,
     /// What must never be done and was.
     pub faults: Vec<String>,
     /// What is left.
@@ -176,6 +178,7 @@ impl Report {
             let (kind, rest) = line.split_once(' ').expect("a kind and a text");
             match kind {
                 "call" => report.calls.push(rest.to_owned()),
+                "launch" => report.launches.push(rest.to_owned()),
                 "fault" => report.faults.push(rest.to_owned()),
                 "leak" => report.leaks.push(rest.to_owned()),
                 "peak" => report.peaks.push(rest.parse().expect("a number")),

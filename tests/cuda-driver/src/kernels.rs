@@ -5,9 +5,10 @@ use std::ffi::c_void;
 use std::sync::{Mutex, PoisonError};
 
 use tightfit_cuda_emulator::{Argument, Emulator, MISSING, REQUIRE};
-use tightfit_kernels::cuda::{self, Launch};
+use tightfit_kernels::cuda::{self, Launch, SourceRun};
 use tightfit_kernels::{
-    BlockSize, FloatType, Isa, Kernels, NESTED_BLOCK_SIZE, blocks, packed_bytes,
+    BlockSize, FloatType, Isa, KernelError, Kernels, NESTED_BLOCK_SIZE, SourceCodes, SourceMatrix,
+    SourceRows, SourceScale, blocks, packed_bytes,
 };
 
 /// What a kernel does with memory.
@@ -71,6 +72,38 @@ fn quantized_type(kernel: &str) -> Option<FloatType> {
     }
 }
 
+/// The type that codes of another method are rounded to.
+fn rounded_type(kernel: &str) -> Option<FloatType> {
+    match kernel {
+        "tightfit_quantize_source_f16" => Some(FloatType::F16),
+        "tightfit_quantize_source_bf16" => Some(FloatType::Bf16),
+        _ => None,
+    }
+}
+
+/// What is in [`SourceRun::arguments`].
+fn run_of(arguments: [u64; 7]) -> Option<SourceRun> {
+    const CODES: [SourceCodes; 4] = [
+        SourceCodes::F8E4M3,
+        SourceCodes::F8E5M2,
+        SourceCodes::F4E2M1,
+        SourceCodes::Int4,
+    ];
+    let [_, row_bytes, rest @ ..] = arguments;
+    let [columns, tile_rows, tile_columns, first_row, first_column] =
+        rest.map(|number| u32::try_from(number).unwrap_or(u32::MAX));
+    let run = |codes| SourceRun {
+        codes,
+        row_bytes,
+        columns,
+        tile: [tile_rows, tile_columns],
+        first_row,
+        first_column,
+    };
+    let mut all = CODES.into_iter().map(run);
+    all.find(|run| run.arguments() == arguments)
+}
+
 /// The arguments of a launch, by the table in [`tightfit_kernels::cuda`]. An error is what is wrong
 /// with them.
 pub(crate) fn arguments(
@@ -106,6 +139,29 @@ pub(crate) fn arguments(
             memory(5, 1, 8, Add)?,
         ];
         (cuda::quantize_nf4(float, n), passed)
+    } else if let Some(float) = rounded_type(kernel) {
+        let n = number(9)?;
+        let block_size = BlockSize::new(parameters.u32(10) as usize);
+        let block_size = block_size.map_err(|error| error.to_string())?;
+        let numbers = std::array::from_fn(|index| match index {
+            1 => parameters.u64(3),
+            _ => parameters.u32(2 + index).into(),
+        });
+        let run = run_of(numbers).ok_or_else(|| format!("{numbers:?} are no codes"))?;
+        run.check().map_err(|error| error.to_string())?;
+        let mut passed = vec![
+            memory(0, run.code_bytes(n), 1, Read)?,
+            memory(1, run.scales(n), 4, Read)?,
+        ];
+        passed.extend(numbers.map(Passed::Number));
+        passed.extend([
+            value(9),
+            narrow(10),
+            memory(11, packed_bytes(n), 1, Write)?,
+            memory(12, blocks(n, block_size), 4, Write)?,
+            memory(13, 1, 8, Add)?,
+        ]);
+        (cuda::quantize_source(float, &run, n), passed)
     } else if kernel == "tightfit_mean" {
         let sums = parameters.u32(1) as usize;
         if sums > 256 {
@@ -203,7 +259,7 @@ pub(crate) fn run(
 }
 
 fn on_the_processor(kernel: &str, passed: &[Passed], memory: &mut [Vec<u8>]) -> Result<(), String> {
-    let text = |error: tightfit_kernels::KernelError| error.to_string();
+    let text = |error: KernelError| error.to_string();
     let illegal = |error: tightfit_kernels::IllegalBlockSize| error.to_string();
     let kernels = Kernels::new(Isa::Portable).map_err(text)?;
     let number = |index: usize| match passed[index] {
@@ -214,12 +270,23 @@ fn on_the_processor(kernel: &str, passed: &[Passed], memory: &mut [Vec<u8>]) -> 
         (_, [source, packed, absmax, count]) if quantized_type(kernel).is_some() => {
             let float = quantized_type(kernel).unwrap_or(FloatType::F32);
             let block_size = BlockSize::new(number(2) as usize).map_err(illegal)?;
-            let mut scales = vec![0.0; absmax.len() / 4];
-            let stats = kernels.quantize_nf4(source, float, block_size, packed, &mut scales);
-            let found = stats.map_err(text)?.nonfinite_blocks;
-            absmax.copy_from_slice(&to_bytes(&scales, f32::to_le_bytes));
-            let before = from_bytes(count, u64::from_le_bytes)[0];
-            count.copy_from_slice(&(before + found).to_le_bytes());
+            quantize(kernels, source, float, block_size, [packed, absmax, count]).map_err(text)?;
+        }
+        (_, [codes, scales, packed, absmax, count]) if rounded_type(kernel).is_some() => {
+            let float = rounded_type(kernel).unwrap_or(FloatType::Bf16);
+            let run = run_of(std::array::from_fn(|index| number(2 + index)));
+            let run = run.ok_or_else(|| format!("{passed:?} are no codes"))?;
+            let elements = number(9) as usize;
+            let decoded = decode(kernels, &run, codes, scales, float, elements).map_err(text)?;
+            let block_size = BlockSize::new(number(10) as usize).map_err(illegal)?;
+            quantize(
+                kernels,
+                &decoded,
+                float,
+                block_size,
+                [packed, absmax, count],
+            )
+            .map_err(text)?;
         }
         ("tightfit_sum_absmax", [absmax, sums]) => {
             let values: Vec<f64> = from_bytes(absmax, f32::from_le_bytes)
@@ -248,6 +315,59 @@ fn on_the_processor(kernel: &str, passed: &[Passed], memory: &mut [Vec<u8>]) -> 
         _ => return Err(format!("{kernel} is not known")),
     }
     Ok(())
+}
+
+/// Quantizes to codes and scales, and adds to the count of non-finite blocks.
+fn quantize(
+    kernels: Kernels,
+    source: &[u8],
+    float: FloatType,
+    block_size: BlockSize,
+    [packed, absmax, count]: [&mut Vec<u8>; 3],
+) -> Result<(), KernelError> {
+    let mut scales = vec![0.0; absmax.len() / 4];
+    let stats = kernels.quantize_nf4(source, float, block_size, packed, &mut scales)?;
+    absmax.copy_from_slice(&to_bytes(&scales, f32::to_le_bytes));
+    let before = from_bytes(count, u64::from_le_bytes)[0];
+    count.copy_from_slice(&(before + stats.nonfinite_blocks).to_le_bytes());
+    Ok(())
+}
+
+/// The elements of a run: those of whole rows, of which the first may begin and the last end elsewhere.
+fn decode(
+    kernels: Kernels,
+    run: &SourceRun,
+    codes: &[u8],
+    scales: &[u8],
+    float: FloatType,
+    elements: usize,
+) -> Result<Vec<u8>, KernelError> {
+    let (columns, first) = (run.columns as usize, run.first_column as usize);
+    let rows = (first + elements).div_ceil(columns);
+    let row_bytes = run.row_bytes as usize;
+    let mut whole = vec![0; first * run.codes.bits() / 8];
+    whole.extend(codes);
+    whole.resize(rows * row_bytes, 0);
+    let whole: Vec<u8> = whole
+        .chunks_exact(row_bytes)
+        .flat_map(|row| &row[..run.codes.bytes(columns)])
+        .copied()
+        .collect();
+    let matrix = SourceMatrix {
+        codes: run.codes,
+        columns,
+        tile: run.tile.map(|length| length as usize),
+        scale: SourceScale::Float(FloatType::F32),
+    };
+    let given = SourceRows {
+        first: run.first_row as usize,
+        codes: &whole,
+        scales,
+        zeros: &[],
+    };
+    let mut out = vec![0; rows * columns * float.bytes()];
+    kernels.decode(&matrix, &given, float, &mut out)?;
+    Ok(out[first * float.bytes()..][..elements * float.bytes()].to_vec())
 }
 
 /// Sums of groups of 256, each by halving.

@@ -149,6 +149,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
         for (address, len) in passed.iter().filter_map(|argument| argument.memory()) {
             books.find_on(kernel, device, address, len)?;
         }
+        books.launches.push(kernel);
         let work = Work::Launch {
             module,
             kernel,

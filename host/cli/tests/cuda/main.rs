@@ -10,6 +10,7 @@ mod quantize_on;
 mod quantizer;
 mod same_bytes;
 mod sharing;
+mod sources;
 mod writer;
 
 use std::path::{Path, PathBuf};
@@ -104,7 +105,8 @@ fn decoder(layers: u64) -> TempDir {
 /// Name, type, bytes of an element, shape, format.
 type Kind = (&'static str, &'static str, usize, &'static [u64], Format);
 
-/// Tensors of several formats, most of them in several pieces.
+/// Tensors of several formats, most of them in several pieces. Those whose name another one continues
+/// with `_scale` are codes of another method.
 struct Kinds {
     directory: TempDir,
     checkpoint: Checkpoint,
@@ -124,6 +126,10 @@ impl Kinds {
         ("double", "BF16", 2, &[1025, 257], nf4(64, true)),
         ("many scales", "BF16", 2, &[4099, 1031], nf4(32, true)),
         ("empty", "BF16", 2, &[0, 64], nf4(64, true)),
+        ("tiles", "F8_E4M3", 1, &[517, 331], nf4(64, false)),
+        ("tiles_scale_inv", "F32", 4, &[5, 3], Format::Stored),
+        ("rows", "F8_E5M2", 1, &[300, 1031], nf4(32, true)),
+        ("rows_scale", "BF16", 2, &[300], Format::Stored),
     ];
 
     /// Everything that goes different ways, and little of it.
@@ -131,6 +137,8 @@ impl Kinds {
         ("bf16", "BF16", 2, &[300, 170], Format::Stored),
         ("blocks of 64", "BF16", 2, &[300, 330], nf4(64, false)),
         ("double", "BF16", 2, &[257, 257], nf4(64, true)),
+        ("tiles", "F8_E4M3", 1, &[130, 330], nf4(64, false)),
+        ("tiles_scale_inv", "F32", 4, &[2, 3], Format::Stored),
     ];
 
     fn new(kinds: &'static [Kind]) -> Kinds {

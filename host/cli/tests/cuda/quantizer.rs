@@ -5,10 +5,11 @@ use std::sync::Arc;
 use cuda_stand_in::control::Setup;
 use tightfit::device::{
     CudaDevice, Device, DeviceError, Piece, QuantizeJob, Quantizer, QuantizingWriter, Reservation,
-    ScalePlace, ScalesJob, WRITER_BUFFERS, Workspace,
+    ScalePlace, ScalesJob, Staged, WRITER_BUFFERS, Workspace,
 };
 use tightfit::memory::ReservationSize;
-use tightfit_kernels::{BlockSize, FloatType, Kernels};
+use tightfit_kernels::cuda::SourceRun;
+use tightfit_kernels::{BlockSize, FloatType, Kernels, SourceCodes};
 
 use super::{Driver, stand_in};
 
@@ -52,13 +53,29 @@ fn worker(
 
 fn job() -> QuantizeJob {
     QuantizeJob {
-        float: FloatType::F32,
+        staged: Staged::Floats(FloatType::F32),
         block_size: BlockSize::DEFAULT,
         elements: ELEMENTS,
         source: 0,
         codes: 0,
         absmax: ScalePlace::Workspace(SCALES),
         nonfinite: LEN - 8,
+    }
+}
+
+/// Rows of 100 codes, of so many bytes, in four tiles.
+fn coded(scales: usize, row_bytes: u64) -> Staged {
+    Staged::Codes {
+        float: FloatType::Bf16,
+        run: SourceRun {
+            codes: SourceCodes::F8E4M3,
+            row_bytes,
+            columns: 100,
+            tile: [50, 50],
+            first_row: 49,
+            first_column: 0,
+        },
+        scales,
     }
 }
 
@@ -215,6 +232,20 @@ fn what_lies_outside_is_refused() {
         },
         QuantizeJob {
             nonfinite: LEN - 7,
+            ..job()
+        },
+        // Scales behind the workspace, and codes.
+        QuantizeJob {
+            staged: coded(LEN as usize - 12, 100),
+            ..job()
+        },
+        QuantizeJob {
+            staged: coded(0, 1 << 20),
+            ..job()
+        },
+        // Scales behind the buffer.
+        QuantizeJob {
+            staged: coded(4 * ELEMENTS - 12, 100),
             ..job()
         },
     ];

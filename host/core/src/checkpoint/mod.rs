@@ -41,6 +41,7 @@ pub use cache::{CacheEnvironment, resolve, resolve_revision, resolve_with};
 pub(crate) use cache::{entry_name, is_revision};
 pub use config::{Config, LayerType, MAX_CONFIG_BYTES};
 pub(crate) use directory::Directory;
+pub(crate) use encoded::ReadCodes;
 pub use encoded::{Dequantize, Encoded, EncodedCounts, ScaleForm};
 pub use error::CheckpointError;
 pub(crate) use error::shown;
@@ -561,14 +562,36 @@ impl Checkpoint {
     ) -> Result<(), CheckpointError> {
         match &tensor.encoded {
             None => self.read_at(tensor.shard, tensor.offset + start, buffer),
-            Some(encoded) => encoded::Reading {
-                shards: &self.shards,
-                tensors: &self.tensors,
-                tensor,
-                encoded,
-                kernels,
-            }
-            .read(start, buffer, scratch),
+            Some(encoded) => self
+                .reading(tensor, encoded)
+                .read(start, buffer, scratch, kernels),
+        }
+    }
+
+    /// Fills the beginning of the buffer with codes and scales of an encoded tensor of this checkpoint,
+    /// for `count` elements from number `first` on. `None` where kernels cannot decode these, or where
+    /// there is no room.
+    pub(crate) fn read_codes(
+        &self,
+        tensor: &TensorInfo,
+        first: u64,
+        count: usize,
+        buffer: &mut [u8],
+    ) -> Result<Option<ReadCodes>, CheckpointError> {
+        match &tensor.encoded {
+            None => Ok(None),
+            Some(encoded) => self
+                .reading(tensor, encoded)
+                .read_codes(first, count, buffer),
+        }
+    }
+
+    fn reading<'a>(&'a self, tensor: &'a TensorInfo, encoded: &'a Encoded) -> encoded::Reading<'a> {
+        encoded::Reading {
+            shards: &self.shards,
+            tensors: &self.tensors,
+            tensor,
+            encoded,
         }
     }
 }

@@ -14,7 +14,9 @@ use std::sync::Arc;
 #[cfg(feature = "cuda")]
 pub use cuda::CudaDevice;
 pub use host::HostDevice;
-pub use quantizer::{QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Workspace};
+pub use quantizer::{
+    QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Staged, Workspace,
+};
 pub use spec::{DeviceSpec, SpecError, open_devices, planned_devices};
 pub use writer::{PageLocked, Piece, WRITER_BUFFERS, Writer};
 

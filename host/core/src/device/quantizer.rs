@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use tightfit_kernels::{BlockSize, FloatType};
+use tightfit_kernels::{BlockSize, FloatType, cuda::SourceRun};
 
 use super::{DeviceError, PageLocked, Piece, Writer};
 
@@ -86,11 +86,11 @@ pub trait QuantizingWriter: Writer {
 /// A piece of a tensor to be quantized to NF4.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct QuantizeJob {
-    /// The type of its elements.
-    pub float: FloatType,
+    /// How its elements lie in the buffer.
+    pub staged: Staged,
     /// Elements of a block.
     pub block_size: BlockSize,
-    /// How many elements there are, from the beginning of the buffer on.
+    /// How many elements there are.
     pub elements: usize,
     /// Where they are carried to. No other worker uses it.
     pub source: u64,
@@ -100,6 +100,37 @@ pub struct QuantizeJob {
     pub absmax: ScalePlace,
     /// Where the number of blocks with infinities or NaN is added to, as u64.
     pub nonfinite: u64,
+}
+
+/// How elements that are to be quantized lie in a buffer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Staged {
+    /// As numbers of this type, from the beginning on.
+    Floats(FloatType),
+    /// As another method has stored them. They are what [`tightfit_kernels::Kernels::decode`] makes of
+    /// them.
+    Codes {
+        /// The type that they are rounded to, of 16 bits.
+        float: FloatType,
+        /// How codes lie, from the beginning on.
+        run: SourceRun,
+        /// The byte at which scales begin, as f32.
+        scales: usize,
+    },
+}
+
+impl Staged {
+    /// Returns the bytes of the buffer, from the beginning on, that this many elements take.
+    pub fn bytes(&self, elements: usize) -> usize {
+        match self {
+            Staged::Floats(float) => elements.saturating_mul(float.bytes()),
+            Staged::Codes { run, scales, .. } => {
+                let scale_bytes = run.scales(elements).saturating_mul(4);
+                run.code_bytes(elements)
+                    .max(scales.saturating_add(scale_bytes))
+            }
+        }
+    }
 }
 
 /// Where the scales of a piece go.

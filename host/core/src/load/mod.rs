@@ -14,6 +14,7 @@ mod on_device;
 mod put;
 mod reserve;
 mod run;
+mod source;
 mod work;
 
 use std::time::Instant;

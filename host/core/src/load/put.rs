@@ -5,7 +5,7 @@ use super::LoadError;
 use super::arena::Target;
 use super::on_device::OnDevices;
 use crate::device::{
-    PageLocked, Piece, QuantizeJob, QuantizingWriter, Reservation, WRITER_BUFFERS, Writer,
+    PageLocked, Piece, QuantizeJob, QuantizingWriter, Reservation, Staged, WRITER_BUFFERS, Writer,
 };
 use crate::plan::Plan;
 
@@ -235,16 +235,17 @@ pub(super) fn put<const N: usize, T>(
     Ok(result)
 }
 
-/// Has `read` fill a buffer, and a device quantize it as `job` says; from where is filled in here.
+/// Has `read` fill a buffer, and a device quantize it as `job` says; what and from where is filled in
+/// here.
 ///
 /// # Errors
-/// Those of `read`, [`LoadError::Device`], and [`LoadError::Internal`] for places that do not belong
-/// together.
+/// Those of `read`, [`LoadError::Device`], and [`LoadError::Internal`] for a device that does not
+/// quantize.
 pub(super) fn put_to_quantize(
     writers: &mut Writers,
     device: usize,
     mut job: QuantizeJob,
-    read: impl FnOnce(&mut [u8]) -> Result<(), LoadError>,
+    read: impl FnOnce(&mut [u8]) -> Result<Staged, LoadError>,
 ) -> Result<(), LoadError> {
     let device_writer = writers.by_device.get_mut(device);
     let Some(Some(DeviceWriter::Quantizes { writer, source })) = device_writer else {
@@ -253,11 +254,7 @@ pub(super) fn put_to_quantize(
         ));
     };
     let buffer = writer.stage().map_err(LoadError::Device)?;
-    let bytes = job.elements * job.float.bytes();
-    let buffer = buffer
-        .get_mut(..bytes)
-        .ok_or(LoadError::Internal("a chunk is larger than its buffer"))?;
-    read(buffer)?;
+    job.staged = read(buffer)?;
     job.source = *source;
     writer.quantize(&job).map_err(LoadError::Device)
 }

@@ -5,16 +5,17 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use tightfit_kernels::{Kernels, blocks, packed_bytes};
+use tightfit_kernels::{blocks, packed_bytes};
 
 use super::arena::Target;
 use super::balance::Side;
 use super::double::{DoubleState, Kept, Returned};
 use super::put::{Transfers, Writers, as_f32, put, put_to_quantize};
+use super::source::Source;
 use super::work::{Chunk, Next, Queue, Scales, Task, ToQuantize};
 use super::{LoadError, LoadOptions};
-use crate::checkpoint::{Checkpoint, TensorInfo};
-use crate::device::{PageLocked, QuantizeJob, ScalePlace};
+use crate::checkpoint::Checkpoint;
+use crate::device::{PageLocked, QuantizeJob, ScalePlace, Staged};
 use crate::plan::Plan;
 use crate::progress::Progress;
 
@@ -60,57 +61,6 @@ struct Worker<'w> {
     slot: &'w mut [u8],
     scales: Vec<f32>,
     writers: Writers,
-}
-
-/// Where a chunk is read from.
-struct Source<'a> {
-    checkpoint: &'a Checkpoint,
-    tensor: usize,
-    /// The tensor, if it is decoded as it is read: then the offset is that of decoded bytes.
-    encoded: Option<&'a TensorInfo>,
-    shard: usize,
-    offset: u64,
-    bytes: usize,
-    kernels: Kernels,
-}
-
-impl Source<'_> {
-    /// Reads from `start` bytes behind the chunk's first on. What is decoded is read through `scratch`.
-    fn read(&self, start: usize, buffer: &mut [u8], scratch: &mut [u8]) -> Result<(), LoadError> {
-        let offset = self.offset + start as u64;
-        let read = match self.encoded {
-            None => self.checkpoint.read_at(self.shard, offset, buffer),
-            Some(tensor) => {
-                let kernels = self.kernels;
-                self.checkpoint
-                    .read_elements(tensor, offset, buffer, scratch, kernels)
-            }
-        };
-        read.map_err(LoadError::Checkpoint)
-    }
-
-    /// Cuts a worker's slot into what is read at once and what it is decoded from, if it is.
-    fn cut<'s>(&self, slot: &'s mut [u8]) -> (&'s mut [u8], &'s mut [u8]) {
-        match self.encoded {
-            None => (slot, &mut []),
-            // Elements of 16 bits, of codes of 8 and scales.
-            Some(_) => slot.split_at_mut(slot.len() / 2),
-        }
-    }
-
-    /// The part of the tensor's bytes in the checkpoint that is in the chunk: in sum all of them.
-    fn source_bytes(&self) -> u64 {
-        let Some(tensor) = self.encoded else {
-            return self.bytes as u64;
-        };
-        let (stored, decoded) = (tensor.source_bytes(), tensor.decoded_bytes());
-        let until = |end: u64| {
-            let share = u128::from(stored) * u128::from(end) / u128::from(decoded.max(1));
-            // Not more than all.
-            share as u64
-        };
-        until(self.offset + self.bytes as u64) - until(self.offset)
-    }
 }
 
 impl<'a, 'm> Run<'a, 'm> {
@@ -394,7 +344,7 @@ impl<'a, 'm> Run<'a, 'm> {
             .get(number)
             .and_then(|device| device.nonfinite_of(source.tensor));
         let job = QuantizeJob {
-            float: piece.float,
+            staged: Staged::Floats(piece.float),
             block_size: piece.block_size,
             elements: piece.elements,
             source: 0,
@@ -407,7 +357,7 @@ impl<'a, 'm> Run<'a, 'm> {
         };
         let slot = &mut *worker.slot;
         put_to_quantize(&mut worker.writers, number, job, |buffer| {
-            source.read(0, buffer, slot)
+            source.stage(piece.float, buffer, slot)
         })
     }
 

@@ -27,8 +27,11 @@ pub(in crate::checkpoint) struct Found {
     pub(in crate::checkpoint) counts: EncodedCounts,
 }
 
-/// Puts together what is to be decoded. `by_name` has the indices of `tensors`, sorted by name; `read`
-/// gives the bytes of a small tensor, or `None` where only headers are here.
+/// Gives the bytes of a small tensor, or `None` where only headers are here.
+pub(in crate::checkpoint) type Read<'a> =
+    dyn Fn(&TensorInfo) -> Result<Option<Vec<u8>>, CheckpointError> + 'a;
+
+/// Puts together what is to be decoded. `by_name` has the indices of `tensors`, sorted by name.
 ///
 /// # Errors
 /// Those of `read`, and [`CheckpointError::Cancelled`].
@@ -37,7 +40,7 @@ pub(in crate::checkpoint) fn find(
     by_name: &[u32],
     config: Option<&Config>,
     dequantize: Dequantize,
-    read: &dyn Fn(&TensorInfo) -> Result<Option<Vec<u8>>, CheckpointError>,
+    read: &Read<'_>,
     cancel: &CancelToken,
 ) -> Result<Found, CheckpointError> {
     let mut watch = Watch::new(cancel);
@@ -209,7 +212,7 @@ struct Set<'a> {
     by_name: &'a [u32],
     blocks: &'a Blocks,
     codes: &'a TensorInfo,
-    read: &'a dyn Fn(&TensorInfo) -> Result<Option<Vec<u8>>, CheckpointError>,
+    read: &'a Read<'a>,
 }
 
 impl<'a> Set<'a> {

@@ -8,6 +8,7 @@
 mod find;
 mod layout;
 mod read;
+mod stage;
 
 use tightfit_kernels::{SourceCodes, SourceScale};
 
@@ -15,6 +16,7 @@ use super::{Extent, TensorInfo};
 
 pub(super) use find::find;
 pub(super) use read::Reading;
+pub(crate) use stage::ReadCodes;
 
 /// Which weights that another method has quantized are decoded as they are read. Others are seen as the
 /// tensors that the file has: codes, and scales.
@@ -139,6 +141,19 @@ impl Encoded {
     /// Rows of tiles of one matrix.
     fn scale_rows(&self) -> u64 {
         self.rows.div_ceil(self.tile[0])
+    }
+
+    /// Rows and columns of a tile, no more than there are in a matrix.
+    fn whole_tile(&self) -> [u64; 2] {
+        let [rows, columns] = self.tile;
+        [rows.min(self.rows), columns.min(self.columns)]
+    }
+
+    /// The number of the scale for this row of the stack and this column of tiles.
+    fn scale_number(&self, row: u64, tile_column: u64) -> u64 {
+        let (matrix, row) = (row / self.rows, row % self.rows);
+        let tile_row = matrix * self.scale_rows() + row / self.whole_tile()[0];
+        tile_row * self.scale_columns() + tile_column
     }
 
     /// Bytes of the parts beside the codes.

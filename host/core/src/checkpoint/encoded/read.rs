@@ -12,7 +12,7 @@ use crate::checkpoint::{CheckpointError, Extent, Shard, TensorInfo, read_at};
 /// and the word that this is in.
 const TILE_BYTES: usize = 4 + 1 + 4;
 /// For scales to begin where numbers may.
-const ALIGNMENT: usize = 8;
+pub(super) const ALIGNMENT: usize = 8;
 
 /// One encoded weight of a checkpoint.
 pub(in crate::checkpoint) struct Reading<'a> {
@@ -20,7 +20,6 @@ pub(in crate::checkpoint) struct Reading<'a> {
     pub(in crate::checkpoint) tensors: &'a [TensorInfo],
     pub(in crate::checkpoint) tensor: &'a TensorInfo,
     pub(in crate::checkpoint) encoded: &'a Encoded,
-    pub(in crate::checkpoint) kernels: Kernels,
 }
 
 /// What is decoded at once: whole rows, or a part of one.
@@ -44,6 +43,7 @@ impl Reading<'_> {
         start: u64,
         out: &mut [u8],
         scratch: &mut [u8],
+        kernels: Kernels,
     ) -> Result<(), CheckpointError> {
         let float = self.tensor.dtype.float_type().unwrap_or(FloatType::Bf16);
         let each = float.bytes();
@@ -65,10 +65,10 @@ impl Reading<'_> {
                     columns: segment.columns.start - 1..segment.columns.end,
                     ..segment
                 };
-                self.decode(&segment, float, &mut pair[..2 * each], scratch)?;
+                self.decode(&segment, float, &mut pair[..2 * each], scratch, kernels)?;
                 piece.copy_from_slice(&pair[each..2 * each]);
             } else {
-                self.decode(&segment, float, piece, scratch)?;
+                self.decode(&segment, float, piece, scratch, kernels)?;
             }
             next += elements;
             rest = others;
@@ -87,7 +87,7 @@ impl Reading<'_> {
         let is_packed = encoded.row_bytes == self.code_bytes(encoded.columns);
         if column == 0 && count >= encoded.columns {
             // One row of scales serves the rows of a tile; those at both ends may be cut.
-            let tile_rows = encoded.tile[0].min(encoded.rows);
+            let [tile_rows, _] = encoded.whole_tile();
             let fit = |rows: u64| {
                 let tiles = (row_in_matrix + rows - 1) / tile_rows - row_in_matrix / tile_rows + 1;
                 rows * encoded.row_bytes + tiles * row_scales <= scratch
@@ -115,7 +115,7 @@ impl Reading<'_> {
             };
         }
         // Whole tiles of a row, or a part of one.
-        let tile = encoded.tile[1].min(encoded.columns);
+        let [_, tile] = encoded.whole_tile();
         let in_tile = column % tile;
         let left = count.min(encoded.columns - column);
         // A byte or less for each element.
@@ -141,15 +141,14 @@ impl Reading<'_> {
         float: FloatType,
         out: &mut [u8],
         scratch: &mut [u8],
+        kernels: Kernels,
     ) -> Result<(), CheckpointError> {
         let encoded = self.encoded;
         let rows = segment.rows.end - segment.rows.start;
         let columns = segment.columns.end - segment.columns.start;
-        // Of the matrix, and in it.
-        let matrix = segment.rows.start / encoded.rows;
+        // In its matrix.
         let row = segment.rows.start % encoded.rows;
-        let tile_rows = encoded.tile[0].min(encoded.rows);
-        let tile_columns = encoded.tile[1].min(encoded.columns);
+        let [tile_rows, tile_columns] = encoded.whole_tile();
         let scale_rows = row / tile_rows..(row + rows - 1) / tile_rows + 1;
         let scale_columns =
             segment.columns.start / tile_columns..(segment.columns.end - 1) / tile_columns + 1;
@@ -168,8 +167,7 @@ impl Reading<'_> {
         let (scales, rest) = rest
             .split_at_mut_checked(4 * tiles)
             .ok_or_else(|| self.internal())?;
-        let first = (matrix * encoded.scale_rows() + scale_rows.start) * encoded.scale_columns()
-            + scale_columns.start;
+        let first = encoded.scale_number(segment.rows.start, scale_columns.start);
         let scale = self.read_scales(first, tiles, scales)?;
         let scales = &scales[..tiles * scale.bytes()];
         let (zeros, rest) = rest
@@ -192,12 +190,12 @@ impl Reading<'_> {
             scales,
             zeros: bytemuck::cast_slice(zeros),
         };
-        let decoded = self.kernels.decode(&kernel_matrix, &rows, float, out);
+        let decoded = kernels.decode(&kernel_matrix, &rows, float, out);
         decoded.map_err(|_| self.internal())
     }
 
     /// Reads `count` scales from number `first` on, as far as they lie one behind the other.
-    fn read_scales(
+    pub(super) fn read_scales(
         &self,
         first: u64,
         count: usize,
@@ -265,11 +263,16 @@ impl Reading<'_> {
         }
     }
 
-    fn read_at(&self, shard: usize, offset: u64, out: &mut [u8]) -> Result<(), CheckpointError> {
+    pub(super) fn read_at(
+        &self,
+        shard: usize,
+        offset: u64,
+        out: &mut [u8],
+    ) -> Result<(), CheckpointError> {
         read_at(self.shards, self.tensors, shard, offset, out)
     }
 
-    fn internal(&self) -> CheckpointError {
+    pub(super) fn internal(&self) -> CheckpointError {
         CheckpointError::Internal {
             tensor: self.tensor.name.clone(),
             problem: "its codes and scales do not lie as they were found",

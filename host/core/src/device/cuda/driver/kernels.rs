@@ -12,10 +12,12 @@ use super::{Context, twice, unavailable};
 use crate::device::DeviceError;
 
 /// The kernels that are launched here, as the PTX names them.
-const USED: [&str; 7] = [
+const USED: [&str; 9] = [
     "tightfit_quantize_nf4_f32",
     "tightfit_quantize_nf4_f16",
     "tightfit_quantize_nf4_bf16",
+    "tightfit_quantize_source_f16",
+    "tightfit_quantize_source_bf16",
     "tightfit_sum_absmax",
     "tightfit_sum_sums",
     "tightfit_mean",

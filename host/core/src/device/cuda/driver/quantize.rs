@@ -9,7 +9,7 @@ use super::stream::{Event, Stream};
 use super::{DeviceMemory, KernelModule, Staging, unavailable};
 use crate::device::{
     DeviceError, PageLocked, Piece, QuantizeJob, Quantizer, QuantizingWriter, ScalePlace,
-    ScalesJob, Writer,
+    ScalesJob, Staged, Writer,
 };
 use crate::memory::LedgerEntry;
 
@@ -98,7 +98,7 @@ impl Shared {
         Ok(address)
     }
 
-    fn too_many(&self, error: KernelError) -> DeviceError {
+    fn refused(&self, error: KernelError) -> DeviceError {
         unavailable(self.results.context().name(), error.to_string())
     }
 }
@@ -186,10 +186,11 @@ impl QuantizingWriter for QuantizingStaging {
     fn quantize(&mut self, job: &QuantizeJob) -> Result<(), DeviceError> {
         let shared = &self.shared;
         let workspace = &shared.workspace;
-        let bytes = job.elements.saturating_mul(job.float.bytes());
+        let bytes = job.staged.bytes(job.elements);
+        let staged = workspace.at(job.source, bytes)?;
         let scales = 4 * blocks(job.elements, job.block_size);
-        let arguments = [
-            workspace.at(job.source, bytes)?,
+        // Those that all kernels have.
+        let [elements, block_size, codes, absmax, nonfinite] = [
             job.elements as u64,
             job.block_size.elements() as u64,
             shared.result(job.codes, packed_bytes(job.elements))?,
@@ -199,8 +200,11 @@ impl QuantizingWriter for QuantizingStaging {
             },
             workspace.at(job.nonfinite, 8)?,
         ];
-        let launch = cuda::quantize_nf4(job.float, job.elements);
-        let launch = launch.map_err(|error| shared.too_many(error))?;
+        let launch = match &job.staged {
+            Staged::Floats(float) => cuda::quantize_nf4(*float, job.elements),
+            Staged::Codes { float, run, .. } => cuda::quantize_source(*float, run, job.elements),
+        };
+        let launch = launch.map_err(|error| shared.refused(error))?;
         let source = Piece {
             start: 0,
             len: bytes,
@@ -209,14 +213,47 @@ impl QuantizingWriter for QuantizingStaging {
         self.staging.copy(&[(&workspace.memory, source)])?;
         let _current = shared.kernels.context().enter()?;
         self.staging.is_busy = true;
-        // SAFETY: source and scales in the workspace, codes and scales among the results, and the
-        // count are as long as the kernel needs; `staging` keeps both memories until the stream is
-        // done: its own is that of the results, and the other has just been copied to.
-        unsafe {
-            shared
-                .kernels
-                .launch(&self.staging.stream, launch, arguments)
-        }?;
+        let (kernels, stream) = (&shared.kernels, &self.staging.stream);
+        match job.staged {
+            Staged::Floats(_) => {
+                let arguments = [staged, elements, block_size, codes, absmax, nonfinite];
+                // SAFETY: source and scales in the workspace, codes and scales among the results, and
+                // the count are as long as the kernel needs; `staging` keeps both memories until the
+                // stream is done: its own is that of the results, and the other has just been copied
+                // to.
+                unsafe { kernels.launch(stream, launch, arguments) }?;
+            }
+            Staged::Codes { run, scales, .. } => {
+                let scales = staged + scales as u64;
+                let [
+                    kind,
+                    row_bytes,
+                    columns,
+                    tile_rows,
+                    tile_columns,
+                    row,
+                    column,
+                ] = run.arguments();
+                let arguments = [
+                    staged,
+                    scales,
+                    kind,
+                    row_bytes,
+                    columns,
+                    tile_rows,
+                    tile_columns,
+                    row,
+                    column,
+                    elements,
+                    block_size,
+                    codes,
+                    absmax,
+                    nonfinite,
+                ];
+                // SAFETY: as above; codes and scales of the source are within what is staged.
+                unsafe { kernels.launch(stream, launch, arguments) }?;
+            }
+        }
         match job.absmax {
             ScalePlace::Reservation(_) => Ok(()),
             ScalePlace::Workspace(_) => self.started.record(&self.staging.stream),
@@ -252,7 +289,7 @@ impl QuantizingWriter for QuantizingStaging {
         let mut next = sums + 8 * count as u64;
         let codes = shared.result(job.codes, n)?;
         let nested = shared.result(job.nested, 4 * n.div_ceil(NESTED_BLOCK_SIZE))?;
-        let checked = |launch: Result<_, _>| launch.map_err(|error| shared.too_many(error));
+        let checked = |launch: Result<_, _>| launch.map_err(|error| shared.refused(error));
 
         self.staging.keep(&workspace.memory);
         self.staging.is_busy = true;

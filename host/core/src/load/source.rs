@@ -1,0 +1,86 @@
+//! What a chunk is read from: the file's bytes, or what another method's codes are decoded to.
+
+use tightfit_kernels::{FloatType, Kernels};
+
+use super::LoadError;
+use crate::checkpoint::{Checkpoint, ReadCodes, TensorInfo};
+use crate::device::Staged;
+
+/// Where a chunk is read from.
+pub(super) struct Source<'a> {
+    pub(super) checkpoint: &'a Checkpoint,
+    pub(super) tensor: usize,
+    /// The tensor, if it is decoded as it is read: then the offset is that of decoded bytes.
+    pub(super) encoded: Option<&'a TensorInfo>,
+    pub(super) shard: usize,
+    pub(super) offset: u64,
+    pub(super) bytes: usize,
+    pub(super) kernels: Kernels,
+}
+
+impl Source<'_> {
+    /// Reads from `start` bytes behind the chunk's first on. What is decoded is read through `scratch`.
+    pub(super) fn read(
+        &self,
+        start: usize,
+        buffer: &mut [u8],
+        scratch: &mut [u8],
+    ) -> Result<(), LoadError> {
+        let offset = self.offset + start as u64;
+        let read = match self.encoded {
+            None => self.checkpoint.read_at(self.shard, offset, buffer),
+            Some(tensor) => {
+                let kernels = self.kernels;
+                self.checkpoint
+                    .read_elements(tensor, offset, buffer, scratch, kernels)
+            }
+        };
+        read.map_err(LoadError::Checkpoint)
+    }
+
+    /// Fills the beginning of a buffer with the chunk for a device that quantizes it: codes and scales
+    /// of what is encoded, where the device's kernels can decode them, else elements of type `float`.
+    pub(super) fn stage(
+        &self,
+        float: FloatType,
+        buffer: &mut [u8],
+        scratch: &mut [u8],
+    ) -> Result<Staged, LoadError> {
+        if let Some(tensor) = self.encoded {
+            let each = float.bytes();
+            let (first, count) = (self.offset / each as u64, self.bytes / each);
+            let read = self.checkpoint.read_codes(tensor, first, count, buffer);
+            if let Some(ReadCodes { run, scales }) = read.map_err(LoadError::Checkpoint)? {
+                return Ok(Staged::Codes { float, run, scales });
+            }
+        }
+        let elements = buffer
+            .get_mut(..self.bytes)
+            .ok_or(LoadError::Internal("a chunk is larger than its buffer"))?;
+        self.read(0, elements, scratch)?;
+        Ok(Staged::Floats(float))
+    }
+
+    /// Cuts a worker's slot into what is read at once and what it is decoded from, if it is.
+    pub(super) fn cut<'s>(&self, slot: &'s mut [u8]) -> (&'s mut [u8], &'s mut [u8]) {
+        match self.encoded {
+            None => (slot, &mut []),
+            // Elements of 16 bits, of codes of 8 and scales.
+            Some(_) => slot.split_at_mut(slot.len() / 2),
+        }
+    }
+
+    /// The part of the tensor's bytes in the checkpoint that is in the chunk: in sum all of them.
+    pub(super) fn source_bytes(&self) -> u64 {
+        let Some(tensor) = self.encoded else {
+            return self.bytes as u64;
+        };
+        let (stored, decoded) = (tensor.source_bytes(), tensor.decoded_bytes());
+        let until = |end: u64| {
+            let share = u128::from(stored) * u128::from(end) / u128::from(decoded.max(1));
+            // Not more than all.
+            share as u64
+        };
+        until(self.offset + self.bytes as u64) - until(self.offset)
+    }
+}
