@@ -9,7 +9,7 @@ use super::random::{self, Tables};
 use super::write::CHUNK;
 use super::*;
 use crate::cancel::CancelToken;
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Dequantize, OpenOptions};
 use crate::progress::Progress;
 use crate::types::DType;
 
@@ -31,7 +31,7 @@ fn run(model: &Model, directory: &Path, options: &SynthOptions<'_>) -> Result<Wr
 }
 
 fn values(directory: &Path) -> BTreeMap<String, Vec<u8>> {
-    let checkpoint = Checkpoint::open(directory).unwrap();
+    let checkpoint = open_as_stored(directory);
     let tensors = checkpoint.tensors().iter().enumerate();
     tensors
         .map(|(i, tensor)| {
@@ -167,7 +167,7 @@ fn quantized_layouts_are_written_and_read() {
         };
         let dir = tempfile::tempdir().unwrap();
         run(&model, dir.path(), &SynthOptions::default()).unwrap();
-        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let checkpoint = open_as_stored(dir.path());
         let written = values(dir.path());
         for tensor in &model.tensors {
             let read = &checkpoint.tensors()[checkpoint.find(&tensor.name).unwrap()];
@@ -177,6 +177,12 @@ fn quantized_layouts_are_written_and_read() {
             assert!(zeros.count() < all / 4 + 4, "{}", tensor.name);
         }
     }
+}
+
+/// With codes and scales as the tensors that they are.
+fn open_as_stored(path: &Path) -> Checkpoint {
+    let options = OpenOptions::default().with_dequantize(Dequantize::None);
+    Checkpoint::open_with(path, &options).unwrap()
 }
 
 /// The tensors with this in their names, of the first rows and experts only.
@@ -208,8 +214,14 @@ fn big_models_of_every_layout_open_without_weights() {
         let model = preset.first_layers(layers).unwrap();
         let written = write_model(&model, dir.path(), &options).unwrap();
         assert_eq!(written.tensors, tensors, "{preset}");
-        let checkpoint = Checkpoint::open(dir.path()).unwrap();
+        let checkpoint = open_as_stored(dir.path());
         assert_eq!(checkpoint.tensors().len(), tensors);
+        // Every weight is understood.
+        let counts = checkpoint.encoded();
+        assert!(
+            counts.left > 0 && counts.unknown == 0,
+            "{preset}: {counts:?}"
+        );
         let config = checkpoint.config().unwrap();
         assert_eq!(config.num_hidden_layers, Some(layers as u32));
     }
