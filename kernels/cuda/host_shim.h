@@ -8,6 +8,7 @@
 // IEEE operation then, as on the GPU.
 #pragma once
 
+#include <cmath>
 #include <csetjmp>
 #include <cstdint>
 #include <cstdio>
@@ -43,7 +44,7 @@ struct alignas(16) float4 {
     float x, y, z, w;
 };
 
-inline thread_local Index threadIdx, blockIdx;
+inline thread_local Index threadIdx, blockIdx, gridDim;
 
 namespace shim {
 
@@ -191,6 +192,7 @@ inline void launch(unsigned grid, unsigned threads, std::size_t shared_bytes, st
     if (shared_bytes > DYNAMIC_BYTES) stop("more shared memory than there is");
     dynamic_bytes = shared_bytes;
     block.kernel = std::move(kernel);
+    gridDim.x = grid;
     for (unsigned index = 0; index < grid; index++) {
         blockIdx.x = index;
         // As floats of any type it is NaN, so that reading what nobody wrote shows.
@@ -277,8 +279,9 @@ Value __shfl_down_sync(unsigned lanes, Value value, unsigned distance) {
 inline unsigned __ballot_sync(unsigned lanes, int value) { return shim::vote(lanes, value != 0); }
 inline int __any_sync(unsigned lanes, int value) { return shim::vote(lanes, value != 0) != 0; }
 
-inline unsigned long long atomicAdd(unsigned long long* sum, unsigned long long value) {
-    unsigned long long before = *sum;
+template <class Number>
+Number atomicAdd(Number* sum, Number value) {
+    Number before = *sum;
     *sum += value;
     return before;
 }
@@ -323,7 +326,10 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 inline void launch_dependents() {}
 inline void wait_for_earlier_grids() {}
-inline float4 load_from_l2(const float4* from) { return *from; }
+template <class Value>
+Value load_from_l2(const Value* from) {
+    return *from;
+}
 inline unsigned count_arrival(unsigned* counter) { return (*counter)++; }
 inline void copy_async_16(void* to, const void* from) { shim::copy_async(to, from, 16); }
 inline void copy_async_8(void* to, const void* from) { shim::copy_async(to, from, 8); }
