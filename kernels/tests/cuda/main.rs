@@ -9,9 +9,12 @@ mod cases;
 mod device;
 mod double;
 mod emulator;
+mod experts;
 mod golden;
 mod gpu;
 mod large;
+#[path = "../layers/mod.rs"]
+mod layers;
 mod linear;
 mod transposed;
 mod values;
@@ -56,6 +59,13 @@ on_every_device! {
     linear::rows_by_themselves,
     linear::huge_blocks,
     transposed::transposed,
+    experts::layers_of_experts,
+    experts::every_format,
+    experts::whatever_lengths_and_alignments,
+    experts::replays_with_other_ids,
+    experts::tokens_by_themselves,
+    experts::products_without_activation,
+    experts::huge_blocks_stay_in_their_rows,
     golden::quantizing,
     golden::double_quantizing,
     golden::dequantizing_all,
