@@ -128,11 +128,6 @@ struct RowFetch {
         }
     }
 
-    __device__ void start(u32 unit) {
-        walk.start(unit);
-        start_tile();
-    }
-
     __device__ __forceinline__ void next() {
         if (walk.next() && walk.place.row_tile != row_tile) start_tile();
     }

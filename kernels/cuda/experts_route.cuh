@@ -76,32 +76,32 @@ static __device__ void experts_route(const int* ids, u8* routing, u32 pairs, u32
     }
 }
 
-// y[token] = the sum of weight times part over the token's choices, in their order.
+// y[token] = the sum of weight times part over the token's choices, in their order. A thread block has 256
+// outputs of a token.
 template <class Float>
 __device__ void experts_combine(const float* parts, const int* ids, const float* weights, typename Float::Bits* y,
                                 u32 tokens, u32 choices, u32 experts, u32 outputs) {
     launch_dependents();
     wait_for_earlier_grids();
     constexpr u32 AT_ONCE = 8;
-    const u64 all = u64(tokens) * outputs;
-    for (u64 i = u64(blockIdx.x) * THREADS + threadIdx.x; i < all; i += u64(gridDim.x) * THREADS) {
-        const u32 token = u32(i / outputs), output = u32(i % outputs);
-        float sum = 0.0f;
-        for (u32 first = 0; first < choices; first += AT_ONCE) {
-            float part[AT_ONCE], weight[AT_ONCE];
-            bool valid[AT_ONCE];
+    const u32 blocks = max((outputs + THREADS - 1) / THREADS, 1u), token = blockIdx.x / blocks;
+    const u32 output = blockIdx.x % blocks * THREADS + threadIdx.x;
+    if (token >= tokens || output >= outputs) return;
+    float sum = 0.0f;
+    for (u32 first = 0; first < choices; first += AT_ONCE) {
+        float part[AT_ONCE], weight[AT_ONCE];
+        bool valid[AT_ONCE];
 #pragma unroll
-            for (u32 c = 0; c < AT_ONCE; c++) {
-                u64 pair = u64(token) * choices + first + c;
-                valid[c] = first + c < choices && u32(ids[pair]) < experts;
-                part[c] = valid[c] ? parts[pair * outputs + output] : 0.0f;
-                weight[c] = valid[c] ? weights[pair] : 0.0f;
-            }
-#pragma unroll
-            for (u32 c = 0; c < AT_ONCE; c++) {
-                if (valid[c]) sum = __fmaf_rn(weight[c], part[c], sum);
-            }
+        for (u32 c = 0; c < AT_ONCE; c++) {
+            u64 pair = u64(token) * choices + first + c;
+            valid[c] = first + c < choices && u32(ids[pair]) < experts;
+            part[c] = valid[c] ? parts[pair * outputs + output] : 0.0f;
+            weight[c] = valid[c] ? weights[pair] : 0.0f;
         }
-        y[i] = typename Float::Bits(Float::template encode<true>(sum));
+#pragma unroll
+        for (u32 c = 0; c < AT_ONCE; c++) {
+            if (valid[c]) sum = __fmaf_rn(weight[c], part[c], sum);
+        }
     }
+    y[u64(token) * outputs + output] = typename Float::Bits(Float::template encode<true>(sum));
 }

@@ -145,27 +145,25 @@ __device__ __forceinline__ void experts_tiles(const Experts<Float>& product, u8*
     };
     const u32 begin = unit_of(first_segment), end = unit_of(end_segment);
 
-    const Walk<Float, Shape> walk = {product, row_tiles, result_tiles, units, {}, {}};
-    WeightFetch<Float, Shape> fetch = {walk, weights.block_bits == 6 && inputs % 256 == 0, nullptr, {}, 0};
-    if (begin < end) {
-        fetch.start(begin);
-#pragma unroll
-        for (u32 s = 0; s + 1 < STAGES; s++) {
-            if (begin + s < end) {
-                fetch.copy_codes(ring + s * Shape::STAGE_BYTES);
-                fetch.template copy_scales<STAGES>(slabs, s == 0);
-                fetch.next();
-            }
+    WeightFetch<Float, Shape> fetch = {{product, row_tiles, result_tiles, units, {}, {}}, weights.block_bits == 6 && inputs % 256 == 0, nullptr, {}, 0};
+    if (begin < end) fetch.start(begin);
+    Walk<Float, Shape> here = fetch.walk;
+#pragma unroll 1
+    for (u32 s = 0; s + 1 < STAGES; s++) {
+        if (begin + s < end) {
+            fetch.copy_codes(ring + s * Shape::STAGE_BYTES);
+            fetch.template copy_scales<STAGES>(slabs, s == 0);
+            fetch.next();
         }
     }
+    RowFetch<Float, Shape> fetch_rows = {here, 0, {}};
+    if (begin < end) fetch_rows.start_tile();
     // Only weights and the routing have been read so far.
     if (follows) wait_for_earlier_grids();
     // The kernel behind this one may read the routing now.
     launch_dependents();
     if (begin == end) return;
-    RowFetch<Float, Shape> fetch_rows = {walk, 0, {}};
-    fetch_rows.start(begin);
-#pragma unroll
+#pragma unroll 1
     for (u32 s = 0; s + 1 < STAGES; s++) {
         if (begin + s < end) {
             fetch_rows.copy(ring + s * Shape::STAGE_BYTES);
@@ -178,8 +176,6 @@ __device__ __forceinline__ void experts_tiles(const Experts<Float>& product, u8*
     float4* partials = reinterpret_cast<float4*>(workspace + COUNTER_BYTES);
     // Where the segments of a tile are left whose first share is this.
     auto segments_of = [&](u32 share) { return partials + u64(share) * segments * Tiles::PARTIAL; };
-    Walk<Float, Shape> here = walk;
-    here.start(begin);
     u32 tile = begin / units, stage = 0, slab = 0;
     Sums sum, total;
     Tiles::clear(sum);

@@ -96,12 +96,16 @@ __device__ __forceinline__ void copy_slab(const Weights& weights, u32 inputs, u3
         if (!vectors) {
 #pragma unroll 1
             for (u32 i = 0; i < 4; i++) {
-                // Granules that are not there count nothing.
-                float scale = 0.0f;
-                if (granule + i < granules) {
-                    scale = weights.scale((output * inputs + (granule + i) * GRANULE) >> weights.block_bits);
+                u64 block = (output * inputs + (granule + i) * GRANULE) >> weights.block_bits;
+                float* scale = reinterpret_cast<float*>(at) + i;
+                if (granule + i >= granules) {
+                    // Granules that are not there count nothing.
+                    *scale = 0.0f;
+                } else if (weights.nested_absmax == nullptr) {
+                    copy_async_4(scale, static_cast<const float*>(weights.scales) + block);
+                } else {
+                    *scale = weights.scale(block);
                 }
-                reinterpret_cast<float*>(at)[i] = scale;
             }
         } else {
             if (granule < granules) {

@@ -429,7 +429,7 @@ impl ExpertsProduct {
 /// [tokens, choices, outputs].
 ///
 /// # Errors
-/// [`KernelError::Launch`] as in [`Routing::launch`], or if there are 2^32 outputs.
+/// [`KernelError::Launch`] as in [`Routing::launch`], or if the grid is too large for a launch.
 pub fn combine(
     routing: Routing,
     float: FloatType,
@@ -443,9 +443,8 @@ pub fn combine(
     routing.check()?;
     check_length(kernel, routing.tokens)?;
     check_length(kernel, outputs)?;
-    let blocks = (routing.tokens as u64 * outputs as u64).div_ceil(THREADS.into());
-    // With more, each thread has several elements.
-    let blocks = grid(kernel, blocks.min(1 << 20))?;
+    let blocks = routing.tokens as u64 * outputs.div_ceil(THREADS as usize) as u64;
+    let blocks = grid(kernel, blocks)?;
     Ok(ExpertsLaunch::simple(kernel, blocks))
 }
 

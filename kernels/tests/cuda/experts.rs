@@ -406,6 +406,8 @@ pub(crate) fn whatever_lengths_and_alignments(device: &mut dyn Device) {
             ([3, 64, 64], [0, 2]),
             ([0, 64, 64], [2, 2]),
             ([3, 64, 0], [2, 2]),
+            // Routing threads have several experts each.
+            ([2500, 2, 1], [700, 8]),
         ] {
             for layout in [GateLayout::Halves, GateLayout::Interleaved] {
                 let clamped = Activation::Clamped { limit: 7.0 };
@@ -429,7 +431,8 @@ pub(crate) fn whatever_lengths_and_alignments(device: &mut dyn Device) {
 /// The same launches with other ids, as a graph has them: right, and nothing was cleared in between.
 pub(crate) fn replays_with_other_ids(device: &mut dyn Device) {
     let mut dice = Dice(4);
-    for tokens in [1, 7, 30] {
+    // Tiles of 8, 16 and 64 rows, of which an expert that everyone chooses has more than one.
+    for tokens in [1, 7, 20, 40] {
         let mut memory = Memory::default();
         let lengths = [4, 320, 64];
         let layer = Layer::random(Format::NF4, lengths, GateLayout::Halves, SILU, &mut dice);

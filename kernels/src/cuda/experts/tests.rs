@@ -117,7 +117,7 @@ fn launches_stay_within_their_bounds() {
                 layer.routing.experts = experts;
                 let routing = layer.routing;
                 for launch in launches(&layer) {
-                    assert!((1..=1 << 20).contains(&launch.grid), "{launch:?}");
+                    assert!(launch.grid >= 1, "{launch:?}");
                     assert!(launch.shared_bytes + (256 * 32 + 256) * 4 <= 227 << 10);
                     // There is a counter for every thread block that may need one.
                     let counted = launch.workspace_bytes == 0 || launch.grid * 4 <= COUNTERS as u32;
