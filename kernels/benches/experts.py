@@ -11,7 +11,8 @@ Every time is the median of graphs of 32 layers, in microseconds. Each layer of 
 that what one token chooses is not in the L2 when it comes again. Shares are of the rate of a copy, and of
 the bytes of codes and scales of the experts that are used. The loop has one call of bitsandbytes for
 each expert that is used and each of its two weights, and is given the ids on the host, in a graph too.
-Results are compared with f64 first, and those of tokens alone with those of all.
+Results are compared with f64 first, those of tokens alone with those of all, and those of graphs that are
+replayed with other ids with those of launches.
 """
 
 import ctypes
@@ -174,6 +175,20 @@ class Layer(Kernels):
         return y
 
 
+def check_replay(layer, x, ids, weights):
+    """A graph that was captured with some ids gives the same with others as launches do."""
+    graph_ids, y, need = ids[0].clone(), torch.empty_like(x), torch.empty_like(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer.run(x, graph_ids, weights, y)
+    for other in ids[1:4]:
+        graph_ids.copy_(other)
+        y.fill_(float("nan"))
+        graph.replay()
+        layer.run(x, other, weights, need)
+        assert torch.equal(y, need), "a replay gives something else"
+
+
 def chosen(tokens, choices, experts):
     """Ids for each layer of a graph: one token after the other has those that follow in a random order."""
     order = torch.cat([torch.randperm(experts) for _ in range(-(-CALLS * tokens * choices // experts))])
@@ -207,6 +222,7 @@ def main(program, module):
             for token in (0, tokens // 2, tokens - 1):
                 layer.run(x[token : token + 1], ids[0, token], weights[token], alone)
                 assert torch.equal(alone[0], y[token]), f"token {token} is not the same alone"
+            check_replay(layer, x, ids, weights)
             # With -1 for some, which count nothing then.
             without = ids[0].clone()
             without[:, 0] = -1

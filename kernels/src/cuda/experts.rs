@@ -37,8 +37,8 @@
 //! - An id that is no number of an expert, such as -1, is of a pair that is skipped: its y is not written,
 //!   and it adds nothing to a token's sum. A token without other pairs gets zeros from [`combine`].
 //! - The workspace is as in [`super::linear`], and can be the same: its first
-//!   [`COUNTERS`](super::linear::COUNTERS) bytes are zero before the first launch that uses it, and every
-//!   launch leaves them zero. Nothing else has to be cleared before a replay.
+//!   [`COUNTERS`] bytes are zero before the first launch that uses it, and every launch leaves them zero.
+//!   Nothing else has to be cleared before a replay.
 //! - Nothing may overlap y, the routing or the workspace. Routing, workspace and parts begin at multiples
 //!   of 256.
 //! - The bits of a result depend on its own row of x, its expert and W's lengths, on the GPU's kernels in
@@ -57,6 +57,10 @@ use super::{
     },
 };
 use crate::{Activation, BlockSize, FloatType, GateLayout, KernelError};
+
+mod layer;
+
+pub use layer::{ExpertsLayer, ExpertsLayerLaunches};
 
 /// For every GPU of compute capability 8.0 and later, as PTX, compressed.
 const PTX: &[u8] = include_bytes!("../../cuda/experts.ptx.zlib");
@@ -323,7 +327,8 @@ impl ExpertsProduct {
     ///
     /// # Errors
     /// [`KernelError::ComputeCapability`] below 7.5, and [`KernelError::Launch`] as in
-    /// [`Routing::launch`], or if a length or the number of all experts' outputs is 2^32 or more.
+    /// [`Routing::launch`], if a length or the number of all experts' outputs is 2^32 or more, or if
+    /// there are more tokens than one launch can do.
     pub fn launch(&self, gpu: Gpu) -> Result<ExpertsLaunch, KernelError> {
         check_capability(gpu.compute_capability)?;
         self.routing.check()?;
@@ -332,7 +337,7 @@ impl ExpertsProduct {
             check_length("tightfit_experts", length)?;
         }
         let launch = if self.is_fast(gpu.compute_capability) {
-            self.launch_tiles(gpu)
+            self.launch_tiles(gpu)?
         } else {
             let kernel = match self.float {
                 FloatType::F32 => "tightfit_experts_general_f32",
@@ -384,22 +389,21 @@ impl ExpertsProduct {
         self.outputs().div_ceil(OUTPUTS)
     }
 
+    /// Whether the fast kernels can do it. That must not depend on the number of tokens: the general
+    /// ones' sums are made otherwise.
     fn is_fast(&self, capability: Capability) -> bool {
-        // Units of all tiles, and bytes within an expert, are 32 bits wide.
-        let tiles = self.routing.most_tiles() as u64 * self.output_tiles() as u64;
-        let units = tiles.saturating_mul(self.inputs.div_ceil(SLICE / 2) as u64);
         capability >= (8, 0)
             && self.float != FloatType::F32
             && self.aligned
             && self.inputs.is_multiple_of(64)
+            && (64..1 << 25).contains(&self.inputs)
             && self.block_size.elements() >= 64
-            && self.inputs < 1 << 25
+            && self.results > 0
+            // Bytes within an expert are 32 bits wide.
             && self.outputs() as u64 * (self.inputs as u64) < 1 << 32
-            && units < 1 << 31
-            && units > 0
     }
 
-    fn launch_tiles(&self, gpu: Gpu) -> ExpertsLaunch {
+    fn launch_tiles(&self, gpu: Gpu) -> Result<ExpertsLaunch, KernelError> {
         let rows = self.routing.tile_rows();
         let tier = Tier::of_rows(rows);
         let kernel = match self.float {
@@ -408,12 +412,19 @@ impl ExpertsProduct {
         };
         let slices = self.inputs.div_ceil(SLICE);
         let segments = slices.div_ceil(slices.div_ceil(MOST_SEGMENTS));
-        let all = self.routing.most_tiles() * self.output_tiles() * segments;
+        let tiles = self
+            .routing
+            .most_tiles()
+            .saturating_mul(self.output_tiles());
+        // The units of all tiles are counted in 32 bits, and there are no fewer than segments.
+        let units = tiles.saturating_mul(self.inputs.div_ceil(tier.unit));
+        check(kernel, i32::MAX as usize, units)?;
         // Each has a counter.
-        let busy = (gpu.multiprocessors * tier.blocks).clamp(1, COUNTERS as u32 / 4);
-        let grid = all.min(busy as usize);
+        let busy = gpu.multiprocessors.clamp(1, 2048) * tier.blocks;
+        let busy = busy.min(COUNTERS as u32 / 4) as usize;
+        let grid = (tiles * segments).clamp(1, busy);
         let stage = OUTPUTS * tier.unit / 2 + rows * tier.unit * 2 + OUTPUTS * tier.scales;
-        ExpertsLaunch {
+        Ok(ExpertsLaunch {
             grid: grid as u32,
             shared_bytes: (tier.stages * stage) as u32,
             workspace_bytes: match segments {
@@ -421,7 +432,7 @@ impl ExpertsProduct {
                 _ => COUNTERS + grid * segments * OUTPUTS * rows * 4,
             },
             ..ExpertsLaunch::simple(kernel, 1)
-        }
+        })
     }
 }
 
@@ -446,84 +457,6 @@ pub fn combine(
     let blocks = routing.tokens as u64 * outputs.div_ceil(THREADS as usize) as u64;
     let blocks = grid(kernel, blocks)?;
     Ok(ExpertsLaunch::simple(kernel, blocks))
-}
-
-/// A whole layer: y = the sum over a token's choices of weight * (down * activation(gate, up) + bias).
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct ExpertsLayer {
-    /// What is chosen from.
-    pub routing: Routing,
-    /// The type of x [tokens, hidden], the biases and y [tokens, hidden].
-    pub float: FloatType,
-    /// Inputs of gates and up projections, and outputs of down projections.
-    pub hidden: usize,
-    /// Results of an expert's gates: inputs of its down projection.
-    pub intermediate: usize,
-    /// Elements of both stacks that share one absmax.
-    pub block_size: BlockSize,
-    /// How gates and up projections [experts, 2 * intermediate, hidden] lie.
-    pub layout: GateLayout,
-    /// What is made of them.
-    pub activation: Activation,
-    /// Whether all pointers are multiples of 16.
-    pub aligned: bool,
-}
-
-/// The launches of a layer, in their order. The workspace is the same for both products.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct ExpertsLayerLaunches {
-    /// Nothing for one token.
-    pub route: Option<ExpertsLaunch>,
-    /// From x to what the activation gives, [tokens, choices, intermediate] of the layer's type.
-    pub gate_up: ExpertsLaunch,
-    /// From there to parts [tokens, choices, hidden], f32.
-    pub down: ExpertsLaunch,
-    /// From parts to y.
-    pub combine: ExpertsLaunch,
-    /// [`Routing::bytes`].
-    pub routing_bytes: usize,
-    /// Of what both products need.
-    pub workspace_bytes: usize,
-}
-
-impl ExpertsLayer {
-    /// Returns how to compute it.
-    ///
-    /// # Errors
-    /// As in [`ExpertsProduct::launch`].
-    pub fn launches(&self, gpu: Gpu) -> Result<ExpertsLayerLaunches, KernelError> {
-        let gate_up = ExpertsProduct {
-            routing: self.routing,
-            float: self.float,
-            x: RowsOfX::Tokens,
-            results: self.intermediate,
-            inputs: self.hidden,
-            block_size: self.block_size,
-            form: Form::Gated {
-                layout: self.layout,
-                activation: self.activation,
-            },
-            aligned: self.aligned,
-            follows: false,
-        };
-        let down = ExpertsProduct {
-            x: RowsOfX::Pairs,
-            results: self.hidden,
-            inputs: self.intermediate,
-            form: Form::Parts,
-            follows: true,
-            ..gate_up
-        };
-        let (gate_up, down) = (gate_up.launch(gpu)?, down.launch(gpu)?);
-        Ok(ExpertsLayerLaunches {
-            route: self.routing.launch()?,
-            gate_up,
-            down,
-            combine: combine(self.routing, self.float, self.hidden)?,
-            routing_bytes: self.routing.bytes(),
-            workspace_bytes: gate_up.workspace_bytes.max(down.workspace_bytes),
-        })
-    }
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ mod cases;
 mod device;
 mod double;
 mod emulator;
+mod expert_calls;
 mod experts;
 mod golden;
 mod gpu;

@@ -206,6 +206,17 @@ fn too_much_is_an_error() {
             Err(KernelError::Launch { .. })
         ));
     }
+    // The general kernels, which could do it, have other sums.
+    let mut endless = layer(1 << 26);
+    (endless.hidden, endless.intermediate) = (7168, 2048);
+    assert_eq!(
+        endless.launches(H100),
+        Err(KernelError::Launch {
+            kernel: "tightfit_experts_64_bf16",
+            most: i32::MAX as usize,
+            have: (256 + ((1 << 29) - 256) / 64) * 32 * 56,
+        })
+    );
     let old = Gpu {
         compute_capability: (7, 0),
         ..H100
