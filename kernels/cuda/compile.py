@@ -37,6 +37,10 @@ RESULTS = [
     ("linear.sm_75.cubin.zlib", "linear.cu", "sm_75", MULTIPLY),
     ("linear.sm_80.cubin.zlib", "linear.cu", "sm_80", MULTIPLY),
     ("linear.sm_90a.cubin.zlib", "linear.cu", "sm_90a", MULTIPLY),
+    ("experts.ptx.zlib", "experts.cu", "compute_80", MULTIPLY),
+    ("experts.sm_75.cubin.zlib", "experts.cu", "sm_75", MULTIPLY),
+    ("experts.sm_80.cubin.zlib", "experts.cu", "sm_80", MULTIPLY),
+    ("experts.sm_90a.cubin.zlib", "experts.cu", "sm_90a", MULTIPLY),
 ]
 
 

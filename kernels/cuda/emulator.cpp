@@ -14,6 +14,8 @@
 
 #include "linear.cu"
 
+#include "experts.cu"
+
 #include <map>
 #include <string>
 #include <sys/mman.h>
@@ -85,13 +87,15 @@ struct Buffer {
     void free(std::size_t page) const { munmap(pages, usable + page); }
 };
 
-// Either a number or an address.
+// Either a number, of a float its bits, or an address.
 using Arguments = std::vector<u64>;
 
 template <class Type>
 Type argument(u64 value) {
     if constexpr (std::is_pointer_v<Type>) {
         return reinterpret_cast<Type>(value);
+    } else if constexpr (std::is_same_v<Type, float>) {
+        return __int_as_float(int(value));
     } else {
         return Type(value);
     }
@@ -128,6 +132,11 @@ const std::map<std::string, std::function<void(const Arguments&)>> KERNELS = {
     ENTRY(tightfit_linear_wide_32_f16),  ENTRY(tightfit_linear_wide_64_f16),
     ENTRY(tightfit_linear_wide_32_bf16), ENTRY(tightfit_linear_wide_64_bf16),
     ENTRY(tightfit_linear_many_f16),     ENTRY(tightfit_linear_many_bf16),
+    ENTRY(tightfit_experts_route),
+    ENTRY(tightfit_experts_combine_f32), ENTRY(tightfit_experts_combine_f16), ENTRY(tightfit_experts_combine_bf16),
+    ENTRY(tightfit_experts_general_f32), ENTRY(tightfit_experts_general_f16), ENTRY(tightfit_experts_general_bf16),
+    ENTRY(tightfit_experts_8_f16),       ENTRY(tightfit_experts_16_f16),   ENTRY(tightfit_experts_64_f16),
+    ENTRY(tightfit_experts_8_bf16),      ENTRY(tightfit_experts_16_bf16),  ENTRY(tightfit_experts_64_bf16),
 };
 
 void answer_launch(std::size_t name_length) {

@@ -8,6 +8,7 @@
 // IEEE operation then, as on the GPU.
 #pragma once
 
+#include <cmath>
 #include <csetjmp>
 #include <cstdint>
 #include <cstdio>
@@ -278,8 +279,9 @@ Value __shfl_down_sync(unsigned lanes, Value value, unsigned distance) {
 inline unsigned __ballot_sync(unsigned lanes, int value) { return shim::vote(lanes, value != 0); }
 inline int __any_sync(unsigned lanes, int value) { return shim::vote(lanes, value != 0) != 0; }
 
-inline unsigned long long atomicAdd(unsigned long long* sum, unsigned long long value) {
-    unsigned long long before = *sum;
+template <class Number>
+Number atomicAdd(Number* sum, Number value) {
+    Number before = *sum;
     *sum += value;
     return before;
 }
@@ -324,7 +326,10 @@ inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 
 inline void launch_dependents() {}
 inline void wait_for_earlier_grids() {}
-inline float4 load_from_l2(const float4* from) { return *from; }
+template <class Value>
+Value load_from_l2(const Value* from) {
+    return *from;
+}
 inline unsigned count_arrival(unsigned* counter) { return (*counter)++; }
 inline void copy_async_16(void* to, const void* from) { shim::copy_async(to, from, 16); }
 inline void copy_async_8(void* to, const void* from) { shim::copy_async(to, from, 8); }

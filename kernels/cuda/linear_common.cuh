@@ -100,7 +100,10 @@ static __device__ __forceinline__ void wait_for_earlier_grids() {
 }
 
 // What other thread blocks have written.
-static __device__ __forceinline__ float4 load_from_l2(const float4* from) { return __ldcg(from); }
+template <class Value>
+static __device__ __forceinline__ Value load_from_l2(const Value* from) {
+    return __ldcg(from);
+}
 
 // Counts this thread block in: what its threads wrote before the last barrier is there for whoever
 // counts later, and what those who counted earlier wrote is there for it behind the next one.

@@ -62,6 +62,59 @@ static constexpr u32 COUNTER_BYTES = 16384;
 #define KEEP(VALUE)
 #endif
 
+// Copies the scales of a tile's outputs from granule `begin` on. `vectors`: each granule has a block of
+// its own, and rows have a multiple of 4 of them; with double quantization they are 8 codes and a nested
+// absmax for each 4 of them then, else 8 f32. `row_of`: the row of W that an output of the tile is.
+template <class Shape, class RowOf>
+__device__ __forceinline__ void copy_slab(const Weights& weights, u32 inputs, u32 begin, bool vectors, u8* to,
+                                          RowOf row_of) {
+    constexpr u32 PIECES = Shape::SLAB_ROW / 16;
+    const u32 granules = inputs / GRANULE;
+    if (vectors && weights.nested_absmax != nullptr) {
+        if (threadIdx.x >= Shape::OUTPUTS) return;
+        u64 block = row_of(threadIdx.x) * granules + begin;
+        const u8* codes_of_absmax = static_cast<const u8*>(weights.scales) + block;
+        u8* at = to + threadIdx.x * Shape::SLAB_ROW;
+        copy_async_4(at + 8, weights.nested_absmax + (block >> 8));
+        if (PIECES == 2 && granules % 8 == 0) {
+            // Eight of a multiple of eight have one nested absmax.
+            copy_async_8(at, codes_of_absmax);
+        } else {
+            copy_async_4(at, codes_of_absmax);
+            if (PIECES == 2 && begin + 4 < granules) {
+                copy_async_4(at + 4, codes_of_absmax + 4);
+                copy_async_4(at + 12, weights.nested_absmax + ((block + 4) >> 8));
+            }
+        }
+        return;
+    }
+#pragma unroll
+    for (u32 piece = threadIdx.x; piece < Shape::OUTPUTS * PIECES; piece += THREADS) {
+        u32 row = piece / PIECES, granule = begin + piece % PIECES * 4;
+        u64 output = row_of(row);
+        u8* at = to + piece * 16;
+        if (!vectors) {
+#pragma unroll 1
+            for (u32 i = 0; i < 4; i++) {
+                u64 block = (output * inputs + (granule + i) * GRANULE) >> weights.block_bits;
+                float* scale = reinterpret_cast<float*>(at) + i;
+                if (granule + i >= granules) {
+                    // Granules that are not there count nothing.
+                    *scale = 0.0f;
+                } else if (weights.nested_absmax == nullptr) {
+                    copy_async_4(scale, static_cast<const float*>(weights.scales) + block);
+                } else {
+                    *scale = weights.scale(block);
+                }
+            }
+        } else {
+            if (granule < granules) {
+                copy_async_16(at, static_cast<const float*>(weights.scales) + output * granules + granule);
+            }
+        }
+    }
+}
+
 // Copies units into the stages, one after the other.
 template <class Shape>
 struct Fetch {
@@ -69,8 +122,7 @@ struct Fetch {
 
     const Weights& weights;
     u32 outputs, inputs, columns;
-    // Each granule has a block of its own, and rows have a multiple of 4 of them; with double
-    // quantization they are 8 codes and a nested absmax for each 4 of them, else 8 f32.
+    // As in copy_slab.
     bool vectors;
     u32 tile, slice, slices;
     const u8* codes;
@@ -100,50 +152,11 @@ struct Fetch {
     template <u32 STAGES>
     __device__ __forceinline__ void copy_scales(u8* slabs, bool first) {
         if (!first && slice % Shape::SLAB_UNITS != 0) return;
-        constexpr u32 PIECES = Shape::SLAB_ROW / 16;
-        const u32 last_row = outputs - 1 - tile * Shape::OUTPUTS, granules = inputs / GRANULE;
-        const u32 begin = slice / Shape::SLAB_UNITS * Shape::SLAB_GRANULES;
+        const u32 last_row = outputs - 1 - tile * Shape::OUTPUTS;
         u8* to = slabs + slab * Shape::SLAB_BYTES;
         slab = slab + 1 == STAGES ? 0 : slab + 1;
-        if (vectors && weights.nested_absmax != nullptr) {
-            if (threadIdx.x >= Shape::OUTPUTS) return;
-            u64 block = (u64(tile) * Shape::OUTPUTS + min(threadIdx.x, last_row)) * granules + begin;
-            const u8* codes_of_absmax = static_cast<const u8*>(weights.scales) + block;
-            u8* at = to + threadIdx.x * Shape::SLAB_ROW;
-            copy_async_4(at + 8, weights.nested_absmax + (block >> 8));
-            if (PIECES == 2 && granules % 8 == 0) {
-                // Eight of a multiple of eight have one nested absmax.
-                copy_async_8(at, codes_of_absmax);
-            } else {
-                copy_async_4(at, codes_of_absmax);
-                if (PIECES == 2 && begin + 4 < granules) {
-                    copy_async_4(at + 4, codes_of_absmax + 4);
-                    copy_async_4(at + 12, weights.nested_absmax + ((block + 4) >> 8));
-                }
-            }
-            return;
-        }
-#pragma unroll
-        for (u32 piece = threadIdx.x; piece < Shape::OUTPUTS * PIECES; piece += THREADS) {
-            u32 row = piece / PIECES, granule = begin + piece % PIECES * 4;
-            u64 output = u64(tile) * Shape::OUTPUTS + min(row, last_row);
-            u8* at = to + piece * 16;
-            if (!vectors) {
-#pragma unroll 1
-                for (u32 i = 0; i < 4; i++) {
-                    // Granules that are not there count nothing.
-                    float scale = 0.0f;
-                    if (granule + i < granules) {
-                        scale = weights.scale((output * inputs + (granule + i) * GRANULE) >> weights.block_bits);
-                    }
-                    reinterpret_cast<float*>(at)[i] = scale;
-                }
-            } else {
-                if (granule < granules) {
-                    copy_async_16(at, static_cast<const float*>(weights.scales) + output * granules + granule);
-                }
-            }
-        }
+        copy_slab<Shape>(weights, inputs, slice / Shape::SLAB_UNITS * Shape::SLAB_GRANULES, vectors, to,
+                         [&](u32 row) { return u64(tile) * Shape::OUTPUTS + min(row, last_row); });
     }
 
     __device__ __forceinline__ void next() {

@@ -17,6 +17,7 @@
 
 #include "linear_common.cuh"
 #include "linear_fetch.cuh"
+#include "linear_multiply.cuh"
 #include "linear_warpgroup.cuh"
 
 #if ARCHITECTURE >= 800
@@ -276,91 +277,15 @@ __device__ __forceinline__ void linear_tiles(const Weights& weights, const typen
         const u32 granules = min(Shape::GRANULES, (inputs - slice * INPUTS) / GRANULE);
         float scale[OUTPUT_TILES][2][Shape::GRANULES];
         if (slice % Shape::SLAB_UNITS == 0 && unit != begin) slab = slab + 1 == STAGES ? 0 : slab + 1;
-        const u32 in_slab = slice % Shape::SLAB_UNITS * Shape::GRANULES;
-        const u8* scales = slabs + slab * Shape::SLAB_BYTES + first_row * Shape::SLAB_ROW;
-#pragma unroll
-        for (u32 r = 0; r < OUTPUT_TILES; r++) {
-#pragma unroll
-            for (u32 half = 0; half < 2; half++) {
-                const u8* row = scales + (r * 16 + half * 8) * Shape::SLAB_ROW;
-                if (nested && vectors) {
-                    u32 four = *reinterpret_cast<const u32*>(row + in_slab / 4 * 4);
-                    if (Shape::GRANULES == 2) four >>= (in_slab & 2u) * 8;
-                    float absmax = *reinterpret_cast<const float*>(row + 8 + (inputs % 512 == 0 ? 0 : in_slab / 4 * 4));
-#pragma unroll
-                    for (u32 i = 0; i < Shape::GRANULES; i++) {
-                        scale[r][half][i] = __fadd_rn(__fmul_rn(map[four >> i * 8 & 255u], absmax), offset);
-                    }
-                } else if (Shape::GRANULES == 4) {
-                    float4 four = *reinterpret_cast<const float4*>(row + in_slab * 4);
-                    scale[r][half][0] = four.x;
-                    scale[r][half][1] = four.y;
-                    scale[r][half][Shape::GRANULES - 2] = four.z;
-                    scale[r][half][Shape::GRANULES - 1] = four.w;
-                } else {
-                    float2 two = *reinterpret_cast<const float2*>(row + in_slab * 4);
-                    scale[r][half][0] = two.x;
-                    scale[r][half][1] = two.y;
-                }
-            }
-        }
+        read_scales<Shape>(scale, slabs + slab * Shape::SLAB_BYTES + first_row * Shape::SLAB_ROW,
+                           slice % Shape::SLAB_UNITS * Shape::GRANULES, nested && vectors, inputs, map, offset);
         if constexpr (BY_WARPGROUP) {
 #if ARCHITECTURE >= 900
             multiply_by_warpgroup<Float, Shape>(sum[0], scale[0], codes, columns_of_x, table, granules);
 #endif
         } else {
-            uint2 bytes[Shape::GRANULES][OUTPUT_TILES][2];
-#pragma unroll
-            for (u32 granule = 0; granule < Shape::GRANULES; granule++) {
-#pragma unroll
-                for (u32 r = 0; r < OUTPUT_TILES; r++) {
-#pragma unroll
-                    for (u32 half = 0; half < 2; half++) {
-                        bytes[granule][r][half] = *reinterpret_cast<const uint2*>(
-                            codes + (code_place ^ granule * 32) + (r * 16 + half * 8) * Shape::CODE_ROW);
-                    }
-                }
-            }
-#pragma unroll
-            for (u32 granule = 0; granule < Shape::GRANULES; granule++) {
-                u32 a[OUTPUT_TILES][4][4];
-#pragma unroll
-                for (u32 r = 0; r < OUTPUT_TILES; r++) {
-#pragma unroll
-                    for (u32 half = 0; half < 2; half++) {
-#pragma unroll
-                        for (u32 i = 0; i < 8; i++) {
-                            u32 word = i < 4 ? bytes[granule][r][half].x : bytes[granule][r][half].y, shift = i % 4 * 8;
-                            // The byte times the width of an entry, plus the lane.
-                            u32 entry = (shift >= 7 ? word >> (shift - 7) : word << (7 - shift)) & 0x7f80u;
-                            a[r][i / 2][i % 2 * 2 + half] =
-                                *reinterpret_cast<const u32*>(reinterpret_cast<const u8*>(table) + (entry | lane_entry));
-                        }
-                    }
-                }
-#pragma unroll
-                for (u32 n = 0; n < COLUMN_TILES; n++) {
-                    uint4 low = make_uint4(0, 0, 0, 0), high = low;
-                    // What is not there counts nothing.
-                    if (n * 8 + group < columns && granule < granules) {
-                        const u8* row = columns_of_x + n * 8 * Shape::X_ROW + granule * 128;
-                        low = *reinterpret_cast<const uint4*>(row + x_places[0]);
-                        high = *reinterpret_cast<const uint4*>(row + x_places[1]);
-                    }
-#pragma unroll
-                    for (u32 r = 0; r < OUTPUT_TILES; r++) {
-                        float product[4] = {};
-                        multiply_tile<Float>(product, a[r][0], low.x, low.y);
-                        multiply_tile<Float>(product, a[r][1], low.z, low.w);
-                        multiply_tile<Float>(product, a[r][2], high.x, high.y);
-                        multiply_tile<Float>(product, a[r][3], high.z, high.w);
-#pragma unroll
-                        for (u32 i = 0; i < 4; i++) {
-                            sum[r][n][i] = __fmaf_rn(scale[r][i / 2][granule], product[i], sum[r][n][i]);
-                        }
-                    }
-                }
-            }
+            multiply_by_warps<Float, Shape, false>(sum, scale, codes, columns_of_x, table, granules, columns,
+                                                   lane_entry, code_place, x_places);
         }
 
         stage = stage + 1 == STAGES ? 0 : stage + 1;

@@ -39,8 +39,10 @@
 //!   256: [`sum_absmax`], [`sum_sums`] as long as there are more than 256 of them, and [`mean`].
 //!   The [`sums`] of `n` values are `n / 256`, rounded up.
 //!
-//! Products are in [`linear`], which has modules of its own.
+//! Products are in [`linear`], and those with stacks of experts in [`experts`]; both have modules of their
+//! own.
 
+pub mod experts;
 pub mod linear;
 mod sources;
 

@@ -5,7 +5,8 @@
 //! bitsandbytes' CUDA kernels give, including for blocks with zeros, subnormals, infinities and
 //! NaN, whichever instruction set computes them: portable Rust, AVX2 or AVX-512.
 //!
-//! Products with such weights, [`Kernels::linear`], take them as they lie. Weights that other methods
+//! Products with such weights, [`Kernels::linear`], take them as they lie, and so do layers of experts,
+//! [`Kernels::experts`]. Weights that other methods
 //! have stored (FP8, MXFP4, int4) are decoded by [`Kernels::decode`], to be quantized.
 //!
 //! [`Kernels`] is the entry point. It knows no files and no devices: sources are little-endian
@@ -30,6 +31,7 @@ pub mod cuda;
 mod dequantize;
 mod double;
 mod error;
+mod experts;
 mod float;
 mod formats;
 mod isa;
@@ -43,6 +45,7 @@ mod tables;
 mod x86;
 
 pub use error::KernelError;
+pub use experts::{Activation, Choices, ExpertsWeights, GateLayout};
 pub use float::Float;
 pub use formats::{FloatType, NESTED_BLOCK_SIZE, blocks, code_values, packed_bytes};
 /// The 16-bit numbers of which signatures speak.

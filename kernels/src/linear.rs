@@ -78,7 +78,7 @@ pub struct LinearWeights<'a> {
 }
 
 impl LinearWeights<'_> {
-    fn check(&self) -> Result<(), KernelError> {
+    pub(crate) fn check(&self) -> Result<(), KernelError> {
         let elements = self.outputs.saturating_mul(self.inputs);
         check_length("codes", packed_bytes(elements), self.codes.len())?;
         let blocks = blocks(elements, self.block_size);
@@ -252,7 +252,8 @@ enum Prepared {
     Sorted(Vec<[u16; 64]>),
 }
 
-struct Product<'a> {
+/// A product that is to be computed.
+pub(crate) struct Product<'a> {
     kernels: Kernels,
     weights: &'a LinearWeights<'a>,
     rows: usize,
@@ -260,7 +261,7 @@ struct Product<'a> {
 }
 
 impl<'a> Product<'a> {
-    fn new(
+    pub(crate) fn new(
         kernels: Kernels,
         weights: &'a LinearWeights<'a>,
         float: FloatType,
@@ -299,7 +300,7 @@ impl<'a> Product<'a> {
     }
 
     /// The sums of some outputs, for each row those of all of these outputs.
-    fn sums(&self, outputs: Range<usize>) -> Vec<f32> {
+    pub(crate) fn sums(&self, outputs: Range<usize>) -> Vec<f32> {
         let mut sums = vec![0.0; self.rows * outputs.len()];
         match &self.x {
             Prepared::Widened(x) => {

@@ -43,11 +43,13 @@ pub const COUNTERS: usize = 16384;
 const PTX: &[u8] = include_bytes!("../../cuda/linear.ptx.zlib");
 
 /// Major and minor.
-type Capability = (u32, u32);
+pub(super) type Capability = (u32, u32);
 
 /// Machine code: what compute capabilities it is for, the first and the last one, and the code,
 /// compressed.
-const MACHINE_CODE: [(Capability, Capability, &[u8]); 3] = [
+pub(super) type MachineCode = (Capability, Capability, &'static [u8]);
+
+const MACHINE_CODE: [MachineCode; 3] = [
     (
         (7, 5),
         (7, 9),
@@ -72,21 +74,30 @@ const MACHINE_CODE: [(Capability, Capability, &[u8]); 3] = [
 /// # Errors
 /// [`KernelError::ComputeCapability`] below 7.5.
 pub fn module(compute_capability: (u32, u32)) -> Result<Vec<u8>, KernelError> {
+    module_of(compute_capability, &MACHINE_CODE, PTX)
+}
+
+/// The machine code for a compute capability, or else the PTX.
+pub(super) fn module_of(
+    compute_capability: Capability,
+    machine_code: &[MachineCode],
+    ptx: &[u8],
+) -> Result<Vec<u8>, KernelError> {
     check_capability(compute_capability)?;
-    let code = MACHINE_CODE
+    let code = machine_code
         .iter()
         .find(|(first, last, _)| (*first..=*last).contains(&compute_capability));
     Ok(match code {
         Some((_, _, code)) => decompressed(code),
         None => {
-            let mut ptx = decompressed(PTX);
+            let mut ptx = decompressed(ptx);
             ptx.push(0);
             ptx
         }
     })
 }
 
-fn check_capability(have: Capability) -> Result<(), KernelError> {
+pub(super) fn check_capability(have: Capability) -> Result<(), KernelError> {
     let need = (7, 5);
     match have < need {
         true => Err(KernelError::ComputeCapability { need, have }),
@@ -342,16 +353,10 @@ impl Linear {
     }
 
     fn check_lengths(&self) -> Result<(), KernelError> {
-        for length in [self.rows, self.outputs, self.inputs] {
-            if u32::try_from(length).is_err() {
-                return Err(KernelError::Launch {
-                    kernel: "tightfit_linear",
-                    most: u32::MAX as usize,
-                    have: length,
-                });
-            }
-        }
-        Ok(())
+        let lengths = [self.rows, self.outputs, self.inputs];
+        lengths
+            .iter()
+            .try_for_each(|length| check_length("tightfit_linear", *length))
     }
 
     /// The kernel for this many rows, if one of the fast ones can do it.
@@ -484,7 +489,19 @@ fn shares(tiles: usize, slices: usize, blocks: usize) -> (usize, bool) {
     (shares, shares != tiles)
 }
 
-fn grid(kernel: &'static str, blocks: u64) -> Result<u32, KernelError> {
+/// Lengths are arguments of 32 bits.
+pub(super) fn check_length(kernel: &'static str, length: usize) -> Result<(), KernelError> {
+    match u32::try_from(length) {
+        Ok(_) => Ok(()),
+        Err(_) => Err(KernelError::Launch {
+            kernel,
+            most: u32::MAX as usize,
+            have: length,
+        }),
+    }
+}
+
+pub(super) fn grid(kernel: &'static str, blocks: u64) -> Result<u32, KernelError> {
     match i32::try_from(blocks) {
         Ok(blocks) => Ok(blocks.max(1) as u32),
         Err(_) => Err(KernelError::Launch {

@@ -1,18 +1,53 @@
 //! What can launch a kernel: a GPU, or the emulator.
 
 pub(crate) use tightfit_cuda_emulator::Argument;
-use tightfit_kernels::cuda::{Launch, linear::LinearLaunch};
+use tightfit_kernels::cuda::{Launch, experts::ExpertsLaunch, linear::LinearLaunch};
 
 /// Runs one kernel at a time. Panics, naming the kernel, if it cannot be run, or if it writes to
 /// memory beside a buffer.
 pub(crate) trait Device {
-    fn launch(&mut self, launch: Launch, arguments: &mut [Argument]);
-
-    /// The same with a kernel of products.
-    fn multiply(&mut self, launch: LinearLaunch, arguments: &mut [Argument]);
+    fn run(&mut self, launch: Launch, shared_bytes: u32, arguments: &mut [Argument]);
 
     /// Major and minor.
     fn compute_capability(&self) -> (u32, u32);
+
+    fn launch(&mut self, launch: Launch, arguments: &mut [Argument]) {
+        self.run(launch, 0, arguments);
+    }
+
+    /// The same with a kernel of products.
+    fn multiply(&mut self, launch: LinearLaunch, arguments: &mut [Argument]) {
+        let LinearLaunch {
+            kernel,
+            grid,
+            threads,
+            shared_bytes,
+            ..
+        } = launch;
+        let launch = Launch {
+            kernel,
+            grid,
+            threads,
+        };
+        self.run(launch, shared_bytes, arguments);
+    }
+
+    /// The same with a kernel for experts.
+    fn launch_experts(&mut self, launch: ExpertsLaunch, arguments: &mut [Argument]) {
+        let ExpertsLaunch {
+            kernel,
+            grid,
+            threads,
+            shared_bytes,
+            ..
+        } = launch;
+        let launch = Launch {
+            kernel,
+            grid,
+            threads,
+        };
+        self.run(launch, shared_bytes, arguments);
+    }
 }
 
 /// Whether an environment variable says that a device must be there.

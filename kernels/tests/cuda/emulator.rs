@@ -2,7 +2,7 @@
 
 pub(crate) use tightfit_cuda_emulator::Emulator;
 use tightfit_cuda_emulator::{MISSING, REQUIRE};
-use tightfit_kernels::cuda::{Launch, linear::LinearLaunch};
+use tightfit_kernels::cuda::Launch;
 
 use crate::device::{Argument, Device, skip};
 
@@ -16,23 +16,11 @@ pub(crate) fn start() -> Option<Emulator> {
 }
 
 impl Device for Emulator {
-    fn launch(&mut self, launch: Launch, arguments: &mut [Argument]) {
+    fn run(&mut self, launch: Launch, shared_bytes: u32, arguments: &mut [Argument]) {
         let Launch {
             kernel,
             grid,
             threads,
-        } = launch;
-        Emulator::launch(self, kernel, grid, threads, arguments)
-            .unwrap_or_else(|error| panic!("{error}"));
-    }
-
-    fn multiply(&mut self, launch: LinearLaunch, arguments: &mut [Argument]) {
-        let LinearLaunch {
-            kernel,
-            grid,
-            threads,
-            shared_bytes,
-            ..
         } = launch;
         self.launch_with_shared(kernel, grid, threads, shared_bytes, arguments)
             .unwrap_or_else(|error| panic!("{error}"));

@@ -8,10 +8,8 @@ use cudarc::driver::{
     PushKernelArg, sys,
 };
 use cudarc::nvrtc::Ptx;
-use tightfit_kernels::cuda::{
-    self, Launch,
-    linear::{self, LinearLaunch},
-};
+use tightfit_kernels::KernelError;
+use tightfit_kernels::cuda::{self, Launch, experts, linear};
 
 use crate::device::{Argument, Device, skip};
 
@@ -30,6 +28,7 @@ pub(crate) struct Gpu {
     pub(crate) stream: Arc<CudaStream>,
     module: Arc<CudaModule>,
     products: Arc<CudaModule>,
+    experts: Arc<CudaModule>,
     functions: HashMap<&'static str, CudaFunction>,
 }
 
@@ -52,15 +51,20 @@ impl Gpu {
             .load_module(Ptx::from_src(cuda::PTX))
             .expect("the driver compiles the PTX");
         let capability = capability_of(&context);
-        let image = linear::module(capability).expect("kernels for the GPU");
-        let products = context
-            .load_module(Ptx::from_binary(image))
-            .expect("the driver loads the products");
+        let load = |image: Result<Vec<u8>, KernelError>| {
+            let image = image.expect("kernels for the GPU");
+            context
+                .load_module(Ptx::from_binary(image))
+                .expect("the driver loads the products")
+        };
+        let products = load(linear::module(capability));
+        let experts = load(experts::module(capability));
         Some(Gpu {
             stream: context.default_stream(),
             context,
             module,
             products,
+            experts,
             functions: HashMap::new(),
         })
     }
@@ -68,6 +72,8 @@ impl Gpu {
     pub(crate) fn function(&mut self, kernel: &'static str) -> CudaFunction {
         let module = if kernel.starts_with("tightfit_linear") {
             &self.products
+        } else if kernel.starts_with("tightfit_experts") {
+            &self.experts
         } else {
             &self.module
         };
@@ -119,7 +125,7 @@ pub(crate) fn address(memory: &mut CudaSlice<u8>, stream: &CudaStream) -> u64 {
     memory.device_ptr_mut(stream).0
 }
 
-impl Gpu {
+impl Device for Gpu {
     fn run(&mut self, launch: Launch, shared_bytes: u32, arguments: &mut [Argument]) {
         let mut buffers = Vec::new();
         let mut passed = Vec::new();
@@ -166,29 +172,6 @@ impl Gpu {
             bytes.copy_from_slice(inside);
         }
     }
-}
-
-impl Device for Gpu {
-    fn launch(&mut self, launch: Launch, arguments: &mut [Argument]) {
-        self.run(launch, 0, arguments);
-    }
-
-    fn multiply(&mut self, launch: LinearLaunch, arguments: &mut [Argument]) {
-        let LinearLaunch {
-            kernel,
-            grid,
-            threads,
-            shared_bytes,
-            ..
-        } = launch;
-        let launch = Launch {
-            kernel,
-            grid,
-            threads,
-        };
-        self.run(launch, shared_bytes, arguments);
-    }
-
     fn compute_capability(&self) -> (u32, u32) {
         capability_of(&self.context)
     }

@@ -9,9 +9,13 @@ mod cases;
 mod device;
 mod double;
 mod emulator;
+mod expert_calls;
+mod experts;
 mod golden;
 mod gpu;
 mod large;
+#[path = "../layers/mod.rs"]
+mod layers;
 mod linear;
 mod sources;
 mod transposed;
@@ -61,6 +65,13 @@ on_every_device! {
     linear::rows_by_themselves,
     linear::huge_blocks,
     transposed::transposed,
+    experts::layers_of_experts,
+    experts::every_format,
+    experts::whatever_lengths_and_alignments,
+    experts::replays_with_other_ids,
+    experts::tokens_by_themselves,
+    experts::products_without_activation,
+    experts::huge_blocks_stay_in_their_rows,
     golden::quantizing,
     golden::double_quantizing,
     golden::dequantizing_all,

@@ -1,0 +1,436 @@
+//! Layers of experts on the processor.
+//!
+//! Pairs of a token and one of its choices are grouped by expert, and each group is a product of its rows
+//! with a slice of the stack, [`crate::linear`]. Groups and ranges of their results are dealt out to
+//! threads one by one. A result depends on its own row only, as there.
+
+use std::{
+    num::NonZeroUsize,
+    ops::Range,
+    sync::atomic::{AtomicUsize, Ordering},
+    thread,
+};
+
+use crate::{
+    Float, FloatType, KernelError, Kernels, LinearWeights, error::check_length, float,
+    linear::Product,
+};
+
+mod activation;
+
+pub use activation::{Activation, GateLayout};
+
+/// Tokens whose parts are in memory at a time.
+const MOST_TOKENS: usize = 1024;
+
+/// The stacks of a layer of experts, each quantized as a whole.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertsWeights<'a> {
+    /// How many there are.
+    pub experts: usize,
+    /// Gates and up projections [experts, 2 * intermediate, hidden], as one matrix whose outputs are
+    /// those of all experts.
+    pub gate_up: LinearWeights<'a>,
+    /// Down projections [experts, hidden, intermediate], likewise.
+    pub down: LinearWeights<'a>,
+    /// How gates and up projections lie.
+    pub layout: GateLayout,
+    /// What is made of them.
+    pub activation: Activation,
+}
+
+/// What a router has chosen.
+#[derive(Debug, Clone, Copy)]
+pub struct Choices<'a> {
+    /// How many there are for each token.
+    pub of_token: usize,
+    /// Numbers of experts [tokens, of_token]. What is no number of an expert, such as -1, is skipped: it
+    /// adds nothing.
+    pub ids: &'a [i32],
+    /// What the results of the experts are multiplied with [tokens, of_token].
+    pub weights: &'a [f32],
+}
+
+impl Kernels {
+    /// Computes a layer of experts: `y` = the sum over a token's choices of
+    /// `weight * (down * activation(gate, up) + down_bias)`, where gate and up are `gate_up * x + gate_up_bias`
+    /// of the choice's expert.
+    ///
+    /// - `x` and `y` [tokens, hidden], `gate_up_bias` [experts, 2 * intermediate], in the layout of the
+    ///   gates, and `down_bias` [experts, hidden].
+    /// - `threads`: how many to use. Beside the caller's, they live for the time of the call.
+    ///
+    /// Products are those of [`Kernels::linear`]; what the activation gives is rounded to `T` once, and so
+    /// is the result. Sums over choices are f32, in the order of the choices. The bits of a token's result
+    /// depend on the instruction set, but not on other tokens or `threads`.
+    ///
+    /// ```
+    /// use std::num::NonZeroUsize;
+    ///
+    /// use tightfit_kernels::{
+    ///     Activation, BlockSize, Choices, ExpertsWeights, GateLayout, Kernels, LinearWeights, QuantType,
+    ///     Scales,
+    /// };
+    ///
+    /// // Two experts of 64 inputs and one result; all weights are 1, those of expert 1 times 0.5.
+    /// let stack = LinearWeights {
+    ///     quant_type: QuantType::Nf4,
+    ///     outputs: 4,
+    ///     inputs: 64,
+    ///     block_size: BlockSize::DEFAULT,
+    ///     codes: &[0xff; 128],
+    ///     scales: Scales::Absmax(&[1.0, 1.0, 0.5, 0.5]),
+    /// };
+    /// let layer = ExpertsWeights {
+    ///     experts: 2,
+    ///     gate_up: stack,
+    ///     down: LinearWeights {
+    ///         outputs: 128,
+    ///         inputs: 1,
+    ///         codes: &[0xff; 64],
+    ///         scales: Scales::Absmax(&[1.0, 0.5]),
+    ///         ..stack
+    ///     },
+    ///     layout: GateLayout::Halves,
+    ///     activation: Activation::Silu,
+    /// };
+    /// let choices = Choices { of_token: 2, ids: &[1, -1], weights: &[3.0, 1.0] };
+    /// let (x, mut y) = ([1.0f32; 64], [0f32; 64]);
+    /// Kernels::detect().experts(&layer, &choices, &x, None, None, &mut y, NonZeroUsize::MIN)?;
+    /// // The gate and the other projection are 32, whose product is halved by the down projection.
+    /// assert_eq!(y, [3.0 * 32.0 * 32.0 * 0.5; 64]);
+    /// # Ok::<(), tightfit_kernels::KernelError>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] if the lengths do not belong together.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is one thing that a caller has to decide"
+    )]
+    pub fn experts<T: Float>(
+        self,
+        layer: &ExpertsWeights<'_>,
+        choices: &Choices<'_>,
+        x: &[T],
+        gate_up_bias: Option<&[T]>,
+        down_bias: Option<&[T]>,
+        y: &mut [T],
+        threads: NonZeroUsize,
+    ) -> Result<(), KernelError> {
+        self.experts_bytes(
+            layer,
+            choices,
+            T::TYPE,
+            bytemuck::cast_slice(x),
+            gate_up_bias.map(bytemuck::cast_slice),
+            down_bias.map(bytemuck::cast_slice),
+            bytemuck::cast_slice_mut(y),
+            threads,
+        )
+    }
+
+    /// [`Kernels::experts`] on elements of type `float` as little-endian bytes at any alignment.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`], of elements in bytes.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is one thing that a caller has to decide"
+    )]
+    pub fn experts_bytes(
+        self,
+        layer: &ExpertsWeights<'_>,
+        choices: &Choices<'_>,
+        float: FloatType,
+        x: &[u8],
+        gate_up_bias: Option<&[u8]>,
+        down_bias: Option<&[u8]>,
+        y: &mut [u8],
+        threads: NonZeroUsize,
+    ) -> Result<(), KernelError> {
+        let (hidden, intermediate) = (layer.gate_up.inputs, layer.down.inputs);
+        let (gate_up, down) = (intermediate.saturating_mul(2), hidden);
+        layer.gate_up.check()?;
+        layer.down.check()?;
+        let of_all = |outputs: usize| outputs.saturating_mul(layer.experts);
+        check_length("gate_up", of_all(gate_up), layer.gate_up.outputs)?;
+        check_length("down", of_all(down), layer.down.outputs)?;
+        let row = hidden.saturating_mul(float.bytes());
+        let tokens = choices.check(row, x.len())?;
+        check_length("x", tokens.saturating_mul(row), x.len())?;
+        check_length("y", x.len(), y.len())?;
+        check_length("weights", choices.ids.len(), choices.weights.len())?;
+        let bytes = |elements: usize| elements.saturating_mul(float.bytes());
+        for (what, bias, outputs) in [
+            ("gate_up_bias", gate_up_bias, gate_up),
+            ("down_bias", down_bias, down),
+        ] {
+            if let Some(bias) = bias {
+                check_length(what, bytes(of_all(outputs)), bias.len())?;
+            }
+        }
+        if row == 0 {
+            return Ok(());
+        }
+
+        let of_token = choices.of_token;
+        for (i, y) in y.chunks_mut(MOST_TOKENS * row).enumerate() {
+            let tokens = i * MOST_TOKENS..i * MOST_TOKENS + y.len() / row;
+            let pairs = tokens.start * of_token..tokens.end * of_token;
+            let (ids, weights) = (&choices.ids[pairs.clone()], &choices.weights[pairs]);
+            let first = Stack {
+                kernels: self,
+                experts: layer.experts,
+                weights: &layer.gate_up,
+                bias: gate_up_bias,
+                gates: Some((layer.layout, layer.activation)),
+                float,
+                threads,
+            };
+            let x = &x[tokens.start * row..tokens.end * row];
+            let between = first.multiply(ids, x, |pair| pair / of_token);
+            let mut rounded = vec![0; bytes(between.len())];
+            for (value, to) in between.iter().zip(rounded.chunks_exact_mut(float.bytes())) {
+                float::write(float, *value, to);
+            }
+            let second = Stack {
+                weights: &layer.down,
+                bias: down_bias,
+                gates: None,
+                ..first
+            };
+            let parts = second.multiply(ids, &rounded, |pair| pair);
+            let valid = |id: i32| usize::try_from(id).is_ok_and(|id| id < layer.experts);
+            for (token, y) in y.chunks_exact_mut(row).enumerate() {
+                let mut sums = vec![0.0f32; hidden];
+                for pair in token * of_token..(token + 1) * of_token {
+                    if !valid(ids[pair]) {
+                        continue;
+                    }
+                    let part = &parts[pair * hidden..][..hidden];
+                    for (sum, part) in sums.iter_mut().zip(part) {
+                        *sum += weights[pair] * part;
+                    }
+                }
+                for (sum, y) in sums.iter().zip(y.chunks_exact_mut(float.bytes())) {
+                    float::write(float, *sum, y);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Multiplies tokens with the weights of the experts that they have chosen: of each pair,
+    /// `y = x * transpose(W) + bias` as in [`Kernels::linear`].
+    ///
+    /// - `stack`: W [experts, outputs, inputs] as one matrix whose outputs are those of all experts.
+    /// - `x` [tokens, inputs], `bias` [experts, outputs], `y` [tokens, choices, outputs]. What belongs to
+    ///   skipped pairs is left as it is. The weights of the choices are not read.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] if the lengths do not belong together.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is one thing that a caller has to decide"
+    )]
+    pub fn experts_linear<T: Float>(
+        self,
+        stack: &LinearWeights<'_>,
+        experts: usize,
+        choices: &Choices<'_>,
+        x: &[T],
+        bias: Option<&[T]>,
+        y: &mut [T],
+        threads: NonZeroUsize,
+    ) -> Result<(), KernelError> {
+        stack.check()?;
+        let outputs = stack.outputs / experts.max(1);
+        check_length("stack", outputs.saturating_mul(experts), stack.outputs)?;
+        let tokens = choices.check(stack.inputs, x.len())?;
+        check_length("x", tokens.saturating_mul(stack.inputs), x.len())?;
+        check_length("y", choices.ids.len().saturating_mul(outputs), y.len())?;
+        if let Some(bias) = bias {
+            check_length("bias", stack.outputs, bias.len())?;
+        }
+        let product = Stack {
+            kernels: self,
+            experts,
+            weights: stack,
+            bias: bias.map(bytemuck::cast_slice),
+            gates: None,
+            float: T::TYPE,
+            threads,
+        };
+        let x = bytemuck::cast_slice(x);
+        let results = product.multiply(choices.ids, x, |pair| pair / choices.of_token);
+        for (pair, id) in choices.ids.iter().enumerate() {
+            if usize::try_from(*id).is_ok_and(|id| id < experts) {
+                let y = &mut y[pair * outputs..][..outputs];
+                for (result, y) in results[pair * outputs..].iter().zip(y) {
+                    float::write(T::TYPE, *result, bytemuck::bytes_of_mut(y));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Choices<'_> {
+    /// The number of tokens. Where nothing is chosen, rows of x say how many there are.
+    fn check(&self, row_of_x: usize, x: usize) -> Result<usize, KernelError> {
+        if self.of_token == 0 {
+            check_length("ids", 0, self.ids.len())?;
+            return Ok(x / row_of_x.max(1));
+        }
+        let tokens = self.ids.len() / self.of_token;
+        check_length("ids", tokens * self.of_token, self.ids.len())?;
+        Ok(tokens)
+    }
+}
+
+/// A product with a stack of experts that is to be computed.
+#[derive(Clone, Copy)]
+struct Stack<'a> {
+    kernels: Kernels,
+    experts: usize,
+    weights: &'a LinearWeights<'a>,
+    bias: Option<&'a [u8]>,
+    gates: Option<(GateLayout, Activation)>,
+    float: FloatType,
+    threads: NonZeroUsize,
+}
+
+/// The pairs of one expert.
+struct Group {
+    expert: usize,
+    pairs: Vec<usize>,
+}
+
+impl Stack<'_> {
+    /// Outputs of an expert, and results that are made of them.
+    fn lengths(&self) -> (usize, usize) {
+        let outputs = self.weights.outputs / self.experts.max(1);
+        let results = if self.gates.is_some() {
+            outputs / 2
+        } else {
+            outputs
+        };
+        (outputs, results)
+    }
+
+    /// The results of all pairs, zeros for those that are skipped. `x`: rows of the type, of which
+    /// `row_of` says which one a pair has.
+    fn multiply(&self, ids: &[i32], x: &[u8], row_of: impl Fn(usize) -> usize + Sync) -> Vec<f32> {
+        let mut by_expert: Vec<Vec<usize>> = vec![vec![]; self.experts];
+        for (pair, id) in ids.iter().enumerate() {
+            let group = usize::try_from(*id)
+                .ok()
+                .and_then(|id| by_expert.get_mut(id));
+            if let Some(group) = group {
+                group.push(pair);
+            }
+        }
+        let groups: Vec<Group> = by_expert
+            .into_iter()
+            .enumerate()
+            .filter(|(_, pairs)| !pairs.is_empty())
+            .map(|(expert, pairs)| Group { expert, pairs })
+            .collect();
+        let (_, results) = self.lengths();
+        let row = self.weights.inputs * self.float.bytes();
+        let products = self.each(&groups, |group| {
+            let rows = group.pairs.iter().map(|pair| &x[row_of(*pair) * row..]);
+            let x = rows.flat_map(|x| &x[..row]).copied().collect::<Vec<u8>>();
+            let rows = group.pairs.len();
+            Product::new(self.kernels, self.weights, self.float, rows, &x)
+        });
+        // Some pieces for each thread, so that all end at about the same time.
+        let all = results * groups.len();
+        let piece = (all / (8 * self.threads.get())).next_multiple_of(16);
+        let piece = piece.clamp(16, 1024);
+        let pieces: Vec<(usize, Range<usize>)> = (0..groups.len())
+            .flat_map(|group| {
+                let begins = (0..results).step_by(piece);
+                begins.map(move |begin| (group, begin..results.min(begin + piece)))
+            })
+            .collect();
+        let of_pieces = self.each(&pieces, |(group, range)| {
+            self.results_of(&groups[*group], &products[*group], range.clone())
+        });
+        let mut all = vec![0.0; ids.len() * results];
+        for ((group, range), values) in pieces.iter().zip(of_pieces) {
+            let rows = values.chunks_exact(range.len());
+            for (pair, values) in groups[*group].pairs.iter().zip(rows) {
+                all[pair * results..][range.clone()].copy_from_slice(values);
+            }
+        }
+        all
+    }
+
+    /// Some results of a group, for each pair those of all of the range.
+    fn results_of(&self, group: &Group, product: &Product<'_>, range: Range<usize>) -> Vec<f32> {
+        let (outputs, results) = self.lengths();
+        let first = group.expert * outputs;
+        let sums = |range: Range<usize>| {
+            let mut sums = product.sums(first + range.start..first + range.end);
+            if let Some(bias) = self.bias {
+                let size = self.float.bytes();
+                let bias = &bias[(first + range.start) * size..(first + range.end) * size];
+                for sums in sums.chunks_exact_mut(range.len()) {
+                    for (sum, bias) in sums.iter_mut().zip(bias.chunks_exact(size)) {
+                        *sum += float::read(self.float, bias);
+                    }
+                }
+            }
+            sums
+        };
+        match self.gates {
+            None => sums(range),
+            Some((GateLayout::Halves, activation)) => {
+                let gates = sums(range.clone());
+                let others = sums(results + range.start..results + range.end);
+                let pairs = gates.iter().zip(&others);
+                pairs
+                    .map(|(gate, up)| activation.apply(*gate, *up))
+                    .collect()
+            }
+            Some((GateLayout::Interleaved, activation)) => {
+                let both = sums(2 * range.start..2 * range.end);
+                let pairs = both.as_chunks::<2>().0.iter();
+                pairs
+                    .map(|[gate, up]| activation.apply(*gate, *up))
+                    .collect()
+            }
+        }
+    }
+
+    /// Applies a function to each item, on all threads: each takes the next one when it is done with one.
+    fn each<T: Sync, R: Send>(&self, items: &[T], function: impl Fn(&T) -> R + Sync) -> Vec<R> {
+        let next = AtomicUsize::new(0);
+        let work = || {
+            let mut results = vec![];
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                match items.get(i) {
+                    Some(item) => results.push((i, function(item))),
+                    None => return results,
+                }
+            }
+        };
+        let mut results = thread::scope(|scope| {
+            let threads = self.threads.get().min(items.len()).max(1);
+            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+            let mut results = work();
+            for other in others {
+                match other.join() {
+                    Ok(of_thread) => results.extend(of_thread),
+                    Err(panic) => std::panic::resume_unwind(panic),
+                }
+            }
+            results
+        });
+        results.sort_unstable_by_key(|(i, _)| *i);
+        results.into_iter().map(|(_, result)| result).collect()
+    }
+}
