@@ -51,7 +51,8 @@ struct ExpertTiles {
             result[half] = gated ? result_tile * (Shape::OUTPUTS / 2) + warp * 8 + group
                                  : result_tile * Shape::OUTPUTS + warp * 16 + group + half * 8;
             bool exists = result[half] < results;
-            add[half] = exists ? product.bias_of(rows.expert, gated ? product.gate_row(result[half], half) : result[half]) : 0.0f;
+            u32 weight_row = gated ? product.gate_row(result[half], half) : result[half];
+            add[half] = exists ? product.bias_of(rows.expert, weight_row) : 0.0f;
         }
 #pragma unroll
         for (u32 n = 0; n < COLUMN_TILES; n++) {
@@ -145,7 +146,8 @@ __device__ __forceinline__ void experts_tiles(const Experts<Float>& product, u8*
     };
     const u32 begin = unit_of(first_segment), end = unit_of(end_segment);
 
-    WeightFetch<Float, Shape> fetch = {{product, row_tiles, result_tiles, units, {}, {}}, weights.block_bits == 6 && inputs % 256 == 0, nullptr, {}, 0};
+    WeightFetch<Float, Shape> fetch = {
+        {product, row_tiles, result_tiles, units, {}, {}}, weights.block_bits == 6 && inputs % 256 == 0, nullptr, {}, 0};
     if (begin < end) fetch.start(begin);
     Walk<Float, Shape> here = fetch.walk;
 #pragma unroll 1
@@ -163,7 +165,7 @@ __device__ __forceinline__ void experts_tiles(const Experts<Float>& product, u8*
     // The kernel behind this one may read the routing now.
     launch_dependents();
     if (begin == end) return;
-#pragma unroll 1
+#pragma unroll
     for (u32 s = 0; s + 1 < STAGES; s++) {
         if (begin + s < end) {
             fetch_rows.copy(ring + s * Shape::STAGE_BYTES);
@@ -184,7 +186,8 @@ __device__ __forceinline__ void experts_tiles(const Experts<Float>& product, u8*
     u32 lane_entry = lane * 4;
     u32 code_place = first_row * Shape::CODE_ROW + (quarter & 1u) * 8 +
                      ((quarter >> 1) ^ (Shape::CODE_PIECES == 8 ? (group & 3u) << 1 : group & 2u)) * 16;
-    u32 x_places[2] = {group * Shape::X_ROW + ((quarter * 2 ^ odd) << 4), group * Shape::X_ROW + (((quarter * 2 + 1) ^ odd) << 4)};
+    u32 x_places[2] = {group * Shape::X_ROW + ((quarter * 2 ^ odd) << 4),
+                       group * Shape::X_ROW + (((quarter * 2 + 1) ^ odd) << 4)};
     KEEP(lane_entry);
     KEEP(code_place);
     KEEP(x_places[0]);
