@@ -164,6 +164,11 @@ struct Tier {
 }
 
 impl Tier {
+    /// Whether such GPUs have the kernels.
+    fn is_for(&self, compute_capability: (u32, u32)) -> bool {
+        compute_capability >= (8, 0) && (!self.by_warpgroup || compute_capability == (9, 0))
+    }
+
     fn shared_bytes(&self) -> u32 {
         let stage = OUTPUTS * self.unit / 2 + self.rows * self.unit * 2 + OUTPUTS * self.scales;
         (self.stages * stage) as u32
@@ -240,11 +245,35 @@ const TIERS: [Tier; 6] = [
 /// Rows of the last tiers. More are several tiles of columns.
 const MOST_ROWS: usize = 64;
 
+/// Rows of a launch, so that counters and workspace are enough for any number of rows.
+const MOST_ROWS_OF_LAUNCH: usize = 4096;
+
 /// Of a product with the transposed weights.
 const MOST_SCRATCH: usize = 16 << 20;
 
 /// By row, the work is dealt out as if for a GPU with this many multiprocessors.
 const MULTIPROCESSORS_BY_ROW: u32 = 132;
+
+/// More than any GPU has by now: what [`Linear::most_workspace_bytes`] counts with where it is not
+/// known which GPU it will be.
+pub const MOST_MULTIPROCESSORS: u32 = 192;
+
+/// Returns the kernels that [`Linear::launch`] names for a compute capability, each with its
+/// [`LinearLaunch::shared_bytes`]: what has to be looked up in [`module`], and told to the driver, before
+/// the first launch.
+pub fn kernels(compute_capability: (u32, u32)) -> Vec<(&'static str, u32)> {
+    let general = GENERAL.map(|kernel| (kernel, 0));
+    let tiers = TIERS.iter().filter(|tier| tier.is_for(compute_capability));
+    let fast = tiers.flat_map(|tier| [tier.f16, tier.bf16].map(|name| (name, tier.shared_bytes())));
+    general.into_iter().chain(fast).collect()
+}
+
+/// The kernels for whatever the fast ones cannot do.
+const GENERAL: [&str; 3] = [
+    "tightfit_linear_general_f32",
+    "tightfit_linear_general_f16",
+    "tightfit_linear_general_bf16",
+];
 
 impl Linear {
     /// Returns how to compute it.
@@ -258,9 +287,9 @@ impl Linear {
             return self.launch_tiles(tier, gpu);
         }
         let kernel = match self.float {
-            FloatType::F32 => "tightfit_linear_general_f32",
-            FloatType::F16 => "tightfit_linear_general_f16",
-            FloatType::Bf16 => "tightfit_linear_general_bf16",
+            FloatType::F32 => GENERAL[0],
+            FloatType::F16 => GENERAL[1],
+            FloatType::Bf16 => GENERAL[2],
         };
         // A warp has one output of 8 rows.
         let blocks = self.outputs.div_ceil(8) as u64 * self.rows.div_ceil(8) as u64;
@@ -273,6 +302,52 @@ impl Linear {
             rows: self.rows.max(1),
             shares: 1,
         })
+    }
+
+    /// Returns a number of bytes that is enough as the workspace of [`Linear::launch`] for this many rows
+    /// and for any fewer, however they are aligned: on `gpu`, or without one on every GPU with at most
+    /// [`MOST_MULTIPROCESSORS`]. It does not get smaller with more rows.
+    pub fn most_workspace_bytes(&self, gpu: Option<Gpu>) -> usize {
+        let is_fast = self.float != FloatType::F32
+            && self.inputs.is_multiple_of(64)
+            && self.block_size.elements() >= 64;
+        if !is_fast || self.rows == 0 || self.outputs == 0 || self.inputs == 0 {
+            return 0;
+        }
+        let tiles = self.outputs.div_ceil(OUTPUTS);
+        let slices = tiles.saturating_mul(self.inputs.div_ceil(SLICE));
+        let smallest = |tier: &Tier| match tier.rows {
+            8 => 1,
+            rows => rows / 2 + 1,
+        };
+        let bytes = |tier: &Tier| {
+            let column_tiles = match tier.rows {
+                MOST_ROWS if !self.by_row => self.rows.min(MOST_ROWS_OF_LAUNCH).div_ceil(MOST_ROWS),
+                _ => 1,
+            };
+            let blocks = if self.by_row {
+                2 * MULTIPROCESSORS_BY_ROW as usize
+            } else {
+                let known = gpu.map_or(MOST_MULTIPROCESSORS, |gpu| gpu.multiprocessors);
+                (known.clamp(1, 2048) * tier.blocks) as usize
+            };
+            if tiles >= 4 * blocks {
+                // Each has a block of its own, with more tiles of columns all the more.
+                return 0;
+            }
+            // Of each tile of columns as many as `shares` deals out at most.
+            let all = slices.div_ceil(2).saturating_mul(column_tiles);
+            let most = all.min(blocks).max(column_tiles);
+            COUNTERS + 2 * most * OUTPUTS * tier.rows * 4
+        };
+        TIERS
+            .iter()
+            .filter(|tier| gpu.is_none_or(|gpu| tier.is_for(gpu.compute_capability)))
+            .filter(|tier| !(self.by_row && tier.by_warpgroup))
+            .filter(|tier| self.rows >= smallest(tier))
+            .map(bytes)
+            .max()
+            .unwrap_or(0)
     }
 
     /// Returns how to compute `dx = dy * W` instead, as training needs it: of dy [rows, outputs],
@@ -358,10 +433,10 @@ impl Linear {
             && slices < 1 << 31
             && self.rows > 0
             && slices > 0;
-        let warpgroups = gpu.compute_capability == (9, 0) && !self.by_row;
         let mut tiers = TIERS
             .iter()
-            .filter(|tier| warpgroups || !tier.by_warpgroup)
+            .filter(|tier| tier.is_for(gpu.compute_capability))
+            .filter(|tier| !(self.by_row && tier.by_warpgroup))
             .filter(|tier| tier.rows == MOST_ROWS || self.rows <= tier.rows);
         Ok(tiers.next().filter(|_| fast))
     }
@@ -374,7 +449,7 @@ impl Linear {
         let rows = if self.by_row {
             self.rows.min(tier.rows)
         } else {
-            self.rows
+            self.rows.min(MOST_ROWS_OF_LAUNCH)
         };
         let column_tiles = rows.div_ceil(tier.rows);
         let tiles = self.outputs.div_ceil(OUTPUTS);
