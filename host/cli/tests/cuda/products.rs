@@ -11,6 +11,10 @@ use tightfit::plan::{Plan, PlanOptions};
 use tightfit::products::{Linear, LinearError, LinearOptions};
 use tightfit::types::Format;
 
+use tightfit_tests::golden::GoldenModel;
+use tightfit_tests::loading::load_with_auto;
+use tightfit_tests::reference::{Config, Reference};
+
 use super::memory::open;
 use super::{Driver, Kind, Kinds, MIB, QuantizeOn, in_small_pieces, nf4};
 
@@ -446,6 +450,29 @@ fn what_was_not_planned_is_in_the_ledger_and_goes_with_the_model() {
     assert_eq!(reserved(), 0);
     drop(devices);
     driver.clean_report("beside");
+}
+
+#[test]
+fn golden_models_run_on_a_gpu() {
+    let driver = Driver::start(1);
+    for name in ["llama", "qwen3_moe"] {
+        let golden = GoldenModel::unpack(name);
+        let config = Config::read(&golden.path("bf16/config.json"));
+        for settings in [&[][..], &[("double-quant", "true"), ("rows", "8")]] {
+            let logits = |device| {
+                let model = load_with_auto(&golden.path("bf16"), &[device], settings);
+                Reference::new(&config, &model).logits(&[1, 5, 3]).data
+            };
+            let (here, there) = (logits("cpu"), logits("cuda:0"));
+            for (here, there) in here.iter().zip(&there) {
+                assert!(
+                    (here - there).abs() <= 1e-4,
+                    "{name}: {there}, should be {here}"
+                );
+            }
+        }
+    }
+    driver.clean_report("golden models");
 }
 
 #[test]

@@ -4,6 +4,7 @@ use tightfit_kernels::FloatType;
 use tightfit_kernels::cuda::linear::Linear;
 
 use super::{PART_ALIGNMENT, round_up};
+use crate::cancel::{Cancelled, Watch};
 use crate::checkpoint::TensorInfo;
 use crate::device::DeviceInfo;
 use crate::types::{BlockSize, Format};
@@ -92,12 +93,20 @@ impl ProductBytes {
 }
 
 /// What a policy is not offered of each device, because products will need it there.
-pub(super) fn most_bytes(tensors: &[TensorInfo], rows: u64) -> u64 {
+///
+/// # Errors
+/// [`Cancelled`].
+pub(super) fn most_bytes(
+    tensors: &[TensorInfo],
+    rows: u64,
+    watch: &mut Watch<'_>,
+) -> Result<u64, Cancelled> {
     let mut most = ProductBytes::default();
     for tensor in tensors {
+        watch.item(0)?;
         most.add_possible(tensor, rows);
     }
-    most.bytes()
+    Ok(most.bytes())
 }
 
 /// Whether products on a device need something beside the weights. A simulated one stands for one that

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::products;
 use super::{BadPlan, FormatRuleError, FormatRules, Plan, PlanError, PlanOptions, round_up};
-use crate::cancel::Cancelled;
+use crate::cancel::{Cancelled, Watch};
 use crate::checkpoint::{Checkpoint, QuantizationMethod, TensorInfo};
 use crate::device::DeviceInfo;
 use crate::policy::{Policy, PolicyError, PreviousFailure, Request, check_settings};
@@ -172,14 +172,14 @@ fn offered(
     devices: &[DeviceInfo],
     tensors: &[TensorInfo],
     options: &PlanOptions,
-) -> Vec<DeviceInfo> {
+) -> Result<Vec<DeviceInfo>, Cancelled> {
     let mut offered = devices.to_vec();
     if !options.reserve_headroom && options.rows == 0 {
-        return offered;
+        return Ok(offered);
     }
     let products = match options.rows {
         0 => 0,
-        rows => products::most_bytes(tensors, rows),
+        rows => products::most_bytes(tensors, rows, &mut Watch::new(&options.cancel))?,
     };
     for device in &mut offered {
         // Weights and headroom are rounded up together. Where only whole units are offered, that
@@ -195,7 +195,7 @@ fn offered(
             device.available = device.available.saturating_sub(taken);
         }
     }
-    offered
+    Ok(offered)
 }
 
 /// [`propose_with`], telling the policy why its previous plan failed.
@@ -225,7 +225,7 @@ pub(crate) fn propose_again(
     if checkpoint.quantization().is_some_and(is_finished) {
         required_formats = with_the_rest_stored(required_formats, checkpoint.tensors());
     }
-    let offered = offered(devices, checkpoint.tensors(), options);
+    let offered = offered(devices, checkpoint.tensors(), options)?;
     let request = Request {
         settings: &settings,
         required_formats: &required_formats,

@@ -214,15 +214,30 @@ impl<'m> Linear<'m> {
         operands: HostOperands<'_>,
         options: &LinearOptions,
     ) -> Result<(), LinearError> {
-        let bytes = |elements: Option<usize>| elements?.checked_mul(float.bytes());
-        let x = bytes(rows.checked_mul(self.inputs));
-        let y = bytes(rows.checked_mul(self.outputs));
-        self.check_length("x", "bytes", x, operands.x.len())?;
-        self.check_length("y", "bytes", y, operands.y.len())?;
-        if let Some(bias) = operands.bias {
-            self.check_length("the bias", "bytes", bytes(Some(self.outputs)), bias.len())?;
-        }
+        let HostOperands { x, bias, y } = &operands;
+        self.check_lengths(float, rows, x.len(), bias.map(<[u8]>::len), y.len())?;
         self.compute(float, rows, operands, options)
+    }
+
+    /// Whether operands of these lengths in bytes belong together, as [`Linear::forward_bytes`] needs them.
+    ///
+    /// # Errors
+    /// [`LinearError::Length`].
+    pub fn check_lengths(
+        &self,
+        float: FloatType,
+        rows: usize,
+        x: usize,
+        bias: Option<usize>,
+        y: usize,
+    ) -> Result<(), LinearError> {
+        let bytes = |elements: Option<usize>| elements?.checked_mul(float.bytes());
+        self.check_length("x", "bytes", bytes(rows.checked_mul(self.inputs)), x)?;
+        self.check_length("y", "bytes", bytes(rows.checked_mul(self.outputs)), y)?;
+        match bias {
+            None => Ok(()),
+            Some(bias) => self.check_length("the bias", "bytes", bytes(Some(self.outputs)), bias),
+        }
     }
 
     /// What does not fit into memory has no operand of the right length.

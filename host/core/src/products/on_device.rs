@@ -134,8 +134,7 @@ impl Linear<'_> {
     ///   many bytes as its length says. Nothing overlaps y or the workspace.
     /// - The first 16 KiB of the workspace were zero when its first product was given to the stream, and no
     ///   other stream uses it meanwhile. [`Model::linear_workspace`] gives one.
-    /// - The stream is null, for the default stream of the current context, which is then the GPU's primary
-    ///   one, or a stream of that context.
+    /// - The stream is one of the GPU's primary context, or null for the default stream of that.
     /// - The operands and the model are kept until the stream is done, and until graphs that have captured
     ///   it are gone.
     pub unsafe fn forward_on_device(
