@@ -12,6 +12,7 @@ pub mod hub_server;
 pub mod json_schema;
 pub mod loading;
 pub mod models;
+pub mod products;
 pub mod programs;
 pub mod reference;
 pub mod saving;

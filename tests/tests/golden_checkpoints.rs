@@ -15,6 +15,7 @@ use tightfit_tests::golden::{GoldenModel, MODELS, MOE_MODELS};
 use tightfit_tests::loading::{
     Contents, DOUBLE_QUANT, Planned, contents, load_with_auto, part, tensor,
 };
+use tightfit_tests::products::check_products;
 use tightfit_tests::tensors::floats;
 
 const SIM: &[&str] = &["sim:1GiB"];
@@ -49,6 +50,34 @@ fn auto_quantizes_what_transformers_quantizes_and_every_expert() {
             assert_eq!(quantized_names(model), expected, "{context}");
             assert_eq!(model.stats().quantized, expected.len() as u64, "{context}");
         });
+    }
+}
+
+#[test]
+fn products_with_every_4_bit_weight_are_those_of_its_numbers() {
+    for settings in [&[], DOUBLE_QUANT] {
+        for_each_load(settings, |golden, model, context| {
+            let mut multiplied = BTreeSet::new();
+            for tensor in model.tensors() {
+                if tensor.quantization().is_some() {
+                    assert_eq!(check_products(model, tensor), 1, "{context}");
+                    multiplied.insert(tensor.name().to_owned());
+                }
+            }
+            assert_eq!(multiplied, golden.quantized_weights(), "{context}");
+        });
+    }
+    for name in MOE_MODELS {
+        let stacked = TempDir::new().unwrap();
+        GoldenModel::unpack(name).write_with_fused_experts(stacked.path());
+        for settings in [&[], DOUBLE_QUANT] {
+            let model = load_with_auto(stacked.path(), SIM, settings);
+            let stacks = model
+                .tensors()
+                .filter(|tensor| tensor.quantization().is_some() && tensor.shape().len() == 3);
+            let matrices: usize = stacks.map(|stack| check_products(&model, stack)).sum();
+            assert!(matrices > 2, "{name}");
+        }
     }
 }
 

@@ -14,6 +14,7 @@ use tightfit::types::{DType, Format, QuantType};
 use tightfit_kernels::FloatType;
 use tightfit_tests::golden::{GoldenModel, MODELS};
 use tightfit_tests::loading::{Planned, contents, load_with_auto, part, tensor};
+use tightfit_tests::products::check_products;
 use tightfit_tests::saving::{assert_same_tensors, save_with_auto, written};
 use tightfit_tests::tensors::{FileTensor, FileTensors};
 
@@ -209,12 +210,18 @@ fn u16_at(bytes: &[u8]) -> u16 {
 fn every_kind_of_quantized_weight_is_loaded_as_it_is_and_has_the_values_of_bitsandbytes() {
     const WEIGHT: &str = "model.layers.0.mlp.up_proj.weight";
     let mut kinds = BTreeSet::new();
+    let mut multiplied = 0;
     for case in Case::all() {
         let directory = TempDir::new().unwrap();
         let source = case.write(WEIGHT, directory.path());
         let model = load_with_auto(directory.path(), SIM, &[]);
         let loaded = tensor(&model, WEIGHT);
         check_weight(loaded, &source, &case.file);
+        let is_multiplied = matches!(loaded.shape().len(), 2 | 3);
+        multiplied += match is_multiplied {
+            true => check_products(&model, loaded),
+            false => 0,
+        };
         for (name, to) in [
             ("dequant_bf16", FloatType::Bf16),
             ("dequant_f16", FloatType::F16),
@@ -244,6 +251,7 @@ fn every_kind_of_quantized_weight_is_loaded_as_it_is_and_has_the_values_of_bitsa
             state["quant_type"].as_str().unwrap()
         ));
     }
+    assert!(multiplied > kinds.len(), "{multiplied}");
     for kind in [
         "nf4 false U8",
         "nf4 true U8",

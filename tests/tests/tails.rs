@@ -77,6 +77,79 @@ fn what_a_policy_leaves_free_is_reserved_and_reported() {
 }
 
 #[test]
+fn room_for_products_is_reserved_whoever_asks_for_it() {
+    let bench = Bench::new();
+    let devices: Vec<Box<dyn Device>> = vec![Box::new(HostDevice::sim(0, 256 << 20))];
+    let mut settings = bench.settings.clone();
+    let ask = |settings: &[(String, String)], options: &PlanOptions| {
+        reserve_with(&bench.checkpoint, auto(), &devices, settings, options).unwrap()
+    };
+    let by_option = ask(&settings, &PlanOptions::default().with_rows(16)).proposed;
+    settings.push(("rows".to_owned(), "16".to_owned()));
+    let placed = ask(&settings, &PlanOptions::default());
+    assert_eq!(placed.proposed.plan, by_option.plan);
+    let rows = ("rows".to_owned(), "16".to_owned());
+    assert!(placed.proposed.settings.contains(&rows));
+    assert!(!by_option.settings.contains(&rows));
+
+    let device = placed.proposed.plan.devices[0].clone();
+    assert!(device.products > 1 << 14 && device.products < 16 << 20);
+    // What the policy leaves stays free beside it.
+    assert_eq!((device.tail, device.headroom), (device.products, RESERVE));
+    let report = Report::of_plan(&bench.checkpoint, &placed.proposed, DEFAULT_STAGING);
+    assert_eq!(report.devices[0].tail, device.tail);
+    assert_eq!(report.devices[0].fill.headroom, device.tail + RESERVE);
+    let model = load_reserved(&bench.checkpoint, placed.reserved, &LoadOptions::default()).unwrap();
+    assert_eq!(devices[0].usage().reserved.peak, device.size.reserved);
+    assert_eq!(model.tail(0).unwrap().capacity(), device.products);
+
+    for value in ["", "many", "-1", "1.5"] {
+        let settings = [("rows".to_owned(), value.to_owned())];
+        let infos = [Bench::device(1 << 30)];
+        let error = propose(&bench.checkpoint, auto(), &infos, &settings).unwrap_err();
+        let text = error.to_string();
+        assert_eq!(
+            text,
+            format!("setting 'rows': '{value}' is not a number of rows")
+        );
+    }
+}
+
+#[test]
+fn a_policy_is_not_offered_what_products_will_need() {
+    let bench = Bench::new();
+    for reserve_headroom in [false, true] {
+        let options = PlanOptions::default()
+            .with_rows(64)
+            .with_reserved_headroom(reserve_headroom);
+        let ask = |capacity| {
+            let devices = [Bench::device(capacity)];
+            propose_with(
+                &bench.checkpoint,
+                auto(),
+                &devices,
+                &bench.settings,
+                &options,
+            )
+        };
+        let reserved = ask(256 << 20).unwrap().plan.devices[0].size.reserved;
+        let mut fits = 0;
+        let least = reserved - (1 << 20);
+        for available in (least..reserved + (8 << 20)).step_by(100_000) {
+            match ask(available) {
+                Ok(proposed) => {
+                    assert!(proposed.plan.devices[0].size.reserved <= available);
+                    fits += 1;
+                }
+                Err(ProposeError::Policy(PolicyError::Refused { .. })) => {}
+                Err(other) => panic!("{other}"),
+            }
+        }
+        assert!(fits > 0);
+    }
+}
+
+#[test]
 fn a_policy_is_offered_what_weights_and_tail_can_be_rounded_up_in() {
     let bench = Bench::new();
     let ask = |capacity| {

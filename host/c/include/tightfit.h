@@ -27,6 +27,15 @@ typedef struct DLManagedTensor DLManagedTensor;
 typedef struct DLManagedTensorVersioned DLManagedTensorVersioned;
 
 
+// float.
+#define TIGHTFIT_FLOAT_F32 0
+
+// IEEE binary16.
+#define TIGHTFIT_FLOAT_F16 1
+
+// bfloat16.
+#define TIGHTFIT_FLOAT_BF16 2
+
 // The elements themselves, row-major.
 #define TIGHTFIT_PART_DATA 0
 
@@ -71,6 +80,15 @@ typedef struct TightfitCheckpoint TightfitCheckpoint;
 // on them counts in their statistics.
 typedef struct TightfitDevices TightfitDevices;
 
+// The product with one 4-bit weight W of a model: y = x * transpose(W) + bias, where x is
+// [rows, inputs], y [rows, outputs] and the bias `[outputs]`, all row-major and of one type. Can be
+// used from several threads at once. Nothing of the weight is copied: it is freed before the model is
+// unloaded.
+typedef struct TightfitLinear TightfitLinear;
+
+// Memory of a device for products to work in.
+typedef struct TightfitLinearWorkspace TightfitLinearWorkspace;
+
 // A loaded model. Can be used from several threads at once, but not while or after it is unloaded.
 // It needs neither checkpoint nor devices nor policy to stay open.
 typedef struct TightfitModel TightfitModel;
@@ -80,6 +98,88 @@ typedef struct TightfitPlan TightfitPlan;
 
 // A compiled policy. Can be used from several threads at once.
 typedef struct TightfitPolicy TightfitPolicy;
+
+// What a product is of. Growing as TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitLinearInfo).
+  size_t struct_size;
+  // Elements of a row of y: rows of W.
+  size_t outputs;
+  // Elements of a row of x: columns of W.
+  size_t inputs;
+  // Index of its device.
+  size_t device;
+  // Nonzero if W is in a GPU's memory: tightfit_linear_forward_on_device is for that.
+  uint32_t on_gpu;
+  // Elements that share a scale.
+  uint32_t block_size;
+  // "nf4" or "fp4". Static.
+  const char *quant_type;
+  // Nonzero if its scales are stored in 8 bits.
+  uint32_t double_quantized;
+} TightfitLinearInfo;
+
+// Operands in host memory, at any address. Lengths are in bytes, and checked. Growing as
+// TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitHostOperands).
+  size_t struct_size;
+  // [rows, inputs].
+  const void *x;
+  // rows * inputs * sizeof an element.
+  size_t x_length;
+  // `[outputs]`, or NULL for none.
+  const void *bias;
+  // outputs * sizeof an element; 0 for none.
+  size_t bias_length;
+  // [rows, outputs]: written.
+  void *y;
+  // rows * outputs * sizeof an element.
+  size_t y_length;
+} TightfitHostOperands;
+
+// How a product is computed. Zero everywhere but in `struct_size` means the defaults. Growing as
+// TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitLinearOptions).
+  size_t struct_size;
+  // Threads at most, for a weight in host memory; 0: as many as the machine has cores.
+  size_t threads;
+  // Nonzero: on a GPU too a row's bits do not depend on the rows beside it.
+  uint32_t by_row;
+} TightfitLinearOptions;
+
+// Operands in a GPU's memory: addresses that are valid in the device's primary context. Growing as
+// TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitDeviceOperands).
+  size_t struct_size;
+  // [rows, inputs].
+  uint64_t x;
+  // `[outputs]`; 0 for none.
+  uint64_t bias;
+  // [rows, outputs]: written.
+  uint64_t y;
+  // Memory to work in, at a multiple of 256; 0 where none is needed. Its first 16 KiB are zero before
+  // the first product that uses it, and again after each.
+  uint64_t workspace;
+  // Length of the workspace in bytes.
+  uint64_t workspace_length;
+  // The CUstream or cudaStream_t that the kernels are given to; NULL for the default stream.
+  void *stream;
+} TightfitDeviceOperands;
+
+// Where an allocation is. Growing as TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitMemory).
+  size_t struct_size;
+  // Length in bytes.
+  uint64_t length;
+  // Its address in a GPU's memory, valid in the device's primary context; 0 for host memory.
+  uint64_t device_address;
+  // Its bytes to read and write, in host memory; otherwise NULL.
+  uint8_t *host;
+} TightfitMemory;
 
 // A name and a value: a policy's setting or limit, as in `--set name=value`.
 typedef struct {
@@ -220,18 +320,6 @@ typedef struct {
   uint64_t scratch_bytes;
 } TightfitLoadStatistics;
 
-// Where an allocation is. Growing as TightfitTensor.
-typedef struct {
-  // Set by the caller: sizeof(TightfitMemory).
-  size_t struct_size;
-  // Length in bytes.
-  uint64_t length;
-  // Its address in a GPU's memory, valid in the device's primary context; 0 for host memory.
-  uint64_t device_address;
-  // Its bytes to read and write, in host memory; otherwise NULL.
-  uint8_t *host;
-} TightfitMemory;
-
 #ifdef __cplusplus
 extern "C" {
 #endif // __cplusplus
@@ -242,6 +330,109 @@ const char *tightfit_version(void);
 // One sentence about the last call that failed in this thread; empty if none has. Calls that
 // succeed leave it. Owned by the library, valid until the next call in this thread that fails.
 const char *tightfit_last_error(void);
+
+// Looks up the product with a matrix in 4 bits, by its name or the name that it is tied to. On success
+// `*out` is for tightfit_linear_free, before the model is unloaded; otherwise it is NULL.
+// TIGHTFIT_STATUS_USAGE for what is not loaded, not in 4 bits, or no matrix.
+//
+// Where the weight is on a GPU, that is made ready for products once: its kernels are loaded, and a few
+// KiB taken for double-quantized weights. It is to be called before a graph is captured.
+//
+// # Safety
+// `model` is loaded; `name` is NUL-terminated; `out` can be written.
+TightfitStatus tightfit_model_linear(const TightfitModel *model,
+                                     const char *name,
+                                     TightfitLinear **out);
+
+// Looks up the product with matrix `index` of a stack [matrices, outputs, inputs] in 4 bits: an
+// expert's weight, for example. As tightfit_model_linear.
+//
+// # Safety
+// As tightfit_model_linear.
+TightfitStatus tightfit_model_linear_of(const TightfitModel *model,
+                                        const char *name,
+                                        uint64_t index,
+                                        TightfitLinear **out);
+
+// Frees a product and sets `*linear` to NULL. NULL, or a pointer to NULL, does nothing.
+//
+// # Safety
+// `*linear` came from this library, and no other call uses it now or later.
+void tightfit_linear_free(TightfitLinear **linear);
+
+// What a product is of.
+//
+// # Safety
+// `linear` is alive and its model loaded; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_linear_info(const TightfitLinear *linear, TightfitLinearInfo *out);
+
+// Computes a product of operands of a type (TIGHTFIT_FLOAT_...) in host memory. For a weight on a GPU they
+// are copied there and back, through memory that is taken for the call. `options` may be NULL.
+// TIGHTFIT_STATUS_USAGE if the lengths do not belong together: then nothing is written.
+//
+// # Safety
+// `linear` is alive and its model loaded; `operands` has its `struct_size` set, and pointers to as many
+// bytes as its lengths say, of which nobody uses y meanwhile; `options` is NULL or has its `struct_size`
+// set.
+TightfitStatus tightfit_linear_forward(const TightfitLinear *linear,
+                                       uint32_t float_type,
+                                       size_t rows,
+                                       const TightfitHostOperands *operands,
+                                       const TightfitLinearOptions *options);
+
+// Gives how many bytes of workspace tightfit_linear_forward_on_device needs for this many rows and for any
+// fewer; 0 for a weight in host memory.
+//
+// # Safety
+// `linear` is alive and its model loaded; `out` can be written.
+TightfitStatus tightfit_linear_workspace_bytes(const TightfitLinear *linear,
+                                               uint32_t float_type,
+                                               size_t rows,
+                                               uint32_t by_row,
+                                               uint64_t *out);
+
+// Gives a product of operands of a type (TIGHTFIT_FLOAT_...) in a GPU's memory to a stream, and returns
+// before it is computed. Nothing is allocated and nothing waited for: the stream may be one that is being
+// captured into a graph. `options` may be NULL. TIGHTFIT_STATUS_USAGE for a weight in host memory, an
+// address that is 0 or between elements, and a workspace that is too small: then nothing is launched.
+//
+// # Safety
+// `linear` is alive. `operands` has its `struct_size` set, and addresses in the memory of the weight's GPU
+// of as many elements as TightfitLinear says and as many bytes as the workspace's length; nothing overlaps
+// y or the workspace, whose first 16 KiB are zero, and no other stream uses that meanwhile. The stream
+// is of the device's primary context. The model and the operands are kept until it is done, and until
+// graphs that have captured it are gone.
+TightfitStatus tightfit_linear_forward_on_device(const TightfitLinear *linear,
+                                                 uint32_t float_type,
+                                                 size_t rows,
+                                                 const TightfitDeviceOperands *operands,
+                                                 const TightfitLinearOptions *options);
+
+// Takes a workspace that is enough for products of up to `rows` rows with each 4-bit weight of a device,
+// by its index, all of it zero. It lies behind the weights if the model was loaded with the setting `rows`
+// and that is free, else it is taken beside the plan. On success `*out` is for
+// tightfit_linear_workspace_free; otherwise it is NULL.
+//
+// # Safety
+// `model` is loaded; `out` can be written.
+TightfitStatus tightfit_model_linear_workspace(const TightfitModel *model,
+                                               size_t device,
+                                               size_t rows,
+                                               TightfitLinearWorkspace **out);
+
+// Where a workspace is: no bytes and no address on a device that needs none.
+//
+// # Safety
+// `workspace` has not been freed; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_linear_workspace_memory(const TightfitLinearWorkspace *workspace,
+                                                TightfitMemory *out);
+
+// Gives a workspace back and sets `*workspace` to NULL. Products that use it must have ended. NULL, or a
+// pointer to NULL, does nothing.
+//
+// # Safety
+// `*workspace` came from this library, and no other call uses it now or later.
+void tightfit_linear_workspace_free(TightfitLinearWorkspace **workspace);
 
 // Asks a policy where everything goes, without taking memory or reading weights. On success `*out`
 // is a plan for tightfit_plan_free; otherwise it is NULL.

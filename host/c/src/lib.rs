@@ -6,6 +6,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod boundary;
+mod linear;
 mod load;
 mod model;
 mod open;
@@ -15,6 +16,7 @@ use std::ffi::c_char;
 
 use tightfit::status::Status;
 
+pub use linear::*;
 pub use load::*;
 pub use model::*;
 pub use open::*;

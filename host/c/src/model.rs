@@ -78,6 +78,10 @@ impl TightfitModel {
         }
     }
 
+    pub(crate) fn model(&self) -> &Model {
+        &self.model
+    }
+
     pub(crate) fn tail(&self, device: usize) -> Result<&TailAllocator, Error> {
         self.model.tail(device).ok_or_else(|| {
             Error::usage(format_args!(

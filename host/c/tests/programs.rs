@@ -39,7 +39,7 @@ fn compile(source: &str, program: &Path, sanitize: bool) -> Output {
         compiler
             .arg("-L")
             .arg(&libraries)
-            .arg("-ltightfit_c")
+            .args(["-ltightfit_c", "-lm"])
             .arg(format!("-Wl,-rpath,{}", libraries.display()));
     }
     compiler.output().unwrap()
@@ -171,6 +171,16 @@ fn what_is_shared_outlives_the_model_and_nothing_leaks() {
     let path = golden.path("bf16");
     let arguments = [path.to_str().unwrap(), TENSOR];
     for (printed, _) in run("tests/programs/share.c", &arguments, 0) {
+        assert_eq!(printed, "as it must be\n");
+    }
+}
+
+#[test]
+fn products_are_those_of_the_dequantized_weight_and_nothing_leaks() {
+    let golden = GoldenModel::unpack("llama");
+    let path = golden.path("bf16");
+    let arguments = [path.to_str().unwrap(), TENSOR, DEVICE];
+    for (printed, _) in run("tests/programs/linear.c", &arguments, 0) {
         assert_eq!(printed, "as it must be\n");
     }
 }

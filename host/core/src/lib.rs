@@ -58,6 +58,13 @@
 //! assert_eq!(weight.format(), Format::NF4);
 //! let values: Vec<f32> = weight.to_floats()?;
 //! # assert!(!values.is_empty());
+//!
+//! // y = x * transpose(W), with the weight as it lies.
+//! let up = model.linear("model.layers.0.mlp.up_proj.weight")?;
+//! let mut y = vec![0.0; up.outputs()];
+//! up.forward(&vec![1.0; up.inputs()], 1, None, &mut y)?;
+//! # let sum: f32 = values[..up.inputs()].iter().sum();
+//! # assert!((y[0] - sum).abs() < 1e-3);
 //! # Ok::<(), Box<dyn std::error::Error>>(())
 //! ```
 //!
@@ -68,8 +75,8 @@
 //!
 //! Data flows one way: [`checkpoint`] -> [`policy`] -> [`plan`] -> [`load`](mod@load) -> [`model`] ->
 //! [`report`]. What a program usually needs is at the root. [`hub`] downloads models by their id,
-//! [`save`] writes checkpoints in 4 bits, [`dlpack`] lends tensors to other libraries, and [`synth`]
-//! writes checkpoints of real models' shapes for tests.
+//! [`save`] writes checkpoints in 4 bits, [`dlpack`] lends tensors to other libraries, [`products`] computes with
+//! them, and [`synth`] writes checkpoints of real models' shapes for tests.
 //!
 //! # Conventions
 //!
@@ -84,8 +91,9 @@
 //! |---|---|---|
 //! | `cuda` | NVIDIA GPUs, through their driver, which is loaded when a GPU is asked for: neither to build nor to run is anything of CUDA needed | default |
 //! | `hub` | [`hub`] | |
-// Denied and not forbidden: a GPU's driver is a C library that `device::cuda::driver` calls, and
-// `dlpack::abi` is called back by C. No other module may.
+// Denied and not forbidden: a GPU's driver is a C library that `device::cuda::driver` calls, `dlpack::abi`
+// is called back by C, and `products::on_device` takes a caller's pointers, for which `device::multiplier`
+// declares what calls the driver. No other module may.
 #![deny(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -100,6 +108,7 @@ pub mod memory;
 pub mod model;
 pub mod plan;
 pub mod policy;
+pub mod products;
 mod progress;
 pub mod report;
 pub mod save;
@@ -118,6 +127,7 @@ pub use load::{LoadOptions, load, load_reserved, reserve};
 pub use model::{Model, Tensor};
 pub use plan::{Plan, PlanOptions, propose};
 pub use policy::Policy;
+pub use products::Linear;
 pub use progress::{Progress, ReportProgress};
 pub use types::{DType, Format, Placement};
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Every module, each with those that it may import beside itself. What is to the left of a module
 /// knows nothing of it.
-const LAYERS: [(&str, &[&str]); 19] = [
+const LAYERS: [(&str, &[&str]); 20] = [
     ("types", &[]),
     ("cancel", &[]),
     ("progress", &[]),
@@ -63,6 +63,7 @@ const LAYERS: [(&str, &[&str]); 19] = [
         ],
     ),
     ("dlpack", &["types", "device", "plan", "model"]),
+    ("products", &["types", "status", "device", "plan", "model"]),
     (
         "save",
         &[

@@ -175,6 +175,11 @@ struct Tier {
 }
 
 impl Tier {
+    /// Whether such GPUs have the kernels.
+    fn is_for(&self, compute_capability: (u32, u32)) -> bool {
+        compute_capability >= (8, 0) && (!self.by_warpgroup || compute_capability == (9, 0))
+    }
+
     fn shared_bytes(&self) -> u32 {
         let stage = OUTPUTS * self.unit / 2 + self.rows * self.unit * 2 + OUTPUTS * self.scales;
         (self.stages * stage) as u32
@@ -251,18 +256,44 @@ const TIERS: [Tier; 6] = [
 /// Rows of the last tiers. More are several tiles of columns.
 const MOST_ROWS: usize = 64;
 
-/// Of the kernel for many rows (`linear_many.cuh`): with how many or fewer it is not faster anywhere, the
-/// rows of a tile, inputs of a step, and what five stages have in shared memory.
+/// The kernel for many rows (`linear_many.cuh`): what it is for, with how many or fewer it is not faster
+/// anywhere, the rows of a tile, inputs of a step, and what five stages have in shared memory.
+const MANY: [&str; 2] = ["tightfit_linear_many_f16", "tightfit_linear_many_bf16"];
+const MANY_CAPABILITY: Capability = (9, 0);
 const MANY_ROWS: usize = 128;
 const MANY_COLUMNS: usize = 256;
 const MANY_STEP: usize = 64;
 const MANY_SHARED: u32 = 5 * (MANY_COLUMNS * 128 + OUTPUTS * 32 + OUTPUTS * 8) as u32;
+
+/// Rows of a launch, so that counters and workspace are enough for any number of rows.
+const MOST_ROWS_OF_LAUNCH: usize = 4096;
 
 /// Of a product with the transposed weights.
 const MOST_SCRATCH: usize = 16 << 20;
 
 /// By row, the work is dealt out as if for a GPU with this many multiprocessors.
 const MULTIPROCESSORS_BY_ROW: u32 = 132;
+
+/// Returns the kernels that [`Linear::launch`] names for a compute capability, each with its
+/// [`LinearLaunch::shared_bytes`]: what has to be looked up in [`module`], and told to the driver, before
+/// the first launch.
+pub fn kernels(compute_capability: (u32, u32)) -> Vec<(&'static str, u32)> {
+    let general = GENERAL.map(|kernel| (kernel, 0));
+    let tiers = TIERS.iter().filter(|tier| tier.is_for(compute_capability));
+    let fast = tiers.flat_map(|tier| [tier.f16, tier.bf16].map(|name| (name, tier.shared_bytes())));
+    let many = MANY.map(|kernel| (kernel, MANY_SHARED));
+    let many = many
+        .into_iter()
+        .filter(|_| compute_capability == MANY_CAPABILITY);
+    general.into_iter().chain(fast).chain(many).collect()
+}
+
+/// The kernels for whatever the fast ones cannot do.
+const GENERAL: [&str; 3] = [
+    "tightfit_linear_general_f32",
+    "tightfit_linear_general_f16",
+    "tightfit_linear_general_bf16",
+];
 
 impl Linear {
     /// Returns how to compute it.
@@ -279,9 +310,9 @@ impl Linear {
             };
         }
         let kernel = match self.float {
-            FloatType::F32 => "tightfit_linear_general_f32",
-            FloatType::F16 => "tightfit_linear_general_f16",
-            FloatType::Bf16 => "tightfit_linear_general_bf16",
+            FloatType::F32 => GENERAL[0],
+            FloatType::F16 => GENERAL[1],
+            FloatType::Bf16 => GENERAL[2],
         };
         // A warp has one output of 8 rows.
         let blocks = self.outputs.div_ceil(8) as u64 * self.rows.div_ceil(8) as u64;
@@ -373,10 +404,10 @@ impl Linear {
             && slices < 1 << 31
             && self.rows > 0
             && slices > 0;
-        let warpgroups = gpu.compute_capability == (9, 0) && !self.by_row;
         let mut tiers = TIERS
             .iter()
-            .filter(|tier| warpgroups || !tier.by_warpgroup)
+            .filter(|tier| tier.is_for(gpu.compute_capability))
+            .filter(|tier| !(self.by_row && tier.by_warpgroup))
             .filter(|tier| tier.rows == MOST_ROWS || self.rows <= tier.rows);
         Ok(tiers.next().filter(|_| fast))
     }
@@ -384,7 +415,7 @@ impl Linear {
     /// Whether the kernel for many rows is to do it; the fast ones can.
     fn is_for_many(&self, gpu: Gpu) -> bool {
         // Offsets within a tile are 32 bits wide.
-        if gpu.compute_capability != (9, 0)
+        if gpu.compute_capability != MANY_CAPABILITY
             || self.by_row
             || self.rows <= MANY_ROWS
             || self.inputs >= 1 << 22
@@ -395,15 +426,20 @@ impl Linear {
         let (tiles, parts) = self.many_tiles(gpu);
         let blocks = u64::from(gpu.multiprocessors.clamp(1, 2048));
         let rounds = (tiles as u64 * parts as u64).div_ceil(blocks);
-        let of_tiles = self.rows as u64 * self.outputs as u64 * parts as u64;
+        let of_tiles = self.many_rows() as u64 * self.outputs as u64 * parts as u64;
         let room = rounds * blocks * (OUTPUTS * MANY_COLUMNS) as u64;
         parts <= 4 && of_tiles >= room / 10 * 7
+    }
+
+    /// Rows of one launch.
+    fn many_rows(&self) -> usize {
+        self.rows.min(MOST_ROWS_OF_LAUNCH)
     }
 
     /// Tiles, and in how many parts each of them is computed.
     fn many_tiles(&self, gpu: Gpu) -> (usize, usize) {
         let blocks = gpu.multiprocessors.clamp(1, 2048) as usize;
-        let tiles = self.outputs.div_ceil(OUTPUTS) * self.rows.div_ceil(MANY_COLUMNS);
+        let tiles = self.outputs.div_ceil(OUTPUTS) * self.many_rows().div_ceil(MANY_COLUMNS);
         let steps = self.inputs / MANY_STEP;
         // Where tiles leave half of the GPU without work, each is dealt out.
         (tiles, (blocks / tiles).min(steps / 4).clamp(1, 8))
@@ -411,8 +447,8 @@ impl Linear {
 
     fn launch_many(&self, gpu: Gpu) -> Result<LinearLaunch, KernelError> {
         let kernel = match self.float {
-            FloatType::F16 => "tightfit_linear_many_f16",
-            _ => "tightfit_linear_many_bf16",
+            FloatType::F16 => MANY[0],
+            _ => MANY[1],
         };
         let blocks = gpu.multiprocessors.clamp(1, 2048) as usize;
         let (tiles, parts) = self.many_tiles(gpu);
@@ -426,7 +462,7 @@ impl Linear {
                 1 => 0,
                 _ => COUNTERS + units as usize * OUTPUTS * MANY_COLUMNS * 4,
             },
-            rows: self.rows,
+            rows: self.many_rows(),
             shares: parts as u32,
         })
     }
@@ -439,7 +475,7 @@ impl Linear {
         let rows = if self.by_row {
             self.rows.min(tier.rows)
         } else {
-            self.rows
+            self.rows.min(MOST_ROWS_OF_LAUNCH)
         };
         let column_tiles = rows.div_ceil(tier.rows);
         let tiles = self.outputs.div_ceil(OUTPUTS);
@@ -511,6 +547,10 @@ pub(super) fn grid(kernel: &'static str, blocks: u64) -> Result<u32, KernelError
         }),
     }
 }
+
+mod workspace;
+
+pub use workspace::MOST_MULTIPROCESSORS;
 
 #[cfg(test)]
 mod tests;

@@ -5,9 +5,14 @@ use std::ffi::{CStr, c_char};
 use crate::books::{
     INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, Kind, NO_DEVICE, books, call, pop, push,
 };
+use crate::products::GPU;
 
 /// `CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED`.
 const VIRTUAL_MEMORY: u32 = 102;
+/// `CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT`.
+const MULTIPROCESSORS: u32 = 16;
+/// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`, and `_MINOR`.
+const CAPABILITY: [u32; 2] = [75, 76];
 
 /// `cuInit`.
 #[unsafe(no_mangle)]
@@ -81,11 +86,16 @@ pub unsafe extern "C" fn cuDeviceGet(out: *mut i32, ordinal: i32) -> u32 {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDeviceGetAttribute(out: *mut i32, attribute: u32, _: i32) -> u32 {
     call("cuDeviceGetAttribute", Kind::Takes, |books| {
-        if attribute != VIRTUAL_MEMORY {
-            return Err(books.fault(format!("cuDeviceGetAttribute of {attribute}")));
-        }
+        let (major, minor) = GPU.compute_capability;
+        let value = match attribute {
+            VIRTUAL_MEMORY => u32::from(books.setup.virtual_memory),
+            MULTIPROCESSORS => GPU.multiprocessors,
+            _ if attribute == CAPABILITY[0] => major,
+            _ if attribute == CAPABILITY[1] => minor,
+            _ => return Err(books.fault(format!("cuDeviceGetAttribute of {attribute}"))),
+        };
         // SAFETY: the caller's pointer to the result.
-        unsafe { out.write(i32::from(books.setup.virtual_memory)) };
+        unsafe { out.write(value as i32) };
         Ok(())
     })
 }

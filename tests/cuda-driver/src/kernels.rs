@@ -11,6 +11,8 @@ use tightfit_kernels::{
     SourceRows, SourceScale, blocks, packed_bytes,
 };
 
+use crate::products;
+
 /// What a kernel does with memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Access {
@@ -41,6 +43,34 @@ impl Passed {
     }
 }
 
+/// How a kernel is launched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Shape {
+    pub(crate) grid: u32,
+    pub(crate) threads: u32,
+    /// Dynamic shared memory of each block.
+    pub(crate) shared_bytes: u32,
+}
+
+/// An argument that is memory, of `elements` of `width` bytes.
+pub(crate) fn memory(
+    parameters: Parameters,
+    index: usize,
+    elements: usize,
+    width: usize,
+    access: Access,
+) -> Result<Passed, String> {
+    let address = parameters.u64(index);
+    match address.is_multiple_of(width as u64) && address != 0 {
+        true => Ok(Passed::Memory {
+            address,
+            len: elements * width,
+            access,
+        }),
+        false => Err(format!("argument {index} is at {address:#x}")),
+    }
+}
+
 /// The parameters of a launch, as they are passed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Parameters(*const *const c_void);
@@ -52,12 +82,12 @@ impl Parameters {
         Parameters(pointers)
     }
 
-    fn u64(self, index: usize) -> u64 {
+    pub(crate) fn u64(self, index: usize) -> u64 {
         // SAFETY: the kernels' table in tightfit_kernels::cuda has a pointer or a u64 there.
         unsafe { self.0.add(index).read().cast::<u64>().read() }
     }
 
-    fn u32(self, index: usize) -> u32 {
+    pub(crate) fn u32(self, index: usize) -> u32 {
         // SAFETY: that table has a u32 there.
         unsafe { self.0.add(index).read().cast::<u32>().read() }
     }
@@ -104,25 +134,29 @@ fn run_of(arguments: [u64; 7]) -> Option<SourceRun> {
     all.find(|run| run.arguments() == arguments)
 }
 
-/// The arguments of a launch, by the table in [`tightfit_kernels::cuda`]. An error is what is wrong
-/// with them.
+/// The arguments of a launch. An error is what is wrong with them.
 pub(crate) fn arguments(
     kernel: &str,
-    shape: (u32, u32),
+    shape: Shape,
+    parameters: Parameters,
+) -> Result<Vec<Passed>, String> {
+    let passed = match products::is_product(kernel) {
+        true => products::arguments(kernel, shape, parameters),
+        false => arguments_of_quantizing(kernel, shape, parameters),
+    }?;
+    check_overlaps(&passed)?;
+    Ok(passed)
+}
+
+/// Those of the table in [`tightfit_kernels::cuda`].
+fn arguments_of_quantizing(
+    kernel: &str,
+    shape: Shape,
     parameters: Parameters,
 ) -> Result<Vec<Passed>, String> {
     let number = |index| usize::try_from(parameters.u64(index)).map_err(|error| error.to_string());
-    let memory = |index, elements: usize, width: usize, access| {
-        let address = parameters.u64(index);
-        match address.is_multiple_of(width as u64) && address != 0 {
-            true => Ok(Passed::Memory {
-                address,
-                len: elements * width,
-                access,
-            }),
-            false => Err(format!("argument {index} is at {address:#x}")),
-        }
-    };
+    let memory =
+        |index, elements, width, access| memory(parameters, index, elements, width, access);
     let value = |index| Passed::Number(parameters.u64(index));
     let narrow = |index| Passed::Number(parameters.u32(index).into());
     use Access::{Add, Read, Write};
@@ -201,10 +235,14 @@ pub(crate) fn arguments(
         }
     };
     let Launch { grid, threads, .. } = expected.map_err(|error| error.to_string())?;
-    if (grid, threads) != shape {
-        return Err(format!("launched as {shape:?}, not {:?}", (grid, threads)));
+    let expected = Shape {
+        grid,
+        threads,
+        shared_bytes: 0,
+    };
+    if expected != shape {
+        return Err(format!("launched as {shape:?}, not {expected:?}"));
     }
-    check_overlaps(&passed)?;
     Ok(passed)
 }
 
@@ -226,10 +264,15 @@ fn check_overlaps(passed: &[Passed]) -> Result<(), String> {
 /// Runs a kernel. `memory` is what the arguments that are memory point to, in their order.
 pub(crate) fn run(
     kernel: &str,
-    (grid, threads): (u32, u32),
+    shape: Shape,
     passed: &[Passed],
     memory: &mut [Vec<u8>],
 ) -> Result<(), String> {
+    if !products::counters_are_zero(kernel, passed, memory) {
+        return Err(format!(
+            "{kernel}: the counters of its workspace are not zero"
+        ));
+    }
     static EMULATOR: Mutex<Option<Emulator>> = Mutex::new(None);
     let mut emulator = EMULATOR.lock().unwrap_or_else(PoisonError::into_inner);
     if emulator.is_none() {
@@ -239,9 +282,12 @@ pub(crate) fn run(
         if std::env::var_os(REQUIRE).is_some_and(|value| value == "1") {
             return Err(format!("{REQUIRE} is set, but {MISSING}"));
         }
-        return on_the_processor(kernel, passed, memory);
+        return match products::is_product(kernel) {
+            true => products::on_the_processor(kernel, passed, memory),
+            false => on_the_processor(kernel, passed, memory),
+        };
     };
-    let mut memory = memory.iter_mut();
+    let mut buffers = memory.iter_mut();
     let mut arguments: Vec<Argument<'_>> = passed
         .iter()
         .filter_map(|argument| {
@@ -249,13 +295,23 @@ pub(crate) fn run(
                 Passed::Number(value) => Argument::Number(*value),
                 Passed::Memory { address, .. } => Argument::Buffer {
                     misalignment: (address % 16) as usize,
-                    bytes: memory.next()?,
+                    bytes: buffers.next()?,
                 },
             })
         })
         .collect();
-    let result = emulator.launch(kernel, grid, threads, &mut arguments);
-    result.map_err(|error| error.to_string())
+    let Shape {
+        grid,
+        threads,
+        shared_bytes,
+    } = shape;
+    emulator
+        .launch_with_shared(kernel, grid, threads, shared_bytes, &mut arguments)
+        .map_err(|error| error.to_string())?;
+    match products::counters_are_zero(kernel, passed, memory) {
+        true => Ok(()),
+        false => Err(format!("{kernel} leaves counters that are not zero")),
+    }
 }
 
 fn on_the_processor(kernel: &str, passed: &[Passed], memory: &mut [Vec<u8>]) -> Result<(), String> {

@@ -11,6 +11,7 @@
 // Whoever looks for the driver's functions finds them by their names in the library.
 #![allow(unreachable_pub)]
 
+pub mod application;
 mod books;
 mod calls;
 pub mod control;
@@ -18,5 +19,6 @@ mod host;
 mod kernels;
 mod memory;
 mod modules;
+mod products;
 mod setup;
 mod streams;

@@ -3,24 +3,36 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, c_char, c_void};
 
-use tightfit_kernels::cuda::{KERNELS, PTX};
+use tightfit_kernels::cuda::{KERNELS, PTX, linear};
 
 use crate::books::{Books, Kind, UNSUPPORTED_PTX_VERSION, call};
-use crate::kernels::{Parameters, arguments};
+use crate::kernels::{Parameters, Shape, arguments};
+use crate::products;
 use crate::streams::Work;
+
+/// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
+const MAX_DYNAMIC_SHARED: u32 = 8;
+/// Dynamic shared memory that a launch may have without asking.
+const UNASKED_SHARED: u32 = 48 << 10;
+/// What it can have at all on such a device.
+const MOST_SHARED: u32 = 227 << 10;
 
 /// What has been loaded.
 #[derive(Debug, Default)]
 pub(crate) struct Modules {
     /// The device of each, by handle.
     pub(crate) loaded: HashMap<u64, usize>,
+    /// Those that have the kernels of products, by handle.
+    of_products: HashSet<u64>,
     /// Those whose data is still on its way to the device, by handle.
     arriving: HashSet<u64>,
     /// Module and kernel, by handle.
     functions: HashMap<u64, (u64, &'static str)>,
+    /// Dynamic shared memory that has been asked for, by function.
+    shared: HashMap<u64, u32>,
 }
 
-/// `cuModuleLoadData`. There is one module that it can compile: ours.
+/// `cuModuleLoadData`. There are two modules that it knows: ours.
 ///
 /// # Safety
 /// As the driver's.
@@ -28,10 +40,20 @@ pub(crate) struct Modules {
 pub unsafe extern "C" fn cuModuleLoadData(out: *mut u64, image: *const c_void) -> u32 {
     call("cuModuleLoadData", Kind::Takes, |books| {
         let device = books.current("cuModuleLoadData")?;
-        // SAFETY: PTX is passed as text that ends in a zero.
-        let image = unsafe { CStr::from_ptr(image.cast::<c_char>()) };
-        if image.to_bytes() != PTX.as_bytes() {
-            return Err(books.fault("cuModuleLoadData of other than our PTX".to_owned()));
+        // SAFETY: machine code or text, both of more than four bytes.
+        let is_code = unsafe { image.cast::<[u8; 4]>().read_unaligned() } == *b"\x7fELF";
+        let is_ours = if is_code {
+            let ours = linear::module(products::GPU.compute_capability).unwrap_or_default();
+            // SAFETY: machine code is passed whole, and there is none but ours.
+            let image = unsafe { std::slice::from_raw_parts(image.cast::<u8>(), ours.len()) };
+            image == ours
+        } else {
+            // SAFETY: PTX is passed as text that ends in a zero.
+            let image = unsafe { CStr::from_ptr(image.cast::<c_char>()) };
+            image.to_bytes() == PTX.as_bytes()
+        };
+        if !is_ours {
+            return Err(books.fault("cuModuleLoadData of other than our kernels".to_owned()));
         }
         if books.setup.refuses_modules {
             return Err(UNSUPPORTED_PTX_VERSION);
@@ -39,6 +61,9 @@ pub unsafe extern "C" fn cuModuleLoadData(out: *mut u64, image: *const c_void) -
         let handle = books.handle();
         books.modules.loaded.insert(handle, device);
         books.modules.arriving.insert(handle);
+        if is_code {
+            books.modules.of_products.insert(handle);
+        }
         // SAFETY: the caller's pointer to the result.
         unsafe { out.write(handle) };
         Ok(())
@@ -72,6 +97,10 @@ pub extern "C" fn cuModuleUnload(module: u64) -> u32 {
         books.modules.arriving.remove(&module);
         let functions = &mut books.modules.functions;
         functions.retain(|_, (of, _)| *of != module);
+        let functions = &books.modules.functions;
+        let shared = &mut books.modules.shared;
+        shared.retain(|function, _| functions.contains_key(function));
+        books.modules.of_products.remove(&module);
         Ok(())
     })
 }
@@ -93,9 +122,14 @@ pub unsafe extern "C" fn cuModuleGetFunction(
         }
         // SAFETY: the caller's text that ends in a zero.
         let name = unsafe { CStr::from_ptr(name) };
-        let kernel = KERNELS
-            .iter()
-            .find(|kernel| kernel.as_bytes() == name.to_bytes());
+        let has = |kernel: &&str| kernel.as_bytes() == name.to_bytes();
+        let kernel = match books.modules.of_products.contains(&module) {
+            true => products::kernels()
+                .into_iter()
+                .map(|(kernel, _)| kernel)
+                .find(has),
+            false => KERNELS.iter().copied().find(has),
+        };
         let Some(kernel) = kernel else {
             return Err(books.fault(format!("cuModuleGetFunction of {name:?}")));
         };
@@ -103,6 +137,23 @@ pub unsafe extern "C" fn cuModuleGetFunction(
         books.modules.functions.insert(handle, (module, kernel));
         // SAFETY: the caller's pointer to the result.
         unsafe { out.write(handle) };
+        Ok(())
+    })
+}
+
+/// `cuFuncSetAttribute`.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuFuncSetAttribute(function: u64, attribute: u32, value: i32) -> u32 {
+    call("cuFuncSetAttribute", Kind::Takes, |books| {
+        books.current("cuFuncSetAttribute")?;
+        let value = u32::try_from(value).unwrap_or(u32::MAX);
+        if !books.modules.functions.contains_key(&function) {
+            return Err(books.fault("cuFuncSetAttribute of what is not there".to_owned()));
+        }
+        if attribute != MAX_DYNAMIC_SHARED || value > MOST_SHARED {
+            return Err(books.fault(format!("cuFuncSetAttribute {attribute} to {value}")));
+        }
+        books.modules.shared.insert(function, value);
         Ok(())
     })
 }
@@ -137,12 +188,23 @@ pub unsafe extern "C" fn cuLaunchKernel(
         if books.modules.arriving.contains(&module) {
             books.fault(format!("{kernel} launched before its module has arrived"));
         }
-        if (grid_y, grid_z, threads_y, threads_z, shared) != (1, 1, 1, 1, 0) || !extra.is_null() {
+        let asked = books.modules.shared.get(&function).copied();
+        if shared > asked.unwrap_or(UNASKED_SHARED) {
+            return Err(books.fault(format!(
+                "{kernel} launched with {shared} bytes not asked for"
+            )));
+        }
+        if (grid_y, grid_z, threads_y, threads_z) != (1, 1, 1, 1) || !extra.is_null() {
             return Err(books.fault(format!("{kernel} launched in more than one dimension")));
         }
         // SAFETY: the caller's pointers to as many parameters as the kernel has.
         let parameters = unsafe { Parameters::new(parameters) };
-        let passed = match arguments(kernel, (grid, threads), parameters) {
+        let shape = Shape {
+            grid,
+            threads,
+            shared_bytes: shared,
+        };
+        let passed = match arguments(kernel, shape, parameters) {
             Ok(passed) => passed,
             Err(problem) => return Err(books.fault(format!("{kernel}: {problem}"))),
         };
@@ -153,7 +215,7 @@ pub unsafe extern "C" fn cuLaunchKernel(
         let work = Work::Launch {
             module,
             kernel,
-            shape: (grid, threads),
+            shape,
             passed,
         };
         books.give("cuLaunchKernel", device, stream, work)

@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use std::ffi::c_void;
 
 use crate::books::{Answer, Books, Kind, call};
-use crate::kernels::{Access, Passed, run};
+use crate::kernels::{Access, Passed, Shape, run};
 
 /// Work that has not been carried out.
 #[derive(Debug)]
@@ -39,7 +39,7 @@ pub(crate) enum Work {
     Launch {
         module: u64,
         kernel: &'static str,
-        shape: (u32, u32),
+        shape: Shape,
         passed: Vec<Passed>,
     },
     /// Until this step of that stream has been carried out.
@@ -209,7 +209,7 @@ impl Books {
         }
     }
 
-    fn launch(&mut self, kernel: &str, shape: (u32, u32), passed: &[Passed]) {
+    fn launch(&mut self, kernel: &str, shape: Shape, passed: &[Passed]) {
         let places: Vec<(u64, usize)> = passed.iter().filter_map(Passed::memory).collect();
         let mut memory = Vec::with_capacity(places.len());
         for &(address, len) in &places {

@@ -1,20 +1,22 @@
 //! Mixture of experts: every token goes to the few experts that the router gives it.
 
 use super::mlp::gate;
-use super::tensors::{Matrix, add_scaled};
+use super::tensors::{Layer, Matrix, add_scaled};
 use super::{Reference, scale_to_one, sigmoid, softmax};
 
 /// One expert: a gated feed-forward network.
-struct Expert {
-    gate: Matrix,
-    up: Matrix,
-    down: Matrix,
+struct Expert<'w> {
+    /// Two weights, or one whose rows for the gate come before those of `up`.
+    gate_and_up: Vec<Layer<'w>>,
+    down: Layer<'w>,
 }
 
-impl Expert {
+impl Expert<'_> {
     fn apply(&self, input: &[f32]) -> Vec<f32> {
-        let mut inner = self.gate.apply(input);
-        gate(&mut inner, &self.up.apply(input));
+        let layers = self.gate_and_up.iter();
+        let mut inner: Vec<f32> = layers.flat_map(|layer| layer.apply(input)).collect();
+        let up = inner.split_off(inner.len() / 2);
+        gate(&mut inner, &up);
         self.down.apply(&inner)
     }
 }
@@ -71,16 +73,20 @@ impl Reference<'_> {
     }
 
     /// Every expert of a layer, from stacks or from tensors of its own.
-    fn experts(&self, layer: &str, count: usize) -> Vec<Expert> {
+    fn experts(&self, layer: &str, count: usize) -> Vec<Expert<'_>> {
         let stacks = format!("{layer}.mlp.experts");
-        let stack = |name: &str| self.weights.stack(&format!("{stacks}.{name}"));
+        let stack = |name: &str| self.weights.layers(&format!("{stacks}.{name}"));
         if let Some((gate_up, down)) = stack("gate_up_proj").zip(stack("down_proj")) {
             assert_eq!((gate_up.len(), down.len()), (count, count), "{stacks}");
             let pairs = gate_up.into_iter().zip(down);
-            return pairs.map(|(gate_up, down)| split(gate_up, down)).collect();
+            let expert = |(gate_up, down)| Expert {
+                gate_and_up: vec![gate_up],
+                down,
+            };
+            return pairs.map(expert).collect();
         }
         let expert = |index: usize| {
-            let matrix = |name: String| self.weights.matrix(&format!("{layer}.{name}.weight"));
+            let weight = |name: String| self.weights.layer(&format!("{layer}.{name}.weight"));
             let current = format!("mlp.experts.{index}");
             // Mixtral's names.
             let older = format!("block_sparse_moe.experts.{index}");
@@ -90,28 +96,19 @@ impl Reference<'_> {
                 .is_some()
             {
                 return Expert {
-                    gate: matrix(format!("{older}.w1")),
-                    up: matrix(format!("{older}.w3")),
-                    down: matrix(format!("{older}.w2")),
+                    gate_and_up: ["w1", "w3"]
+                        .map(|name| weight(format!("{older}.{name}")))
+                        .into(),
+                    down: weight(format!("{older}.w2")),
                 };
             }
             Expert {
-                gate: matrix(format!("{current}.gate_proj")),
-                up: matrix(format!("{current}.up_proj")),
-                down: matrix(format!("{current}.down_proj")),
+                gate_and_up: ["gate_proj", "up_proj"]
+                    .map(|name| weight(format!("{current}.{name}")))
+                    .into(),
+                down: weight(format!("{current}.down_proj")),
             }
         };
         (0..count).map(expert).collect()
-    }
-}
-
-/// An expert of stacks: the rows of its gate come before those of `up`.
-fn split(mut gate: Matrix, down: Matrix) -> Expert {
-    let up = gate.data.split_off(gate.data.len() / 2);
-    let columns = gate.columns;
-    Expert {
-        gate,
-        up: Matrix { columns, data: up },
-        down,
     }
 }

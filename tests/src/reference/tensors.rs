@@ -91,9 +91,22 @@ pub struct Weight {
 pub trait Weights {
     /// The weight of this name, if there is one.
     fn find(&self, name: &str) -> Option<Weight>;
+
+    /// Whether [`Weights::product`] multiplies with the weight of this name as it is stored.
+    fn multiplies(&self, name: &str) -> bool {
+        let _ = name;
+        false
+    }
+
+    /// Every row of `inputs` times a weight, or one of a stack, without its numbers being looked at.
+    fn product(&self, name: &str, index: Option<u64>, inputs: &Matrix) -> Matrix {
+        let _ = (index, inputs);
+        panic!("{name} is multiplied by its numbers");
+    }
 }
 
-/// A loaded model. Weights are dequantized to f32 and not rounded to bf16 on the way.
+/// A loaded model. Weights in 4 bits are multiplied as they lie; others, and where a table is looked up in,
+/// are made f32 and not rounded to bf16 on the way.
 impl Weights for Model {
     fn find(&self, name: &str) -> Option<Weight> {
         let tensor = self.tensor(name)?;
@@ -105,6 +118,61 @@ impl Weights for Model {
             shape: tensor.shape().iter().map(length).collect(),
             data: floats(&bytes),
         })
+    }
+
+    fn multiplies(&self, name: &str) -> bool {
+        let tensor = self.tensor(name);
+        tensor.is_some_and(|tensor| tensor.quantization().is_some())
+    }
+
+    fn product(&self, name: &str, index: Option<u64>, inputs: &Matrix) -> Matrix {
+        let linear = match index {
+            None => self.linear(name),
+            Some(index) => self.linear_of(name, index),
+        };
+        let linear = linear.unwrap_or_else(|error| panic!("{error}"));
+        let rows = inputs.rows().len();
+        let mut outputs = Matrix::zeros(rows, linear.outputs());
+        linear
+            .forward(&inputs.data, rows, None, &mut outputs.data)
+            .unwrap_or_else(|error| panic!("{error}"));
+        outputs
+    }
+}
+
+/// A weight to multiply with: as numbers, or as it is stored.
+pub(super) enum Layer<'w> {
+    Numbers(Matrix),
+    Stored {
+        weights: &'w dyn Weights,
+        name: String,
+        index: Option<u64>,
+    },
+}
+
+impl Layer<'_> {
+    /// The product of the weight and every row.
+    pub(super) fn apply_to_rows(&self, inputs: &Matrix) -> Matrix {
+        match self {
+            Layer::Numbers(weight) => Matrix::from_rows(
+                weight.data.len() / weight.columns,
+                inputs.rows().map(|row| weight.apply(row)),
+            ),
+            Layer::Stored {
+                weights,
+                name,
+                index,
+            } => weights.product(name, *index, inputs),
+        }
+    }
+
+    /// The product of the weight and a vector.
+    pub(super) fn apply(&self, input: &[f32]) -> Vec<f32> {
+        let input = Matrix {
+            columns: input.len(),
+            data: input.to_vec(),
+        };
+        self.apply_to_rows(&input).data
     }
 }
 
@@ -130,6 +198,18 @@ impl dyn Weights + '_ {
         Matrix { columns, data }
     }
 
+    /// A weight of two dimensions to multiply with.
+    pub(super) fn layer(&self, name: &str) -> Layer<'_> {
+        match self.multiplies(name) {
+            true => Layer::Stored {
+                weights: self,
+                name: name.to_owned(),
+                index: None,
+            },
+            false => Layer::Numbers(self.matrix(name)),
+        }
+    }
+
     /// A weight of three dimensions, as one matrix for each index of the first; `None` where there
     /// is no such weight.
     pub(super) fn stack(&self, name: &str) -> Option<Vec<Matrix>> {
@@ -144,15 +224,31 @@ impl dyn Weights + '_ {
         Some(data.chunks_exact(rows * columns).map(matrix).collect())
     }
 
+    /// The same to multiply with.
+    pub(super) fn layers(&self, name: &str) -> Option<Vec<Layer<'_>>> {
+        let layer = |(index, matrix)| match self.multiplies(name) {
+            true => Layer::Stored {
+                weights: self,
+                name: name.to_owned(),
+                index: Some(index as u64),
+            },
+            false => Layer::Numbers(matrix),
+        };
+        Some(
+            self.stack(name)?
+                .into_iter()
+                .enumerate()
+                .map(layer)
+                .collect(),
+        )
+    }
+
     /// What a linear layer makes of every row: its weight times the row, and its bias, if it has
     /// one, added.
     pub(super) fn linear(&self, module: &str, inputs: &Matrix) -> Matrix {
-        let weight = self.matrix(&format!("{module}.weight"));
+        let weight = self.layer(&format!("{module}.weight"));
         let bias = self.find(&format!("{module}.bias"));
-        let mut outputs = Matrix::from_rows(
-            weight.data.len() / weight.columns,
-            inputs.rows().map(|row| weight.apply(row)),
-        );
+        let mut outputs = weight.apply_to_rows(inputs);
         if let Some(bias) = bias {
             for row in outputs.rows_mut() {
                 add_scaled(row, 1.0, &bias.data);

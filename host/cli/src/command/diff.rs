@@ -4,7 +4,7 @@ use crate::draw::Comparison;
 use crate::error_report::ErrorReport;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::DeviceInfo;
-use tightfit::plan::{FormatRules, Proposed, propose};
+use tightfit::plan::{Proposed, is_setting, propose};
 use tightfit::policy::{Description, Policy};
 use tightfit_wasm::policy::WasmPolicy;
 
@@ -66,7 +66,7 @@ fn divide(
                 Some(own) if !general => own,
                 _ => name,
             };
-            if has(&known[index], own) || FormatRules::is_rule(own) {
+            if has(&known[index], own) || is_setting(own) {
                 divided[index].push((own.to_owned(), value.clone()));
                 found = true;
             }

@@ -1,4 +1,4 @@
-//! `--set format:"PATTERN"=FORMAT` on the command line.
+//! `--set format:"PATTERN"=FORMAT` and `--set rows=N` on the command line, which are for no policy.
 
 use std::fs;
 
@@ -64,4 +64,47 @@ fn a_rule_that_cannot_be_used_is_a_usage_error() {
             .run(&["plan", "m", "--device", "sim:64MiB", "--set", rule])
             .fails(USAGE, words);
     }
+}
+
+#[test]
+fn room_for_products_is_planned_and_shown_whatever_the_policy() {
+    let scratchpad = scratchpad();
+    for policy in ["auto", "packed", "huggingface"] {
+        let arguments = ["m", "--device", "sim:64MiB", "--policy", policy, "--json"];
+        for command in ["plan", "load"] {
+            let report = |rows| {
+                let setting = format!("rows={rows}");
+                let all = [&[command], &arguments[..], &["--set", &setting]].concat();
+                scratchpad.run(&all).json()
+            };
+            let (without, with) = (report(0), report(8));
+            let device = |report: &serde_json::Value, key: &str| {
+                let device = &report["devices"][0];
+                let value = key.split('.').fold(device, |value, key| &value[key]);
+                value.as_u64().unwrap()
+            };
+            let tail = device(&with, "tail");
+            assert!(tail > 16 << 10 && device(&without, "tail") == 0, "{policy}");
+            let more = device(&with, "fill.headroom") - device(&without, "fill.headroom");
+            assert_eq!(more, tail, "{policy}");
+            assert_eq!(device(&with, "reserved"), device(&with, "peak_reserved"));
+            assert!(device(&with, "reserved") >= device(&with, "padded") + tail);
+            assert_eq!(with["policy"]["settings"]["rows"], "8");
+        }
+    }
+    let both = [
+        "plan",
+        "m",
+        "--device",
+        "sim:64MiB",
+        "--diff",
+        "auto",
+        "packed",
+    ];
+    scratchpad
+        .run(&[&both[..], &["--set", "rows=8"]].concat())
+        .succeeds();
+    scratchpad
+        .run(&["plan", "m", "--device", "sim:64MiB", "--set", "rows=many"])
+        .fails(USAGE, &["rows", "'many'"]);
 }

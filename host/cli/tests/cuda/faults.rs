@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use cuda_stand_in::control::{Report, Setup, StandIn};
 use tightfit::cancel::CancelToken;
 use tightfit::device::{Device, open_devices};
+use tightfit::kernels::half::bf16;
 use tightfit::load::{LoadError, LoadOptions, QuantizeOn};
 use tightfit::plan::PartKind;
+use tightfit::products::LinearError;
 
-use super::{Driver, Kinds, MIB, in_small_pieces, is_left_out};
+use super::{Driver, Kind, Kinds, MIB, in_small_pieces, is_left_out, nf4};
 
 /// The calls that give something back: an error of theirs is no reason to fail.
 const GIVES_BACK: &[&str] = &[
@@ -149,6 +151,85 @@ fn fail_every_call_of(setup: &Setup, load: Load<'_>) {
                 let entered = call == "cuCtxPushCurrent";
                 assert!(entered || GIVES_BACK.contains(&&call[..]), "{context}");
                 assert!(bytes == expected, "{context}");
+            }
+        }
+    }
+}
+
+/// Loads, and computes products in both ways. Gives the results.
+fn run_with_products(kinds: &Kinds) -> Result<Vec<Vec<u8>>, String> {
+    let specs = ["cuda:0".parse().unwrap()];
+    let devices = open_devices(&specs).map_err(|error| error.to_string())?;
+    let result = load_and_multiply(kinds, &devices);
+    assert_eq!(devices[0].usage().reserved.now, 0);
+    result
+}
+
+fn load_and_multiply(kinds: &Kinds, devices: &[Box<dyn Device>]) -> Result<Vec<Vec<u8>>, String> {
+    let text = |error: LinearError| error.to_string();
+    let model = kinds.load(devices, QuantizeOn::Cpu, 1);
+    let model = model.map_err(|error| error.to_string())?;
+    let mut results = Vec::new();
+    for name in ["blocks of 64", "double"] {
+        let linear = model.linear(name).map_err(text)?;
+        let x = vec![bf16::ONE; 9 * linear.inputs()];
+        let mut y = vec![bf16::ZERO; 9 * linear.outputs()];
+        linear.forward(&x, 9, None, &mut y).map_err(text)?;
+        results.push(y.iter().flat_map(|y| y.to_le_bytes()).collect());
+    }
+    let workspace = model.linear_workspace(0, 9).map_err(text)?;
+    assert!(workspace.bytes() > 0);
+    Ok(results)
+}
+
+#[test]
+fn whichever_call_of_products_fails_it_is_an_error_and_everything_is_given_back() {
+    if is_left_out("calls that fail") {
+        return;
+    }
+    const WEIGHTS: &[Kind] = &[
+        ("blocks of 64", "BF16", 2, &[130, 640], nf4(64, false)),
+        ("double", "BF16", 2, &[64, 64], nf4(64, true)),
+    ];
+    let kinds = Kinds::new(WEIGHTS);
+    for virtual_memory in [true, false] {
+        let setup = Setup {
+            devices: vec![64 * MIB],
+            virtual_memory,
+            ..Setup::default()
+        };
+        let run = |setup: &Setup| {
+            let stand_in = StandIn::start(setup);
+            let result = run_with_products(&kinds);
+            let report = stand_in.report();
+            assert!(report.faults.is_empty(), "{setup:?}: {:?}", report.faults);
+            (result, report)
+        };
+        let (expected, report) = run(&setup);
+        let expected = expected.unwrap();
+        report.is_clean("without a failure");
+        for (index, call) in report.calls.iter().enumerate() {
+            let setup = Setup {
+                fail_at: Some(index as u64 + 1),
+                ..setup.clone()
+            };
+            let context = format!("{call}, call {}", index + 1);
+            let (result, report) = run(&setup);
+            assert_eq!(&report.calls[index], call, "runs differ");
+            assert!(report.leaks.is_empty(), "{context}: {:?}", report.leaks);
+            match result {
+                Err(text) => {
+                    assert!(text.contains(call), "{context}: {text}");
+                    assert!(
+                        text.contains("cuda:") || call == "cuInit",
+                        "{context}: {text}"
+                    );
+                }
+                Ok(results) => {
+                    let entered = call == "cuCtxPushCurrent";
+                    assert!(entered || GIVES_BACK.contains(&&call[..]), "{context}");
+                    assert!(results == expected, "{context}");
+                }
             }
         }
     }

@@ -5,6 +5,7 @@
 mod command;
 mod faults;
 mod memory;
+mod products;
 mod programs;
 mod quantize_on;
 mod quantizer;

@@ -4,6 +4,9 @@
 mod cuda;
 mod host;
 mod host_memory;
+// Declares what is called with pointers that nobody can check; calls nothing.
+#[allow(unsafe_code)]
+mod multiplier;
 mod quantizer;
 mod spec;
 mod writer;
@@ -14,6 +17,9 @@ use std::sync::Arc;
 #[cfg(feature = "cuda")]
 pub use cuda::CudaDevice;
 pub use host::HostDevice;
+pub use multiplier::{
+    DeviceBytes, DeviceOperands, HostOperands, Multiplier, NestedScales, Product, ProductWeights,
+};
 pub use quantizer::{
     QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Staged, Workspace,
 };
@@ -142,6 +148,32 @@ pub trait Reservation: Send + Sync + fmt::Debug {
     /// refuses.
     fn quantizer(&self, workspace: Workspace) -> Result<Option<Arc<dyn Quantizer>>, DeviceError> {
         let _ = workspace;
+        Ok(None)
+    }
+
+    /// The device's own kernels for products with weights in this memory, made ready: what they need
+    /// to be compiled or loaded is. `constants` are put where `place` says, for double-quantized weights;
+    /// none are needed without any. `None` where the processor can read the weights, or the device has no
+    /// such kernels.
+    ///
+    /// # Errors
+    /// As [`Reservation::quantizer`].
+    fn multiplier(
+        &self,
+        constants: &[u8],
+        place: Workspace,
+    ) -> Result<Option<Arc<dyn Multiplier>>, DeviceError> {
+        let _ = (constants, place);
+        Ok(None)
+    }
+
+    /// Memory of the device for kernels to work in, all of it zero. `None` for memory of the host, and
+    /// for nothing.
+    ///
+    /// # Errors
+    /// As [`Reservation::quantizer`].
+    fn cleared(&self, place: Workspace) -> Result<Option<DeviceBytes>, DeviceError> {
+        let _ = place;
         Ok(None)
     }
 

@@ -1,5 +1,6 @@
 //! What has been loaded: look it up, use it, unload it.
 
+mod multipliers;
 mod pieces;
 mod shared;
 mod stats;
@@ -23,6 +24,7 @@ use crate::device::{DeviceAddress, DeviceError, Reservation};
 use crate::plan::{PartKind, Plan, PlannedPart, PlannedTensor};
 use crate::status::Status;
 use crate::types::{BlockSize, DType, Format, QuantType, elements};
+use multipliers::Multipliers;
 
 /// A loaded model. Dropping it gives its memory back, unless [`SharedPart`]s, tails or exported
 /// tensors still use it: each keeps its device's memory until the last is dropped.
@@ -31,6 +33,8 @@ pub struct Model {
     plan: Plan,
     tensors: Vec<Stored>,
     by_name: HashMap<String, usize>,
+    /// One for each device, as the plan has them. Dropped before the memory that they use.
+    multipliers: Vec<Multipliers>,
     memory: Vec<Option<Arc<dyn Reservation>>>,
     tails: Vec<Option<TailAllocator>>,
     stats: LoadStats,
@@ -163,6 +167,11 @@ impl Model {
         let tail = |(plan, memory): (_, &Option<_>)| TailAllocator::new(plan, memory.as_ref()?);
         Ok(Model {
             tails: plan.devices.iter().zip(&memory).map(tail).collect(),
+            multipliers: plan
+                .devices
+                .iter()
+                .map(|_| Multipliers::default())
+                .collect(),
             plan,
             tensors,
             by_name,
@@ -246,9 +255,14 @@ impl<'m> Tensor<'m> {
         &self.model.plan.tensors[self.index]
     }
 
-    fn reservation(&self) -> Option<&'m Arc<dyn Reservation>> {
+    pub(crate) fn reservation(&self) -> Option<&'m Arc<dyn Reservation>> {
         let device = self.planned().placement.device? as usize;
         self.model.memory.get(device)?.as_ref()
+    }
+
+    /// Returns the model that it is of.
+    pub(crate) fn model(&self) -> &'m Model {
+        self.model
     }
 
     /// Returns its index in the checkpoint and in the plan.

@@ -184,7 +184,7 @@ impl Tensor<'_> {
     }
 
     /// The scales of these blocks.
-    fn absmax_piece(
+    pub(crate) fn absmax_piece(
         &self,
         quantization: &Quantization,
         first: u64,

@@ -117,6 +117,11 @@ impl TailAllocation {
         self.bytes
     }
 
+    /// Its first byte in the reservation.
+    pub(crate) fn offset(&self) -> u64 {
+        self.tail.0.start + self.offset
+    }
+
     /// Returns where it lies in a GPU's memory, a multiple of 256; `None` for host memory.
     pub fn address(&self) -> Option<DeviceAddress> {
         address(&*self.tail.0.memory, self.tail.0.start + self.offset)

@@ -7,6 +7,7 @@
 
 mod error;
 mod format_rules;
+mod products;
 mod propose;
 mod size;
 
@@ -14,8 +15,9 @@ use std::collections::HashMap;
 
 pub use error::{BadPlan, DeviceTotal, PlanError};
 pub use format_rules::{FormatRuleError, FormatRules};
+pub(crate) use products::{MEAN_BYTES, constants_bytes, is_multiplied};
 pub(crate) use propose::propose_again;
-pub use propose::{ProposeError, Proposed, propose, propose_with};
+pub use propose::{ProposeError, Proposed, ROWS_SETTING, is_setting, propose, propose_with};
 pub use size::{
     NESTED_BLOCK_SIZE, PART_ALIGNMENT, PartKind, PartSizes, SizeError, part_sizes,
     tensor_part_sizes,
@@ -27,6 +29,7 @@ use crate::device::DeviceInfo;
 use crate::memory::ReservationSize;
 use crate::policy::Proposal;
 use crate::types::{Format, Placement};
+use products::ProductBytes;
 
 /// Where one part of a tensor lies in its device's arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -83,6 +86,8 @@ pub struct DevicePlan {
     /// Bytes behind the weights that are reserved with them, for the application: see
     /// [`PlanOptions::reserve_headroom`]. They begin at `size.padded`.
     pub tail: u64,
+    /// Bytes of the tail that products with its 4-bit weights need: [`PlanOptions::rows`].
+    pub products: u64,
     /// How many tensors it will hold.
     pub tensors: u64,
 }
@@ -126,12 +131,19 @@ pub struct PlanOptions {
     /// tail that [`Model::tail`](crate::Model::tail) hands out, and not merely left free. It is
     /// rounded up to [`PART_ALIGNMENT`].
     pub reserve_headroom: bool,
+    /// Rows of the largest product with 4-bit weights for which there shall be room: an accelerator that
+    /// holds such weights gets a tail with a workspace that is enough for as many rows and for any fewer,
+    /// and what its kernels need to know of double-quantized weights. So products take nothing beyond the
+    /// plan. 0, the default, reserves nothing for them. How large a workspace is does not depend on the
+    /// GPU, which need not be there: some 3 MiB for 8 rows, 25 MiB for 64, and no more for any number.
+    pub rows: u64,
     /// Looked at every few milliseconds: a checkpoint can have a million tensors.
     pub cancel: CancelToken,
 }
 
 tightfit_common::setters!([] PlanOptions:
     with_reserved_headroom: reserve_headroom, bool;
+    with_rows: rows, u64;
     with_cancel: cancel, CancelToken;
 );
 
@@ -240,23 +252,27 @@ impl Plan {
                 }
             }
         }
+        let products = product_bytes(tensors, devices, placements, options.rows, &mut watch)?;
         let plan = Plan {
             tensors: planned,
             devices: arenas
                 .iter()
                 .zip(devices)
                 .zip(headroom)
-                .map(|((arena, device), &headroom)| {
+                .zip(products)
+                .map(|(((arena, device), &headroom), products)| {
                     let (headroom, tail) = match options.reserve_headroom {
                         false => (headroom, 0),
                         true if arena.padded == 0 => (0, 0),
                         true => (0, round_up(headroom, PART_ALIGNMENT)),
                     };
+                    let tail = tail.saturating_add(products);
                     DevicePlan {
                         device: device.clone(),
                         size: arena.size(tail, device.granularity),
                         headroom,
                         tail,
+                        products,
                         tensors: arena.tensors,
                     }
                 })
@@ -397,6 +413,30 @@ fn sizes(
                 })
         })
         .collect()
+}
+
+/// What products of up to `rows` rows need on each device.
+fn product_bytes(
+    tensors: &[TensorInfo],
+    devices: &[DeviceInfo],
+    placements: &[Placement],
+    rows: u64,
+    watch: &mut Watch<'_>,
+) -> Result<Vec<u64>, PlanError> {
+    let mut all = vec![ProductBytes::default(); devices.len()];
+    if rows > 0 {
+        for (tensor, placement) in tensors.iter().zip(placements) {
+            watch.item(0)?;
+            let Some(device) = placement.device else {
+                continue;
+            };
+            let device = device as usize;
+            if products::are_computed_on(&devices[device]) {
+                all[device].add(tensor, placement.format, rows);
+            }
+        }
+    }
+    Ok(all.into_iter().map(ProductBytes::bytes).collect())
 }
 
 /// A stored alias is left out, or lies with the tensor it is tied to and in the same format.

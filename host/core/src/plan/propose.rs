@@ -2,8 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::{BadPlan, FormatRuleError, FormatRules, Plan, PlanError, PlanOptions};
-use crate::cancel::Cancelled;
+use super::products;
+use super::{BadPlan, FormatRuleError, FormatRules, Plan, PlanError, PlanOptions, round_up};
+use crate::cancel::{Cancelled, Watch};
 use crate::checkpoint::{Checkpoint, QuantizationMethod, TensorInfo};
 use crate::device::DeviceInfo;
 use crate::policy::{Policy, PolicyError, PreviousFailure, Request, check_settings};
@@ -45,6 +46,12 @@ pub enum ProposeError {
     /// The user fixed a format that cannot be.
     #[error(transparent)]
     FormatRule(#[from] FormatRuleError),
+    /// The setting `rows` has no number of rows.
+    #[error("setting '{ROWS_SETTING}': '{value}' is not a number of rows")]
+    NotRows {
+        /// What was given.
+        value: String,
+    },
     /// It proposed more than a device has.
     #[error("what policy '{policy}' proposes does not fit: {source}")]
     DoesNotFit {
@@ -62,7 +69,7 @@ impl From<&ProposeError> for Status {
     fn from(error: &ProposeError) -> Status {
         match error {
             ProposeError::Policy(error) => error.into(),
-            ProposeError::FormatRule(_) => Status::Usage,
+            ProposeError::FormatRule(_) | ProposeError::NotRows { .. } => Status::Usage,
             ProposeError::BadPlan { .. } => Status::Policy,
             ProposeError::DoesNotFit { .. } => Status::DoesNotFit,
             ProposeError::Cancelled => Status::Interrupted,
@@ -76,10 +83,36 @@ impl From<Cancelled> for ProposeError {
     }
 }
 
+/// The setting that is [`PlanOptions::rows`], whatever the policy.
+pub const ROWS_SETTING: &str = "rows";
+
+/// Returns whether a setting of this name is understood here, and no policy is told of it:
+/// [`FormatRules`], and [`ROWS_SETTING`].
+pub fn is_setting(name: &str) -> bool {
+    FormatRules::is_rule(name) || name == ROWS_SETTING
+}
+
+/// A policy's settings.
+type Settings = Vec<(String, String)>;
+
+/// Takes the number of rows out of settings, the last one of several, and gives what is left.
+fn take_rows(settings: Settings) -> Result<(Option<u64>, Settings), ProposeError> {
+    let (rows, others): (Settings, Settings) = settings
+        .into_iter()
+        .partition(|(name, _)| name == ROWS_SETTING);
+    let parse = |(_, value): &(String, String)| {
+        let value = value.trim();
+        value.parse().map_err(|_| ProposeError::NotRows {
+            value: value.to_owned(),
+        })
+    };
+    Ok((rows.last().map(parse).transpose()?, others))
+}
+
 /// Asks `policy` where the checkpoint's tensors go, and lays them out.
 ///
-/// Settings named `format:PATTERN` are [`FormatRules`] and hold whatever the policy says; all others
-/// are the policy's. A checkpoint that another method than bitsandbytes' 4 bits has quantized
+/// Settings named `format:PATTERN` are [`FormatRules`] and hold whatever the policy says, `rows` is
+/// [`PlanOptions::rows`]; all others are the policy's. A checkpoint that another method than bitsandbytes' 4 bits has quantized
 /// ([`Checkpoint::quantization`]) stays as it is stored but for such rules, and for what is decoded as it
 /// is read ([`TensorInfo::encoded`]), which is the policy's.
 ///
@@ -134,6 +167,37 @@ fn with_the_rest_stored(
         .collect()
 }
 
+/// The devices as a policy is told of them: without what is reserved beside what it places.
+fn offered(
+    devices: &[DeviceInfo],
+    tensors: &[TensorInfo],
+    options: &PlanOptions,
+) -> Result<Vec<DeviceInfo>, Cancelled> {
+    let mut offered = devices.to_vec();
+    if !options.reserve_headroom && options.rows == 0 {
+        return Ok(offered);
+    }
+    let products = match options.rows {
+        0 => 0,
+        rows => products::most_bytes(tensors, rows, &mut Watch::new(&options.cancel))?,
+    };
+    for device in &mut offered {
+        // Weights and headroom are rounded up together. Where only whole units are offered, that
+        // always fits.
+        let granularity = device.granularity.max(1);
+        device.available -= device.available % granularity;
+        if products::are_computed_on(device) {
+            // Headroom that is left free is behind what is rounded up.
+            let taken = match options.reserve_headroom {
+                true => products,
+                false => round_up(products, granularity),
+            };
+            device.available = device.available.saturating_sub(taken);
+        }
+    }
+    Ok(offered)
+}
+
 /// [`propose_with`], telling the policy why its previous plan failed.
 pub(crate) fn propose_again(
     checkpoint: &Checkpoint,
@@ -146,6 +210,11 @@ pub(crate) fn propose_again(
     let start = Instant::now();
     let cancel = &options.cancel;
     let (rules, settings) = FormatRules::take(settings)?;
+    let (rows, settings) = take_rows(settings)?;
+    let options = &PlanOptions {
+        rows: rows.unwrap_or(options.rows),
+        ..options.clone()
+    };
     let description = policy.describe()?;
     let label = policy.label().unwrap_or(&description.name);
     check_settings(label, &description, &settings)?;
@@ -156,14 +225,7 @@ pub(crate) fn propose_again(
     if checkpoint.quantization().is_some_and(is_finished) {
         required_formats = with_the_rest_stored(required_formats, checkpoint.tensors());
     }
-    let mut offered = devices.to_vec();
-    if options.reserve_headroom {
-        // Weights and headroom are rounded up together. Where only whole units are offered, that
-        // always fits.
-        for device in &mut offered {
-            device.available -= device.available % device.granularity.max(1);
-        }
-    }
+    let offered = offered(devices, checkpoint.tensors(), options)?;
     let request = Request {
         settings: &settings,
         required_formats: &required_formats,
@@ -212,6 +274,7 @@ pub(crate) fn propose_again(
             .iter()
             .map(|setting| (setting.name.clone(), value(&setting.name, &setting.default)))
             .chain(rules.settings())
+            .chain(rows.map(|rows| (ROWS_SETTING.to_owned(), rows.to_string())))
             .collect(),
         policy: description.name,
         version: description.version,

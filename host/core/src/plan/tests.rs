@@ -4,6 +4,7 @@ use proptest::prelude::*;
 use proptest::sample::select;
 
 use super::*;
+use crate::device::DeviceKind;
 use crate::testing::{device, tensor};
 use crate::types::{BlockSize, DType};
 
@@ -287,4 +288,112 @@ fn contradictions_are_the_placements_fault() {
         format: Format::Stored,
     };
     assert_eq!(make(&[stored, left_out, stored], &[0; 2]), None);
+}
+
+#[test]
+fn products_have_their_room_behind_the_weights_and_it_is_planned() {
+    let matrix = |name, shape: &[u64]| tensor(name, DType::Bf16, shape);
+    let tensors = [
+        matrix("small", &[512, 512]),
+        matrix("large", &[4096, 4096]),
+        matrix("experts", &[8, 1024, 512]),
+        matrix("stored", &[4096, 8192]),
+        matrix("norm", &[4096]),
+    ];
+    let sims = [
+        device("sim:0", 1 << 30, 2 << 20),
+        device("sim:1", 1 << 30, 4096),
+        DeviceInfo {
+            kind: DeviceKind::Cpu,
+            ..device("cpu", 1 << 30, 4096)
+        },
+    ];
+    let plan = |formats: [Format; 5], devices: [u32; 5], options: &PlanOptions| {
+        let placements: Vec<_> = formats
+            .iter()
+            .zip(devices)
+            .map(|(&f, d)| on(d, f))
+            .collect();
+        Plan::new_with(&tensors, &[], &sims, &placements, &[5000; 3], options).unwrap()
+    };
+    let products =
+        |plan: &Plan| -> Vec<u64> { plan.devices.iter().map(|device| device.products).collect() };
+    let rows = |rows| PlanOptions::default().with_rows(rows);
+    let stored = Format::Stored;
+    let all = [Format::NF4, Format::NF4, Format::NF4, stored, stored];
+    // Without rows, and without weights in 4 bits on an accelerator, there is none.
+    assert_eq!(products(&plan(all, [0; 5], &rows(0))), [0; 3]);
+    assert_eq!(products(&plan([stored; 5], [0; 5], &rows(64))), [0; 3]);
+    assert_eq!(products(&plan(all, [2; 5], &rows(64))), [0; 3]);
+
+    // Of the weight that needs most, as the kernels say; it grows with rows up to a bound.
+    let most = |outputs, inputs, rows| {
+        let of = |by_row| {
+            let linear = tightfit_kernels::cuda::linear::Linear {
+                float: tightfit_kernels::FloatType::Bf16,
+                rows,
+                outputs,
+                inputs,
+                block_size: BlockSize::DEFAULT,
+                aligned: true,
+                by_row,
+            };
+            linear.most_workspace_bytes(None) as u64
+        };
+        of(false).max(of(true))
+    };
+    let mut before = 0;
+    for count in [1, 8, 9, 64, 65, 100_000] {
+        let plan = plan(all, [0, 0, 1, 0, 0], &rows(count));
+        let expected = [
+            most(4096, 4096, count as usize),
+            most(1024, 512, count as usize),
+            0,
+        ];
+        assert_eq!(products(&plan), expected, "{count}");
+        assert!((before..26 << 20).contains(&expected[0]));
+        before = expected[0];
+        for device in &plan.devices {
+            assert_eq!((device.tail, device.headroom), (device.products, 5000));
+            let granularity = device.device.granularity;
+            let padded = device.size.padded + device.tail;
+            assert_eq!(device.size.reserved, padded.next_multiple_of(granularity));
+        }
+    }
+    // Double quantization adds the values of codes, and a mean for each weight.
+    let double = [
+        Format::NF4_DOUBLE,
+        Format::NF4,
+        Format::NF4_DOUBLE,
+        stored,
+        stored,
+    ];
+    let plan_of_double = plan(double, [0; 5], &rows(8));
+    let constants = (1024u64 + 2 * 16).next_multiple_of(256);
+    assert_eq!(
+        products(&plan_of_double)[0],
+        most(4096, 4096, 8) + constants
+    );
+    // A vector in 4 bits is not multiplied.
+    let vector = [stored, stored, stored, stored, Format::NF4_DOUBLE];
+    assert_eq!(products(&plan(vector, [0; 5], &rows(8))), [0; 3]);
+
+    // With headroom in the same tail.
+    let both = plan(all, [0; 5], &rows(8).with_reserved_headroom(true));
+    let device = &both.devices[0];
+    assert_eq!(device.products, most(4096, 4096, 8));
+    assert_eq!((device.tail, device.headroom), (5120 + device.products, 0));
+
+    // It counts when a device is too small.
+    let free = plan(all, [0; 5], &rows(0)).devices[0].size.reserved;
+    let mut small = sims.clone();
+    small[0].available = free + 5000;
+    let placements: Vec<_> = all.iter().map(|&format| on(0, format)).collect();
+    let ask = |options| Plan::new_with(&tensors, &[], &small, &placements, &[5000; 3], &options);
+    assert!(ask(rows(0)).is_ok());
+    let error = ask(rows(64)).unwrap_err();
+    assert!(
+        matches!(error, PlanError::DoesNotFit { need, .. } if need > free),
+        "{error}"
+    );
 }

@@ -105,6 +105,87 @@ fn launches_stay_within_their_bounds() {
 }
 
 #[test]
+fn the_most_that_a_workspace_takes_is_enough_for_every_launch() {
+    let gpus = [
+        ((7, 5), 40),
+        ((8, 0), 108),
+        ((8, 9), 20),
+        ((9, 0), 132),
+        ((10, 0), 148),
+        ((12, 0), 192),
+    ];
+    for (compute_capability, multiprocessors) in gpus {
+        let gpu = Gpu {
+            compute_capability,
+            multiprocessors,
+        };
+        for outputs in [
+            1, 128, 129, 300, 512, 3584, 18944, 100_000, 152_064, 200_000,
+        ] {
+            for inputs in [64, 320, 3584, 8192] {
+                for by_row in [false, true] {
+                    let of = |rows| Linear {
+                        by_row,
+                        ..linear(rows, outputs, inputs)
+                    };
+                    let (mut most, mut anywhere) = (0, 0);
+                    for rows in (1..300).chain([2048, 4096, 4097, 300_000]) {
+                        let linear = of(rows);
+                        let launch = linear.launch(gpu).expect("possible");
+                        let bound = linear.most_workspace_bytes(Some(gpu));
+                        let bound_anywhere = linear.most_workspace_bytes(None);
+                        assert!(launch.workspace_bytes <= bound, "{gpu:?}: {linear:?}");
+                        assert!(most <= bound && anywhere <= bound_anywhere, "{linear:?}");
+                        assert!(bound <= bound_anywhere, "{gpu:?}: {linear:?}");
+                        (most, anywhere) = (bound, bound_anywhere);
+                        // A counter for every block that may need one, however many rows there are.
+                        let counters = launch.grid as usize * 4;
+                        assert!(
+                            launch.workspace_bytes == 0 || counters <= COUNTERS,
+                            "{linear:?}"
+                        );
+                    }
+                    assert!(anywhere < 32 << 20);
+                }
+            }
+        }
+    }
+    let all = Linear {
+        float: FloatType::F32,
+        ..linear(64, 512, 3584)
+    };
+    assert_eq!(all.most_workspace_bytes(None), 0);
+}
+
+#[test]
+fn every_launch_is_of_a_kernel_that_is_listed() {
+    for compute_capability in [(7, 5), (8, 0), (8, 9), (9, 0), (12, 0)] {
+        let gpu = Gpu {
+            compute_capability,
+            multiprocessors: 100,
+        };
+        let listed = kernels(compute_capability);
+        for float in FloatType::ALL {
+            for (rows, by_row, aligned) in (1..70).flat_map(|rows| {
+                [(false, false), (false, true), (true, true)].map(|(by_row, a)| (rows, by_row, a))
+            }) {
+                let linear = Linear {
+                    float,
+                    by_row,
+                    aligned,
+                    ..linear(rows, 300, 640)
+                };
+                let launch = linear.launch(gpu).expect("possible");
+                assert!(
+                    listed.contains(&(launch.kernel, launch.shared_bytes)),
+                    "{launch:?}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
 fn by_row_neither_rows_nor_multiprocessors_decide() {
     for (outputs, inputs) in [(512, 3584), (28672, 8192), (100, 128)] {
         let shares = |rows, multiprocessors| {

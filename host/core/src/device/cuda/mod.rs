@@ -7,12 +7,13 @@ mod driver;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{
-    Device, DeviceAddress, DeviceError, DeviceInfo, DeviceKind, PageLocked, Quantizer, Reservation,
-    Workspace, Writer,
+    Device, DeviceAddress, DeviceBytes, DeviceError, DeviceInfo, DeviceKind, Multiplier,
+    PageLocked, Piece, Quantizer, Reservation, WRITER_BUFFERS, Workspace, Writer,
 };
 use crate::memory::{Ledger, LedgerEntry, ReservationSize, Usage};
 use driver::{
-    Context, CudaPageLocked, DeviceMemory, KernelModule, KernelQuantizer, Staging, WorkspaceMemory,
+    Context, CudaPageLocked, DeviceMemory, KernelModule, KernelMultiplier, KernelQuantizer,
+    Staging, WorkspaceMemory,
 };
 
 /// What devices without virtual memory round to.
@@ -31,6 +32,7 @@ pub struct CudaDevice {
 struct Gpu {
     /// Dropped, and with that unloaded, before the context.
     kernels: Arc<KernelModule>,
+    products: Arc<KernelModule>,
     context: Arc<Context>,
     /// Bytes that the user allows; by default all there are.
     limit: Option<u64>,
@@ -68,7 +70,8 @@ impl CudaDevice {
         let (free, total) = context.memory()?;
         Ok(CudaDevice {
             gpu: Arc::new(Gpu {
-                kernels: Arc::new(KernelModule::new(&context)),
+                kernels: Arc::new(KernelModule::quantizing(&context)),
+                products: Arc::new(KernelModule::products(&context)),
                 context,
                 limit: capacity,
                 total,
@@ -189,6 +192,77 @@ struct CudaReservation {
     _entry: LedgerEntry,
 }
 
+impl CudaReservation {
+    /// Memory for kernels; `None` for nothing.
+    fn workspace(&self, place: Workspace) -> Result<Option<WorkspaceMemory>, DeviceError> {
+        match place {
+            Workspace::Within { offset, len } => {
+                let Some(memory) = &self.memory else {
+                    return Ok(None);
+                };
+                let end = offset.saturating_add(len);
+                if end > memory.len() {
+                    return Err(DeviceError::OutOfBounds {
+                        device: self.gpu.context.name().to_owned(),
+                        offset,
+                        end,
+                        len: memory.len(),
+                    });
+                }
+                Ok(Some(WorkspaceMemory {
+                    memory: Arc::clone(memory),
+                    start: offset,
+                    len,
+                    _entry: None,
+                }))
+            }
+            Workspace::Beside { len } => {
+                let reserved = len.max(1).next_multiple_of(self.gpu.granularity);
+                let (memory, entry) = self.gpu.reserve(ReservationSize {
+                    requested: len,
+                    padded: len,
+                    reserved,
+                })?;
+                Ok(memory.map(|memory| WorkspaceMemory {
+                    memory,
+                    start: 0,
+                    len: reserved,
+                    _entry: Some(entry),
+                }))
+            }
+        }
+    }
+
+    /// Memory for kernels with these bytes in it, and behind them whatever was there.
+    fn filled(
+        &self,
+        place: Workspace,
+        bytes: &[u8],
+    ) -> Result<Option<WorkspaceMemory>, DeviceError> {
+        let Some(workspace) = self.workspace(place)? else {
+            return Ok(None);
+        };
+        if bytes.len() as u64 > workspace.len {
+            return Err(DeviceError::OutOfBounds {
+                device: self.gpu.context.name().to_owned(),
+                offset: workspace.start,
+                end: workspace.start + bytes.len() as u64,
+                len: workspace.start + workspace.len,
+            });
+        }
+        let buffers = CudaPageLocked::new(&self.gpu.context, WRITER_BUFFERS * bytes.len())?;
+        let mut writer = Staging::new(&workspace.memory, Box::new(buffers))?;
+        writer.stage()?[..bytes.len()].copy_from_slice(bytes);
+        writer.write(&[Piece {
+            start: 0,
+            len: bytes.len(),
+            offset: workspace.start,
+        }])?;
+        writer.finish()?;
+        Ok(Some(workspace))
+    }
+}
+
 impl Reservation for CudaReservation {
     fn len(&self) -> u64 {
         self.memory.as_ref().map_or(0, |memory| memory.len())
@@ -236,44 +310,41 @@ impl Reservation for CudaReservation {
         let Some(results) = &self.memory else {
             return Ok(None);
         };
-        let workspace = match workspace {
-            Workspace::Within { offset, len } => {
-                let end = offset.saturating_add(len);
-                if end > results.len() {
-                    return Err(DeviceError::OutOfBounds {
-                        device: self.gpu.context.name().to_owned(),
-                        offset,
-                        end,
-                        len: results.len(),
-                    });
-                }
-                WorkspaceMemory {
-                    memory: Arc::clone(results),
-                    start: offset,
-                    len,
-                    _entry: None,
-                }
-            }
-            Workspace::Beside { len } => {
-                let reserved = len.max(1).next_multiple_of(self.gpu.granularity);
-                let (memory, entry) = self.gpu.reserve(ReservationSize {
-                    requested: len,
-                    padded: len,
-                    reserved,
-                })?;
-                let Some(memory) = memory else {
-                    return Ok(None);
-                };
-                WorkspaceMemory {
-                    memory,
-                    start: 0,
-                    len: reserved,
-                    _entry: Some(entry),
-                }
-            }
+        let Some(workspace) = self.workspace(workspace)? else {
+            return Ok(None);
         };
         let quantizer = KernelQuantizer::new(&self.gpu.kernels, results, workspace);
         Ok(Some(Arc::new(quantizer)))
+    }
+
+    fn multiplier(
+        &self,
+        constants: &[u8],
+        place: Workspace,
+    ) -> Result<Option<Arc<dyn Multiplier>>, DeviceError> {
+        let Some(weights) = &self.memory else {
+            return Ok(None);
+        };
+        let constants = match constants {
+            [] => None,
+            constants => self.filled(place, constants)?,
+        };
+        let multiplier = KernelMultiplier::new(&self.gpu.products, weights, constants)?;
+        Ok(Some(Arc::new(multiplier)))
+    }
+
+    fn cleared(&self, place: Workspace) -> Result<Option<DeviceBytes>, DeviceError> {
+        let Some(memory) = self.workspace(place)? else {
+            return Ok(None);
+        };
+        let (Workspace::Within { len, .. } | Workspace::Beside { len }) = place;
+        let bytes = usize::try_from(len).map_err(|_| self.gpu.out_of_memory(len, memory.len))?;
+        memory.memory.clear(memory.start, bytes)?;
+        let address = DeviceAddress {
+            ordinal: self.gpu.context.ordinal(),
+            pointer: memory.memory.address() + memory.start,
+        };
+        Ok(Some(DeviceBytes::new(address, len, Arc::new(memory))))
     }
 
     fn address(&self) -> Option<DeviceAddress> {

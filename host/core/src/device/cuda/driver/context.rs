@@ -113,16 +113,34 @@ impl Context {
         Ok((free as u64, total as u64))
     }
 
+    fn attribute(&self, attribute: CUdevice_attribute) -> Result<u32, DeviceError> {
+        let mut value = 0;
+        // SAFETY: `value` outlives the call.
+        let code = unsafe {
+            (self.api.cuDeviceGetAttribute)(&raw mut value, attribute as u32, self.device)
+        };
+        self.check("cuDeviceGetAttribute", 0, code)?;
+        Ok(u32::try_from(value).unwrap_or(0))
+    }
+
+    /// Major and minor.
+    pub(super) fn compute_capability(&self) -> Result<(u32, u32), DeviceError> {
+        use CUdevice_attribute::{
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+        };
+        Ok((self.attribute(MAJOR)?, self.attribute(MINOR)?))
+    }
+
+    pub(super) fn multiprocessors(&self) -> Result<u32, DeviceError> {
+        self.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+    }
+
     /// What virtual memory is a multiple of; `None` where the device has none.
     pub(in crate::device::cuda) fn virtual_granularity(&self) -> Result<Option<u64>, DeviceError> {
-        let mut supported = 0;
         let attribute =
-            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED as u32;
-        // SAFETY: `supported` outlives the call.
-        let code =
-            unsafe { (self.api.cuDeviceGetAttribute)(&raw mut supported, attribute, self.device) };
-        self.check("cuDeviceGetAttribute", 0, code)?;
-        if supported == 0 {
+            CUdevice_attribute::CU_DEVICE_ATTRIBUTE_VIRTUAL_ADDRESS_MANAGEMENT_SUPPORTED;
+        if self.attribute(attribute)? == 0 {
             return Ok(None);
         }
         let mut granularity = 0;

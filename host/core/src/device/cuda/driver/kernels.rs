@@ -1,18 +1,18 @@
-//! The kernels that quantize, compiled by the driver for one device.
+//! The kernels of one device: those that quantize, which the driver compiles, and those of products.
 
 use std::ffi::{CStr, CString, c_void};
 use std::ptr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use cudarc::driver::sys::{CUdeviceptr, CUfunction, CUmodule};
-use tightfit_kernels::cuda::{self, Launch};
+use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule, CUstream};
+use tightfit_kernels::cuda::{self, Launch, linear};
 
 use super::stream::Stream;
 use super::{Context, twice, unavailable};
 use crate::device::DeviceError;
 
-/// The kernels that are launched here, as the PTX names them.
-const USED: [&str; 9] = [
+/// The kernels that quantize and are launched here, as the PTX names them.
+const QUANTIZING: [&str; 9] = [
     "tightfit_quantize_nf4_f32",
     "tightfit_quantize_nf4_f16",
     "tightfit_quantize_nf4_bf16",
@@ -24,20 +24,39 @@ const USED: [&str; 9] = [
     "tightfit_quantize_absmax",
 ];
 
-/// The kernels of one device. The driver compiles them when they are first asked for, which takes
-/// its time.
+/// Which kernels a module has.
+#[derive(Debug, Clone, Copy)]
+enum Contents {
+    Quantizing,
+    Products,
+}
+
+/// Kernels of one device. The driver loads and, where it must, compiles them when they are first asked
+/// for, which takes its time.
 #[derive(Debug)]
 pub(in crate::device::cuda) struct KernelModule {
     context: Arc<Context>,
+    contents: Contents,
     module: OnceLock<Module>,
     /// Held by whoever has them compiled.
     compiling: Mutex<()>,
 }
 
 impl KernelModule {
-    pub(in crate::device::cuda) fn new(context: &Arc<Context>) -> KernelModule {
+    /// Those that quantize.
+    pub(in crate::device::cuda) fn quantizing(context: &Arc<Context>) -> KernelModule {
+        KernelModule::new(context, Contents::Quantizing)
+    }
+
+    /// Those of products.
+    pub(in crate::device::cuda) fn products(context: &Arc<Context>) -> KernelModule {
+        KernelModule::new(context, Contents::Products)
+    }
+
+    fn new(context: &Arc<Context>, contents: Contents) -> KernelModule {
         KernelModule {
             context: Arc::clone(context),
+            contents,
             module: OnceLock::new(),
             compiling: Mutex::new(()),
         }
@@ -52,7 +71,7 @@ impl KernelModule {
         self.module.get().is_some()
     }
 
-    /// Has them compiled, unless they are. An error is not remembered.
+    /// Has them loaded, unless they are. An error is not remembered.
     pub(super) fn compile(&self) -> Result<(), DeviceError> {
         self.module().map(|_| ())
     }
@@ -68,7 +87,7 @@ impl KernelModule {
         if let Some(module) = self.module.get() {
             return Ok(module);
         }
-        let module = Module::load(&self.context)?;
+        let module = Module::load(&self.context, self.contents)?;
         Ok(self.module.get_or_init(|| module))
     }
 
@@ -84,50 +103,69 @@ impl KernelModule {
         launch: Launch,
         mut arguments: [u64; N],
     ) -> Result<(), DeviceError> {
+        let shape = Shape {
+            kernel: launch.kernel,
+            grid: launch.grid,
+            threads: launch.threads,
+            shared_bytes: 0,
+        };
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_in(stream.raw, shape, &mut arguments) }
+    }
+
+    /// The same for any kernel, and in any stream of the device, whose context is current.
+    ///
+    /// # Safety
+    /// As above; `arguments` are as many as the kernel has parameters.
+    pub(super) unsafe fn launch_in(
+        &self,
+        stream: CUstream,
+        shape: Shape,
+        arguments: &mut [u64],
+    ) -> Result<(), DeviceError> {
         let module = self.module()?;
-        let function = USED.iter().position(|name| *name == launch.kernel);
-        let Some(function) = function.map(|index| module.functions[index]) else {
-            let reason = format!("internal error: {} is not looked up", launch.kernel);
+        let mut functions = module.functions.iter();
+        let Some((_, function)) = functions.find(|(name, _)| *name == shape.kernel) else {
+            let reason = format!("internal error: {} is not looked up", shape.kernel);
             return Err(unavailable(self.context.name(), reason));
         };
-        let mut pointers = arguments
-            .each_mut()
-            .map(|argument| ptr::from_mut(argument).cast::<c_void>());
+        let mut pointers = [ptr::null_mut::<c_void>(); MOST_ARGUMENTS];
+        for (pointer, argument) in pointers.iter_mut().zip(arguments) {
+            *pointer = ptr::from_mut(argument).cast();
+        }
         // SAFETY: the function is of a module that `self` keeps; there are as many pointers as it
         // has parameters, each to a value that is at least as wide and outlives the call, which
         // copies them. What they mean is the caller's promise.
         let code = unsafe {
             (self.context.api.cuLaunchKernel)(
-                function,
-                launch.grid,
+                *function,
+                shape.grid,
                 1,
                 1,
-                launch.threads,
+                shape.threads,
                 1,
                 1,
-                0,
-                stream.raw,
+                shape.shared_bytes,
+                stream,
                 pointers.as_mut_ptr(),
                 ptr::null_mut(),
             )
         };
         self.context.check("cuLaunchKernel", 0, code)
     }
+}
 
-    /// Sets `len` bytes at an address to zero in a stream of this device, whose context is current.
-    ///
-    /// # Safety
-    /// The bytes are this device's memory, which is kept until the stream is done.
-    pub(super) unsafe fn clear(
-        &self,
-        stream: &Stream,
-        address: CUdeviceptr,
-        len: usize,
-    ) -> Result<(), DeviceError> {
-        // SAFETY: as the caller promises.
-        let code = unsafe { (self.context.api.cuMemsetD8Async)(address, 0, len, stream.raw) };
-        self.context.check("cuMemsetD8Async", len as u64, code)
-    }
+/// Parameters that a kernel has at most.
+const MOST_ARGUMENTS: usize = 15;
+
+/// A kernel, and how many blocks of how many threads run it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Shape {
+    pub(super) kernel: &'static str,
+    pub(super) grid: u32,
+    pub(super) threads: u32,
+    /// Dynamic shared memory of each block.
+    pub(super) shared_bytes: u32,
 }
 
 /// Compiled code in a device's context. Unloaded when dropped.
@@ -135,8 +173,8 @@ impl KernelModule {
 struct Module {
     context: Arc<Context>,
     raw: CUmodule,
-    /// In the order of [`USED`].
-    functions: [CUfunction; USED.len()],
+    /// By name.
+    functions: Vec<(&'static str, CUfunction)>,
 }
 
 // SAFETY: module and functions are handles; the driver lets any thread use them.
@@ -145,26 +183,41 @@ unsafe impl Send for Module {}
 unsafe impl Sync for Module {}
 
 impl Module {
-    fn load(context: &Arc<Context>) -> Result<Module, DeviceError> {
-        let image = CString::new(cuda::PTX)
-            .map_err(|_| unavailable(context.name(), "its PTX has a zero".to_owned()))?;
+    fn load(context: &Arc<Context>, contents: Contents) -> Result<Module, DeviceError> {
+        // Each with the dynamic shared memory of its blocks.
+        let (image, kernels) = match contents {
+            Contents::Quantizing => {
+                let text = [cuda::PTX.as_bytes(), b"\0"].concat();
+                (text, QUANTIZING.map(|kernel| (kernel, 0)).to_vec())
+            }
+            Contents::Products => {
+                let capability = context.compute_capability()?;
+                let image = linear::module(capability)
+                    .map_err(|error| unavailable(context.name(), error.to_string()))?;
+                (image, linear::kernels(capability))
+            }
+        };
         let _current = context.enter()?;
         let mut raw = ptr::null_mut();
-        // SAFETY: `raw` outlives the call, and the image is text that ends in a zero, as PTX is
-        // passed. The context is current.
+        // SAFETY: `raw` outlives the call, and the image is machine code, which says how long it is, or
+        // text that ends in a zero, as PTX is passed. The context is current.
         let code = unsafe {
             (context.api.cuModuleLoadData)(&raw mut raw, image.as_ptr().cast::<c_void>())
         };
-        context.check("cuModuleLoadData", image.as_bytes().len() as u64, code)?;
+        context.check("cuModuleLoadData", image.len() as u64, code)?;
         // From here on its destructor unloads it.
         let mut module = Module {
             context: Arc::clone(context),
             raw,
-            functions: [ptr::null_mut(); USED.len()],
+            functions: Vec::with_capacity(kernels.len()),
         };
-        for (function, name) in module.functions.iter_mut().zip(USED) {
-            let name = CString::new(name).unwrap_or_default();
-            *function = look_up(context, raw, &name)?;
+        for (kernel, shared_bytes) in kernels {
+            let name = CString::new(kernel).unwrap_or_default();
+            let function = look_up(context, raw, &name)?;
+            if shared_bytes > UNASKED_SHARED_BYTES {
+                allow_shared(context, function, shared_bytes)?;
+            }
+            module.functions.push((kernel, function));
         }
         // The kernels' tables may still be on their way to the device, and our streams wait for no
         // other stream, whoever launches next.
@@ -173,6 +226,17 @@ impl Module {
         context.check("cuCtxSynchronize", 0, code)?;
         Ok(module)
     }
+}
+
+/// Dynamic shared memory that a launch may have without asking for it first.
+const UNASKED_SHARED_BYTES: u32 = 48 << 10;
+
+/// Tells the driver that launches of a function will have as much dynamic shared memory.
+fn allow_shared(context: &Context, function: CUfunction, bytes: u32) -> Result<(), DeviceError> {
+    let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES as u32;
+    // SAFETY: the function is of a module that is loaded, and the context is current.
+    let code = unsafe { (context.api.cuFuncSetAttribute)(function, attribute, bytes as i32) };
+    context.check("cuFuncSetAttribute", u64::from(bytes), code)
 }
 
 fn look_up(context: &Context, module: CUmodule, name: &CStr) -> Result<CUfunction, DeviceError> {
@@ -200,7 +264,7 @@ mod tests {
 
     #[test]
     fn all_kernels_are_in_the_ptx() {
-        for name in USED {
+        for name in QUANTIZING {
             assert!(cuda::KERNELS.contains(&name), "{name}");
         }
     }

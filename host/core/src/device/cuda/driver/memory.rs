@@ -6,6 +6,7 @@ use std::sync::Arc;
 use cudarc::driver::sys;
 use sys::{CUdeviceptr, CUmemAccessDesc, CUmemGenericAllocationHandle};
 
+use super::stream::Stream;
 use super::{Context, twice};
 use crate::device::DeviceError;
 
@@ -145,6 +146,30 @@ impl DeviceMemory {
             from += piece.len() as u64;
         }
         Ok(())
+    }
+
+    /// Sets `len` bytes from `offset` to zero.
+    pub(in crate::device::cuda) fn clear(
+        &self,
+        offset: u64,
+        len: usize,
+    ) -> Result<(), DeviceError> {
+        let address = self.at(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let context = &self.context;
+        let stream = Stream::new(context)?;
+        let _current = context.enter()?;
+        // SAFETY: the bytes lie inside this memory, which is kept until the stream is done, below.
+        let code = unsafe { (context.api.cuMemsetD8Async)(address, 0, len, stream.raw) };
+        context.check("cuMemsetD8Async", len as u64, code)?;
+        stream.synchronize().inspect_err(|_| {
+            // Once more before the stream is given up: an error that passes is no end of its work.
+            if let Err(error) = stream.synchronize() {
+                tracing::warn!("{error}");
+            }
+        })
     }
 }
 

@@ -7,6 +7,7 @@
 mod context;
 mod kernels;
 mod memory;
+mod multiply;
 mod page_locked;
 mod quantize;
 mod stream;
@@ -26,6 +27,7 @@ use super::super::DeviceError;
 pub(super) use context::Context;
 pub(super) use kernels::KernelModule;
 pub(super) use memory::DeviceMemory;
+pub(super) use multiply::KernelMultiplier;
 pub(super) use page_locked::CudaPageLocked;
 pub(super) use quantize::{KernelQuantizer, WorkspaceMemory};
 pub(super) use transfer::Staging;
@@ -109,6 +111,7 @@ api! {
     cuModuleLoadData(*mut CUmodule, *const c_void);
     cuModuleUnload(CUmodule);
     cuModuleGetFunction(*mut CUfunction, CUmodule, *const c_char);
+    cuFuncSetAttribute(CUfunction, c_uint, c_int);
     cuLaunchKernel(
         CUfunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, CUstream,
         *mut *mut c_void, *mut *mut c_void

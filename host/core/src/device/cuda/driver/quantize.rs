@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cudarc::driver::sys::CUdeviceptr;
 use tightfit_kernels::{KernelError, NESTED_BLOCK_SIZE, blocks, cuda, packed_bytes};
 
-use super::stream::{Event, Stream};
+use super::stream::Event;
 use super::{DeviceMemory, KernelModule, Staging, unavailable};
 use crate::device::{
     DeviceError, PageLocked, Piece, QuantizeJob, Quantizer, QuantizingWriter, ScalePlace,
@@ -31,7 +31,7 @@ pub(in crate::device::cuda) struct WorkspaceMemory {
 
 impl WorkspaceMemory {
     /// The address of `len` bytes at `offset`, which lie inside.
-    fn at(&self, offset: u64, len: usize) -> Result<CUdeviceptr, DeviceError> {
+    pub(super) fn at(&self, offset: u64, len: usize) -> Result<CUdeviceptr, DeviceError> {
         let end = offset.saturating_add(len as u64);
         if end > self.len {
             return Err(DeviceError::OutOfBounds {
@@ -135,21 +135,11 @@ impl Quantizer for KernelQuantizer {
     fn clear(&self, offset: u64, len: u64) -> Result<(), DeviceError> {
         let shared = &self.shared;
         let len = usize::try_from(len).unwrap_or(usize::MAX);
-        let address = shared.workspace.at(offset, len)?;
-        if len == 0 {
-            return Ok(());
-        }
-        let context = shared.kernels.context();
-        let stream = Stream::new(context)?;
-        let _current = context.enter()?;
-        // SAFETY: bytes of the workspace, which `self` keeps until the stream is done, below.
-        unsafe { shared.kernels.clear(&stream, address, len) }?;
-        stream.synchronize().inspect_err(|_| {
-            // Once more before the stream is given up: an error that passes is no end of its work.
-            if let Err(error) = stream.synchronize() {
-                tracing::warn!("{error}");
-            }
-        })
+        shared.workspace.at(offset, len)?;
+        shared
+            .workspace
+            .memory
+            .clear(shared.workspace.start + offset, len)
     }
 
     fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), DeviceError> {

@@ -1,0 +1,246 @@
+//! Products where both weight and operands are in a GPU's memory.
+
+use std::fmt;
+
+use tightfit_kernels::FloatType;
+
+use super::find::{OnDevice, Place};
+use super::{Linear, LinearError};
+use crate::device::{
+    DeviceAddress, DeviceBytes, DeviceError, DeviceOperands, HostOperands, Product, Workspace,
+};
+use crate::model::{Model, TailAllocation};
+use crate::plan::is_multiplied;
+
+/// What workspaces are multiples of.
+const WORKSPACE_ALIGNMENT: u64 = 256;
+
+/// Memory of one device for products to work in, as they need it: its first 16 KiB are zero before the first
+/// product, and again after each. Products of one stream can share one. Given back when dropped; whoever
+/// has given products to a stream has waited for them by then.
+pub struct LinearWorkspace {
+    bytes: u64,
+    /// Dropped before its place.
+    memory: Option<DeviceBytes>,
+    _place: Option<TailAllocation>,
+}
+
+impl LinearWorkspace {
+    /// Returns its length in bytes; 0 on a device that needs none.
+    pub fn bytes(&self) -> u64 {
+        self.bytes
+    }
+
+    /// Returns its first byte, a multiple of 256; `None` where it has no bytes.
+    pub fn address(&self) -> Option<DeviceAddress> {
+        Some(self.memory.as_ref()?.address())
+    }
+}
+
+impl fmt::Debug for LinearWorkspace {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LinearWorkspace")
+            .field("bytes", &self.bytes)
+            .field("address", &self.address())
+            .finish_non_exhaustive()
+    }
+}
+
+impl Model {
+    /// Takes a workspace that is enough for products of up to `rows` rows with each 4-bit weight of a device,
+    /// by its index in the plan. It lies behind the weights if
+    /// [`PlanOptions::rows`](crate::plan::PlanOptions::rows) has reserved that there and it is free, else it
+    /// is taken beside the plan and entered in the device's ledger. It keeps the device's memory as long as
+    /// it lives, but not the model, which the products need.
+    ///
+    /// # Errors
+    /// [`LinearError::Device`].
+    pub fn linear_workspace(
+        &self,
+        device: usize,
+        rows: usize,
+    ) -> Result<LinearWorkspace, LinearError> {
+        let none = LinearWorkspace {
+            bytes: 0,
+            memory: None,
+            _place: None,
+        };
+        let mut bytes = 0;
+        for tensor in self.tensors().filter(|tensor| tensor.device() == device) {
+            let matrices = match *tensor.shape() {
+                [matrices, _, _] => Some(matrices),
+                _ => None,
+            };
+            if tensor.quantization().is_none()
+                || !is_multiplied(tensor.shape())
+                || matrices == Some(0)
+            {
+                continue;
+            }
+            let linear = Linear::find(self, tensor.name(), matrices.map(|_| 0))?;
+            for by_row in [false, true] {
+                bytes = bytes.max(linear.workspace_bytes(rows, FloatType::Bf16, by_row));
+            }
+        }
+        if bytes == 0 {
+            return Ok(none);
+        }
+        Ok(match self.memory_for_products(device, bytes)? {
+            None => none,
+            Some((memory, place)) => LinearWorkspace {
+                bytes,
+                memory: Some(memory),
+                _place: place,
+            },
+        })
+    }
+}
+
+impl Linear<'_> {
+    /// Returns how many bytes of workspace [`Linear::forward_on_device`] needs for this many rows; it is
+    /// enough for any fewer, too. 0 for a weight in host memory.
+    pub fn workspace_bytes(&self, rows: usize, float: FloatType, by_row: bool) -> u64 {
+        match &self.place {
+            Place::Host(_) => 0,
+            Place::Device(on_device) => {
+                let product = Product {
+                    float,
+                    rows,
+                    by_row,
+                };
+                on_device
+                    .multiplier
+                    .workspace_bytes(&on_device.weights, &product)
+            }
+        }
+    }
+
+    /// Gives the product to a stream of the weight's GPU, and returns before it is computed. Nothing is
+    /// allocated and nothing waited for: there are only launches of kernels, one for most products, so that
+    /// the stream may be one that is being captured into a graph.
+    ///
+    /// Fast where x, bias and y begin at multiples of 16, x has 16 bits, inputs are a multiple of 64 and
+    /// blocks have 64 elements or more; without that by a simpler kernel.
+    ///
+    /// # Errors
+    /// [`LinearError::Elsewhere`] for a weight in host memory, [`LinearError::Address`] for pointers that are
+    /// null or between elements, [`LinearError::Workspace`] for one that has less than
+    /// [`Linear::workspace_bytes`] says, and [`LinearError::Device`] when the driver refuses a launch. Nothing
+    /// has been launched but in the last case.
+    ///
+    /// # Safety
+    /// - x, bias and y are pointers into memory of the weight's GPU, valid in its primary context, of
+    ///   `rows * inputs`, `outputs` and `rows * outputs` elements of type `float`; so is the workspace, of as
+    ///   many bytes as its length says. Nothing overlaps y or the workspace.
+    /// - The first 16 KiB of the workspace were zero when its first product was given to the stream, and no
+    ///   other stream uses it meanwhile. [`Model::linear_workspace`] gives one.
+    /// - The stream is one of the GPU's primary context, or null for the default stream of that.
+    /// - The operands and the model are kept until the stream is done, and until graphs that have captured
+    ///   it are gone.
+    pub unsafe fn forward_on_device(
+        &self,
+        float: FloatType,
+        rows: usize,
+        operands: &DeviceOperands,
+        by_row: bool,
+    ) -> Result<(), LinearError> {
+        let Place::Device(on_device) = &self.place else {
+            return Err(LinearError::Elsewhere {
+                tensor: self.tensor.name().to_owned(),
+                device: self.device_name().to_owned(),
+                instead: "multiply it there, with operands in host memory",
+            });
+        };
+        let product = Product {
+            float,
+            rows,
+            by_row,
+        };
+        self.check_operands(on_device, &product, operands)?;
+        let weights = &on_device.weights;
+        // SAFETY: as the caller promises.
+        unsafe { on_device.multiplier.multiply(weights, &product, operands) }?;
+        Ok(())
+    }
+
+    fn check_operands(
+        &self,
+        on_device: &OnDevice<'_>,
+        product: &Product,
+        operands: &DeviceOperands,
+    ) -> Result<(), LinearError> {
+        let is_empty = product.rows == 0 || self.outputs == 0;
+        let element = product.float.bytes() as u64;
+        let need = on_device
+            .multiplier
+            .workspace_bytes(&on_device.weights, product);
+        let checked = [
+            ("x", operands.x, element, !is_empty && self.inputs > 0),
+            ("the bias", operands.bias, element, false),
+            ("y", operands.y, element, !is_empty),
+            (
+                "the workspace",
+                operands.workspace,
+                WORKSPACE_ALIGNMENT,
+                need > 0,
+            ),
+        ];
+        for (what, address, need, is_needed) in checked {
+            if !address.is_multiple_of(need) || (is_needed && address == 0) {
+                return Err(LinearError::Address {
+                    tensor: self.tensor.name().to_owned(),
+                    what,
+                    address,
+                    need,
+                });
+            }
+        }
+        if need > operands.workspace_bytes {
+            return Err(LinearError::Workspace {
+                tensor: self.tensor.name().to_owned(),
+                need,
+                have: operands.workspace_bytes,
+            });
+        }
+        Ok(())
+    }
+
+    /// Computes a product of operands in host memory on the weight's device.
+    pub(super) fn compute_by_copying(
+        &self,
+        on_device: &OnDevice<'_>,
+        float: FloatType,
+        rows: usize,
+        operands: HostOperands<'_>,
+        by_row: bool,
+    ) -> Result<(), LinearError> {
+        if rows == 0 || self.outputs == 0 {
+            return Ok(());
+        }
+        let product = Product {
+            float,
+            rows,
+            by_row,
+        };
+        let OnDevice {
+            multiplier,
+            weights,
+        } = on_device;
+        let len = multiplier.copied_bytes(weights, &product);
+        let reservation = self.tensor.reservation();
+        let memory = match reservation {
+            Some(reservation) => reservation.cleared(Workspace::Beside { len })?,
+            None => None,
+        };
+        let memory = memory.ok_or_else(|| DeviceError::Unavailable {
+            device: self.device_name().to_owned(),
+            reason: "internal error: it has no memory to copy operands to".to_owned(),
+        })?;
+        multiplier.multiply_in(&memory, weights, &product, operands)?;
+        Ok(())
+    }
+
+    fn device_name(&self) -> &str {
+        self.tensor.model().plan().devices[self.device()].name()
+    }
+}
