@@ -331,14 +331,25 @@ fn synth_writes_the_first_layers_of_a_big_model() {
         .succeeds()
         .json();
     assert_eq!(report["tensors"], 1621);
-    let report = scratchpad
-        .run(&["inspect", "d", "--json"])
+    let inspect = ["inspect", "d", "--json"];
+    let stored = scratchpad
+        .run(&[&inspect[..], &["--dequantize", "none"]].concat())
         .succeeds()
         .json();
     assert_eq!(
-        (&report["tensors"], &report["layers"]),
+        (&stored["tensors"], &stored["layers"]),
         (&json!(1621), &json!(4))
     );
+    // A weight and its scales are one that is decoded.
+    let report = scratchpad.run(&inspect).succeeds().json();
+    let method = &report["quantization"];
+    assert_eq!(
+        (&method["method"], &method["left"]),
+        (&json!("fp8"), &json!(0))
+    );
+    let decoded = method["decoded"].as_u64().unwrap();
+    assert_eq!(stored["quantization"]["left"], decoded);
+    assert_eq!(report["tensors"], 1621 - decoded);
 }
 
 #[test]
