@@ -51,7 +51,8 @@ pub(crate) enum Command {
     /// weights, up to 64 MiB each and 256 MiB in all, and folders (two deep) with such files and no weights of
     /// their own, or that modules.json names, these with their *.safetensors. What is left out of that is named
     /// in a warning. Nothing else is copied: no pickles, no code, nothing hidden, nothing behind links that lead
-    /// out. A checkpoint that another method has quantized is copied as it is, or refused.
+    /// out. What another method has quantized is written decoded, to 4 or 16 bits, or all as it is
+    /// (--dequantize); what no single method would describe is refused.
     Save(SaveCommand),
     /// Run a program in wasm that loads models and works with them, sandboxed
     Run(RunOptions),
