@@ -33,6 +33,9 @@ MULTIPLY = ["--std=c++17"]
 # that architecture or a later one; machine code runs on its own.
 RESULTS = [
     ("nf4.ptx", "nf4.cu", "compute_75", QUANTIZE),
+    ("nf4.sm_75.cubin.zlib", "nf4.cu", "sm_75", QUANTIZE),
+    ("nf4.sm_80.cubin.zlib", "nf4.cu", "sm_80", QUANTIZE),
+    ("nf4.sm_90.cubin.zlib", "nf4.cu", "sm_90", QUANTIZE),
     ("linear.ptx.zlib", "linear.cu", "compute_80", MULTIPLY),
     ("linear.sm_75.cubin.zlib", "linear.cu", "sm_75", MULTIPLY),
     ("linear.sm_80.cubin.zlib", "linear.cu", "sm_80", MULTIPLY),

@@ -3,7 +3,7 @@
 //! The sources are in `kernels/cuda`, and `kernels/cuda/build.sh` compiles them; what it gives is
 //! embedded here, so that building needs no CUDA toolkit. The PTX is for GPUs of compute capability
 //! 7.5 and later, and for drivers of CUDA 12.0 and later, which compile it when the module is
-//! loaded. The bytes are those of [`crate::Kernels`], special cases included; only the payload of a
+//! loaded; [`module`] gives machine code for GPUs up to 9.0 instead. The bytes are those of [`crate::Kernels`], special cases included; only the payload of a
 //! NaN is not specified.
 //!
 //! This module does not call CUDA. Its functions say which kernel to launch and with which grid;
@@ -50,8 +50,38 @@ pub use sources::{SourceRun, quantize_source};
 
 use crate::{FloatType, KernelError, NESTED_BLOCK_SIZE, QuantType};
 
-/// The kernels, to be given to `cuModuleLoadData`.
+/// The kernels, to be given to `cuModuleLoadData`, which compiles them.
 pub const PTX: &str = include_str!("../cuda/nf4.ptx");
+
+/// Machine code of [`PTX`].
+const MACHINE_CODE: [linear::MachineCode; 3] = [
+    (
+        (7, 5),
+        (7, 9),
+        include_bytes!("../cuda/nf4.sm_75.cubin.zlib"),
+    ),
+    (
+        (8, 0),
+        (8, 9),
+        include_bytes!("../cuda/nf4.sm_80.cubin.zlib"),
+    ),
+    (
+        (9, 0),
+        (9, 9),
+        include_bytes!("../cuda/nf4.sm_90.cubin.zlib"),
+    ),
+];
+
+/// Returns the kernels of [`KERNELS`] for a compute capability, to be given to `cuModuleLoadData`: machine
+/// code where there is some, else [`PTX`] with a zero at its end, which the driver compiles. They are
+/// decompressed at every call.
+///
+/// # Errors
+/// [`KernelError::ComputeCapability`] below 7.5.
+pub fn module(compute_capability: (u32, u32)) -> Result<Vec<u8>, KernelError> {
+    let code = linear::machine_code_of(compute_capability, &MACHINE_CODE)?;
+    Ok(code.unwrap_or_else(|| [PTX.as_bytes(), b"\0"].concat()))
+}
 
 /// Every kernel in [`PTX`].
 pub const KERNELS: [&str; 13] = [

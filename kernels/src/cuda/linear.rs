@@ -83,18 +83,23 @@ pub(super) fn module_of(
     machine_code: &[MachineCode],
     ptx: &[u8],
 ) -> Result<Vec<u8>, KernelError> {
+    let code = machine_code_of(compute_capability, machine_code)?;
+    Ok(code.unwrap_or_else(|| {
+        let mut ptx = decompressed(ptx);
+        ptx.push(0);
+        ptx
+    }))
+}
+
+/// The machine code for a compute capability, where there is some.
+pub(super) fn machine_code_of(
+    compute_capability: Capability,
+    machine_code: &[MachineCode],
+) -> Result<Option<Vec<u8>>, KernelError> {
     check_capability(compute_capability)?;
-    let code = machine_code
-        .iter()
-        .find(|(first, last, _)| (*first..=*last).contains(&compute_capability));
-    Ok(match code {
-        Some((_, _, code)) => decompressed(code),
-        None => {
-            let mut ptx = decompressed(ptx);
-            ptx.push(0);
-            ptx
-        }
-    })
+    let is_for = |(first, last, _): &&MachineCode| (*first..=*last).contains(&compute_capability);
+    let code = machine_code.iter().find(is_for);
+    Ok(code.map(|(_, _, code)| decompressed(code)))
 }
 
 pub(super) fn check_capability(have: Capability) -> Result<(), KernelError> {

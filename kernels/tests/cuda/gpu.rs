@@ -47,7 +47,8 @@ impl Gpu {
                 return None;
             }
         };
-        let module = context
+        // For GPUs that are newer than the machine code.
+        context
             .load_module(Ptx::from_src(cuda::PTX))
             .expect("the driver compiles the PTX");
         let capability = capability_of(&context);
@@ -55,8 +56,9 @@ impl Gpu {
             let image = image.expect("kernels for the GPU");
             context
                 .load_module(Ptx::from_binary(image))
-                .expect("the driver loads the products")
+                .expect("the driver loads the kernels")
         };
+        let module = load(cuda::module(capability));
         let products = load(linear::module(capability));
         let experts = load(experts::module(capability));
         Some(Gpu {

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, c_char, c_void};
 
-use tightfit_kernels::cuda::{KERNELS, PTX, linear};
+use tightfit_kernels::cuda::{self, KERNELS, PTX, linear};
 
 use crate::books::{Books, Kind, UNSUPPORTED_PTX_VERSION, call};
 use crate::kernels::{Parameters, Shape, arguments};
@@ -32,6 +32,37 @@ pub(crate) struct Modules {
     shared: HashMap<u64, u32>,
 }
 
+/// Which of our modules an image is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Contents {
+    Quantizing,
+    Products,
+}
+
+/// # Safety
+/// The image is machine code, whole, or text that ends in a zero.
+unsafe fn contents_of(image: *const c_void) -> Option<Contents> {
+    let capability = products::GPU.compute_capability;
+    let mut ours = [
+        (cuda::module(capability).ok()?, Contents::Quantizing),
+        (linear::module(capability).ok()?, Contents::Products),
+    ];
+    // SAFETY: machine code or text, both of more than four bytes.
+    if unsafe { image.cast::<[u8; 4]>().read_unaligned() } != *b"\x7fELF" {
+        // SAFETY: as the caller promises.
+        let text = unsafe { CStr::from_ptr(image.cast::<c_char>()) };
+        return (text.to_bytes() == PTX.as_bytes()).then_some(Contents::Quantizing);
+    }
+    // Not more than is there is compared: there is no machine code but ours.
+    ours.sort_by_key(|(code, _)| code.len());
+    let found = ours.iter().find(|(code, _)| {
+        // SAFETY: what is not the shorter one is the longer one.
+        let image = unsafe { std::slice::from_raw_parts(image.cast::<u8>(), code.len()) };
+        image == code
+    });
+    found.map(|(_, contents)| *contents)
+}
+
 /// `cuModuleLoadData`. There are two modules that it knows: ours.
 ///
 /// # Safety
@@ -40,28 +71,17 @@ pub(crate) struct Modules {
 pub unsafe extern "C" fn cuModuleLoadData(out: *mut u64, image: *const c_void) -> u32 {
     call("cuModuleLoadData", Kind::Takes, |books| {
         let device = books.current("cuModuleLoadData")?;
-        // SAFETY: machine code or text, both of more than four bytes.
-        let is_code = unsafe { image.cast::<[u8; 4]>().read_unaligned() } == *b"\x7fELF";
-        let is_ours = if is_code {
-            let ours = linear::module(products::GPU.compute_capability).unwrap_or_default();
-            // SAFETY: machine code is passed whole, and there is none but ours.
-            let image = unsafe { std::slice::from_raw_parts(image.cast::<u8>(), ours.len()) };
-            image == ours
-        } else {
-            // SAFETY: PTX is passed as text that ends in a zero.
-            let image = unsafe { CStr::from_ptr(image.cast::<c_char>()) };
-            image.to_bytes() == PTX.as_bytes()
-        };
-        if !is_ours {
+        // SAFETY: as the caller promises.
+        let Some(contents) = (unsafe { contents_of(image) }) else {
             return Err(books.fault("cuModuleLoadData of other than our kernels".to_owned()));
-        }
+        };
         if books.setup.refuses_modules {
             return Err(UNSUPPORTED_PTX_VERSION);
         }
         let handle = books.handle();
         books.modules.loaded.insert(handle, device);
         books.modules.arriving.insert(handle);
-        if is_code {
+        if contents == Contents::Products {
             books.modules.of_products.insert(handle);
         }
         // SAFETY: the caller's pointer to the result.

@@ -1,4 +1,4 @@
-//! The kernels of one device: those that quantize, which the driver compiles, and those of products.
+//! The kernels of one device: those that quantize, and those of products.
 
 use std::ffi::{CStr, CString, c_void};
 use std::ptr;
@@ -184,19 +184,16 @@ unsafe impl Sync for Module {}
 
 impl Module {
     fn load(context: &Arc<Context>, contents: Contents) -> Result<Module, DeviceError> {
+        let capability = context.compute_capability()?;
         // Each with the dynamic shared memory of its blocks.
         let (image, kernels) = match contents {
             Contents::Quantizing => {
-                let text = [cuda::PTX.as_bytes(), b"\0"].concat();
-                (text, QUANTIZING.map(|kernel| (kernel, 0)).to_vec())
+                let kernels = QUANTIZING.map(|kernel| (kernel, 0)).to_vec();
+                (cuda::module(capability), kernels)
             }
-            Contents::Products => {
-                let capability = context.compute_capability()?;
-                let image = linear::module(capability)
-                    .map_err(|error| unavailable(context.name(), error.to_string()))?;
-                (image, linear::kernels(capability))
-            }
+            Contents::Products => (linear::module(capability), linear::kernels(capability)),
         };
+        let image = image.map_err(|error| unavailable(context.name(), error.to_string()))?;
         let _current = context.enter()?;
         let mut raw = ptr::null_mut();
         // SAFETY: `raw` outlives the call, and the image is machine code, which says how long it is, or
