@@ -5,9 +5,10 @@
 //
 // The work is a list of tiles of 128 outputs and 256 rows, each in as many parts of its inputs as the
 // launch says. A thread block takes every so-manieth of these. Two warpgroups have 64 outputs each.
-// While the tensor cores multiply with one step of 64 inputs, the weights of the next one are decoded,
-// and copies of those behind it are on their way. Whoever comes last of the parts of a tile sums them
-// up, in their order.
+// Copies of the next steps of 64 inputs are on their way meanwhile. The weights of a step have
+// registers of their own, so that they may be decoded while the tensor cores multiply with those of the one
+// before; the compiler that is pinned lets them wait (compile.py). Whoever comes last of the parts of a tile
+// sums them up, in their order.
 #pragma once
 
 #include "linear_common.cuh"

@@ -242,7 +242,6 @@ impl<'a> Set<'a> {
             nested: None,
             packing,
         };
-        let powers = [DType::U8, DType::F8E8M0];
         match dtype {
             // Scales are no weights.
             DType::F8E4M3 | DType::F8E5M2 if !SCALES.iter().any(|end| name.ends_with(end)) => {
@@ -298,7 +297,7 @@ impl<'a> Set<'a> {
             }
             DType::I8 => {
                 let stem = name.strip_suffix(".weight")?;
-                let scales = self.of_type(self.named(stem, ".scale"), &powers[1..])?;
+                let scales = self.of_type(self.named(stem, ".scale"), &[DType::F8E8M0])?;
                 Some(Kind {
                     scales: Some(scales),
                     ..kind(SourceCodes::F4E2M1, stem, name, Packing::Bytes)
@@ -342,7 +341,7 @@ impl<'a> Set<'a> {
         {
             return None;
         }
-        // Columns in another order, and more than one meaning of a bit.
+        // With it, groups are of columns in another order.
         if self.named(kind.stem, ".weight_g_idx").is_some() {
             return None;
         }
@@ -465,11 +464,10 @@ impl<'a> Set<'a> {
             Packing::One => {
                 let blocks = self.blocks.0.iter().copied().map(Some);
                 // The first that fits. Without any, what shapes say.
-                let stated = blocks.filter_map(|block| {
+                let mut stated = blocks.filter_map(|block| {
                     let found = tiles(shape, &scales.shape, block)?;
                     (Some(found.tile) == block).then_some(found)
                 });
-                let mut stated = stated;
                 stated.next().or_else(|| tiles(shape, &scales.shape, None))
             }
             // These have no blocks of several rows.
