@@ -3,7 +3,8 @@
 // are preceded by their length.
 //
 //     launch:   name, grid, threads, bytes of dynamic shared memory, number of arguments, arguments
-//     argument: 0 and a number, or 1, a misalignment, and a buffer
+//     argument: 0 and a number; 1, a misalignment, and a buffer; or 2, which of the buffers before, and of a map
+//               of it the bytes of an element, columns, rows, bytes of a row, columns and rows of a tile, and its pattern
 //     answer:   the buffers
 //
 // A buffer begins `misalignment` bytes behind a multiple of 16, and ends as closely as that allows
@@ -94,6 +95,8 @@ template <class Type>
 Type argument(u64 value) {
     if constexpr (std::is_pointer_v<Type>) {
         return reinterpret_cast<Type>(value);
+    } else if constexpr (std::is_same_v<Type, TensorMap>) {
+        return *reinterpret_cast<const TensorMap*>(value);
     } else if constexpr (std::is_same_v<Type, float>) {
         return __int_as_float(int(value));
     } else {
@@ -131,7 +134,10 @@ const std::map<std::string, std::function<void(const Arguments&)>> KERNELS = {
     ENTRY(tightfit_linear_transposed_128_bf16),
     ENTRY(tightfit_linear_wide_32_f16),  ENTRY(tightfit_linear_wide_64_f16),
     ENTRY(tightfit_linear_wide_32_bf16), ENTRY(tightfit_linear_wide_64_bf16),
-    ENTRY(tightfit_linear_many_f16),     ENTRY(tightfit_linear_many_bf16),
+    ENTRY(tightfit_linear_many_128_f16), ENTRY(tightfit_linear_many_128_bf16),
+    ENTRY(tightfit_linear_many_256_f16), ENTRY(tightfit_linear_many_256_bf16),
+    ENTRY(tightfit_linear_many_transposed_128_f16), ENTRY(tightfit_linear_many_transposed_128_bf16),
+    ENTRY(tightfit_linear_many_transposed_256_f16), ENTRY(tightfit_linear_many_transposed_256_bf16),
     ENTRY(tightfit_experts_route),
     ENTRY(tightfit_experts_combine_f32), ENTRY(tightfit_experts_combine_f16), ENTRY(tightfit_experts_combine_bf16),
     ENTRY(tightfit_experts_general_f32), ENTRY(tightfit_experts_general_f16), ENTRY(tightfit_experts_general_bf16),
@@ -150,15 +156,29 @@ void answer_launch(std::size_t name_length) {
     u64 grid = read_number(), threads = read_number(), shared_bytes = read_number(), count = read_number();
     Arguments arguments;
     std::vector<Buffer> buffers;
+    // Stay where they are when more come.
+    std::deque<TensorMap> maps;
     for (u64 i = 0; i < count; i++) {
-        if (read_number() == 0) {
+        u64 kind = read_number();
+        if (kind == 0) {
             arguments.push_back(read_number());
-        } else {
+        } else if (kind == 1) {
             buffers.push_back(Buffer::read());
             arguments.push_back(reinterpret_cast<u64>(buffers.back().begin));
+        } else {
+            u64 buffer = read_number();
+            TensorMap map = {};
+            for (u64 field = 0; field + 1 < shim::MAP_FIELDS; field++) map.opaque[field + 1] = read_number();
+            if (buffer >= buffers.size()) shim::stop("a map of a buffer that is not there");
+            map.opaque[shim::ADDRESS] = reinterpret_cast<u64>(buffers[buffer].begin);
+            maps.push_back(map);
+            arguments.push_back(reinterpret_cast<u64>(&maps.back()));
         }
     }
-    shim::launch(unsigned(grid), unsigned(threads), std::size_t(shared_bytes), [&] { kernel->second(arguments); });
+    // As the kernels with maps say.
+    unsigned cluster = maps.empty() ? 1 : Many::CLUSTER;
+    shim::launch(unsigned(grid), unsigned(threads), std::size_t(shared_bytes), cluster,
+                 [&] { kernel->second(arguments); });
     for (const Buffer& buffer : buffers) buffer.answer();
     std::fflush(stdout);
     for (const Buffer& buffer : buffers) buffer.free(std::size_t(sysconf(_SC_PAGESIZE)));

@@ -75,13 +75,22 @@ LINEAR_WARPGROUPS(tightfit_linear_wide_64_f16, F16, 128, 8, 1, 3, 2)
 LINEAR_WARPGROUPS(tightfit_linear_wide_32_bf16, Bf16, 128, 4, 1, 4, 2)
 LINEAR_WARPGROUPS(tightfit_linear_wide_64_bf16, Bf16, 128, 8, 1, 3, 2)
 
-#define LINEAR_MANY(NAME, FLOAT)                                                                          \
-    extern "C" __global__ void __launch_bounds__(THREADS, 1) NAME(LINEAR_PARAMETERS(FLOAT)) {              \
-        linear_many<FLOAT>(LINEAR_WEIGHTS, x, bias, y, workspace, rows, outputs, inputs, shares, gridDim.x); \
+#define LINEAR_MANY(NAME, FLOAT, COLUMNS, TRANSPOSED)                                                                  \
+    extern "C" __global__ void CLUSTER_OF(2) __launch_bounds__(Many::BLOCK, 1)                                         \
+        NAME(LINEAR_PARAMETERS(FLOAT), const __grid_constant__ TensorMap map_of_x,                                     \
+             const __grid_constant__ TensorMap map_of_codes) {                                                         \
+        linear_many<FLOAT, COLUMNS, TRANSPOSED>(LINEAR_WEIGHTS, map_of_x, map_of_codes, bias, y, workspace, rows,      \
+                                                outputs, inputs, shares);                                              \
     }
 
-LINEAR_MANY(tightfit_linear_many_f16, F16)
-LINEAR_MANY(tightfit_linear_many_bf16, Bf16)
+LINEAR_MANY(tightfit_linear_many_128_f16, F16, 128, false)
+LINEAR_MANY(tightfit_linear_many_128_bf16, Bf16, 128, false)
+LINEAR_MANY(tightfit_linear_many_256_f16, F16, 256, false)
+LINEAR_MANY(tightfit_linear_many_256_bf16, Bf16, 256, false)
+LINEAR_MANY(tightfit_linear_many_transposed_128_f16, F16, 128, true)
+LINEAR_MANY(tightfit_linear_many_transposed_128_bf16, Bf16, 128, true)
+LINEAR_MANY(tightfit_linear_many_transposed_256_f16, F16, 256, true)
+LINEAR_MANY(tightfit_linear_many_transposed_256_bf16, Bf16, 256, true)
 
 #endif
 #endif

@@ -16,7 +16,7 @@
 extern __shared__ __align__(1024) uint4 dynamic_shared[];
 #else
 #define ARCHITECTURE 900
-#define dynamic_shared shim::dynamic_memory
+#define dynamic_shared shim::own_memory()
 #endif
 
 struct Weights {

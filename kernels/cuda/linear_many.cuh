@@ -1,28 +1,38 @@
-// y = x * transpose(W) + bias for many rows, on tensor cores of compute capability 9.0. Weights become
-// the elements that dequantizing would give, code times scale rounded once, on their way from shared
-// memory to registers, where they are the left operand; 256 rows of x are the columns of the right one.
-// For inputs that are a multiple of 64, blocks of 64 and more, and pointers that are multiples of 16.
+// y = x * transpose(W) + bias and dx = dy * W for many rows, on tensor cores of compute capability 9.0.
+// Weights become the elements that dequantizing would give, code times scale rounded once, on their way from
+// shared memory to registers, where they are the left operand; 256 rows of x are the columns of the right
+// one. Below, x is dy where W is not transposed. What is summed over (inputs, or outputs for dx) is the
+// depth; the other side of W is the left side.
 //
-// The work is a list of tiles of 128 outputs and 256 rows, each in as many parts of its inputs as the
-// launch says. A thread block takes every so-manieth of these. Two warpgroups have 64 outputs each.
-// Copies of the next steps of 64 inputs are on their way meanwhile. The weights of a step have
-// registers of their own, so that they may be decoded while the tensor cores multiply with those of the one
-// before; the compiler that is pinned lets them wait (compile.py). Whoever comes last of the parts of a tile
-// sums them up, in their order.
+// The work is a list of tiles of 128 of the left side and 256 rows, each in as many parts of its depth as
+// the launch says. Two thread blocks are a cluster: their tiles are neighbours of the same rows, and each
+// brings half of x for both. One warp brings x, in steps of a depth of 64, one codes and two scales, in
+// groups of four steps; two warpgroups have 64 of the left side each, and one decodes while the other one
+// multiplies. Whoever comes last of the parts of a tile sums them up, in their order.
 #pragma once
 
+#include "linear_bulk.cuh"
 #include "linear_common.cuh"
-#include "linear_fetch.cuh"
 #include "linear_warpgroup.cuh"
 
 #if ARCHITECTURE >= 900
 
 struct Many {
-    static constexpr u32 OUTPUTS = 128, COLUMNS = 256, STEP = 64, STAGES = 5, AHEAD = STAGES - 2;
-    // Of a stage: x in rows of 128 bytes; codes of an output in 32; a scale, or the word that its code
-    // is in, and the absmax of these.
-    static constexpr u32 X_BYTES = COLUMNS * 128, CODE_BYTES = OUTPUTS * 32, SCALE_BYTES = OUTPUTS * 8;
-    static constexpr u32 STAGE_BYTES = X_BYTES + CODE_BYTES + SCALE_BYTES;
+    static constexpr u32 LEFT = 128, DEPTH = 64, STEPS = 4, CLUSTER = 2;
+    // Two warpgroups multiply; registers are dealt out by warpgroup, so that a third one brings.
+    static constexpr u32 MULTIPLIERS = 256, BLOCK = MULTIPLIERS + 128, SCALERS = 2 * LANES;
+    // The ring of groups of codes and scales.
+    static constexpr u32 GROUPS = 3, CODE_BYTES = LEFT * DEPTH * STEPS / 2, SCALES = LEFT * STEPS;
+    static constexpr u32 GROUP_BYTES = CODE_BYTES + SCALES * 4;
+    // Where things are in shared memory: the ring of x, of 128 KiB, is the first of them.
+    static constexpr u32 X_RING = 128 << 10, TABLE = X_RING + GROUPS * GROUP_BYTES;
+    static constexpr u32 MAP = TABLE + 256 * LANES * 4, BARRIERS = MAP + 1024;
+};
+
+// What depends on the rows of a tile.
+template <u32 OF_COLUMNS>
+struct ManyShape {
+    static constexpr u32 COLUMNS = OF_COLUMNS, X_BYTES = COLUMNS * 128, STAGES = Many::X_RING / X_BYTES;
     // Sums of a thread: of 8 columns 4.
     static constexpr u32 SUMS = COLUMNS / 2;
 };
@@ -45,227 +55,398 @@ static __device__ u32 exact_pair(u32 byte, u32 quant_type) {
     return round_pair<F16>(value[0], value[1]);
 }
 
-// Brings the steps of a tile into shared memory.
-struct ManyFetch {
-    const Weights& weights;
-    const u8* x;
-    u32 rows, outputs, inputs;
-    // Of the tile.
-    u32 output, column;
-    u64 blocks;
+// Which tiles and groups a thread block has.
+struct ManyWork {
+    u32 rows, outputs, inputs, parts;
+    // Pairs of tiles that have one part, and what they and the parts of the others are together.
+    u32 left, steps, column_tiles, whole, units;
 
-    // What this thread copies of one step.
-    __device__ void copy(u8* stage, u32 step) const {
-        const u32 thread = threadIdx.x;
-        {
-            // Eight threads have a row's 128 bytes, each 16 at the place that is theirs exclusive-or the row.
-            const u32 piece = thread % 8, first = thread / 8;
-            u8* to = stage + first * 128 + ((piece ^ (first & 7u)) << 4);
-            const u8* from = x + u64(step) * (Many::STEP * 2) + piece * 16;
-#pragma unroll
-            for (u32 i = 0; i < Many::COLUMNS / 32; i++) {
-                // Rows that are not there are others: nobody reads their results.
-                u32 row = min(column + first + i * 32, rows - 1);
-                copy_async_16(to + i * 32 * 128, from + u64(row) * inputs * 2);
-            }
-        }
-        {
-            const u32 row = thread / 2;
-            const u64 first = u64(min(output + row, outputs - 1)) * inputs + step * Many::STEP;
-            copy_async_16(stage + Many::X_BYTES + thread * 16, weights.codes + first / 2 + thread % 2 * 16);
-        }
-        if (thread < Many::OUTPUTS) {
-            const u64 first = u64(min(output + thread, outputs - 1)) * inputs + step * Many::STEP;
-            const u64 block = first >> weights.block_bits;
-            u8* to = stage + Many::X_BYTES + Many::CODE_BYTES + thread * 8;
-            if (weights.nested_absmax == nullptr) {
-                copy_async_4(to, static_cast<const float*>(weights.scales) + block);
-            } else {
-                const u8* codes = static_cast<const u8*>(weights.scales);
-                if ((block | 3) < blocks) {
-                    copy_async_4(to, codes + (block & ~u64(3)));
-                } else {
-                    // The last word is not whole.
-                    to[block & 3] = codes[block];
-                }
-                copy_async_4(to + 4, weights.nested_absmax + (block >> 8));
-            }
+    template <bool TRANSPOSED, u32 COLUMNS>
+    static __device__ __forceinline__ ManyWork of(u32 rows, u32 outputs, u32 inputs, u32 parts) {
+        ManyWork work = {rows, outputs, inputs, parts};
+        work.left = TRANSPOSED ? inputs : outputs;
+        work.steps = ((TRANSPOSED ? outputs : inputs) + Many::DEPTH - 1) / Many::DEPTH;
+        work.column_tiles = (rows + COLUMNS - 1) / COLUMNS;
+        const u32 of_cluster = Many::LEFT * Many::CLUSTER, clusters = gridDim.x / Many::CLUSTER;
+        const u32 pairs = (work.left + of_cluster - 1) / of_cluster * work.column_tiles;
+        work.whole = parts == 1 ? pairs : pairs / clusters * clusters;
+        work.units = work.whole + (pairs - work.whole) * parts;
+        return work;
+    }
+};
+
+struct ManyUnit {
+    // Of the thread block's tile: its number among those in parts, and where it begins; its groups.
+    u32 tile, part, parts, left, column, begin, end;
+
+    // `columns`: of a tile. Thread blocks that run at a time share a part of the left side, and all of them x.
+    __device__ __forceinline__ ManyUnit(const ManyWork& work, u32 columns, u32 unit, u32 rank) {
+        const u32 groups = (work.steps + Many::STEPS - 1) / Many::STEPS;
+        const bool whole = unit < work.whole;
+        parts = whole ? 1 : work.parts;
+        const u32 behind = whole ? 0 : (unit - work.whole) / parts, pair = whole ? unit : work.whole + behind;
+        part = whole ? 0 : unit - work.whole - behind * parts;
+        tile = behind * Many::CLUSTER + rank;
+        left = (pair / work.column_tiles * Many::CLUSTER + rank) * Many::LEFT;
+        column = pair % work.column_tiles * columns;
+        begin = u32(u64(part) * groups / parts);
+        end = u32(u64(part + 1) * groups / parts);
+    }
+};
+
+// A place in a ring.
+template <u32 COUNT>
+struct ManyPlace {
+    u32 slot = 0, phase = 0;
+
+    __device__ __forceinline__ void advance() {
+        slot++;
+        if (slot == COUNT) {
+            slot = 0;
+            phase ^= 1u;
         }
     }
 };
 
-// The scale of an output of the tile in a step.
-static __device__ __forceinline__ float many_scale(const Weights& weights, const u8* stage, u32 row, u32 output,
-                                                   u32 inputs, u32 step, const float* map, float offset) {
-    const u8* at = stage + Many::X_BYTES + Many::CODE_BYTES + row * 8;
-    if (weights.nested_absmax == nullptr) return *reinterpret_cast<const float*>(at);
-    const u64 block = (u64(output) * inputs + step * Many::STEP) >> weights.block_bits;
-    const u32 code = at[block & 3u];
-    return __fadd_rn(__fmul_rn(map[code], *reinterpret_cast<const float*>(at + 4)), offset);
+// The barriers of both rings.
+template <u32 STAGES>
+struct ManyBarriers {
+    u64 x_full[STAGES], x_empty[STAGES];
+    u64 weights_full[Many::GROUPS], weights_empty[Many::GROUPS];
+    u32 is_last;
+
+    __device__ __forceinline__ void init() {
+        const u32 warps = Many::MULTIPLIERS / LANES;
+        for (u32 i = 0; i < STAGES; i++) {
+            init_barrier(x_full + i, 1);
+            // Of both thread blocks.
+            init_barrier(x_empty + i, warps * Many::CLUSTER);
+        }
+        for (u32 i = 0; i < Many::GROUPS; i++) {
+            init_barrier(weights_full + i, 1 + Many::SCALERS / LANES);
+            init_barrier(weights_empty + i, warps);
+        }
+        show_barriers();
+    }
+};
+
+// Brings this thread block's part of x for all of the cluster: for one thread.
+template <class Shape>
+static __device__ __forceinline__ void many_bring_x(const TensorMap& map_of_x, const ManyWork& work, u8* ring,
+                                                    ManyBarriers<Shape::STAGES>& barriers, u32 rank) {
+    prepare_map(map_of_x);
+    const u32 first = rank * (Shape::COLUMNS / Many::CLUSTER);
+    ManyPlace<Shape::STAGES> place;
+    for (u32 index = blockIdx.x / Many::CLUSTER; index < work.units; index += gridDim.x / Many::CLUSTER) {
+        const ManyUnit unit(work, Shape::COLUMNS, index, rank);
+        const u32 end = min(unit.end * Many::STEPS, work.steps);
+        for (u32 step = unit.begin * Many::STEPS; step < end; step++) {
+            u64* full = barriers.x_full + place.slot;
+            wait_for_phase(barriers.x_empty + place.slot, place.phase ^ 1u);
+            arrive_and_expect(full, Shape::X_BYTES);
+            copy_tile_to((1u << Many::CLUSTER) - 1, ring + place.slot * Shape::X_BYTES + first * 128, map_of_x,
+                         step * Many::DEPTH, unit.column + first, full);
+            place.advance();
+        }
+    }
 }
 
-// The output of the tile that a thread's first row of the left operand is; its second one is the next,
-// so that the results of both are written together.
-static __device__ __forceinline__ u32 many_row(u32 thread) { return thread / LANES * 16 + thread % LANES / 4 * 2; }
+// Brings codes: for one thread.
+template <class Shape, bool TRANSPOSED>
+static __device__ __forceinline__ void many_bring_codes(const TensorMap& map_of_codes, const ManyWork& work, u8* ring,
+                                                        ManyBarriers<Shape::STAGES>& barriers, u32 rank) {
+    prepare_map(map_of_codes);
+    ManyPlace<Many::GROUPS> place;
+    for (u32 index = blockIdx.x / Many::CLUSTER; index < work.units; index += gridDim.x / Many::CLUSTER) {
+        const ManyUnit unit(work, Shape::COLUMNS, index, rank);
+        for (u32 group = unit.begin; group < unit.end; group++) {
+            u64* full = barriers.weights_full + place.slot;
+            u8* to = ring + Many::X_RING + place.slot * Many::GROUP_BYTES;
+            wait_for_phase(barriers.weights_empty + place.slot, place.phase ^ 1u);
+            arrive_and_expect(full, Many::CODE_BYTES);
+            const u32 depth = group * (Many::STEPS * Many::DEPTH);
+            if (TRANSPOSED) {
+                copy_tile(to, map_of_codes, unit.left / 2, depth, full);
+            } else {
+                copy_tile(to, map_of_codes, depth / 2, unit.left, full);
+            }
+            place.advance();
+        }
+    }
+}
 
-// The left operand of a step's four products: lane t of four has of each 8 inputs the two that are its
-// own in the tensor cores' order, the byte t of every word.
-template <class Float>
-static __device__ __forceinline__ void many_decode(u32 (&a)[4][4], const u8* codes, const float (&scale)[2],
-                                                   const u32* table) {
-    const u32 lane = threadIdx.x % LANES, row = many_row(threadIdx.x);
-    const u32 rotation = (39 - lane % 4 * 8) % 32;
+// Makes scales: for two warps.
+template <class Shape, bool TRANSPOSED>
+static __device__ __forceinline__ void many_bring_scales(const Weights& weights, const ManyWork& work, u8* ring,
+                                                         ManyBarriers<Shape::STAGES>& barriers, const float* map, u32 rank) {
+    constexpr u32 EACH = Many::SCALES / Many::SCALERS;
+    const u32 thread = threadIdx.x % Many::SCALERS;
+    const float offset = weights.nested_absmax == nullptr ? 0.0f : *weights.offset;
+    ManyPlace<Many::GROUPS> place;
+    for (u32 index = blockIdx.x / Many::CLUSTER; index < work.units; index += gridDim.x / Many::CLUSTER) {
+        const ManyUnit unit(work, Shape::COLUMNS, index, rank);
+        for (u32 group = unit.begin; group < unit.end; group++) {
+            float scale[EACH];
+#pragma unroll
+            for (u32 i = 0; i < EACH; i++) {
+                u64 element;
+                bool is_there = true;
+                if (TRANSPOSED) {
+                    // Of each half of the left side one for each output. What is not there counts nothing.
+                    const u32 place_of = thread + i * Many::SCALERS;
+                    const u32 output = group * (Many::STEPS * Many::DEPTH) + place_of % (Many::STEPS * Many::DEPTH);
+                    const u32 input = min(unit.left + place_of / (Many::STEPS * Many::DEPTH) * 64, work.inputs - 64);
+                    is_there = output < work.outputs;
+                    element = u64(min(output, work.outputs - 1)) * work.inputs + input;
+                } else {
+                    const u32 output = min(unit.left + thread + i / Many::STEPS * Many::SCALERS, work.outputs - 1);
+                    const u32 step = min(group * Many::STEPS + i % Many::STEPS, work.steps - 1);
+                    element = u64(output) * work.inputs + step * Many::DEPTH;
+                }
+                const u64 block = element >> weights.block_bits;
+                if (weights.nested_absmax == nullptr) {
+                    scale[i] = static_cast<const float*>(weights.scales)[block];
+                } else {
+                    const u32 code = static_cast<const u8*>(weights.scales)[block];
+                    scale[i] = __fadd_rn(__fmul_rn(map[code], weights.nested_absmax[block >> 8]), offset);
+                }
+                if (TRANSPOSED && !is_there) scale[i] = 0.0f;
+            }
+            float* to = reinterpret_cast<float*>(ring + Many::X_RING + place.slot * Many::GROUP_BYTES + Many::CODE_BYTES);
+            wait_for_phase(barriers.weights_empty + place.slot, place.phase ^ 1u);
+            if (TRANSPOSED) {
+#pragma unroll
+                for (u32 i = 0; i < EACH; i++) to[thread + i * Many::SCALERS] = scale[i];
+            } else {
+#pragma unroll
+                for (u32 i = 0; i < EACH / Many::STEPS; i++) {
+                    reinterpret_cast<float4*>(to)[thread + i * Many::SCALERS] =
+                        make_float4(scale[i * 4], scale[i * 4 + 1], scale[i * 4 + 2], scale[i * 4 + 3]);
+                }
+            }
+            __syncwarp();
+            if (thread % LANES == 0) arrive(barriers.weights_full + place.slot);
+            place.advance();
+        }
+    }
+}
+
+// What of the tile's left side the first of a thread's two rows of the left operand is, and the second one:
+// neighbours, so that the results of both are written together. Which is the first differs between lanes
+// where a warp reads codes from different banks by that. If W is not transposed, two warps have every other
+// byte of 16.
+template <bool TRANSPOSED>
+static __device__ __forceinline__ u32 many_row(u32 thread, u32 half) {
+    const u32 warp = thread / LANES, group = thread % LANES / 4;
+    if (TRANSPOSED) return warp / 2 * 32 + group * 4 + warp % 2 * 2 + half;
+    return warp * 16 + group * 2 + (half ^ group >> 2);
+}
+
+// The left operand of a step's four products: lane t of four has of each 8 of the depth the two that are
+// its own in the tensor cores' order.
+template <class Float, bool TRANSPOSED>
+static __device__ __forceinline__ void many_decode(u32 (&a)[4][4], const u8* codes, u32 step, const u32* table) {
+    const u32 lane = threadIdx.x % LANES, quarter = lane % 4;
     const u8* entries = reinterpret_cast<const u8*>(table) + lane * 4;
+    const float* scales = reinterpret_cast<const float*>(codes + Many::CODE_BYTES);
+    if (TRANSPOSED) {
+        // A byte has both rows of an output. 16 bytes of an output are at the place that is theirs exclusive-or
+        // half of the output, modulo 4.
+        const u32 warp = threadIdx.x / LANES;
+        const u8* from = codes + step * (Many::DEPTH * 64) + lane * 64 + ((warp / 2 ^ lane / 2 % 4) << 4);
+        const float* scale = scales + warp / 4 * (Many::STEPS * Many::DEPTH) + step * Many::DEPTH + quarter * 2;
+        const u32 rotation = (39 - warp % 2 * 8) % 32;
+#pragma unroll
+        for (u32 m = 0; m < 2; m++) {
+            // Two bytes of each of two outputs.
+            u32 four[4];
+            load_transposed(four, from + m * 32 * 64);
+#pragma unroll
+            for (u32 i = 0; i < 4; i++) {
+                const float2 two = *reinterpret_cast<const float2*>(scale + m * 32 + i * 8);
+                const u32 entries_of[2] = {__funnelshift_l(four[i], four[i], rotation) & 0x7f80u,
+                                           __funnelshift_l(four[i], four[i], rotation + 16) & 0x7f80u};
+                const float2 first = halves_to_floats(*reinterpret_cast<const u32*>(entries + entries_of[0]));
+                const float2 second = halves_to_floats(*reinterpret_cast<const u32*>(entries + entries_of[1]));
+                a[m * 2 + i / 2][i % 2 * 2] = round_pair<Float>(__fmul_rn(first.x, two.x), __fmul_rn(second.x, two.y));
+                a[m * 2 + i / 2][i % 2 * 2 + 1] = round_pair<Float>(__fmul_rn(first.y, two.x), __fmul_rn(second.y, two.y));
+            }
+        }
+        return;
+    }
+    const u32 rotation = (39 - quarter * 8) % 32;
 #pragma unroll
     for (u32 half = 0; half < 2; half++) {
+        const u32 row = many_row<false>(threadIdx.x, half);
+        const float scale = scales[row * Many::STEPS + step];
 #pragma unroll
         for (u32 piece = 0; piece < 2; piece++) {
-            uint4 four = *reinterpret_cast<const uint4*>(codes + (row + half) * 32 + piece * 16);
+            // 16 bytes are at the place that is theirs exclusive-or the row, modulo 8.
+            const u32 at = ((step * 2 + piece) ^ (row & 7u)) << 4;
+            const uint4 four = *reinterpret_cast<const uint4*>(codes + row * 128 + at);
             const u32 words[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
             for (u32 i = 0; i < 4; i++) {
                 u32 entry = __funnelshift_l(words[i], words[i], rotation) & 0x7f80u;
                 float2 pair = halves_to_floats(*reinterpret_cast<const u32*>(entries + entry));
                 a[piece * 2 + i / 2][i % 2 * 2 + half] =
-                    round_pair<Float>(__fmul_rn(pair.x, scale[half]), __fmul_rn(pair.y, scale[half]));
+                    round_pair<Float>(__fmul_rn(pair.x, scale), __fmul_rn(pair.y, scale));
             }
         }
     }
 }
 
-template <class Float>
-__device__ __forceinline__ void linear_many(const Weights& weights, const typename Float::Bits* x,
-                                            const typename Float::Bits* bias, typename Float::Bits* y, u8* workspace,
-                                            u32 rows, u32 outputs, u32 inputs, u32 parts, u32 grid) {
+// The sums of all parts of a tile, for whoever comes last; others get false.
+template <class Shape>
+static __device__ __forceinline__ bool many_sum_parts(float (&sum)[Shape::SUMS], u8* workspace, u32* is_last, u32 tile,
+                                                      u32 part, u32 parts) {
+    const u32 thread = threadIdx.x;
+    constexpr u32 PLACE = Shape::SUMS / 4 * Many::MULTIPLIERS;
+    float4* places = reinterpret_cast<float4*>(workspace + COUNTER_BYTES) + u64(tile) * parts * PLACE + thread;
+    float4* mine = places + u64(part) * PLACE;
+#pragma unroll
+    for (u32 i = 0; i < Shape::SUMS / 4; i++) {
+        mine[i * Many::MULTIPLIERS] = make_float4(sum[i * 4], sum[i * 4 + 1], sum[i * 4 + 2], sum[i * 4 + 3]);
+    }
+    meet_threads<Many::MULTIPLIERS>();
+    if (thread == 0) {
+        u32* counter = reinterpret_cast<u32*>(workspace) + tile;
+        *is_last = count_arrival(counter) == parts - 1 ? 1u : 0u;
+        if (*is_last != 0) *counter = 0;
+    }
+    meet_threads<Many::MULTIPLIERS>();
+    if (*is_last == 0) return false;
+#pragma unroll
+    for (u32 i = 0; i < Shape::SUMS; i++) sum[i] = 0.0f;
+    for (u32 other = 0; other < parts; other++) {
+        const float4* theirs = places + u64(other) * PLACE;
+#pragma unroll
+        for (u32 i = 0; i < Shape::SUMS / 4; i++) {
+            float4 four = load_from_l2(theirs + i * Many::MULTIPLIERS);
+            sum[i * 4] += four.x;
+            sum[i * 4 + 1] += four.y;
+            sum[i * 4 + 2] += four.z;
+            sum[i * 4 + 3] += four.w;
+        }
+    }
+    return true;
+}
+
+template <class Float, class Shape, bool TRANSPOSED>
+static __device__ __forceinline__ void many_write(const float (&sum)[Shape::SUMS], const typename Float::Bits* bias,
+                                                  typename Float::Bits* y, const ManyWork& work, const ManyUnit& unit) {
     using Bits = typename Float::Bits;
-    __shared__ u32 table[256 * LANES];
-    __shared__ float map[256];
-    __shared__ u32 is_last;
+    const u32 lane = threadIdx.x % LANES, at = unit.left + (many_row<TRANSPOSED>(threadIdx.x, 0) & ~1u);
+    if (at >= work.left) return;
+    const bool swap = (many_row<TRANSPOSED>(threadIdx.x, 0) & 1u) != 0;
+    const bool second = at + 1 < work.left, biased = !TRANSPOSED && bias != nullptr;
+    const float adds[2] = {biased ? Float::decode(bias[at]) : 0.0f, biased && second ? Float::decode(bias[at + 1]) : 0.0f};
+#pragma unroll
+    for (u32 n = 0; n < Shape::COLUMNS / 8; n++) {
+#pragma unroll
+        for (u32 i = 0; i < 2; i++) {
+            const u32 row = unit.column + n * 8 + lane % 4 * 2 + i;
+            if (row >= work.rows) continue;
+            const float low = swap ? sum[n * 4 + 2 + i] : sum[n * 4 + i], high = swap ? sum[n * 4 + i] : sum[n * 4 + 2 + i];
+            const u32 pair = round_pair<Float>(__fadd_rn(low, adds[0]), __fadd_rn(high, adds[1]));
+            Bits* to = y + u64(row) * work.left + at;
+            if (work.left % 2 == 0) {
+                *reinterpret_cast<u32*>(to) = pair;
+            } else {
+                to[0] = Bits(pair & 0xffffu);
+                if (second) to[1] = Bits(pair >> 16);
+            }
+        }
+    }
+}
+
+template <class Float, u32 COLUMNS, bool TRANSPOSED>
+__device__ __forceinline__ void linear_many(const Weights& weights, const TensorMap& map_of_x,
+                                            const TensorMap& map_of_codes, const typename Float::Bits* bias,
+                                            typename Float::Bits* y, u8* workspace, u32 rows, u32 outputs, u32 inputs,
+                                            u32 parts) {
+    using Shape = ManyShape<COLUMNS>;
     u8* ring = reinterpret_cast<u8*>(dynamic_shared);
-    const u32 thread = threadIdx.x, lane = thread % LANES;
-    const u32 first_row = many_row(thread);
+    u32* table = reinterpret_cast<u32*>(ring + Many::TABLE);
+    float* map = reinterpret_cast<float*>(ring + Many::MAP);
+    ManyBarriers<Shape::STAGES>& barriers = *reinterpret_cast<ManyBarriers<Shape::STAGES>*>(ring + Many::BARRIERS);
+    const u32 thread = threadIdx.x, lane = thread % LANES, rank = rank_in_cluster();
     launch_dependents();
-    {
+    if (thread < 256) {
         u32 pair = exact_pair(thread, weights.quant_type);
         uint4* entries = reinterpret_cast<uint4*>(table + thread * LANES);
 #pragma unroll
         for (u32 i = 0; i < LANES / 4; i++) entries[(i + lane) % (LANES / 4)] = make_uint4(pair, pair, pair, pair);
+        if (weights.nested_absmax != nullptr) map[thread] = weights.map[thread];
     }
-    float offset = 0.0f;
-    if (weights.nested_absmax != nullptr) {
-        map[thread] = weights.map[thread];
-        offset = *weights.offset;
-    }
+    if (thread == 0) barriers.init();
+    meet_cluster();
     wait_for_earlier_grids();
 
-    const u32 column_tiles = (rows + Many::COLUMNS - 1) / Many::COLUMNS;
-    const u32 tiles = (outputs + Many::OUTPUTS - 1) / Many::OUTPUTS * column_tiles;
-    const u32 steps = inputs / Many::STEP;
-    const u64 blocks = (u64(outputs) * inputs + (u64(1) << weights.block_bits) - 1) >> weights.block_bits;
-    for (u32 unit = blockIdx.x; unit < tiles * parts; unit += grid) {
-        // Thread blocks that run at a time share outputs, and all of them x.
-        const u32 tile = unit / parts, part = unit - tile * parts;
-        const u32 output = tile / column_tiles * Many::OUTPUTS, column = tile % column_tiles * Many::COLUMNS;
-        const u32 begin = u32(u64(part) * steps / parts), end = u32(u64(part + 1) * steps / parts);
-        const ManyFetch fetch = {weights, reinterpret_cast<const u8*>(x), rows, outputs, inputs, output, column, blocks};
-        float sum[Many::SUMS];
-#pragma unroll
-        for (u32 i = 0; i < Many::SUMS; i++) sum[i] = 0.0f;
-        // Of the tile before, everything has been read, and the table is there.
-        __syncthreads();
-        u32 to = 0, from = 0;
-#pragma unroll
-        for (u32 s = 0; s < Many::AHEAD; s++) {
-            if (begin + s < end) fetch.copy(ring + s * Many::STAGE_BYTES, begin + s);
-            end_copy_group();
+    const ManyWork work = ManyWork::of<TRANSPOSED, COLUMNS>(rows, outputs, inputs, parts);
+    if (thread >= Many::MULTIPLIERS) {
+        keep_registers<40>();
+        const u32 warp = (thread - Many::MULTIPLIERS) / LANES;
+        if (warp >= 2) {
+            many_bring_scales<Shape, TRANSPOSED>(weights, work, ring, barriers, map, rank);
+        } else if (warp == 1 && lane == 0) {
+            many_bring_codes<Shape, TRANSPOSED>(map_of_codes, work, ring, barriers, rank);
+        } else if (lane == 0) {
+            many_bring_x<Shape>(map_of_x, work, ring, barriers, rank);
         }
-        to = Many::AHEAD;
-        auto advance = [&](u32 step, u32(&a)[4][4]) {
-            wait_for_copies<Many::AHEAD - 1>();
-            show_to_tensor_cores();
-            __syncthreads();
-            if (step + Many::AHEAD < end) fetch.copy(ring + to * Many::STAGE_BYTES, step + Many::AHEAD);
-            end_copy_group();
-            const u8* stage = ring + from * Many::STAGE_BYTES;
-            float scale[2];
+        __syncwarp();
+    } else {
+        take_registers<232>();
+        ManyPlace<Shape::STAGES> at_x;
+        ManyPlace<Many::GROUPS> at_weights;
+        for (u32 index = blockIdx.x / Many::CLUSTER; index < work.units; index += gridDim.x / Many::CLUSTER) {
+            const ManyUnit unit(work, Shape::COLUMNS, index, rank);
+            float sum[Shape::SUMS];
 #pragma unroll
-            for (u32 half = 0; half < 2; half++) {
-                u32 row = first_row + half;
-                scale[half] = many_scale(weights, stage, row, min(output + row, outputs - 1), inputs, step, map, offset);
-            }
-            many_decode<Float>(a, stage + Many::X_BYTES, scale, table);
-            begin_products();
-#pragma unroll
-            for (u32 j = 0; j < 4; j++) multiply_async<Float>(sum, a[j], describe_tile(stage + j * 32), true);
-            end_products();
-            wait_for_earlier_products();
-            to = to + 1 == Many::STAGES ? 0 : to + 1;
-            from = from + 1 == Many::STAGES ? 0 : from + 1;
-        };
-        // Two sets of registers: the products of one step may still read theirs.
-        u32 even[4][4], odd[4][4];
-        u32 step = begin;
-        for (; step + 1 < end; step += 2) {
-            advance(step, even);
-            advance(step + 1, odd);
-        }
-        if (step < end) advance(step, even);
-        wait_for_products();
-        keep_behind_wait(sum);
-        wait_for_copies<0>();
-
-        if (parts > 1) {
-            float4* partials = reinterpret_cast<float4*>(workspace + COUNTER_BYTES);
-            float4* mine = partials + u64(unit) * (Many::SUMS / 4 * THREADS) + thread;
-#pragma unroll
-            for (u32 i = 0; i < Many::SUMS / 4; i++) {
-                mine[i * THREADS] = make_float4(sum[i * 4], sum[i * 4 + 1], sum[i * 4 + 2], sum[i * 4 + 3]);
-            }
-            __syncthreads();
-            if (thread == 0) {
-                u32* counter = reinterpret_cast<u32*>(workspace) + tile;
-                is_last = count_arrival(counter) == parts - 1 ? 1u : 0u;
-                if (is_last != 0) *counter = 0;
-            }
-            __syncthreads();
-            if (is_last == 0) continue;
-            const float4* first = partials + u64(tile) * parts * (Many::SUMS / 4 * THREADS) + thread;
-#pragma unroll
-            for (u32 i = 0; i < Many::SUMS; i++) sum[i] = 0.0f;
-            for (u32 other = 0; other < parts; other++) {
-                const float4* theirs = first + u64(other) * (Many::SUMS / 4 * THREADS);
-#pragma unroll
-                for (u32 i = 0; i < Many::SUMS / 4; i++) {
-                    float4 four = load_from_l2(theirs + i * THREADS);
-                    sum[i * 4] += four.x;
-                    sum[i * 4 + 1] += four.y;
-                    sum[i * 4 + 2] += four.z;
-                    sum[i * 4 + 3] += four.w;
+            for (u32 i = 0; i < Shape::SUMS; i++) sum[i] = 0.0f;
+            const u32 end = min(unit.end * Many::STEPS, work.steps);
+            u32 step = unit.begin * Many::STEPS, before = Shape::STAGES;
+            // The weights of a step are decoded while the tensor cores multiply with those of the one before,
+            // which has registers of its own.
+            auto advance = [&](u32(&a)[4][4]) {
+                const u32 of_group = step % Many::STEPS;
+                if (of_group == 0) wait_for_phase(barriers.weights_full + at_weights.slot, at_weights.phase);
+                const u8* codes = ring + Many::X_RING + at_weights.slot * Many::GROUP_BYTES;
+                many_decode<Float, TRANSPOSED>(a, codes, of_group, table);
+                step++;
+                if (of_group == Many::STEPS - 1 || step == end) {
+                    __syncwarp();
+                    if (lane == 0) arrive(barriers.weights_empty + at_weights.slot);
+                    at_weights.advance();
                 }
-            }
-        }
-        const u32 at = output + first_row;
-        const bool second = at + 1 < outputs;
-        if (at >= outputs) continue;
-        const float adds[2] = {bias == nullptr ? 0.0f : Float::decode(bias[at]),
-                               bias == nullptr || !second ? 0.0f : Float::decode(bias[at + 1])};
+                const u8* stage = ring + at_x.slot * Shape::X_BYTES;
+                wait_for_phase(barriers.x_full + at_x.slot, at_x.phase);
+                begin_products();
 #pragma unroll
-        for (u32 n = 0; n < Many::COLUMNS / 8; n++) {
-#pragma unroll
-            for (u32 i = 0; i < 2; i++) {
-                const u32 row = column + n * 8 + lane % 4 * 2 + i;
-                if (row >= rows) continue;
-                const u32 pair = round_pair<Float>(__fadd_rn(sum[n * 4 + i], adds[0]), __fadd_rn(sum[n * 4 + 2 + i], adds[1]));
-                Bits* to = y + u64(row) * outputs + at;
-                if (outputs % 2 == 0) {
-                    *reinterpret_cast<u32*>(to) = pair;
-                } else {
-                    to[0] = Bits(pair & 0xffffu);
-                    if (second) to[1] = Bits(pair >> 16);
-                }
+                for (u32 j = 0; j < 4; j++) multiply_async<Float>(sum, a[j], describe_tile(stage + j * 32), true);
+                end_products();
+                wait_for_earlier_products();
+                if (before < Shape::STAGES && lane < Many::CLUSTER) arrive_at(barriers.x_empty + before, lane);
+                before = at_x.slot;
+                at_x.advance();
+            };
+            u32 even[4][4], odd[4][4];
+            while (step + 1 < end) {
+                advance(even);
+                advance(odd);
             }
+            if (step < end) advance(even);
+            wait_for_products();
+            if (before < Shape::STAGES && lane < Many::CLUSTER) arrive_at(barriers.x_empty + before, lane);
+            keep_behind_wait(sum);
+            if (unit.parts > 1 && !many_sum_parts<Shape>(sum, workspace, &barriers.is_last, unit.tile, unit.part, unit.parts)) {
+                continue;
+            }
+            many_write<Float, Shape, TRANSPOSED>(sum, bias, y, work, unit);
         }
     }
+    // Nobody ends while another one may still arrive at its barriers.
+    meet_cluster();
 }
 
 #endif

@@ -22,6 +22,14 @@ pub enum Argument<'a> {
         /// What is in memory before, and after.
         bytes: &'a mut [u8],
     },
+    /// A description of a matrix and of a tile of it, as `cuTensorMapEncodeTiled` makes it.
+    Map {
+        /// Which of the buffers that come before it has the matrix, from its first byte on.
+        of: usize,
+        /// Bytes of an element, columns, rows, bytes from one row to the next, columns and rows of a tile, and
+        /// the bytes within which 16 are exchanged.
+        numbers: [u64; 7],
+    },
 }
 
 /// A process that runs kernels.
@@ -120,6 +128,13 @@ impl Emulator {
                     number(to, *misalignment)?;
                     number(to, bytes.len())?;
                     to.write_all(bytes)?;
+                }
+                Argument::Map { of, numbers } => {
+                    number(to, 2)?;
+                    number(to, *of)?;
+                    for value in numbers {
+                        to.write_all(&value.to_le_bytes())?;
+                    }
                 }
             }
         }

@@ -21,6 +21,7 @@
 //! | outputs: u32, inputs: u32 | of W |
 //! | block size: u32, [`super::quant_type_argument`]: u32 | |
 //! | shares: u32 | [`LinearLaunch::shares`] |
+//! | of some kernels two `CUtensorMap` | [`LinearLaunch::maps`] |
 //!
 //! - The first [`COUNTERS`] bytes of the workspace are zero before the first launch that uses it, and
 //!   every launch leaves them zero. Launches of one stream may share a workspace, whatever they
@@ -162,6 +163,9 @@ pub struct LinearLaunch {
     pub rows: usize,
     /// Number of parts that the work is dealt out in.
     pub shares: u32,
+    /// Of the kernels that have them, what is behind the other arguments: the maps of x and of codes, each a
+    /// `CUtensorMap`, for all rows of a launch.
+    pub maps: Option<[TileMap; 2]>,
 }
 
 /// A kernel for few rows; see `linear_tiles.cuh`.
@@ -261,19 +265,10 @@ const TIERS: [Tier; 6] = [
 /// Rows of the last tiers. More are several tiles of columns.
 const MOST_ROWS: usize = 64;
 
-/// The kernel for many rows (`linear_many.cuh`): what it is for, with how many or fewer it is not faster
-/// anywhere, the rows of a tile, inputs of a step, and what five stages have in shared memory.
-const MANY: [&str; 2] = ["tightfit_linear_many_f16", "tightfit_linear_many_bf16"];
-const MANY_CAPABILITY: Capability = (9, 0);
-const MANY_ROWS: usize = 128;
-const MANY_COLUMNS: usize = 256;
-const MANY_STEP: usize = 64;
-const MANY_SHARED: u32 = 5 * (MANY_COLUMNS * 128 + OUTPUTS * 32 + OUTPUTS * 8) as u32;
-
 /// Rows of a launch, so that counters and workspace are enough for any number of rows.
 const MOST_ROWS_OF_LAUNCH: usize = 4096;
 
-/// Of a product with the transposed weights.
+/// Of a product with the transposed weights, beside the counters.
 const MOST_SCRATCH: usize = 16 << 20;
 
 /// By row, the work is dealt out as if for a GPU with this many multiprocessors.
@@ -286,10 +281,7 @@ pub fn kernels(compute_capability: (u32, u32)) -> Vec<(&'static str, u32)> {
     let general = GENERAL.map(|kernel| (kernel, 0));
     let tiers = TIERS.iter().filter(|tier| tier.is_for(compute_capability));
     let fast = tiers.flat_map(|tier| [tier.f16, tier.bf16].map(|name| (name, tier.shared_bytes())));
-    let many = MANY.map(|kernel| (kernel, MANY_SHARED));
-    let many = many
-        .into_iter()
-        .filter(|_| compute_capability == MANY_CAPABILITY);
+    let many = many::kernels().filter(|_| compute_capability == many::CAPABILITY);
     general.into_iter().chain(fast).chain(many).collect()
 }
 
@@ -309,9 +301,9 @@ impl Linear {
     pub fn launch(&self, gpu: Gpu) -> Result<LinearLaunch, KernelError> {
         check_capability(gpu.compute_capability)?;
         if let Some(tier) = self.tier(gpu)? {
-            return match self.is_for_many(gpu) {
-                true => self.launch_many(gpu),
-                false => self.launch_tiles(tier, gpu),
+            return match self.launch_many(gpu)? {
+                Some(launch) => Ok(launch),
+                None => self.launch_tiles(tier, gpu),
             };
         }
         let kernel = match self.float {
@@ -329,18 +321,22 @@ impl Linear {
             workspace_bytes: 0,
             rows: self.rows.max(1),
             shares: 1,
+            maps: None,
         })
     }
 
     /// Returns how to compute `dx = dy * W` instead, as training needs it: of dy [rows, outputs],
     /// which is the argument x, dx [rows, inputs], which is y. The bias is not read, and the
-    /// workspace is at most 16 MiB.
+    /// workspace is at most 16 MiB and [`COUNTERS`].
     ///
     /// # Errors
     /// As in [`Linear::launch`].
     pub fn launch_transposed(&self, gpu: Gpu) -> Result<LinearLaunch, KernelError> {
         check_capability(gpu.compute_capability)?;
         self.check_lengths()?;
+        if let Some(launch) = self.launch_many_transposed(gpu)? {
+            return Ok(launch);
+        }
         let fast = gpu.compute_capability >= (8, 0)
             && self.aligned
             && self.inputs.is_multiple_of(32)
@@ -385,6 +381,7 @@ impl Linear {
             },
             rows: self.rows.max(1),
             shares: shares as u32,
+            maps: None,
         })
     }
 
@@ -415,61 +412,6 @@ impl Linear {
             .filter(|tier| !(self.by_row && tier.by_warpgroup))
             .filter(|tier| tier.rows == MOST_ROWS || self.rows <= tier.rows);
         Ok(tiers.next().filter(|_| fast))
-    }
-
-    /// Whether the kernel for many rows is to do it; the fast ones can.
-    fn is_for_many(&self, gpu: Gpu) -> bool {
-        // Offsets within a tile are 32 bits wide.
-        if gpu.compute_capability != MANY_CAPABILITY
-            || self.by_row
-            || self.rows <= MANY_ROWS
-            || self.inputs >= 1 << 22
-        {
-            return false;
-        }
-        // It is about half as fast again where most of its tiles are whole, and most blocks have some.
-        let (tiles, parts) = self.many_tiles(gpu);
-        let blocks = u64::from(gpu.multiprocessors.clamp(1, 2048));
-        let rounds = (tiles as u64 * parts as u64).div_ceil(blocks);
-        let of_tiles = self.many_rows() as u64 * self.outputs as u64 * parts as u64;
-        let room = rounds * blocks * (OUTPUTS * MANY_COLUMNS) as u64;
-        parts <= 4 && of_tiles >= room / 10 * 7
-    }
-
-    /// Rows of one launch.
-    fn many_rows(&self) -> usize {
-        self.rows.min(MOST_ROWS_OF_LAUNCH)
-    }
-
-    /// Tiles, and in how many parts each of them is computed.
-    fn many_tiles(&self, gpu: Gpu) -> (usize, usize) {
-        let blocks = gpu.multiprocessors.clamp(1, 2048) as usize;
-        let tiles = self.outputs.div_ceil(OUTPUTS) * self.many_rows().div_ceil(MANY_COLUMNS);
-        let steps = self.inputs / MANY_STEP;
-        // Where tiles leave half of the GPU without work, each is dealt out.
-        (tiles, (blocks / tiles).min(steps / 4).clamp(1, 8))
-    }
-
-    fn launch_many(&self, gpu: Gpu) -> Result<LinearLaunch, KernelError> {
-        let kernel = match self.float {
-            FloatType::F16 => MANY[0],
-            _ => MANY[1],
-        };
-        let blocks = gpu.multiprocessors.clamp(1, 2048) as usize;
-        let (tiles, parts) = self.many_tiles(gpu);
-        let units = tiles as u64 * parts as u64;
-        Ok(LinearLaunch {
-            kernel,
-            grid: grid(kernel, units.min(blocks as u64))?,
-            threads: THREADS,
-            shared_bytes: MANY_SHARED,
-            workspace_bytes: match parts {
-                1 => 0,
-                _ => COUNTERS + units as usize * OUTPUTS * MANY_COLUMNS * 4,
-            },
-            rows: self.many_rows(),
-            shares: parts as u32,
-        })
     }
 
     fn launch_tiles(&self, tier: &Tier, gpu: Gpu) -> Result<LinearLaunch, KernelError> {
@@ -505,6 +447,7 @@ impl Linear {
             },
             rows,
             shares: shares as u32,
+            maps: None,
         })
     }
 }
@@ -553,8 +496,10 @@ pub(super) fn grid(kernel: &'static str, blocks: u64) -> Result<u32, KernelError
     }
 }
 
+mod many;
 mod workspace;
 
+pub use many::TileMap;
 pub use workspace::MOST_MULTIPROCESSORS;
 
 #[cfg(test)]

@@ -1,7 +1,11 @@
 //! What can launch a kernel: a GPU, or the emulator.
 
 pub(crate) use tightfit_cuda_emulator::Argument;
-use tightfit_kernels::cuda::{Launch, experts::ExpertsLaunch, linear::LinearLaunch};
+use tightfit_kernels::cuda::{
+    Launch,
+    experts::ExpertsLaunch,
+    linear::{LinearLaunch, TileMap},
+};
 
 /// Runs one kernel at a time. Panics, naming the kernel, if it cannot be run, or if it writes to
 /// memory beside a buffer.
@@ -22,6 +26,7 @@ pub(crate) trait Device {
             grid,
             threads,
             shared_bytes,
+            maps,
             ..
         } = launch;
         let launch = Launch {
@@ -29,7 +34,26 @@ pub(crate) trait Device {
             grid,
             threads,
         };
-        self.run(launch, shared_bytes, arguments);
+        let Some([of_x, of_codes]) = maps else {
+            return self.run(launch, shared_bytes, arguments);
+        };
+        // Codes are the first argument and x the sixth.
+        let is_buffer = |argument: &&Argument| matches!(argument, Argument::Buffer { .. });
+        let x = arguments[..5].iter().filter(is_buffer).count();
+        let maps = [map(x, of_x), map(0, of_codes)];
+        let arguments = arguments.iter_mut().map(|argument| match argument {
+            Argument::Number(value) => Argument::Number(*value),
+            Argument::Buffer {
+                misalignment,
+                bytes,
+            } => Argument::Buffer {
+                misalignment: *misalignment,
+                bytes,
+            },
+            Argument::Map { of, numbers } => map_of(*of, *numbers),
+        });
+        let mut arguments: Vec<Argument> = arguments.chain(maps).collect();
+        self.run(launch, shared_bytes, &mut arguments);
     }
 
     /// The same with a kernel for experts.
@@ -48,6 +72,33 @@ pub(crate) trait Device {
         };
         self.run(launch, shared_bytes, arguments);
     }
+}
+
+fn map_of(of: usize, numbers: [u64; 7]) -> Argument<'static> {
+    Argument::Map { of, numbers }
+}
+
+fn map(of: usize, map: TileMap) -> Argument<'static> {
+    let TileMap {
+        element_bytes,
+        columns,
+        rows,
+        row_bytes,
+        tile: [tile_columns, tile_rows],
+        swizzle,
+    } = map;
+    let [element_bytes, tile_columns, tile_rows, swizzle] =
+        [element_bytes, tile_columns, tile_rows, swizzle].map(u64::from);
+    let numbers = [
+        element_bytes,
+        columns,
+        rows,
+        row_bytes,
+        tile_columns,
+        tile_rows,
+        swizzle,
+    ];
+    map_of(of, numbers)
 }
 
 /// Whether an environment variable says that a device must be there.

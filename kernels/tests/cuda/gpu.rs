@@ -4,8 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtrMut, LaunchConfig,
-    PushKernelArg, sys,
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtrMut, DeviceRepr,
+    LaunchConfig, PushKernelArg, sys,
 };
 use cudarc::nvrtc::Ptx;
 use tightfit_kernels::KernelError;
@@ -90,7 +90,23 @@ impl Gpu {
     /// # Safety
     /// The arguments must be what the kernel takes, and the addresses those of memory on the
     /// device that is long enough for what the kernel does with it and lives until it is done.
+    #[allow(dead_code)] // For benchmarks.
     pub(crate) unsafe fn queue(&mut self, launch: Launch, shared_bytes: u32, arguments: &[u64]) {
+        // SAFETY: as the caller promises.
+        unsafe { self.queue_with_maps(launch, shared_bytes, arguments, &[]) };
+    }
+
+    /// The same with maps behind the arguments.
+    ///
+    /// # Safety
+    /// As above; the maps are of such memory too.
+    unsafe fn queue_with_maps(
+        &mut self,
+        launch: Launch,
+        shared_bytes: u32,
+        arguments: &[u64],
+        maps: &[TensorMap],
+    ) {
         let function = self.function(launch.kernel);
         if shared_bytes > 0 {
             let attribute =
@@ -105,6 +121,9 @@ impl Gpu {
             // Of a u32 the kernel takes the lower half.
             builder.arg(argument);
         }
+        for map in maps {
+            builder.arg(map);
+        }
         let shape = LaunchConfig {
             grid_dim: (launch.grid, 1, 1),
             block_dim: (launch.threads, 1, 1),
@@ -113,6 +132,76 @@ impl Gpu {
         // SAFETY: as the caller promises.
         unsafe { builder.launch(shape) }
             .unwrap_or_else(|error| panic!("{}: {error}", launch.kernel));
+    }
+}
+
+/// A `CUtensorMap`.
+#[derive(Debug, Clone, Copy)]
+#[repr(C, align(64))]
+struct TensorMap([u64; 16]);
+
+// SAFETY: plain bytes, as large and as aligned as the kernels' parameter is.
+unsafe impl DeviceRepr for TensorMap {}
+
+/// `cuTensorMapEncodeTiled`, which drivers have from CUDA 12 on.
+type EncodeTiled = unsafe extern "C" fn(
+    *mut TensorMap,
+    u32,
+    u32,
+    u64,
+    *const u64,
+    *const u64,
+    *const u32,
+    *const u32,
+    u32,
+    u32,
+    u32,
+    u32,
+) -> u32;
+
+impl TensorMap {
+    /// Of a matrix at an address, by the numbers of [`Argument::Map`].
+    fn new(address: u64, numbers: [u64; 7]) -> TensorMap {
+        let mut encode = std::ptr::null_mut();
+        let name = c"cuTensorMapEncodeTiled";
+        // SAFETY: the name ends in a zero, and the driver writes one pointer.
+        let found = unsafe { sys::cuGetProcAddress(name.as_ptr(), &raw mut encode, 12000, 0) };
+        found.result().expect("a driver of CUDA 12");
+        assert!(!encode.is_null(), "a driver of CUDA 12");
+        // SAFETY: that is its type in the driver's header, all of whose enumerations are 32 bits wide.
+        let encode: EncodeTiled = unsafe { std::mem::transmute(encode) };
+        let [
+            element_bytes,
+            columns,
+            rows,
+            row_bytes,
+            tile_columns,
+            tile_rows,
+            swizzle,
+        ] = numbers;
+        let mut map = TensorMap([0; 16]);
+        // SAFETY: two numbers of each dimension, and the stride of one; all outlive the call.
+        let code = unsafe {
+            encode(
+                &raw mut map,
+                // Unsigned integers of 8 and of 16 bits.
+                element_bytes as u32 - 1,
+                2,
+                address,
+                [columns, rows].as_ptr(),
+                &raw const row_bytes,
+                [tile_columns as u32, tile_rows as u32].as_ptr(),
+                [1, 1].as_ptr(),
+                0,
+                // 32, 64 and 128 bytes are 1, 2 and 3.
+                (swizzle / 16).ilog2(),
+                // To 128 bytes.
+                2,
+                0,
+            )
+        };
+        assert_eq!(code, 0, "a map of {numbers:?}");
+        map
     }
 }
 
@@ -130,7 +219,7 @@ pub(crate) fn address(memory: &mut CudaSlice<u8>, stream: &CudaStream) -> u64 {
 impl Device for Gpu {
     fn run(&mut self, launch: Launch, shared_bytes: u32, arguments: &mut [Argument]) {
         let mut buffers = Vec::new();
-        let mut passed = Vec::new();
+        let (mut passed, mut maps, mut addresses) = (Vec::new(), Vec::new(), Vec::new());
         for argument in &*arguments {
             match argument {
                 Argument::Number(value) => passed.push(*value),
@@ -144,14 +233,19 @@ impl Device for Gpu {
                     image.resize(image.len() + GUARD, GUARD_BYTE);
                     let mut memory = self.stream.clone_htod(&image).expect("copied to the GPU");
                     let address = address(&mut memory, &self.stream);
-                    passed.push(address + (GUARD + misalignment) as u64);
+                    let address = address + (GUARD + misalignment) as u64;
+                    passed.push(address);
+                    addresses.push(address);
                     buffers.push(memory);
+                }
+                Argument::Map { of, numbers } => {
+                    maps.push(TensorMap::new(addresses[*of], *numbers));
                 }
             }
         }
         // SAFETY: tests pass what the module's table says; the buffers live until they are copied
         // back, which waits for the kernel.
-        unsafe { self.queue(launch, shared_bytes, &passed) };
+        unsafe { self.queue_with_maps(launch, shared_bytes, &passed, &maps) };
         let mut memory = buffers.into_iter();
         for argument in arguments {
             let Argument::Buffer {

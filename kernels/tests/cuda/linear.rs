@@ -327,14 +327,15 @@ pub(crate) fn many_rows(device: &mut dyn Device) {
     let mut workspace = vec![];
     for (rows, outputs, inputs, multiprocessors) in [
         // One step, one tile; tiles that are not whole, and several for a thread block.
-        (256, 128, 64, 1),
-        (500, 250, 192, 2),
-        (510, 255, 320, 4),
-        // In parts, of which each has its own steps.
-        (250, 120, 832, 3),
-        (256, 128, 1088, 4),
-        // With all of its tiles not whole it is not chosen.
-        (140, 40, 832, 132),
+        (65, 128, 64, 2),
+        (256, 250, 192, 2),
+        (310, 513, 320, 4),
+        (200, 255, 256, 3),
+        // In parts, of which each has its own groups of steps, and the last one not a whole one.
+        (100, 120, 832, 6),
+        (140, 40, 1088, 132),
+        // One pair of tiles for each cluster, and two parts of the last one.
+        (80, 600, 1344, 4),
     ] {
         for double_quantized in [false, true] {
             let case = Case {
@@ -344,8 +345,10 @@ pub(crate) fn many_rows(device: &mut dyn Device) {
                 ..Case::new(rows, outputs, inputs)
             };
             if device.compute_capability() == (9, 0) {
-                let is_chosen = case.launch(device).kernel.contains("many");
-                assert_eq!(is_chosen, outputs > 40, "{case:?}");
+                let launch = case.launch(device);
+                assert!(launch.kernel.contains("many"), "{case:?}");
+                let in_parts = [832, 1088, 1344].contains(&inputs);
+                assert_eq!(launch.shares > 1, in_parts, "{case:?}");
             }
             check(device, &case, &mut workspace);
         }
@@ -362,7 +365,7 @@ pub(crate) fn many_rows(device: &mut dyn Device) {
                 block_size,
                 double_quantized,
                 multiprocessors: 1,
-                ..Case::new(255, 127, 576)
+                ..Case::new(129, 127, 576)
             };
             check(device, &case, &mut workspace);
         }

@@ -65,6 +65,7 @@ on_every_device! {
     linear::rows_by_themselves,
     linear::huge_blocks,
     transposed::transposed,
+    transposed::many_rows_transposed,
     experts::layers_of_experts,
     experts::every_format,
     experts::whatever_lengths_and_alignments,

@@ -86,6 +86,45 @@ fn check_transposed(device: &mut dyn Device, case: &Case, workspace: &mut Vec<u8
     }
 }
 
+/// By the kernels for many rows.
+pub(crate) fn many_rows_transposed(device: &mut dyn Device) {
+    let mut workspace = vec![];
+    for (rows, outputs, inputs, multiprocessors) in [
+        (1, 64, 64, 2),
+        // Inputs of half a tile, outputs that are no whole step, several tiles for a thread block.
+        (130, 200, 320, 2),
+        (300, 72, 128, 6),
+        // In parts.
+        (70, 840, 192, 10),
+        (129, 1096, 64, 132),
+    ] {
+        for (double_quantized, float, block_size) in [
+            (false, FloatType::Bf16, 64),
+            (true, FloatType::Bf16, 128),
+            (true, FloatType::F16, 64),
+        ] {
+            for by_row in [false, true] {
+                let case = Case {
+                    double_quantized,
+                    float,
+                    block_size,
+                    by_row,
+                    multiprocessors,
+                    ..Case::new(rows, outputs, inputs)
+                };
+                if device.compute_capability() == (9, 0) {
+                    let launch = case.linear().launch_transposed(case.gpu(device));
+                    let launch = launch.expect("not too much");
+                    assert!(launch.kernel.contains("many"), "{case:?}");
+                    let in_parts = outputs > 800 && !by_row;
+                    assert_eq!(launch.shares > 1, in_parts, "{case:?}");
+                }
+                check_transposed(device, &case, &mut workspace);
+            }
+        }
+    }
+}
+
 pub(crate) fn transposed(device: &mut dyn Device) {
     let mut workspace = vec![];
     for float in FloatType::ALL {

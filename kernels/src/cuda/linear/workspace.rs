@@ -1,8 +1,8 @@
 //! How much of a workspace is enough, before it is known what will be computed in it.
 
 use super::{
-    COUNTERS, Gpu, Linear, MANY_CAPABILITY, MANY_COLUMNS, MANY_ROWS, MANY_STEP, MOST_ROWS,
-    MOST_ROWS_OF_LAUNCH, MULTIPROCESSORS_BY_ROW, OUTPUTS, SLICE, TIERS, Tier,
+    COUNTERS, Gpu, Linear, MOST_ROWS, MOST_ROWS_OF_LAUNCH, MULTIPROCESSORS_BY_ROW, OUTPUTS, SLICE,
+    TIERS, Tier, many,
 };
 use crate::FloatType;
 
@@ -53,22 +53,7 @@ impl Linear {
             .filter(|tier| !(self.by_row && tier.by_warpgroup))
             .filter(|tier| self.rows >= smallest(tier))
             .map(bytes);
-        tiers.max().unwrap_or(0).max(self.most_of_many(gpu))
-    }
-
-    /// The same for the kernel for many rows alone: its tiles are dealt out in parts as long as there is
-    /// a thread block for each.
-    fn most_of_many(&self, gpu: Option<Gpu>) -> usize {
-        let is_there = gpu.is_none_or(|gpu| gpu.compute_capability == MANY_CAPABILITY);
-        if !is_there || self.by_row || self.rows <= MANY_ROWS {
-            return 0;
-        }
-        let known = gpu.map_or(MOST_MULTIPROCESSORS, |gpu| gpu.multiprocessors);
-        let blocks = known.clamp(1, 2048) as usize;
-        let fewest = self.outputs.div_ceil(OUTPUTS);
-        match fewest > blocks / 2 || self.inputs / MANY_STEP < 8 {
-            true => 0,
-            false => COUNTERS + blocks * OUTPUTS * MANY_COLUMNS * 4,
-        }
+        let most = tiers.max().unwrap_or(0);
+        most.max(many::most_workspace_bytes(self, gpu, false))
     }
 }
