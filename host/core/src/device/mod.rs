@@ -18,7 +18,9 @@ use std::sync::Arc;
 pub use cuda::CudaDevice;
 pub use host::HostDevice;
 pub use multiplier::{
-    DeviceBytes, DeviceOperands, HostOperands, Multiplier, NestedScales, Product, ProductWeights,
+    DeviceBytes, DeviceExpertsOperands, DeviceOperands, ExpertsProduct, ExpertsWeights,
+    HostExpertsOperands, HostOperands, MatrixOfStack, Multiplier, NestedScales, Product,
+    ProductWeights,
 };
 pub use quantizer::{
     QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Staged, Workspace,

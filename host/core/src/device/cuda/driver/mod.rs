@@ -5,6 +5,7 @@
 //! cannot be reached until it is done.
 
 mod context;
+mod experts;
 mod kernels;
 mod memory;
 mod multiply;
@@ -100,6 +101,7 @@ api! {
     cuMemcpyHtoDAsync_v2(CUdeviceptr, *const c_void, usize, CUstream);
     cuMemcpyDtoH_v2(*mut c_void, CUdeviceptr, usize);
     cuMemsetD8Async(CUdeviceptr, c_uchar, usize, CUstream);
+    cuMemsetD32Async(CUdeviceptr, c_uint, usize, CUstream);
     cuStreamCreate(*mut CUstream, c_uint);
     cuStreamDestroy_v2(CUstream);
     cuStreamSynchronize(CUstream);
