@@ -10,14 +10,13 @@ use tightfit_kernels::{KernelError, NESTED_BLOCK_SIZE, blocks, packed_bytes};
 
 use super::kernels::Shape;
 use super::{CudaPageLocked, DeviceMemory, KernelModule, Staging, WorkspaceMemory, unavailable};
+use crate::device::experts::places;
 use crate::device::{
     DeviceBytes, DeviceError, DeviceExpertsOperands, DeviceOperands, ExpertsProduct, ExpertsWeights,
     HostExpertsOperands, HostOperands, Multiplier, Piece, Product, ProductWeights, WRITER_BUFFERS,
     Writer,
 };
 
-/// What operands are rounded up to where they are copied to the device.
-const ALIGNMENT: u64 = 256;
 /// Bytes that are copied at once.
 const COPIED: usize = 1 << 20;
 /// Values of the codes of scales, and their bytes.
@@ -196,18 +195,6 @@ impl KernelMultiplier {
         staging.finish()?;
         own.memory.read(own.start + y, output)
     }
-}
-
-/// Where pieces of these lengths are put one behind the other, and the end.
-pub(super) fn places<const N: usize, const ENDS: usize>(lengths: [u64; N]) -> [u64; ENDS] {
-    let mut places = [0; ENDS];
-    for (index, length) in lengths.into_iter().enumerate() {
-        let rounded = length.checked_next_multiple_of(ALIGNMENT);
-        places[index + 1] = rounded.map_or(u64::MAX, |rounded| {
-            u64::saturating_add(places[index], rounded)
-        });
-    }
-    places
 }
 
 impl Multiplier for KernelMultiplier {
