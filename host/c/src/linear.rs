@@ -469,7 +469,7 @@ unsafe impl Growing for TightfitWorkspaceOptions {
 }
 
 /// Takes a workspace that is enough for products and layers of experts of a device, by its index. As
-/// tightfit_model_linear_workspace, which counts with 8 experts for each token and no gradients.
+/// tightfit_model_linear_workspace, which counts neither layers of experts nor gradients.
 ///
 /// # Safety
 /// `model` is loaded; `options` has its `struct_size` set; `out` can be written.

@@ -15,6 +15,7 @@ use tightfit::kernels::cuda::linear::{self, Linear};
 use tightfit::kernels::{Activation, BlockSize, FloatType};
 use tightfit::load::{LoadOptions, load};
 use tightfit::plan::{PartKind, Plan, PlanOptions};
+use tightfit::products::WorkspaceOptions;
 use tightfit::types::{Format, Placement};
 use tightfit_tests::models;
 
@@ -59,7 +60,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let model = load(&checkpoint, &plan, &devices, &LoadOptions::default())?;
     let product = model.linear("linear")?;
     let layer = model.experts("l", Activation::Silu)?;
-    let workspace = model.linear_workspace(0, ROWS)?;
+    let wanted = WorkspaceOptions::rows(ROWS).with_experts_per_token(CHOICES);
+    let workspace = model.product_workspace(0, &wanted)?;
     let at = workspace.address().map_or(0, |address| address.pointer);
     let tail = model.tail(0).ok_or("it has a tail")?;
     let pieces = [1024, 1024, 4096, 4096]

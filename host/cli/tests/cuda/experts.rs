@@ -278,7 +278,7 @@ fn layers_are_given_to_a_stream_within_what_was_planned() {
         let good = placed.operands();
         let need = layer.workspace_bytes(40, 3, FloatType::Bf16);
         for (bad, named) in [
-            (DeviceExpertsOperands { ..good.with_workspace(at, need - 1) }, "the workspace"),
+            (good.with_workspace(at, need - 1), "the workspace"),
             (good.with_workspace(0, need), "the workspace"),
             (good.with_biases(1, 0), "the bias of gate and up"),
             (good.with_biases(0, 1), "the bias of down"),
@@ -313,7 +313,8 @@ fn after_it_is_lent_a_layer_only_launches() {
     let options = PlanOptions::default().with_rows(40).with_reserved_headroom(true);
     let model = loaded(&kinds, &devices, &options, MIB);
     let application = Application::start(0);
-    let workspace = model.linear_workspace(0, 40).unwrap();
+    let wanted = WorkspaceOptions::rows(40).with_experts_per_token(3);
+    let workspace = model.product_workspace(0, &wanted).unwrap();
     let place = (workspace.address().unwrap().pointer, workspace.bytes());
     for (module, activation) in KINDS {
         let layer = model.experts(module, activation).unwrap();

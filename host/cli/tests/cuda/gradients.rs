@@ -132,7 +132,9 @@ fn gradients_are_given_to_a_stream_within_what_was_planned() {
             if need > 0 {
                 refused(&operands.with_workspace(at, need - 1), "workspace");
             }
-            refused(&DeviceOperands { y: 1, ..operands }, "dx");
+            let mut odd = operands;
+            odd.y = 1;
+            refused(&odd, "dx");
         }
     }
     drop(workspace);

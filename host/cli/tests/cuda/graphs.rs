@@ -80,7 +80,8 @@ fn a_captured_layer_is_replayed_with_another_routing() {
     let options = PlanOptions::default().with_rows(20).with_reserved_headroom(true);
     let model = loaded(&kinds, &devices, &options, MIB);
     let application = Application::start(0);
-    let workspace = model.linear_workspace(0, 20).unwrap();
+    let wanted = WorkspaceOptions::rows(20).with_experts_per_token(3);
+    let workspace = model.product_workspace(0, &wanted).unwrap();
     let place = (workspace.address().unwrap().pointer, workspace.bytes());
     for (module, activation) in [
         ("fast", Activation::Silu),

@@ -160,7 +160,7 @@ tightfit_common::setters!([] PlanOptions:
 );
 
 /// Where nobody says how many experts a token has.
-pub(crate) const EXPERTS_PER_TOKEN: u64 = 8;
+const EXPERTS_PER_TOKEN: u64 = 8;
 
 impl PlanOptions {
     fn wanted(&self) -> Wanted {

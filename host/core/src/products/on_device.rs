@@ -11,7 +11,7 @@ use crate::device::{
     Workspace,
 };
 use crate::model::{Model, TailAllocation, Tensor};
-use crate::plan::{EXPERTS_PER_TOKEN, PartKind, is_multiplied, is_of_gates};
+use crate::plan::{PartKind, is_multiplied, is_of_gates};
 
 /// What workspaces are multiples of.
 const WORKSPACE_ALIGNMENT: u64 = 256;
@@ -59,7 +59,7 @@ impl fmt::Debug for LinearWorkspace {
 pub struct WorkspaceOptions {
     /// Rows of products, and tokens of layers of experts.
     pub rows: usize,
-    /// Experts of each token; 8 by default. 0: no layers of experts are computed.
+    /// Experts of each token, where layers of experts are computed. 0, the default: they are not.
     pub experts_per_token: usize,
     /// Whether it shall be enough for gradients of inputs, too. Not by default.
     pub gradients: bool,
@@ -70,7 +70,7 @@ impl WorkspaceOptions {
     pub fn rows(rows: usize) -> WorkspaceOptions {
         WorkspaceOptions {
             rows,
-            experts_per_token: EXPERTS_PER_TOKEN as usize,
+            experts_per_token: 0,
             gradients: false,
         }
     }
@@ -83,8 +83,8 @@ tightfit_common::setters!([] WorkspaceOptions:
 
 impl Model {
     /// Takes a workspace that is enough for products of up to `rows` rows with each 4-bit weight of a device,
-    /// by its index in the plan, and for layers of experts of as many tokens:
-    /// [`Model::product_workspace`] with the options of these rows.
+    /// by its index in the plan, but not for layers of experts or gradients: [`Model::product_workspace`] of
+    /// these rows.
     ///
     /// # Errors
     /// [`LinearError::Device`].
