@@ -302,9 +302,7 @@ impl Kernels {
                 up.check("up", experts, [intermediate, hidden])?;
             }
         }
-        layer
-            .down
-            .check("down", experts, [down, intermediate])?;
+        layer.down.check("down", experts, [down, intermediate])?;
         let row = hidden.saturating_mul(float.bytes());
         let tokens = choices.check(row, x.len())?;
         check_length("x", tokens.saturating_mul(row), x.len())?;
@@ -547,7 +545,11 @@ impl Stack<'_> {
     /// The results of all pairs, zeros for those that are skipped. `x`: rows of the type, of which
     /// `row_of` says which one a pair has.
     fn multiply<'s>(
-        &'s self, ids: &[i32], x: &[u8], row_of: impl Fn(usize) -> usize + Sync) -> Vec<f32> {
+        &'s self,
+        ids: &[i32],
+        x: &[u8],
+        row_of: impl Fn(usize) -> usize + Sync,
+    ) -> Vec<f32> {
         let mut by_expert: Vec<Vec<usize>> = vec![vec![]; self.weights.experts()];
         for (pair, id) in ids.iter().enumerate() {
             let group = usize::try_from(*id)

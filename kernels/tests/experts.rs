@@ -3,9 +3,8 @@
 use std::num::NonZeroUsize;
 
 use tightfit_kernels::{
-    ExpertsGates, ExpertsLayer, ExpertsMatrices,
-    Activation, BlockSize, Choices, ExpertsWeights, FloatType, GateLayout, Isa, KernelError,
-    Kernels, LinearWeights, QuantType,
+    Activation, BlockSize, Choices, ExpertsGates, ExpertsLayer, ExpertsMatrices, ExpertsWeights,
+    FloatType, GateLayout, Isa, KernelError, Kernels, LinearWeights, QuantType,
 };
 
 mod layers;
@@ -465,7 +464,9 @@ fn experts_apart() {
         let case = Case::random(layer, FloatType::Bf16, [9, 3], true, &mut dice);
         let layer = &case.layer;
         let of = |stack: &Stack, rows: std::ops::Range<usize>| -> Vec<Stack> {
-            (0..experts).map(|expert| matrix(stack, expert, rows.clone())).collect()
+            (0..experts)
+                .map(|expert| matrix(stack, expert, rows.clone()))
+                .collect()
         };
         let gates = of(&layer.gate_up, 0..intermediate);
         let ups = of(&layer.gate_up, intermediate..2 * intermediate);
@@ -509,8 +510,16 @@ fn experts_apart() {
         let tokens: Vec<usize> = (0..case.tokens()).collect();
         for kernels in all() {
             let need = case.run(kernels, &tokens, 2);
-            assert!(run(kernels, apart).as_ref() == Ok(&need), "{}", kernels.isa());
-            assert!(run(kernels, together).as_ref() == Ok(&need), "{}", kernels.isa());
+            assert!(
+                run(kernels, apart).as_ref() == Ok(&need),
+                "{}",
+                kernels.isa()
+            );
+            assert!(
+                run(kernels, together).as_ref() == Ok(&need),
+                "{}",
+                kernels.isa()
+            );
         }
         let fewer = ExpertsGates::Apart {
             gate: ExpertsMatrices::Each(&gates[1..]),

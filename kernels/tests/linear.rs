@@ -500,9 +500,11 @@ fn transposed_lengths_that_do_not_belong_together() {
     let block_size = BlockSize::DEFAULT;
     let weights = Weights::random(QuantType::Nf4, 4, 64, block_size, false, &mut random);
     let kernels = Kernels::detect();
-    for (what, rows, dy, dx, need, have) in
-        [("dy", 2, 7, 128, 32, 28), ("dx", 2, 8, 127, 512, 508), ("dx", 1, 4, 128, 256, 512)]
-    {
+    for (what, rows, dy, dx, need, have) in [
+        ("dy", 2, 7, 128, 32, 28),
+        ("dx", 2, 8, 127, 512, 508),
+        ("dx", 1, 4, 128, 256, 512),
+    ] {
         let (dy, mut dx) = (vec![0f32; dy], vec![7f32; dx]);
         let result = kernels.linear_transposed(&weights.view(), rows, &dy, &mut dx, threads(1));
         assert_eq!(result, Err(KernelError::Length { what, need, have }));

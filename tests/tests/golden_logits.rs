@@ -3,11 +3,11 @@
 
 use tempfile::TempDir;
 use tightfit::model::Model;
+use tightfit_kernels::Activation;
 use tightfit_tests::double_quant::double_quantize;
 use tightfit_tests::golden::{GoldenModel, MODELS, MOE_MODELS};
 use tightfit_tests::loading::load_with_auto;
 use tightfit_tests::reference::{Config, Reference, SavedWeights, Weight, Weights};
-use tightfit_kernels::Activation;
 use tightfit_tests::tensors::{FileTensors, floats};
 
 /// How far logits may be apart. Sums in another order move them by about 1e-5, a single block of

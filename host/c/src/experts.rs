@@ -410,7 +410,9 @@ unsafe fn host_operands<'a>(
     };
     let optional = |pointer: *const c_void, length, what| {
         let there = (!pointer.is_null()).then_some(pointer);
-        there.map(|pointer| bytes(pointer, length, what)).transpose()
+        there
+            .map(|pointer| bytes(pointer, length, what))
+            .transpose()
     };
     Ok(HostExpertsOperands {
         x: bytes(given.x, given.x_length, "operands->x")?,

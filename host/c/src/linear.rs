@@ -288,7 +288,9 @@ pub unsafe extern "C" fn tightfit_linear_forward(
 
 /// # Safety
 /// `options` is NULL or has its `struct_size` set.
-pub(crate) unsafe fn options(options: *const TightfitLinearOptions) -> Result<LinearOptions, Error> {
+pub(crate) unsafe fn options(
+    options: *const TightfitLinearOptions,
+) -> Result<LinearOptions, Error> {
     let mut read = LinearOptions::default();
     if options.is_null() {
         return Ok(read);
@@ -384,7 +386,9 @@ pub unsafe extern "C" fn tightfit_linear_input_gradient(
         // SAFETY: as the caller promises.
         let options = unsafe { self::options(options) }?;
         if !operands.bias.is_null() {
-            return Err(Error::usage("operands->bias is not NULL: a gradient has none"));
+            return Err(Error::usage(
+                "operands->bias is not NULL: a gradient has none",
+            ));
         }
         // Before anything is written to dx, also zeros.
         linear.check_gradient_lengths(float, rows, operands.x_length, operands.y_length)?;

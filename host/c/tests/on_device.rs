@@ -224,7 +224,13 @@ fn a_layer_of_experts_is_given_to_a_stream() {
         let (mut experts, mut workspace) = (null_mut(), null_mut());
         let module = c"model.layers.1.mlp.experts";
         let silu = TIGHTFIT_ACTIVATION_SILU;
-        done(tightfit_model_experts(model, module.as_ptr(), silu, 0.0, &raw mut experts));
+        done(tightfit_model_experts(
+            model,
+            module.as_ptr(),
+            silu,
+            0.0,
+            &raw mut experts,
+        ));
         let mut info: TightfitExpertsInfo = std::mem::zeroed();
         info.struct_size = size_of::<TightfitExpertsInfo>();
         done(tightfit_experts_info(experts, &raw mut info));
@@ -236,7 +242,12 @@ fn a_layer_of_experts_is_given_to_a_stream() {
             experts_per_token: choices,
             gradients: 1,
         };
-        done(tightfit_model_product_workspace(model, 0, &raw const wanted, &raw mut workspace));
+        done(tightfit_model_product_workspace(
+            model,
+            0,
+            &raw const wanted,
+            &raw mut workspace,
+        ));
         let mut memory: TightfitMemory = std::mem::zeroed();
         memory.struct_size = size_of::<TightfitMemory>();
         done(tightfit_linear_workspace_memory(workspace, &raw mut memory));
@@ -248,7 +259,9 @@ fn a_layer_of_experts_is_given_to_a_stream() {
         // Memory of the application's behind the weights: x, ids, their weights, y.
         let elements = ROWS * info.hidden;
         let ids = [0, 1, -1, 2, 1, 0].map(i32::to_le_bytes).concat();
-        let shares = [0.5, 0.5, 1.0, 2.0, 0.25, -1.0].map(f32::to_le_bytes).concat();
+        let shares = [0.5, 0.5, 1.0, 2.0, 0.25, -1.0]
+            .map(f32::to_le_bytes)
+            .concat();
         let x: Vec<u8> = (0..elements)
             .flat_map(|i| bf16::from_f32((i % 9) as f32 / 4.0 - 1.0).to_le_bytes())
             .collect();
@@ -285,9 +298,18 @@ fn a_layer_of_experts_is_given_to_a_stream() {
 
         // The same through host memory.
         let mut y = vec![0u8; x.len()];
-        let numbers: Vec<i32> = ids.as_chunks().0.iter().map(|id| i32::from_le_bytes(*id)).collect();
-        let shares: Vec<f32> =
-            shares.as_chunks().0.iter().map(|share| f32::from_le_bytes(*share)).collect();
+        let numbers: Vec<i32> = ids
+            .as_chunks()
+            .0
+            .iter()
+            .map(|id| i32::from_le_bytes(*id))
+            .collect();
+        let shares: Vec<f32> = shares
+            .as_chunks()
+            .0
+            .iter()
+            .map(|share| f32::from_le_bytes(*share))
+            .collect();
         let on_host = TightfitHostExpertsOperands {
             struct_size: size_of::<TightfitHostExpertsOperands>(),
             x: x.as_ptr().cast(),
@@ -302,7 +324,13 @@ fn a_layer_of_experts_is_given_to_a_stream() {
             y: y.as_mut_ptr().cast(),
             y_length: y.len(),
         };
-        done(tightfit_experts_forward(experts, bf16, ROWS, &raw const on_host, null()));
+        done(tightfit_experts_forward(
+            experts,
+            bf16,
+            ROWS,
+            &raw const on_host,
+            null(),
+        ));
         assert_eq!(have, y);
 
         refused(

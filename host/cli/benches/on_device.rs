@@ -139,9 +139,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     }
     application.synchronize();
     let [bare, linear, experts] = times.map(median);
-    println!("{} on {gpu:?}", if is_real { "a GPU" } else { "the stand-in" });
+    println!(
+        "{} on {gpu:?}",
+        if is_real { "a GPU" } else { "the stand-in" }
+    );
     println!("launch alone                  {bare:8.2} us");
-    println!("Linear::forward_on_device     {linear:8.2} us, {:+.2} us", linear - bare);
+    println!(
+        "Linear::forward_on_device     {linear:8.2} us, {:+.2} us",
+        linear - bare
+    );
     let more = experts - 4.0 * bare;
     println!("Experts::forward_on_device    {experts:8.2} us, of 4 launches {more:+.2} us");
     drop(kernel);

@@ -139,7 +139,13 @@ fn combine_arguments(
         read(0, pairs * outputs, 4)?,
         read(1, pairs, 4)?,
         read(2, pairs, 4)?,
-        memory(parameters, 3, tokens * outputs, float.bytes(), Access::Write)?,
+        memory(
+            parameters,
+            3,
+            tokens * outputs,
+            float.bytes(),
+            Access::Write,
+        )?,
     ];
     passed.extend((4..8).map(|index| Passed::Number(parameters.u32(index).into())));
     Ok(passed)
@@ -265,7 +271,10 @@ pub(crate) fn on_the_processor(
     let float = float_of(kernel)?;
     let kernels = Kernels::new(Isa::Portable).map_err(text)?;
     let narrow = |values: &[f32]| {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+        let bytes: Vec<u8> = values
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect();
         let mut out = vec![0; values.len() * float.bytes()];
         let cast = kernels.cast(&bytes, FloatType::F32, float, &mut out);
         cast.map(|()| out).map_err(text)
@@ -314,7 +323,15 @@ pub(crate) fn on_the_processor(
     let one = std::num::NonZeroUsize::MIN;
     let float_32 = FloatType::F32;
     kernels
-        .experts_linear_bytes(&stack, &choices, float_32, &x, bias.as_deref(), &mut all, one)
+        .experts_linear_bytes(
+            &stack,
+            &choices,
+            float_32,
+            &x,
+            bias.as_deref(),
+            &mut all,
+            one,
+        )
         .map_err(text)?;
     let (all, _) = all.as_chunks::<4>();
     let all: Vec<f32> = all.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect();
@@ -334,7 +351,10 @@ pub(crate) fn on_the_processor(
             .collect(),
     };
     let bytes = match form {
-        Form::Parts => results.iter().flat_map(|value| value.to_le_bytes()).collect(),
+        Form::Parts => results
+            .iter()
+            .flat_map(|value| value.to_le_bytes())
+            .collect(),
         Form::Plain | Form::Gated { .. } => narrow(&results)?,
     };
     let mut y = operands.bytes(7).unwrap_or_default();

@@ -181,7 +181,11 @@ fn launch_of(
 /// Whether the counters of a workspace are zero, as each launch has to find and to leave them.
 pub(crate) fn counters_are_zero(kernel: &str, passed: &[Passed], memory: &[Vec<u8>]) -> bool {
     // Those for experts that route and combine have none.
-    let place = if experts::is_for_experts(kernel) { 9 } else { 8 };
+    let place = if experts::is_for_experts(kernel) {
+        9
+    } else {
+        8
+    };
     let may_have = is_product(kernel) || experts::is_for_experts(kernel);
     let workspace = passed.get(place).filter(|_| may_have);
     let has_workspace = workspace.is_some_and(|workspace| workspace.memory().is_some());

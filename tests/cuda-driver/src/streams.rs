@@ -234,7 +234,9 @@ impl Books {
                     }
                 }
                 Work::Move { to, from, len } => {
-                    let bytes = self.memory_mut("a copy", from, len).map(|from| from.to_vec());
+                    let bytes = self
+                        .memory_mut("a copy", from, len)
+                        .map(|from| from.to_vec());
                     if let Some((to, bytes)) = self.memory_mut("a copy", to, len).zip(bytes) {
                         to.copy_from_slice(&bytes);
                     }

@@ -14,7 +14,13 @@ use super::{Driver, Kind, Kinds, MIB, nf4};
 
 /// Layers for the fast kernels and for the others, also with matrices that begin between nested scales.
 pub(super) const LAYERS: &[Kind] = &[
-    ("fast.gate_up_proj", "BF16", 2, &[5, 256, 320], nf4(64, true)),
+    (
+        "fast.gate_up_proj",
+        "BF16",
+        2,
+        &[5, 256, 320],
+        nf4(64, true),
+    ),
     ("fast.down_proj", "BF16", 2, &[5, 320, 128], nf4(128, false)),
     ("odd.gate_up_proj", "BF16", 2, &[3, 34, 45], nf4(64, true)),
     ("odd.down_proj", "BF16", 2, &[3, 45, 17], nf4(64, true)),
@@ -180,7 +186,9 @@ impl<'m> Placed<'m> {
         put(0, &bytes(&x[of_x]));
         let ids: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
         put(1, &ids);
-        let weights = weights[pairs].iter().flat_map(|weight| weight.to_le_bytes());
+        let weights = weights[pairs]
+            .iter()
+            .flat_map(|weight| weight.to_le_bytes());
         put(2, &weights.collect::<Vec<u8>>());
         put(3, &bytes(&gate_up));
         put(4, &bytes(&down));
@@ -251,7 +259,10 @@ fn layers_are_given_to_a_stream_within_what_was_planned() {
     assert!(workspace.bytes() <= planned.products);
     let at = workspace.address().unwrap().pointer;
     let usage = devices[0].usage().reserved;
-    assert_eq!((usage.now, usage.peak), (planned.size.reserved, planned.size.reserved));
+    assert_eq!(
+        (usage.now, usage.peak),
+        (planned.size.reserved, planned.size.reserved)
+    );
     for (module, activation) in KINDS {
         let layer = model.experts(module, activation).unwrap();
         let place = (at, workspace.bytes());
@@ -260,7 +271,9 @@ fn layers_are_given_to_a_stream_within_what_was_planned() {
         let compute = |first, tokens, workspace_bytes| {
             placed.put(first, tokens, 1);
             let operands = placed.operands().with_workspace(at, workspace_bytes);
-            placed.give(tokens, &operands).unwrap_or_else(|error| panic!("{error}"));
+            placed
+                .give(tokens, &operands)
+                .unwrap_or_else(|error| panic!("{error}"));
             application.synchronize();
             placed.y(tokens)
         };
@@ -272,7 +285,10 @@ fn layers_are_given_to_a_stream_within_what_was_planned() {
             let need = layer.workspace_bytes(tokens, 3, FloatType::Bf16);
             assert!(need <= layer.workspace_bytes(40, 3, FloatType::Bf16));
             let some = compute(first, tokens, need);
-            assert!(some == all[first * row..][..tokens * row], "{module}, {tokens} from {first}");
+            assert!(
+                some == all[first * row..][..tokens * row],
+                "{module}, {tokens} from {first}"
+            );
         }
         // What cannot be is refused before anything is launched.
         let good = placed.operands();
@@ -284,11 +300,17 @@ fn layers_are_given_to_a_stream_within_what_was_planned() {
             (good.with_biases(0, 1), "the bias of down"),
         ] {
             let error = placed.give(40, &bad).unwrap_err().to_string();
-            assert!(error.starts_with(named) && error.contains(module), "{error}");
+            assert!(
+                error.starts_with(named) && error.contains(module),
+                "{error}"
+            );
         }
         let nowhere = |x, ids, weights, y| {
             let operands = DeviceExpertsOperands::new(x, ids, weights, y, application.stream());
-            placed.give(40, &operands.with_workspace(at, need)).unwrap_err().to_string()
+            placed
+                .give(40, &operands.with_workspace(at, need))
+                .unwrap_err()
+                .to_string()
         };
         assert!(nowhere(0, 256, 256, 256).starts_with("x "));
         assert!(nowhere(256, 2, 256, 256).starts_with("the ids"));
@@ -310,7 +332,9 @@ fn after_it_is_lent_a_layer_only_launches() {
     };
     let kinds = Kinds::new(LAYERS);
     let devices = open(&["cuda:0"]);
-    let options = PlanOptions::default().with_rows(40).with_reserved_headroom(true);
+    let options = PlanOptions::default()
+        .with_rows(40)
+        .with_reserved_headroom(true);
     let model = loaded(&kinds, &devices, &options, MIB);
     let application = Application::start(0);
     let wanted = WorkspaceOptions::rows(40).with_experts_per_token(3);
@@ -327,7 +351,10 @@ fn after_it_is_lent_a_layer_only_launches() {
             let launched = calls.iter().filter(|call| *call == "cuLaunchKernel");
             assert_eq!(launched.count(), launches, "{module}");
             let allowed = ["cuCtxPushCurrent", "cuLaunchKernel", "cuCtxPopCurrent"];
-            assert!(calls.iter().all(|call| allowed.contains(&&call[..])), "{calls:?}");
+            assert!(
+                calls.iter().all(|call| allowed.contains(&&call[..])),
+                "{calls:?}"
+            );
             application.synchronize();
         }
     }

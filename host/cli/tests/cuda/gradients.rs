@@ -112,7 +112,10 @@ fn gradients_are_given_to_a_stream_within_what_was_planned() {
             application.synchronize();
             let have = application.get(address(&dx), 2 * rows * linear.inputs());
             assert_eq!(devices[0].usage().reserved, reserved);
-            assert!(have == bytes(&gradient::<bf16>(&linear, rows, by_row)), "{name}");
+            assert!(
+                have == bytes(&gradient::<bf16>(&linear, rows, by_row)),
+                "{name}"
+            );
             match (rows, by_row) {
                 (130, true) => all = have,
                 // By row others do not matter.

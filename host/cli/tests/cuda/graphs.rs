@@ -26,13 +26,17 @@ fn a_captured_product_is_replayed_with_other_operands() {
     let at = workspace.address().unwrap().pointer;
     // One of its own, and one that begins between nested scales.
     let own = model.linear("apart.0.w1.weight").unwrap();
-    for (linear, is_own) in [(own, true), (model.linear_of("fast.gate_up_proj", 1).unwrap(), false)]
-    {
+    for (linear, is_own) in [
+        (own, true),
+        (model.linear_of("fast.gate_up_proj", 1).unwrap(), false),
+    ] {
         let (outputs, inputs) = (linear.outputs(), linear.inputs());
         let tail = model.tail(0).unwrap();
         let place = |elements: usize| tail.allocate(2 * elements as u64).unwrap();
         let pieces = [20 * inputs, outputs, 20 * outputs, 20 * inputs].map(place);
-        let [x, bias, y, dx] = pieces.each_ref().map(|piece| piece.address().unwrap().pointer);
+        let [x, bias, y, dx] = pieces
+            .each_ref()
+            .map(|piece| piece.address().unwrap().pointer);
         let of_bias: Vec<bf16> = numbers(outputs, 9);
         application.put(bias, &bytes(&of_bias));
         let stream = application.stream();
@@ -46,7 +50,9 @@ fn a_captured_product_is_replayed_with_other_operands() {
                 let bf16 = FloatType::Bf16;
                 linear.forward_on_device(bf16, 20, &forward, false).unwrap();
                 if is_own {
-                    linear.input_gradient_on_device(bf16, 20, &backward, false).unwrap();
+                    linear
+                        .input_gradient_on_device(bf16, 20, &backward, false)
+                        .unwrap();
                 }
             }
         });
@@ -56,13 +62,18 @@ fn a_captured_product_is_replayed_with_other_operands() {
             application.put(y, &vec![0xff; 2 * 20 * outputs]);
             graph.replay();
             let mut need = vec![bf16::ZERO; 20 * outputs];
-            linear.forward(&values, 20, Some(&of_bias), &mut need).unwrap();
+            linear
+                .forward(&values, 20, Some(&of_bias), &mut need)
+                .unwrap();
             let have = application.get(y, 2 * 20 * outputs);
             assert!(have == bytes(&need), "{linear:?}, {seed}");
             if is_own {
                 let mut of_x = vec![bf16::ZERO; 20 * inputs];
                 linear.input_gradient(&need, 20, &mut of_x).unwrap();
-                assert!(application.get(dx, 2 * 20 * inputs) == bytes(&of_x), "{seed}");
+                assert!(
+                    application.get(dx, 2 * 20 * inputs) == bytes(&of_x),
+                    "{seed}"
+                );
             }
         }
         drop(graph);
@@ -77,7 +88,9 @@ fn a_captured_layer_is_replayed_with_another_routing() {
     let kinds = Kinds::new(LAYERS);
     let driver = Driver::start(1);
     let devices = open(&["cuda:0"]);
-    let options = PlanOptions::default().with_rows(20).with_reserved_headroom(true);
+    let options = PlanOptions::default()
+        .with_rows(20)
+        .with_reserved_headroom(true);
     let model = loaded(&kinds, &devices, &options, MIB);
     let application = Application::start(0);
     let wanted = WorkspaceOptions::rows(20).with_experts_per_token(3);
@@ -98,7 +111,10 @@ fn a_captured_layer_is_replayed_with_another_routing() {
                 placed.put(0, tokens, seed);
                 graph.replay();
                 let need = placed.expected(tokens, seed);
-                assert!(placed.y(tokens) == need, "{module}, {tokens} tokens, {seed}");
+                assert!(
+                    placed.y(tokens) == need,
+                    "{module}, {tokens} tokens, {seed}"
+                );
             }
             drop(graph);
         }

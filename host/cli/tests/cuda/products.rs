@@ -422,7 +422,10 @@ fn a_matrix_between_nested_scales_is_multiplied_as_a_part_of_its_stack() {
     let mut dx = [0f32; 192];
     let error = linear.input_gradient(&[0.0; 200], 1, &mut dx).unwrap_err();
     let error = error.to_string();
-    assert!(error.contains("nested scale") && error.contains("16384"), "{error}");
+    assert!(
+        error.contains("nested scale") && error.contains("16384"),
+        "{error}"
+    );
     drop((there, devices));
     driver.clean_report("between");
 }

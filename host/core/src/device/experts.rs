@@ -82,8 +82,8 @@ pub(crate) fn tokens_at_once(weights: &ExpertsWeights, product: &ExpertsProduct)
     let ExpertsWeights::Layer { gate_up, down, .. } = weights else {
         return product.tokens;
     };
-    let of_pair = bytes(down.inputs, product.float.bytes())
-        .saturating_add(bytes(gate_up.inputs, 4));
+    let of_pair =
+        bytes(down.inputs, product.float.bytes()).saturating_add(bytes(gate_up.inputs, 4));
     let of_token = of_pair.saturating_mul(product.choices as u64).max(1);
     let most = usize::try_from(MOST_BETWEEN / of_token).unwrap_or(usize::MAX);
     product.tokens.min(most.max(1))
@@ -123,7 +123,11 @@ pub(crate) fn layout_of_matrix(product: &StackProduct, gpu: Option<Gpu>) -> Layo
 }
 
 /// The product with a matrix as one with the stack that it is of.
-pub(crate) fn matrix(weights: &ProductWeights, stack: MatrixOfStack, product: &Product) -> StackProduct {
+pub(crate) fn matrix(
+    weights: &ProductWeights,
+    stack: MatrixOfStack,
+    product: &Product,
+) -> StackProduct {
     StackProduct {
         routing: Routing {
             tokens: product.rows,

@@ -459,10 +459,17 @@ fn layers_of_experts_and_gradients_have_room() {
         // What the kernels work in and the routing, and of each pair what the activation gives in bf16
         // (in f32, where the kernels need nothing) and a part in f32.
         let pieces = |work: usize, element| {
-            [work, routing.most_bytes(), pairs * 512 * element, pairs * 512 * 4]
-                .map(|bytes: usize| bytes.next_multiple_of(256))
+            [
+                work,
+                routing.most_bytes(),
+                pairs * 512 * element,
+                pairs * 512 * 4,
+            ]
+            .map(|bytes: usize| bytes.next_multiple_of(256))
         };
-        let bf16 = pieces(of(gates).max(of(Form::Parts)), 2).iter().sum::<usize>();
+        let bf16 = pieces(of(gates).max(of(Form::Parts)), 2)
+            .iter()
+            .sum::<usize>();
         let f32 = pieces(0, 4).iter().sum::<usize>();
         assert_eq!(products(&options), bf16.max(f32) as u64, "{tokens}");
         // Where nobody says how many experts a token has, there are 8.

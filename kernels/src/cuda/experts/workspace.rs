@@ -38,7 +38,9 @@ impl Routing {
         // The smallest tiles are of 8 rows, and each expert may have one that is not full.
         let used = pairs.min(self.experts);
         let tiles = used.saturating_add((pairs - used) / 8);
-        let of_pairs = pairs.saturating_mul(4).saturating_add(2 * super::PAIRS_BEGIN);
+        let of_pairs = pairs
+            .saturating_mul(4)
+            .saturating_add(2 * super::PAIRS_BEGIN);
         of_pairs.saturating_add(tiles.saturating_mul(16))
     }
 
@@ -201,7 +203,14 @@ mod tests {
                 compute_capability,
                 multiprocessors,
             };
-            for (outputs, inputs) in [(4096, 4096), (448, 64), (456, 160), (18944, 3584), (40, 8192)] {
+            let named = crate::cuda::linear::kernels(compute_capability);
+            for (outputs, inputs) in [
+                (4096, 4096),
+                (448, 64),
+                (456, 160),
+                (18944, 3584),
+                (40, 8192),
+            ] {
                 let mut most = 0;
                 for rows in (0..300).chain((300..5000).step_by(61)) {
                     let linear = Linear {
@@ -213,9 +222,14 @@ mod tests {
                         aligned: true,
                         by_row: false,
                     };
-                    most = most.max(linear.launch_transposed(gpu).unwrap().workspace_bytes);
+                    let launch = linear.launch_transposed(gpu).unwrap();
+                    assert!(named.contains(&(launch.kernel, launch.shared_bytes)));
+                    most = most.max(launch.workspace_bytes);
                     let enough = linear.most_transposed_workspace_bytes(Some(gpu));
-                    assert!(enough >= most && enough <= 16 << 20, "{linear:?}: {enough}, {most}");
+                    assert!(
+                        enough >= most && enough <= 16 << 20,
+                        "{linear:?}: {enough}, {most}"
+                    );
                     assert!(linear.most_transposed_workspace_bytes(None) >= enough);
                 }
             }

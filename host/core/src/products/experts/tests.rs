@@ -80,7 +80,9 @@ fn expected(
     for (token, x) in x.chunks_exact(HIDDEN).enumerate() {
         let mut sums = vec![0.0; HIDDEN];
         for pair in token * choices.of_token..(token + 1) * choices.of_token {
-            let Some(expert) = usize::try_from(choices.ids[pair]).ok().filter(|id| *id < EXPERTS)
+            let Some(expert) = usize::try_from(choices.ids[pair])
+                .ok()
+                .filter(|id| *id < EXPERTS)
             else {
                 continue;
             };
@@ -170,7 +172,9 @@ fn layers_are_what_their_matrices_give() {
                         down_bias: down.map(bytemuck::cast_slice),
                         y: &mut bytes[1..],
                     };
-                    layer.forward_bytes(FloatType::F32, operands, &options).unwrap();
+                    layer
+                        .forward_bytes(FloatType::F32, operands, &options)
+                        .unwrap();
                     assert_eq!(bytes[1..], *bytemuck::cast_slice::<f32, u8>(&y));
                 }
                 // A token by itself.
@@ -220,7 +224,10 @@ fn each_row_is_multiplied_with_its_own_expert() {
                 let mut need = vec![bf16::ZERO; outputs];
                 let x = &x[row * HIDDEN..][..HIDDEN];
                 let bias = &bias[id * outputs..][..outputs];
-                matrix.unwrap().forward(x, 1, Some(bias), &mut need).unwrap();
+                matrix
+                    .unwrap()
+                    .forward(x, 1, Some(bias), &mut need)
+                    .unwrap();
                 assert_eq!(have, need, "{double}, row {row}");
             }
         }
@@ -238,7 +245,10 @@ fn explicit_names_are_the_same_layer() {
     let one = model.experts("fused", Activation::Silu).unwrap();
     let other = model.experts_of(&names, Activation::Silu).unwrap();
     let tensors = other.tensors().into_iter().map(|tensor| tensor.name());
-    assert_eq!(tensors.collect::<Vec<_>>(), ["fused.gate_up_proj", "fused.down_proj"]);
+    assert_eq!(
+        tensors.collect::<Vec<_>>(),
+        ["fused.gate_up_proj", "fused.down_proj"]
+    );
     let choices = Choices {
         of_token: 1,
         ids: &[2],
@@ -275,7 +285,10 @@ fn what_is_no_layer_in_4_bits_is_refused_and_named() {
     };
     refused("nobody", &["'nobody'", "'nobody.0.gate_proj.weight'"]);
     refused("stored", &["'stored.down_proj'", "bf16", "stored"]);
-    refused("bad", &["'bad.gate_up_proj'", "[4, 128, 96]", "[4, 126, 96]"]);
+    refused(
+        "bad",
+        &["'bad.gate_up_proj'", "[4, 128, 96]", "[4, 126, 96]"],
+    );
     refused("few", &["'few.1.w1.weight'", "[64, 128]", "[64, 96]"]);
     let none = ExpertsTensors::Each(vec![]);
     assert!(matches!(
@@ -303,14 +316,37 @@ fn operands_of_other_lengths_are_refused_and_nothing_is_written() {
         };
         let mut y = vec![7f32; y];
         let [gate_up, down] = biases.map(Some);
-        let error = layer.forward(x, &choices, gate_up, down, &mut y).unwrap_err();
+        let error = layer
+            .forward(x, &choices, gate_up, down, &mut y)
+            .unwrap_err();
         assert_eq!(error.to_string(), what);
         assert!(y.iter().all(|y| *y == 7.0));
     };
     let both = [&gate_up[..], &down[..]];
-    refused(&x[..191], 4, 4, both, 192, "x for tensor 'fused' has 191 elements, need 96");
-    refused(&x, 4, 4, both, 191, "y for tensor 'fused' has 191 elements, need 192");
-    refused(&x, 3, 4, both, 192, "the ids for tensor 'fused' has 3 elements, need 4");
+    refused(
+        &x[..191],
+        4,
+        4,
+        both,
+        192,
+        "x for tensor 'fused' has 191 elements, need 96",
+    );
+    refused(
+        &x,
+        4,
+        4,
+        both,
+        191,
+        "y for tensor 'fused' has 191 elements, need 192",
+    );
+    refused(
+        &x,
+        3,
+        4,
+        both,
+        192,
+        "the ids for tensor 'fused' has 3 elements, need 4",
+    );
     let weights = "the weights of the ids for tensor 'fused' has 5 elements, need 4";
     refused(&x, 4, 5, both, 192, weights);
     let bias = "the bias of gate and up for tensor 'fused' has 511 elements, need 512";

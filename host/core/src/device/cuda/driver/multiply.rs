@@ -12,9 +12,9 @@ use super::kernels::Shape;
 use super::{CudaPageLocked, DeviceMemory, KernelModule, Staging, WorkspaceMemory, unavailable};
 use crate::device::experts::places;
 use crate::device::{
-    DeviceBytes, DeviceError, DeviceExpertsOperands, DeviceOperands, ExpertsProduct, ExpertsWeights,
-    HostExpertsOperands, HostOperands, Multiplier, Piece, Product, ProductWeights, WRITER_BUFFERS,
-    Writer,
+    DeviceBytes, DeviceError, DeviceExpertsOperands, DeviceOperands, ExpertsProduct,
+    ExpertsWeights, HostExpertsOperands, HostOperands, Multiplier, Piece, Product, ProductWeights,
+    WRITER_BUFFERS, Writer,
 };
 
 /// Bytes that are copied at once.
@@ -166,8 +166,7 @@ impl KernelMultiplier {
         }
         own.at(0, usize::try_from(end).unwrap_or(usize::MAX))?;
         let counters = (end - workspace).min(COUNTERS as u64);
-        own.memory
-            .clear(own.start + workspace, counters as usize)?;
+        own.memory.clear(own.start + workspace, counters as usize)?;
 
         let longest = inputs.iter().map(|(_, bytes)| bytes.len()).max();
         let buffer = longest.unwrap_or(0).clamp(1, COPIED);
