@@ -274,7 +274,7 @@ const MOST_SCRATCH: usize = 16 << 20;
 /// By row, the work is dealt out as if for a GPU with this many multiprocessors.
 const MULTIPROCESSORS_BY_ROW: u32 = 132;
 
-/// Returns the kernels that [`Linear::launch`] names for a compute capability, each with its
+/// Returns the kernels that [`Linear::launch`] and [`Linear::launch_transposed`] name for a compute capability, each with its
 /// [`LinearLaunch::shared_bytes`]: what has to be looked up in [`module`], and told to the driver, before
 /// the first launch.
 pub fn kernels(compute_capability: (u32, u32)) -> Vec<(&'static str, u32)> {
@@ -282,7 +282,9 @@ pub fn kernels(compute_capability: (u32, u32)) -> Vec<(&'static str, u32)> {
     let tiers = TIERS.iter().filter(|tier| tier.is_for(compute_capability));
     let fast = tiers.flat_map(|tier| [tier.f16, tier.bf16].map(|name| (name, tier.shared_bytes())));
     let many = many::kernels().filter(|_| compute_capability == many::CAPABILITY);
-    general.into_iter().chain(fast).chain(many).collect()
+    let transposed = workspace::transposed_kernels(compute_capability);
+    let all = general.into_iter().chain(fast).chain(many);
+    all.chain(transposed).collect()
 }
 
 /// The kernels for whatever the fast ones cannot do.
@@ -327,7 +329,7 @@ impl Linear {
 
     /// Returns how to compute `dx = dy * W` instead, as training needs it: of dy [rows, outputs],
     /// which is the argument x, dx [rows, inputs], which is y. The bias is not read, and the
-    /// workspace is at most 16 MiB and [`COUNTERS`].
+    /// workspace is at most 16 MiB.
     ///
     /// # Errors
     /// As in [`Linear::launch`].

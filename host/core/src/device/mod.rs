@@ -2,6 +2,9 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+// Without GPUs only plans count with it.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) mod experts;
 mod host;
 mod host_memory;
 // Declares what is called with pointers that nobody can check; calls nothing.
@@ -18,7 +21,9 @@ use std::sync::Arc;
 pub use cuda::CudaDevice;
 pub use host::HostDevice;
 pub use multiplier::{
-    DeviceBytes, DeviceOperands, HostOperands, Multiplier, NestedScales, Product, ProductWeights,
+    DeviceBytes, DeviceExpertsOperands, DeviceOperands, ExpertsProduct, ExpertsWeights,
+    HostExpertsOperands, HostOperands, MatrixOfStack, Multiplier, NestedScales, Product,
+    ProductWeights,
 };
 pub use quantizer::{
     QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Staged, Workspace,

@@ -19,8 +19,11 @@ const GROUP: usize = 4 * DEPTH;
 const THREADS: u32 = 384;
 /// 128 KiB for x, three groups of codes and scales, the table of codes, that of scales' codes, barriers.
 const SHARED_BYTES: u32 = (128 << 10) + 3 * (16384 + 2048) + (32 << 10) + 1024 + 256;
-/// Clusters that work on parts of tiles at a time: their sums take 16 MiB.
-const MOST_PARTS: usize = 64;
+/// Clusters that work on parts of tiles at a time. Their sums take 256 KiB each, and all that gradients need
+/// shall be 16 MiB at most.
+const fn most_parts(transposed: bool) -> usize {
+    if transposed { 63 } else { 64 }
+}
 
 /// By whether W is transposed and tiles have many rows, of f16 and of bf16.
 const NAMES: [[[&str; 2]; 2]; 2] = [
@@ -73,11 +76,16 @@ pub struct TileMap {
     pub swizzle: u32,
 }
 
-/// What the kernels have to do: tiles in pairs, and what each sums up.
+/// How the work is dealt out.
+#[derive(Debug, Clone, Copy)]
 struct Work {
+    /// Rows of a tile.
     columns: usize,
+    /// Pairs of tiles, of which each cluster has the same number and some clusters one more: of these `last`
+    /// each is computed in `parts`.
     pairs: usize,
-    groups: usize,
+    last: usize,
+    parts: usize,
 }
 
 impl Linear {
@@ -92,20 +100,49 @@ impl Linear {
             && lengths.iter().all(|length| (1..1 << 31).contains(length))
     }
 
-    fn work_of_many(&self, transposed: bool) -> Work {
+    /// The quickest way to deal it out.
+    fn work_of_many(&self, clusters: usize, transposed: bool) -> Work {
         let (left, depth) = match transposed {
             true => (self.inputs, self.outputs),
             false => (self.outputs, self.inputs),
         };
-        // By row nothing may depend on the number of rows.
-        let few = self.rows <= COLUMNS[0] && !self.by_row;
-        let columns = if few { COLUMNS[0] } else { COLUMNS[1] };
-        Work {
-            columns,
-            pairs: left
+        let groups = depth.div_ceil(GROUP);
+        let work = |columns: usize| {
+            let pairs = left
                 .div_ceil(LEFT * CLUSTER)
-                .saturating_mul(self.rows.div_ceil(columns)),
-            groups: depth.div_ceil(GROUP),
+                .saturating_mul(self.rows.div_ceil(columns));
+            let last = pairs % clusters;
+            // In tenths of what a group takes, which is about 2 us; so do beginning and end of a tile. The
+            // parts of a tile are summed up by one thread block.
+            let cost = |parts: usize| match parts {
+                1 => 10 * groups + 7,
+                _ => 10 * groups.div_ceil(parts) + 17 + 3 * parts,
+            };
+            let most = match last {
+                // By row nothing may depend on the number of rows.
+                _ if self.by_row => 1,
+                0 => 1,
+                _ => clusters.min(most_parts(transposed)) / last,
+            };
+            let parts = (1..=most.min(groups).max(1)).min_by_key(|parts| cost(*parts));
+            let parts = parts.unwrap_or(1);
+            let of_last = if last == 0 { 0 } else { cost(parts) };
+            let all = (pairs / clusters).saturating_mul(cost(1)) + of_last;
+            // Half the rows take two thirds of the time.
+            let all = all.saturating_mul(if columns == COLUMNS[1] { 3 } else { 2 });
+            let work = Work {
+                columns,
+                pairs,
+                last,
+                parts,
+            };
+            (all, work)
+        };
+        let [few, many] = COLUMNS.map(work);
+        if few.0 < many.0 && !self.by_row {
+            few.1
+        } else {
+            many.1
         }
     }
 
@@ -130,21 +167,22 @@ impl Linear {
     }
 
     fn launch_of(&self, gpu: Gpu, transposed: bool) -> Result<Option<LinearLaunch>, KernelError> {
-        let work = self.work_of_many(transposed);
-        let is_many = work.columns == COLUMNS[1];
+        let clusters = clusters(gpu.multiprocessors);
+        let work = self.work_of_many(clusters, transposed);
+        let Work {
+            columns,
+            pairs,
+            last,
+            parts,
+        } = work;
+        let is_many = columns == COLUMNS[1];
         let names = NAMES[usize::from(!transposed)][usize::from(is_many)];
         let kernel = names[usize::from(self.float == FloatType::Bf16)];
-        let clusters = clusters(gpu.multiprocessors);
-        let (last, parts) = if self.by_row {
-            (0, 1)
-        } else {
-            work.parts(clusters)
-        };
-        // What all parts are: they have to be counted in 32 bits.
-        if work.pairs >= 1 << 31 {
+        // They are counted in 32 bits.
+        if pairs >= 1 << 31 {
             return Ok(None);
         }
-        let units = work.pairs + last * (parts - 1);
+        let units = pairs + last * (parts - 1);
         Ok(Some(LinearLaunch {
             kernel,
             grid: grid(kernel, (units.min(clusters) * CLUSTER) as u64)?,
@@ -152,7 +190,7 @@ impl Linear {
             shared_bytes: SHARED_BYTES,
             workspace_bytes: match parts {
                 1 => 0,
-                _ => COUNTERS + last * parts * CLUSTER * LEFT * work.columns * 4,
+                _ => COUNTERS + last * parts * CLUSTER * LEFT * columns * 4,
             },
             rows: self.rows,
             shares: parts as u32,
@@ -197,38 +235,24 @@ fn clusters(multiprocessors: u32) -> usize {
     (multiprocessors.clamp(2, 2048) as usize) / CLUSTER
 }
 
-impl Work {
-    /// Pairs of tiles that are left over once all others have been dealt out evenly, and in how many parts
-    /// each of them is computed.
-    fn parts(&self, clusters: usize) -> (usize, usize) {
-        let last = match self.pairs % clusters {
-            0 => return (0, 1),
-            last => last,
-        };
-        // A group of a part takes about 2 us, and that much its beginning and end; every part has to be
-        // summed up by one thread block.
-        let cost = |parts: usize| match parts {
-            1 => 10 * self.groups,
-            _ => 10 * self.groups.div_ceil(parts) + 10 + 3 * parts,
-        };
-        let most = (clusters.min(MOST_PARTS) / last).min(self.groups).max(1);
-        let parts = (1..=most).min_by_key(|parts| cost(*parts)).unwrap_or(1);
-        (last, parts)
-    }
-}
-
 /// A number of bytes that is enough as a workspace for this many rows and any fewer, with W transposed or
-/// not.
+/// not. Zero where these kernels are not for it.
 pub(super) fn most_workspace_bytes(linear: &Linear, gpu: Option<Gpu>, transposed: bool) -> usize {
-    let is_there = gpu.is_none_or(|gpu| gpu.compute_capability == CAPABILITY);
-    if !is_there || linear.by_row || (!transposed && linear.rows <= FEW_ROWS) {
+    let gpu = gpu.unwrap_or(Gpu {
+        compute_capability: CAPABILITY,
+        multiprocessors: u32::MAX,
+    });
+    let linear = Linear {
+        aligned: true,
+        ..*linear
+    };
+    let is_for = match transposed {
+        true => linear.outputs.is_multiple_of(8),
+        false => linear.rows > FEW_ROWS,
+    };
+    if !linear.is_for_many(gpu) || !is_for || linear.by_row {
         return 0;
     }
-    let columns = if linear.rows <= COLUMNS[0] {
-        COLUMNS[0]
-    } else {
-        COLUMNS[1]
-    };
-    let clusters = gpu.map_or(MOST_PARTS, |gpu| clusters(gpu.multiprocessors));
-    COUNTERS + clusters.min(MOST_PARTS) * CLUSTER * LEFT * columns * 4
+    let parts = clusters(gpu.multiprocessors).min(most_parts(transposed));
+    COUNTERS + parts * CLUSTER * LEFT * COLUMNS[1] * 4
 }

@@ -1,14 +1,55 @@
 //! How much of a workspace is enough, before it is known what will be computed in it.
 
 use super::{
-    COUNTERS, Gpu, Linear, MOST_ROWS, MOST_ROWS_OF_LAUNCH, MULTIPROCESSORS_BY_ROW, OUTPUTS, SLICE,
-    TIERS, Tier, many,
+    COUNTERS, Capability, Gpu, Linear, MOST_ROWS, MOST_ROWS_OF_LAUNCH, MOST_SCRATCH,
+    MULTIPROCESSORS_BY_ROW, OUTPUTS, SLICE, TIERS, Tier, many,
 };
-use crate::FloatType;
+use crate::{BlockSize, FloatType};
 
 /// More than any GPU has by now: what [`Linear::most_workspace_bytes`] counts with where it is not
 /// known which GPU it will be.
 pub const MOST_MULTIPROCESSORS: u32 = 192;
+
+/// The kernels that [`Linear::launch_transposed`] names, but for those of [`many`], as [`super::kernels`]
+/// has them.
+pub(super) fn transposed_kernels(
+    compute_capability: Capability,
+) -> impl Iterator<Item = (&'static str, u32)> {
+    let all = [FloatType::F32, FloatType::F16, FloatType::Bf16]
+        .into_iter()
+        .flat_map(|float| {
+            [
+                (float, 1, [1, 1]),
+                (float, 64, [8, 32]),
+                (float, 65, [8, 32]),
+            ]
+        });
+    let launches = all.filter_map(move |(float, rows, [outputs, inputs])| {
+        let linear = Linear {
+            float,
+            rows,
+            outputs,
+            inputs,
+            block_size: BlockSize::DEFAULT,
+            aligned: true,
+            by_row: false,
+        };
+        let gpu = Gpu {
+            compute_capability,
+            multiprocessors: 1,
+        };
+        linear.launch_transposed(gpu).ok()
+    });
+    let mut named: Vec<&'static str> = Vec::new();
+    launches.filter_map(move |launch| {
+        let is_new = !named.contains(&launch.kernel);
+        named.push(launch.kernel);
+        is_new.then_some((launch.kernel, launch.shared_bytes))
+    })
+}
+
+/// Rows of the larger tiles of products with the transposed weights, and inputs of all of them.
+const TRANSPOSED_ROWS: usize = 128;
 
 impl Linear {
     /// Returns a number of bytes that is enough as the workspace of [`Linear::launch`] for this many rows
@@ -55,5 +96,51 @@ impl Linear {
             .map(bytes);
         let most = tiers.max().unwrap_or(0);
         most.max(many::most_workspace_bytes(self, gpu, false))
+    }
+
+    /// Returns the same for [`Linear::launch_transposed`]; at most 16 MiB.
+    pub fn most_transposed_workspace_bytes(&self, gpu: Option<Gpu>) -> usize {
+        let of_many = many::most_workspace_bytes(self, gpu, true);
+        match gpu {
+            // Where pointers are not aligned none is needed.
+            Some(_) if of_many > 0 => of_many,
+            Some(gpu) => self.most_of_shares(gpu),
+            None => of_many.max(self.most_of_shares(Gpu {
+                compute_capability: (8, 0),
+                multiprocessors: MOST_MULTIPROCESSORS,
+            })),
+        }
+    }
+
+    /// The same for the kernels that deal outputs out in shares.
+    fn most_of_shares(&self, gpu: Gpu) -> usize {
+        let of_rows = |rows| {
+            let linear = Linear {
+                rows,
+                aligned: true,
+                ..*self
+            };
+            // What cannot be launched needs nothing.
+            linear.launch_transposed(gpu).ok()
+        };
+        let of_few = of_rows(self.rows.min(TRANSPOSED_ROWS / 2));
+        let of_few = of_few.map_or(0, |launch| launch.workspace_bytes);
+        let has_large_tiles = of_rows(self.rows).is_some_and(|launch| launch.shared_bytes > 0);
+        // Outputs are dealt out in steps of 64, at least four to a share.
+        if self.rows <= TRANSPOSED_ROWS / 2
+            || self.by_row
+            || !has_large_tiles
+            || self.outputs <= 448
+        {
+            return of_few;
+        }
+        let tile = TRANSPOSED_ROWS * TRANSPOSED_ROWS * 4;
+        let columns = self.inputs.div_ceil(TRANSPOSED_ROWS);
+        let tiles = columns.saturating_mul(self.rows.div_ceil(TRANSPOSED_ROWS));
+        // In at most 8 shares each, and only as long as there are fewer than keep the GPU busy.
+        let busy = 4 * gpu.multiprocessors.clamp(1, 1024) as usize;
+        let room = (MOST_SCRATCH - COUNTERS) / tile;
+        let places = tiles.saturating_mul(8).min(busy).min(room);
+        of_few.max(COUNTERS + places * tile)
     }
 }
