@@ -283,7 +283,7 @@ impl KernelMultiplier {
             shared_bytes: launch.shared_bytes,
         };
         // SAFETY: as the caller promises.
-        unsafe { self.experts.launch_in(stream, shape, arguments) }
+        unsafe { self.experts.launch_in(stream, shape, arguments, &[]) }
     }
 
     fn checked<T>(&self, launch: Result<T, KernelError>) -> Result<T, DeviceError> {

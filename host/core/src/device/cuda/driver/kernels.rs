@@ -8,6 +8,7 @@ use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule, CUstream};
 use tightfit_kernels::cuda::{self, Launch, experts, linear};
 
 use super::stream::Stream;
+use super::tiles::TensorMap;
 use super::{Context, twice, unavailable};
 use crate::device::DeviceError;
 
@@ -116,18 +117,19 @@ impl KernelModule {
             shared_bytes: 0,
         };
         // SAFETY: as the caller promises.
-        unsafe { self.launch_in(stream.raw, shape, &mut arguments) }
+        unsafe { self.launch_in(stream.raw, shape, &mut arguments, &[]) }
     }
 
     /// The same for any kernel, and in any stream of the device, whose context is current.
     ///
     /// # Safety
-    /// As above; `arguments` are as many as the kernel has parameters.
+    /// As above; `arguments` and `maps` behind them are as many as the kernel has parameters.
     pub(super) unsafe fn launch_in(
         &self,
         stream: CUstream,
         shape: Shape,
         arguments: &mut [u64],
+        maps: &[TensorMap],
     ) -> Result<(), DeviceError> {
         let module = self.module()?;
         let mut functions = module.functions.iter();
@@ -136,8 +138,13 @@ impl KernelModule {
             return Err(unavailable(self.context.name(), reason));
         };
         let mut pointers = [ptr::null_mut::<c_void>(); MOST_ARGUMENTS];
-        for (pointer, argument) in pointers.iter_mut().zip(arguments) {
-            *pointer = ptr::from_mut(argument).cast();
+        // The driver only reads what they point to.
+        let maps = maps.iter().map(|map| ptr::from_ref(map).cast_mut().cast());
+        let arguments = arguments
+            .iter_mut()
+            .map(|argument| ptr::from_mut(argument).cast());
+        for (pointer, argument) in pointers.iter_mut().zip(arguments.chain(maps)) {
+            *pointer = argument;
         }
         // SAFETY: the function is of a module that `self` keeps; there are as many pointers as it
         // has parameters, each to a value that is at least as wide and outlives the call, which

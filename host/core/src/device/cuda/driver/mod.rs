@@ -12,6 +12,7 @@ mod multiply;
 mod page_locked;
 mod quantize;
 mod stream;
+mod tiles;
 mod transfer;
 
 use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
@@ -32,6 +33,7 @@ pub(super) use multiply::KernelMultiplier;
 pub(super) use page_locked::CudaPageLocked;
 pub(super) use quantize::{KernelQuantizer, WorkspaceMemory};
 pub(super) use transfer::Staging;
+use tiles::EncodeTiled;
 
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 const OUT_OF_MEMORY: c_uint = 2;
@@ -48,6 +50,8 @@ macro_rules! api {
         #[expect(non_snake_case, reason = "the driver's own names")]
         struct Api {
             $($name: unsafe extern "C" fn($($argument),*) -> c_uint,)*
+            /// Which only drivers from CUDA 12 on have.
+            encode_tiled: Option<EncodeTiled>,
         }
 
         impl Api {
@@ -68,6 +72,12 @@ macro_rules! api {
                         };
                         *symbol.map_err(|_| stringify!($name))?
                     },)*
+                    encode_tiled: {
+                        // SAFETY: as above.
+                        let symbol =
+                            unsafe { library.get::<EncodeTiled>(b"cuTensorMapEncodeTiled\0") };
+                        symbol.ok().map(|symbol| *symbol)
+                    },
                 })
             }
         }

@@ -9,6 +9,7 @@ use tightfit_kernels::cuda::quant_type_argument;
 use tightfit_kernels::{KernelError, NESTED_BLOCK_SIZE, blocks, packed_bytes};
 
 use super::kernels::Shape;
+use super::tiles::TensorMap;
 use super::{CudaPageLocked, DeviceMemory, KernelModule, Staging, WorkspaceMemory, unavailable};
 use crate::device::experts::places;
 use crate::device::{
@@ -264,12 +265,20 @@ impl Multiplier for KernelMultiplier {
                 u64::from(quant_type_argument(weights.quant_type)),
                 u64::from(launch.shares),
             ];
+            let maps = match &launch.maps {
+                None => &[][..],
+                Some([of_x, of_codes]) => {
+                    let context = self.kernels.context();
+                    let x = TensorMap::new(context, arguments[5], of_x)?;
+                    &[x, TensorMap::new(context, codes, of_codes)?]
+                }
+            };
             // SAFETY: the arguments that the kernels of products have. Weights and constants lie in memory
             // that `self` keeps, and are as long as the kernel needs: `find` has looked. The rest, and that
             // `self` is kept, is the caller's promise.
             unsafe {
-                self.kernels
-                    .launch_in(operands.stream as CUstream, shape, &mut arguments)
+                let stream = operands.stream as CUstream;
+                self.kernels.launch_in(stream, shape, &mut arguments, maps)
             }?;
         }
         Ok(())
