@@ -137,6 +137,9 @@ pub struct PlanOptions {
     /// plan. 0, the default, reserves nothing for them. How large a workspace is does not depend on the
     /// GPU, which need not be there: some 3 MiB for 8 rows, 25 MiB for 64, and no more for any number.
     pub rows: u64,
+    /// Formats of tensors, by their indices in the checkpoint, whatever the policy says; of one that
+    /// [`FormatRules`] fix too, this one holds. For programs that know of each tensor what becomes of it.
+    pub formats: Vec<(usize, Format)>,
     /// Looked at every few milliseconds: a checkpoint can have a million tensors.
     pub cancel: CancelToken,
 }
@@ -144,6 +147,7 @@ pub struct PlanOptions {
 tightfit_common::setters!([] PlanOptions:
     with_reserved_headroom: reserve_headroom, bool;
     with_rows: rows, u64;
+    with_formats: formats, Vec<(usize, Format)>;
     with_cancel: cancel, CancelToken;
 );
 
