@@ -8,7 +8,7 @@ use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
 use tightfit::hub::HubError;
 use tightfit::load::{LoadError, ReserveError};
-use tightfit::plan::{BadPlan, FormatRuleError, PlanError, ProposeError};
+use tightfit::plan::{BadPlan, FormatRuleError, PlanError, ProposeError, ROWS_SETTING};
 use tightfit::policy::{PolicyError, RefusalReason};
 use tightfit::save::SaveError;
 use tightfit::status::Status;
@@ -260,6 +260,15 @@ impl From<&ProposeError> for ErrorReport {
                     _ => report,
                 }
             }
+            ProposeError::IllegalFormat { tensor, .. } => ErrorReport {
+                tensor: Some(tensor.clone()),
+                ..report("usage")
+            },
+            ProposeError::NotRows { .. } => ErrorReport {
+                setting: Some(ROWS_SETTING.to_owned()),
+                ..report("bad-setting")
+            },
+            ProposeError::NoSuchTensor { .. } => report("usage"),
             ProposeError::Cancelled => report("interrupted"),
             _ => report("internal"),
         }

@@ -2,6 +2,7 @@
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
+use tightfit::device::DeviceInfo;
 use tightfit::status::Status;
 use tightfit_cli::ErrorReport;
 
@@ -30,6 +31,25 @@ impl Failure {
         ErrorReport: From<&'a E>,
     {
         Failure(Box::new(ErrorReport::from(error)))
+    }
+
+    /// Says what there was, where a policy that refuses only says what is missing: of all devices together,
+    /// and which that is where there is only one.
+    pub(crate) fn on(mut self, devices: &[DeviceInfo]) -> Failure {
+        let report = &mut self.0;
+        if report.kind == "does-not-fit"
+            && report.need_bytes.is_none()
+            && let Some(missing) = report.missing_bytes
+        {
+            let available = devices.iter().map(|device| device.available);
+            let have = available.fold(0, u64::saturating_add);
+            report.have_bytes = Some(have);
+            report.need_bytes = Some(have.saturating_add(missing));
+            if let [device] = devices {
+                report.device = Some(device.name.clone());
+            }
+        }
+        self
     }
 
     /// The exception, whose class and fields `tightfit._errors` chooses.

@@ -82,7 +82,7 @@ pub(crate) struct PlannedTensor {
     /// Its device; None where it is not loaded.
     #[pyo3(get)]
     device: Option<String>,
-    /// `stored`, `nf4`, `nf4+double`, `nf4/128`, `bf16`, `f16` or `f32`.
+    /// `stored`, `nf4`, `nf4+double`, `nf4/128`, `cast:bf16`, `cast:f16` or `cast:f32`.
     #[pyo3(get)]
     format: String,
     /// Bytes of all its parts.
@@ -309,7 +309,8 @@ pub(crate) fn plan(
             .with_reserved_headroom(reserve_headroom)
             .with_cancel(cancel.clone());
         let infos = planned_devices(&devices)?;
-        let proposed = propose_with(&checkpoint, &*policy, &infos, &settings, &options)?;
+        let proposed = propose_with(&checkpoint, &*policy, &infos, &settings, &options)
+            .map_err(|error| Failure::from(error).on(&infos))?;
         Ok(Plan {
             checkpoint,
             proposed: Arc::new(proposed),

@@ -106,7 +106,7 @@ impl Weight {
         PyTuple::new(py, shape)
     }
 
-    /// How it is stored: `stored`, `nf4`, `nf4+double`, `nf4/128`, `bf16`, `f16` or `f32`.
+    /// How it is stored: `stored`, `nf4`, `nf4+double`, `nf4/128`, `cast:bf16`, `cast:f16` or `cast:f32`.
     #[getter]
     fn format(&self, py: Python<'_>) -> PyResult<String> {
         self.with(py, |tensor| tensor.format().to_string())

@@ -15,9 +15,10 @@ class TightfitError(Exception):
 
 
 class UsageError(TightfitError, ValueError):
-    """The call is wrong: an argument, a setting, a name. ``setting`` names the setting, if one is."""
+    """The call is wrong: an argument, a setting, a name. ``setting`` and ``tensor`` say which, if known."""
 
     setting: str | None = None
+    tensor: str | None = None
 
 
 class CheckpointError(TightfitError, ValueError):
@@ -41,8 +42,8 @@ class OutOfMemory(TightfitError, MemoryError):
     """The model does not fit. Sizes are in bytes, each None where it is not known.
 
     Attributes:
-        device: The device that is too small.
-        need: Bytes needed there, headroom included.
+        device: The device that is too small; None where a policy has tried several.
+        need: Bytes needed there, or on all devices together, headroom included.
         have: Bytes that there are.
         missing: Bytes more with which it would do.
         tensor: The first tensor that does not fit.

@@ -27,7 +27,7 @@ class Options:
     quantize_on: str = "auto"
 
 
-class TightfitConfig(BitsAndBytesConfig):
+class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
     """4-bit NF4, loaded by Tightfit. It is saved as bitsandbytes' configuration, which it is.
 
     Args:

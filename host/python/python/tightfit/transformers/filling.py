@@ -42,7 +42,7 @@ class Filled(WeightConverter):  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Filled:
         # transformers makes one for each parameter. What is shared is not written to.
-        return _copied(self, Filled, self.find)
+        return _copied(self, self.find)
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         super().add_tensor(target_key, source_key, source_pattern, source_key)
@@ -56,8 +56,8 @@ class Filled(WeightConverter):  # type: ignore[misc]
         return tensors
 
 
-def _copied(converter: Any, cls: type, find: Any) -> Any:
-    copied = object.__new__(cls)
+def _copied(converter: Any, find: Any) -> Filled:
+    copied: Filled = object.__new__(Filled)
     for base in type(converter).__mro__:
         for name in getattr(base, "__slots__", ()):
             if hasattr(converter, name):
@@ -76,4 +76,4 @@ def converters(own: list[Any], find: Any) -> list[Any]:
     """
     everything = Filled([_BESIDE, _ANY], [r"\1"], [AsItIs()])
     everything.find = find
-    return [_copied(converter, Filled, find) for converter in own] + [everything]
+    return [_copied(converter, find) for converter in own] + [everything]

@@ -36,9 +36,10 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     # All parts of a weight are one tensor of ours.
     serialized_names: dict[str, list[str]] = {}
 
-    def __new__(cls, quantization_config: Any, **kwargs: Any) -> Any:
-        wants_fp4 = quantization_config.bnb_4bit_quant_type != "nf4" and not kwargs.get("pre_quantized", True)
-        if wants_fp4:
+    def __new__(cls, quantization_config: Any = None, **kwargs: Any) -> Any:
+        # Copying makes one without a configuration.
+        quant_type = getattr(quantization_config, "bnb_4bit_quant_type", "nf4")
+        if quant_type != "nf4" and not kwargs.get("pre_quantized", True):
             if isinstance(quantization_config, TightfitConfig):
                 raise ValueError("Tightfit quantizes to NF4 only: FP4 is loaded where a checkpoint has it")
             return Bnb4BitHfQuantizer(quantization_config, **kwargs)
