@@ -140,6 +140,38 @@ impl Checkpoint {
             .collect()
     }
 
+    /// The names, as of a dict.
+    pub(crate) fn keys(&self, _py: Python<'_>) -> PyResult<Vec<String>> {
+        let tensors = self.inner.tensors().iter();
+        Ok(tensors.map(|tensor| tensor.name.clone()).collect())
+    }
+
+    /// Everything under them, as of a dict.
+    fn values(&self, py: Python<'_>) -> PyResult<Vec<TensorInfo>> {
+        let names = self.keys(py)?.into_iter();
+        names.map(|name| self.__getitem__(name)).collect()
+    }
+
+    /// Both, as of a dict.
+    fn items(&self, py: Python<'_>) -> PyResult<Vec<(String, TensorInfo)>> {
+        Ok(self.keys(py)?.into_iter().zip(self.values(py)?).collect())
+    }
+
+    /// What is under a name, or `default`.
+    #[pyo3(signature = (name, default = None))]
+    fn get<'py>(
+        &self,
+        py: Python<'py>,
+        name: String,
+        default: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        match self.__getitem__(name) {
+            Ok(found) => Ok(Some(Bound::new(py, found)?.into_any())),
+            Err(error) if error.is_instance_of::<PyKeyError>(py) => Ok(default),
+            Err(error) => Err(error),
+        }
+    }
+
     fn __len__(&self) -> usize {
         self.inner.tensors().len()
     }
@@ -201,7 +233,14 @@ pub(crate) fn open(
             Some(model) => {
                 let mut hub = Hub::from_process();
                 hub.offline |= offline;
-                find(&hub, &model, revision.as_deref(), headers, &options, counter)?
+                find(
+                    &hub,
+                    &model,
+                    revision.as_deref(),
+                    headers,
+                    &options,
+                    counter,
+                )?
             }
         };
         remark(&opened);

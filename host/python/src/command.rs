@@ -27,7 +27,10 @@ pub(crate) fn compiler(py: Python<'_>) -> PyResult<Option<CompilerProgram>> {
     let Some(program) = program.filter(|program| program.is_absolute()) else {
         return Ok(None);
     };
-    let module: PathBuf = py.import("tightfit._native")?.getattr("__file__")?.extract()?;
+    let module: PathBuf = py
+        .import("tightfit._native")?
+        .getattr("__file__")?
+        .extract()?;
     let arguments = ["-I", "-S", "-c", COMPILE].map(OsString::from);
     Ok(Some(CompilerProgram {
         program,

@@ -37,7 +37,9 @@ pub(crate) fn start(py: Python<'_>) {
         let _ = tracing::subscriber::set_global_default(Collector);
     });
     let level = || -> PyResult<u8> {
-        let logger = py.import("logging")?.call_method1("getLogger", ("tightfit",))?;
+        let logger = py
+            .import("logging")?
+            .call_method1("getLogger", ("tightfit",))?;
         let level: i64 = logger.call_method0("getEffectiveLevel")?.extract()?;
         Ok(level.clamp(0, 100) as u8)
     };

@@ -161,6 +161,37 @@ impl Model {
         self.unload(py);
     }
 
+    /// The names, as of a dict.
+    fn keys(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        self.names(py)
+    }
+
+    /// Everything under them, as of a dict.
+    fn values(&self, py: Python<'_>) -> PyResult<Vec<Weight>> {
+        let names = self.keys(py)?.into_iter();
+        names.map(|name| self.__getitem__(py, name)).collect()
+    }
+
+    /// Both, as of a dict.
+    fn items(&self, py: Python<'_>) -> PyResult<Vec<(String, Weight)>> {
+        Ok(self.keys(py)?.into_iter().zip(self.values(py)?).collect())
+    }
+
+    /// What is under a name, or `default`.
+    #[pyo3(signature = (name, default = None))]
+    fn get<'py>(
+        &self,
+        py: Python<'py>,
+        name: String,
+        default: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        match self.__getitem__(py, name) {
+            Ok(found) => Ok(Some(Bound::new(py, found)?.into_any())),
+            Err(error) if error.is_instance_of::<PyKeyError>(py) => Ok(default),
+            Err(error) => Err(error),
+        }
+    }
+
     fn __len__(&self, py: Python<'_>) -> PyResult<usize> {
         let model = self.0.model().map_err(|failure| failure.raise(py))?;
         Ok(model.tensors().count())
@@ -220,7 +251,11 @@ pub(crate) fn load(
             options.staging_bytes = parse_bytes(&staging).map_err(Failure::usage)?;
         }
         let devices: Arc<[Box<dyn Device>]> = open_devices(&specs)?.into();
-        let planned = proposed.plan.devices.iter().map(|plan| plan.device.name.clone());
+        let planned = proposed
+            .plan
+            .devices
+            .iter()
+            .map(|plan| plan.device.name.clone());
         if !planned.eq(devices.iter().map(|device| device.info().name)) {
             // GPUs that came or went since the plan was made for all there were.
             return Err(LoadError::OtherPlan.into());

@@ -122,8 +122,12 @@ impl Plan {
             name: tensor.name.clone(),
             dtype: tensor.dtype.safetensors_name(),
             shape: tensor.shape.clone(),
-            device: device
-                .map(|device| self.proposed.plan.devices[device as usize].device.name.clone()),
+            device: device.map(|device| {
+                self.proposed.plan.devices[device as usize]
+                    .device
+                    .name
+                    .clone()
+            }),
             format: planned.placement.format.to_string(),
             bytes: planned.requested(),
         }
@@ -223,12 +227,46 @@ impl Plan {
         format!("Plan({})", devices.collect::<Vec<_>>().join(", "))
     }
 
+    /// The names, as of a dict.
+    fn keys(&self, py: Python<'_>) -> PyResult<Vec<String>> {
+        self.checkpoint().keys(py)
+    }
+
+    /// Everything under them, as of a dict.
+    fn values(&self, py: Python<'_>) -> PyResult<Vec<PlannedTensor>> {
+        let names = self.keys(py)?.into_iter();
+        names.map(|name| self.__getitem__(name)).collect()
+    }
+
+    /// Both, as of a dict.
+    fn items(&self, py: Python<'_>) -> PyResult<Vec<(String, PlannedTensor)>> {
+        Ok(self.keys(py)?.into_iter().zip(self.values(py)?).collect())
+    }
+
+    /// What is under a name, or `default`.
+    #[pyo3(signature = (name, default = None))]
+    fn get<'py>(
+        &self,
+        py: Python<'py>,
+        name: String,
+        default: Option<Bound<'py, PyAny>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        match self.__getitem__(name) {
+            Ok(found) => Ok(Some(Bound::new(py, found)?.into_any())),
+            Err(error) if error.is_instance_of::<PyKeyError>(py) => Ok(default),
+            Err(error) => Err(error),
+        }
+    }
+
     fn __len__(&self) -> usize {
         self.checkpoint.tensors().len()
     }
 
     fn __iter__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        self.checkpoint().into_pyobject(py)?.try_iter().map(Bound::into_any)
+        self.checkpoint()
+            .into_pyobject(py)?
+            .try_iter()
+            .map(Bound::into_any)
     }
 
     fn __contains__(&self, name: &str) -> bool {

@@ -41,11 +41,7 @@ impl Weight {
     }
 
     /// Calls with the tensor while the model is there.
-    fn with<R>(
-        &self,
-        py: Python<'_>,
-        call: impl FnOnce(tightfit::Tensor<'_>) -> R,
-    ) -> PyResult<R> {
+    fn with<R>(&self, py: Python<'_>, call: impl FnOnce(tightfit::Tensor<'_>) -> R) -> PyResult<R> {
         with(py, &self.loaded, self.index, call)
     }
 
@@ -130,7 +126,9 @@ impl Weight {
     /// Elements that share a scale, if it is in 4 bits.
     #[getter]
     fn block_size(&self, py: Python<'_>) -> PyResult<Option<usize>> {
-        self.with(py, |tensor| Some(tensor.quantization()?.block_size.elements()))
+        self.with(py, |tensor| {
+            Some(tensor.quantization()?.block_size.elements())
+        })
     }
 
     /// The mean of the scales, if it is double-quantized: bitsandbytes' `offset`.
@@ -184,10 +182,12 @@ impl Weight {
                 let tensor = model.tensor_at(index).ok_or_else(|| {
                     Failure::internal("internal error: a weight that was not loaded")
                 })?;
-                tensor.to_float_at(0, to, bytes).map_err(|error| match &error {
-                    tightfit::model::ModelError::Device(source) => Failure::from_report(source),
-                    _ => Failure::usage(error),
-                })
+                tensor
+                    .to_float_at(0, to, bytes)
+                    .map_err(|error| match &error {
+                        tightfit::model::ModelError::Device(source) => Failure::from_report(source),
+                        _ => Failure::usage(error),
+                    })
             });
             filled.map_err(|failure| failure.raise(py))
         })?;

@@ -71,9 +71,7 @@ pub(crate) fn run<T: Send>(
                     let _ended = sender;
                     work(token, counter)
                 })
-                .map_err(|error| {
-                    Failure::internal(format_args!("cannot start a thread: {error}"))
-                });
+                .map_err(|error| Failure::internal(format_args!("cannot start a thread: {error}")));
             let worker = match worker {
                 Ok(worker) => worker,
                 Err(failure) => return (Ok(Err(failure)), None),
@@ -99,7 +97,8 @@ pub(crate) fn run<T: Send>(
             }
             let outcome = worker.join();
             if raised.is_none() && matches!(outcome, Ok(Ok(_))) {
-                raised = Python::attach(|py| report(py, progress.as_ref(), counter, &mut shown)).err();
+                raised =
+                    Python::attach(|py| report(py, progress.as_ref(), counter, &mut shown)).err();
             }
             (outcome, raised)
         })

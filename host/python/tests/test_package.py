@@ -34,6 +34,11 @@ def test_tensors_are_listed_before_anything_is_loaded(llama: Path) -> None:
     assert UP in checkpoint and "nothing" not in checkpoint
     with pytest.raises(KeyError):
         checkpoint["nothing"]
+    plan = tightfit.plan(checkpoint, "cpu")
+    for mapping in (checkpoint, plan, tightfit.load(plan)):
+        assert list(mapping) == list(mapping.keys()) == list(dict(mapping))
+        assert [name for name, value in mapping.items() if value.name == name] == list(mapping)
+        assert mapping.get(UP).name == UP and mapping.get("nothing") is None and mapping.get("nothing", 3) == 3
 
 
 def test_what_bitsandbytes_has_quantized_is_one_tensor(golden_models: Path) -> None:

@@ -122,7 +122,11 @@ pub(crate) fn locate_files(
         if let Some(text) = directory.read_text(INDEX, INDEX_WHAT, MAX_INDEX_BYTES, cancel)? {
             match index::parse(&index_path, &text, cancel) {
                 Err(CheckpointError::Cancelled) => return Err(CheckpointError::Cancelled),
-                Ok(index) if names.iter().eq(index.shards.iter().collect::<BTreeSet<_>>()) => {
+                Ok(index)
+                    if names
+                        .iter()
+                        .eq(index.shards.iter().collect::<BTreeSet<_>>()) =>
+                {
                     return indexed(&directory, &index_path, index, cancel);
                 }
                 // It is of other files.

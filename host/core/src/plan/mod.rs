@@ -9,6 +9,8 @@ mod error;
 mod format_rules;
 mod products;
 mod propose;
+#[cfg(test)]
+mod propose_tests;
 mod size;
 
 use std::collections::HashMap;

@@ -128,7 +128,8 @@ def params4bit(
         compress_statistics=state.nested,
         quant_type=state.quant_type,
         quant_storage=quant_storage,
-        module=module,
+        # bitsandbytes looks the module up only to quantize; a copy would keep the original's alive by it.
+        module=None,
         # Otherwise the first move to a device would quantize the codes.
         bnb_quantized=True,
     )

@@ -73,12 +73,14 @@ def device_map(model: Any, loaded: Any, targets: dict[str, Target | None]) -> di
     if len(set(places.values())) <= 1:
         return {"": next(iter(places.values()), "cpu")}
     whole: dict[str, Any] = {}
+    first = next(iter(places.values()))
 
     def walk(module: Any, prefix: str) -> None:
         inside = {place for key, place in places.items() if key.startswith(prefix + "." if prefix else "")}
-        # Blocks that must stay on one device are told so by accelerate's hooks on the whole of them.
-        if len(inside) == 1:
-            whole[prefix] = inside.pop()
+        if len(inside) <= 1:
+            # Buffers that no file has, such as frequencies, need a place too.
+            if inside or any(True for _ in module.buffers()):
+                whole[prefix] = inside.pop() if inside else first
             return
         for name, child in module.named_children():
             walk(child, f"{prefix}.{name}" if prefix else name)
