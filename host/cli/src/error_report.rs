@@ -6,9 +6,11 @@ use serde::Serialize;
 
 use tightfit::checkpoint::CheckpointError;
 use tightfit::device::DeviceError;
+use tightfit::hub::HubError;
 use tightfit::load::{LoadError, ReserveError};
-use tightfit::plan::{BadPlan, FormatRuleError, PlanError, ProposeError};
+use tightfit::plan::{BadPlan, FormatRuleError, PlanError, ProposeError, ROWS_SETTING};
 use tightfit::policy::{PolicyError, RefusalReason};
+use tightfit::save::SaveError;
 use tightfit::status::Status;
 use tightfit_wasm::sandbox::GuestFailure;
 
@@ -258,6 +260,15 @@ impl From<&ProposeError> for ErrorReport {
                     _ => report,
                 }
             }
+            ProposeError::IllegalFormat { tensor, .. } => ErrorReport {
+                tensor: Some(tensor.clone()),
+                ..report("usage")
+            },
+            ProposeError::NotRows { .. } => ErrorReport {
+                setting: Some(ROWS_SETTING.to_owned()),
+                ..report("bad-setting")
+            },
+            ProposeError::NoSuchTensor { .. } => report("usage"),
             ProposeError::Cancelled => report("interrupted"),
             _ => report("internal"),
         }
@@ -295,6 +306,55 @@ impl From<&ReserveError> for ErrorReport {
             },
             ReserveError::Load(error) => error.into(),
             _ => ErrorReport::new(error.into(), "internal", error),
+        }
+    }
+}
+
+impl From<&HubError> for ErrorReport {
+    fn from(error: &HubError) -> ErrorReport {
+        let report = |kind| ErrorReport::new(error.into(), kind, error);
+        match error {
+            HubError::Checkpoint(source) => ErrorReport {
+                status: Status::from(error) as u8,
+                ..source.into()
+            },
+            HubError::Cancelled => report("interrupted"),
+            HubError::Io { path, .. } | HubError::LeadsOut { path } => report("hub").at(path),
+            _ => report("hub"),
+        }
+    }
+}
+
+impl From<&SaveError> for ErrorReport {
+    fn from(error: &SaveError) -> ErrorReport {
+        let report = |kind| ErrorReport::new(error.into(), kind, error);
+        match error {
+            SaveError::Cancelled => report("interrupted"),
+            SaveError::Exists { path } => report("exists").at(path),
+            SaveError::Io {
+                action: "list",
+                path,
+                ..
+            } => report("checkpoint").at(path),
+            SaveError::Io { path, .. } => report("output").at(path),
+            SaveError::NotADirectoryName { path } => report("usage").at(path),
+            SaveError::HeaderTooLarge { .. } => report("usage"),
+            SaveError::Checkpoint(error) => error.into(),
+            SaveError::Load(error) => error.into(),
+            SaveError::OtherMethod { tensor, .. } => ErrorReport {
+                tensor: Some(tensor.clone()),
+                ..report("quantized-already")
+            },
+            SaveError::NoReader { tensor } => ErrorReport {
+                tensor: Some(tensor.clone()),
+                ..report("quantized-already")
+            },
+            SaveError::MixedMethods { .. } => report("quantized-already"),
+            SaveError::SameName { name } => ErrorReport {
+                tensor: Some(name.clone()),
+                ..report("checkpoint")
+            },
+            _ => report("internal"),
         }
     }
 }

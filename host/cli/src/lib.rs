@@ -35,5 +35,5 @@ mod command;
 pub mod draw;
 mod error_report;
 
-pub use command::main;
+pub use command::{main, main_with};
 pub use error_report::ErrorReport;

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use clap::{Args, Parser, Subcommand};
 use tightfit::checkpoint::Dequantize;
@@ -91,6 +91,15 @@ impl Command {
 
 /// What this program is started with to compile a policy.
 const COMPILE: &str = "compile-policy";
+
+/// What compiles policies of users, where that is not this program.
+static COMPILER: OnceLock<CompilerProgram> = OnceLock::new();
+
+/// Has policies of users compiled by another program than this one.
+pub(crate) fn compile_with(compiler: CompilerProgram) {
+    // The command sets it once, first of all.
+    let _ = COMPILER.set(compiler);
+}
 
 /// What to open.
 #[derive(Debug, Clone, Args)]
@@ -185,7 +194,10 @@ impl SandboxOptions {
             let set = limits.set(name, value);
             debug_assert!(set.is_ok(), "checked as it was parsed");
         }
-        let compiler = CompilerProgram::itself([COMPILE]).map_err(CommandError::NoCompiler)?;
+        let compiler = match COMPILER.get() {
+            Some(compiler) => compiler.clone(),
+            None => CompilerProgram::itself([COMPILE]).map_err(CommandError::NoCompiler)?,
+        };
         Ok(sandbox::SandboxOptions::default()
             .with_limits(limits)
             .with_compiler(Compiler::Child(compiler))

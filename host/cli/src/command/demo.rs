@@ -10,6 +10,7 @@ use tightfit::types::Bytes;
 use crate::command::args::DemoOptions;
 use crate::command::error::CommandError;
 use crate::command::{load, output, session, synth};
+use crate::draw;
 
 /// An accelerator on which the model fits in 4 bits and not in 16.
 const DEVICE: DeviceSpec = DeviceSpec::Sim {
@@ -85,7 +86,7 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Comm
     if options.output.json {
         output::print_json(&report)?;
     } else {
-        say(load::text(&report))?;
+        say(draw::report(&report, output::columns()))?;
     }
     drop(loaded);
     let left: u64 = devices

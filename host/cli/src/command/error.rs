@@ -145,15 +145,7 @@ impl CommandError {
             CommandError::Place(error) => error.into(),
             CommandError::Load(error) => error.into(),
             CommandError::Device(error) => error.into(),
-            CommandError::Hub(HubError::Checkpoint(error)) => ErrorReport {
-                status: self.status() as u8,
-                ..error.into()
-            },
-            CommandError::Hub(error) => match error {
-                HubError::Cancelled => report("interrupted"),
-                HubError::Io { path, .. } | HubError::LeadsOut { path } => report("hub").at(path),
-                _ => report("hub"),
-            },
+            CommandError::Hub(error) => error.into(),
             CommandError::Synth(error) => match error {
                 SynthError::Cancelled => report("interrupted"),
                 SynthError::Io { path, .. } => report("output").at(path),
@@ -162,34 +154,7 @@ impl CommandError {
                 SynthError::UnknownPreset { .. } | SynthError::Layers { .. } => report("usage"),
                 _ => report("checkpoint"),
             },
-            CommandError::Save(error) => match error {
-                SaveError::Cancelled => report("interrupted"),
-                SaveError::Exists { path } => report("exists").at(path),
-                SaveError::Io {
-                    action: "list",
-                    path,
-                    ..
-                } => report("checkpoint").at(path),
-                SaveError::Io { path, .. } => report("output").at(path),
-                SaveError::NotADirectoryName { path } => report("usage").at(path),
-                SaveError::HeaderTooLarge { .. } => report("usage"),
-                SaveError::Checkpoint(error) => error.into(),
-                SaveError::Load(error) => error.into(),
-                SaveError::OtherMethod { tensor, .. } => ErrorReport {
-                    tensor: Some(tensor.clone()),
-                    ..report("quantized-already")
-                },
-                SaveError::NoReader { tensor } => ErrorReport {
-                    tensor: Some(tensor.clone()),
-                    ..report("quantized-already")
-                },
-                SaveError::MixedMethods { .. } => report("quantized-already"),
-                SaveError::SameName { name } => ErrorReport {
-                    tensor: Some(name.clone()),
-                    ..report("checkpoint")
-                },
-                _ => report("internal"),
-            },
+            CommandError::Save(error) => error.into(),
             CommandError::Program(error) => match error {
                 ProgramError::Unreadable { path, .. } => report("no-program").at(path),
                 ProgramError::Failed { program, failure } => {

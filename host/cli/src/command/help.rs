@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 use std::io;
-use std::process::ExitCode;
 
 use crate::error_report::ErrorReport;
 use clap::error::ErrorKind;
@@ -51,8 +50,7 @@ pub(crate) fn command() -> Command {
 }
 
 /// What was typed; or, when that was help or nonsense, the status to end with: it has been printed.
-pub(crate) fn arguments() -> Result<Arguments, ExitCode> {
-    let typed: Vec<OsString> = std::env::args_os().collect();
+pub(crate) fn arguments(typed: Vec<OsString>) -> Result<Arguments, u8> {
     let json = asks_for_json(&typed);
     let matches = command().try_get_matches_from(typed);
     matches
@@ -68,7 +66,7 @@ fn asks_for_json(typed: &[OsString]) -> bool {
 
 /// Prints help to stdout, what is wrong to stderr. Names and values that were typed are repeated in
 /// it, and may come from whoever names files.
-fn print(error: &clap::Error, json: bool) -> ExitCode {
+fn print(error: &clap::Error, json: bool) -> u8 {
     let rendered = error.render();
     if error.use_stderr() {
         let text = rendered.to_string();
@@ -80,7 +78,7 @@ fn print(error: &clap::Error, json: bool) -> ExitCode {
             let report = ErrorReport::new(Status::Usage, "usage", &sentence.trim_end());
             output::print_error(report);
         }
-        return ExitCode::from(Status::Usage as u8);
+        return Status::Usage as u8;
     }
     // Help repeats nothing that was typed, so that it may keep its styles.
     let styled = anstream::AutoStream::choice(&io::stdout()) != anstream::ColorChoice::Never;
@@ -94,10 +92,10 @@ fn print(error: &clap::Error, json: bool) -> ExitCode {
         _ => output::print(&rendered.to_string()),
     };
     match printed {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => Status::Done as u8,
         Err(failure) => {
             output::failed(&failure, false);
-            ExitCode::from(failure.status() as u8)
+            failure.status() as u8
         }
     }
 }

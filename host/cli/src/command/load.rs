@@ -1,6 +1,6 @@
 //! `tightfit load`.
 
-use crate::draw::Table;
+use crate::draw;
 use tightfit::Progress;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
@@ -9,8 +9,6 @@ use tightfit::load::{self, QuantizeOn, ReservedPlan};
 use tightfit::model::Model;
 use tightfit::report::Report;
 use tightfit::save::check_target;
-use tightfit::text::printable;
-use tightfit::types::Bytes;
 
 use crate::command::args::{EngineOptions, LoadOptions};
 use crate::command::error::CommandError;
@@ -55,7 +53,7 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Com
     } else if quiet {
         Ok(())
     } else {
-        output::print(&(text(&report) + &placements(&report)))
+        output::print(&(draw::report(&report, output::columns()) + &draw::placements(&report)))
     }
 }
 
@@ -88,129 +86,4 @@ pub(crate) fn carry_out(
         .with_revisions(&placed.revisions)
         .with_load(checkpoint, model.stats(), &usage);
     Ok((model, report))
-}
-
-/// The report for people, without a list of placements.
-pub(crate) fn text(report: &Report) -> String {
-    let model = &report.model;
-    let mut text = format!(
-        "{}{}: {} tensors, {}\npolicy {} {}, {:.3} s\n\n",
-        printable(&model.path),
-        match &model.architecture {
-            Some(architecture) => format!(" ({})", printable(architecture)),
-            None => String::new(),
-        },
-        model.tensors,
-        Bytes(model.source_bytes),
-        printable(&report.policy.name),
-        printable(&report.policy.version),
-        report.policy.seconds,
-    );
-    if let Some(method) = &model.quantization {
-        text += &format!("{method}\n\n");
-    }
-    for revision in &report.policy.revisions {
-        text += &format!(
-            "revised: {} had {} left where the plan needed {}\n\n",
-            printable(&revision.device),
-            Bytes(revision.available),
-            Bytes(revision.needed),
-        );
-    }
-    let mut table = Table::new([
-        "device",
-        "tensors",
-        "allocated",
-        "reserved",
-        "peak",
-        "headroom",
-        "capacity",
-        "used",
-    ]);
-    for device in &report.devices {
-        let used = device.reserved.saturating_add(device.headroom) as f64;
-        table.row([
-            device.name.clone(),
-            device.tensors.to_string(),
-            Bytes(device.allocated).to_string(),
-            Bytes(device.reserved).to_string(),
-            Bytes(device.peak_reserved).to_string(),
-            Bytes(device.headroom).to_string(),
-            Bytes(device.capacity).to_string(),
-            format!("{:.1} %", 100.0 * used / device.capacity.max(1) as f64),
-        ]);
-    }
-    // What says most stays longest.
-    let expendable = [
-        "peak",
-        "allocated",
-        "tensors",
-        "headroom",
-        "capacity",
-        "reserved",
-    ];
-    text += &table.within(output::columns(), &expendable).to_string();
-    let allocated: u64 = report.devices.iter().map(|device| device.allocated).sum();
-    text += &format!(
-        "\n{} in the checkpoint, {} as stored ({:.2} x smaller)\n",
-        Bytes(model.source_bytes),
-        Bytes(allocated),
-        model.source_bytes as f64 / allocated.max(1) as f64,
-    );
-    if let Some(load) = &report.load {
-        text += &format!(
-            "loaded in {:.2} s ({:.2} GB/s): {} tensors quantized, {} stored\n",
-            load.seconds,
-            load.bytes_read as f64 / 1e9 / load.seconds.max(1e-9),
-            load.quantized,
-            load.stored,
-        );
-        for (device, bytes) in &load.quantized_on {
-            if bytes.by_device > 0 {
-                text += &format!(
-                    "quantized for {}: {} by the GPU, {} by the processor\n",
-                    printable(device),
-                    Bytes(bytes.by_device),
-                    Bytes(bytes.by_host),
-                );
-            }
-        }
-        if load.nonfinite_blocks > 0 {
-            text += &format!(
-                "warning: {} blocks with infinities or NaN, in {}\n",
-                load.nonfinite_blocks,
-                load.nonfinite
-                    .keys()
-                    .map(|name| printable(name))
-                    .collect::<Vec<_>>()
-                    .join(", "),
-            );
-        }
-        text += &format!("host: staging {}", Bytes(report.host.staging_bytes));
-        if report.host.scratch_bytes > 0 {
-            text += &format!(", scratch {}", Bytes(report.host.scratch_bytes));
-        }
-        if let Some(peak) = report.host.peak_rss_bytes {
-            text += &format!(", peak resident {}", Bytes(peak));
-        }
-        text += "\n";
-    }
-    text
-}
-
-/// The list of placements, where it was asked for.
-pub(crate) fn placements(report: &Report) -> String {
-    let Some(placements) = &report.placements else {
-        return String::new();
-    };
-    let mut table = Table::new(["tensor", "device", "format", "bytes"]);
-    for placement in placements {
-        table.row([
-            placement.tensor.clone(),
-            placement.device.clone().unwrap_or_else(|| "-".to_owned()),
-            placement.format.clone(),
-            placement.bytes.to_string(),
-        ]);
-    }
-    format!("\n{table}")
 }

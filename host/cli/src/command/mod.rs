@@ -21,27 +21,44 @@ mod session;
 mod stderr;
 mod synth;
 
+use std::ffi::OsString;
 use std::io;
 use std::process::ExitCode;
 
-use tightfit_wasm::sandbox;
+use tightfit::status::Status;
+use tightfit_wasm::sandbox::{self, CompilerProgram};
 
 use args::{Arguments, Command};
 use error::CommandError;
 
-/// Runs the command with the process's own arguments.
+/// Runs the command with the process's own arguments. Policies of users are compiled by this program,
+/// started again.
 pub fn main() -> ExitCode {
-    let Arguments { command, verbose } = match help::arguments() {
+    ExitCode::from(main_with(std::env::args_os(), None))
+}
+
+/// Runs the command for a program that is another: with these arguments, the first of which is a name and
+/// not looked at, and with what compiles policies of users, which has to call
+/// [`compile_for_parent`](sandbox::compile_for_parent). Gives the exit status. It takes over the process:
+/// what shows messages is set for all of it, and so is what an interrupt does.
+pub fn main_with(
+    arguments: impl IntoIterator<Item = OsString>,
+    compiler: Option<CompilerProgram>,
+) -> u8 {
+    let Arguments { command, verbose } = match help::arguments(arguments.into_iter().collect()) {
         Ok(arguments) => arguments,
         Err(status) => return status,
     };
+    if let Some(compiler) = compiler {
+        args::compile_with(compiler);
+    }
     log::install(verbose);
     let json = command.json();
     match run(command, verbose) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => Status::Done as u8,
         Err(failure) => {
             output::failed(&failure, json);
-            ExitCode::from(failure.status() as u8)
+            failure.status() as u8
         }
     }
 }

@@ -1,6 +1,6 @@
 //! `tightfit plan`.
 
-use crate::draw::{Heading, bar, map, svg};
+use crate::draw::{self, Heading, svg};
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::device::{DeviceKind, WRITER_BUFFERS, planned_devices};
@@ -11,7 +11,7 @@ use tightfit::report::Report;
 
 use crate::command::args::PlanOptions;
 use crate::command::error::CommandError;
-use crate::command::{diff, load, output, session};
+use crate::command::{diff, output, session};
 
 /// `tightfit plan`.
 pub(crate) fn run(options: &PlanOptions) -> Result<(), CommandError> {
@@ -48,13 +48,13 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), CommandError> {
     if options.output.quiet {
         return Ok(());
     }
-    let mut text = load::text(&report) + "\n";
-    let style = output::bar_style();
-    for device in &report.devices {
-        text += &bar(&device.name, device.capacity, &device.fill, style);
-    }
-    text += &format!("\n{}", map(checkpoint.tensors(), &proposed.plan));
-    output::print(&(text + &load::placements(&report)))
+    output::print(&draw::plan(
+        &report,
+        checkpoint.tensors(),
+        &proposed.plan,
+        output::bar_style(),
+        output::columns(),
+    ))
 }
 
 /// The plan as SVG.

@@ -1,7 +1,6 @@
 //! What every subcommand opens: model, policy, devices; and what Ctrl-C does.
 
 use std::collections::HashSet;
-use std::path::Path;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 use crate::draw::Table;
@@ -107,7 +106,7 @@ fn open_local(options: &ModelOptions, cancel: &CancelToken) -> Result<Local, Com
     let local = checkpoint::resolve_revision(model, revision, &hub.cache)
         .and_then(|path| Checkpoint::open_with(&path, &open_options(options, cancel)));
     match local {
-        Err(error) if is_missing(&error, model, hub.offline) => Ok(Local::Missing(hub)),
+        Err(error) if hub.may_have(model, &error) => Ok(Local::Missing(hub)),
         other => Ok(Local::Here(Box::new(remarked(other?)))),
     }
 }
@@ -154,22 +153,6 @@ fn remarked(checkpoint: Checkpoint) -> Checkpoint {
         );
     }
     checkpoint
-}
-
-/// Whether a download can help: the id, or some of its files, are not in the cache.
-fn is_missing(error: &CheckpointError, model: &str, offline: bool) -> bool {
-    match error {
-        CheckpointError::NotInCache { .. } | CheckpointError::RevisionNotInCache { .. } => true,
-        // Other tools fetch single files, and an interrupted download leaves some out.
-        CheckpointError::DownloadNotEnded { .. }
-        | CheckpointError::MissingShard { .. }
-        | CheckpointError::IncompleteSet { .. }
-        | CheckpointError::NotACheckpoint { .. }
-        | CheckpointError::OnlyPickles { .. }
-        | CheckpointError::EmptyDirectory { .. }
-        | CheckpointError::BadCacheEntry { .. } => !offline && !Path::new(model).exists(),
-        _ => false,
-    }
 }
 
 /// Asks the policy. It is gone when this returns: its compiled code would count in the peak.

@@ -3,6 +3,7 @@
 mod bar;
 mod diff;
 mod places;
+mod report;
 #[cfg(test)]
 mod samples;
 mod svg;
@@ -11,5 +12,6 @@ mod table;
 pub use bar::{BarStyle, bar};
 pub use diff::{Comparison, DeviceChange, FormatChange, Move, Side, Totals};
 pub use places::map;
+pub use report::{placements, plan, report};
 pub use svg::{Heading, svg};
 pub use table::Table;

@@ -16,6 +16,10 @@ use crate::status::Status;
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CheckpointError {
+    /// A list of files has none.
+    #[error("a checkpoint of no files: the list of them is empty")]
+    NoFiles,
+
     /// There is nothing at the path.
     #[error("{path:?} does not exist")]
     #[allow(missing_docs, reason = "the path that was asked for")]

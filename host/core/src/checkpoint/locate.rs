@@ -1,8 +1,8 @@
 //! Which files of a directory make up a checkpoint.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::directory::Directory;
@@ -71,6 +71,74 @@ pub(crate) fn locate(path: &Path, cancel: &CancelToken) -> Result<Located, Check
     Err(CheckpointError::NotACheckpoint {
         path: path.into(),
         problem: "weights are read from files that end in .safetensors".into(),
+    })
+}
+
+/// The files of a list, which may be links to anywhere as the user named each. All beside the first, and
+/// all that an index there lists, they are what that index says.
+pub(crate) fn locate_files(
+    files: &[PathBuf],
+    cancel: &CancelToken,
+) -> Result<Located, CheckpointError> {
+    let Some(first) = files.first() else {
+        return Err(CheckpointError::NoFiles);
+    };
+    if files.len() > MAX_SHARDS {
+        return Err(CheckpointError::TooLarge {
+            path: first.clone(),
+            what: "a number of files, the first of which is this,",
+            have: files.len() as u64,
+            limit: MAX_SHARDS as u64,
+        });
+    }
+    let parent = |path: &Path| match path.parent() {
+        Some(parent) if parent != Path::new("") => parent.to_path_buf(),
+        _ => PathBuf::from("."),
+    };
+    let directory = Arc::new(Directory::open(&parent(first))?);
+    let mut names = BTreeSet::new();
+    let mut are_beside = true;
+    for path in files {
+        cancel.check()?;
+        let metadata = fs::metadata(path).map_err(|source| match source.kind() {
+            std::io::ErrorKind::NotFound => CheckpointError::NotFound { path: path.into() },
+            _ => io_error("open", path)(source),
+        })?;
+        if !metadata.is_file() {
+            return Err(CheckpointError::NotAFile { path: path.into() });
+        }
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if !is_safetensors(&name) {
+            return Err(CheckpointError::NotACheckpoint {
+                path: path.into(),
+                problem: "weights are read from files that end in .safetensors".into(),
+            });
+        }
+        are_beside &= parent(path) == directory.path();
+        names.insert(name.into_owned());
+    }
+    if are_beside && names.len() == files.len() {
+        let index_path = directory.path().join(INDEX);
+        if let Some(text) = directory.read_text(INDEX, INDEX_WHAT, MAX_INDEX_BYTES, cancel)? {
+            match index::parse(&index_path, &text, cancel) {
+                Err(CheckpointError::Cancelled) => return Err(CheckpointError::Cancelled),
+                Ok(index)
+                    if names
+                        .iter()
+                        .eq(index.shards.iter().collect::<BTreeSet<_>>()) =>
+                {
+                    return indexed(&directory, &index_path, index, cancel);
+                }
+                // It is of other files.
+                _ => {}
+            }
+        }
+    }
+    Ok(Located {
+        directory,
+        shards: files.iter().cloned().map(Source::Named).collect(),
+        index: None,
+        remarks: Vec::new(),
     })
 }
 

@@ -199,6 +199,59 @@ impl Checkpoint {
         Checkpoint::of_files(path, located, config, options)
     }
 
+    /// Opens a given list of `.safetensors` files as one checkpoint, whatever else lies beside them:
+    /// the files that a program has chosen, of a variant or a revision. Each may be a link to anywhere.
+    /// `config.json` is read from beside the first. Where an index there lists just these files, it says
+    /// which copy of a tensor counts; otherwise no tensor may be in two.
+    ///
+    /// # Errors
+    /// [`CheckpointError::NoFiles`], and as [`Checkpoint::open_with`].
+    pub fn open_files(
+        files: &[PathBuf],
+        options: &OpenOptions,
+    ) -> Result<Checkpoint, CheckpointError> {
+        let located = locate::locate_files(files, &options.cancel)?;
+        let config = Config::read(&located.directory, &options.cancel)?;
+        let path = match files {
+            [file] => file.clone(),
+            _ => located.directory.path().to_owned(),
+        };
+        Checkpoint::of_files(&path, located, config, options)
+    }
+
+    /// Returns the same checkpoint with only those tensors for whose indices `keep` holds: policies and
+    /// plans know nothing of the others. A tie to a tensor that is left out goes with it.
+    pub fn filtered(&self, keep: impl Fn(usize) -> bool) -> Checkpoint {
+        let mut places = vec![None; self.tensors.len()];
+        let mut tensors = Vec::new();
+        for (index, tensor) in self.tensors.iter().enumerate() {
+            if keep(index) {
+                places[index] = Some(tensors.len());
+                tensors.push(tensor.clone());
+            }
+        }
+        let moved = |ties: &[Tie]| {
+            let tie = |tie: &Tie| {
+                Some(Tie {
+                    tensor: places[tie.tensor]?,
+                    alias: tie.alias.clone(),
+                    alias_tensor: tie.alias_tensor.and_then(|alias| places[alias]),
+                })
+            };
+            ties.iter().filter_map(tie).collect()
+        };
+        Checkpoint {
+            config: self.config.clone(),
+            ties: moved(&self.ties),
+            untied: moved(&self.untied),
+            metadata: self.metadata.clone(),
+            remarks: self.remarks.clone(),
+            quantization: self.quantization.clone(),
+            encoded: self.encoded,
+            ..self.view(tensors)
+        }
+    }
+
     /// A checkpoint of which only this is here: what its files begin with, and their lengths. It can be
     /// planned for; its weights cannot be read.
     ///

@@ -4,12 +4,12 @@ use std::ffi::OsString;
 use std::fmt;
 use std::fs::File;
 use std::io::Read;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::HubError;
 use super::address::Origin;
-use crate::checkpoint::CacheEnvironment;
+use crate::checkpoint::{CacheEnvironment, CheckpointError};
 
 /// A server that says nothing for this long is given up, unless the user says otherwise.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -36,6 +36,23 @@ impl Hub {
     /// Returns what the environment of this process says.
     pub fn from_process() -> Hub {
         Hub::from_variables(|name| std::env::var_os(name))
+    }
+
+    /// Returns whether a download may help where a model could not be opened for this reason: its id, or
+    /// some of its files, are not in the cache.
+    pub fn may_have(&self, model: &str, error: &CheckpointError) -> bool {
+        match error {
+            CheckpointError::NotInCache { .. } | CheckpointError::RevisionNotInCache { .. } => true,
+            // Other tools fetch single files, and an interrupted download leaves some out.
+            CheckpointError::DownloadNotEnded { .. }
+            | CheckpointError::MissingShard { .. }
+            | CheckpointError::IncompleteSet { .. }
+            | CheckpointError::NotACheckpoint { .. }
+            | CheckpointError::OnlyPickles { .. }
+            | CheckpointError::EmptyDirectory { .. }
+            | CheckpointError::BadCacheEntry { .. } => !self.offline && !Path::new(model).exists(),
+            _ => false,
+        }
     }
 
     fn from_variables(variable: impl Fn(&str) -> Option<OsString>) -> Hub {

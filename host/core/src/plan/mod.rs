@@ -9,6 +9,8 @@ mod error;
 mod format_rules;
 mod products;
 mod propose;
+#[cfg(test)]
+mod propose_tests;
 mod size;
 
 use std::collections::HashMap;
@@ -147,6 +149,9 @@ pub struct PlanOptions {
     /// Whether gradients of inputs ([`Linear::input_gradient`](crate::Linear::input_gradient)) of `rows` rows
     /// shall have room, too: up to 16 MiB. Not by default.
     pub gradients: bool,
+    /// Formats of tensors, by their indices in the checkpoint, whatever the policy says; of one that
+    /// [`FormatRules`] fix too, this one holds. For programs that know of each tensor what becomes of it.
+    pub formats: Vec<(usize, Format)>,
     /// Looked at every few milliseconds: a checkpoint can have a million tensors.
     pub cancel: CancelToken,
 }
@@ -156,6 +161,7 @@ tightfit_common::setters!([] PlanOptions:
     with_rows: rows, u64;
     with_experts_per_token: experts_per_token, u64;
     with_gradients: gradients, bool;
+    with_formats: formats, Vec<(usize, Format)>;
     with_cancel: cancel, CancelToken;
 );
 

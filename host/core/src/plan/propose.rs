@@ -1,9 +1,13 @@
 //! From a checkpoint and a policy to a plan.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::products;
-use super::{BadPlan, FormatRuleError, FormatRules, Plan, PlanError, PlanOptions, round_up};
+use super::{
+    BadPlan, FormatRuleError, FormatRules, Plan, PlanError, PlanOptions, SizeError, round_up,
+    tensor_part_sizes,
+};
 use crate::cancel::{Cancelled, Watch};
 use crate::checkpoint::{Checkpoint, QuantizationMethod, TensorInfo};
 use crate::device::DeviceInfo;
@@ -46,6 +50,22 @@ pub enum ProposeError {
     /// The user fixed a format that cannot be.
     #[error(transparent)]
     FormatRule(#[from] FormatRuleError),
+    /// [`PlanOptions::formats`] names a tensor that is not there.
+    #[error("a format is given for tensor number {index}, there are {tensors} (from 0)")]
+    NoSuchTensor {
+        /// The index given.
+        index: usize,
+        /// How many tensors there are.
+        tensors: usize,
+    },
+    /// [`PlanOptions::formats`] has a format that cannot hold the tensor.
+    #[error("tensor '{tensor}': {source}")]
+    IllegalFormat {
+        /// The tensor.
+        tensor: String,
+        /// Why not.
+        source: SizeError,
+    },
     /// The setting `rows` has no number of rows.
     #[error("setting '{ROWS_SETTING}': '{value}' is not a number of rows")]
     NotRows {
@@ -69,7 +89,10 @@ impl From<&ProposeError> for Status {
     fn from(error: &ProposeError) -> Status {
         match error {
             ProposeError::Policy(error) => error.into(),
-            ProposeError::FormatRule(_) | ProposeError::NotRows { .. } => Status::Usage,
+            ProposeError::FormatRule(_)
+            | ProposeError::NotRows { .. }
+            | ProposeError::NoSuchTensor { .. }
+            | ProposeError::IllegalFormat { .. } => Status::Usage,
             ProposeError::BadPlan { .. } => Status::Policy,
             ProposeError::DoesNotFit { .. } => Status::DoesNotFit,
             ProposeError::Cancelled => Status::Interrupted,
@@ -181,6 +204,34 @@ fn with_the_rest_stored(
         .collect()
 }
 
+/// Formats that are required, those of the second list first; ascending indices, each once.
+fn with_formats(
+    required: Vec<(usize, Format)>,
+    given: &[(usize, Format)],
+    tensors: &[TensorInfo],
+) -> Result<Vec<(usize, Format)>, ProposeError> {
+    if given.is_empty() {
+        return Ok(required);
+    }
+    let mut formats: BTreeMap<usize, Format> = required.into_iter().collect();
+    for &(index, format) in given {
+        let Some(tensor) = tensors.get(index) else {
+            return Err(ProposeError::NoSuchTensor {
+                index,
+                tensors: tensors.len(),
+            });
+        };
+        if let Err(source) = tensor_part_sizes(tensor, format) {
+            return Err(ProposeError::IllegalFormat {
+                tensor: tensor.name.clone(),
+                source,
+            });
+        }
+        formats.insert(index, format);
+    }
+    Ok(formats.into_iter().collect())
+}
+
 /// The devices as a policy is told of them: without what is reserved beside what it places.
 fn offered(
     devices: &[DeviceInfo],
@@ -246,6 +297,7 @@ pub(crate) fn propose_again(
     if checkpoint.quantization().is_some_and(is_finished) {
         required_formats = with_the_rest_stored(required_formats, checkpoint.tensors());
     }
+    let required_formats = with_formats(required_formats, &options.formats, checkpoint.tensors())?;
     let offered = offered(devices, checkpoint.tensors(), options)?;
     let request = Request {
         settings: &settings,

@@ -16,6 +16,7 @@ macro_rules! assert_error {
 }
 
 mod chance;
+mod chosen;
 mod encoded;
 mod files;
 mod headers;

@@ -1,0 +1,150 @@
+//! Plans and loads as text: what `tightfit plan` and `tightfit load` print.
+
+use tightfit::checkpoint::TensorInfo;
+use tightfit::plan::Plan;
+use tightfit::report::Report;
+use tightfit::text::printable;
+use tightfit::types::Bytes;
+
+use super::{BarStyle, Table, bar, map};
+
+/// Returns a plan as text: its report, what fills each device, and where the layers are.
+pub fn plan(
+    report: &Report,
+    tensors: &[TensorInfo],
+    plan: &Plan,
+    style: BarStyle,
+    width: usize,
+) -> String {
+    let mut text = self::report(report, width) + "\n";
+    for device in &report.devices {
+        text += &bar(&device.name, device.capacity, &device.fill, style);
+    }
+    text + &format!("\n{}", map(tensors, plan)) + &placements(report)
+}
+
+/// Returns a report of a plan or a load as text with lines of at most `width` characters where that can
+/// be, without a list of placements.
+pub fn report(report: &Report, width: usize) -> String {
+    let model = &report.model;
+    let mut text = format!(
+        "{}{}: {} tensors, {}\npolicy {} {}, {:.3} s\n\n",
+        printable(&model.path),
+        match &model.architecture {
+            Some(architecture) => format!(" ({})", printable(architecture)),
+            None => String::new(),
+        },
+        model.tensors,
+        Bytes(model.source_bytes),
+        printable(&report.policy.name),
+        printable(&report.policy.version),
+        report.policy.seconds,
+    );
+    if let Some(method) = &model.quantization {
+        text += &format!("{method}\n\n");
+    }
+    for revision in &report.policy.revisions {
+        text += &format!(
+            "revised: {} had {} left where the plan needed {}\n\n",
+            printable(&revision.device),
+            Bytes(revision.available),
+            Bytes(revision.needed),
+        );
+    }
+    let mut table = Table::new([
+        "device",
+        "tensors",
+        "allocated",
+        "reserved",
+        "peak",
+        "headroom",
+        "capacity",
+        "used",
+    ]);
+    for device in &report.devices {
+        let used = device.reserved.saturating_add(device.headroom) as f64;
+        table.row([
+            device.name.clone(),
+            device.tensors.to_string(),
+            Bytes(device.allocated).to_string(),
+            Bytes(device.reserved).to_string(),
+            Bytes(device.peak_reserved).to_string(),
+            Bytes(device.headroom).to_string(),
+            Bytes(device.capacity).to_string(),
+            format!("{:.1} %", 100.0 * used / device.capacity.max(1) as f64),
+        ]);
+    }
+    // What says most stays longest.
+    let expendable = [
+        "peak",
+        "allocated",
+        "tensors",
+        "headroom",
+        "capacity",
+        "reserved",
+    ];
+    text += &table.within(width, &expendable).to_string();
+    let allocated: u64 = report.devices.iter().map(|device| device.allocated).sum();
+    text += &format!(
+        "\n{} in the checkpoint, {} as stored ({:.2} x smaller)\n",
+        Bytes(model.source_bytes),
+        Bytes(allocated),
+        model.source_bytes as f64 / allocated.max(1) as f64,
+    );
+    if let Some(load) = &report.load {
+        text += &format!(
+            "loaded in {:.2} s ({:.2} GB/s): {} tensors quantized, {} stored\n",
+            load.seconds,
+            load.bytes_read as f64 / 1e9 / load.seconds.max(1e-9),
+            load.quantized,
+            load.stored,
+        );
+        for (device, bytes) in &load.quantized_on {
+            if bytes.by_device > 0 {
+                text += &format!(
+                    "quantized for {}: {} by the GPU, {} by the processor\n",
+                    printable(device),
+                    Bytes(bytes.by_device),
+                    Bytes(bytes.by_host),
+                );
+            }
+        }
+        if load.nonfinite_blocks > 0 {
+            text += &format!(
+                "warning: {} blocks with infinities or NaN, in {}\n",
+                load.nonfinite_blocks,
+                load.nonfinite
+                    .keys()
+                    .map(|name| printable(name))
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            );
+        }
+        text += &format!("host: staging {}", Bytes(report.host.staging_bytes));
+        if report.host.scratch_bytes > 0 {
+            text += &format!(", scratch {}", Bytes(report.host.scratch_bytes));
+        }
+        if let Some(peak) = report.host.peak_rss_bytes {
+            text += &format!(", peak resident {}", Bytes(peak));
+        }
+        text += "\n";
+    }
+    text
+}
+
+/// Returns the list of placements, where the report has one; otherwise nothing.
+pub fn placements(report: &Report) -> String {
+    let Some(placements) = &report.placements else {
+        return String::new();
+    };
+    let mut table = Table::new(["tensor", "device", "format", "bytes"]);
+    for placement in placements {
+        table.row([
+            placement.tensor.clone(),
+            placement.device.clone().unwrap_or_else(|| "-".to_owned()),
+            placement.format.clone(),
+            placement.bytes.to_string(),
+        ]);
+    }
+    format!("\n{table}")
+}
