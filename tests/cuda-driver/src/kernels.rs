@@ -31,13 +31,18 @@ pub(crate) enum Passed {
         len: usize,
         access: Access,
     },
+    /// Of the matrix that an argument before it points to; as an emulator takes it.
+    Map {
+        of: usize,
+        numbers: [u64; 7],
+    },
 }
 
 impl Passed {
     /// Address and length, of memory.
     pub(crate) fn memory(&self) -> Option<(u64, usize)> {
         match *self {
-            Passed::Number(_) => None,
+            Passed::Number(_) | Passed::Map { .. } => None,
             Passed::Memory { address, len, .. } => Some((address, len)),
         }
     }
@@ -85,6 +90,12 @@ impl Parameters {
     pub(crate) fn u64(self, index: usize) -> u64 {
         // SAFETY: the kernels' table in tightfit_kernels::cuda has a pointer or a u64 there.
         unsafe { self.0.add(index).read().cast::<u64>().read() }
+    }
+
+    /// A map, as it was encoded.
+    pub(crate) fn map(self, index: usize) -> [u64; 16] {
+        // SAFETY: that table has a `CUtensorMap` there.
+        unsafe { self.0.add(index).read().cast::<[u64; 16]>().read() }
     }
 
     pub(crate) fn u32(self, index: usize) -> u32 {
@@ -303,6 +314,10 @@ pub(crate) fn run(
                     misalignment: (address % 16) as usize,
                     bytes: buffers.next()?,
                 },
+                Passed::Map { of, numbers } => Argument::Map {
+                    of: passed[..*of].iter().filter_map(Passed::memory).count(),
+                    numbers: *numbers,
+                },
             })
         })
         .collect();
@@ -326,7 +341,7 @@ fn on_the_processor(kernel: &str, passed: &[Passed], memory: &mut [Vec<u8>]) -> 
     let kernels = Kernels::new(Isa::Portable).map_err(text)?;
     let number = |index: usize| match passed[index] {
         Passed::Number(value) => value,
-        Passed::Memory { .. } => 0,
+        Passed::Memory { .. } | Passed::Map { .. } => 0,
     };
     match (kernel, memory) {
         (_, [source, packed, absmax, count]) if quantized_type(kernel).is_some() => {

@@ -24,3 +24,4 @@ mod modules;
 mod products;
 mod setup;
 mod streams;
+mod tiles;

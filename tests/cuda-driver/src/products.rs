@@ -8,6 +8,7 @@ use tightfit_kernels::{
 
 use crate::experts;
 use crate::kernels::{Access, Parameters, Passed, Shape, memory};
+use crate::tiles;
 
 /// What the stand-in's devices are. Few multiprocessors, so that the emulator has few blocks to run.
 pub(crate) const GPU: Gpu = Gpu {
@@ -109,11 +110,16 @@ pub(crate) fn arguments(
         workspace,
     ];
     passed.extend((9..15).map(|index| Passed::Number(parameters.u32(index).into())));
+    if let Some([of_x, of_codes]) = &launch.maps {
+        passed.push(tiles::map(parameters, 15, 5, of_x)?);
+        passed.push(tiles::map(parameters, 16, 0, of_codes)?);
+    }
     Ok(passed)
 }
 
 fn is_transposed(kernel: &str) -> bool {
     kernel.starts_with("tightfit_linear_transposed")
+        || kernel.starts_with("tightfit_linear_many_transposed")
 }
 
 /// The launch of a gradient that this is.
@@ -239,7 +245,7 @@ impl Operands<'_> {
     pub(crate) fn number(&self, index: usize) -> usize {
         match self.passed[index] {
             Passed::Number(value) => value as usize,
-            Passed::Memory { .. } => 0,
+            Passed::Memory { .. } | Passed::Map { .. } => 0,
         }
     }
 

@@ -108,7 +108,7 @@ impl Work {
             Work::Launch { passed, .. } => passed
                 .iter()
                 .filter_map(|argument| match *argument {
-                    Passed::Number(_) => None,
+                    Passed::Number(_) | Passed::Map { .. } => None,
                     Passed::Memory {
                         address,
                         len,

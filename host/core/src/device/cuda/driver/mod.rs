@@ -32,8 +32,8 @@ pub(super) use memory::DeviceMemory;
 pub(super) use multiply::KernelMultiplier;
 pub(super) use page_locked::CudaPageLocked;
 pub(super) use quantize::{KernelQuantizer, WorkspaceMemory};
-pub(super) use transfer::Staging;
 use tiles::EncodeTiled;
+pub(super) use transfer::Staging;
 
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 const OUT_OF_MEMORY: c_uint = 2;
