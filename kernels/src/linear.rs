@@ -366,7 +366,7 @@ impl<'a> Product<'a> {
 }
 
 /// Decodes segments of four outputs to f32.
-struct Decoder<'a> {
+pub(crate) struct Decoder<'a> {
     kernels: Kernels,
     weights: &'a LinearWeights<'a>,
     absmax: Vec<f32>,
@@ -377,7 +377,7 @@ struct Decoder<'a> {
 }
 
 impl<'a> Decoder<'a> {
-    fn new(kernels: Kernels, weights: &'a LinearWeights<'a>) -> Decoder<'a> {
+    pub(crate) fn new(kernels: Kernels, weights: &'a LinearWeights<'a>) -> Decoder<'a> {
         Decoder {
             kernels,
             weights,
@@ -387,7 +387,7 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    fn decode(&mut self, i: usize, output: usize, inputs: Range<usize>) {
+    pub(crate) fn decode(&mut self, i: usize, output: usize, inputs: Range<usize>) {
         let weights = self.weights;
         let size = weights.block_size.elements();
         let first = output * weights.inputs;
@@ -422,7 +422,7 @@ impl<'a> Decoder<'a> {
     }
 
     /// The bytes of `inputs` weights of each output.
-    fn decoded(&self, inputs: usize) -> [&[u8]; GROUP] {
+    pub(crate) fn decoded(&self, inputs: usize) -> [&[u8]; GROUP] {
         std::array::from_fn(|i| &self.buffers[i][self.skipped[i] * 4..][..inputs * 4])
     }
 }

@@ -33,6 +33,7 @@ struct Gpu {
     /// Dropped, and with that unloaded, before the context.
     kernels: Arc<KernelModule>,
     products: Arc<KernelModule>,
+    experts: Arc<KernelModule>,
     context: Arc<Context>,
     /// Bytes that the user allows; by default all there are.
     limit: Option<u64>,
@@ -72,6 +73,7 @@ impl CudaDevice {
             gpu: Arc::new(Gpu {
                 kernels: Arc::new(KernelModule::quantizing(&context)),
                 products: Arc::new(KernelModule::products(&context)),
+                experts: Arc::new(KernelModule::experts(&context)),
                 context,
                 limit: capacity,
                 total,
@@ -184,7 +186,10 @@ impl Device for CudaDevice {
     }
 
     fn queue(&self) -> Result<Option<Arc<dyn Queue>>, DeviceError> {
-        let queue = CudaQueue::new(&self.gpu.kernels, &self.gpu.products)?;
+        let queue = {
+            let Gpu { kernels, products, experts, .. } = &*self.gpu;
+            CudaQueue::new([kernels, products, experts])?
+        };
         Ok(Some(Arc::new(queue)))
     }
 }
@@ -334,7 +339,7 @@ impl Reservation for CudaReservation {
             [] => None,
             constants => self.filled(place, constants)?,
         };
-        let multiplier = KernelMultiplier::new(&self.gpu.products, weights, constants)?;
+        let multiplier = KernelMultiplier::new(&self.gpu.products, &self.gpu.experts, weights, constants)?;
         Ok(Some(Arc::new(multiplier)))
     }
 

@@ -12,9 +12,7 @@ use std::fmt;
 pub use operation::{
     AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, Operation, Quantization,
 };
-pub use products::{QueuedProduct, QueuedScales, QueuedWeights};
-
-use tightfit_kernels::BlockSize;
+pub use products::{MatrixShape, QueuedProduct, QueuedScales, QueuedWeights};
 
 use super::{DeviceBytes, DeviceError, Product};
 
@@ -53,13 +51,7 @@ pub trait Queue: Send + Sync + fmt::Debug {
     /// When something has failed.
     fn finish(&self) -> Result<(), DeviceError>;
 
-    /// Returns how many bytes of workspace are enough for a product with a matrix [outputs, inputs], and
-    /// for one of fewer rows; 0 where none is needed.
-    fn workspace_bytes(
-        &self,
-        product: &Product,
-        outputs: usize,
-        inputs: usize,
-        block_size: BlockSize,
-    ) -> u64;
+    /// Returns how many bytes of workspace are enough for a product with such a matrix, and for one of fewer
+    /// rows; 0 where none is needed.
+    fn workspace_bytes(&self, product: &Product, shape: &MatrixShape) -> u64;
 }

@@ -29,7 +29,7 @@ pub enum Operation {
     QuantizeAbsmax(AbsmaxQuantization),
     /// [`tightfit_kernels::Kernels::dequantize_absmax`].
     DequantizeAbsmax(AbsmaxRecovery),
-    /// A product with a 4-bit weight.
+    /// A product with a 4-bit weight, or one of many experts for each row.
     Multiply(QueuedProduct),
 }
 
@@ -232,6 +232,9 @@ impl Operation {
     /// Looks whether the operands are as long as they have to be, at multiples of their elements, and
     /// nothing overlaps what is written. What is wrong where they are not.
     pub(in crate::device) fn check(&self) -> Result<(), String> {
+        if let Operation::Multiply(product) = self {
+            product.check()?;
+        }
         let operands = self.operands();
         for operand in &operands {
             let (have, at) = (operand.bytes.bytes(), operand.bytes.address().pointer);

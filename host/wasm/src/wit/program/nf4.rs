@@ -170,7 +170,11 @@ impl nf4::Host for ProgramCtxView<'_> {
         let queue = self.queue_for(&[
             Used::read(&codes, code_bytes, 1),
             Used::read(&absmax, absmax_bytes, 4),
-            Used::written(&target, element_bytes(elements, float.bytes())?, float.bytes()),
+            Used::written(
+                &target,
+                element_bytes(elements, float.bytes())?,
+                float.bytes(),
+            ),
         ])?;
         if let Some(queue) = queue {
             let what = (quant_type, float, block);

@@ -148,7 +148,16 @@ impl ProgramCtxView<'_> {
                 }
                 _ => slice(&absmax, 4 * start, 4 * blocks)?,
             };
-            view.dequantize_to(queue, &how, &codes, absmax, [first + from, count as u64], float, target, from)
+            view.dequantize_to(
+                queue,
+                &how,
+                &codes,
+                absmax,
+                [first + from, count as u64],
+                float,
+                target,
+                from,
+            )
         })?;
         Ok(true)
     }

@@ -7,12 +7,13 @@ use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::CUdeviceptr;
-use tightfit_kernels::BlockSize;
 use tightfit_kernels::cuda::linear::Gpu;
 
 use super::stream::{Event, Stream};
 use super::{Context, CudaPageLocked, DeviceMemory, KernelModule, WorkspaceMemory, twice};
-use crate::device::{DeviceBytes, DeviceError, MOST_WORK, Operation, Product, Queue};
+use crate::device::{
+    DeviceBytes, DeviceError, MOST_WORK, MatrixShape, Operation, Product, Queue,
+};
 
 /// Bytes that are copied from the host at once.
 const WRITTEN: usize = 256 << 10;
@@ -24,6 +25,7 @@ const MARKS: usize = 2;
 pub(in crate::device::cuda) struct CudaQueue {
     quantizing: Arc<KernelModule>,
     products: Arc<KernelModule>,
+    experts: Arc<KernelModule>,
     gpu: OnceLock<Gpu>,
     /// Dropped, with the work waited for, before the kernels.
     state: ManuallyDrop<Mutex<State>>,
@@ -58,8 +60,7 @@ struct Buffer {
 
 impl CudaQueue {
     pub(in crate::device::cuda) fn new(
-        quantizing: &Arc<KernelModule>,
-        products: &Arc<KernelModule>,
+        [quantizing, products, experts]: [&Arc<KernelModule>; 3],
     ) -> Result<CudaQueue, DeviceError> {
         let context = quantizing.context();
         let state = State {
@@ -75,6 +76,7 @@ impl CudaQueue {
         Ok(CudaQueue {
             quantizing: Arc::clone(quantizing),
             products: Arc::clone(products),
+            experts: Arc::clone(experts),
             gpu: OnceLock::new(),
             state: ManuallyDrop::new(Mutex::new(state)),
         })
@@ -89,7 +91,7 @@ impl CudaQueue {
         match self.gpu.get() {
             Some(gpu) => Ok(*gpu),
             None => {
-                let gpu = super::multiply::gpu_of(self.context())?;
+                let gpu = super::launch::gpu_of(self.context())?;
                 Ok(*self.gpu.get_or_init(|| gpu))
             }
         }
@@ -286,15 +288,8 @@ impl Queue for CudaQueue {
         self.lock().drain()
     }
 
-    fn workspace_bytes(
-        &self,
-        product: &Product,
-        outputs: usize,
-        inputs: usize,
-        block_size: BlockSize,
-    ) -> u64 {
-        let linear = products::linear(product, outputs, inputs, block_size);
-        linear.most_workspace_bytes(self.gpu().ok()) as u64
+    fn workspace_bytes(&self, product: &Product, shape: &MatrixShape) -> u64 {
+        self.workspace(product, shape)
     }
 }
 
