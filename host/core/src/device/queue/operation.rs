@@ -230,8 +230,11 @@ impl Operation {
     }
 
     /// Looks whether the operands are as long as they have to be, at multiples of their elements, and
-    /// nothing overlaps what is written. What is wrong where they are not.
-    pub(in crate::device) fn check(&self) -> Result<(), String> {
+    /// nothing overlaps what is written: for devices, which know besides whose memory it is.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), String> {
         if let Operation::Multiply(product) = self {
             product.check()?;
         }

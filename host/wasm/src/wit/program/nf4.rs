@@ -28,7 +28,7 @@ pub(super) fn float(given: types::Dtype) -> Result<FloatType, CallError> {
     })
 }
 
-fn block_size(given: u32) -> Result<BlockSize, CallError> {
+pub(super) fn block_size(given: u32) -> Result<BlockSize, CallError> {
     let size = usize::try_from(given).ok();
     let size = size.and_then(|size| BlockSize::new(size).ok());
     size.ok_or_else(|| {
