@@ -4,6 +4,7 @@
 
 mod command;
 mod faults;
+mod linear_programs;
 mod memory;
 mod products;
 mod programs;
