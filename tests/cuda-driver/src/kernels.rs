@@ -11,7 +11,7 @@ use tightfit_kernels::{
     SourceMatrix, SourceRows, SourceScale, blocks, packed_bytes,
 };
 
-use crate::products;
+use crate::{experts, products};
 
 /// What a kernel does with memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,9 +149,12 @@ pub(crate) fn arguments(
     shape: Shape,
     parameters: Parameters,
 ) -> Result<Vec<Passed>, String> {
-    let passed = match products::is_product(kernel) {
-        true => products::arguments(kernel, shape, parameters),
-        false => arguments_of_quantizing(kernel, shape, parameters),
+    let passed = if products::is_product(kernel) {
+        products::arguments(kernel, shape, parameters)
+    } else if experts::is_for_experts(kernel) {
+        experts::arguments(kernel, shape, parameters)
+    } else {
+        arguments_of_quantizing(kernel, shape, parameters)
     }?;
     check_overlaps(&passed)?;
     Ok(passed)
@@ -317,9 +320,12 @@ pub(crate) fn run(
         if std::env::var_os(REQUIRE).is_some_and(|value| value == "1") {
             return Err(format!("{REQUIRE} is set, but {MISSING}"));
         }
-        return match products::is_product(kernel) {
-            true => products::on_the_processor(kernel, passed, memory),
-            false => on_the_processor(kernel, passed, memory),
+        return if products::is_product(kernel) {
+            products::on_the_processor(kernel, passed, memory)
+        } else if experts::is_for_experts(kernel) {
+            experts::on_the_processor(kernel, passed, memory)
+        } else {
+            on_the_processor(kernel, passed, memory)
         };
     };
     let mut buffers = memory.iter_mut();

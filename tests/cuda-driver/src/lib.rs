@@ -15,6 +15,8 @@ pub mod application;
 mod books;
 mod calls;
 pub mod control;
+mod experts;
+mod graphs;
 mod host;
 mod kernels;
 mod memory;
