@@ -30,8 +30,8 @@ pub use quantizer::{
     QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Staged, Workspace,
 };
 pub use queue::{
-    AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, MOST_WORK, MatrixShape, Operation,
-    Quantization, Queue, QueuedProduct, QueuedScales, QueuedWeights,
+    AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, MOST_WORK, MatrixShape,
+    Operation, Quantization, Queue, QueuedProduct, QueuedScales, QueuedWeights,
 };
 pub use spec::{DeviceSpec, SpecError, open_devices, planned_devices};
 pub use writer::{PageLocked, Piece, WRITER_BUFFERS, Writer};

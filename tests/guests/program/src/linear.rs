@@ -43,7 +43,7 @@ pub(crate) fn misbehave(behavior: &str, rest: &[String]) -> Option<Answer> {
         "quantize-all" => quantize_all(),
         "quantize-in" => quantize_in(number(rest)),
         "read-what-was-not-written" => read_what_was_not_written(),
-        "scratch" => scratch(),
+        "scratch" => scratch(number(rest)),
         _ => return None,
     })
 }
@@ -405,7 +405,7 @@ fn multiply_long() -> Answer {
 fn list_of(count: u64) -> Answer {
     let it = Setup::new(None)?;
     let product = || it.product(ROWS as u32);
-    let products: Vec<Product<'_>> = (0..count.min(1 << 21)).map(|_| product()).collect();
+    let products: Vec<Product<'_>> = (0..count.min(1 << 17)).map(|_| product()).collect();
     multiply(&products)?;
     finish()?;
     Ok(products.len().to_string())
@@ -512,8 +512,9 @@ fn read_what_was_not_written() -> Answer {
     Ok("zeros".into())
 }
 
-/// What products need beside their operands, as it is told and as it is taken.
-fn scratch() -> Answer {
+/// What products need beside their operands, as it is told and as it is taken, beside so many bytes more.
+fn scratch(taken: u64) -> Answer {
+    let _taken = Buffer::allocate(0, taken)?;
     let (outputs, inputs) = (256u64, 1024u64);
     let elements = outputs * inputs;
     let (codes, absmax) = (

@@ -187,7 +187,12 @@ impl Device for CudaDevice {
 
     fn queue(&self) -> Result<Option<Arc<dyn Queue>>, DeviceError> {
         let queue = {
-            let Gpu { kernels, products, experts, .. } = &*self.gpu;
+            let Gpu {
+                kernels,
+                products,
+                experts,
+                ..
+            } = &*self.gpu;
             CudaQueue::new([kernels, products, experts])?
         };
         Ok(Some(Arc::new(queue)))
