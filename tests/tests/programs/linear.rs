@@ -210,6 +210,13 @@ fn weights_run_out() {
 }
 
 #[test]
+fn lists_are_as_long_as_there_are_handles() {
+    // Each product has a weight and two buffers.
+    let failure = Bench::default().failure(hostile(), &["list", "4000"]);
+    assert_eq!(failure, GuestFailure::Handles { limit: 10_000 });
+}
+
+#[test]
 fn memory_that_was_never_written_is_zeros_beside_what_is() {
     answers(&["read-what-was-not-written"], "zeros");
 }

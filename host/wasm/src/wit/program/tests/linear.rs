@@ -197,7 +197,8 @@ fn weights_of_models_are_multiplied_as_they_lie_in_every_format() {
             block_size: 64,
             double_quantized,
         });
-        let placements = sources().iter().map(|source| Placement {
+        let stored = sources();
+        let placements = stored.iter().map(|source| Placement {
             device: Some(0),
             format: match source.dtype {
                 DType::I64 => Format::Stored,
@@ -303,7 +304,7 @@ fn after_the_deadline_nothing_of_products_is_done() {
             .map_err(CallError::Trap),
     );
     stopped(
-        view.device(again(&weight))
+        linear::HostWeight::device(view, again(&weight))
             .map(|_| ())
             .map_err(CallError::Trap),
     );
