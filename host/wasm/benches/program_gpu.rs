@@ -244,7 +244,7 @@ fn products(devices: &Arc<[Box<dyn Device>]>) -> Result<(), Failure> {
     };
     let workspace = memory.piece(queue.workspace_bytes(&product, &shape))?;
     queue.give(&Operation::Clear(workspace.clone()))?;
-    let operation = Operation::Multiply(QueuedProduct {
+    let operation = Operation::Multiply(Box::new(QueuedProduct {
         weights: QueuedWeights {
             quant_type: QuantType::Nf4,
             shape,
@@ -257,7 +257,7 @@ fn products(devices: &Arc<[Box<dyn Device>]>) -> Result<(), Failure> {
         bias: None,
         y: memory.piece(2 * outputs)?,
         workspace: Some(workspace),
-    });
+    }));
     let by_hand = median(
         (0..5)
             .map(|_| {

@@ -141,7 +141,7 @@ fn everything() -> Result<Vec<Vec<u8>>, DeviceError> {
         by_row: true,
         transposed: false,
     };
-    queue.give(&Operation::Multiply(QueuedProduct {
+    queue.give(&Operation::Multiply(Box::new(QueuedProduct {
         weights: QueuedWeights {
             quant_type: QuantType::Nf4,
             shape: MatrixShape {
@@ -164,7 +164,7 @@ fn everything() -> Result<Vec<Vec<u8>>, DeviceError> {
         bias: None,
         y: y.clone(),
         workspace: None,
-    }))?;
+    })))?;
     let read = [
         codes, absmax, nonfinite, mean, small, nested, recovered, out, copied, y,
     ];

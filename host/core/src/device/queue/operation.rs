@@ -30,7 +30,7 @@ pub enum Operation {
     /// [`tightfit_kernels::Kernels::dequantize_absmax`].
     DequantizeAbsmax(AbsmaxRecovery),
     /// A product with a 4-bit weight, or one of many experts for each row.
-    Multiply(QueuedProduct),
+    Multiply(Box<QueuedProduct>),
 }
 
 /// Numbers to be quantized to NF4, the first of which begins a block.

@@ -54,7 +54,7 @@ impl ProgramCtxView<'_> {
                 Some(_) => view.source(product.output, start, bytes)?,
                 None => view.target(product.output, start, bytes)?,
             };
-            queue.give(&Operation::Multiply(QueuedProduct {
+            queue.give(&Operation::Multiply(Box::new(QueuedProduct {
                 weights: weights.clone(),
                 product: how,
                 x: view.source(product.input, first * of_input, rows * of_input)?,
@@ -62,7 +62,7 @@ impl ProgramCtxView<'_> {
                 bias: bias.clone(),
                 y,
                 workspace,
-            }))?;
+            })))?;
             view.wrote(product.output, start + bytes)
         })
     }
