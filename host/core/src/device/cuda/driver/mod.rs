@@ -7,10 +7,12 @@
 mod context;
 mod experts;
 mod kernels;
+mod launch;
 mod memory;
 mod multiply;
 mod page_locked;
 mod quantize;
+mod queue;
 mod stream;
 mod tiles;
 mod transfer;
@@ -32,6 +34,7 @@ pub(super) use memory::DeviceMemory;
 pub(super) use multiply::KernelMultiplier;
 pub(super) use page_locked::CudaPageLocked;
 pub(super) use quantize::{KernelQuantizer, WorkspaceMemory};
+pub(super) use queue::{CudaQueue, Kept};
 use tiles::EncodeTiled;
 pub(super) use transfer::Staging;
 

@@ -3,13 +3,11 @@
 use std::ffi::c_void;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUdeviceptr, CUstream};
-use tightfit_kernels::cuda::linear::{COUNTERS, Gpu, Linear, MOST_MULTIPROCESSORS};
-use tightfit_kernels::cuda::quant_type_argument;
+use cudarc::driver::sys::CUdeviceptr;
+use tightfit_kernels::cuda::linear::{COUNTERS, Gpu, Linear};
 use tightfit_kernels::{KernelError, NESTED_BLOCK_SIZE, blocks, packed_bytes};
 
-use super::kernels::Shape;
-use super::tiles::TensorMap;
+use super::launch::{gpu_of, launch_product};
 use super::{CudaPageLocked, DeviceMemory, KernelModule, Staging, WorkspaceMemory, unavailable};
 use crate::device::experts::places;
 use crate::device::{
@@ -36,10 +34,10 @@ pub(in crate::device::cuda) struct KernelMultiplier {
 
 /// The addresses of a matrix and of its scales.
 pub(super) struct Found {
-    codes: CUdeviceptr,
-    absmax: CUdeviceptr,
+    pub(super) codes: CUdeviceptr,
+    pub(super) absmax: CUdeviceptr,
     /// Of nested scales, mean and map; zero without double quantization.
-    nested: [CUdeviceptr; 3],
+    pub(super) nested: [CUdeviceptr; 3],
 }
 
 impl Found {
@@ -58,11 +56,7 @@ impl KernelMultiplier {
         constants: Option<WorkspaceMemory>,
     ) -> Result<KernelMultiplier, DeviceError> {
         let context = kernels.context();
-        let gpu = Gpu {
-            compute_capability: context.compute_capability()?,
-            // A workspace that a plan has room for is for no more; with more the rest would be idle.
-            multiprocessors: context.multiprocessors()?.min(MOST_MULTIPROCESSORS),
-        };
+        let gpu = gpu_of(context)?;
         kernels.compile()?;
         Ok(KernelMultiplier {
             kernels: Arc::clone(kernels),
@@ -214,7 +208,7 @@ impl Multiplier for KernelMultiplier {
         product: &Product,
         operands: &DeviceOperands,
     ) -> Result<(), DeviceError> {
-        let (of_x, of_y) = product.columns(weights);
+        let (_, of_y) = product.columns(weights);
         if let Some(stack) = weights.of_stack {
             // SAFETY: as the caller promises.
             return unsafe { self.multiply_matrix(weights, stack, product, operands) };
@@ -223,65 +217,12 @@ impl Multiplier for KernelMultiplier {
         if product.rows == 0 || of_y == 0 {
             return Ok(());
         }
-        let used = [operands.x, operands.bias, operands.y];
-        let linear = Linear {
-            aligned: used.iter().chain(&found.all()).all(|at| at % 16 == 0),
-            ..self.linear(weights, product)
-        };
-        let launch = match product.transposed {
-            false => linear.launch(self.gpu),
-            true => linear.launch_transposed(self.gpu),
-        };
-        let launch = launch.map_err(|error| self.too_many(error))?;
-        let need = launch.workspace_bytes as u64;
-        if need > operands.workspace_bytes {
-            return Err(self.too_small(need, operands.workspace_bytes));
-        }
-        let shape = Shape {
-            kernel: launch.kernel,
-            grid: launch.grid,
-            threads: launch.threads,
-            shared_bytes: launch.shared_bytes,
-        };
-        let row_bytes = |elements: usize| (elements * product.float.bytes()) as u64;
-        let _current = self.kernels.context().enter()?;
-        for first in (0..product.rows).step_by(launch.rows.max(1)) {
-            let [codes, absmax, nested, mean, map] = found.all();
-            let rows = launch.rows.min(product.rows - first);
-            let mut arguments = [
-                codes,
-                absmax,
-                nested,
-                mean,
-                map,
-                operands.x + first as u64 * row_bytes(of_x),
-                operands.bias,
-                operands.y + first as u64 * row_bytes(of_y),
-                if need == 0 { 0 } else { operands.workspace },
-                rows as u64,
-                weights.outputs as u64,
-                weights.inputs as u64,
-                u64::from(weights.block_size),
-                u64::from(quant_type_argument(weights.quant_type)),
-                u64::from(launch.shares),
-            ];
-            let maps = match &launch.maps {
-                None => &[][..],
-                Some([of_x, of_codes]) => {
-                    let context = self.kernels.context();
-                    let x = TensorMap::new(context, arguments[5], of_x)?;
-                    &[x, TensorMap::new(context, codes, of_codes)?]
-                }
-            };
-            // SAFETY: the arguments that the kernels of products have. Weights and constants lie in memory
-            // that `self` keeps, and are as long as the kernel needs: `find` has looked. The rest, and that
-            // `self` is kept, is the caller's promise.
-            unsafe {
-                let stream = operands.stream as CUstream;
-                self.kernels.launch_in(stream, shape, &mut arguments, maps)
-            }?;
-        }
-        Ok(())
+        let (kernels, linear) = (&self.kernels, self.linear(weights, product));
+        let _current = kernels.context().enter()?;
+        let how = (weights.quant_type, product.transposed);
+        // SAFETY: weights and constants lie in memory that `self` keeps, and are as long as the kernel needs:
+        // `find` has looked. The rest, and that `self` is kept, is the caller's promise.
+        unsafe { launch_product(kernels, self.gpu, linear, how, &found, operands) }
     }
 
     fn copied_bytes(&self, weights: &ProductWeights, product: &Product) -> u64 {
