@@ -25,6 +25,7 @@
 #define __noinline__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 // Of the one thread block that runs at a time. Like on the GPU it holds what was left there.
 #define __shared__ static
 
@@ -283,6 +284,12 @@ template <class Number>
 Number atomicAdd(Number* sum, Number value) {
     Number before = *sum;
     *sum += value;
+    return before;
+}
+
+inline unsigned atomicOr(unsigned* bits, unsigned value) {
+    unsigned before = *bits;
+    *bits |= value;
     return before;
 }
 

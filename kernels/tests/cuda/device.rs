@@ -1,7 +1,9 @@
 //! What can launch a kernel: a GPU, or the emulator.
 
 pub(crate) use tightfit_cuda_emulator::Argument;
-use tightfit_kernels::cuda::{Launch, experts::ExpertsLaunch, linear::LinearLaunch};
+use tightfit_kernels::cuda::{
+    Launch, decoder::DecoderLaunch, experts::ExpertsLaunch, linear::LinearLaunch,
+};
 
 /// Runs one kernel at a time. Panics, naming the kernel, if it cannot be run, or if it writes to
 /// memory beside a buffer.
@@ -30,6 +32,22 @@ pub(crate) trait Device {
             threads,
         };
         self.run(launch, shared_bytes, arguments);
+    }
+
+    /// The same with a kernel of what lies between products.
+    fn launch_decoder(&mut self, launch: DecoderLaunch, arguments: &mut [Argument]) {
+        let DecoderLaunch {
+            kernel,
+            grid,
+            threads,
+            ..
+        } = launch;
+        let launch = Launch {
+            kernel,
+            grid,
+            threads,
+        };
+        self.run(launch, 0, arguments);
     }
 
     /// The same with a kernel for experts.
