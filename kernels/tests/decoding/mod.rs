@@ -351,7 +351,7 @@ pub(crate) fn rotations(decoder: &mut dyn Decoder) {
             }
             // What a head is made of is not larger than this.
             assert_near(&queries, float, &need, &vec![16.0; need.len()], &what);
-            let mut touched = vec![false; 9];
+            let mut touched = [false; 9];
             for (row, position) in positions.iter().enumerate() {
                 let at = *position as usize;
                 if at >= 9 {
