@@ -7,8 +7,8 @@ use std::sync::{Mutex, PoisonError};
 use tightfit_cuda_emulator::{Argument, Emulator, MISSING, REQUIRE};
 use tightfit_kernels::cuda::{self, Launch, SourceRun};
 use tightfit_kernels::{
-    BlockSize, FloatType, Isa, KernelError, Kernels, NESTED_BLOCK_SIZE, SourceCodes, SourceMatrix,
-    SourceRows, SourceScale, blocks, packed_bytes,
+    BlockSize, FloatType, Isa, KernelError, Kernels, NESTED_BLOCK_SIZE, QuantType, SourceCodes,
+    SourceMatrix, SourceRows, SourceScale, blocks, packed_bytes,
 };
 
 use crate::products;
@@ -98,6 +98,15 @@ fn quantized_type(kernel: &str) -> Option<FloatType> {
         "tightfit_quantize_nf4_f32" => Some(FloatType::F32),
         "tightfit_quantize_nf4_f16" => Some(FloatType::F16),
         "tightfit_quantize_nf4_bf16" => Some(FloatType::Bf16),
+        _ => None,
+    }
+}
+
+fn dequantized_type(kernel: &str) -> Option<FloatType> {
+    match kernel {
+        "tightfit_dequantize_f32" => Some(FloatType::F32),
+        "tightfit_dequantize_f16" => Some(FloatType::F16),
+        "tightfit_dequantize_bf16" => Some(FloatType::Bf16),
         _ => None,
     }
 }
@@ -196,6 +205,22 @@ fn arguments_of_quantizing(
             memory(13, 1, 8, Add)?,
         ]);
         (cuda::quantize_source(float, &run, n), passed)
+    } else if let Some(float) = dequantized_type(kernel) {
+        let n = number(2)?;
+        let block_size = BlockSize::new(parameters.u32(3) as usize);
+        let block_size = block_size.map_err(|error| error.to_string())?;
+        if parameters.u32(4) > 1 {
+            return Err(format!("there is no table {}", parameters.u32(4)));
+        }
+        let passed = vec![
+            memory(0, packed_bytes(n), 1, Read)?,
+            memory(1, blocks(n, block_size), 4, Read)?,
+            value(2),
+            narrow(3),
+            narrow(4),
+            memory(5, n, float.bytes(), Write)?,
+        ];
+        (cuda::dequantize(float, n), passed)
     } else if kernel == "tightfit_mean" {
         let sums = parameters.u32(1) as usize;
         if sums > 256 {
@@ -230,6 +255,16 @@ fn arguments_of_quantizing(
                     memory(4, n.div_ceil(NESTED_BLOCK_SIZE), 4, Write)?,
                 ];
                 (cuda::quantize_absmax(n), passed)
+            }
+            "tightfit_dequantize_absmax" => {
+                let passed = vec![
+                    memory(0, n, 1, Read)?,
+                    value(1),
+                    memory(2, n.div_ceil(NESTED_BLOCK_SIZE), 4, Read)?,
+                    memory(3, 1, 4, Read)?,
+                    memory(4, n, 4, Write)?,
+                ];
+                (cuda::dequantize_absmax(n), passed)
             }
             _ => return Err("nobody is known to launch it".to_owned()),
         }
@@ -343,6 +378,28 @@ fn on_the_processor(kernel: &str, passed: &[Passed], memory: &mut [Vec<u8>]) -> 
                 [packed, absmax, count],
             )
             .map_err(text)?;
+        }
+        (_, [packed, absmax, out]) if dequantized_type(kernel).is_some() => {
+            let float = dequantized_type(kernel).unwrap_or(FloatType::F32);
+            let block_size = BlockSize::new(number(3) as usize).map_err(illegal)?;
+            let quant_type = match number(4) {
+                0 => QuantType::Nf4,
+                _ => QuantType::Fp4,
+            };
+            let absmax = from_bytes(absmax, f32::from_le_bytes);
+            let n = number(2) as usize;
+            kernels
+                .dequantize(quant_type, packed, &absmax, block_size, n, float, out)
+                .map_err(text)?;
+        }
+        ("tightfit_dequantize_absmax", [codes, nested, offset, absmax]) => {
+            let nested = from_bytes(nested, f32::from_le_bytes);
+            let offset = from_bytes(offset, f32::from_le_bytes)[0];
+            let mut scales = vec![0.0; absmax.len() / 4];
+            kernels
+                .dequantize_absmax(codes, &nested, offset, &mut scales)
+                .map_err(text)?;
+            absmax.copy_from_slice(&to_bytes(&scales, f32::to_le_bytes));
         }
         ("tightfit_sum_absmax", [absmax, sums]) => {
             let values: Vec<f64> = from_bytes(absmax, f32::from_le_bytes)

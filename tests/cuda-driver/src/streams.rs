@@ -36,6 +36,12 @@ pub(crate) enum Work {
         value: u8,
         len: usize,
     },
+    /// Within the device.
+    Move {
+        to: u64,
+        from: u64,
+        len: usize,
+    },
     Launch {
         module: u64,
         kernel: &'static str,
@@ -64,6 +70,11 @@ impl Work {
         match self {
             Work::Copy { to, bytes, .. } => write(*to, bytes.len()),
             Work::Set { at, len, .. } => write(*at, *len),
+            Work::Move { to, from, len } => {
+                let mut both = write(*to, *len);
+                both.push((*from, *from + *len as u64, Access::Read));
+                both
+            }
             Work::Wait { .. } => Vec::new(),
             Work::Launch { passed, .. } => passed
                 .iter()
@@ -180,6 +191,14 @@ impl Books {
                 Work::Set { at, value, len } => {
                     if let Some(memory) = self.memory_mut("a memset", at, len) {
                         memory.fill(value);
+                    }
+                }
+                Work::Move { to, from, len } => {
+                    let bytes = self.memory_mut("a copy", from, len).map(|m| m.to_vec());
+                    if let Some(bytes) = bytes
+                        && let Some(memory) = self.memory_mut("a copy", to, len)
+                    {
+                        memory.copy_from_slice(&bytes);
                     }
                 }
                 Work::Wait { stream, number } => self.carry_out(stream, number),
@@ -420,5 +439,20 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
         let from = from.expose_provenance();
         let work = Work::Copy { to, from, bytes };
         books.give("cuMemcpyHtoDAsync", device, stream, work)
+    })
+}
+
+/// `cuMemcpyDtoDAsync_v2`.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, len: usize, stream: u64) -> u32 {
+    call("cuMemcpyDtoDAsync", Kind::Takes, |books| {
+        let device = books.current("cuMemcpyDtoDAsync")?;
+        books.find_on("cuMemcpyDtoDAsync", device, to, len)?;
+        books.find_on("cuMemcpyDtoDAsync", device, from, len)?;
+        if to < from + len as u64 && from < to + len as u64 {
+            return Err(books.fault("cuMemcpyDtoDAsync of ranges that overlap".to_owned()));
+        }
+        let work = Work::Move { to, from, len };
+        books.give("cuMemcpyDtoDAsync", device, stream, work)
     })
 }

@@ -9,6 +9,7 @@ mod products;
 mod programs;
 mod quantize_on;
 mod quantizer;
+mod queue;
 mod same_bytes;
 mod sharing;
 mod sources;

@@ -8,6 +8,7 @@ mod host_memory;
 #[allow(unsafe_code)]
 mod multiplier;
 mod quantizer;
+mod queue;
 mod spec;
 mod writer;
 
@@ -22,6 +23,10 @@ pub use multiplier::{
 };
 pub use quantizer::{
     QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Staged, Workspace,
+};
+pub use queue::{
+    AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, MOST_WORK, Operation,
+    Quantization, Queue, QueuedProduct, QueuedScales, QueuedWeights,
 };
 pub use spec::{DeviceSpec, SpecError, open_devices, planned_devices};
 pub use writer::{PageLocked, Piece, WRITER_BUFFERS, Writer};
@@ -92,6 +97,15 @@ pub trait Device: Send + Sync + fmt::Debug {
 
     /// What is in use now, and what was at most.
     fn usage(&self) -> Usage;
+
+    /// An order of work of its own, for what is done in the memory that it has. `None` where the processor
+    /// can do that itself.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    fn queue(&self) -> Result<Option<Arc<dyn Queue>>, DeviceError> {
+        Ok(None)
+    }
 }
 
 /// Memory taken from a device in one piece; returned when dropped.
@@ -177,6 +191,16 @@ pub trait Reservation: Send + Sync + fmt::Debug {
         Ok(None)
     }
 
+    /// Some of the memory, for a [`Queue`] of its device. It keeps all of it. `None` for memory of the host,
+    /// and where nothing is reserved.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfBounds`].
+    fn range(&self, offset: u64, len: u64) -> Result<Option<DeviceBytes>, DeviceError> {
+        let _ = (offset, len);
+        Ok(None)
+    }
+
     /// Where the memory is for those who run kernels of their own on it. `None` for memory of the
     /// host.
     fn address(&self) -> Option<DeviceAddress> {
@@ -245,6 +269,14 @@ pub enum DeviceError {
         /// Length of the reservation.
         len: u64,
     },
+    /// Operands that an operation of a [`Queue`] cannot have.
+    #[error("{device}: {reason}")]
+    Operand {
+        /// The device's name.
+        device: String,
+        /// What is wrong with them.
+        reason: String,
+    },
     /// A device that is asked for more than once.
     #[error("device {device} is named twice")]
     NamedTwice {
@@ -269,6 +301,7 @@ impl DeviceError {
             | DeviceError::Refused { device, .. }
             | DeviceError::Driver { device, .. }
             | DeviceError::OutOfBounds { device, .. }
+            | DeviceError::Operand { device, .. }
             | DeviceError::NamedTwice { device }
             | DeviceError::Unavailable { device, .. } => device,
         }
@@ -278,7 +311,7 @@ impl DeviceError {
 impl From<&DeviceError> for Status {
     fn from(error: &DeviceError) -> Status {
         match error {
-            DeviceError::NamedTwice { .. } => Status::Usage,
+            DeviceError::NamedTwice { .. } | DeviceError::Operand { .. } => Status::Usage,
             _ => Status::Device,
         }
     }

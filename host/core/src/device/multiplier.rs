@@ -186,7 +186,7 @@ impl DeviceBytes {
         }
     }
 
-    /// Returns its first byte, a multiple of 256.
+    /// Returns its first byte: a multiple of 256, unless it is a slice.
     pub fn address(&self) -> DeviceAddress {
         self.address
     }
@@ -194,6 +194,29 @@ impl DeviceBytes {
     /// Returns its length in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+
+    /// Returns some of them, which keep all; `None` for what does not lie inside.
+    pub fn slice(&self, offset: u64, bytes: u64) -> Option<DeviceBytes> {
+        let end = offset.checked_add(bytes)?;
+        (end <= self.bytes).then(|| DeviceBytes {
+            address: DeviceAddress {
+                pointer: self.address.pointer + offset,
+                ..self.address
+            },
+            bytes,
+            memory: Arc::clone(&self.memory),
+        })
+    }
+
+    /// Returns whether both have a byte in common.
+    pub fn overlaps(&self, other: &DeviceBytes) -> bool {
+        let (one, two) = (self.address, other.address);
+        one.ordinal == two.ordinal
+            && self.bytes > 0
+            && other.bytes > 0
+            && one.pointer < two.pointer.saturating_add(other.bytes)
+            && two.pointer < one.pointer.saturating_add(self.bytes)
     }
 
     /// Returns what keeps the bytes, for the device that has made it.

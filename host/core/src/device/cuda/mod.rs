@@ -8,12 +8,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{
     Device, DeviceAddress, DeviceBytes, DeviceError, DeviceInfo, DeviceKind, Multiplier,
-    PageLocked, Piece, Quantizer, Reservation, WRITER_BUFFERS, Workspace, Writer,
+    PageLocked, Piece, Quantizer, Queue, Reservation, WRITER_BUFFERS, Workspace, Writer,
 };
 use crate::memory::{Ledger, LedgerEntry, ReservationSize, Usage};
 use driver::{
-    Context, CudaPageLocked, DeviceMemory, KernelModule, KernelMultiplier, KernelQuantizer,
-    Staging, WorkspaceMemory,
+    Context, CudaPageLocked, CudaQueue, DeviceMemory, Kept, KernelModule, KernelMultiplier,
+    KernelQuantizer, Staging, WorkspaceMemory,
 };
 
 /// What devices without virtual memory round to.
@@ -182,6 +182,11 @@ impl Device for CudaDevice {
     fn usage(&self) -> Usage {
         self.gpu.ledger.usage()
     }
+
+    fn queue(&self) -> Result<Option<Arc<dyn Queue>>, DeviceError> {
+        let queue = CudaQueue::new(&self.gpu.kernels, &self.gpu.products)?;
+        Ok(Some(Arc::new(queue)))
+    }
 }
 
 #[derive(Debug)]
@@ -345,6 +350,27 @@ impl Reservation for CudaReservation {
             pointer: memory.memory.address() + memory.start,
         };
         Ok(Some(DeviceBytes::new(address, len, Arc::new(memory))))
+    }
+
+    fn range(&self, offset: u64, len: u64) -> Result<Option<DeviceBytes>, DeviceError> {
+        let Some(memory) = &self.memory else {
+            return Ok(None);
+        };
+        let end = offset.saturating_add(len);
+        if end > memory.len() {
+            return Err(DeviceError::OutOfBounds {
+                device: self.gpu.context.name().to_owned(),
+                offset,
+                end,
+                len: memory.len(),
+            });
+        }
+        let address = DeviceAddress {
+            ordinal: self.gpu.context.ordinal(),
+            pointer: memory.address() + offset,
+        };
+        let kept = Kept(Arc::clone(memory));
+        Ok(Some(DeviceBytes::new(address, len, Arc::new(kept))))
     }
 
     fn address(&self) -> Option<DeviceAddress> {

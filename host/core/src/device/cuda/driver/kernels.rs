@@ -11,17 +11,21 @@ use super::stream::Stream;
 use super::{Context, twice, unavailable};
 use crate::device::DeviceError;
 
-/// The kernels that quantize and are launched here, as the PTX names them.
-const QUANTIZING: [&str; 9] = [
+/// The kernels that quantize and dequantize, as the PTX names them.
+const QUANTIZING: [&str; 13] = [
     "tightfit_quantize_nf4_f32",
     "tightfit_quantize_nf4_f16",
     "tightfit_quantize_nf4_bf16",
     "tightfit_quantize_source_f16",
     "tightfit_quantize_source_bf16",
+    "tightfit_dequantize_f32",
+    "tightfit_dequantize_f16",
+    "tightfit_dequantize_bf16",
     "tightfit_sum_absmax",
     "tightfit_sum_sums",
     "tightfit_mean",
     "tightfit_quantize_absmax",
+    "tightfit_dequantize_absmax",
 ];
 
 /// Which kernels a module has.

@@ -10,6 +10,7 @@ mod memory;
 mod multiply;
 mod page_locked;
 mod quantize;
+mod queue;
 mod stream;
 mod transfer;
 
@@ -30,6 +31,7 @@ pub(super) use memory::DeviceMemory;
 pub(super) use multiply::KernelMultiplier;
 pub(super) use page_locked::CudaPageLocked;
 pub(super) use quantize::{KernelQuantizer, WorkspaceMemory};
+pub(super) use queue::{CudaQueue, Kept};
 pub(super) use transfer::Staging;
 
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
@@ -99,6 +101,7 @@ api! {
     cuMemFreeHost(*mut c_void);
     cuMemcpyHtoDAsync_v2(CUdeviceptr, *const c_void, usize, CUstream);
     cuMemcpyDtoH_v2(*mut c_void, CUdeviceptr, usize);
+    cuMemcpyDtoDAsync_v2(CUdeviceptr, CUdeviceptr, usize, CUstream);
     cuMemsetD8Async(CUdeviceptr, c_uchar, usize, CUstream);
     cuStreamCreate(*mut CUstream, c_uint);
     cuStreamDestroy_v2(CUstream);

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
 use tightfit_kernels::cuda::linear::{COUNTERS, Gpu, Linear, MOST_MULTIPROCESSORS};
 use tightfit_kernels::cuda::quant_type_argument;
-use tightfit_kernels::{KernelError, NESTED_BLOCK_SIZE, blocks, packed_bytes};
+use tightfit_kernels::{NESTED_BLOCK_SIZE, QuantType, blocks, packed_bytes};
 
 use super::kernels::Shape;
-use super::{CudaPageLocked, DeviceMemory, KernelModule, Staging, WorkspaceMemory, unavailable};
+use super::{
+    Context, CudaPageLocked, DeviceMemory, KernelModule, Staging, WorkspaceMemory, unavailable,
+};
 use crate::device::{
     DeviceBytes, DeviceError, DeviceOperands, HostOperands, Multiplier, Piece, Product,
     ProductWeights, WRITER_BUFFERS, Writer,
@@ -31,11 +33,83 @@ pub(in crate::device::cuda) struct KernelMultiplier {
 }
 
 /// The addresses of a matrix and of its scales.
-struct Found {
-    codes: CUdeviceptr,
-    absmax: CUdeviceptr,
+pub(super) struct Found {
+    pub(super) codes: CUdeviceptr,
+    pub(super) absmax: CUdeviceptr,
     /// Of nested scales, mean and map; zero without double quantization.
-    nested: [CUdeviceptr; 3],
+    pub(super) nested: [CUdeviceptr; 3],
+}
+
+/// What a launch depends on of a device.
+pub(super) fn gpu_of(context: &Context) -> Result<Gpu, DeviceError> {
+    Ok(Gpu {
+        compute_capability: context.compute_capability()?,
+        // A workspace that a plan has room for is for no more; with more the rest would be idle.
+        multiprocessors: context.multiprocessors()?.min(MOST_MULTIPROCESSORS),
+    })
+}
+
+/// Gives a product to a stream of the kernels' device, whose context is current.
+///
+/// # Safety
+/// As [`Multiplier::multiply`]; `found` is a matrix of as many elements in the device's memory, which is kept
+/// until the stream is done.
+pub(super) unsafe fn launch(
+    kernels: &KernelModule,
+    gpu: Gpu,
+    linear: Linear,
+    quant_type: QuantType,
+    found: &Found,
+    operands: &DeviceOperands,
+) -> Result<(), DeviceError> {
+    let context = kernels.context();
+    let used = [operands.x, operands.bias, operands.y];
+    let linear = Linear {
+        aligned: used.iter().chain(&found.all()).all(|at| at % 16 == 0),
+        ..linear
+    };
+    let launch = linear.launch(gpu);
+    let launch = launch.map_err(|error| unavailable(context.name(), error.to_string()))?;
+    let need = launch.workspace_bytes as u64;
+    if need > operands.workspace_bytes {
+        return Err(DeviceError::OutOfBounds {
+            device: context.name().to_owned(),
+            offset: 0,
+            end: need,
+            len: operands.workspace_bytes,
+        });
+    }
+    let shape = Shape {
+        kernel: launch.kernel,
+        grid: launch.grid,
+        threads: launch.threads,
+        shared_bytes: launch.shared_bytes,
+    };
+    let row_bytes = |elements: usize| (elements * linear.float.bytes()) as u64;
+    for first in (0..linear.rows).step_by(launch.rows.max(1)) {
+        let [codes, absmax, nested, mean, map] = found.all();
+        let rows = launch.rows.min(linear.rows - first);
+        let mut arguments = [
+            codes,
+            absmax,
+            nested,
+            mean,
+            map,
+            operands.x + first as u64 * row_bytes(linear.inputs),
+            operands.bias,
+            operands.y + first as u64 * row_bytes(linear.outputs),
+            if need == 0 { 0 } else { operands.workspace },
+            rows as u64,
+            linear.outputs as u64,
+            linear.inputs as u64,
+            u64::from(linear.block_size),
+            u64::from(quant_type_argument(quant_type)),
+            u64::from(launch.shares),
+        ];
+        // SAFETY: the arguments that the kernels of products have, and the rest is the caller's promise.
+        unsafe { kernels.launch_in(operands.stream as CUstream, shape, &mut arguments) }?;
+    }
+    Ok(())
 }
 
 impl Found {
@@ -52,12 +126,7 @@ impl KernelMultiplier {
         weights: &Arc<DeviceMemory>,
         constants: Option<WorkspaceMemory>,
     ) -> Result<KernelMultiplier, DeviceError> {
-        let context = kernels.context();
-        let gpu = Gpu {
-            compute_capability: context.compute_capability()?,
-            // A workspace that a plan has room for is for no more; with more the rest would be idle.
-            multiprocessors: context.multiprocessors()?.min(MOST_MULTIPROCESSORS),
-        };
+        let gpu = gpu_of(kernels.context())?;
         kernels.compile()?;
         Ok(KernelMultiplier {
             kernels: Arc::clone(kernels),
@@ -109,10 +178,6 @@ impl KernelMultiplier {
         })
     }
 
-    fn too_many(&self, error: KernelError) -> DeviceError {
-        unavailable(self.weights.context().name(), error.to_string())
-    }
-
     /// Where operands are put that are copied to the device: x, bias, y and the workspace, and the end.
     fn places(&self, weights: &ProductWeights, product: &Product) -> [u64; 5] {
         let bytes =
@@ -150,59 +215,13 @@ impl Multiplier for KernelMultiplier {
         if product.rows == 0 || weights.outputs == 0 {
             return Ok(());
         }
-        let used = [operands.x, operands.bias, operands.y];
-        let linear = Linear {
-            aligned: used.iter().chain(&found.all()).all(|at| at % 16 == 0),
-            ..self.linear(weights, product)
-        };
-        let launch = linear.launch(self.gpu);
-        let launch = launch.map_err(|error| self.too_many(error))?;
-        let need = launch.workspace_bytes as u64;
-        if need > operands.workspace_bytes {
-            return Err(DeviceError::OutOfBounds {
-                device: self.weights.context().name().to_owned(),
-                offset: 0,
-                end: need,
-                len: operands.workspace_bytes,
-            });
-        }
-        let shape = Shape {
-            kernel: launch.kernel,
-            grid: launch.grid,
-            threads: launch.threads,
-            shared_bytes: launch.shared_bytes,
-        };
-        let row_bytes = |elements: usize| (elements * product.float.bytes()) as u64;
-        let _current = self.kernels.context().enter()?;
-        for first in (0..product.rows).step_by(launch.rows.max(1)) {
-            let [codes, absmax, nested, mean, map] = found.all();
-            let rows = launch.rows.min(product.rows - first);
-            let mut arguments = [
-                codes,
-                absmax,
-                nested,
-                mean,
-                map,
-                operands.x + first as u64 * row_bytes(weights.inputs),
-                operands.bias,
-                operands.y + first as u64 * row_bytes(weights.outputs),
-                if need == 0 { 0 } else { operands.workspace },
-                rows as u64,
-                weights.outputs as u64,
-                weights.inputs as u64,
-                u64::from(weights.block_size),
-                u64::from(quant_type_argument(weights.quant_type)),
-                u64::from(launch.shares),
-            ];
-            // SAFETY: the arguments that the kernels of products have. Weights and constants lie in memory
-            // that `self` keeps, and are as long as the kernel needs: `find` has looked. The rest, and that
-            // `self` is kept, is the caller's promise.
-            unsafe {
-                self.kernels
-                    .launch_in(operands.stream as CUstream, shape, &mut arguments)
-            }?;
-        }
-        Ok(())
+        let kernels = &self.kernels;
+        let _current = kernels.context().enter()?;
+        let linear = self.linear(weights, product);
+        let quant_type = weights.quant_type;
+        // SAFETY: weights and constants lie in memory that `self` keeps, and are as long as the kernel needs:
+        // `find` has looked. The rest, and that `self` is kept, is the caller's promise.
+        unsafe { launch(kernels, self.gpu, linear, quant_type, &found, operands) }
     }
 
     fn copied_bytes(&self, weights: &ProductWeights, product: &Product) -> u64 {
