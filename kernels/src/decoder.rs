@@ -10,9 +10,11 @@
 
 mod attention;
 pub(crate) mod choose;
+mod operation;
 mod rows;
 
 pub use attention::RotationOperands;
+pub use operation::{Operand, OperandShape, Operation};
 
 use std::num::NonZeroUsize;
 

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use tightfit_kernels::decoder::{
-    Attention, Faults, Heads, RmsNorm, Rotation, RotationOperands, Visible,
+    Attention, Faults, Heads, Operand, Operation, RmsNorm, Rotation, Visible,
 };
 use tightfit_kernels::{Activation, FloatType, Isa, KernelError, Kernels};
 
@@ -12,125 +12,32 @@ mod layers;
 
 use decoding::Decoder;
 
-/// Bytes that do not begin at a multiple of anything.
-fn shifted<T>(bytes: &[u8], work: impl FnOnce(&[u8]) -> T) -> T {
-    let moved: Vec<u8> = [0].iter().chain(bytes).copied().collect();
-    work(&moved[1..])
-}
-
 struct Processor {
     kernels: Kernels,
     threads: NonZeroUsize,
 }
 
 impl Decoder for Processor {
-    fn rms_norm(
-        &mut self,
-        norm: &RmsNorm,
-        x: &mut [u8],
-        add: Option<&[u8]>,
-        weight: &[u8],
-    ) -> Vec<u8> {
-        let mut y = vec![0xee; x.len()];
-        match add {
-            Some(add) => shifted(add, |add| {
-                self.kernels.add_rms_norm(norm, x, add, weight, &mut y)
-            }),
-            None => shifted(x, |x| self.kernels.rms_norm(norm, x, weight, &mut y)),
+    fn run(&mut self, operation: &Operation, operands: &mut [Vec<u8>]) -> Faults {
+        // Bytes that do not begin at a multiple of anything.
+        let shapes = operation.operands();
+        let mut moved: Vec<Vec<u8>> = operands
+            .iter()
+            .map(|bytes| [0].iter().chain(bytes).copied().collect())
+            .collect();
+        let given = shapes.iter().zip(&mut moved);
+        let given = given.map(|(shape, bytes)| match shape.is_written {
+            true => Operand::Written(&mut bytes[1..]),
+            false => Operand::Read(&bytes[1..]),
+        });
+        let done = self
+            .kernels
+            .decode_step(operation, given.collect(), self.threads);
+        let faults = done.unwrap_or_else(|error| panic!("{operation:?}: {error}"));
+        for (bytes, moved) in operands.iter_mut().zip(moved) {
+            bytes.copy_from_slice(&moved[1..]);
         }
-        .expect("lengths");
-        y
-    }
-
-    fn gate(
-        &mut self,
-        float: FloatType,
-        activation: Activation,
-        gate: &[u8],
-        up: &[u8],
-    ) -> Vec<u8> {
-        let mut y = vec![0xee; gate.len()];
-        let result = shifted(gate, |gate| {
-            self.kernels.gate(float, activation, gate, up, &mut y)
-        });
-        result.expect("lengths");
-        y
-    }
-
-    fn add(&mut self, float: FloatType, x: &mut [u8], add: &[u8]) {
-        shifted(add, |add| self.kernels.add(float, x, add)).expect("lengths");
-    }
-
-    fn gather(
-        &mut self,
-        float: FloatType,
-        columns: usize,
-        table: &[u8],
-        ids: &[u32],
-    ) -> (Vec<u8>, Faults) {
-        let mut y = vec![0xee; ids.len() * columns * float.bytes()];
-        let faults = self.kernels.gather(float, columns, table, ids, &mut y);
-        (y, faults.expect("lengths"))
-    }
-
-    fn dense(
-        &mut self,
-        float: FloatType,
-        lengths: [usize; 3],
-        weights: &[u8],
-        x: &[u8],
-        bias: Option<&[u8]>,
-    ) -> Vec<u8> {
-        let mut y = vec![0xee; lengths[0] * lengths[1] * float.bytes()];
-        shifted(weights, |weights| {
-            self.kernels
-                .dense(float, lengths, weights, x, bias, &mut y, self.threads)
-        })
-        .expect("lengths");
-        y
-    }
-
-    fn rotate(&mut self, rotation: &Rotation, operands: RotationOperands<'_>) -> Faults {
-        self.kernels.rotate(rotation, operands).expect("lengths")
-    }
-
-    fn attend(
-        &mut self,
-        attention: &Attention,
-        queries: &[u8],
-        [keys, values]: [&[u8]; 2],
-        positions: &[u32],
-    ) -> (Vec<u8>, Faults) {
-        let mut y = vec![0xee; queries.len()];
-        let faults = shifted(keys, |keys| {
-            let threads = self.threads;
-            self.kernels
-                .attend(attention, queries, keys, values, positions, &mut y, threads)
-        });
-        (y, faults.expect("lengths"))
-    }
-
-    fn top(&mut self, float: FloatType, lengths: [usize; 3], x: &[u8]) -> (Vec<u32>, Vec<f32>) {
-        let count = lengths[0] * lengths[2];
-        let (mut ids, mut values) = (vec![77; count], vec![-7.0; count]);
-        let result = self.kernels.top(float, lengths, x, &mut ids, &mut values);
-        result.expect("lengths");
-        (ids, values)
-    }
-
-    fn route(
-        &mut self,
-        float: FloatType,
-        lengths: [usize; 3],
-        normalize: bool,
-        scores: &[u8],
-    ) -> (Vec<i32>, Vec<f32>) {
-        let count = lengths[0] * lengths[2];
-        let (mut ids, mut weights) = (vec![77; count], vec![-7.0; count]);
-        self.kernels
-            .route(float, lengths, normalize, scores, &mut ids, &mut weights)
-            .expect("lengths");
-        (ids, weights)
+        faults
     }
 }
 
@@ -374,6 +281,38 @@ fn lengths_that_do_not_belong_together() {
     length(attend(32, &[0]), "key_cache");
     length(attend(64, &[]), "positions");
     assert_eq!(attend(64, &[0]), Ok(()));
+}
+
+#[test]
+fn operands_that_do_not_belong_to_an_operation() {
+    let kernels = Kernels::detect();
+    let add = Operation::Add {
+        float: FLOAT,
+        elements: 2,
+    };
+    let step = |operands: Vec<Operand<'_>>| {
+        let done = kernels.decode_step(&add, operands, NonZeroUsize::MIN);
+        matches!(done, Err(KernelError::Length { .. }))
+    };
+    let (mut x, more) = ([0; 8], [0; 8]);
+    assert!(step(vec![]));
+    assert!(step(vec![Operand::Written(&mut x)]));
+    assert!(step(vec![Operand::Read(&more), Operand::Read(&more)]));
+    assert!(step(vec![
+        Operand::Written(&mut x[..4]),
+        Operand::Read(&more)
+    ]));
+    assert!(step(vec![
+        Operand::Written(&mut x),
+        Operand::Read(&more[1..])
+    ]));
+    assert!(!step(vec![Operand::Written(&mut x), Operand::Read(&more)]));
+    let clamped = Operation::Gate {
+        float: FLOAT,
+        activation: Activation::Clamped { limit: 1.0 },
+        elements: 0,
+    };
+    assert!(matches!(clamped.check(), Err(KernelError::Shape { .. })));
 }
 
 /// A row's bits do not depend on the rows beside it, and neither on threads.

@@ -35,7 +35,7 @@ use super::{
 use crate::{
     Activation, FloatType, KernelError,
     decoder::{
-        Attention, RmsNorm, Rotation, Visible,
+        Attention, Operation, RmsNorm, Rotation, Visible,
         choose::{check_route, check_top},
         shape,
     },
@@ -338,6 +338,160 @@ pub fn route(
     check_route(experts, k)?;
     check_lengths(&[rows])?;
     DecoderLaunch::new(&KERNELS[28..31], float, rows.div_ceil(WARPS) as u64)
+}
+
+/// An argument of a kernel.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Argument {
+    /// The address of the operand with this number, of those of [`Operation::operands`].
+    Operand(usize),
+    /// The address of a word that gets [`crate::decoder::Faults`].
+    Faults,
+    /// The address of the workspace; null where none is needed.
+    Workspace,
+    /// A value, of a float its bits; null where an operand is left out.
+    Number(u64),
+}
+
+/// A launch with its arguments.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Call {
+    /// The launch.
+    pub launch: DecoderLaunch,
+    /// What the kernel takes.
+    pub arguments: Vec<Argument>,
+}
+
+/// Returns how a GPU does an operation; nothing where there is nothing to do.
+///
+/// # Errors
+/// As [`rms_norm`], and for what there cannot be.
+pub fn call(operation: &Operation, gpu: Gpu) -> Result<Option<Call>, KernelError> {
+    use Argument::{Faults, Number, Operand, Workspace};
+    check_capability(gpu.compute_capability)?;
+    operation.check()?;
+    let number = |value: usize| Number(value as u64);
+    let real = |value: f32| Number(u64::from(value.to_bits()));
+    // Operands one after the other, and null for those that are not there.
+    let mut next = 0;
+    let mut operand = |is_there: bool| {
+        if !is_there {
+            return Number(0);
+        }
+        next += 1;
+        Operand(next - 1)
+    };
+    let (launch, arguments) = match *operation {
+        Operation::RmsNorm { norm, add } => {
+            if norm.rows == 0 {
+                return Ok(None);
+            }
+            let operands = [true, add, true, true].map(&mut operand);
+            let rest = [
+                number(norm.columns),
+                real(norm.eps),
+                real(norm.weight_offset),
+            ];
+            (rms_norm(&norm)?, [&operands[..], &rest].concat())
+        }
+        Operation::Gate {
+            float,
+            activation,
+            elements,
+        } => {
+            let activation = activation_argument(activation).unwrap_or(0);
+            let operands = [true; 3].map(&mut operand);
+            let rest = [number(elements), number(activation as usize)];
+            (gate(float, elements)?, [&operands[..], &rest].concat())
+        }
+        Operation::Add { float, elements } => {
+            let operands = [true; 2].map(&mut operand);
+            (
+                add(float, elements)?,
+                [&operands[..], &[number(elements)]].concat(),
+            )
+        }
+        Operation::Gather {
+            float,
+            rows,
+            table_rows,
+            columns,
+        } => {
+            let operands = [true; 3].map(&mut operand);
+            let rest = [Faults, number(rows), number(table_rows), number(columns)];
+            let launch = gather(float, rows, table_rows, columns)?;
+            (launch, [&operands[..], &rest].concat())
+        }
+        Operation::Dense {
+            float,
+            lengths,
+            bias,
+        } => {
+            let operands = [true, true, bias, true].map(&mut operand);
+            (
+                dense(float, lengths)?,
+                [&operands[..], &lengths.map(number)].concat(),
+            )
+        }
+        Operation::Rotate { rotation, norms } => {
+            let there = [true, true, true, norms[0], norms[1], true, true, true, true];
+            let (heads, operands) = (&rotation.heads, there.map(&mut operand));
+            let rest = [
+                Faults,
+                number(heads.rows),
+                number(heads.query_heads),
+                number(heads.kv_heads),
+                number(heads.head_size),
+                number(rotation.rotary),
+                number(rotation.capacity),
+                real(rotation.scaling),
+                real(rotation.norm_eps),
+                real(rotation.norm_weight_offset),
+            ];
+            (rotate(&rotation)?, [&operands[..], &rest].concat())
+        }
+        Operation::Attend { attention, most } => {
+            if attention.heads.rows == 0 {
+                return Ok(None);
+            }
+            let (heads, operands) = (&attention.heads, [true; 5].map(&mut operand));
+            let launch = attend(&attention, most, gpu)?;
+            let [window, length] = visible_arguments(attention.visible);
+            let rest = [
+                Workspace,
+                Faults,
+                number(heads.rows),
+                number(heads.query_heads),
+                number(heads.kv_heads),
+                number(heads.head_size),
+                number(attention.capacity),
+                number(window as usize),
+                number(length as usize),
+                number(launch.shares as usize),
+                real(attention.scale),
+            ];
+            (launch, [&operands[..], &rest].concat())
+        }
+        Operation::Top { float, lengths } => {
+            let operands = [true; 3].map(&mut operand);
+            let launch = top(float, lengths, gpu)?;
+            let rest = lengths.map(number);
+            let shares = number(launch.shares as usize);
+            let arguments = [&operands[..], &[Workspace], &rest, &[shares]].concat();
+            (launch, arguments)
+        }
+        Operation::Route {
+            float,
+            lengths,
+            normalize,
+        } => {
+            let operands = [true; 3].map(&mut operand);
+            let normalize = number(usize::from(normalize));
+            let arguments = [&operands[..], &lengths.map(number), &[normalize]].concat();
+            (route(float, lengths)?, arguments)
+        }
+    };
+    Ok(Some(Call { launch, arguments }))
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 
 use tightfit_kernels::decoder::{
-    Attention, Faults, Heads, RmsNorm, Rotation, RotationOperands, Visible,
+    Attention, Faults, Heads, Operation, RmsNorm, Rotation, RotationOperands, Visible,
 };
 use tightfit_kernels::{Activation, FloatType, Kernels};
 
@@ -11,23 +11,93 @@ use crate::layers::{Dice, activate};
 
 /// What computes: the processor with one of its instruction sets, or a GPU.
 pub(crate) trait Decoder {
+    /// Does an operation. Operands are in its order, and written ones are changed.
+    fn run(&mut self, operation: &Operation, operands: &mut [Vec<u8>]) -> Faults;
+}
+
+/// What is in memory that has to be written.
+const UNWRITTEN: u8 = 0xee;
+
+fn unwritten(bytes: usize) -> Vec<u8> {
+    vec![UNWRITTEN; bytes]
+}
+
+fn to_words(values: &[u32]) -> Vec<u8> {
+    values.iter().flat_map(|x| x.to_le_bytes()).collect()
+}
+
+fn words(bytes: &[u8]) -> Vec<u32> {
+    let (words, _) = bytes.as_chunks::<4>();
+    words.iter().map(|word| u32::from_le_bytes(*word)).collect()
+}
+
+impl dyn Decoder + '_ {
     fn rms_norm(
         &mut self,
         norm: &RmsNorm,
-        x: &mut [u8],
+        x: &mut Vec<u8>,
         add: Option<&[u8]>,
         weight: &[u8],
-    ) -> Vec<u8>;
-    fn gate(&mut self, float: FloatType, activation: Activation, gate: &[u8], up: &[u8])
-    -> Vec<u8>;
-    fn add(&mut self, float: FloatType, x: &mut [u8], add: &[u8]);
+    ) -> Vec<u8> {
+        let operation = Operation::RmsNorm {
+            norm: *norm,
+            add: add.is_some(),
+        };
+        let mut operands = vec![x.clone()];
+        operands.extend(add.map(<[u8]>::to_vec));
+        operands.extend([weight.to_vec(), unwritten(x.len())]);
+        assert_eq!(self.run(&operation, &mut operands), Faults::NONE);
+        x.clone_from(&operands[0]);
+        operands.pop().expect("y")
+    }
+
+    fn gate(
+        &mut self,
+        float: FloatType,
+        activation: Activation,
+        gate: &[u8],
+        up: &[u8],
+    ) -> Vec<u8> {
+        let operation = Operation::Gate {
+            float,
+            activation,
+            elements: gate.len() / float.bytes(),
+        };
+        let mut operands = [gate.to_vec(), up.to_vec(), unwritten(gate.len())];
+        assert_eq!(self.run(&operation, &mut operands), Faults::NONE);
+        let [_, _, y] = operands;
+        y
+    }
+
+    fn add(&mut self, float: FloatType, x: &mut Vec<u8>, add: &[u8]) {
+        let elements = x.len() / float.bytes();
+        let mut operands = [x.clone(), add.to_vec()];
+        let faults = self.run(&Operation::Add { float, elements }, &mut operands);
+        assert_eq!(faults, Faults::NONE);
+        [*x, _] = operands;
+    }
+
     fn gather(
         &mut self,
         float: FloatType,
+        table_rows: usize,
         columns: usize,
         table: &[u8],
         ids: &[u32],
-    ) -> (Vec<u8>, Faults);
+    ) -> (Vec<u8>, Faults) {
+        let y = unwritten(ids.len() * columns * float.bytes());
+        let mut operands = [table.to_vec(), to_words(ids), y];
+        let operation = Operation::Gather {
+            float,
+            rows: ids.len(),
+            table_rows,
+            columns,
+        };
+        let faults = self.run(&operation, &mut operands);
+        let [_, _, y] = operands;
+        (y, faults)
+    }
+
     fn dense(
         &mut self,
         float: FloatType,
@@ -35,23 +105,99 @@ pub(crate) trait Decoder {
         weights: &[u8],
         x: &[u8],
         bias: Option<&[u8]>,
-    ) -> Vec<u8>;
-    fn rotate(&mut self, rotation: &Rotation, operands: RotationOperands<'_>) -> Faults;
+    ) -> Vec<u8> {
+        let operation = Operation::Dense {
+            float,
+            lengths,
+            bias: bias.is_some(),
+        };
+        let mut operands = vec![weights.to_vec(), x.to_vec()];
+        operands.extend(bias.map(<[u8]>::to_vec));
+        operands.push(unwritten(lengths[0] * lengths[1] * float.bytes()));
+        assert_eq!(self.run(&operation, &mut operands), Faults::NONE);
+        operands.pop().expect("y")
+    }
+
+    fn rotate(&mut self, rotation: &Rotation, operands: RotationOperands<'_>) -> Faults {
+        let RotationOperands {
+            queries,
+            keys,
+            values,
+            query_norm,
+            key_norm,
+            positions,
+            frequencies,
+            key_cache,
+            value_cache,
+        } = operands;
+        let operation = Operation::Rotate {
+            rotation: *rotation,
+            norms: [query_norm.is_some(), key_norm.is_some()],
+        };
+        let mut all = vec![queries.to_vec(), keys.to_vec(), values.to_vec()];
+        all.extend(query_norm.map(<[u8]>::to_vec));
+        all.extend(key_norm.map(<[u8]>::to_vec));
+        let frequencies: Vec<u32> = frequencies.iter().map(|x| x.to_bits()).collect();
+        all.extend([to_words(positions), to_words(&frequencies)]);
+        all.extend([key_cache.to_vec(), value_cache.to_vec()]);
+        let faults = self.run(&operation, &mut all);
+        queries.copy_from_slice(&all[0]);
+        value_cache.copy_from_slice(&all.pop().expect("values"));
+        key_cache.copy_from_slice(&all.pop().expect("keys"));
+        faults
+    }
+
     fn attend(
         &mut self,
         attention: &Attention,
         queries: &[u8],
-        cache: [&[u8]; 2],
+        [keys, values]: [&[u8]; 2],
         positions: &[u32],
-    ) -> (Vec<u8>, Faults);
-    fn top(&mut self, float: FloatType, lengths: [usize; 3], x: &[u8]) -> (Vec<u32>, Vec<f32>);
+    ) -> (Vec<u8>, Faults) {
+        let operation = Operation::Attend {
+            attention: *attention,
+            most: attention.capacity,
+        };
+        let mut operands = [
+            queries.to_vec(),
+            keys.to_vec(),
+            values.to_vec(),
+            to_words(positions),
+            unwritten(queries.len()),
+        ];
+        let faults = self.run(&operation, &mut operands);
+        let [.., y] = operands;
+        (y, faults)
+    }
+
+    fn top(&mut self, float: FloatType, lengths: [usize; 3], x: &[u8]) -> (Vec<u32>, Vec<f32>) {
+        let results = unwritten(lengths[0] * lengths[2] * 4);
+        let mut operands = [x.to_vec(), results.clone(), results];
+        let faults = self.run(&Operation::Top { float, lengths }, &mut operands);
+        assert_eq!(faults, Faults::NONE);
+        let values = words(&operands[2]).into_iter().map(f32::from_bits);
+        (words(&operands[1]), values.collect())
+    }
+
     fn route(
         &mut self,
         float: FloatType,
         lengths: [usize; 3],
         normalize: bool,
         scores: &[u8],
-    ) -> (Vec<i32>, Vec<f32>);
+    ) -> (Vec<i32>, Vec<f32>) {
+        let results = unwritten(lengths[0] * lengths[2] * 4);
+        let mut operands = [scores.to_vec(), results.clone(), results];
+        let operation = Operation::Route {
+            float,
+            lengths,
+            normalize,
+        };
+        assert_eq!(self.run(&operation, &mut operands), Faults::NONE);
+        let ids = words(&operands[1]).into_iter().map(|id| id as i32);
+        let weights = words(&operands[2]).into_iter().map(f32::from_bits);
+        (ids.collect(), weights.collect())
+    }
 }
 
 pub(crate) fn elements(values: &[f32], float: FloatType) -> Vec<u8> {
@@ -199,7 +345,7 @@ pub(crate) fn gathering(decoder: &mut dyn Decoder) {
                 if hostile {
                     ids.extend([rows as u32, u32::MAX, 0, i32::MAX as u32]);
                 }
-                let (y, faults) = decoder.gather(float, columns, &table, &ids);
+                let (y, faults) = decoder.gather(float, rows, columns, &table, &ids);
                 let known = |id: u32| (id as usize) < rows;
                 let need = ids.iter().flat_map(|id| match known(*id) {
                     true => table[*id as usize * row..][..row].to_vec(),

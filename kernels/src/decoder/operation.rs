@@ -1,0 +1,462 @@
+//! Operations as data, for whoever gives them to a device: what their operands are, and what they are on the
+//! processor.
+
+use std::num::NonZeroUsize;
+
+use super::{
+    Attention, Faults, RmsNorm, Rotation, RotationOperands,
+    choose::{check_route, check_top},
+    shape,
+};
+use crate::{Activation, FloatType, KernelError, Kernels, error::check_length};
+
+/// Something that a decoder computes between its products.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Operation {
+    /// [`Kernels::rms_norm`], or with `add` [`Kernels::add_rms_norm`]. Operands: x, add, weight, y.
+    RmsNorm {
+        /// What norm it is.
+        norm: RmsNorm,
+        /// Whether something is added to x before.
+        add: bool,
+    },
+    /// [`Kernels::gate`]. Operands: gate, up, y.
+    Gate {
+        /// The type of everything.
+        float: FloatType,
+        /// What is made of gate and up; not [`Activation::Clamped`].
+        activation: Activation,
+        /// How many there are of each.
+        elements: usize,
+    },
+    /// [`Kernels::add`]. Operands: x, add.
+    Add {
+        /// The type of both.
+        float: FloatType,
+        /// How many there are of each.
+        elements: usize,
+    },
+    /// [`Kernels::gather`]. Operands: the table, ids, y.
+    Gather {
+        /// The type of the table.
+        float: FloatType,
+        /// How many ids there are.
+        rows: usize,
+        /// Rows of the table.
+        table_rows: usize,
+        /// Elements of a row.
+        columns: usize,
+    },
+    /// [`Kernels::dense`]. Operands: weights, x, the bias, y.
+    Dense {
+        /// The type of everything.
+        float: FloatType,
+        /// Rows of x and y, rows of the weights, columns of both.
+        lengths: [usize; 3],
+        /// Whether there is a bias.
+        bias: bool,
+    },
+    /// [`Kernels::rotate`]. Operands: queries, keys, values, the norm's weight of queries and that of keys,
+    /// positions, frequencies, the cache's keys and its values.
+    Rotate {
+        /// What is rotated and how.
+        rotation: Rotation,
+        /// Whether there are norms of heads of queries, and of keys.
+        norms: [bool; 2],
+    },
+    /// [`Kernels::attend`]. Operands: queries, the cache's keys and its values, positions, y.
+    Attend {
+        /// What attention it is.
+        attention: Attention,
+        /// About how many keys a row sees at most. It decides how work is dealt out, never what comes out.
+        most: usize,
+    },
+    /// [`Kernels::top`]. Operands: x, ids, values.
+    Top {
+        /// The type of x.
+        float: FloatType,
+        /// Rows, columns, and how many are asked for.
+        lengths: [usize; 3],
+    },
+    /// [`Kernels::route`]. Operands: scores, ids, weights.
+    Route {
+        /// The type of the scores.
+        float: FloatType,
+        /// Rows, experts, and how many are chosen.
+        lengths: [usize; 3],
+        /// Whether weights are a softmax over the chosen ones.
+        normalize: bool,
+    },
+}
+
+/// What an operation needs an operand to be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct OperandShape {
+    /// What it is, for messages.
+    pub name: &'static str,
+    /// Elements of it.
+    pub elements: usize,
+    /// Bytes of an element.
+    pub size: usize,
+    /// What its address has to be a multiple of on a GPU.
+    pub align: usize,
+    /// Whether it is written.
+    pub is_written: bool,
+}
+
+impl OperandShape {
+    /// Returns its bytes; what is too much for the processor is as much as there can be.
+    pub const fn bytes(&self) -> usize {
+        self.elements.saturating_mul(self.size)
+    }
+}
+
+/// An operand in the processor's memory.
+#[derive(Debug)]
+pub enum Operand<'a> {
+    /// Only read.
+    Read(&'a [u8]),
+    /// Written, and perhaps read.
+    Written(&'a mut [u8]),
+}
+
+impl Operation {
+    /// Looks whether there can be such an operation.
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`].
+    pub fn check(&self) -> Result<(), KernelError> {
+        match self {
+            Operation::Rotate { rotation, .. } => rotation.check(),
+            Operation::Attend { attention, .. } => attention.check(),
+            Operation::Top { lengths, .. } => check_top(lengths[1], lengths[2]),
+            Operation::Route { lengths, .. } => check_route(lengths[1], lengths[2]),
+            Operation::Gate {
+                activation: Activation::Clamped { .. },
+                ..
+            } => Err(shape("gates are of silu or gelu", 0)),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns whether it can find faults in what its operands hold.
+    pub const fn may_find_faults(&self) -> bool {
+        matches!(
+            self,
+            Operation::Gather { .. } | Operation::Rotate { .. } | Operation::Attend { .. }
+        )
+    }
+
+    /// Returns what its operands have to be, in their order; those that it does without are left out.
+    pub fn operands(&self) -> Vec<OperandShape> {
+        let shape = |name, elements: usize, size| OperandShape {
+            name,
+            elements,
+            size,
+            align: size,
+            is_written: false,
+        };
+        let written = |name, elements, size| OperandShape {
+            is_written: true,
+            ..shape(name, elements, size)
+        };
+        let vector = |shape| OperandShape { align: 16, ..shape };
+        let times = |a: usize, b: usize| a.saturating_mul(b);
+        match *self {
+            Operation::RmsNorm { norm, add } => {
+                let (size, all) = (norm.float.bytes(), times(norm.rows, norm.columns));
+                let x = OperandShape {
+                    is_written: add,
+                    ..shape("x", all, size)
+                };
+                let more = add.then(|| shape("what is added", all, size));
+                let weight = shape("the weight", norm.columns, size);
+                [x].into_iter()
+                    .chain(more)
+                    .chain([weight, written("y", all, size)])
+                    .collect()
+            }
+            Operation::Gate {
+                float, elements, ..
+            } => vec![
+                shape("the gate", elements, float.bytes()),
+                shape("up", elements, float.bytes()),
+                written("y", elements, float.bytes()),
+            ],
+            Operation::Add { float, elements } => vec![
+                written("x", elements, float.bytes()),
+                shape("what is added", elements, float.bytes()),
+            ],
+            Operation::Gather {
+                float,
+                rows,
+                table_rows,
+                columns,
+            } => vec![
+                shape("the table", times(table_rows, columns), float.bytes()),
+                shape("ids", rows, 4),
+                written("y", times(rows, columns), float.bytes()),
+            ],
+            Operation::Dense {
+                float,
+                lengths: [rows, outputs, inputs],
+                bias,
+            } => {
+                let size = float.bytes();
+                let operands = [
+                    shape("weights", times(outputs, inputs), size),
+                    shape("x", times(rows, inputs), size),
+                ];
+                let bias = bias.then(|| shape("the bias", outputs, size));
+                let y = written("y", times(rows, outputs), size);
+                operands.into_iter().chain(bias).chain([y]).collect()
+            }
+            Operation::Rotate { rotation, norms } => {
+                let (heads, size) = (&rotation.heads, rotation.heads.float.bytes());
+                let new = heads.kv_elements(heads.rows);
+                let cache = heads.kv_elements(rotation.capacity);
+                let names = ["the norm of queries", "the norm of keys"];
+                let norms = names
+                    .into_iter()
+                    .zip(norms)
+                    .filter(|(_, is_there)| *is_there);
+                let norms = norms.map(|(name, _)| vector(shape(name, heads.head_size, size)));
+                [
+                    vector(written("queries", heads.query_elements(), size)),
+                    vector(shape("keys", new, size)),
+                    vector(shape("values", new, size)),
+                ]
+                .into_iter()
+                .chain(norms)
+                .chain([
+                    shape("positions", heads.rows, 4),
+                    shape("frequencies", rotation.rotary / 2, 4),
+                    vector(written("the cache's keys", cache, size)),
+                    vector(written("the cache's values", cache, size)),
+                ])
+                .collect()
+            }
+            Operation::Attend { attention, .. } => {
+                let (heads, size) = (&attention.heads, attention.heads.float.bytes());
+                let cache = heads.kv_elements(attention.capacity);
+                vec![
+                    vector(shape("queries", heads.query_elements(), size)),
+                    vector(shape("the cache's keys", cache, size)),
+                    vector(shape("the cache's values", cache, size)),
+                    shape("positions", heads.rows, 4),
+                    vector(written("y", heads.query_elements(), size)),
+                ]
+            }
+            Operation::Top {
+                float,
+                lengths: [rows, columns, k],
+            } => vec![
+                shape("x", times(rows, columns), float.bytes()),
+                written("ids", times(rows, k), 4),
+                written("values", times(rows, k), 4),
+            ],
+            Operation::Route {
+                float,
+                lengths: [rows, experts, k],
+                ..
+            } => vec![
+                shape("scores", times(rows, experts), float.bytes()),
+                written("ids", times(rows, k), 4),
+                written("weights", times(rows, k), 4),
+            ],
+        }
+    }
+
+    /// Returns about how many bytes it moves: what takes longer for its arithmetic counts as more.
+    pub fn work(&self) -> u64 {
+        let operands = self.operands();
+        let moved = operands.iter().map(|operand| operand.bytes() as u64);
+        let moved = moved.fold(1, u64::saturating_add);
+        let times = |lengths: &[usize]| {
+            let lengths = lengths.iter().map(|length| *length as u64);
+            lengths.fold(1, u64::saturating_mul)
+        };
+        let more = match self {
+            // Each row looks at so many keys, and each query of it multiplies them.
+            Operation::Attend { attention, .. } => {
+                let (heads, seen) = (&attention.heads, attention.seen(u32::MAX).len());
+                times(&[heads.rows, heads.query_heads, seen, heads.head_size]) / 4
+            }
+            // Eight rows at a time take the weights once.
+            Operation::Dense {
+                lengths: [rows, outputs, inputs],
+                ..
+            } => times(&[rows / 8, *outputs, *inputs]) / 2,
+            // Sorted some at a time.
+            Operation::Top {
+                lengths: [rows, columns, k],
+                ..
+            } if *k > 1 => times(&[*rows, *columns, 32]),
+            Operation::Route {
+                lengths: [rows, experts, k],
+                ..
+            } => times(&[*rows, *experts, *k]),
+            _ => 0,
+        };
+        moved.saturating_add(more)
+    }
+}
+
+impl Kernels {
+    /// Does an operation on operands in memory, in the order of [`Operation::operands`].
+    ///
+    /// # Errors
+    /// [`KernelError::Shape`], and [`KernelError::Length`] if operands are missing, of another length, or only read
+    /// where they have to be written.
+    pub fn decode_step(
+        self,
+        operation: &Operation,
+        operands: Vec<Operand<'_>>,
+        threads: NonZeroUsize,
+    ) -> Result<Faults, KernelError> {
+        operation.check()?;
+        let shapes = operation.operands();
+        check_length("operands", shapes.len(), operands.len())?;
+        for (shape, operand) in shapes.iter().zip(&operands) {
+            let have = match operand {
+                Operand::Written(bytes) => bytes.len(),
+                Operand::Read(_) if shape.is_written => 0,
+                Operand::Read(bytes) => bytes.len(),
+            };
+            check_length(shape.name, shape.bytes(), have)?;
+        }
+        let mut operands = Operands(operands.into_iter());
+        let done = |()| Faults::NONE;
+        match *operation {
+            Operation::RmsNorm { norm, add: false } => {
+                let [x, weight] = [operands.read(), operands.read()];
+                self.rms_norm(&norm, x, weight, operands.written())
+                    .map(done)
+            }
+            Operation::RmsNorm { norm, add: true } => {
+                let x = operands.written();
+                let [add, weight] = [operands.read(), operands.read()];
+                self.add_rms_norm(&norm, x, add, weight, operands.written())
+                    .map(done)
+            }
+            Operation::Gate {
+                float, activation, ..
+            } => {
+                let [gate, up] = [operands.read(), operands.read()];
+                self.gate(float, activation, gate, up, operands.written())
+                    .map(done)
+            }
+            Operation::Add { float, .. } => {
+                let x = operands.written();
+                self.add(float, x, operands.read()).map(done)
+            }
+            Operation::Gather { float, columns, .. } => {
+                let table = operands.read();
+                let ids = words(operands.read());
+                self.gather(float, columns, table, &ids, operands.written())
+            }
+            Operation::Dense {
+                float,
+                lengths,
+                bias,
+            } => {
+                let [weights, x] = [operands.read(), operands.read()];
+                let bias = bias.then(|| operands.read());
+                self.dense(
+                    float,
+                    lengths,
+                    weights,
+                    x,
+                    bias,
+                    operands.written(),
+                    threads,
+                )
+                .map(done)
+            }
+            Operation::Rotate { rotation, norms } => {
+                let queries = operands.written();
+                let [keys, values] = [operands.read(), operands.read()];
+                let query_norm = norms[0].then(|| operands.read());
+                let key_norm = norms[1].then(|| operands.read());
+                let positions = words(operands.read());
+                let frequencies = words(operands.read()).into_iter().map(f32::from_bits);
+                let frequencies: Vec<f32> = frequencies.collect();
+                let operands = RotationOperands {
+                    queries,
+                    keys,
+                    values,
+                    query_norm,
+                    key_norm,
+                    positions: &positions,
+                    frequencies: &frequencies,
+                    key_cache: operands.written(),
+                    value_cache: operands.written(),
+                };
+                self.rotate(&rotation, operands)
+            }
+            Operation::Attend { attention, .. } => {
+                let [queries, keys, values] = [operands.read(), operands.read(), operands.read()];
+                let positions = words(operands.read());
+                let y = operands.written();
+                self.attend(&attention, queries, keys, values, &positions, y, threads)
+            }
+            Operation::Top {
+                float,
+                lengths: [rows, columns, k],
+            } => {
+                let x = operands.read();
+                let (mut ids, mut values) = (vec![0; rows * k], vec![0.0; rows * k]);
+                self.top(float, [rows, columns, k], x, &mut ids, &mut values)?;
+                write(operands.written(), ids);
+                write(operands.written(), values.into_iter().map(f32::to_bits));
+                Ok(Faults::NONE)
+            }
+            Operation::Route {
+                float,
+                lengths: [rows, experts, k],
+                normalize,
+            } => {
+                let x = operands.read();
+                let lengths = [rows, experts, k];
+                let (mut ids, mut weights) = (vec![0; rows * k], vec![0.0; rows * k]);
+                self.route(float, lengths, normalize, x, &mut ids, &mut weights)?;
+                write(operands.written(), ids.into_iter().map(|id| id as u32));
+                write(operands.written(), weights.into_iter().map(f32::to_bits));
+                Ok(Faults::NONE)
+            }
+        }
+    }
+}
+
+/// Operands that have been checked, one after the other.
+struct Operands<'a>(std::vec::IntoIter<Operand<'a>>);
+
+impl<'a> Operands<'a> {
+    fn read(&mut self) -> &'a [u8] {
+        match self.0.next() {
+            Some(Operand::Read(bytes)) => bytes,
+            Some(Operand::Written(bytes)) => bytes,
+            None => &[],
+        }
+    }
+
+    fn written(&mut self) -> &'a mut [u8] {
+        match self.0.next() {
+            Some(Operand::Written(bytes)) => bytes,
+            _ => &mut [],
+        }
+    }
+}
+
+fn words(bytes: &[u8]) -> Vec<u32> {
+    let (words, _) = bytes.as_chunks::<4>();
+    words.iter().map(|word| u32::from_le_bytes(*word)).collect()
+}
+
+fn write(to: &mut [u8], words: impl IntoIterator<Item = u32>) {
+    let (places, _) = to.as_chunks_mut::<4>();
+    for (place, word) in places.iter_mut().zip(words) {
+        *place = word.to_le_bytes();
+    }
+}
