@@ -11,7 +11,7 @@ use tightfit_kernels::{
     SourceMatrix, SourceRows, SourceScale, blocks, packed_bytes,
 };
 
-use crate::products;
+use crate::{decoder, products};
 
 /// What a kernel does with memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -149,9 +149,12 @@ pub(crate) fn arguments(
     shape: Shape,
     parameters: Parameters,
 ) -> Result<Vec<Passed>, String> {
-    let passed = match products::is_product(kernel) {
-        true => products::arguments(kernel, shape, parameters),
-        false => arguments_of_quantizing(kernel, shape, parameters),
+    let passed = if products::is_product(kernel) {
+        products::arguments(kernel, shape, parameters)
+    } else if decoder::is_of_decoders(kernel) {
+        decoder::arguments(kernel, shape, parameters)
+    } else {
+        arguments_of_quantizing(kernel, shape, parameters)
     }?;
     check_overlaps(&passed)?;
     Ok(passed)
@@ -303,7 +306,11 @@ pub(crate) fn run(
     passed: &[Passed],
     memory: &mut [Vec<u8>],
 ) -> Result<(), String> {
-    if !products::counters_are_zero(kernel, passed, memory) {
+    let counters_are_zero = |memory: &[Vec<u8>]| {
+        products::counters_are_zero(kernel, passed, memory)
+            && decoder::counters_are_zero(kernel, passed, memory)
+    };
+    if !counters_are_zero(memory) {
         return Err(format!(
             "{kernel}: the counters of its workspace are not zero"
         ));
@@ -317,9 +324,12 @@ pub(crate) fn run(
         if std::env::var_os(REQUIRE).is_some_and(|value| value == "1") {
             return Err(format!("{REQUIRE} is set, but {MISSING}"));
         }
-        return match products::is_product(kernel) {
-            true => products::on_the_processor(kernel, passed, memory),
-            false => on_the_processor(kernel, passed, memory),
+        return if products::is_product(kernel) {
+            products::on_the_processor(kernel, passed, memory)
+        } else if decoder::is_of_decoders(kernel) {
+            decoder::on_the_processor(kernel, shape, passed, memory)
+        } else {
+            on_the_processor(kernel, passed, memory)
         };
     };
     let mut buffers = memory.iter_mut();
@@ -343,7 +353,7 @@ pub(crate) fn run(
     emulator
         .launch_with_shared(kernel, grid, threads, shared_bytes, &mut arguments)
         .map_err(|error| error.to_string())?;
-    match products::counters_are_zero(kernel, passed, memory) {
+    match counters_are_zero(memory) {
         true => Ok(()),
         false => Err(format!("{kernel} leaves counters that are not zero")),
     }

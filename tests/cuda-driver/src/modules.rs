@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, c_char, c_void};
 
-use tightfit_kernels::cuda::{self, KERNELS, PTX, linear};
+use tightfit_kernels::cuda::{self, KERNELS, PTX, decoder, linear};
 
 use crate::books::{Books, Kind, UNSUPPORTED_PTX_VERSION, call};
 use crate::kernels::{Parameters, Shape, arguments};
@@ -24,6 +24,8 @@ pub(crate) struct Modules {
     pub(crate) loaded: HashMap<u64, usize>,
     /// Those that have the kernels of products, by handle.
     of_products: HashSet<u64>,
+    /// Those with what decoders compute between products.
+    of_decoders: HashSet<u64>,
     /// Those whose data is still on its way to the device, by handle.
     arriving: HashSet<u64>,
     /// Module and kernel, by handle.
@@ -37,6 +39,7 @@ pub(crate) struct Modules {
 enum Contents {
     Quantizing,
     Products,
+    Decoder,
 }
 
 /// # Safety
@@ -46,6 +49,7 @@ unsafe fn contents_of(image: *const c_void) -> Option<Contents> {
     let mut ours = [
         (cuda::module(capability).ok()?, Contents::Quantizing),
         (linear::module(capability).ok()?, Contents::Products),
+        (decoder::module(capability).ok()?, Contents::Decoder),
     ];
     // SAFETY: machine code or text, both of more than four bytes.
     if unsafe { image.cast::<[u8; 4]>().read_unaligned() } != *b"\x7fELF" {
@@ -81,8 +85,10 @@ pub unsafe extern "C" fn cuModuleLoadData(out: *mut u64, image: *const c_void) -
         let handle = books.handle();
         books.modules.loaded.insert(handle, device);
         books.modules.arriving.insert(handle);
-        if contents == Contents::Products {
-            books.modules.of_products.insert(handle);
+        match contents {
+            Contents::Quantizing => {}
+            Contents::Products => drop(books.modules.of_products.insert(handle)),
+            Contents::Decoder => drop(books.modules.of_decoders.insert(handle)),
         }
         // SAFETY: the caller's pointer to the result.
         unsafe { out.write(handle) };
@@ -121,6 +127,7 @@ pub extern "C" fn cuModuleUnload(module: u64) -> u32 {
         let shared = &mut books.modules.shared;
         shared.retain(|function, _| functions.contains_key(function));
         books.modules.of_products.remove(&module);
+        books.modules.of_decoders.remove(&module);
         Ok(())
     })
 }
@@ -143,12 +150,15 @@ pub unsafe extern "C" fn cuModuleGetFunction(
         // SAFETY: the caller's text that ends in a zero.
         let name = unsafe { CStr::from_ptr(name) };
         let has = |kernel: &&str| kernel.as_bytes() == name.to_bytes();
-        let kernel = match books.modules.of_products.contains(&module) {
-            true => products::kernels()
+        let kernel = if books.modules.of_products.contains(&module) {
+            products::kernels()
                 .into_iter()
                 .map(|(kernel, _)| kernel)
-                .find(has),
-            false => KERNELS.iter().copied().find(has),
+                .find(has)
+        } else if books.modules.of_decoders.contains(&module) {
+            decoder::KERNELS.into_iter().find(has)
+        } else {
+            KERNELS.iter().copied().find(has)
         };
         let Some(kernel) = kernel else {
             return Err(books.fault(format!("cuModuleGetFunction of {name:?}")));

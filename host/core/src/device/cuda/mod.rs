@@ -33,6 +33,7 @@ struct Gpu {
     /// Dropped, and with that unloaded, before the context.
     kernels: Arc<KernelModule>,
     products: Arc<KernelModule>,
+    decoder: Arc<KernelModule>,
     context: Arc<Context>,
     /// Bytes that the user allows; by default all there are.
     limit: Option<u64>,
@@ -72,6 +73,7 @@ impl CudaDevice {
             gpu: Arc::new(Gpu {
                 kernels: Arc::new(KernelModule::quantizing(&context)),
                 products: Arc::new(KernelModule::products(&context)),
+                decoder: Arc::new(KernelModule::decoder(&context)),
                 context,
                 limit: capacity,
                 total,
@@ -184,7 +186,7 @@ impl Device for CudaDevice {
     }
 
     fn queue(&self) -> Result<Option<Arc<dyn Queue>>, DeviceError> {
-        let queue = CudaQueue::new(&self.gpu.kernels, &self.gpu.products)?;
+        let queue = CudaQueue::new(&self.gpu.kernels, &self.gpu.products, &self.gpu.decoder)?;
         Ok(Some(Arc::new(queue)))
     }
 }

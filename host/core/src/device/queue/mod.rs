@@ -4,17 +4,19 @@
 //! done. So there is no pointer that a caller could get wrong; what overlaps, is too short or lies on
 //! another device is an error, and nothing is done.
 
+mod decoder;
 mod operation;
 mod products;
 
 use std::fmt;
 
+pub use decoder::QueuedDecode;
 pub use operation::{
     AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, Operation, Quantization,
 };
 pub use products::{QueuedProduct, QueuedScales, QueuedWeights};
 
-use tightfit_kernels::BlockSize;
+use tightfit_kernels::{BlockSize, decoder as kernels};
 
 use super::{DeviceBytes, DeviceError, Product};
 
@@ -62,4 +64,7 @@ pub trait Queue: Send + Sync + fmt::Debug {
         inputs: usize,
         block_size: BlockSize,
     ) -> u64;
+
+    /// Returns how many bytes of workspace an operation of a decoder needs; 0 where it needs none.
+    fn decode_workspace_bytes(&self, operation: &kernels::Operation) -> u64;
 }

@@ -3,7 +3,7 @@
 
 use tightfit_kernels::{BlockSize, FloatType, NESTED_BLOCK_SIZE, QuantType, blocks, packed_bytes};
 
-use super::QueuedProduct;
+use super::{QueuedDecode, QueuedProduct};
 use crate::device::DeviceBytes;
 
 /// A piece of work for a device.
@@ -31,6 +31,8 @@ pub enum Operation {
     DequantizeAbsmax(AbsmaxRecovery),
     /// A product with a 4-bit weight.
     Multiply(QueuedProduct),
+    /// What a decoder computes between products.
+    Decode(QueuedDecode),
 }
 
 /// Numbers to be quantized to NF4, the first of which begins a block.
@@ -171,6 +173,7 @@ impl Operation {
         let moved = moved.fold(1, u64::saturating_add);
         match self {
             Operation::Multiply(product) => moved.saturating_add(product.arithmetic()),
+            Operation::Decode(given) => given.operation.work(),
             _ => moved,
         }
     }
@@ -226,12 +229,16 @@ impl Operation {
                 O::written("absmax", &of.absmax, of.count, 4),
             ],
             Operation::Multiply(product) => product.operands(),
+            Operation::Decode(given) => given.operands(),
         }
     }
 
     /// Looks whether the operands are as long as they have to be, at multiples of their elements, and
     /// nothing overlaps what is written. What is wrong where they are not.
     pub(in crate::device) fn check(&self) -> Result<(), String> {
+        if let Operation::Decode(given) = self {
+            given.check()?;
+        }
         let operands = self.operands();
         for operand in &operands {
             let (have, at) = (operand.bytes.bytes(), operand.bytes.address().pointer);

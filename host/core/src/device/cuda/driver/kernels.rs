@@ -1,11 +1,11 @@
-//! The kernels of one device: those that quantize, and those of products.
+//! The kernels of one device: those that quantize, those of products, and what a decoder computes between them.
 
 use std::ffi::{CStr, CString, c_void};
 use std::ptr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule, CUstream};
-use tightfit_kernels::cuda::{self, Launch, linear};
+use tightfit_kernels::cuda::{self, Launch, decoder, linear};
 
 use super::stream::Stream;
 use super::{Context, twice, unavailable};
@@ -33,6 +33,7 @@ const QUANTIZING: [&str; 13] = [
 enum Contents {
     Quantizing,
     Products,
+    Decoder,
 }
 
 /// Kernels of one device. The driver loads and, where it must, compiles them when they are first asked
@@ -55,6 +56,11 @@ impl KernelModule {
     /// Those of products.
     pub(in crate::device::cuda) fn products(context: &Arc<Context>) -> KernelModule {
         KernelModule::new(context, Contents::Products)
+    }
+
+    /// What a decoder computes between products.
+    pub(in crate::device::cuda) fn decoder(context: &Arc<Context>) -> KernelModule {
+        KernelModule::new(context, Contents::Decoder)
     }
 
     fn new(context: &Arc<Context>, contents: Contents) -> KernelModule {
@@ -160,7 +166,7 @@ impl KernelModule {
 }
 
 /// Parameters that a kernel has at most.
-const MOST_ARGUMENTS: usize = 15;
+const MOST_ARGUMENTS: usize = 19;
 
 /// A kernel, and how many blocks of how many threads run it.
 #[derive(Debug, Clone, Copy)]
@@ -196,6 +202,10 @@ impl Module {
                 (cuda::module(capability), kernels)
             }
             Contents::Products => (linear::module(capability), linear::kernels(capability)),
+            Contents::Decoder => {
+                let kernels = decoder::KERNELS.map(|kernel| (kernel, 0)).to_vec();
+                (decoder::module(capability), kernels)
+            }
         };
         let image = image.map_err(|error| unavailable(context.name(), error.to_string()))?;
         let _current = context.enter()?;

@@ -1,5 +1,6 @@
 //! A device's order of work: one stream, what it may be using, and how much of it is under way.
 
+mod decoder;
 mod nf4;
 mod products;
 
@@ -24,6 +25,7 @@ const MARKS: usize = 2;
 pub(in crate::device::cuda) struct CudaQueue {
     quantizing: Arc<KernelModule>,
     products: Arc<KernelModule>,
+    decoder: Arc<KernelModule>,
     gpu: OnceLock<Gpu>,
     /// Dropped, with the work waited for, before the kernels.
     state: ManuallyDrop<Mutex<State>>,
@@ -60,6 +62,7 @@ impl CudaQueue {
     pub(in crate::device::cuda) fn new(
         quantizing: &Arc<KernelModule>,
         products: &Arc<KernelModule>,
+        decoder: &Arc<KernelModule>,
     ) -> Result<CudaQueue, DeviceError> {
         let context = quantizing.context();
         let state = State {
@@ -75,6 +78,7 @@ impl CudaQueue {
         Ok(CudaQueue {
             quantizing: Arc::clone(quantizing),
             products: Arc::clone(products),
+            decoder: Arc::clone(decoder),
             gpu: OnceLock::new(),
             state: ManuallyDrop::new(Mutex::new(state)),
         })
@@ -230,6 +234,7 @@ impl Queue for CudaQueue {
             Operation::QuantizeAbsmax(of) => self.quantize_absmax(stream, of),
             Operation::DequantizeAbsmax(of) => self.dequantize_absmax(stream, of),
             Operation::Multiply(product) => self.multiply(stream, product),
+            Operation::Decode(given) => self.decode(stream, given),
         }
     }
 
@@ -295,6 +300,12 @@ impl Queue for CudaQueue {
     ) -> u64 {
         let linear = products::linear(product, outputs, inputs, block_size);
         linear.most_workspace_bytes(self.gpu().ok()) as u64
+    }
+
+    fn decode_workspace_bytes(&self, operation: &tightfit_kernels::decoder::Operation) -> u64 {
+        let gpu = self.gpu().ok();
+        let call = gpu.and_then(|gpu| tightfit_kernels::cuda::decoder::call(operation, gpu).ok());
+        call.flatten().map_or(0, |call| call.launch.workspace_bytes as u64)
     }
 }
 
