@@ -39,6 +39,115 @@ pub struct ExpertsWeights<'a> {
     pub activation: Activation,
 }
 
+/// The matrices of experts, of one shape.
+#[derive(Debug, Clone, Copy)]
+pub enum ExpertsMatrices<'a> {
+    /// One for each expert, of which each has been quantized by itself.
+    Each(&'a [LinearWeights<'a>]),
+    /// A stack [experts, outputs, inputs] that has been quantized as a whole, as one matrix whose outputs
+    /// are those of all experts.
+    Stack {
+        /// How many experts there are.
+        experts: usize,
+        /// Their weights.
+        weights: LinearWeights<'a>,
+    },
+}
+
+/// Gates and up projections of experts.
+#[derive(Debug, Clone, Copy)]
+pub enum ExpertsGates<'a> {
+    /// In one matrix of each expert, [2 * intermediate, hidden].
+    Together(ExpertsMatrices<'a>, GateLayout),
+    /// In two, each [intermediate, hidden].
+    Apart {
+        /// The gates.
+        gate: ExpertsMatrices<'a>,
+        /// The other projection.
+        up: ExpertsMatrices<'a>,
+    },
+}
+
+/// A layer of experts, stacked or not.
+#[derive(Debug, Clone, Copy)]
+pub struct ExpertsLayer<'a> {
+    /// Gates and up projections.
+    pub gates: ExpertsGates<'a>,
+    /// Down projections, each [hidden, intermediate].
+    pub down: ExpertsMatrices<'a>,
+    /// What is made of gates and up projections.
+    pub activation: Activation,
+}
+
+impl<'a> From<&ExpertsWeights<'a>> for ExpertsLayer<'a> {
+    fn from(layer: &ExpertsWeights<'a>) -> ExpertsLayer<'a> {
+        let stack = |weights| ExpertsMatrices::Stack {
+            experts: layer.experts,
+            weights,
+        };
+        ExpertsLayer {
+            gates: ExpertsGates::Together(stack(layer.gate_up), layer.layout),
+            down: stack(layer.down),
+            activation: layer.activation,
+        }
+    }
+}
+
+impl<'a> ExpertsMatrices<'a> {
+    /// Returns how many experts there are.
+    pub fn experts(&self) -> usize {
+        match self {
+            ExpertsMatrices::Each(matrices) => matrices.len(),
+            ExpertsMatrices::Stack { experts, .. } => *experts,
+        }
+    }
+
+    /// Outputs of an expert.
+    fn outputs(&self) -> usize {
+        match self {
+            ExpertsMatrices::Each(matrices) => matrices.first().map_or(0, |first| first.outputs),
+            ExpertsMatrices::Stack { experts, weights } => weights.outputs / (*experts).max(1),
+        }
+    }
+
+    fn inputs(&self) -> usize {
+        match self {
+            ExpertsMatrices::Each(matrices) => matrices.first().map_or(0, |first| first.inputs),
+            ExpertsMatrices::Stack { weights, .. } => weights.inputs,
+        }
+    }
+
+    /// The matrix that an expert's outputs are in, and which of its outputs is the first.
+    fn of(&self, expert: usize) -> (&LinearWeights<'a>, usize) {
+        match self {
+            ExpertsMatrices::Each(matrices) => (&matrices[expert], 0),
+            ExpertsMatrices::Stack { weights, .. } => (weights, expert * self.outputs()),
+        }
+    }
+
+    /// Whether all of it is there, and has these lengths.
+    fn check(
+        &self,
+        what: &'static str,
+        experts: usize,
+        [outputs, inputs]: [usize; 2],
+    ) -> Result<(), KernelError> {
+        check_length(what, experts, self.experts())?;
+        match self {
+            ExpertsMatrices::Each(matrices) => matrices.iter().try_for_each(|matrix| {
+                matrix.check()?;
+                check_length(what, outputs, matrix.outputs)?;
+                check_length(what, inputs, matrix.inputs)
+            }),
+            ExpertsMatrices::Stack { weights, .. } => {
+                weights.check()?;
+                check_length(what, outputs.saturating_mul(experts), weights.outputs)?;
+                check_length(what, inputs, weights.inputs)
+            }
+        }
+    }
+}
+
 /// What a router has chosen.
 #[derive(Debug, Clone, Copy)]
 pub struct Choices<'a> {
@@ -149,13 +258,51 @@ impl Kernels {
         y: &mut [u8],
         threads: NonZeroUsize,
     ) -> Result<(), KernelError> {
-        let (hidden, intermediate) = (layer.gate_up.inputs, layer.down.inputs);
+        let layer = ExpertsLayer::from(layer);
+        self.experts_layer_bytes(
+            &layer,
+            choices,
+            float,
+            x,
+            gate_up_bias,
+            down_bias,
+            y,
+            threads,
+        )
+    }
+
+    /// [`Kernels::experts_bytes`] of a layer whose experts may be apart. The biases are as there, those of
+    /// gates that are apart in [`GateLayout::Halves`].
+    ///
+    /// # Errors
+    /// [`KernelError::Length`], of elements in bytes.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is one thing that a caller has to decide"
+    )]
+    pub fn experts_layer_bytes(
+        self,
+        layer: &ExpertsLayer<'_>,
+        choices: &Choices<'_>,
+        float: FloatType,
+        x: &[u8],
+        gate_up_bias: Option<&[u8]>,
+        down_bias: Option<&[u8]>,
+        y: &mut [u8],
+        threads: NonZeroUsize,
+    ) -> Result<(), KernelError> {
+        let (experts, intermediate) = (layer.down.experts(), layer.down.inputs());
+        let hidden = layer.gates.inputs();
         let (gate_up, down) = (intermediate.saturating_mul(2), hidden);
-        layer.gate_up.check()?;
-        layer.down.check()?;
-        let of_all = |outputs: usize| outputs.saturating_mul(layer.experts);
-        check_length("gate_up", of_all(gate_up), layer.gate_up.outputs)?;
-        check_length("down", of_all(down), layer.down.outputs)?;
+        let of_all = |outputs: usize| outputs.saturating_mul(experts);
+        match layer.gates {
+            ExpertsGates::Together(both, _) => both.check("gate_up", experts, [gate_up, hidden])?,
+            ExpertsGates::Apart { gate, up } => {
+                gate.check("gate", experts, [intermediate, hidden])?;
+                up.check("up", experts, [intermediate, hidden])?;
+            }
+        }
+        layer.down.check("down", experts, [down, intermediate])?;
         let row = hidden.saturating_mul(float.bytes());
         let tokens = choices.check(row, x.len())?;
         check_length("x", tokens.saturating_mul(row), x.len())?;
@@ -181,10 +328,9 @@ impl Kernels {
             let (ids, weights) = (&choices.ids[pairs.clone()], &choices.weights[pairs]);
             let first = Stack {
                 kernels: self,
-                experts: layer.experts,
-                weights: &layer.gate_up,
+                weights: layer.gates,
                 bias: gate_up_bias,
-                gates: Some((layer.layout, layer.activation)),
+                activation: Some(layer.activation),
                 float,
                 threads,
             };
@@ -195,13 +341,13 @@ impl Kernels {
                 float::write(float, *value, to);
             }
             let second = Stack {
-                weights: &layer.down,
+                weights: ExpertsGates::plain(layer.down),
                 bias: down_bias,
-                gates: None,
+                activation: None,
                 ..first
             };
             let parts = second.multiply(ids, &rounded, |pair| pair);
-            let valid = |id: i32| usize::try_from(id).is_ok_and(|id| id < layer.experts);
+            let valid = |id: i32| usize::try_from(id).is_ok_and(|id| id < experts);
             for (token, y) in y.chunks_exact_mut(row).enumerate() {
                 let mut sums = vec![0.0f32; hidden];
                 for pair in token * of_token..(token + 1) * of_token {
@@ -244,31 +390,66 @@ impl Kernels {
         y: &mut [T],
         threads: NonZeroUsize,
     ) -> Result<(), KernelError> {
-        stack.check()?;
-        let outputs = stack.outputs / experts.max(1);
-        check_length("stack", outputs.saturating_mul(experts), stack.outputs)?;
-        let tokens = choices.check(stack.inputs, x.len())?;
-        check_length("x", tokens.saturating_mul(stack.inputs), x.len())?;
-        check_length("y", choices.ids.len().saturating_mul(outputs), y.len())?;
+        let matrices = ExpertsMatrices::Stack {
+            experts,
+            weights: *stack,
+        };
+        self.experts_linear_bytes(
+            &matrices,
+            choices,
+            T::TYPE,
+            bytemuck::cast_slice(x),
+            bias.map(bytemuck::cast_slice),
+            bytemuck::cast_slice_mut(y),
+            threads,
+        )
+    }
+
+    /// [`Kernels::experts_linear`] of experts that may be apart, on elements of type `float` as
+    /// little-endian bytes at any alignment.
+    ///
+    /// # Errors
+    /// [`KernelError::Length`], of elements in bytes.
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is one thing that a caller has to decide"
+    )]
+    pub fn experts_linear_bytes(
+        self,
+        matrices: &ExpertsMatrices<'_>,
+        choices: &Choices<'_>,
+        float: FloatType,
+        x: &[u8],
+        bias: Option<&[u8]>,
+        y: &mut [u8],
+        threads: NonZeroUsize,
+    ) -> Result<(), KernelError> {
+        let (experts, outputs, inputs) =
+            (matrices.experts(), matrices.outputs(), matrices.inputs());
+        matrices.check("stack", experts, [outputs, inputs])?;
+        let bytes = |elements: usize| elements.saturating_mul(float.bytes());
+        let tokens = choices.check(bytes(inputs), x.len())?;
+        check_length("x", bytes(tokens.saturating_mul(inputs)), x.len())?;
+        let results = choices.ids.len().saturating_mul(outputs);
+        check_length("y", bytes(results), y.len())?;
         if let Some(bias) = bias {
-            check_length("bias", stack.outputs, bias.len())?;
+            check_length("bias", bytes(experts.saturating_mul(outputs)), bias.len())?;
         }
         let product = Stack {
             kernels: self,
-            experts,
-            weights: stack,
-            bias: bias.map(bytemuck::cast_slice),
-            gates: None,
-            float: T::TYPE,
+            weights: ExpertsGates::plain(*matrices),
+            bias,
+            activation: None,
+            float,
             threads,
         };
-        let x = bytemuck::cast_slice(x);
         let results = product.multiply(choices.ids, x, |pair| pair / choices.of_token);
+        let row = bytes(outputs);
         for (pair, id) in choices.ids.iter().enumerate() {
             if usize::try_from(*id).is_ok_and(|id| id < experts) {
-                let y = &mut y[pair * outputs..][..outputs];
+                let y = y[pair * row..][..row].chunks_exact_mut(float.bytes());
                 for (result, y) in results[pair * outputs..].iter().zip(y) {
-                    float::write(T::TYPE, *result, bytemuck::bytes_of_mut(y));
+                    float::write(float, *result, y);
                 }
             }
         }
@@ -289,14 +470,43 @@ impl Choices<'_> {
     }
 }
 
-/// A product with a stack of experts that is to be computed.
+impl<'a> ExpertsGates<'a> {
+    /// Of outputs that are results by themselves.
+    fn plain(matrices: ExpertsMatrices<'a>) -> ExpertsGates<'a> {
+        ExpertsGates::Together(matrices, GateLayout::Halves)
+    }
+
+    fn inputs(&self) -> usize {
+        match self {
+            ExpertsGates::Together(both, _) => both.inputs(),
+            ExpertsGates::Apart { gate, .. } => gate.inputs(),
+        }
+    }
+
+    fn experts(&self) -> usize {
+        match self {
+            ExpertsGates::Together(both, _) => both.experts(),
+            ExpertsGates::Apart { gate, .. } => gate.experts(),
+        }
+    }
+
+    /// All outputs of an expert.
+    fn outputs(&self) -> usize {
+        match self {
+            ExpertsGates::Together(both, _) => both.outputs(),
+            ExpertsGates::Apart { gate, up } => gate.outputs() + up.outputs(),
+        }
+    }
+}
+
+/// A product with experts that is to be computed.
 #[derive(Clone, Copy)]
 struct Stack<'a> {
     kernels: Kernels,
-    experts: usize,
-    weights: &'a LinearWeights<'a>,
+    weights: ExpertsGates<'a>,
     bias: Option<&'a [u8]>,
-    gates: Option<(GateLayout, Activation)>,
+    /// What is made of gates; outputs are results without.
+    activation: Option<Activation>,
     float: FloatType,
     threads: NonZeroUsize,
 }
@@ -307,22 +517,40 @@ struct Group {
     pairs: Vec<usize>,
 }
 
+/// The product of a group with the matrix that its expert's outputs are in.
+struct Part<'a> {
+    product: Product<'a>,
+    /// The first of these outputs.
+    first: usize,
+}
+
+impl Part<'_> {
+    fn sums(&self, outputs: Range<usize>) -> Vec<f32> {
+        let first = self.first;
+        self.product
+            .sums(first + outputs.start..first + outputs.end)
+    }
+}
+
 impl Stack<'_> {
     /// Outputs of an expert, and results that are made of them.
     fn lengths(&self) -> (usize, usize) {
-        let outputs = self.weights.outputs / self.experts.max(1);
-        let results = if self.gates.is_some() {
-            outputs / 2
-        } else {
-            outputs
-        };
-        (outputs, results)
+        let outputs = self.weights.outputs();
+        match self.activation {
+            Some(_) => (outputs, outputs / 2),
+            None => (outputs, outputs),
+        }
     }
 
     /// The results of all pairs, zeros for those that are skipped. `x`: rows of the type, of which
     /// `row_of` says which one a pair has.
-    fn multiply(&self, ids: &[i32], x: &[u8], row_of: impl Fn(usize) -> usize + Sync) -> Vec<f32> {
-        let mut by_expert: Vec<Vec<usize>> = vec![vec![]; self.experts];
+    fn multiply<'s>(
+        &'s self,
+        ids: &[i32],
+        x: &[u8],
+        row_of: impl Fn(usize) -> usize + Sync,
+    ) -> Vec<f32> {
+        let mut by_expert: Vec<Vec<usize>> = vec![vec![]; self.weights.experts()];
         for (pair, id) in ids.iter().enumerate() {
             let group = usize::try_from(*id)
                 .ok()
@@ -338,12 +566,20 @@ impl Stack<'_> {
             .map(|(expert, pairs)| Group { expert, pairs })
             .collect();
         let (_, results) = self.lengths();
-        let row = self.weights.inputs * self.float.bytes();
+        let row = self.weights.inputs() * self.float.bytes();
         let products = self.each(&groups, |group| {
             let rows = group.pairs.iter().map(|pair| &x[row_of(*pair) * row..]);
             let x = rows.flat_map(|x| &x[..row]).copied().collect::<Vec<u8>>();
             let rows = group.pairs.len();
-            Product::new(self.kernels, self.weights, self.float, rows, &x)
+            let of = |matrices: &'s ExpertsMatrices<'_>| {
+                let (weights, first) = matrices.of(group.expert);
+                let product = Product::new(self.kernels, weights, self.float, rows, &x);
+                Part { product, first }
+            };
+            match &self.weights {
+                ExpertsGates::Together(both, _) => (of(both), None),
+                ExpertsGates::Apart { gate, up } => (of(gate), Some(of(up))),
+            }
         });
         // Some pieces for each thread, so that all end at about the same time.
         let all = results * groups.len();
@@ -369,13 +605,22 @@ impl Stack<'_> {
     }
 
     /// Some results of a group, for each pair those of all of the range.
-    fn results_of(&self, group: &Group, product: &Product<'_>, range: Range<usize>) -> Vec<f32> {
+    fn results_of(
+        &self,
+        group: &Group,
+        (product, up): &(Part<'_>, Option<Part<'_>>),
+        range: Range<usize>,
+    ) -> Vec<f32> {
         let (outputs, results) = self.lengths();
-        let first = group.expert * outputs;
         let sums = |range: Range<usize>| {
-            let mut sums = product.sums(first + range.start..first + range.end);
+            let mut sums = match up {
+                Some(up) if range.start >= results => {
+                    up.sums(range.start - results..range.end - results)
+                }
+                _ => product.sums(range.clone()),
+            };
             if let Some(bias) = self.bias {
-                let size = self.float.bytes();
+                let (size, first) = (self.float.bytes(), group.expert * outputs);
                 let bias = &bias[(first + range.start) * size..(first + range.end) * size];
                 for sums in sums.chunks_exact_mut(range.len()) {
                     for (sum, bias) in sums.iter_mut().zip(bias.chunks_exact(size)) {
@@ -385,7 +630,11 @@ impl Stack<'_> {
             }
             sums
         };
-        match self.gates {
+        let layout = match self.weights {
+            ExpertsGates::Together(_, layout) => layout,
+            ExpertsGates::Apart { .. } => GateLayout::Halves,
+        };
+        match self.activation.map(|activation| (layout, activation)) {
             None => sums(range),
             Some((GateLayout::Halves, activation)) => {
                 let gates = sums(range.clone());

@@ -43,11 +43,14 @@ mod mean;
 mod quantize;
 mod sources;
 mod tables;
+mod transposed;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub use error::KernelError;
-pub use experts::{Activation, Choices, ExpertsWeights, GateLayout};
+pub use experts::{
+    Activation, Choices, ExpertsGates, ExpertsLayer, ExpertsMatrices, ExpertsWeights, GateLayout,
+};
 pub use float::Float;
 pub use formats::{FloatType, NESTED_BLOCK_SIZE, blocks, code_values, packed_bytes};
 /// The 16-bit numbers of which signatures speak.

@@ -352,7 +352,7 @@ impl<'a> Product<'a> {
 }
 
 /// Decodes segments of four outputs to f32.
-struct Decoder<'a> {
+pub(crate) struct Decoder<'a> {
     kernels: Kernels,
     weights: &'a LinearWeights<'a>,
     absmax: Vec<f32>,
@@ -363,7 +363,7 @@ struct Decoder<'a> {
 }
 
 impl<'a> Decoder<'a> {
-    fn new(kernels: Kernels, weights: &'a LinearWeights<'a>) -> Decoder<'a> {
+    pub(crate) fn new(kernels: Kernels, weights: &'a LinearWeights<'a>) -> Decoder<'a> {
         Decoder {
             kernels,
             weights,
@@ -373,7 +373,7 @@ impl<'a> Decoder<'a> {
         }
     }
 
-    fn decode(&mut self, i: usize, output: usize, inputs: Range<usize>) {
+    pub(crate) fn decode(&mut self, i: usize, output: usize, inputs: Range<usize>) {
         let weights = self.weights;
         let size = weights.block_size.elements();
         let first = output * weights.inputs;
@@ -408,7 +408,7 @@ impl<'a> Decoder<'a> {
     }
 
     /// The bytes of `inputs` weights of each output.
-    fn decoded(&self, inputs: usize) -> [&[u8]; GROUP] {
+    pub(crate) fn decoded(&self, inputs: usize) -> [&[u8]; GROUP] {
         std::array::from_fn(|i| &self.buffers[i][self.skipped[i] * 4..][..inputs * 4])
     }
 }

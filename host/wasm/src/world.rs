@@ -53,6 +53,7 @@ impl World {
             "tightfit:host/nf4@0.1.0",
             "tightfit:host/checkpoints@0.1.0",
             "tightfit:host/models@0.1.0",
+            "tightfit:host/linear@0.1.0",
         ],
         exports: &[RUN],
         component_type: program::bindings::COMPONENT_TYPE,

@@ -59,8 +59,10 @@ use super::{
 use crate::{Activation, BlockSize, FloatType, GateLayout, KernelError};
 
 mod layer;
+mod workspace;
 
 pub use layer::{ExpertsLayer, ExpertsLayerLaunches};
+pub use workspace::kernels;
 
 /// For every GPU of compute capability 8.0 and later, as PTX, compressed.
 const PTX: &[u8] = include_bytes!("../../cuda/experts.ptx.zlib");
@@ -423,10 +425,9 @@ impl ExpertsProduct {
         let busy = gpu.multiprocessors.clamp(1, 2048) * tier.blocks;
         let busy = busy.min(COUNTERS as u32 / 4) as usize;
         let grid = (tiles * segments).clamp(1, busy);
-        let stage = OUTPUTS * tier.unit / 2 + rows * tier.unit * 2 + OUTPUTS * tier.scales;
         Ok(ExpertsLaunch {
             grid: grid as u32,
-            shared_bytes: (tier.stages * stage) as u32,
+            shared_bytes: tier.shared_bytes(rows),
             workspace_bytes: match segments {
                 1 => 0,
                 _ => COUNTERS + grid * segments * OUTPUTS * rows * 4,

@@ -21,7 +21,7 @@ use crate::{
 pub(crate) use self::{
     absmax::{absmax_mean, dequantize_absmax, quantize_absmax},
     convert::{cast, dequantize},
-    linear::add_products_if_available,
+    linear::{add_products_if_available, add_scaled_if_available},
     sources::{decode, tile_of_4_bits},
 };
 

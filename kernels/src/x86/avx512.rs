@@ -23,7 +23,7 @@ use crate::{
 pub(crate) use self::{
     absmax::{absmax_mean, dequantize_absmax, quantize_absmax},
     convert::{cast, dequantize},
-    linear::{add_products_if_available, sums_of_bf16},
+    linear::{add_products_if_available, add_scaled_if_available, sums_of_bf16},
     sources::decode,
 };
 

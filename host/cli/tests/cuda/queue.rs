@@ -5,8 +5,8 @@ use std::sync::Arc;
 use cuda_stand_in::control::{Setup, StandIn};
 use tightfit::device::{
     AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, CudaDevice, Dequantization, Device,
-    DeviceBytes, DeviceError, Operation, Product, Quantization, Queue, QueuedProduct, QueuedScales,
-    QueuedWeights, Reservation, Workspace,
+    DeviceBytes, DeviceError, MatrixShape, Operation, Product, Quantization, Queue, QueuedProduct,
+    QueuedScales, QueuedWeights, Reservation, Workspace,
 };
 use tightfit::memory::ReservationSize;
 use tightfit_kernels::{
@@ -139,13 +139,17 @@ fn everything() -> Result<Vec<Vec<u8>>, DeviceError> {
         float: FloatType::F32,
         rows: 3,
         by_row: true,
+        transposed: false,
     };
     queue.give(&Operation::Multiply(QueuedProduct {
         weights: QueuedWeights {
             quant_type: QuantType::Nf4,
-            block_size: BlockSize::DEFAULT,
-            outputs: 96,
-            inputs: 128,
+            shape: MatrixShape {
+                experts: None,
+                outputs: 96,
+                inputs: 128,
+                block_size: BlockSize::DEFAULT,
+            },
             codes: codes.clone(),
             scales: QueuedScales::Double {
                 codes: small.clone(),
@@ -156,6 +160,7 @@ fn everything() -> Result<Vec<Vec<u8>>, DeviceError> {
         },
         product,
         x,
+        experts: None,
         bias: None,
         y: y.clone(),
         workspace: None,

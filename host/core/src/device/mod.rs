@@ -19,14 +19,16 @@ use std::sync::Arc;
 pub use cuda::CudaDevice;
 pub use host::HostDevice;
 pub use multiplier::{
-    DeviceBytes, DeviceOperands, HostOperands, Multiplier, NestedScales, Product, ProductWeights,
+    DeviceBytes, DeviceExpertsOperands, DeviceOperands, ExpertsProduct, ExpertsWeights,
+    HostExpertsOperands, HostOperands, MatrixOfStack, Multiplier, NestedScales, Product,
+    ProductWeights,
 };
 pub use quantizer::{
     QuantizeJob, Quantizer, QuantizingWriter, ScalePlace, ScalesJob, Staged, Workspace,
 };
 pub use queue::{
-    AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, MOST_WORK, Operation,
-    Quantization, Queue, QueuedDecode, QueuedProduct, QueuedScales, QueuedWeights,
+    AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, MOST_WORK, MatrixShape,
+    Operation, Quantization, Queue, QueuedDecode, QueuedProduct, QueuedScales, QueuedWeights,
 };
 pub use spec::{DeviceSpec, SpecError, open_devices, planned_devices};
 pub use writer::{PageLocked, Piece, WRITER_BUFFERS, Writer};

@@ -5,7 +5,7 @@ use std::ffi::c_void;
 use std::fmt;
 use std::sync::Arc;
 
-use tightfit_kernels::{BlockSize, FloatType, QuantType};
+use tightfit_kernels::{Activation, BlockSize, Choices, FloatType, GateLayout, QuantType};
 
 use super::{DeviceAddress, DeviceError};
 
@@ -26,6 +26,18 @@ pub struct ProductWeights {
     pub absmax: u64,
     /// Where what recovers the scales is, under double quantization.
     pub nested: Option<NestedScales>,
+    /// Where the matrix begins between nested scales: the stack that it is of, in which codes and scales are
+    /// counted then. It is multiplied by the kernels for experts.
+    pub of_stack: Option<MatrixOfStack>,
+}
+
+/// A matrix of a stack, of which all have the same shape.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MatrixOfStack {
+    /// How many there are.
+    pub matrices: usize,
+    /// Which one it is, from 0.
+    pub index: usize,
 }
 
 /// What recovers scales that are quantized themselves.
@@ -48,6 +60,121 @@ pub struct Product {
     pub rows: usize,
     /// Whether a row's bits shall not depend on other rows.
     pub by_row: bool,
+    /// Whether it is `y = x * W` instead, of x [rows, outputs] and y [rows, inputs], without bias.
+    pub transposed: bool,
+}
+
+impl Product {
+    /// Columns of x and of y.
+    pub(crate) fn columns(&self, weights: &ProductWeights) -> (usize, usize) {
+        match self.transposed {
+            false => (weights.inputs, weights.outputs),
+            true => (weights.outputs, weights.inputs),
+        }
+    }
+}
+
+/// Stacks of experts in a reservation, and what is to be computed with them. Each stack is one matrix whose
+/// outputs are those of all experts.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum ExpertsWeights {
+    /// The sum over a token's experts of `weight * (down * activation(gate, up) + down_bias)`, where gate and
+    /// up are `gate_up * x + gate_up_bias`.
+    Layer {
+        /// [experts, 2 * intermediate, hidden].
+        gate_up: ProductWeights,
+        /// [experts, hidden, intermediate].
+        down: ProductWeights,
+        /// How gates and up projections lie.
+        layout: GateLayout,
+        /// What is made of them.
+        activation: Activation,
+    },
+    /// `x * transpose(W) + bias` of each expert of a row, [experts, outputs, inputs].
+    Linear(ProductWeights),
+}
+
+/// What is multiplied with experts: x [tokens, hidden].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertsProduct {
+    /// The type of x, of the biases and of y.
+    pub float: FloatType,
+    /// Experts that there are.
+    pub experts: usize,
+    /// Rows of x.
+    pub tokens: usize,
+    /// Experts that each of them has.
+    pub choices: usize,
+}
+
+/// Where the operands of experts are in a GPU's memory: pointers as in [`DeviceOperands`].
+///
+/// ```
+/// use tightfit::device::DeviceExpertsOperands;
+///
+/// # let (x, ids, weights, y, stream) = (0x1000, 0x2000, 0x2100, 0x3000, std::ptr::null_mut());
+/// let operands = DeviceExpertsOperands::new(x, ids, weights, y, stream);
+/// assert_eq!(operands.down_bias, 0);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DeviceExpertsOperands {
+    /// [tokens, hidden], row-major.
+    pub x: u64,
+    /// Numbers of experts [tokens, choices], i32. What is no number of an expert, such as -1, is skipped.
+    pub ids: u64,
+    /// What the experts' results are multiplied with [tokens, choices], f32; 0 where they are not added up.
+    pub weights: u64,
+    /// [experts, 2 * intermediate], in the layout of the gates, or the bias of the one product there is,
+    /// [experts, outputs]; 0 for none.
+    pub bias: u64,
+    /// [experts, hidden]; 0 for none.
+    pub down_bias: u64,
+    /// [tokens, hidden], or of one product [tokens, choices, outputs], row-major.
+    pub y: u64,
+    /// Memory to work in, at a multiple of 256; 0 where none is needed.
+    pub workspace: u64,
+    /// Length of the workspace.
+    pub workspace_bytes: u64,
+    /// The `CUstream` (or `cudaStream_t`) that the kernels are given to; null for the default stream.
+    pub stream: *mut c_void,
+}
+
+impl DeviceExpertsOperands {
+    /// Returns operands without biases and workspace.
+    pub fn new(x: u64, ids: u64, weights: u64, y: u64, stream: *mut c_void) -> Self {
+        DeviceExpertsOperands {
+            x,
+            ids,
+            weights,
+            bias: 0,
+            down_bias: 0,
+            y,
+            workspace: 0,
+            workspace_bytes: 0,
+            stream,
+        }
+    }
+
+    /// Returns the same operands with biases, of which each may be 0.
+    #[must_use]
+    pub fn with_biases(self, bias: u64, down_bias: u64) -> Self {
+        DeviceExpertsOperands {
+            bias,
+            down_bias,
+            ..self
+        }
+    }
+
+    /// Returns the same operands with memory to work in.
+    #[must_use]
+    pub fn with_workspace(self, workspace: u64, workspace_bytes: u64) -> Self {
+        DeviceExpertsOperands {
+            workspace,
+            workspace_bytes,
+            ..self
+        }
+    }
 }
 
 /// Where the operands of a product are in a GPU's memory: pointers that are valid in the device's
@@ -134,6 +261,44 @@ pub trait Multiplier: Send + Sync + fmt::Debug {
         operands: &DeviceOperands,
     ) -> Result<(), DeviceError>;
 
+    /// Makes the kernels for experts ready, once: they are loaded.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    fn prepare_experts(&self) -> Result<(), DeviceError>;
+
+    /// Returns how many bytes of workspace are enough for experts, and for fewer tokens.
+    fn experts_workspace_bytes(&self, weights: &ExpertsWeights, product: &ExpertsProduct) -> u64;
+
+    /// Gives the launches of experts to a stream, as [`Multiplier::multiply`] does.
+    ///
+    /// # Errors
+    /// As [`Multiplier::multiply`].
+    ///
+    /// # Safety
+    /// As with [`Multiplier::multiply`], for what [`DeviceExpertsOperands`] says.
+    unsafe fn multiply_experts(
+        &self,
+        weights: &ExpertsWeights,
+        product: &ExpertsProduct,
+        operands: &DeviceExpertsOperands,
+    ) -> Result<(), DeviceError>;
+
+    /// Returns how many bytes of the device's memory [`Multiplier::multiply_experts_in`] needs.
+    fn copied_experts_bytes(&self, weights: &ExpertsWeights, product: &ExpertsProduct) -> u64;
+
+    /// As [`Multiplier::multiply_in`], for experts. What is in y before stays where pairs are skipped.
+    ///
+    /// # Errors
+    /// As [`Multiplier::multiply_in`].
+    fn multiply_experts_in(
+        &self,
+        memory: &DeviceBytes,
+        weights: &ExpertsWeights,
+        product: &ExpertsProduct,
+        operands: HostExpertsOperands<'_>,
+    ) -> Result<(), DeviceError>;
+
     /// Returns how many bytes of the device's memory [`Multiplier::multiply_in`] needs.
     fn copied_bytes(&self, weights: &ProductWeights, product: &Product) -> u64;
 
@@ -160,6 +325,22 @@ pub struct HostOperands<'a> {
     /// \[outputs\].
     pub bias: Option<&'a [u8]>,
     /// [rows, outputs], row-major.
+    pub y: &'a mut [u8],
+}
+
+/// Operands of experts in host memory, as little-endian bytes at any alignment.
+#[derive(Debug)]
+pub struct HostExpertsOperands<'a> {
+    /// [tokens, hidden], row-major.
+    pub x: &'a [u8],
+    /// What a router has chosen.
+    pub choices: Choices<'a>,
+    /// [experts, 2 * intermediate], in the layout of the gates, or the bias of the one product there is,
+    /// [experts, outputs].
+    pub bias: Option<&'a [u8]>,
+    /// [experts, hidden].
+    pub down_bias: Option<&'a [u8]>,
+    /// [tokens, hidden], or of one product [tokens, choices, outputs], row-major.
     pub y: &'a mut [u8],
 }
 

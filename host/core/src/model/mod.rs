@@ -20,7 +20,7 @@ use tightfit_kernels::{Float, FloatType, KernelError};
 
 use crate::cancel::{CancelToken, Cancelled, Watch};
 use crate::checkpoint::{Checkpoint, Quantized};
-use crate::device::{DeviceAddress, DeviceError, Reservation};
+use crate::device::{DeviceAddress, DeviceBytes, DeviceError, Reservation};
 use crate::plan::{PartKind, Plan, PlannedPart, PlannedTensor};
 use crate::status::Status;
 use crate::types::{BlockSize, DType, Format, QuantType, elements};
@@ -358,6 +358,18 @@ impl<'m> Tensor<'m> {
             bytes: part.bytes,
             _model: PhantomData,
         })
+    }
+
+    /// Returns a part in place for a [`Queue`](crate::device::Queue) of its device, as long as that needs it,
+    /// whatever becomes of the model. `None` for parts in host memory.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfBounds`] from a device that has less than it said.
+    pub fn device_bytes(&self, kind: PartKind) -> Result<Option<DeviceBytes>, DeviceError> {
+        match (self.planned().part(kind), self.reservation()) {
+            (Some(part), Some(memory)) => memory.range(part.offset, part.bytes),
+            _ => Ok(None),
+        }
     }
 
     /// Returns a copy of a part, wherever it is; `None` when the format has no such part.

@@ -67,6 +67,36 @@ pub enum LinearError {
         /// Elements of that.
         need: u64,
     },
+    /// No experts have the names under which they are looked for.
+    #[error(
+        "no experts are loaded as '{module}': need '{module}.gate_up_proj' and '{module}.down_proj', or \
+         '{module}.0.gate_proj.weight' with up_proj and down_proj, or '{module}.0.w1.weight' with w3 and w2"
+    )]
+    NoExperts {
+        /// The module asked for.
+        module: String,
+    },
+    /// The matrices of experts do not belong together.
+    #[error("tensor '{tensor}' has shape {have:?} for its experts, need {need:?} beside the others'")]
+    ExpertsShape {
+        /// The tensor.
+        tensor: String,
+        /// Its shape, of tensors for one expert each with how many there are.
+        have: Vec<u64>,
+        /// The shape that belongs to the others.
+        need: Vec<u64>,
+    },
+    /// Experts on a GPU that are not in stacks.
+    #[error(
+        "the experts of '{tensor}' are tensors of their own in the memory of {device}: its kernels need them in \
+         stacks, [experts, outputs, inputs]"
+    )]
+    NotStacked {
+        /// The tensor of the first expert.
+        tensor: String,
+        /// Its device.
+        device: String,
+    },
     /// An operand does not have the length that the weight and the number of rows give.
     #[error("{what} for tensor '{tensor}' has {have} {unit}, need {need}")]
     Length {
@@ -137,6 +167,9 @@ impl From<&LinearError> for Status {
             | LinearError::NotMatrix { .. }
             | LinearError::NoSuchMatrix { .. }
             | LinearError::Inside { .. }
+            | LinearError::NoExperts { .. }
+            | LinearError::ExpertsShape { .. }
+            | LinearError::NotStacked { .. }
             | LinearError::Length { .. }
             | LinearError::Elsewhere { .. }
             | LinearError::Address { .. }

@@ -2,10 +2,12 @@
 
 use std::borrow::Cow;
 
-use tightfit_kernels::{DYNAMIC_MAP, NESTED_BLOCK_SIZE, Scales, blocks, packed_bytes};
+use tightfit_kernels::{
+    DYNAMIC_MAP, LinearWeights, NESTED_BLOCK_SIZE, Scales, blocks, packed_bytes,
+};
 
 use super::{Linear, LinearError};
-use crate::device::{Multiplier, NestedScales, ProductWeights};
+use crate::device::{MatrixOfStack, Multiplier, NestedScales, ProductWeights};
 use crate::model::{Model, Quantization, Tensor};
 use crate::plan::PartKind;
 
@@ -19,7 +21,7 @@ pub(super) enum Place<'m> {
 /// A matrix in host memory.
 #[derive(Clone)]
 pub(super) struct HostWeights<'m> {
-    pub(super) codes: &'m [u8],
+    codes: &'m [u8],
     scales: HostScales<'m>,
 }
 
@@ -34,7 +36,24 @@ enum HostScales<'m> {
 }
 
 impl HostWeights<'_> {
-    pub(super) fn scales(&self) -> Scales<'_> {
+    /// The same as the kernels take it.
+    pub(super) fn view(
+        &self,
+        quantization: &Quantization,
+        outputs: usize,
+        inputs: usize,
+    ) -> LinearWeights<'_> {
+        LinearWeights {
+            quant_type: quantization.quant_type,
+            outputs,
+            inputs,
+            block_size: quantization.block_size,
+            codes: self.codes,
+            scales: self.scales(),
+        }
+    }
+
+    fn scales(&self) -> Scales<'_> {
         match &self.scales {
             HostScales::Absmax(absmax) => Scales::Absmax(absmax),
             HostScales::Double {
@@ -58,18 +77,21 @@ pub(super) struct OnDevice<'m> {
     pub(super) weights: ProductWeights,
 }
 
-/// A matrix of a tensor: what is to be found.
-struct Matrix<'m> {
+/// A matrix of a tensor, or a stack of them as one matrix: what is to be found.
+pub(super) struct Matrix<'m> {
     tensor: Tensor<'m>,
     quantization: Quantization,
     /// In a stack.
     index: u64,
+    /// In the stack that it is of.
+    matrices: u64,
     outputs: usize,
     inputs: usize,
     first: Elements,
 }
 
 /// Where a matrix begins, in its tensor.
+#[derive(Clone, Copy)]
 struct Elements {
     element: u64,
     block: u64,
@@ -81,34 +103,30 @@ impl<'m> Linear<'m> {
         name: &str,
         index: Option<u64>,
     ) -> Result<Linear<'m>, LinearError> {
-        let tensor = model.tensor(name);
-        let tensor = tensor.ok_or_else(|| LinearError::NotLoaded {
-            tensor: name.to_owned(),
-        })?;
-        let matrix = Matrix::new(tensor, index)?;
-        let is_here = tensor.part(PartKind::Codes).is_some();
-        Ok(Linear {
-            tensor,
-            quantization: matrix.quantization,
-            outputs: matrix.outputs,
-            inputs: matrix.inputs,
-            place: match is_here {
-                true => Place::Host(matrix.in_host_memory()?),
-                false => Place::Device(matrix.on_device()?),
-            },
-        })
+        Matrix::new(loaded(model, name)?, index)?.linear()
     }
+}
+
+pub(super) fn loaded<'m>(model: &'m Model, name: &str) -> Result<Tensor<'m>, LinearError> {
+    model.tensor(name).ok_or_else(|| LinearError::NotLoaded {
+        tensor: name.to_owned(),
+    })
+}
+
+fn quantization_of(tensor: Tensor<'_>) -> Result<Quantization, LinearError> {
+    tensor
+        .quantization()
+        .ok_or_else(|| LinearError::NotFourBit {
+            tensor: tensor.name().to_owned(),
+            dtype: tensor.dtype().to_string(),
+            format: tensor.format().to_string(),
+        })
 }
 
 impl<'m> Matrix<'m> {
     fn new(tensor: Tensor<'m>, index: Option<u64>) -> Result<Matrix<'m>, LinearError> {
         let name = || tensor.name().to_owned();
-        let quantization = tensor.quantization();
-        let quantization = quantization.ok_or_else(|| LinearError::NotFourBit {
-            tensor: name(),
-            dtype: tensor.dtype().to_string(),
-            format: tensor.format().to_string(),
-        })?;
+        let quantization = quantization_of(tensor)?;
         let shape = tensor.shape();
         let not = |what, need| LinearError::NotMatrix {
             tensor: name(),
@@ -129,6 +147,7 @@ impl<'m> Matrix<'m> {
             (None, _) => return Err(not("a matrix", 2)),
             (Some(_), _) => return Err(not("a stack of matrices", 3)),
         };
+        let matrices = index.map_or(1, |_| shape[0]);
         let index = index.unwrap_or(0);
         // What is loaded has a number of elements.
         let element = index.saturating_mul(outputs).saturating_mul(inputs);
@@ -136,6 +155,7 @@ impl<'m> Matrix<'m> {
             tensor,
             quantization,
             index,
+            matrices,
             outputs: outputs as usize,
             inputs: inputs as usize,
             first: Elements {
@@ -145,6 +165,51 @@ impl<'m> Matrix<'m> {
         };
         matrix.begins_with("a block", u64::from(quantization.block_size))?;
         Ok(matrix)
+    }
+
+    /// A whole stack [matrices, outputs, inputs], as one matrix whose outputs are those of all of its
+    /// matrices, and the stack's lengths.
+    pub(super) fn stack(tensor: Tensor<'m>) -> Result<([usize; 3], Matrix<'m>), LinearError> {
+        let quantization = quantization_of(tensor)?;
+        let &[matrices, outputs, inputs] = tensor.shape() else {
+            return Err(LinearError::NotMatrix {
+                tensor: tensor.name().to_owned(),
+                shape: tensor.shape().to_vec(),
+                what: "a stack of matrices",
+                need: 3,
+            });
+        };
+        let lengths = [matrices, outputs, inputs].map(|length| length as usize);
+        let matrix = Matrix {
+            tensor,
+            quantization,
+            index: 0,
+            matrices: 1,
+            outputs: matrices.saturating_mul(outputs) as usize,
+            inputs: inputs as usize,
+            first: Elements {
+                element: 0,
+                block: 0,
+            },
+        };
+        Ok((lengths, matrix))
+    }
+
+    pub(super) fn linear(&self) -> Result<Linear<'m>, LinearError> {
+        Ok(Linear {
+            tensor: self.tensor,
+            quantization: self.quantization,
+            outputs: self.outputs,
+            inputs: self.inputs,
+            place: self.place()?,
+        })
+    }
+
+    fn place(&self) -> Result<Place<'m>, LinearError> {
+        Ok(match self.tensor.part(PartKind::Codes).is_some() {
+            true => Place::Host(self.in_host_memory()?),
+            false => Place::Device(self.on_device()?),
+        })
     }
 
     fn begins_with(&self, what: &'static str, need: u64) -> Result<(), LinearError> {
@@ -216,10 +281,10 @@ impl<'m> Matrix<'m> {
                 .to_owned(),
             instead: "it has no kernels for products, and the processor cannot read it",
         };
-        if self.quantization.absmax_mean.is_some() {
-            let what = "the blocks of a nested scale";
-            self.begins_with(what, self.elements_of_a_nested_scale())?;
-        }
+        // The kernels for one matrix count nested scales from where it begins; those for a stack from where
+        // that does.
+        let is_between = self.quantization.absmax_mean.is_some()
+            && !(self.first.element).is_multiple_of(self.elements_of_a_nested_scale());
         let ready = self.tensor.model().multiplier(self.tensor.device())?;
         let ready = ready.ok_or_else(elsewhere)?;
         let offset = |kind| {
@@ -228,7 +293,16 @@ impl<'m> Matrix<'m> {
                 .find(|part| part.kind == kind)
                 .map_or(0, |part| part.offset)
         };
-        let block = self.first.block;
+        let Elements { element, block } = match is_between {
+            true => Elements {
+                element: 0,
+                block: 0,
+            },
+            false => self.first,
+        };
+        if is_between {
+            ready.multiplier.prepare_experts()?;
+        }
         let nested = match ready.means.get(&self.tensor.index()) {
             Some(&mean) if self.quantization.absmax_mean.is_some() => Some(NestedScales {
                 absmax: offset(PartKind::NestedAbsmax) + 4 * (block / NESTED_BLOCK_SIZE as u64),
@@ -245,9 +319,13 @@ impl<'m> Matrix<'m> {
                 block_size: self.quantization.block_size,
                 outputs: self.outputs,
                 inputs: self.inputs,
-                codes: offset(PartKind::Codes) + self.first.element / 2,
+                codes: offset(PartKind::Codes) + element / 2,
                 absmax: offset(PartKind::Absmax) + scale_bytes * block,
                 nested,
+                of_stack: is_between.then_some(MatrixOfStack {
+                    matrices: self.matrices as usize,
+                    index: self.index as usize,
+                }),
             },
         })
     }

@@ -15,23 +15,44 @@
 //!
 //! On a GPU operands are where the application's own kernels have them: [`Linear::forward_on_device`] gives
 //! the product to a stream of the application, without allocating or waiting, so that it can be captured
-//! into a graph. What that needs beside the weights is made ready by [`Model::linear`].
+//! into a graph. What that needs beside the weights is made ready by [`Model::linear`]. The gradient of x is
+//! [`Linear::input_gradient`].
+//!
+//! Layers of experts are [`Experts`], and products where each row has an expert of its own [`ExpertsLinear`]:
+//!
+//! ```no_run
+//! use tightfit::kernels::{Activation, Choices};
+//!
+//! # fn forward(model: &tightfit::Model) -> Result<(), Box<dyn std::error::Error>> {
+//! let experts = model.experts("model.layers.0.mlp.experts", Activation::Silu)?;
+//! // Two tokens, each with the two experts that the router has chosen for it.
+//! let choices = Choices { of_token: 2, ids: &[3, 0, 1, 3], weights: &[0.8, 0.2, 0.6, 0.4] };
+//! let x = vec![0f32; 2 * experts.hidden()];
+//! let mut y = vec![0f32; 2 * experts.hidden()];
+//! experts.forward(&x, &choices, None, None, &mut y)?;
+//! # Ok(())
+//! # }
+//! ```
 
 mod error;
+mod experts;
 mod find;
+mod gradient;
 #[allow(unsafe_code)] // Passes the promises of its caller on.
 mod on_device;
 #[cfg(test)]
 mod tests;
 
 use std::fmt;
+use std::num::NonZeroUsize;
 
-use tightfit_kernels::{Float, FloatType, Kernels, LinearWeights};
+use tightfit_kernels::{Float, FloatType, Kernels};
 
 pub use error::LinearError;
+pub use experts::{Experts, ExpertsLinear, ExpertsNames, ExpertsTensors, GateTensors};
 pub use on_device::LinearWorkspace;
 
-use crate::device::HostOperands;
+use crate::device::{HostOperands, Product};
 use crate::model::{Model, Quantization, Tensor};
 use find::{HostWeights, Place};
 
@@ -73,6 +94,15 @@ tightfit_common::setters!([] LinearOptions:
 
 /// Products of elements and weights that are worth a thread.
 const WORK_OF_A_THREAD: usize = 1 << 18;
+
+impl LinearOptions {
+    /// How many threads a product is worth.
+    fn threads_for(&self, outputs: usize, inputs: usize, rows: usize) -> NonZeroUsize {
+        let products = outputs.saturating_mul(inputs).saturating_mul(rows);
+        let threads = self.threads.min(products / WORK_OF_A_THREAD);
+        NonZeroUsize::new(threads).unwrap_or(NonZeroUsize::MIN)
+    }
+}
 
 /// The product with one 4-bit weight W of a model: `y = x * transpose(W) + bias`, where x is
 /// [rows, inputs], y [rows, outputs], and the bias \[outputs\]; all are row-major and of one type. The
@@ -241,7 +271,7 @@ impl<'m> Linear<'m> {
     }
 
     /// What does not fit into memory has no operand of the right length.
-    fn check_length(
+    pub(super) fn check_length(
         &self,
         what: &'static str,
         unit: &'static str,
@@ -270,7 +300,13 @@ impl<'m> Linear<'m> {
         match &self.place {
             Place::Host(weights) => self.compute_on_host(weights, float, rows, operands, options),
             Place::Device(on_device) => {
-                self.compute_by_copying(on_device, float, rows, operands, options.by_row)
+                let product = Product {
+                    float,
+                    rows,
+                    by_row: options.by_row,
+                    transposed: false,
+                };
+                self.compute_by_copying(on_device, &product, operands)
             }
         }
     }
@@ -283,21 +319,9 @@ impl<'m> Linear<'m> {
         operands: HostOperands<'_>,
         options: &LinearOptions,
     ) -> Result<(), LinearError> {
-        let weights = LinearWeights {
-            quant_type: self.quantization.quant_type,
-            outputs: self.outputs,
-            inputs: self.inputs,
-            block_size: self.quantization.block_size,
-            codes: weights.codes,
-            scales: weights.scales(),
-        };
-        let products = self
-            .outputs
-            .saturating_mul(self.inputs)
-            .saturating_mul(rows);
-        let threads = options.threads.min(products / WORK_OF_A_THREAD);
+        let weights = weights.view(&self.quantization, self.outputs, self.inputs);
         let HostOperands { x, bias, y } = operands;
-        let threads = std::num::NonZeroUsize::new(threads).unwrap_or(std::num::NonZeroUsize::MIN);
+        let threads = options.threads_for(self.outputs, self.inputs, rows);
         let kernels = options.kernels;
         Ok(kernels.linear_bytes(&weights, float, rows, x, bias, y, threads)?)
     }

@@ -2,14 +2,15 @@
 
 use std::fmt;
 
-use tightfit_kernels::FloatType;
+use tightfit_kernels::{FloatType, NESTED_BLOCK_SIZE};
 
 use super::find::{OnDevice, Place};
 use super::{Linear, LinearError};
 use crate::device::{
-    DeviceAddress, DeviceBytes, DeviceError, DeviceOperands, HostOperands, Product, Workspace,
+    DeviceAddress, DeviceBytes, DeviceError, DeviceOperands, HostOperands, MatrixOfStack, Product,
+    Workspace,
 };
-use crate::model::{Model, TailAllocation};
+use crate::model::{Model, TailAllocation, Tensor};
 use crate::plan::is_multiplied;
 
 /// What workspaces are multiples of.
@@ -100,18 +101,37 @@ impl Linear<'_> {
     /// Returns how many bytes of workspace [`Linear::forward_on_device`] needs for this many rows; it is
     /// enough for any fewer, too. 0 for a weight in host memory.
     pub fn workspace_bytes(&self, rows: usize, float: FloatType, by_row: bool) -> u64 {
+        self.workspace_bytes_of(&Product {
+            float,
+            rows,
+            by_row,
+            transposed: false,
+        })
+    }
+
+    /// Returns how many bytes of workspace [`Linear::input_gradient_on_device`] needs for this many rows, at
+    /// most 16 MiB; it is enough for any fewer, too. 0 for a weight in host memory, and by row.
+    pub fn input_gradient_workspace_bytes(
+        &self,
+        rows: usize,
+        float: FloatType,
+        by_row: bool,
+    ) -> u64 {
+        self.workspace_bytes_of(&Product {
+            float,
+            rows,
+            by_row,
+            transposed: true,
+        })
+    }
+
+    fn workspace_bytes_of(&self, product: &Product) -> u64 {
         match &self.place {
             Place::Host(_) => 0,
-            Place::Device(on_device) => {
-                let product = Product {
-                    float,
-                    rows,
-                    by_row,
-                };
-                on_device
-                    .multiplier
-                    .workspace_bytes(&on_device.weights, &product)
-            }
+            Place::Device(OnDevice {
+                multiplier,
+                weights,
+            }) => multiplier.workspace_bytes(weights, product),
         }
     }
 
@@ -144,17 +164,12 @@ impl Linear<'_> {
         operands: &DeviceOperands,
         by_row: bool,
     ) -> Result<(), LinearError> {
-        let Place::Device(on_device) = &self.place else {
-            return Err(LinearError::Elsewhere {
-                tensor: self.tensor.name().to_owned(),
-                device: self.device_name().to_owned(),
-                instead: "multiply it there, with operands in host memory",
-            });
-        };
+        let on_device = self.on_device()?;
         let product = Product {
             float,
             rows,
             by_row,
+            transposed: false,
         };
         self.check_operands(on_device, &product, operands)?;
         let weights = &on_device.weights;
@@ -163,84 +178,170 @@ impl Linear<'_> {
         Ok(())
     }
 
+    /// Gives the gradient of x by that of y, `dx = dy * W`, to a stream of the weight's GPU, as
+    /// [`Linear::forward_on_device`] does: of the operands, x is dy [rows, outputs] and y is dx
+    /// [rows, inputs]. There is no bias.
+    ///
+    /// Fast where dy and dx begin at multiples of 16 and have 16 bits, inputs are a multiple of 32 and
+    /// outputs one of 8.
+    ///
+    /// # Errors
+    /// As [`Linear::forward_on_device`], with [`Linear::input_gradient_workspace_bytes`];
+    /// [`LinearError::Length`] for a bias, and [`LinearError::Inside`] for a matrix of a stack that begins
+    /// between two nested scales.
+    ///
+    /// # Safety
+    /// As with [`Linear::forward_on_device`].
+    pub unsafe fn input_gradient_on_device(
+        &self,
+        float: FloatType,
+        rows: usize,
+        operands: &DeviceOperands,
+        by_row: bool,
+    ) -> Result<(), LinearError> {
+        let on_device = self.on_device()?;
+        let product = self.gradient_product(on_device, float, rows, by_row)?;
+        self.check_operands(on_device, &product, operands)?;
+        let weights = &on_device.weights;
+        // SAFETY: as the caller promises.
+        unsafe { on_device.multiplier.multiply(weights, &product, operands) }?;
+        Ok(())
+    }
+
+    fn on_device(&self) -> Result<&OnDevice<'_>, LinearError> {
+        match &self.place {
+            Place::Device(on_device) => Ok(on_device),
+            Place::Host(_) => Err(LinearError::Elsewhere {
+                tensor: self.tensor.name().to_owned(),
+                device: self.device_name().to_owned(),
+                instead: "multiply it there, with operands in host memory",
+            }),
+        }
+    }
+
+    /// The product that a gradient is on a GPU.
+    pub(super) fn gradient_product(
+        &self,
+        on_device: &OnDevice<'_>,
+        float: FloatType,
+        rows: usize,
+        by_row: bool,
+    ) -> Result<Product, LinearError> {
+        if let Some(MatrixOfStack { index, .. }) = on_device.weights.of_stack {
+            let matrix = self.outputs.saturating_mul(self.inputs);
+            let block = u64::from(self.quantization.block_size);
+            return Err(LinearError::Inside {
+                tensor: self.tensor.name().to_owned(),
+                index: index as u64,
+                first: index.saturating_mul(matrix) as u64,
+                what: "the blocks of a nested scale",
+                need: block * NESTED_BLOCK_SIZE as u64,
+            });
+        }
+        Ok(Product {
+            float,
+            rows,
+            by_row,
+            transposed: true,
+        })
+    }
+
     fn check_operands(
         &self,
         on_device: &OnDevice<'_>,
         product: &Product,
         operands: &DeviceOperands,
     ) -> Result<(), LinearError> {
-        let is_empty = product.rows == 0 || self.outputs == 0;
+        let (of_x, of_y) = product.columns(&on_device.weights);
+        let is_empty = product.rows == 0 || of_y == 0;
         let element = product.float.bytes() as u64;
         let need = on_device
             .multiplier
             .workspace_bytes(&on_device.weights, product);
-        let checked = [
-            ("x", operands.x, element, !is_empty && self.inputs > 0),
-            ("the bias", operands.bias, element, false),
-            ("y", operands.y, element, !is_empty),
-            (
-                "the workspace",
-                operands.workspace,
-                WORKSPACE_ALIGNMENT,
-                need > 0,
-            ),
-        ];
-        for (what, address, need, is_needed) in checked {
-            if !address.is_multiple_of(need) || (is_needed && address == 0) {
-                return Err(LinearError::Address {
-                    tensor: self.tensor.name().to_owned(),
-                    what,
-                    address,
-                    need,
-                });
-            }
+        let [x, y] = match product.transposed {
+            false => ["x", "y"],
+            true => ["dy", "dx"],
+        };
+        if product.transposed && operands.bias != 0 {
+            self.check_length("the bias of a gradient", "elements", Some(0), of_x)?;
         }
-        if need > operands.workspace_bytes {
-            return Err(LinearError::Workspace {
-                tensor: self.tensor.name().to_owned(),
-                need,
-                have: operands.workspace_bytes,
-            });
-        }
-        Ok(())
+        check_addresses(
+            self.tensor.name(),
+            &[
+                (x, operands.x, element, !is_empty && of_x > 0),
+                ("the bias", operands.bias, element, false),
+                (y, operands.y, element, !is_empty),
+            ],
+            (need, operands.workspace, operands.workspace_bytes),
+        )
     }
 
     /// Computes a product of operands in host memory on the weight's device.
     pub(super) fn compute_by_copying(
         &self,
         on_device: &OnDevice<'_>,
-        float: FloatType,
-        rows: usize,
+        product: &Product,
         operands: HostOperands<'_>,
-        by_row: bool,
     ) -> Result<(), LinearError> {
-        if rows == 0 || self.outputs == 0 {
+        if operands.y.is_empty() {
             return Ok(());
         }
-        let product = Product {
-            float,
-            rows,
-            by_row,
-        };
         let OnDevice {
             multiplier,
             weights,
         } = on_device;
-        let len = multiplier.copied_bytes(weights, &product);
-        let reservation = self.tensor.reservation();
-        let memory = match reservation {
-            Some(reservation) => reservation.cleared(Workspace::Beside { len })?,
-            None => None,
-        };
-        let memory = memory.ok_or_else(|| DeviceError::Unavailable {
-            device: self.device_name().to_owned(),
-            reason: "internal error: it has no memory to copy operands to".to_owned(),
-        })?;
-        multiplier.multiply_in(&memory, weights, &product, operands)?;
+        let memory = memory_beside(self.tensor, multiplier.copied_bytes(weights, product))?;
+        multiplier.multiply_in(&memory, weights, product, operands)?;
         Ok(())
     }
 
     fn device_name(&self) -> &str {
-        self.tensor.model().plan().devices[self.device()].name()
+        device_name(self.tensor)
     }
+}
+
+pub(super) fn device_name(tensor: Tensor<'_>) -> &str {
+    tensor.model().plan().devices[tensor.device()].name()
+}
+
+/// Memory of a tensor's device for one call, all of it zero.
+pub(super) fn memory_beside(tensor: Tensor<'_>, len: u64) -> Result<DeviceBytes, LinearError> {
+    let memory = match tensor.reservation() {
+        Some(reservation) => reservation.cleared(Workspace::Beside { len })?,
+        None => None,
+    };
+    memory.ok_or_else(|| {
+        let error = DeviceError::Unavailable {
+            device: device_name(tensor).to_owned(),
+            reason: "internal error: it has no memory to copy operands to".to_owned(),
+        };
+        error.into()
+    })
+}
+
+/// Addresses of operands: each with what it is a multiple of and whether it is needed. Of the workspace what is needed, its address and its length.
+pub(super) fn check_addresses(
+    tensor: &str,
+    operands: &[(&'static str, u64, u64, bool)],
+    (need, workspace, workspace_bytes): (u64, u64, u64),
+) -> Result<(), LinearError> {
+    let workspace = ("the workspace", workspace, WORKSPACE_ALIGNMENT, need > 0);
+    for &(what, address, need, is_needed) in operands.iter().chain([&workspace]) {
+        if !address.is_multiple_of(need) || (is_needed && address == 0) {
+            return Err(LinearError::Address {
+                tensor: tensor.to_owned(),
+                what,
+                address,
+                need,
+            });
+        }
+    }
+    if need > workspace_bytes {
+        return Err(LinearError::Workspace {
+            tensor: tensor.to_owned(),
+            need,
+            have: workspace_bytes,
+        });
+    }
+    Ok(())
 }

@@ -40,3 +40,15 @@ pub enum MemoryError {
     #[error(transparent)]
     Stopped(#[from] Stopped),
 }
+
+impl MemoryError {
+    /// Returns whether less memory might have been had.
+    pub(crate) fn is_short(&self) -> bool {
+        use DeviceError::{Driver, OutOfMemory};
+        match self {
+            MemoryError::Quota { .. } | MemoryError::Device(OutOfMemory { .. }) => true,
+            MemoryError::Device(Driver { out_of_memory, .. }) => *out_of_memory,
+            _ => false,
+        }
+    }
+}

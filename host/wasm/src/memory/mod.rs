@@ -6,12 +6,13 @@ mod error;
 mod pool;
 
 pub use buffer::Buffer;
+pub(crate) use buffer::HeldPiece;
 pub(crate) use error::MemoryError;
 
 use std::sync::Arc;
 
 use pool::{DevicePool, LARGEST_CHUNK, Quota};
-use tightfit::device::{Device, DeviceError};
+use tightfit::device::{Device, Queue};
 use tightfit::memory::{LedgerEntry, Usage};
 use tightfit::plan::{PART_ALIGNMENT, Plan};
 
@@ -97,6 +98,30 @@ impl Memory {
         Ok(buffer(Some(held)))
     }
 
+    /// Waits until all devices have done everything.
+    ///
+    /// # Errors
+    /// The first of what has failed.
+    pub(crate) fn finish(&self) -> Result<(), MemoryError> {
+        let finished = self.pools.iter().map(|pool| pool.finish());
+        // All of them, whatever one says.
+        let finished: Vec<_> = finished.collect();
+        Ok(finished.into_iter().collect::<Result<(), _>>()?)
+    }
+
+    /// Returns a device's own order of work; none where the processor does it.
+    pub(crate) fn queue(&self, device: usize) -> Result<Option<Arc<dyn Queue>>, MemoryError> {
+        match self.pools.get(device) {
+            Some(pool) => Ok(pool.queue()?.cloned()),
+            None => Ok(None),
+        }
+    }
+
+    /// Returns what waits for the devices before something is given back that they may be using.
+    pub(crate) fn settler(&self) -> Settler {
+        Settler(self.pools.clone())
+    }
+
     /// Returns what holds nothing to the devices.
     pub(crate) fn trim(&self) {
         for pool in &self.pools {
@@ -126,14 +151,22 @@ impl Memory {
     }
 }
 
+/// Waits, when it is dropped, until the devices have done everything. It is the first field of what has
+/// memory that is not a buffer's.
+#[derive(Debug)]
+pub(crate) struct Settler(Vec<Arc<DevicePool>>);
+
+impl Drop for Settler {
+    fn drop(&mut self) {
+        for pool in &self.0 {
+            pool.settle();
+        }
+    }
+}
+
 /// Returns whether less would do.
 fn is_short(grown: &Result<(), MemoryError>) -> bool {
-    use DeviceError::{Driver, OutOfMemory};
-    match grown {
-        Err(MemoryError::Quota { .. } | MemoryError::Device(OutOfMemory { .. })) => true,
-        Err(MemoryError::Device(Driver { out_of_memory, .. })) => *out_of_memory,
-        _ => false,
-    }
+    grown.as_ref().is_err_and(MemoryError::is_short)
 }
 
 /// Returns the bytes that a plan reserves on all devices.

@@ -1,10 +1,12 @@
 //! One device's memory as one program has it, in chunks.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use super::error::MemoryError;
-use tightfit::device::{Device, DeviceError, Piece, Reservation, WRITER_BUFFERS, Writer};
+use tightfit::device::{
+    Device, DeviceBytes, DeviceError, Piece, Queue, Reservation, WRITER_BUFFERS, Writer,
+};
 use tightfit::memory::{Allocation, Ledger, LedgerEntry, Pool, ReservationSize, Usage};
 use tightfit::plan::PART_ALIGNMENT;
 
@@ -78,6 +80,9 @@ pub(super) struct DevicePool {
     ledger: Arc<Ledger>,
     quota: Quota,
     chunks: Mutex<Chunks>,
+    /// What the program has the device do, in the order of its calls. Made when it is first needed; none
+    /// where the processor does it. Dropped after the memory that it may be using, which it keeps.
+    queue: OnceLock<Option<Arc<dyn Queue>>>,
 }
 
 #[derive(Debug, Default)]
@@ -114,7 +119,75 @@ impl DevicePool {
             ledger: Arc::default(),
             quota,
             chunks: Mutex::default(),
+            queue: OnceLock::new(),
         }
+    }
+
+    /// Returns the device's own order of work for this program; none where the processor does it.
+    ///
+    /// # Errors
+    /// When the driver refuses. It may be tried again.
+    pub(super) fn queue(&self) -> Result<Option<&Arc<dyn Queue>>, DeviceError> {
+        if let Some(queue) = self.queue.get() {
+            return Ok(queue.as_ref());
+        }
+        let queue = self.device().queue()?;
+        Ok(self.queue.get_or_init(|| queue).as_ref())
+    }
+
+    /// Waits until the device has done everything: before memory is given back that it may be using, so
+    /// that books and memory agree.
+    pub(super) fn settle(&self) {
+        if let Some(Some(queue)) = self.queue.get()
+            && let Err(error) = queue.finish()
+        {
+            // The queue keeps the memory then. Whoever asks next is told, too.
+            tracing::warn!("{error}");
+        }
+    }
+
+    /// Waits until the device has done everything.
+    ///
+    /// # Errors
+    /// When something has failed.
+    pub(super) fn finish(&self) -> Result<(), DeviceError> {
+        match self.queue.get() {
+            Some(Some(queue)) => queue.finish(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Returns a range of a piece for the queue; none for memory of the host.
+    pub(super) fn range(
+        &self,
+        held: &Held,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Option<DeviceBytes>, DeviceError> {
+        let chunks = self.lock();
+        let chunk = chunks
+            .by_number
+            .get(&held.chunk)
+            .ok_or_else(|| self.gone())?;
+        let offset = held.allocation.offset().saturating_add(offset);
+        chunk.memory.range(offset, bytes)
+    }
+
+    /// Has `work` see bytes of pieces in place, where the processor can read them; else nothing is done.
+    pub(super) fn with_host<T>(
+        &self,
+        ranges: [(&Held, u64, u64); 2],
+        work: impl FnOnce([&[u8]; 2]) -> T,
+    ) -> Option<T> {
+        let chunks = self.lock();
+        let find = |(held, offset, bytes): (&Held, u64, u64)| {
+            let memory = chunks.by_number.get(&held.chunk)?.memory.host_memory()?;
+            let start = held.allocation.offset().checked_add(offset)?;
+            let start = usize::try_from(start).ok()?;
+            memory.get(start..)?.get(..usize::try_from(bytes).ok()?)
+        };
+        let [one, other] = ranges.map(find);
+        Some(work([one?, other?]))
     }
 
     /// Returns what the program has of the device.
@@ -138,7 +211,7 @@ impl DevicePool {
 
     /// Returns the chunks that hold nothing to the device.
     pub(super) fn trim(&self) {
-        self.lock().trim(|_| true);
+        self.lock().trim(|| self.settle(), |_| true);
     }
 
     fn lock(&self) -> MutexGuard<'_, Chunks> {
@@ -216,7 +289,8 @@ impl DevicePool {
             let _ = chunk.pool.free(allocation);
         }
         let mut kept = false;
-        chunks.trim(|chunk| {
+        let settle = || self.settle();
+        chunks.trim(settle, |chunk| {
             let keep = !kept && chunk.memory.len() <= LARGEST_CHUNK;
             kept |= keep;
             !keep
@@ -225,6 +299,11 @@ impl DevicePool {
 
     /// Copies bytes of a piece from `offset` on.
     pub(super) fn read(&self, held: &Held, offset: u64, out: &mut [u8]) -> Result<(), DeviceError> {
+        if let Some(queue) = self.queue()?
+            && let Some(range) = self.range(held, offset, out.len() as u64)?
+        {
+            return queue.read(&range, out);
+        }
         let chunks = self.lock();
         match chunks.by_number.get(&held.chunk) {
             Some(chunk) => {
@@ -237,6 +316,11 @@ impl DevicePool {
 
     /// Writes bytes into a piece at `offset`. They lie inside of it.
     pub(super) fn write(&self, held: &Held, offset: u64, bytes: &[u8]) -> Result<(), DeviceError> {
+        if let Some(queue) = self.queue()?
+            && let Some(range) = self.range(held, offset, bytes.len() as u64)?
+        {
+            return queue.write(&range, bytes);
+        }
         let mut chunks = self.lock();
         let Chunks {
             by_number, writer, ..
@@ -286,16 +370,28 @@ impl DevicePool {
 }
 
 impl Chunks {
-    /// Returns those empty chunks that `unwanted` names.
-    fn trim(&mut self, mut unwanted: impl FnMut(&Chunk) -> bool) {
-        let writer = &mut self.writer;
-        self.by_number.retain(|number, chunk| {
-            let keep = chunk.pool.used().now > 0 || !unwanted(chunk);
-            if !keep && writer.as_ref().is_some_and(|(last, _)| last == number) {
+    /// Returns those empty chunks that `unwanted` names, after `settle` if there are some.
+    fn trim(&mut self, settle: impl FnOnce(), mut unwanted: impl FnMut(&Chunk) -> bool) {
+        let is_empty = |chunk: &Chunk| chunk.pool.used().now == 0;
+        let chunks = self.by_number.iter();
+        let unwanted: Vec<u64> = chunks
+            .filter(|(_, chunk)| is_empty(chunk) && unwanted(chunk))
+            .map(|(number, _)| *number)
+            .collect();
+        if unwanted.is_empty() {
+            return;
+        }
+        settle();
+        for number in unwanted {
+            if self
+                .writer
+                .as_ref()
+                .is_some_and(|(last, _)| *last == number)
+            {
                 // It would keep the memory.
-                *writer = None;
+                self.writer = None;
             }
-            keep
-        });
+            self.by_number.remove(&number);
+        }
     }
 }

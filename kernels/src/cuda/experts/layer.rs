@@ -47,6 +47,20 @@ impl ExpertsLayer {
     /// # Errors
     /// As in [`ExpertsProduct::launch`].
     pub fn launches(&self, gpu: Gpu) -> Result<ExpertsLayerLaunches, KernelError> {
+        let (gate_up, down) = self.products();
+        let (gate_up, down) = (gate_up.launch(gpu)?, down.launch(gpu)?);
+        Ok(ExpertsLayerLaunches {
+            route: self.routing.launch()?,
+            gate_up,
+            down,
+            combine: combine(self.routing, self.float, self.hidden)?,
+            routing_bytes: self.routing.bytes(),
+            workspace_bytes: gate_up.workspace_bytes.max(down.workspace_bytes),
+        })
+    }
+
+    /// The products with both stacks.
+    pub(super) fn products(&self) -> (ExpertsProduct, ExpertsProduct) {
         let gate_up = ExpertsProduct {
             routing: self.routing,
             float: self.float,
@@ -69,14 +83,6 @@ impl ExpertsLayer {
             follows: true,
             ..gate_up
         };
-        let (gate_up, down) = (gate_up.launch(gpu)?, down.launch(gpu)?);
-        Ok(ExpertsLayerLaunches {
-            route: self.routing.launch()?,
-            gate_up,
-            down,
-            combine: combine(self.routing, self.float, self.hidden)?,
-            routing_bytes: self.routing.bytes(),
-            workspace_bytes: gate_up.workspace_bytes.max(down.workspace_bytes),
-        })
+        (gate_up, down)
     }
 }

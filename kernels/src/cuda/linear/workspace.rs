@@ -2,13 +2,16 @@
 
 use super::{
     COUNTERS, Gpu, Linear, MANY_CAPABILITY, MANY_COLUMNS, MANY_ROWS, MANY_STEP, MOST_ROWS,
-    MOST_ROWS_OF_LAUNCH, MULTIPROCESSORS_BY_ROW, OUTPUTS, SLICE, TIERS, Tier,
+    MOST_ROWS_OF_LAUNCH, MOST_SCRATCH, MULTIPROCESSORS_BY_ROW, OUTPUTS, SLICE, TIERS, Tier,
 };
 use crate::FloatType;
 
 /// More than any GPU has by now: what [`Linear::most_workspace_bytes`] counts with where it is not
 /// known which GPU it will be.
 pub const MOST_MULTIPROCESSORS: u32 = 192;
+
+/// Rows of the larger tiles of products with the transposed weights, and inputs of all of them.
+const TRANSPOSED_ROWS: usize = 128;
 
 impl Linear {
     /// Returns a number of bytes that is enough as the workspace of [`Linear::launch`] for this many rows
@@ -54,6 +57,42 @@ impl Linear {
             .filter(|tier| self.rows >= smallest(tier))
             .map(bytes);
         tiers.max().unwrap_or(0).max(self.most_of_many(gpu))
+    }
+
+    /// Returns the same for [`Linear::launch_transposed`]; at most 16 MiB.
+    pub fn most_transposed_workspace_bytes(&self, gpu: Option<Gpu>) -> usize {
+        let gpu = gpu.unwrap_or(Gpu {
+            compute_capability: MANY_CAPABILITY,
+            multiprocessors: MOST_MULTIPROCESSORS,
+        });
+        let of_rows = |rows| {
+            let linear = Linear {
+                rows,
+                aligned: true,
+                ..*self
+            };
+            // What cannot be launched needs nothing.
+            linear.launch_transposed(gpu).ok()
+        };
+        let of_few = of_rows(self.rows.min(TRANSPOSED_ROWS / 2));
+        let of_few = of_few.map_or(0, |launch| launch.workspace_bytes);
+        let has_large_tiles = of_rows(self.rows).is_some_and(|launch| launch.shared_bytes > 0);
+        // Outputs are dealt out in steps of 64, at least four to a share.
+        if self.rows <= TRANSPOSED_ROWS / 2
+            || self.by_row
+            || !has_large_tiles
+            || self.outputs <= 448
+        {
+            return of_few;
+        }
+        let tile = TRANSPOSED_ROWS * TRANSPOSED_ROWS * 4;
+        let columns = self.inputs.div_ceil(TRANSPOSED_ROWS);
+        let tiles = columns.saturating_mul(self.rows.div_ceil(TRANSPOSED_ROWS));
+        // In at most 8 shares each, and only as long as there are fewer than keep the GPU busy.
+        let busy = 4 * gpu.multiprocessors.clamp(1, 1024) as usize;
+        let room = (MOST_SCRATCH - COUNTERS) / tile;
+        let places = tiles.saturating_mul(8).min(busy).min(room);
+        of_few.max(COUNTERS + places * tile)
     }
 
     /// The same for the kernel for many rows alone: its tiles are dealt out in parts as long as there is

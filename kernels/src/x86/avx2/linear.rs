@@ -4,6 +4,7 @@ use std::arch::x86_64::*;
 
 use super::memory::*;
 use crate::linear::{self, GROUP};
+use crate::transposed::{self, AddScaled};
 
 type AddProducts = fn(&[f32], &[&[u8]; GROUP], &mut [f32; GROUP]);
 
@@ -18,6 +19,21 @@ pub(crate) fn add_products_if_available() -> AddProducts {
     } else {
         linear::add_products
     }
+}
+
+/// The same for products with the transposed weights.
+pub(crate) fn add_scaled_if_available() -> AddScaled {
+    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+        // SAFETY: the processor has the instructions.
+        |weights, factors, sums| unsafe { add_scaled(weights, factors, sums) }
+    } else {
+        transposed::add_scaled
+    }
+}
+
+#[target_feature(enable = "avx2,fma")]
+fn add_scaled(weights: &[f32], factors: [f32; GROUP], sums: &mut [f32]) {
+    transposed::add_scaled(weights, factors, sums);
 }
 
 #[target_feature(enable = "avx2,f16c,fma")]

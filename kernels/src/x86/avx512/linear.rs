@@ -6,6 +6,7 @@ use super::memory::*;
 use crate::{
     LinearWeights, QuantType, float,
     linear::{self, GROUP, SEGMENT},
+    transposed::{self, AddScaled},
 };
 
 type AddProducts = fn(&[f32], &[&[u8]; GROUP], &mut [f32; GROUP]);
@@ -18,6 +19,21 @@ pub(crate) fn add_products_if_available() -> AddProducts {
     } else {
         linear::add_products
     }
+}
+
+/// The same for products with the transposed weights.
+pub(crate) fn add_scaled_if_available() -> AddScaled {
+    if crate::Isa::Avx512.is_available() {
+        // SAFETY: the processor has the instructions.
+        |weights, factors, sums| unsafe { add_scaled(weights, factors, sums) }
+    } else {
+        transposed::add_scaled
+    }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+fn add_scaled(weights: &[f32], factors: [f32; GROUP], sums: &mut [f32]) {
+    transposed::add_scaled(weights, factors, sums);
 }
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]

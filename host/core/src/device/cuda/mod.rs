@@ -34,6 +34,7 @@ struct Gpu {
     kernels: Arc<KernelModule>,
     products: Arc<KernelModule>,
     decoder: Arc<KernelModule>,
+    experts: Arc<KernelModule>,
     context: Arc<Context>,
     /// Bytes that the user allows; by default all there are.
     limit: Option<u64>,
@@ -74,6 +75,7 @@ impl CudaDevice {
                 kernels: Arc::new(KernelModule::quantizing(&context)),
                 products: Arc::new(KernelModule::products(&context)),
                 decoder: Arc::new(KernelModule::decoder(&context)),
+                experts: Arc::new(KernelModule::experts(&context)),
                 context,
                 limit: capacity,
                 total,
@@ -186,7 +188,16 @@ impl Device for CudaDevice {
     }
 
     fn queue(&self) -> Result<Option<Arc<dyn Queue>>, DeviceError> {
-        let queue = CudaQueue::new(&self.gpu.kernels, &self.gpu.products, &self.gpu.decoder)?;
+        let queue = {
+            let Gpu {
+                kernels,
+                products,
+                experts,
+                decoder,
+                ..
+            } = &*self.gpu;
+            CudaQueue::new([kernels, products, experts, decoder])?
+        };
         Ok(Some(Arc::new(queue)))
     }
 }
@@ -336,7 +347,7 @@ impl Reservation for CudaReservation {
             [] => None,
             constants => self.filled(place, constants)?,
         };
-        let multiplier = KernelMultiplier::new(&self.gpu.products, weights, constants)?;
+        let multiplier = KernelMultiplier::new(&self.gpu.products, &self.gpu.experts, weights, constants)?;
         Ok(Some(Arc::new(multiplier)))
     }
 

@@ -14,9 +14,9 @@ pub use decoder::QueuedDecode;
 pub use operation::{
     AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, Operation, Quantization,
 };
-pub use products::{QueuedProduct, QueuedScales, QueuedWeights};
+pub use products::{MatrixShape, QueuedProduct, QueuedScales, QueuedWeights};
 
-use tightfit_kernels::{BlockSize, decoder as kernels};
+use tightfit_kernels::decoder as kernels;
 
 use super::{DeviceBytes, DeviceError, Product};
 
@@ -55,15 +55,9 @@ pub trait Queue: Send + Sync + fmt::Debug {
     /// When something has failed.
     fn finish(&self) -> Result<(), DeviceError>;
 
-    /// Returns how many bytes of workspace are enough for a product with a matrix [outputs, inputs], and
-    /// for one of fewer rows; 0 where none is needed.
-    fn workspace_bytes(
-        &self,
-        product: &Product,
-        outputs: usize,
-        inputs: usize,
-        block_size: BlockSize,
-    ) -> u64;
+    /// Returns how many bytes of workspace are enough for a product with such a matrix, and for one of fewer
+    /// rows; 0 where none is needed.
+    fn workspace_bytes(&self, product: &Product, shape: &MatrixShape) -> u64;
 
     /// Returns how many bytes of workspace an operation of a decoder needs; 0 where it needs none.
     fn decode_workspace_bytes(&self, operation: &kernels::Operation) -> u64;

@@ -29,7 +29,7 @@ pub enum Operation {
     QuantizeAbsmax(AbsmaxQuantization),
     /// [`tightfit_kernels::Kernels::dequantize_absmax`].
     DequantizeAbsmax(AbsmaxRecovery),
-    /// A product with a 4-bit weight.
+    /// A product with a 4-bit weight, or one of many experts for each row.
     Multiply(QueuedProduct),
     /// What a decoder computes between products.
     Decode(QueuedDecode),
@@ -234,8 +234,14 @@ impl Operation {
     }
 
     /// Looks whether the operands are as long as they have to be, at multiples of their elements, and
-    /// nothing overlaps what is written. What is wrong where they are not.
-    pub(in crate::device) fn check(&self) -> Result<(), String> {
+    /// nothing overlaps what is written: for devices, which know besides whose memory it is.
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn check(&self) -> Result<(), String> {
+        if let Operation::Multiply(product) = self {
+            product.check()?;
+        }
         if let Operation::Decode(given) = self {
             given.check()?;
         }

@@ -15,5 +15,6 @@ wasmtime::component::bindgen!({
         "tightfit:host/buffers.buffer": super::Buffer,
         "tightfit:host/checkpoints.checkpoint": super::OpenCheckpoint,
         "tightfit:host/models.model": super::LoadedModel,
+        "tightfit:host/linear.weight": super::Weight,
     },
 });

@@ -5,8 +5,12 @@ use wasmtime::component::Resource;
 use super::ProgramCtxView;
 use super::bindings::tightfit::host::buffers;
 use super::error::CallError;
-use super::view::{list_bytes, place};
+use super::view::{Used, list_bytes, place};
 use crate::memory::Buffer;
+use tightfit::device::Operation;
+
+/// Bytes that a device copies in one go.
+pub(super) const COPIED: u64 = 1 << 30;
 
 impl buffers::Host for ProgramCtxView<'_> {}
 
@@ -68,6 +72,15 @@ impl buffers::HostBuffer for ProgramCtxView<'_> {
         let overlap = offset < source_offset + bytes && source_offset < offset + bytes;
         if to.buffer.rep() == from.buffer.rep() && overlap && bytes > 0 {
             return Err(CallError::invalid("the ranges overlap"));
+        }
+        let used = [Used::read(&from, bytes, 1), Used::written(&to, bytes, 1)];
+        if let Some(queue) = self.queue_for(&used)? {
+            return self.in_pieces(bytes, COPIED, |view, start, length| {
+                let source = view.source(&from, start, length as u64)?;
+                let target = view.target(&to, start, length as u64)?;
+                queue.give(&Operation::Copy { source, target })?;
+                view.wrote(&to, start + length as u64)
+            });
         }
         self.fill(&to, bytes, |view, start, piece| {
             view.fetch(&from, start, piece)

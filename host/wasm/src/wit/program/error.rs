@@ -78,6 +78,8 @@ impl From<DeviceError> for CallError {
                     have,
                 })
             }
+            // Operands are checked before they are given to a device.
+            DeviceError::Operand { .. } => return CallError::Trap(error.into()),
             _ => errors::Error::DeviceFailed(message),
         })
     }

@@ -1,5 +1,5 @@
-//! The interfaces that a program imports: devices, buffers, NF4, checkpoints and models, beside those
-//! of policies.
+//! The interfaces that a program imports: devices, buffers, NF4, checkpoints, models and products, beside
+//! those of policies.
 //!
 //! 1. Keep a [`ProgramCtx`] and a [`ResourceTable`] in the data of your store, beside the
 //!    [`TightfitCtx`](super::TightfitCtx). Limit the table with [`ResourceTable::set_max_capacity`].
@@ -16,12 +16,17 @@
 //! for the context's deadline and [`CancelToken`]: at the start of every call but those that free
 //! something, and in longer ones after every few milliseconds of work, be it opening,
 //! planning, loading, copying or computing. Then they trap with [`Stopped`] as the cause.
+//!
+//! What a GPU does for a program is queued, and so little of it at a time that a call which queues more waits
+//! for what was queued before: the time that a program buys of a GPU is its own time, which the deadline ends
+//! (see [`tightfit::device::Queue`]). When a program ends, what it has queued is waited for.
 
 pub mod bindings;
 mod buffers;
 mod checkpoints;
 mod devices;
 mod error;
+mod linear;
 mod models;
 mod nf4;
 mod run;
@@ -29,6 +34,7 @@ mod run;
 mod tests;
 mod view;
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
@@ -40,6 +46,7 @@ pub use crate::memory::Buffer;
 pub use crate::stop::Stopped;
 pub use checkpoints::OpenCheckpoint;
 pub use error::CallError;
+pub use linear::Weight;
 pub use models::LoadedModel;
 pub use run::Run;
 
@@ -48,7 +55,7 @@ use crate::memory::Memory;
 use crate::stop::Stop;
 use bindings::tightfit::host::{
     buffers as wit_buffers, checkpoints as wit_checkpoints, devices as wit_devices, errors,
-    models as wit_models, nf4 as wit_nf4,
+    linear as wit_linear, models as wit_models, nf4 as wit_nf4,
 };
 use checkpoints::Grants;
 use tightfit::cancel::CancelToken;
@@ -61,6 +68,8 @@ pub struct ProgramCtx {
     devices: Arc<[Box<dyn Device>]>,
     /// What the devices said of themselves when the program was given them.
     offered: Vec<DeviceInfo>,
+    /// What products work in, by device. Given back before the pools that it is of.
+    scratch: BTreeMap<usize, Buffer>,
     memory: Memory,
     grants: Grants,
     models: models::Loader,
@@ -76,6 +85,7 @@ impl ProgramCtx {
     /// is nothing that a program is told.
     pub fn new(devices: Arc<[Box<dyn Device>]>, quota: u64) -> ProgramCtx {
         ProgramCtx {
+            scratch: BTreeMap::new(),
             memory: Memory::new(&devices, quota),
             offered: devices.iter().map(|device| device.info()).collect(),
             devices,
@@ -166,7 +176,8 @@ pub fn add_program_to_linker<T: ProgramView + 'static>(
     wit_buffers::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
     wit_nf4::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
     wit_checkpoints::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
-    wit_models::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)
+    wit_models::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
+    wit_linear::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)
 }
 
 /// How a single interface is told where in a store's data the program's context and table are, as

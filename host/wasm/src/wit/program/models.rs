@@ -1,5 +1,7 @@
 //! The interface `models`.
 
+mod on_device;
+
 use std::sync::Arc;
 
 use wasmtime::component::Resource;
@@ -10,7 +12,7 @@ use super::error::CallError;
 use super::nf4::float;
 use super::view::{element_bytes, list_bytes, place};
 use super::{ProgramCtx, ProgramCtxView};
-use crate::memory::Buffer;
+use crate::memory::{Buffer, Settler};
 use crate::stop::Stop;
 use crate::wit::convert::{self, same_cases};
 use tightfit::checkpoint::Checkpoint;
@@ -79,22 +81,38 @@ impl Loader {
     }
 }
 
-/// A model that a program has loaded.
+/// A model that a program has loaded. Weights that are made of it have a share in it.
 #[derive(Debug)]
-pub struct LoadedModel {
-    /// Unloaded before the books say so: fields drop in this order.
+pub struct LoadedModel(Arc<Loaded>);
+
+/// A model, and what it takes.
+#[derive(Debug)]
+pub(super) struct Loaded {
+    /// Unloaded when no device uses it any more, and before the books say so: fields drop in this order.
+    _settler: Settler,
     model: Model,
     _entries: Vec<LedgerEntry>,
+}
+
+impl Loaded {
+    pub(super) fn model(&self) -> &Model {
+        &self.model
+    }
 }
 
 impl LoadedModel {
     /// Returns the model.
     pub fn model(&self) -> &Model {
-        &self.model
+        &self.0.model
     }
 
-    fn tensor(&self, number: u32) -> Result<Tensor<'_>, CallError> {
-        self.model.tensor_at(number as usize).ok_or_else(|| {
+    /// Returns a share in it.
+    pub(super) fn share(&self) -> Arc<Loaded> {
+        Arc::clone(&self.0)
+    }
+
+    pub(super) fn tensor(&self, number: u32) -> Result<Tensor<'_>, CallError> {
+        self.model().tensor_at(number as usize).ok_or_else(|| {
             CallError::invalid(format_args!(
                 "tensor number {number} is not there, or was not loaded"
             ))
@@ -133,10 +151,11 @@ impl ProgramCtx {
             .with_kernels(self.kernels)
             .with_cancel(cancel);
         match load_reserved(checkpoint, reserved, &options) {
-            Ok(model) => Ok(LoadedModel {
+            Ok(model) => Ok(LoadedModel(Arc::new(Loaded {
+                _settler: self.memory.settler(),
                 model,
                 _entries: entries,
-            }),
+            }))),
             Err(LoadError::Cancelled) => Err(self.stop.reason().into()),
             Err(error) => Err(error.into()),
         }
@@ -260,6 +279,9 @@ impl models::HostModel for ProgramCtxView<'_> {
         self.check(&[(&target, bytes)])?;
         let loaded = self.table.get(&model)?.tensor(tensor)?;
         loaded.check_part(kind, start, bytes)?;
+        if self.copy_part_on_device(&model, tensor, kind, [start, bytes], &target)? {
+            return Ok(());
+        }
         self.fill(&target, bytes, |view, from, piece| {
             let loaded = view.table.get(&model)?.tensor(tensor)?;
             Ok(loaded.read_part_at(kind, start + from, piece)?)
@@ -298,6 +320,9 @@ impl models::HostModel for ProgramCtxView<'_> {
         self.check(&[(&target, bytes)])?;
         let loaded = self.table.get(&model)?.tensor(tensor)?;
         loaded.check_elements(first, count)?;
+        if self.elements_on_device(&model, tensor, [first, count], float, &target)? {
+            return Ok(());
+        }
         // A piece is a multiple of every type's bytes.
         self.fill(&target, bytes, |view, from, piece| {
             let loaded = view.table.get(&model)?.tensor(tensor)?;

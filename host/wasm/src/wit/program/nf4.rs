@@ -1,12 +1,14 @@
-//! The interface `nf4`: the processor's kernels on buffers, piece by piece, wherever the buffers
-//! are.
+//! The interface `nf4`: by the kernels of the device that the buffers are on, else by the processor's,
+//! piece by piece. Both give the same bytes.
+
+mod on_device;
 
 use tightfit_kernels::{AbsmaxMean, BlockSize, FloatType, NESTED_BLOCK_SIZE, blocks, packed_bytes};
 
 use super::ProgramCtxView;
 use super::bindings::tightfit::host::{buffers::Place, nf4, types};
 use super::error::CallError;
-use super::view::{PIECE, element_bytes, list_bytes};
+use super::view::{PIECE, Used, element_bytes, list_bytes};
 use crate::wit::convert;
 
 /// Elements that are quantized or dequantized at once: whole blocks of every size, and at most
@@ -26,7 +28,7 @@ pub(super) fn float(given: types::Dtype) -> Result<FloatType, CallError> {
     })
 }
 
-fn block_size(given: u32) -> Result<BlockSize, CallError> {
+pub(super) fn block_size(given: u32) -> Result<BlockSize, CallError> {
     let size = usize::try_from(given).ok();
     let size = size.and_then(|size| BlockSize::new(size).ok());
     size.ok_or_else(|| {
@@ -84,11 +86,19 @@ impl nf4::Host for ProgramCtxView<'_> {
         self.begin()?;
         let (float, block) = (float(dtype)?, block_size(block)?);
         let [code_bytes, absmax_bytes] = quantized_bytes(elements, block)?;
-        self.check(&[
-            (&source, element_bytes(elements, float.bytes())?),
-            (&codes, code_bytes),
-            (&absmax, absmax_bytes),
+        let source_bytes = element_bytes(elements, float.bytes())?;
+        let queue = self.queue_for(&[
+            Used::read(&source, source_bytes, float.bytes()),
+            Used::written(&codes, code_bytes, 1),
+            Used::written(&absmax, absmax_bytes, 4),
         ])?;
+        let what = (float, block);
+        if let Some(queue) = queue
+            && let Some(nonfinite) =
+                self.quantize_on_device(&*queue, elements, what, &source, [&codes, &absmax])?
+        {
+            return Ok(nonfinite);
+        }
         let each = float.bytes() as u64;
         self.quantize_from(
             elements,
@@ -118,7 +128,17 @@ impl nf4::Host for ProgramCtxView<'_> {
         }
         let elements = (source.len() / float.bytes()) as u64;
         let [code_bytes, absmax_bytes] = quantized_bytes(elements, block)?;
-        self.check(&[(&codes, code_bytes), (&absmax, absmax_bytes)])?;
+        let queue = self.queue_for(&[
+            Used::written(&codes, code_bytes, 1),
+            Used::written(&absmax, absmax_bytes, 4),
+        ])?;
+        let what = (float, block);
+        if let Some(queue) = queue
+            && let Some(nonfinite) =
+                self.quantize_bytes_on_device(&*queue, &source, what, [&codes, &absmax])?
+        {
+            return Ok(nonfinite);
+        }
         self.quantize_from(
             elements,
             float,
@@ -147,11 +167,20 @@ impl nf4::Host for ProgramCtxView<'_> {
         let quant_type = convert::quant_type(quant_type);
         let [code_bytes, absmax_bytes] = quantized_bytes(elements, block)?;
         let each = float.bytes() as u64;
-        self.check(&[
-            (&codes, code_bytes),
-            (&absmax, absmax_bytes),
-            (&target, element_bytes(elements, float.bytes())?),
+        let queue = self.queue_for(&[
+            Used::read(&codes, code_bytes, 1),
+            Used::read(&absmax, absmax_bytes, 4),
+            Used::written(
+                &target,
+                element_bytes(elements, float.bytes())?,
+                float.bytes(),
+            ),
         ])?;
+        if let Some(queue) = queue {
+            let what = (quant_type, float, block);
+            let places = [&codes, &absmax];
+            return self.dequantize_on_device(&*queue, elements, what, places, &target);
+        }
         let (mut packed, mut scales, mut numbers) = (vec![], vec![0f32; 0], vec![]);
         self.in_pieces(elements, PIECE_ELEMENTS, |view, first, count| {
             packed.resize(packed_bytes(count), 0);
@@ -184,11 +213,17 @@ impl nf4::Host for ProgramCtxView<'_> {
     ) -> Result<f32, CallError> {
         self.begin()?;
         let nested = count.div_ceil(NESTED_BLOCK_SIZE as u64);
-        self.check(&[
-            (&absmax, element_bytes(count, 4)?),
-            (&codes, count),
-            (&nested_absmax, element_bytes(nested, 4)?),
+        let queue = self.queue_for(&[
+            Used::read(&absmax, element_bytes(count, 4)?, 4),
+            Used::written(&codes, count, 1),
+            Used::written(&nested_absmax, element_bytes(nested, 4)?, 4),
         ])?;
+        if let Some(queue) = queue
+            && let Some(mean) =
+                self.quantize_absmax_on_device(&*queue, count, &absmax, [&codes, &nested_absmax])?
+        {
+            return Ok(mean);
+        }
         let mut scales = vec![0f32; count.min(PIECE_SCALES) as usize];
         let mut mean = AbsmaxMean::default();
         self.in_pieces(count, PIECE_SCALES, |view, first, count| {
@@ -223,11 +258,17 @@ impl nf4::Host for ProgramCtxView<'_> {
     ) -> Result<(), CallError> {
         self.begin()?;
         let nested = count.div_ceil(NESTED_BLOCK_SIZE as u64);
-        self.check(&[
-            (&codes, count),
-            (&nested_absmax, element_bytes(nested, 4)?),
-            (&absmax, element_bytes(count, 4)?),
+        let queue = self.queue_for(&[
+            Used::read(&codes, count, 1),
+            Used::read(&nested_absmax, element_bytes(nested, 4)?, 4),
+            Used::written(&absmax, element_bytes(count, 4)?, 4),
         ])?;
+        let places = [&codes, &nested_absmax];
+        if let Some(queue) = queue
+            && self.recover_absmax_on_device(&*queue, count, mean, places, &absmax)?
+        {
+            return Ok(());
+        }
         let (mut bytes, mut nested, mut scales) = (vec![], vec![0f32; 0], vec![0f32; 0]);
         self.in_pieces(count, PIECE_SCALES, |view, first, count| {
             bytes.resize(count, 0);

@@ -5,7 +5,7 @@ use std::ptr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule, CUstream};
-use tightfit_kernels::cuda::{self, Launch, decoder, linear};
+use tightfit_kernels::cuda::{self, Launch, decoder, experts, linear};
 
 use super::stream::Stream;
 use super::{Context, twice, unavailable};
@@ -34,6 +34,7 @@ enum Contents {
     Quantizing,
     Products,
     Decoder,
+    Experts,
 }
 
 /// Kernels of one device. The driver loads and, where it must, compiles them when they are first asked
@@ -61,6 +62,11 @@ impl KernelModule {
     /// What a decoder computes between products.
     pub(in crate::device::cuda) fn decoder(context: &Arc<Context>) -> KernelModule {
         KernelModule::new(context, Contents::Decoder)
+    }
+
+    /// Those for experts.
+    pub(in crate::device::cuda) fn experts(context: &Arc<Context>) -> KernelModule {
+        KernelModule::new(context, Contents::Experts)
     }
 
     fn new(context: &Arc<Context>, contents: Contents) -> KernelModule {
@@ -206,6 +212,7 @@ impl Module {
                 let kernels = decoder::KERNELS.map(|kernel| (kernel, 0)).to_vec();
                 (decoder::module(capability), kernels)
             }
+            Contents::Experts => (experts::module(capability), experts::kernels(capability)),
         };
         let image = image.map_err(|error| unavailable(context.name(), error.to_string()))?;
         let _current = context.enter()?;

@@ -5,7 +5,9 @@
 //! cannot be reached until it is done.
 
 mod context;
+mod experts;
 mod kernels;
+mod launch;
 mod memory;
 mod multiply;
 mod page_locked;
@@ -103,6 +105,7 @@ api! {
     cuMemcpyDtoH_v2(*mut c_void, CUdeviceptr, usize);
     cuMemcpyDtoDAsync_v2(CUdeviceptr, CUdeviceptr, usize, CUstream);
     cuMemsetD8Async(CUdeviceptr, c_uchar, usize, CUstream);
+    cuMemsetD32Async(CUdeviceptr, c_uint, usize, CUstream);
     cuStreamCreate(*mut CUstream, c_uint);
     cuStreamDestroy_v2(CUstream);
     cuStreamSynchronize(CUstream);

@@ -1,19 +1,18 @@
 //! Products with weights that lie in a device's memory, by its own kernels.
 
+use std::ffi::c_void;
 use std::sync::Arc;
 
-use cudarc::driver::sys::{CUdeviceptr, CUstream};
-use tightfit_kernels::cuda::linear::{COUNTERS, Gpu, Linear, MOST_MULTIPROCESSORS};
-use tightfit_kernels::cuda::quant_type_argument;
-use tightfit_kernels::{NESTED_BLOCK_SIZE, QuantType, blocks, packed_bytes};
+use cudarc::driver::sys::CUdeviceptr;
+use tightfit_kernels::cuda::linear::{COUNTERS, Gpu, Linear};
+use tightfit_kernels::{KernelError, NESTED_BLOCK_SIZE, blocks, packed_bytes};
 
-use super::kernels::Shape;
-use super::{
-    Context, CudaPageLocked, DeviceMemory, KernelModule, Staging, WorkspaceMemory, unavailable,
-};
+use super::launch::{gpu_of, launch_product};
+use super::{CudaPageLocked, DeviceMemory, KernelModule, Staging, WorkspaceMemory, unavailable};
 use crate::device::{
-    DeviceBytes, DeviceError, DeviceOperands, HostOperands, Multiplier, Piece, Product,
-    ProductWeights, WRITER_BUFFERS, Writer,
+    DeviceBytes, DeviceError, DeviceExpertsOperands, DeviceOperands, ExpertsProduct, ExpertsWeights,
+    HostExpertsOperands, HostOperands, Multiplier, Piece, Product, ProductWeights, WRITER_BUFFERS,
+    Writer,
 };
 
 /// What operands are rounded up to where they are copied to the device.
@@ -26,10 +25,12 @@ const MAP_BYTES: usize = 256 * 4;
 /// The kernels for the weights in one piece of memory.
 #[derive(Debug)]
 pub(in crate::device::cuda) struct KernelMultiplier {
-    kernels: Arc<KernelModule>,
+    pub(super) kernels: Arc<KernelModule>,
+    /// Those for experts. Loaded where there are some.
+    pub(super) experts: Arc<KernelModule>,
     weights: Arc<DeviceMemory>,
     constants: Option<WorkspaceMemory>,
-    gpu: Gpu,
+    pub(super) gpu: Gpu,
 }
 
 /// The addresses of a matrix and of its scales.
@@ -40,80 +41,8 @@ pub(super) struct Found {
     pub(super) nested: [CUdeviceptr; 3],
 }
 
-/// What a launch depends on of a device.
-pub(super) fn gpu_of(context: &Context) -> Result<Gpu, DeviceError> {
-    Ok(Gpu {
-        compute_capability: context.compute_capability()?,
-        // A workspace that a plan has room for is for no more; with more the rest would be idle.
-        multiprocessors: context.multiprocessors()?.min(MOST_MULTIPROCESSORS),
-    })
-}
-
-/// Gives a product to a stream of the kernels' device, whose context is current.
-///
-/// # Safety
-/// As [`Multiplier::multiply`]; `found` is a matrix of as many elements in the device's memory, which is kept
-/// until the stream is done.
-pub(super) unsafe fn launch(
-    kernels: &KernelModule,
-    gpu: Gpu,
-    linear: Linear,
-    quant_type: QuantType,
-    found: &Found,
-    operands: &DeviceOperands,
-) -> Result<(), DeviceError> {
-    let context = kernels.context();
-    let used = [operands.x, operands.bias, operands.y];
-    let linear = Linear {
-        aligned: used.iter().chain(&found.all()).all(|at| at % 16 == 0),
-        ..linear
-    };
-    let launch = linear.launch(gpu);
-    let launch = launch.map_err(|error| unavailable(context.name(), error.to_string()))?;
-    let need = launch.workspace_bytes as u64;
-    if need > operands.workspace_bytes {
-        return Err(DeviceError::OutOfBounds {
-            device: context.name().to_owned(),
-            offset: 0,
-            end: need,
-            len: operands.workspace_bytes,
-        });
-    }
-    let shape = Shape {
-        kernel: launch.kernel,
-        grid: launch.grid,
-        threads: launch.threads,
-        shared_bytes: launch.shared_bytes,
-    };
-    let row_bytes = |elements: usize| (elements * linear.float.bytes()) as u64;
-    for first in (0..linear.rows).step_by(launch.rows.max(1)) {
-        let [codes, absmax, nested, mean, map] = found.all();
-        let rows = launch.rows.min(linear.rows - first);
-        let mut arguments = [
-            codes,
-            absmax,
-            nested,
-            mean,
-            map,
-            operands.x + first as u64 * row_bytes(linear.inputs),
-            operands.bias,
-            operands.y + first as u64 * row_bytes(linear.outputs),
-            if need == 0 { 0 } else { operands.workspace },
-            rows as u64,
-            linear.outputs as u64,
-            linear.inputs as u64,
-            u64::from(linear.block_size),
-            u64::from(quant_type_argument(quant_type)),
-            u64::from(launch.shares),
-        ];
-        // SAFETY: the arguments that the kernels of products have, and the rest is the caller's promise.
-        unsafe { kernels.launch_in(operands.stream as CUstream, shape, &mut arguments) }?;
-    }
-    Ok(())
-}
-
 impl Found {
-    fn all(&self) -> [CUdeviceptr; 5] {
+    pub(super) fn all(&self) -> [CUdeviceptr; 5] {
         let [nested, mean, map] = self.nested;
         [self.codes, self.absmax, nested, mean, map]
     }
@@ -123,13 +52,16 @@ impl KernelMultiplier {
     /// For weights in `weights`, with the constants of their double quantization. Loads the kernels.
     pub(in crate::device::cuda) fn new(
         kernels: &Arc<KernelModule>,
+        experts: &Arc<KernelModule>,
         weights: &Arc<DeviceMemory>,
         constants: Option<WorkspaceMemory>,
     ) -> Result<KernelMultiplier, DeviceError> {
-        let gpu = gpu_of(kernels.context())?;
+        let context = kernels.context();
+        let gpu = gpu_of(context)?;
         kernels.compile()?;
         Ok(KernelMultiplier {
             kernels: Arc::clone(kernels),
+            experts: Arc::clone(experts),
             weights: Arc::clone(weights),
             constants,
             gpu,
@@ -148,9 +80,11 @@ impl KernelMultiplier {
         }
     }
 
-    /// A matrix, all of which lies where it is said to be.
-    fn find(&self, weights: &ProductWeights) -> Result<Found, DeviceError> {
+    /// A matrix or the stack that it is of, all of which lies where it is said to be.
+    pub(super) fn find(&self, weights: &ProductWeights) -> Result<Found, DeviceError> {
+        let matrices = weights.of_stack.map_or(1, |stack| stack.matrices);
         let elements = weights.outputs.saturating_mul(weights.inputs);
+        let elements = elements.saturating_mul(matrices);
         let scales = blocks(elements, weights.block_size);
         let codes = self.weights.at(weights.codes, packed_bytes(elements))?;
         let Some(double) = weights.nested else {
@@ -178,31 +112,108 @@ impl KernelMultiplier {
         })
     }
 
+    pub(super) fn too_many(&self, error: KernelError) -> DeviceError {
+        unavailable(self.weights.context().name(), error.to_string())
+    }
+
     /// Where operands are put that are copied to the device: x, bias, y and the workspace, and the end.
     fn places(&self, weights: &ProductWeights, product: &Product) -> [u64; 5] {
         let bytes =
             |elements: usize| (elements as u64).saturating_mul(product.float.bytes() as u64);
-        let lengths = [
-            bytes(product.rows.saturating_mul(weights.inputs)),
-            bytes(weights.outputs),
-            bytes(product.rows.saturating_mul(weights.outputs)),
+        let (of_x, of_y) = product.columns(weights);
+        places([
+            bytes(product.rows.saturating_mul(of_x)),
+            bytes(of_y),
+            bytes(product.rows.saturating_mul(of_y)),
             self.workspace_bytes(weights, product),
-        ];
-        let mut places = [0; 5];
-        for (index, length) in lengths.into_iter().enumerate() {
-            let rounded = length.checked_next_multiple_of(ALIGNMENT);
-            places[index + 1] = rounded.map_or(u64::MAX, |rounded| {
-                u64::saturating_add(places[index], rounded)
-            });
-        }
-        places
+        ])
     }
+
+    pub(super) fn too_small(&self, need: u64, have: u64) -> DeviceError {
+        DeviceError::OutOfBounds {
+            device: self.weights.context().name().to_owned(),
+            offset: 0,
+            end: need,
+            len: have,
+        }
+    }
+
+    /// Computes with operands that are copied to memory of the device, and copies a result back.
+    ///
+    /// `inputs` and `output` are bytes with their places in that memory, of which `workspace` and `end` are
+    /// the last two. `work` is given the address of the memory and a stream of its own, whose work is
+    /// waited for before this returns: what it gives to the stream may use memory, weights and constants.
+    pub(super) fn within(
+        &self,
+        memory: &DeviceBytes,
+        inputs: &[(u64, &[u8])],
+        (workspace, end): (u64, u64),
+        work: impl FnOnce(u64, *mut c_void) -> Result<(), DeviceError>,
+        (y, output): (u64, &mut [u8]),
+    ) -> Result<(), DeviceError> {
+        let context = self.kernels.context();
+        let Some(own) = memory.memory().downcast_ref::<WorkspaceMemory>() else {
+            let reason = "the memory is not of its driver".to_owned();
+            return Err(unavailable(context.name(), reason));
+        };
+        if !Arc::ptr_eq(own.memory.context(), context) {
+            let reason = format!("the memory is of {}", own.memory.context().name());
+            return Err(unavailable(context.name(), reason));
+        }
+        own.at(0, usize::try_from(end).unwrap_or(usize::MAX))?;
+        let counters = (end - workspace).min(COUNTERS as u64);
+        own.memory
+            .clear(own.start + workspace, counters as usize)?;
+
+        let longest = inputs.iter().map(|(_, bytes)| bytes.len()).max();
+        let buffer = longest.unwrap_or(0).clamp(1, COPIED);
+        let locked = CudaPageLocked::new(context, WRITER_BUFFERS * buffer)?;
+        let mut staging = Staging::new(&own.memory, Box::new(locked))?;
+        for (place, bytes) in inputs {
+            for (index, piece) in bytes.chunks(buffer).enumerate() {
+                staging.stage()?[..piece.len()].copy_from_slice(piece);
+                staging.write(&[Piece {
+                    start: 0,
+                    len: piece.len(),
+                    offset: own.start + place + (index * buffer) as u64,
+                }])?;
+            }
+        }
+        staging.keep(&self.weights);
+        if let Some(constants) = &self.constants {
+            staging.keep(&constants.memory);
+        }
+        staging.is_busy = true;
+        work(
+            own.memory.address() + own.start,
+            staging.stream.raw.cast::<c_void>(),
+        )?;
+        staging.finish()?;
+        own.memory.read(own.start + y, output)
+    }
+}
+
+/// Where pieces of these lengths are put one behind the other, and the end.
+pub(super) fn places<const N: usize, const ENDS: usize>(lengths: [u64; N]) -> [u64; ENDS] {
+    let mut places = [0; ENDS];
+    for (index, length) in lengths.into_iter().enumerate() {
+        let rounded = length.checked_next_multiple_of(ALIGNMENT);
+        places[index + 1] = rounded.map_or(u64::MAX, |rounded| {
+            u64::saturating_add(places[index], rounded)
+        });
+    }
+    places
 }
 
 impl Multiplier for KernelMultiplier {
     fn workspace_bytes(&self, weights: &ProductWeights, product: &Product) -> u64 {
         let linear = self.linear(weights, product);
-        linear.most_workspace_bytes(Some(self.gpu)) as u64
+        let gpu = Some(self.gpu);
+        match (weights.of_stack, product.transposed) {
+            (Some(stack), false) => self.matrix_workspace_bytes(weights, stack, product),
+            (_, true) => linear.most_transposed_workspace_bytes(gpu) as u64,
+            (None, false) => linear.most_workspace_bytes(gpu) as u64,
+        }
     }
 
     unsafe fn multiply(
@@ -211,17 +222,21 @@ impl Multiplier for KernelMultiplier {
         product: &Product,
         operands: &DeviceOperands,
     ) -> Result<(), DeviceError> {
+        let (_, of_y) = product.columns(weights);
+        if let Some(stack) = weights.of_stack {
+            // SAFETY: as the caller promises.
+            return unsafe { self.multiply_matrix(weights, stack, product, operands) };
+        }
         let found = self.find(weights)?;
-        if product.rows == 0 || weights.outputs == 0 {
+        if product.rows == 0 || of_y == 0 {
             return Ok(());
         }
-        let kernels = &self.kernels;
+        let (kernels, linear) = (&self.kernels, self.linear(weights, product));
         let _current = kernels.context().enter()?;
-        let linear = self.linear(weights, product);
-        let quant_type = weights.quant_type;
+        let how = (weights.quant_type, product.transposed);
         // SAFETY: weights and constants lie in memory that `self` keeps, and are as long as the kernel needs:
         // `find` has looked. The rest, and that `self` is kept, is the caller's promise.
-        unsafe { launch(kernels, self.gpu, linear, quant_type, &found, operands) }
+        unsafe { launch_product(kernels, self.gpu, linear, how, &found, operands) }
     }
 
     fn copied_bytes(&self, weights: &ProductWeights, product: &Product) -> u64 {
@@ -235,52 +250,86 @@ impl Multiplier for KernelMultiplier {
         product: &Product,
         operands: HostOperands<'_>,
     ) -> Result<(), DeviceError> {
-        let context = self.kernels.context();
-        let Some(own) = memory.memory().downcast_ref::<WorkspaceMemory>() else {
-            let reason = "the memory is not of its driver".to_owned();
-            return Err(unavailable(context.name(), reason));
-        };
-        if !Arc::ptr_eq(own.memory.context(), context) {
-            let reason = format!("the memory is of {}", own.memory.context().name());
-            return Err(unavailable(context.name(), reason));
-        }
-        let places = self.places(weights, product);
-        let end = usize::try_from(places[4]).unwrap_or(usize::MAX);
-        own.at(0, end)?;
-        let [x, bias, y, workspace, _] = places.map(|place| own.start + place);
-        let counters = (places[4] - places[3]).min(COUNTERS as u64);
-        own.memory.clear(workspace, counters as usize)?;
-
-        let longest = operands.x.len().max(operands.bias.map_or(0, <[u8]>::len));
-        let buffer = longest.clamp(1, COPIED);
-        let locked = CudaPageLocked::new(context, WRITER_BUFFERS * buffer)?;
-        let mut staging = Staging::new(&own.memory, Box::new(locked))?;
-        for (place, bytes) in [(x, operands.x), (bias, operands.bias.unwrap_or_default())] {
-            for (index, piece) in bytes.chunks(buffer).enumerate() {
-                staging.stage()?[..piece.len()].copy_from_slice(piece);
-                staging.write(&[Piece {
-                    start: 0,
-                    len: piece.len(),
-                    offset: place + (index * buffer) as u64,
-                }])?;
+        let [x, bias, y, workspace, end] = self.places(weights, product);
+        let inputs = [(x, operands.x), (bias, operands.bias.unwrap_or_default())];
+        let work = |memory: u64, stream| {
+            let mut on_device = DeviceOperands::new(memory + x, memory + y, stream)
+                .with_workspace(memory + workspace, end - workspace);
+            if operands.bias.is_some() {
+                on_device = on_device.with_bias(memory + bias);
             }
-        }
-        staging.keep(&self.weights);
-        if let Some(constants) = &self.constants {
-            staging.keep(&constants.memory);
-        }
-        staging.is_busy = true;
-        let at = |place: u64| own.memory.address() + place;
-        let mut on_device = DeviceOperands::new(at(x), at(y), staging.stream.raw.cast())
-            .with_workspace(at(workspace), places[4] - places[3]);
-        if operands.bias.is_some() {
-            on_device = on_device.with_bias(at(bias));
-        }
-        // SAFETY: places of their own in memory that is long enough, at multiples of 256, in a stream that
-        // nobody else has; the counters are zero. `staging` keeps what the kernels use until its stream is
-        // done, and `self` is borrowed as long.
-        unsafe { self.multiply(weights, product, &on_device) }?;
-        staging.finish()?;
-        own.memory.read(y, operands.y)
+            // SAFETY: places of their own in memory that is long enough, at multiples of 256, in a stream
+            // that nobody else has and that is waited for; the counters are zero.
+            unsafe { self.multiply(weights, product, &on_device) }
+        };
+        self.within(memory, &inputs, (workspace, end), work, (y, operands.y))
+    }
+
+    fn prepare_experts(&self) -> Result<(), DeviceError> {
+        self.experts.compile()
+    }
+
+    fn experts_workspace_bytes(&self, weights: &ExpertsWeights, product: &ExpertsProduct) -> u64 {
+        self.workspace_of_experts(weights, product)
+    }
+
+    unsafe fn multiply_experts(
+        &self,
+        weights: &ExpertsWeights,
+        product: &ExpertsProduct,
+        operands: &DeviceExpertsOperands,
+    ) -> Result<(), DeviceError> {
+        // SAFETY: as the caller promises.
+        unsafe { self.launch_experts(weights, product, operands) }
+    }
+
+    fn copied_experts_bytes(&self, weights: &ExpertsWeights, product: &ExpertsProduct) -> u64 {
+        let [.., end] = self.places_of_experts(weights, product);
+        end
+    }
+
+    fn multiply_experts_in(
+        &self,
+        memory: &DeviceBytes,
+        weights: &ExpertsWeights,
+        product: &ExpertsProduct,
+        operands: HostExpertsOperands<'_>,
+    ) -> Result<(), DeviceError> {
+        let [x, ids, choice_weights, bias, down_bias, y, workspace, end] =
+            self.places_of_experts(weights, product);
+        let before = match weights {
+            ExpertsWeights::Layer { .. } => vec![],
+            // What is skipped stays.
+            ExpertsWeights::Linear(_) => operands.y.to_vec(),
+        };
+        let inputs = [
+            (x, operands.x),
+            (ids, bytemuck::cast_slice(operands.choices.ids)),
+            (
+                choice_weights,
+                bytemuck::cast_slice(operands.choices.weights),
+            ),
+            (bias, operands.bias.unwrap_or_default()),
+            (down_bias, operands.down_bias.unwrap_or_default()),
+            (y, &before),
+        ];
+        let work = |memory: u64, stream| {
+            let at = |there: bool, place: u64| if there { memory + place } else { 0 };
+            let on_device = DeviceExpertsOperands::new(
+                memory + x,
+                memory + ids,
+                memory + choice_weights,
+                memory + y,
+                stream,
+            )
+            .with_biases(
+                at(operands.bias.is_some(), bias),
+                at(operands.down_bias.is_some(), down_bias),
+            )
+            .with_workspace(memory + workspace, end - workspace);
+            // SAFETY: as for one product.
+            unsafe { self.launch_experts(weights, product, &on_device) }
+        };
+        self.within(memory, &inputs, (workspace, end), work, (y, operands.y))
     }
 }

@@ -8,12 +8,13 @@ use std::mem::ManuallyDrop;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::CUdeviceptr;
-use tightfit_kernels::BlockSize;
 use tightfit_kernels::cuda::linear::Gpu;
 
 use super::stream::{Event, Stream};
 use super::{Context, CudaPageLocked, DeviceMemory, KernelModule, WorkspaceMemory, twice};
-use crate::device::{DeviceBytes, DeviceError, MOST_WORK, Operation, Product, Queue};
+use crate::device::{
+    DeviceBytes, DeviceError, MOST_WORK, MatrixShape, Operation, Product, Queue,
+};
 
 /// Bytes that are copied from the host at once.
 const WRITTEN: usize = 256 << 10;
@@ -26,6 +27,7 @@ pub(in crate::device::cuda) struct CudaQueue {
     quantizing: Arc<KernelModule>,
     products: Arc<KernelModule>,
     decoder: Arc<KernelModule>,
+    experts: Arc<KernelModule>,
     gpu: OnceLock<Gpu>,
     /// Dropped, with the work waited for, before the kernels.
     state: ManuallyDrop<Mutex<State>>,
@@ -60,9 +62,7 @@ struct Buffer {
 
 impl CudaQueue {
     pub(in crate::device::cuda) fn new(
-        quantizing: &Arc<KernelModule>,
-        products: &Arc<KernelModule>,
-        decoder: &Arc<KernelModule>,
+        [quantizing, products, experts, decoder]: [&Arc<KernelModule>; 4],
     ) -> Result<CudaQueue, DeviceError> {
         let context = quantizing.context();
         let state = State {
@@ -79,6 +79,7 @@ impl CudaQueue {
             quantizing: Arc::clone(quantizing),
             products: Arc::clone(products),
             decoder: Arc::clone(decoder),
+            experts: Arc::clone(experts),
             gpu: OnceLock::new(),
             state: ManuallyDrop::new(Mutex::new(state)),
         })
@@ -93,7 +94,7 @@ impl CudaQueue {
         match self.gpu.get() {
             Some(gpu) => Ok(*gpu),
             None => {
-                let gpu = super::multiply::gpu_of(self.context())?;
+                let gpu = super::launch::gpu_of(self.context())?;
                 Ok(*self.gpu.get_or_init(|| gpu))
             }
         }
@@ -291,15 +292,8 @@ impl Queue for CudaQueue {
         self.lock().drain()
     }
 
-    fn workspace_bytes(
-        &self,
-        product: &Product,
-        outputs: usize,
-        inputs: usize,
-        block_size: BlockSize,
-    ) -> u64 {
-        let linear = products::linear(product, outputs, inputs, block_size);
-        linear.most_workspace_bytes(self.gpu().ok()) as u64
+    fn workspace_bytes(&self, product: &Product, shape: &MatrixShape) -> u64 {
+        self.workspace(product, shape)
     }
 
     fn decode_workspace_bytes(&self, operation: &tightfit_kernels::decoder::Operation) -> u64 {

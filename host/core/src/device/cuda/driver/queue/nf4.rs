@@ -1,10 +1,9 @@
 //! NF4 in a queue: the kernels that quantize and dequantize, and bytes.
 
-use tightfit_kernels::KernelError;
+
 use tightfit_kernels::cuda::{self, Launch, quant_type_argument};
 
 use super::super::stream::Stream;
-use super::super::unavailable;
 use super::CudaQueue;
 use crate::device::{
     AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, DeviceBytes, DeviceError,
@@ -22,10 +21,6 @@ fn at(bytes: &DeviceBytes) -> u64 {
 /// Operands have been checked and are kept, and the context is current: what [`super::Queue::give`] does
 /// before it comes here.
 impl CudaQueue {
-    fn checked(&self, launch: Result<Launch, KernelError>) -> Result<Launch, DeviceError> {
-        launch.map_err(|error| unavailable(self.context().name(), error.to_string()))
-    }
-
     pub(super) fn clear(&self, stream: &Stream, target: &DeviceBytes) -> Result<(), DeviceError> {
         let (context, len) = (self.context(), target.bytes() as usize);
         if len == 0 {
