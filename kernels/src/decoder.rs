@@ -62,6 +62,15 @@ impl Faults {
 /// The largest size of a head.
 pub const MOST_HEAD_SIZE: usize = 256;
 
+/// The most heads of queries, and of keys.
+pub const MOST_HEADS: usize = 4096;
+
+/// The most elements of a row that is normed or gathered.
+pub const MOST_COLUMNS: usize = 1 << 20;
+
+/// The most elements of a row of which the largest are asked for.
+pub const MOST_TOP_COLUMNS: usize = 1 << 24;
+
 /// The most that can be asked for of a row's largest, [`Kernels::top`].
 pub const MOST_TOP: usize = 256;
 
@@ -128,6 +137,9 @@ impl Heads {
         }
         if self.kv_heads == 0 || self.query_heads == 0 {
             return Err(shape("there is a head of queries and one of keys", 0));
+        }
+        if self.query_heads > MOST_HEADS {
+            return Err(shape("there are at most 4096 heads", self.query_heads));
         }
         if !self.query_heads.is_multiple_of(self.kv_heads) {
             let problem = "heads of queries are a multiple of those of keys";
@@ -222,6 +234,13 @@ impl Attention {
                 begin..end
             }
         }
+    }
+}
+
+fn check_columns(columns: usize) -> Result<(), KernelError> {
+    match columns > MOST_COLUMNS {
+        true => Err(shape("a row has at most 2^20 elements", columns)),
+        false => Ok(()),
     }
 }
 

@@ -32,7 +32,7 @@ impl Decoder for Processor {
         });
         let done = self
             .kernels
-            .decode_step(operation, given.collect(), self.threads);
+            .decode_step(operation, given.collect(), self.threads, &|| true);
         let faults = done.unwrap_or_else(|error| panic!("{operation:?}: {error}"));
         for (bytes, moved) in operands.iter_mut().zip(moved) {
             bytes.copy_from_slice(&moved[1..]);
@@ -291,7 +291,7 @@ fn operands_that_do_not_belong_to_an_operation() {
         elements: 2,
     };
     let step = |operands: Vec<Operand<'_>>| {
-        let done = kernels.decode_step(&add, operands, NonZeroUsize::MIN);
+        let done = kernels.decode_step(&add, operands, NonZeroUsize::MIN, &|| true);
         matches!(done, Err(KernelError::Length { .. }))
     };
     let (mut x, more) = ([0; 8], [0; 8]);

@@ -137,6 +137,24 @@ impl Kernels {
         y: &mut [u8],
         threads: NonZeroUsize,
     ) -> Result<Faults, KernelError> {
+        let cache = [key_cache, value_cache];
+        self.attend_while(attention, queries, cache, positions, y, threads, &|| true)
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is one thing that a caller has to decide"
+    )]
+    pub(super) fn attend_while(
+        self,
+        attention: &Attention,
+        queries: &[u8],
+        [key_cache, value_cache]: [&[u8]; 2],
+        positions: &[u32],
+        y: &mut [u8],
+        threads: NonZeroUsize,
+        keep_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<Faults, KernelError> {
         attention.check()?;
         let heads = &attention.heads;
         let bytes = |elements: usize| elements.saturating_mul(heads.float.bytes());
@@ -170,6 +188,7 @@ impl Kernels {
             attention,
             keys: key_cache,
             values: value_cache,
+            keep_on,
         };
         let pieces = y.chunks_mut(share * of_unit).enumerate();
         let pieces = pieces.map(|(i, y)| (i * share, y)).collect();
@@ -206,6 +225,7 @@ struct Cache<'a> {
     attention: &'a Attention,
     keys: &'a [u8],
     values: &'a [u8],
+    keep_on: &'a (dyn Fn() -> bool + Sync),
 }
 
 #[derive(Default)]
@@ -256,6 +276,9 @@ impl Cache<'_> {
         sums.resize(count * size, 0.0);
 
         for begin in seen.clone().step_by(KEYS) {
+            if !(self.keep_on)() {
+                return;
+            }
             let keys = seen.end.min(begin + KEYS) - begin;
             let mut load = |from: &[u8], tile: &mut Vec<f32>| {
                 tile.clear();

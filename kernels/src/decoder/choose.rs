@@ -1,6 +1,6 @@
 //! Choosing: the largest of a row, and what a router makes of its experts' scores.
 
-use super::{MOST_CHOICES, MOST_ROUTED, MOST_TOP, shape};
+use super::{MOST_CHOICES, MOST_ROUTED, MOST_TOP, MOST_TOP_COLUMNS, shape};
 use crate::{FloatType, KernelError, Kernels, error::check_length};
 
 /// Larger for what comes earlier: the larger value first, of equal ones the one with the smaller index, NaN
@@ -43,7 +43,7 @@ impl Kernels {
     /// an argmax.
     ///
     /// # Errors
-    /// [`KernelError::Shape`] if there are less than `k` columns, 2^32 or more, or `k` is not within 1 and
+    /// [`KernelError::Shape`] if there are less than `k` columns, more than [`MOST_TOP_COLUMNS`], or `k` is not within 1 and
     /// [`MOST_TOP`]; [`KernelError::Length`].
     pub fn top(
         self,
@@ -116,8 +116,8 @@ pub(crate) fn check_top(columns: usize, k: usize) -> Result<(), KernelError> {
     if k == 0 || k > MOST_TOP {
         return Err(shape("from 1 to 256 are asked for", k));
     }
-    if columns < k || u32::try_from(columns).is_err() {
-        let problem = "a row has as many as are asked for, and less than 2^32";
+    if columns < k || columns > MOST_TOP_COLUMNS {
+        let problem = "a row has as many as are asked for, and at most 2^24";
         return Err(shape(problem, columns));
     }
     Ok(())

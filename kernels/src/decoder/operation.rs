@@ -4,7 +4,7 @@
 use std::num::NonZeroUsize;
 
 use super::{
-    Attention, Faults, RmsNorm, Rotation, RotationOperands,
+    Attention, Faults, RmsNorm, Rotation, RotationOperands, check_columns,
     choose::{check_route, check_top},
     shape,
 };
@@ -103,6 +103,8 @@ pub struct OperandShape {
     pub align: usize,
     /// Whether it is written.
     pub is_written: bool,
+    /// Elements of it that belong to each row of the operation; none where all belong to all rows.
+    pub of_row: Option<usize>,
 }
 
 impl OperandShape {
@@ -128,6 +130,8 @@ impl Operation {
     /// [`KernelError::Shape`].
     pub fn check(&self) -> Result<(), KernelError> {
         match self {
+            Operation::RmsNorm { norm, .. } => check_columns(norm.columns),
+            Operation::Gather { columns, .. } => check_columns(*columns),
             Operation::Rotate { rotation, .. } => rotation.check(),
             Operation::Attend { attention, .. } => attention.check(),
             Operation::Top { lengths, .. } => check_top(lengths[1], lengths[2]),
@@ -156,6 +160,11 @@ impl Operation {
             size,
             align: size,
             is_written: false,
+            of_row: None,
+        };
+        let by_row = |shape, of_row| OperandShape {
+            of_row: Some(of_row),
+            ..shape
         };
         let written = |name, elements, size| OperandShape {
             is_written: true,
@@ -168,25 +177,23 @@ impl Operation {
                 let (size, all) = (norm.float.bytes(), times(norm.rows, norm.columns));
                 let x = OperandShape {
                     is_written: add,
-                    ..shape("x", all, size)
+                    ..by_row(shape("x", all, size), norm.columns)
                 };
-                let more = add.then(|| shape("what is added", all, size));
+                let more = add.then(|| by_row(shape("what is added", all, size), norm.columns));
                 let weight = shape("the weight", norm.columns, size);
-                [x].into_iter()
-                    .chain(more)
-                    .chain([weight, written("y", all, size)])
-                    .collect()
+                let y = by_row(written("y", all, size), norm.columns);
+                [x].into_iter().chain(more).chain([weight, y]).collect()
             }
             Operation::Gate {
                 float, elements, ..
             } => vec![
-                shape("the gate", elements, float.bytes()),
-                shape("up", elements, float.bytes()),
-                written("y", elements, float.bytes()),
+                by_row(shape("the gate", elements, float.bytes()), 1),
+                by_row(shape("up", elements, float.bytes()), 1),
+                by_row(written("y", elements, float.bytes()), 1),
             ],
             Operation::Add { float, elements } => vec![
-                written("x", elements, float.bytes()),
-                shape("what is added", elements, float.bytes()),
+                by_row(written("x", elements, float.bytes()), 1),
+                by_row(shape("what is added", elements, float.bytes()), 1),
             ],
             Operation::Gather {
                 float,
@@ -195,8 +202,8 @@ impl Operation {
                 columns,
             } => vec![
                 shape("the table", times(table_rows, columns), float.bytes()),
-                shape("ids", rows, 4),
-                written("y", times(rows, columns), float.bytes()),
+                by_row(shape("ids", rows, 4), 1),
+                by_row(written("y", times(rows, columns), float.bytes()), columns),
             ],
             Operation::Dense {
                 float,
@@ -206,15 +213,17 @@ impl Operation {
                 let size = float.bytes();
                 let operands = [
                     shape("weights", times(outputs, inputs), size),
-                    shape("x", times(rows, inputs), size),
+                    by_row(shape("x", times(rows, inputs), size), inputs),
                 ];
                 let bias = bias.then(|| shape("the bias", outputs, size));
-                let y = written("y", times(rows, outputs), size);
+                let y = by_row(written("y", times(rows, outputs), size), outputs);
                 operands.into_iter().chain(bias).chain([y]).collect()
             }
             Operation::Rotate { rotation, norms } => {
                 let (heads, size) = (&rotation.heads, rotation.heads.float.bytes());
                 let new = heads.kv_elements(heads.rows);
+                let [query_row, kv_row] =
+                    [heads.query_heads, heads.kv_heads].map(|count| times(count, heads.head_size));
                 let cache = heads.kv_elements(rotation.capacity);
                 let names = ["the norm of queries", "the norm of keys"];
                 let norms = names
@@ -223,14 +232,17 @@ impl Operation {
                     .filter(|(_, is_there)| *is_there);
                 let norms = norms.map(|(name, _)| vector(shape(name, heads.head_size, size)));
                 [
-                    vector(written("queries", heads.query_elements(), size)),
-                    vector(shape("keys", new, size)),
-                    vector(shape("values", new, size)),
+                    by_row(
+                        vector(written("queries", heads.query_elements(), size)),
+                        query_row,
+                    ),
+                    by_row(vector(shape("keys", new, size)), kv_row),
+                    by_row(vector(shape("values", new, size)), kv_row),
                 ]
                 .into_iter()
                 .chain(norms)
                 .chain([
-                    shape("positions", heads.rows, 4),
+                    by_row(shape("positions", heads.rows, 4), 1),
                     shape("frequencies", rotation.rotary / 2, 4),
                     vector(written("the cache's keys", cache, size)),
                     vector(written("the cache's values", cache, size)),
@@ -240,48 +252,97 @@ impl Operation {
             Operation::Attend { attention, .. } => {
                 let (heads, size) = (&attention.heads, attention.heads.float.bytes());
                 let cache = heads.kv_elements(attention.capacity);
+                let row = times(heads.query_heads, heads.head_size);
+                let queries = vector(shape("queries", heads.query_elements(), size));
+                let y = vector(written("y", heads.query_elements(), size));
                 vec![
-                    vector(shape("queries", heads.query_elements(), size)),
+                    by_row(queries, row),
                     vector(shape("the cache's keys", cache, size)),
                     vector(shape("the cache's values", cache, size)),
-                    shape("positions", heads.rows, 4),
-                    vector(written("y", heads.query_elements(), size)),
+                    by_row(shape("positions", heads.rows, 4), 1),
+                    by_row(y, row),
                 ]
             }
             Operation::Top {
                 float,
                 lengths: [rows, columns, k],
             } => vec![
-                shape("x", times(rows, columns), float.bytes()),
-                written("ids", times(rows, k), 4),
-                written("values", times(rows, k), 4),
+                by_row(shape("x", times(rows, columns), float.bytes()), columns),
+                by_row(written("ids", times(rows, k), 4), k),
+                by_row(written("values", times(rows, k), 4), k),
             ],
             Operation::Route {
                 float,
                 lengths: [rows, experts, k],
                 ..
             } => vec![
-                shape("scores", times(rows, experts), float.bytes()),
-                written("ids", times(rows, k), 4),
-                written("weights", times(rows, k), 4),
+                by_row(
+                    shape("scores", times(rows, experts), float.bytes()),
+                    experts,
+                ),
+                by_row(written("ids", times(rows, k), 4), k),
+                by_row(written("weights", times(rows, k), 4), k),
             ],
         }
     }
 
+    /// Returns its rows: what it does for one does not depend on others. Of what is done element by element each
+    /// is a row.
+    pub const fn rows(&self) -> usize {
+        match self {
+            Operation::RmsNorm { norm, .. } => norm.rows,
+            Operation::Gate { elements, .. } | Operation::Add { elements, .. } => *elements,
+            Operation::Gather { rows, .. } => *rows,
+            Operation::Dense { lengths, .. }
+            | Operation::Top { lengths, .. }
+            | Operation::Route { lengths, .. } => lengths[0],
+            Operation::Rotate { rotation, .. } => rotation.heads.rows,
+            Operation::Attend { attention, .. } => attention.heads.rows,
+        }
+    }
+
+    /// Returns the same operation of so many rows.
+    #[must_use]
+    pub const fn with_rows(mut self, count: usize) -> Operation {
+        match &mut self {
+            Operation::RmsNorm { norm, .. } => norm.rows = count,
+            Operation::Gate { elements, .. } | Operation::Add { elements, .. } => *elements = count,
+            Operation::Gather { rows, .. } => *rows = count,
+            Operation::Dense { lengths, .. }
+            | Operation::Top { lengths, .. }
+            | Operation::Route { lengths, .. } => lengths[0] = count,
+            Operation::Rotate { rotation, .. } => rotation.heads.rows = count,
+            Operation::Attend { attention, .. } => attention.heads.rows = count,
+        }
+        self
+    }
+
     /// Returns about how many bytes it moves: what takes longer for its arithmetic counts as more.
     pub fn work(&self) -> u64 {
-        let operands = self.operands();
-        let moved = operands.iter().map(|operand| operand.bytes() as u64);
-        let moved = moved.fold(1, u64::saturating_add);
         let times = |lengths: &[usize]| {
             let lengths = lengths.iter().map(|length| *length as u64);
             lengths.fold(1, u64::saturating_mul)
         };
+        // A table and a cache are not gone through.
+        let operands = self.operands().into_iter();
+        let moved = operands
+            .filter(|operand| match self {
+                Operation::Gather { .. } | Operation::Rotate { .. } | Operation::Attend { .. } => {
+                    operand.of_row.is_some()
+                }
+                _ => true,
+            })
+            .map(|operand| operand.bytes() as u64)
+            .fold(1, u64::saturating_add);
         let more = match self {
-            // Each row looks at so many keys, and each query of it multiplies them.
+            // Each row looks at so many keys and values, and each query of it multiplies them.
             Operation::Attend { attention, .. } => {
                 let (heads, seen) = (&attention.heads, attention.seen(u32::MAX).len());
-                times(&[heads.rows, heads.query_heads, seen, heads.head_size]) / 4
+                let of_cache = times(&[heads.rows, heads.kv_heads, seen, heads.head_size]);
+                let of_queries = times(&[heads.rows, heads.query_heads, seen, heads.head_size]);
+                of_cache
+                    .saturating_mul(2 * heads.float.bytes() as u64)
+                    .saturating_add(of_queries / 4)
             }
             // Eight rows at a time take the weights once.
             Operation::Dense {
@@ -306,6 +367,9 @@ impl Operation {
 impl Kernels {
     /// Does an operation on operands in memory, in the order of [`Operation::operands`].
     ///
+    /// Products and attention ask `keep_on` every few milliseconds, from all threads: once it says no they end, and
+    /// what is in written operands then is not specified.
+    ///
     /// # Errors
     /// [`KernelError::Shape`], and [`KernelError::Length`] if operands are missing, of another length, or only read
     /// where they have to be written.
@@ -314,6 +378,7 @@ impl Kernels {
         operation: &Operation,
         operands: Vec<Operand<'_>>,
         threads: NonZeroUsize,
+        keep_on: &(dyn Fn() -> bool + Sync),
     ) -> Result<Faults, KernelError> {
         operation.check()?;
         let shapes = operation.operands();
@@ -399,7 +464,8 @@ impl Kernels {
                 let [queries, keys, values] = [operands.read(), operands.read(), operands.read()];
                 let positions = words(operands.read());
                 let y = operands.written();
-                self.attend(&attention, queries, keys, values, &positions, y, threads)
+                let cache = [keys, values];
+                self.attend_while(&attention, queries, cache, &positions, y, threads, keep_on)
             }
             Operation::Top {
                 float,

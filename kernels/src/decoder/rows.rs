@@ -208,6 +208,33 @@ impl Kernels {
         y: &mut [u8],
         threads: NonZeroUsize,
     ) -> Result<(), KernelError> {
+        self.dense_while(
+            float,
+            [rows, outputs, inputs],
+            weights,
+            x,
+            bias,
+            y,
+            threads,
+            &|| true,
+        )
+    }
+
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "each is one thing that a caller has to decide"
+    )]
+    pub(super) fn dense_while(
+        self,
+        float: FloatType,
+        [rows, outputs, inputs]: [usize; 3],
+        weights: &[u8],
+        x: &[u8],
+        bias: Option<&[u8]>,
+        y: &mut [u8],
+        threads: NonZeroUsize,
+        keep_on: &(dyn Fn() -> bool + Sync),
+    ) -> Result<(), KernelError> {
         let bytes = |elements: usize| elements.saturating_mul(float.bytes());
         check_length(
             "weights",
@@ -230,7 +257,7 @@ impl Kernels {
             .map(|begin| begin..outputs.min(begin + share))
             .collect();
         let sums = on_threads(ranges.clone(), |range| {
-            self.dense_sums(float, [rows, inputs], weights, &widened, range)
+            self.dense_sums(float, [rows, inputs], weights, &widened, range, keep_on)
         });
         let size = float.bytes();
         for (range, sums) in ranges.iter().zip(&sums) {
@@ -255,6 +282,7 @@ impl Kernels {
         weights: &[u8],
         x: &[f32],
         outputs: Range<usize>,
+        keep_on: &(dyn Fn() -> bool + Sync),
     ) -> Vec<f32> {
         let (size, count) = (float.bytes(), outputs.len());
         let mut sums = vec![0.0; rows * count];
@@ -263,6 +291,9 @@ impl Kernels {
         for begin in (0..inputs).step_by(SEGMENT) {
             let segment = begin..inputs.min(begin + SEGMENT);
             for first in (0..count).step_by(GROUP) {
+                if !keep_on() {
+                    return sums;
+                }
                 let group = (count - first).min(GROUP);
                 for (i, buffer) in buffers.iter_mut().enumerate() {
                     // Where there are less than four, the last one comes more than once.

@@ -245,7 +245,7 @@ pub(crate) fn on_the_processor(
         false => Operand::Read(bytes),
     });
     let kernels = Kernels::new(Isa::Portable).map_err(text)?;
-    let found = kernels.decode_step(&operation, given.collect(), NonZeroUsize::MIN);
+    let found = kernels.decode_step(&operation, given.collect(), NonZeroUsize::MIN, &|| true);
     let found = found.map_err(text)?;
     for (place, bytes) in places.into_iter().zip(operands) {
         memory[place] = bytes;
