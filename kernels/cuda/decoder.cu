@@ -26,6 +26,10 @@
         tightfit_decoder_add_##SUFFIX(FLOAT::Bits* x, const FLOAT::Bits* add, u64 elements) {                          \
         decoder_each<FLOAT>(x, add, x, elements, [](float a, float b) { return a + b; });                              \
     }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(THREADS) tightfit_decoder_combine_##SUFFIX(                           \
+        const FLOAT::Bits* x, const float* weights, FLOAT::Bits* y, u32 rows, u32 k, u32 columns) {                    \
+        decoder_combine<FLOAT>(x, weights, y, rows, k, columns);                                                       \
+    }                                                                                                                  \
     extern "C" __global__ void __launch_bounds__(THREADS) tightfit_decoder_dense_1_##SUFFIX(                           \
         const FLOAT::Bits* weights, const FLOAT::Bits* x, const FLOAT::Bits* bias, FLOAT::Bits* y, u32 rows,           \
         u32 outputs, u32 inputs) {                                                                                     \

@@ -167,3 +167,21 @@ __device__ void decoder_dense(const typename Float::Bits* weights, const typenam
         y[u64(row + r) * outputs + output] = Bits(Float::template encode<true>(result));
     }
 }
+
+// y[row] = the sum of weights[row, j] * x[row, j] over j. A thread block has 256 elements of a row.
+template <class Float>
+__device__ void decoder_combine(const typename Float::Bits* x, const float* weights, typename Float::Bits* y, u32 rows,
+                                u32 k, u32 columns) {
+    launch_dependents();
+    wait_for_earlier_grids();
+    u32 blocks = (columns + THREADS - 1) / THREADS;
+    if (blocks == 0) return;
+    u32 row = blockIdx.x / blocks, column = blockIdx.x % blocks * THREADS + threadIdx.x;
+    if (row >= rows || column >= columns) return;
+    float sum = 0.0f;
+    for (u32 j = 0; j < k; j++) {
+        u64 part = u64(row) * k + j;
+        sum = __fmaf_rn(weights[part], Float::decode(x[part * columns + column]), sum);
+    }
+    y[u64(row) * columns + column] = typename Float::Bits(Float::template encode<true>(sum));
+}

@@ -154,6 +154,7 @@ const std::map<std::string, std::function<void(const Arguments&)>> KERNELS = {
     ENTRY(tightfit_decoder_dense_8_bf16), ENTRY(tightfit_decoder_rotate_bf16),
     ENTRY(tightfit_decoder_attend_1_bf16), ENTRY(tightfit_decoder_attend_8_bf16),
     ENTRY(tightfit_decoder_top_bf16), ENTRY(tightfit_decoder_route_bf16),
+    ENTRY(tightfit_decoder_combine_f32), ENTRY(tightfit_decoder_combine_f16), ENTRY(tightfit_decoder_combine_bf16),
     ENTRY(tightfit_decoder_gather_16), ENTRY(tightfit_decoder_gather_32),
 };
 

@@ -96,6 +96,11 @@ fn routes() {
     with_every_instruction_set(decoding::routes);
 }
 
+#[test]
+fn combinations() {
+    with_every_instruction_set(decoding::combinations);
+}
+
 const FLOAT: FloatType = FloatType::F32;
 
 fn heads(query_heads: usize, kv_heads: usize, head_size: usize) -> Heads {

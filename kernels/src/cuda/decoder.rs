@@ -11,6 +11,7 @@
 //! | [`attend`] | queries, key cache, value cache, positions: \*u32, y, workspace: \*u8, faults: \*u32, rows: u32, query heads: u32, key heads: u32, head size: u32, capacity: u32, window: u32, length: u32, [`DecoderLaunch::shares`]: u32, scale: f32 |
 //! | [`top`] | x, ids: \*u32, values: \*f32, workspace: \*u8, rows: u32, columns: u32, k: u32, [`DecoderLaunch::shares`]: u32 |
 //! | [`route`] | scores, ids: \*i32, weights: \*f32, rows: u32, experts: u32, k: u32, normalize: u32 |
+//! | [`combine`] | x, weights: \*f32, y, rows: u32, k: u32, columns: u32 |
 //!
 //! Lengths and what is computed are those of the methods of [`crate::Kernels`] with these names.
 //!
@@ -71,7 +72,7 @@ pub fn module(compute_capability: (u32, u32)) -> Result<Vec<u8>, KernelError> {
 }
 
 /// Every kernel in [`module`].
-pub const KERNELS: [&str; 31] = [
+pub const KERNELS: [&str; 34] = [
     "tightfit_decoder_norm_f32",
     "tightfit_decoder_norm_f16",
     "tightfit_decoder_norm_bf16",
@@ -103,6 +104,9 @@ pub const KERNELS: [&str; 31] = [
     "tightfit_decoder_route_f32",
     "tightfit_decoder_route_f16",
     "tightfit_decoder_route_bf16",
+    "tightfit_decoder_combine_f32",
+    "tightfit_decoder_combine_f16",
+    "tightfit_decoder_combine_bf16",
 ];
 
 // As in `kernels/cuda`.
@@ -340,6 +344,19 @@ pub fn route(
     DecoderLaunch::new(&KERNELS[28..31], float, rows.div_ceil(WARPS) as u64)
 }
 
+/// [`crate::Kernels::combine`].
+///
+/// # Errors
+/// As [`rms_norm`].
+pub fn combine(
+    float: FloatType,
+    [rows, k, columns]: [usize; 3],
+) -> Result<DecoderLaunch, KernelError> {
+    check_lengths(&[rows, k, columns])?;
+    let blocks = (rows as u64).saturating_mul(columns.div_ceil(THREADS as usize) as u64);
+    DecoderLaunch::new(&KERNELS[31..34], float, blocks)
+}
+
 /// An argument of a kernel.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Argument {
@@ -479,6 +496,11 @@ pub fn call(operation: &Operation, gpu: Gpu) -> Result<Option<Call>, KernelError
             let shares = number(launch.shares as usize);
             let arguments = [&operands[..], &[Workspace], &rest, &[shares]].concat();
             (launch, arguments)
+        }
+        Operation::Combine { float, lengths } => {
+            let operands = [true; 3].map(&mut operand);
+            let arguments = [&operands[..], &lengths.map(number)].concat();
+            (combine(float, lengths)?, arguments)
         }
         Operation::Route {
             float,

@@ -88,6 +88,13 @@ pub enum Operation {
         /// Whether weights are a softmax over the chosen ones.
         normalize: bool,
     },
+    /// [`Kernels::combine`]. Operands: x, weights, y.
+    Combine {
+        /// The type of x and y.
+        float: FloatType,
+        /// Rows, how many are summed up, columns.
+        lengths: [usize; 3],
+    },
 }
 
 /// What an operation needs an operand to be.
@@ -134,6 +141,9 @@ impl Operation {
             Operation::Gather { columns, .. } => check_columns(*columns),
             Operation::Rotate { rotation, .. } => rotation.check(),
             Operation::Attend { attention, .. } => attention.check(),
+            Operation::Combine { lengths, .. } => {
+                check_columns(lengths[1].saturating_mul(lengths[2]))
+            }
             Operation::Top { lengths, .. } => check_top(lengths[1], lengths[2]),
             Operation::Route { lengths, .. } => check_route(lengths[1], lengths[2]),
             Operation::Gate {
@@ -271,6 +281,17 @@ impl Operation {
                 by_row(written("ids", times(rows, k), 4), k),
                 by_row(written("values", times(rows, k), 4), k),
             ],
+            Operation::Combine {
+                float,
+                lengths: [rows, k, columns],
+            } => {
+                let row = times(k, columns);
+                vec![
+                    by_row(shape("x", times(rows, row), float.bytes()), row),
+                    by_row(shape("weights", times(rows, k), 4), k),
+                    by_row(written("y", times(rows, columns), float.bytes()), columns),
+                ]
+            }
             Operation::Route {
                 float,
                 lengths: [rows, experts, k],
@@ -295,6 +316,7 @@ impl Operation {
             Operation::Gather { rows, .. } => *rows,
             Operation::Dense { lengths, .. }
             | Operation::Top { lengths, .. }
+            | Operation::Combine { lengths, .. }
             | Operation::Route { lengths, .. } => lengths[0],
             Operation::Rotate { rotation, .. } => rotation.heads.rows,
             Operation::Attend { attention, .. } => attention.heads.rows,
@@ -310,6 +332,7 @@ impl Operation {
             Operation::Gather { rows, .. } => *rows = count,
             Operation::Dense { lengths, .. }
             | Operation::Top { lengths, .. }
+            | Operation::Combine { lengths, .. }
             | Operation::Route { lengths, .. } => lengths[0] = count,
             Operation::Rotate { rotation, .. } => rotation.heads.rows = count,
             Operation::Attend { attention, .. } => attention.heads.rows = count,
@@ -477,6 +500,13 @@ impl Kernels {
                 write(operands.written(), ids);
                 write(operands.written(), values.into_iter().map(f32::to_bits));
                 Ok(Faults::NONE)
+            }
+            Operation::Combine { float, lengths } => {
+                let x = operands.read();
+                let weights = words(operands.read()).into_iter().map(f32::from_bits);
+                let weights: Vec<f32> = weights.collect();
+                self.combine(float, lengths, x, &weights, operands.written())
+                    .map(done)
             }
             Operation::Route {
                 float,

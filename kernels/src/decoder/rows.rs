@@ -187,6 +187,43 @@ impl Kernels {
         Ok(faults)
     }
 
+    /// Sums up rows with weights: `y[i]` = the sum of `weights[i, j] * x[i, j]` over `j`, in their order.
+    ///
+    /// `x` [rows, k, columns] and `y` [rows, columns], as bytes, `weights` [rows, k].
+    ///
+    /// # Errors
+    /// [`KernelError::Length`] if the lengths do not belong together.
+    pub fn combine(
+        self,
+        float: FloatType,
+        [rows, k, columns]: [usize; 3],
+        x: &[u8],
+        weights: &[f32],
+        y: &mut [u8],
+    ) -> Result<(), KernelError> {
+        let row = columns.saturating_mul(float.bytes());
+        check_length("x", rows.saturating_mul(k).saturating_mul(row), x.len())?;
+        check_length("weights", rows.saturating_mul(k), weights.len())?;
+        check_length("y", rows.saturating_mul(row), y.len())?;
+        if row == 0 {
+            return Ok(());
+        }
+        let (mut sums, mut part) = (vec![], vec![]);
+        let mut parts = x.chunks_exact(row).zip(weights);
+        for y in y.chunks_exact_mut(row) {
+            sums.clear();
+            sums.resize(columns, 0.0);
+            for (x, weight) in parts.by_ref().take(k) {
+                self.widen(float, x, &mut part);
+                for (sum, part) in sums.iter_mut().zip(&part) {
+                    *sum += weight * part;
+                }
+            }
+            self.narrow(float, &sums, y);
+        }
+        Ok(())
+    }
+
     /// Multiplies rows with a matrix that is not quantized: `y = x * transpose(W) + bias`.
     ///
     /// `weights` W [outputs, inputs], `x` [rows, inputs], `bias` \[outputs\] and `y` [rows, outputs], as

@@ -115,3 +115,7 @@ pub(crate) fn choices(device: &mut dyn Device) {
 pub(crate) fn routes(device: &mut dyn Device) {
     both_ways(device, decoding::routes);
 }
+
+pub(crate) fn combinations(device: &mut dyn Device) {
+    both_ways(device, decoding::combinations);
+}

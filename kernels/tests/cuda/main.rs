@@ -84,6 +84,7 @@ on_every_device! {
     decoder::extreme_attentions,
     decoder::choices,
     decoder::routes,
+    decoder::combinations,
     golden::quantizing,
     golden::double_quantizing,
     golden::dequantizing_all,

@@ -759,3 +759,41 @@ pub(crate) fn routes(decoder: &mut dyn Decoder) {
         }
     }
 }
+
+pub(crate) fn combinations(decoder: &mut dyn Decoder) {
+    let mut dice = Dice(19);
+    for float in FloatType::ALL {
+        for lengths in [
+            [1, 8, 300],
+            [3, 2, 256],
+            [2, 1, 1],
+            [2, 0, 5],
+            [0, 2, 5],
+            [2, 2, 0],
+        ] {
+            let [rows, k, columns] = lengths;
+            let (x, values) = random(&mut dice, rows * k * columns, 2.0, float);
+            let (weights, shares) = random(&mut dice, rows * k, 1.0, FloatType::F32);
+            let mut operands = [x, weights, unwritten(rows * columns * float.bytes())];
+            let operation = Operation::Combine { float, lengths };
+            assert_eq!(decoder.run(&operation, &mut operands), Faults::NONE);
+            let (mut need, mut of) = (vec![], vec![]);
+            for row in 0..rows {
+                for column in 0..columns {
+                    let parts = row * k..(row + 1) * k;
+                    let terms = parts.map(|part| shares[part] * values[part * columns + column]);
+                    let terms: Vec<f64> = terms.collect();
+                    need.push(terms.iter().sum());
+                    of.push(terms.iter().map(|term| term.abs()).sum());
+                }
+            }
+            assert_near(
+                &operands[2],
+                float,
+                &need,
+                &of,
+                &format!("{float}, {lengths:?}"),
+            );
+        }
+    }
+}

@@ -110,6 +110,10 @@ fn operation_of(
             float,
             lengths: [count(4), count(5), count(6)],
         },
+        "combine" => Operation::Combine {
+            float,
+            lengths: [count(3), count(4), count(5)],
+        },
         "route" => Operation::Route {
             float,
             lengths: [count(3), count(4), count(5)],
