@@ -3,8 +3,8 @@
 use std::num::NonZeroUsize;
 
 use tightfit_kernels::{
-    Activation, BlockSize, Choices, ExpertsWeights, FloatType, GateLayout, Isa, KernelError,
-    Kernels, LinearWeights, QuantType,
+    Activation, BlockSize, Choices, ExpertsGates, ExpertsLayer, ExpertsMatrices, ExpertsWeights,
+    FloatType, GateLayout, Isa, KernelError, Kernels, LinearWeights, QuantType,
 };
 
 mod layers;
@@ -417,4 +417,119 @@ fn lengths_that_do_not_belong_together() {
         ..layer.view()
     };
     assert_eq!(run(other, right), wrong("down", 96, 192));
+}
+
+/// One matrix of a stack, quantized by itself: it begins with a block and, with double quantization, with a
+/// nested scale.
+fn matrix(stack: &Stack, expert: usize, rows: std::ops::Range<usize>) -> Stack {
+    let block = stack.format.block_size;
+    let first = (expert * stack.outputs + rows.start) * stack.inputs;
+    let count = rows.len() * stack.inputs;
+    assert!(first.is_multiple_of(256 * block) && count.is_multiple_of(256 * block));
+    let scales = first / block..(first + count) / block;
+    Stack {
+        format: stack.format,
+        experts: 1,
+        outputs: rows.len(),
+        inputs: stack.inputs,
+        codes: stack.codes[first / 2..(first + count) / 2].to_vec(),
+        absmax: stack.absmax[scales.clone()].to_vec(),
+        nested: stack.nested.as_ref().map(|(codes, nested)| {
+            let of_nested = scales.start / 256..scales.end / 256;
+            (codes[scales.clone()].to_vec(), nested[of_nested].to_vec())
+        }),
+        bias: None,
+    }
+}
+
+/// Experts that are apart give the bits of those in stacks.
+#[test]
+fn experts_apart() {
+    let mut dice = Dice(11);
+    for double in [false, true] {
+        let format = Format {
+            block_size: 32,
+            double,
+            ..Format::NF4
+        };
+        let (experts, hidden, intermediate) = (5, 128, 64);
+        let sizes = [experts, hidden, intermediate];
+        let layer = Layer::random(
+            format,
+            sizes,
+            GateLayout::Halves,
+            Activation::Silu,
+            &mut dice,
+        );
+        let case = Case::random(layer, FloatType::Bf16, [9, 3], true, &mut dice);
+        let layer = &case.layer;
+        let of = |stack: &Stack, rows: std::ops::Range<usize>| -> Vec<Stack> {
+            (0..experts)
+                .map(|expert| matrix(stack, expert, rows.clone()))
+                .collect()
+        };
+        let gates = of(&layer.gate_up, 0..intermediate);
+        let ups = of(&layer.gate_up, intermediate..2 * intermediate);
+        let both = of(&layer.gate_up, 0..2 * intermediate);
+        let downs = of(&layer.down, 0..hidden);
+        let [gates, ups, both, downs] = [&gates, &ups, &both, &downs]
+            .map(|stacks| stacks.iter().map(Stack::view).collect::<Vec<_>>());
+        let choices = Choices {
+            of_token: case.of_token,
+            ids: &case.ids,
+            weights: &case.weights,
+        };
+        let Some([gate_up_bias, down_bias]) = &case.biases else {
+            panic!("it is biased");
+        };
+        let run = |kernels: Kernels, gates: ExpertsGates<'_>| {
+            let layer = ExpertsLayer {
+                gates,
+                down: ExpertsMatrices::Each(&downs),
+                activation: layer.activation,
+            };
+            let mut y = vec![0xee; case.x.1.len()];
+            kernels
+                .experts_layer_bytes(
+                    &layer,
+                    &choices,
+                    case.float,
+                    &case.x.1,
+                    Some(gate_up_bias),
+                    Some(down_bias),
+                    &mut y,
+                    threads(2),
+                )
+                .map(|()| y)
+        };
+        let apart = ExpertsGates::Apart {
+            gate: ExpertsMatrices::Each(&gates),
+            up: ExpertsMatrices::Each(&ups),
+        };
+        let together = ExpertsGates::Together(ExpertsMatrices::Each(&both), GateLayout::Halves);
+        let tokens: Vec<usize> = (0..case.tokens()).collect();
+        for kernels in all() {
+            let need = case.run(kernels, &tokens, 2);
+            assert!(
+                run(kernels, apart).as_ref() == Ok(&need),
+                "{}",
+                kernels.isa()
+            );
+            assert!(
+                run(kernels, together).as_ref() == Ok(&need),
+                "{}",
+                kernels.isa()
+            );
+        }
+        let fewer = ExpertsGates::Apart {
+            gate: ExpertsMatrices::Each(&gates[1..]),
+            up: ExpertsMatrices::Each(&ups),
+        };
+        let error = KernelError::Length {
+            what: "gate",
+            need: 5,
+            have: 4,
+        };
+        assert_eq!(run(Kernels::detect(), fewer), Err(error));
+    }
 }

@@ -401,3 +401,113 @@ fn lengths_that_do_not_belong_together() {
         Err(KernelError::Length { what: "codes", .. })
     ));
 }
+
+/// dx = dy * W, against f64, with every instruction set.
+fn check_transposed(weights: &Weights, float: FloatType, rows: usize, random: &mut Random) {
+    let (outputs, inputs) = (weights.outputs, weights.inputs);
+    let dy = random_elements(random, rows * outputs, float);
+    let dy_values = floats(&dy, float);
+    let of_result = match float {
+        FloatType::Bf16 => 1.0 / 256.0,
+        FloatType::F16 => 1.0 / 2048.0,
+        FloatType::F32 => 1e-7,
+    };
+    for kernels in all() {
+        let transposed = |count| {
+            let mut dx = vec![0xee; rows * inputs * float.bytes()];
+            let view = weights.view();
+            kernels
+                .linear_transposed_bytes(&view, float, rows, &dy, &mut dx, threads(count))
+                .expect("lengths");
+            dx
+        };
+        let dx = transposed(1);
+        assert!(dx == transposed(3), "threads change bits");
+        let dx = floats(&dx, float);
+        for row in 0..rows {
+            for input in 0..inputs {
+                let (mut sum, mut size) = (0.0, 0.0);
+                for output in 0..outputs {
+                    let dy = f64::from(dy_values[row * outputs + output]);
+                    let product = weights.at(output, input) * dy;
+                    sum += product;
+                    size += product.abs();
+                }
+                let most = of_result * sum.abs() + 1e-6 * size + 1e-6;
+                let have = f64::from(dx[row * inputs + input]);
+                assert!(
+                    (have - sum).abs() <= most,
+                    "{}, {float}, {rows} x {outputs} x {inputs}: {have}, should be {sum} +- {most}",
+                    kernels.isa()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn transposed_weights() {
+    let mut random = Random(6);
+    for (rows, outputs, inputs) in [
+        (1, 1, 1),
+        (2, 3, 33),
+        (3, 35, 127),
+        (5, 100, 513),
+        (2, 31, 1024),
+        (4, 64, 1100),
+        (3, 0, 7),
+        (3, 7, 0),
+        (0, 7, 7),
+    ] {
+        for double in [false, true] {
+            let size = BlockSize::new(if inputs % 3 == 0 { 256 } else { 64 }).expect("valid");
+            let weights =
+                Weights::random(QuantType::Nf4, outputs, inputs, size, double, &mut random);
+            for float in FloatType::ALL {
+                check_transposed(&weights, float, rows, &mut random);
+            }
+        }
+    }
+}
+
+/// A row's result is the same bits among others.
+#[test]
+fn transposed_rows_by_themselves() {
+    let mut random = Random(7);
+    let block_size = BlockSize::DEFAULT;
+    let weights = Weights::random(QuantType::Nf4, 77, 600, block_size, true, &mut random);
+    let dy = random_elements(&mut random, 5 * 77, FloatType::Bf16);
+    for kernels in all() {
+        let of = |rows: std::ops::Range<usize>| {
+            let mut dx = vec![0; rows.len() * 600 * 2];
+            let dy = &dy[rows.start * 77 * 2..rows.end * 77 * 2];
+            let (view, bf16) = (weights.view(), FloatType::Bf16);
+            kernels
+                .linear_transposed_bytes(&view, bf16, rows.len(), dy, &mut dx, threads(2))
+                .expect("lengths");
+            dx
+        };
+        let all = of(0..5);
+        for row in 0..5 {
+            assert!(of(row..row + 1) == all[row * 1200..][..1200]);
+        }
+    }
+}
+
+#[test]
+fn transposed_lengths_that_do_not_belong_together() {
+    let mut random = Random(8);
+    let block_size = BlockSize::DEFAULT;
+    let weights = Weights::random(QuantType::Nf4, 4, 64, block_size, false, &mut random);
+    let kernels = Kernels::detect();
+    for (what, rows, dy, dx, need, have) in [
+        ("dy", 2, 7, 128, 32, 28),
+        ("dx", 2, 8, 127, 512, 508),
+        ("dx", 1, 4, 128, 256, 512),
+    ] {
+        let (dy, mut dx) = (vec![0f32; dy], vec![7f32; dx]);
+        let result = kernels.linear_transposed(&weights.view(), rows, &dy, &mut dx, threads(1));
+        assert_eq!(result, Err(KernelError::Length { what, need, have }));
+        assert!(dx.iter().all(|dx| *dx == 7.0));
+    }
+}

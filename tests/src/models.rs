@@ -42,6 +42,7 @@ pub fn write_decoder(directory: &Path, layers: u64, hidden: u64) {
 /// A checkpoint that offers something to every kind of bad plan: a tie that is stored, a matrix,
 /// and a tensor that cannot be quantized. In this order.
 pub fn write_awkward(directory: &Path) {
+    let small: Vec<u8> = (0..4096u32).map(|byte| (byte % 61) as u8).collect();
     let config = json!({
         "architectures": ["LlamaForCausalLM"],
         "tie_word_embeddings": true,
@@ -57,7 +58,7 @@ pub fn write_awkward(directory: &Path) {
                 "model.layers.0.mlp.up_proj.weight",
                 "BF16",
                 &[64, 32],
-                &[0; 4096],
+                &small,
             ),
             ("model.position_ids", "I64", &[16], &[0; 128]),
         ],

@@ -3,6 +3,7 @@
 
 use tempfile::TempDir;
 use tightfit::model::Model;
+use tightfit_kernels::Activation;
 use tightfit_tests::double_quant::double_quantize;
 use tightfit_tests::golden::{GoldenModel, MODELS, MOE_MODELS};
 use tightfit_tests::loading::load_with_auto;
@@ -194,6 +195,7 @@ fn models_with_quantized_experts_give_the_logits_of_transformers() {
         let expected = "logits_nf4_with_experts_f32";
         for (path, context) in [(&*separate, "separate"), (stacked.path(), "stacked")] {
             let model = load_with_auto(path, SIM, NF4_WITH_EXPERTS);
+            has_layers_of_experts(&model);
             golden.check(&model, expected, &format!("{context} experts"));
         }
         // Double quantization takes the mean over a tensor, and what bitsandbytes quantized are
@@ -204,6 +206,16 @@ fn models_with_quantized_experts_give_the_logits_of_transformers() {
         let expected = "logits_nf4_dq_with_experts_f32";
         golden.check_double_quantized(&model, &by_hand, expected, "stacked experts");
     }
+}
+
+/// Whether its experts are computed as layers ([`Model::experts`]), so that the logits are theirs.
+fn has_layers_of_experts(model: &Model) {
+    let modules = ["mlp.experts", "block_sparse_moe.experts"];
+    let layers = modules.iter().filter_map(|module| {
+        let module = format!("model.layers.1.{module}");
+        model.experts(&module, Activation::Silu).ok()
+    });
+    assert_eq!(layers.count(), 1);
 }
 
 /// Weights of which one block of 64 elements has the wrong sign.

@@ -1,7 +1,7 @@
 //! SDK for programs of [Tightfit](https://github.com/tightfit/tightfit).
 //!
 //! A program is a WebAssembly module that loads models and works with them: it has memory of the
-//! devices within a quota, the NF4 kernels, and the checkpoints that it was granted by name. It has no
+//! devices within a quota, the NF4 kernels, products with 4-bit weights, and the checkpoints that it was granted by name. It has no
 //! clock, no randomness, no files and no network. (What only decides where tensors go is a policy, for
 //! which `tightfit-guest` is the SDK. The two cannot be in one module.)
 //!
@@ -40,6 +40,7 @@ pub use bindings::tightfit::host::devices::{
     Gauge, Quota, Usage, get_devices, get_quota, get_usage,
 };
 pub use bindings::tightfit::host::errors::{Error, Shortage};
+pub use bindings::tightfit::host::linear::{Product, Rounding, Weight, finish, multiply};
 pub use bindings::tightfit::host::log::{Level, write as log};
 pub use bindings::tightfit::host::models::{
     Model, Part, PartKind, Share, Statistics, StoredQuantization, StoredTensor,
@@ -105,6 +106,92 @@ impl Format {
         block_size: 64,
         double_quantized: false,
     });
+}
+
+impl Buffer {
+    /// Returns the place that begins with byte `offset`, for a function that takes one.
+    pub fn at(&self, offset: u64) -> Place<'_> {
+        Place {
+            buffer: self,
+            offset,
+        }
+    }
+
+    /// Takes memory of a device and writes these bytes there, however many.
+    ///
+    /// # Errors
+    /// As [`Buffer::allocate`] and [`Buffer::write`].
+    pub fn of(device: u32, bytes: &[u8]) -> Result<Buffer, Error> {
+        let buffer = Buffer::allocate(device, bytes.len() as u64)?;
+        let mut offset = 0;
+        for piece in bytes.chunks(MOST_BYTES) {
+            buffer.write(offset, piece)?;
+            offset += piece.len() as u64;
+        }
+        Ok(buffer)
+    }
+}
+
+/// Bytes of a list that the host takes or gives in one call.
+const MOST_BYTES: usize = 4 << 20;
+
+impl<'a> Product<'a> {
+    /// Returns the product of `rows` rows of `input` with a weight, the fastest way, without a bias. Both
+    /// places hold numbers of type `float`.
+    ///
+    /// ```no_run
+    /// use tightfit_program::{Buffer, Dtype, Error, Product, Weight, finish, multiply};
+    ///
+    /// fn project(weight: &Weight, x: &Buffer, rows: u32, y: &Buffer) -> Result<(), Error> {
+    ///     multiply(&[Product::new(weight, x.at(0), rows, Dtype::Bf16, y.at(0))])?;
+    ///     finish()
+    /// }
+    /// ```
+    pub fn new(
+        weight: &'a Weight,
+        input: Place<'a>,
+        rows: u32,
+        float: Dtype,
+        output: Place<'a>,
+    ) -> Product<'a> {
+        Product {
+            weight,
+            input,
+            rows,
+            float,
+            bias: None,
+            output,
+            experts: None,
+            rounding: Rounding::Fastest,
+        }
+    }
+
+    /// Returns the same with a bias.
+    #[must_use]
+    pub fn with_bias(self, bias: Place<'a>) -> Product<'a> {
+        Product {
+            bias: Some(bias),
+            ..self
+        }
+    }
+
+    /// Returns the same with the number of an expert for each row, as u32.
+    #[must_use]
+    pub fn with_experts(self, experts: Place<'a>) -> Product<'a> {
+        Product {
+            experts: Some(experts),
+            ..self
+        }
+    }
+
+    /// Returns the same with rows whose bits do not depend on each other.
+    #[must_use]
+    pub fn by_row(self) -> Product<'a> {
+        Product {
+            rounding: Rounding::ByRow,
+            ..self
+        }
+    }
 }
 
 impl Checkpoint {

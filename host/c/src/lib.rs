@@ -6,6 +6,7 @@
 #![deny(unsafe_op_in_unsafe_fn)]
 
 mod boundary;
+mod experts;
 mod linear;
 mod load;
 mod model;
@@ -16,6 +17,7 @@ use std::ffi::c_char;
 
 use tightfit::status::Status;
 
+pub use experts::*;
 pub use linear::*;
 pub use load::*;
 pub use model::*;

@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_char, c_void};
 
 use tightfit::device::{DeviceOperands, HostOperands};
-use tightfit::products::{Linear, LinearOptions, LinearWorkspace};
+use tightfit::products::{Linear, LinearOptions, LinearWorkspace, WorkspaceOptions};
 use tightfit::types::QuantType;
 use tightfit_kernels::FloatType;
 
@@ -21,7 +21,7 @@ pub const TIGHTFIT_FLOAT_F16: u32 = 1;
 /// bfloat16.
 pub const TIGHTFIT_FLOAT_BF16: u32 = 2;
 
-fn float_type(float_type: u32) -> Result<FloatType, Error> {
+pub(crate) fn float_type(float_type: u32) -> Result<FloatType, Error> {
     match float_type {
         TIGHTFIT_FLOAT_F32 => Ok(FloatType::F32),
         TIGHTFIT_FLOAT_F16 => Ok(FloatType::F16),
@@ -288,7 +288,9 @@ pub unsafe extern "C" fn tightfit_linear_forward(
 
 /// # Safety
 /// `options` is NULL or has its `struct_size` set.
-unsafe fn options(options: *const TightfitLinearOptions) -> Result<LinearOptions, Error> {
+pub(crate) unsafe fn options(
+    options: *const TightfitLinearOptions,
+) -> Result<LinearOptions, Error> {
     let mut read = LinearOptions::default();
     if options.is_null() {
         return Ok(read);
@@ -359,6 +361,144 @@ pub unsafe extern "C" fn tightfit_linear_forward_on_device(
         // SAFETY: as the caller promises.
         unsafe { linear.forward_on_device(float, rows, &operands, options.by_row) }?;
         Ok(())
+    })
+}
+
+/// Computes the gradient of x by that of y, dx = dy * W, of operands in host memory: `x` is dy
+/// [rows, outputs], `y` is dx [rows, inputs], and `bias` is NULL. Otherwise as tightfit_linear_forward.
+///
+/// # Safety
+/// As tightfit_linear_forward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tightfit_linear_input_gradient(
+    linear: *const TightfitLinear,
+    float_type: u32,
+    rows: usize,
+    operands: *const TightfitHostOperands,
+    options: *const TightfitLinearOptions,
+) -> TightfitStatus {
+    call(|| {
+        // SAFETY: as the caller promises.
+        let linear = &unsafe { object(linear, "linear") }?.inner;
+        let float = self::float_type(float_type)?;
+        // SAFETY: as the caller promises.
+        let operands = unsafe { read_sized(operands, "operands") }?;
+        // SAFETY: as the caller promises.
+        let options = unsafe { self::options(options) }?;
+        if !operands.bias.is_null() {
+            return Err(Error::usage(
+                "operands->bias is not NULL: a gradient has none",
+            ));
+        }
+        // Before anything is written to dx, also zeros.
+        linear.check_gradient_lengths(float, rows, operands.x_length, operands.y_length)?;
+        // SAFETY: as the caller promises.
+        let dy = unsafe { array(operands.x.cast(), operands.x_length, "operands->x") }?;
+        // SAFETY: as the caller promises.
+        let dx = unsafe { array_mut(operands.y.cast::<u8>(), operands.y_length, "operands->y") }?;
+        Ok(linear.input_gradient_bytes(float, rows, dy, dx, &options)?)
+    })
+}
+
+/// Gives how many bytes of workspace tightfit_linear_input_gradient_on_device needs for this many rows and for
+/// any fewer, at most 16 MiB; 0 for a weight in host memory.
+///
+/// # Safety
+/// `linear` is alive and its model loaded; `out` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tightfit_linear_input_gradient_workspace_bytes(
+    linear: *const TightfitLinear,
+    float_type: u32,
+    rows: usize,
+    by_row: u32,
+    out: *mut u64,
+) -> TightfitStatus {
+    call(|| {
+        // SAFETY: as the caller promises.
+        let linear = &unsafe { object(linear, "linear") }?.inner;
+        let float = self::float_type(float_type)?;
+        // SAFETY: as the caller promises.
+        let out = unsafe { array_mut(out, 1, "out") }?;
+        out[0] = linear.input_gradient_workspace_bytes(rows, float, by_row != 0);
+        Ok(())
+    })
+}
+
+/// Gives the gradient of x by that of y to a stream: `x` is dy [rows, outputs], `y` is dx [rows, inputs], and
+/// `bias` is 0. Otherwise as tightfit_linear_forward_on_device.
+///
+/// # Safety
+/// As tightfit_linear_forward_on_device.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tightfit_linear_input_gradient_on_device(
+    linear: *const TightfitLinear,
+    float_type: u32,
+    rows: usize,
+    operands: *const TightfitDeviceOperands,
+    options: *const TightfitLinearOptions,
+) -> TightfitStatus {
+    call(|| {
+        // SAFETY: as the caller promises.
+        let linear = &unsafe { object(linear, "linear") }?.inner;
+        let float = self::float_type(float_type)?;
+        // SAFETY: as the caller promises.
+        let given = unsafe { read_sized(operands, "operands") }?;
+        // SAFETY: as the caller promises.
+        let options = unsafe { self::options(options) }?;
+        let operands = DeviceOperands::new(given.x, given.y, given.stream)
+            .with_bias(given.bias)
+            .with_workspace(given.workspace, given.workspace_length);
+        // SAFETY: as the caller promises.
+        unsafe { linear.input_gradient_on_device(float, rows, &operands, options.by_row) }?;
+        Ok(())
+    })
+}
+
+/// What a workspace shall be enough for. Growing as TightfitTensor.
+#[repr(C)]
+pub struct TightfitWorkspaceOptions {
+    /// Set by the caller: sizeof(TightfitWorkspaceOptions).
+    pub struct_size: usize,
+    /// Rows of products, and tokens of layers of experts.
+    pub rows: usize,
+    /// Experts of each token; 0 where no layers of experts are computed.
+    pub experts_per_token: usize,
+    /// Nonzero: also for gradients of inputs.
+    pub gradients: u32,
+}
+
+// SAFETY: `repr(C)`, begins with a `usize`, and holds numbers.
+unsafe impl Growing for TightfitWorkspaceOptions {
+    const FIRST: usize = size_of::<TightfitWorkspaceOptions>();
+}
+
+/// Takes a workspace that is enough for products and layers of experts of a device, by its index. As
+/// tightfit_model_linear_workspace, which counts neither layers of experts nor gradients.
+///
+/// # Safety
+/// `model` is loaded; `options` has its `struct_size` set; `out` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn tightfit_model_product_workspace(
+    model: *const TightfitModel,
+    device: usize,
+    options: *const TightfitWorkspaceOptions,
+    out: *mut *mut TightfitLinearWorkspace,
+) -> TightfitStatus {
+    call(|| {
+        let take = || {
+            // SAFETY: as the caller promises.
+            let model = unsafe { object(model, "model") }?;
+            // SAFETY: as the caller promises.
+            let given = unsafe { read_sized(options, "options") }?;
+            let options = WorkspaceOptions::rows(given.rows)
+                .with_experts_per_token(given.experts_per_token)
+                .with_gradients(given.gradients != 0);
+            Ok(TightfitLinearWorkspace {
+                inner: model.model().product_workspace(device, &options)?,
+            })
+        };
+        // SAFETY: as the caller promises.
+        unsafe { give(out, "out", take) }
     })
 }
 

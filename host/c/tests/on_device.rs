@@ -209,3 +209,143 @@ fn a_product_is_given_to_a_stream() {
     }
     stand_in.report().is_clean("products in C");
 }
+
+#[test]
+fn a_layer_of_experts_is_given_to_a_stream() {
+    let golden = GoldenModel::unpack("qwen3_5_moe");
+    let stacked = tempfile::TempDir::new().unwrap();
+    golden.write_with_fused_experts(stacked.path());
+    let path = CString::new(stacked.path().to_str().unwrap()).unwrap();
+    let stand_in = StandIn::start(&Setup::default());
+    // SAFETY: handles are given back once, in an order that the header allows, and pointers are of what
+    // outlives the calls.
+    unsafe {
+        let mut model = load(&path);
+        let (mut experts, mut workspace) = (null_mut(), null_mut());
+        let module = c"model.layers.1.mlp.experts";
+        let silu = TIGHTFIT_ACTIVATION_SILU;
+        done(tightfit_model_experts(
+            model,
+            module.as_ptr(),
+            silu,
+            0.0,
+            &raw mut experts,
+        ));
+        let mut info: TightfitExpertsInfo = std::mem::zeroed();
+        info.struct_size = size_of::<TightfitExpertsInfo>();
+        done(tightfit_experts_info(experts, &raw mut info));
+        assert_eq!(info.on_gpu, 1);
+        let (bf16, choices) = (TIGHTFIT_FLOAT_BF16, 2);
+        let wanted = TightfitWorkspaceOptions {
+            struct_size: size_of::<TightfitWorkspaceOptions>(),
+            rows: ROWS,
+            experts_per_token: choices,
+            gradients: 1,
+        };
+        done(tightfit_model_product_workspace(
+            model,
+            0,
+            &raw const wanted,
+            &raw mut workspace,
+        ));
+        let mut memory: TightfitMemory = std::mem::zeroed();
+        memory.struct_size = size_of::<TightfitMemory>();
+        done(tightfit_linear_workspace_memory(workspace, &raw mut memory));
+        let mut need = 0;
+        let bytes = tightfit_experts_workspace_bytes(experts, bf16, ROWS, choices, &raw mut need);
+        done(bytes);
+        assert!(need > 0 && need <= memory.length);
+
+        // Memory of the application's behind the weights: x, ids, their weights, y.
+        let elements = ROWS * info.hidden;
+        let ids = [0, 1, -1, 2, 1, 0].map(i32::to_le_bytes).concat();
+        let shares = [0.5, 0.5, 1.0, 2.0, 0.25, -1.0]
+            .map(f32::to_le_bytes)
+            .concat();
+        let x: Vec<u8> = (0..elements)
+            .flat_map(|i| bf16::from_f32((i % 9) as f32 / 4.0 - 1.0).to_le_bytes())
+            .collect();
+        let mut pieces = [(null_mut(), 0); 4];
+        for ((piece, address), bytes) in pieces.iter_mut().zip([x.len(), 24, 24, x.len()]) {
+            let mut at: TightfitMemory = std::mem::zeroed();
+            at.struct_size = size_of::<TightfitMemory>();
+            done(tightfit_model_allocate(model, 0, bytes as u64, piece));
+            done(tightfit_allocation_memory(*piece, &raw mut at));
+            *address = at.device_address;
+        }
+        let application = Application::start(0);
+        for ((_, address), bytes) in pieces.iter().zip([&x, &ids, &shares]) {
+            application.put(*address, bytes);
+        }
+        let operands = TightfitDeviceExpertsOperands {
+            struct_size: size_of::<TightfitDeviceExpertsOperands>(),
+            x: pieces[0].1,
+            ids: pieces[1].1,
+            weights: pieces[2].1,
+            bias: 0,
+            down_bias: 0,
+            y: pieces[3].1,
+            workspace: memory.device_address,
+            workspace_length: need,
+            stream: application.stream(),
+        };
+        let give = |operands: &TightfitDeviceExpertsOperands| {
+            tightfit_experts_forward_on_device(experts, bf16, ROWS, choices, operands)
+        };
+        done(give(&operands));
+        application.synchronize();
+        let have = application.get(operands.y, x.len());
+
+        // The same through host memory.
+        let mut y = vec![0u8; x.len()];
+        let numbers: Vec<i32> = ids
+            .as_chunks()
+            .0
+            .iter()
+            .map(|id| i32::from_le_bytes(*id))
+            .collect();
+        let shares: Vec<f32> = shares
+            .as_chunks()
+            .0
+            .iter()
+            .map(|share| f32::from_le_bytes(*share))
+            .collect();
+        let on_host = TightfitHostExpertsOperands {
+            struct_size: size_of::<TightfitHostExpertsOperands>(),
+            x: x.as_ptr().cast(),
+            x_length: x.len(),
+            ids: numbers.as_ptr(),
+            weights: shares.as_ptr(),
+            choices,
+            bias: null(),
+            bias_length: 0,
+            down_bias: null(),
+            down_bias_length: 0,
+            y: y.as_mut_ptr().cast(),
+            y_length: y.len(),
+        };
+        done(tightfit_experts_forward(
+            experts,
+            bf16,
+            ROWS,
+            &raw const on_host,
+            null(),
+        ));
+        assert_eq!(have, y);
+
+        refused(
+            give(&TightfitDeviceExpertsOperands {
+                workspace_length: need - 1,
+                ..operands
+            }),
+            "workspace",
+        );
+        for (mut piece, _) in pieces {
+            tightfit_allocation_free(&raw mut piece);
+        }
+        tightfit_linear_workspace_free(&raw mut workspace);
+        tightfit_experts_free(&raw mut experts);
+        tightfit_model_unload(&raw mut model);
+    }
+    stand_in.report().is_clean("experts in C");
+}

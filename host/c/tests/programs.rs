@@ -185,6 +185,17 @@ fn products_are_those_of_the_dequantized_weight_and_nothing_leaks() {
     }
 }
 
+#[test]
+fn experts_are_those_of_single_products_and_nothing_leaks() {
+    let golden = GoldenModel::unpack("qwen3_moe");
+    let path = golden.path("bf16");
+    let module = "model.layers.1.mlp.experts";
+    let arguments = [path.to_str().unwrap(), module, DEVICE];
+    for (printed, _) in run("tests/programs/experts.c", &arguments, 0) {
+        assert_eq!(printed, "as it must be\n");
+    }
+}
+
 /// The script says what is not installed; `TIGHTFIT_REQUIRE_TORCH=1` and `TIGHTFIT_REQUIRE_NUMPY=1`
 /// make that a failure. `TIGHTFIT_PYTHON` is the interpreter to use.
 #[test]

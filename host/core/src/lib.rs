@@ -92,7 +92,7 @@
 //! | `cuda` | NVIDIA GPUs, through their driver, which is loaded when a GPU is asked for: neither to build nor to run is anything of CUDA needed | default |
 //! | `hub` | [`hub`] | |
 // Denied and not forbidden: a GPU's driver is a C library that `device::cuda::driver` calls, `dlpack::abi`
-// is called back by C, and `products::on_device` takes a caller's pointers, for which `device::multiplier`
+// is called back by C, and `products::on_device` (of experts too) takes a caller's pointers, for which `device::multiplier`
 // declares what calls the driver. No other module may.
 #![deny(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]

@@ -279,7 +279,7 @@ const MOST_SCRATCH: usize = 16 << 20;
 /// By row, the work is dealt out as if for a GPU with this many multiprocessors.
 const MULTIPROCESSORS_BY_ROW: u32 = 132;
 
-/// Returns the kernels that [`Linear::launch`] names for a compute capability, each with its
+/// Returns the kernels that [`Linear::launch`] and [`Linear::launch_transposed`] name for a compute capability, each with its
 /// [`LinearLaunch::shared_bytes`]: what has to be looked up in [`module`], and told to the driver, before
 /// the first launch.
 pub fn kernels(compute_capability: (u32, u32)) -> Vec<(&'static str, u32)> {
@@ -290,7 +290,9 @@ pub fn kernels(compute_capability: (u32, u32)) -> Vec<(&'static str, u32)> {
     let many = many
         .into_iter()
         .filter(|_| compute_capability == MANY_CAPABILITY);
-    general.into_iter().chain(fast).chain(many).collect()
+    let transposed = workspace::transposed_kernels(compute_capability);
+    let all = general.into_iter().chain(fast).chain(many);
+    all.chain(transposed).collect()
 }
 
 /// The kernels for whatever the fast ones cannot do.

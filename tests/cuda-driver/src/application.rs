@@ -1,10 +1,11 @@
 //! An application of its own: what somebody does who runs kernels beside Tightfit's, on the stand-in or a
 //! real driver.
 
-use std::ffi::{c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::ptr;
 
 use libloading::Library;
+use tightfit_kernels::cuda::linear::Gpu;
 
 /// A stream of an application in the primary context of a device, and copies to and from its memory.
 #[derive(Debug)]
@@ -74,6 +75,101 @@ impl Application {
         self.within(|driver| call!(driver, cuStreamSynchronize(self.stream => *mut c_void)));
     }
 
+    /// Its device, as launches depend on it.
+    pub fn gpu(&self) -> Gpu {
+        let attribute = |attribute: c_uint| {
+            let mut value: c_int = 0;
+            call!(
+                self.driver,
+                cuDeviceGetAttribute(
+                    &raw mut value => *mut c_int,
+                    attribute => c_uint,
+                    self.device => c_int
+                )
+            );
+            value as u32
+        };
+        // `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `_MINOR`, `.._MULTIPROCESSOR_COUNT`.
+        Gpu {
+            compute_capability: (attribute(75), attribute(76)),
+            multiprocessors: attribute(16),
+        }
+    }
+
+    /// A kernel of an image of machine code, to be launched as an application does it.
+    pub fn kernel(&self, image: &[u8], name: &CStr, shared_bytes: u32) -> Kernel<'_> {
+        const MAX_DYNAMIC_SHARED: c_uint = 8;
+        let (mut module, mut function) = (ptr::null_mut(), ptr::null_mut());
+        self.within(|driver| {
+            call!(
+                driver,
+                cuModuleLoadData(
+                    &raw mut module => *mut *mut c_void,
+                    image.as_ptr().cast() => *const c_void
+                )
+            );
+            call!(
+                driver,
+                cuModuleGetFunction(
+                    &raw mut function => *mut *mut c_void,
+                    module => *mut c_void,
+                    name.as_ptr() => *const c_char
+                )
+            );
+            if shared_bytes > 48 << 10 {
+                call!(
+                    driver,
+                    cuFuncSetAttribute(
+                        function => *mut c_void,
+                        MAX_DYNAMIC_SHARED => c_uint,
+                        shared_bytes as i32 => c_int
+                    )
+                );
+            }
+            call!(driver, cuCtxSynchronize());
+        });
+        // SAFETY: the signature is that in NVIDIA's cuda.h; the library is kept as long as the pointer.
+        let launch = unsafe { self.driver.get::<Launch>(b"cuLaunchKernel\0") };
+        Kernel {
+            launch: *launch.expect("cuLaunchKernel"),
+            application: self,
+            module,
+            function,
+            shared_bytes,
+        }
+    }
+
+    /// Captures what is given to its stream meanwhile into a graph that can be launched. Whoever allocates or
+    /// waits meanwhile is told so by the driver, which is strict about it.
+    pub fn capture(&self, work: impl FnOnce()) -> Graph<'_> {
+        const GLOBAL: c_uint = 0;
+        let stream = self.stream;
+        self.within(|driver| {
+            call!(driver, cuStreamBeginCapture_v2(stream => *mut c_void, GLOBAL => c_uint));
+        });
+        work();
+        let (mut graph, mut executable) = (ptr::null_mut(), ptr::null_mut());
+        self.within(|driver| {
+            call!(
+                driver,
+                cuStreamEndCapture(stream => *mut c_void, &raw mut graph => *mut *mut c_void)
+            );
+            call!(
+                driver,
+                cuGraphInstantiateWithFlags(
+                    &raw mut executable => *mut *mut c_void,
+                    graph => *mut c_void,
+                    0 => u64
+                )
+            );
+            call!(driver, cuGraphDestroy(graph => *mut c_void));
+        });
+        Graph {
+            application: self,
+            executable,
+        }
+    }
+
     /// Copies bytes to an address, and waits.
     pub fn put(&self, address: u64, bytes: &[u8]) {
         let mut locked = ptr::null_mut();
@@ -108,6 +204,96 @@ impl Application {
             );
         });
         bytes
+    }
+}
+
+/// `cuLaunchKernel`.
+type Launch = unsafe extern "C" fn(
+    *mut c_void,
+    c_uint,
+    c_uint,
+    c_uint,
+    c_uint,
+    c_uint,
+    c_uint,
+    c_uint,
+    *mut c_void,
+    *mut *mut c_void,
+    *mut *mut c_void,
+) -> c_uint;
+
+/// A kernel that an application has loaded itself.
+#[derive(Debug)]
+pub struct Kernel<'a> {
+    application: &'a Application,
+    launch: Launch,
+    module: *mut c_void,
+    function: *mut c_void,
+    shared_bytes: u32,
+}
+
+impl Kernel<'_> {
+    /// Gives it to the application's stream.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel, the lower half of them for what is narrower.
+    pub unsafe fn launch(&self, grid: u32, threads: u32, arguments: &mut [u64]) {
+        let mut pointers: Vec<*mut c_void> = arguments
+            .iter_mut()
+            .map(|argument| ptr::from_mut(argument).cast())
+            .collect();
+        self.application.within(|_| {
+            // SAFETY: the function is of a module that is loaded; arguments are as the caller promises.
+            let code = unsafe {
+                (self.launch)(
+                    self.function,
+                    grid,
+                    1,
+                    1,
+                    threads,
+                    1,
+                    1,
+                    self.shared_bytes,
+                    self.application.stream,
+                    pointers.as_mut_ptr(),
+                    ptr::null_mut(),
+                )
+            };
+            assert_eq!(code, 0, "cuLaunchKernel");
+        });
+    }
+}
+
+impl Drop for Kernel<'_> {
+    fn drop(&mut self) {
+        self.application
+            .within(|driver| call!(driver, cuModuleUnload(self.module => *mut c_void)));
+    }
+}
+
+/// What has been captured.
+#[derive(Debug)]
+pub struct Graph<'a> {
+    application: &'a Application,
+    executable: *mut c_void,
+}
+
+impl Graph<'_> {
+    /// Gives it to the application's stream, and waits.
+    pub fn replay(&self) {
+        let stream = self.application.stream;
+        self.application.within(|driver| {
+            call!(driver, cuGraphLaunch(self.executable => *mut c_void, stream => *mut c_void));
+        });
+        self.application.synchronize();
+    }
+}
+
+impl Drop for Graph<'_> {
+    fn drop(&mut self) {
+        self.application.within(|driver| {
+            call!(driver, cuGraphExecDestroy(self.executable => *mut c_void));
+        });
     }
 }
 

@@ -4,6 +4,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crate::graphs::{Graph, WHILE_CAPTURING};
 use crate::host::HostMemory;
 use crate::memory::{Pages, Range};
 use crate::modules::Modules;
@@ -39,6 +40,8 @@ pub(crate) struct Books {
     pub(crate) streams: HashMap<u64, Stream>,
     pub(crate) events: HashMap<u64, Event>,
     pub(crate) modules: Modules,
+    /// Captured work by handle, of graphs and of what is instantiated of them.
+    pub(crate) graphs: HashMap<u64, Graph>,
     /// Names of the calls, in order.
     pub(crate) calls: Vec<&'static str>,
     /// The kernels that were launched, in order.
@@ -93,6 +96,7 @@ impl Books {
             streams: HashMap::new(),
             events: HashMap::new(),
             modules: Modules::default(),
+            graphs: HashMap::new(),
             calls: Vec::new(),
             launches: Vec::new(),
             faults: Vec::new(),
@@ -151,6 +155,7 @@ impl Books {
         count("pieces of host memory", self.host.len());
         count("streams", self.streams.len());
         count("events", self.events.len());
+        count("graphs", self.graphs.len());
         count("modules", self.modules.loaded.len());
         let retained: u64 = self.devices.iter().map(|gpu| gpu.retained).sum();
         count("primary contexts", retained as usize);
@@ -221,6 +226,9 @@ pub(crate) fn call(name: &'static str, kind: Kind, work: impl FnOnce(&mut Books)
     if !books.initialized && name != "cuInit" {
         books.fault(format!("{name} before cuInit"));
         return NOT_INITIALIZED;
+    }
+    if books.is_capturing() && !WHILE_CAPTURING.contains(&name) {
+        return books.fault(format!("{name} while a stream is captured"));
     }
     match work(books) {
         Ok(()) if failing => books.setup.error,

@@ -11,7 +11,7 @@ use tightfit_kernels::{
     SourceMatrix, SourceRows, SourceScale, blocks, packed_bytes,
 };
 
-use crate::{decoder, products};
+use crate::{decoder, experts, products};
 
 /// What a kernel does with memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -153,6 +153,8 @@ pub(crate) fn arguments(
         products::arguments(kernel, shape, parameters)
     } else if decoder::is_of_decoders(kernel) {
         decoder::arguments(kernel, shape, parameters)
+    } else if experts::is_for_experts(kernel) {
+        experts::arguments(kernel, shape, parameters)
     } else {
         arguments_of_quantizing(kernel, shape, parameters)
     }?;
@@ -328,6 +330,8 @@ pub(crate) fn run(
             products::on_the_processor(kernel, passed, memory)
         } else if decoder::is_of_decoders(kernel) {
             decoder::on_the_processor(kernel, shape, passed, memory)
+        } else if experts::is_for_experts(kernel) {
+            experts::on_the_processor(kernel, passed, memory)
         } else {
             on_the_processor(kernel, passed, memory)
         };

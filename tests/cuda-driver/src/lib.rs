@@ -16,6 +16,8 @@ mod books;
 mod calls;
 pub mod control;
 mod decoder;
+mod experts;
+mod graphs;
 mod host;
 mod kernels;
 mod memory;

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, c_char, c_void};
 
-use tightfit_kernels::cuda::{self, KERNELS, PTX, decoder, linear};
+use tightfit_kernels::cuda::{self, KERNELS, PTX, decoder, experts, linear};
 
 use crate::books::{Books, Kind, UNSUPPORTED_PTX_VERSION, call};
 use crate::kernels::{Parameters, Shape, arguments};
@@ -22,10 +22,8 @@ const MOST_SHARED: u32 = 227 << 10;
 pub(crate) struct Modules {
     /// The device of each, by handle.
     pub(crate) loaded: HashMap<u64, usize>,
-    /// Those that have the kernels of products, by handle.
-    of_products: HashSet<u64>,
-    /// Those with what decoders compute between products.
-    of_decoders: HashSet<u64>,
+    /// What is in each, by handle.
+    contents: HashMap<u64, Contents>,
     /// Those whose data is still on its way to the device, by handle.
     arriving: HashSet<u64>,
     /// Module and kernel, by handle.
@@ -40,6 +38,7 @@ enum Contents {
     Quantizing,
     Products,
     Decoder,
+    Experts,
 }
 
 /// # Safety
@@ -50,6 +49,7 @@ unsafe fn contents_of(image: *const c_void) -> Option<Contents> {
         (cuda::module(capability).ok()?, Contents::Quantizing),
         (linear::module(capability).ok()?, Contents::Products),
         (decoder::module(capability).ok()?, Contents::Decoder),
+        (experts::module(capability).ok()?, Contents::Experts),
     ];
     // SAFETY: machine code or text, both of more than four bytes.
     if unsafe { image.cast::<[u8; 4]>().read_unaligned() } != *b"\x7fELF" {
@@ -67,7 +67,7 @@ unsafe fn contents_of(image: *const c_void) -> Option<Contents> {
     found.map(|(_, contents)| *contents)
 }
 
-/// `cuModuleLoadData`. There are two modules that it knows: ours.
+/// `cuModuleLoadData`. It knows no modules but ours.
 ///
 /// # Safety
 /// As the driver's.
@@ -85,11 +85,7 @@ pub unsafe extern "C" fn cuModuleLoadData(out: *mut u64, image: *const c_void) -
         let handle = books.handle();
         books.modules.loaded.insert(handle, device);
         books.modules.arriving.insert(handle);
-        match contents {
-            Contents::Quantizing => {}
-            Contents::Products => drop(books.modules.of_products.insert(handle)),
-            Contents::Decoder => drop(books.modules.of_decoders.insert(handle)),
-        }
+        books.modules.contents.insert(handle, contents);
         // SAFETY: the caller's pointer to the result.
         unsafe { out.write(handle) };
         Ok(())
@@ -126,8 +122,7 @@ pub extern "C" fn cuModuleUnload(module: u64) -> u32 {
         let functions = &books.modules.functions;
         let shared = &mut books.modules.shared;
         shared.retain(|function, _| functions.contains_key(function));
-        books.modules.of_products.remove(&module);
-        books.modules.of_decoders.remove(&module);
+        books.modules.contents.remove(&module);
         Ok(())
     })
 }
@@ -150,15 +145,15 @@ pub unsafe extern "C" fn cuModuleGetFunction(
         // SAFETY: the caller's text that ends in a zero.
         let name = unsafe { CStr::from_ptr(name) };
         let has = |kernel: &&str| kernel.as_bytes() == name.to_bytes();
-        let kernel = if books.modules.of_products.contains(&module) {
-            products::kernels()
-                .into_iter()
-                .map(|(kernel, _)| kernel)
-                .find(has)
-        } else if books.modules.of_decoders.contains(&module) {
-            decoder::KERNELS.into_iter().find(has)
-        } else {
-            KERNELS.iter().copied().find(has)
+        let named = |kernels: Vec<(&'static str, u32)>| {
+            let mut names = kernels.into_iter().map(|(kernel, _)| kernel);
+            names.find(has)
+        };
+        let kernel = match books.modules.contents.get(&module) {
+            Some(Contents::Products) => named(products::kernels()),
+            Some(Contents::Experts) => named(crate::experts::kernels()),
+            Some(Contents::Decoder) => decoder::KERNELS.into_iter().find(has),
+            _ => KERNELS.iter().copied().find(has),
         };
         let Some(kernel) = kernel else {
             return Err(books.fault(format!("cuModuleGetFunction of {name:?}")));
@@ -264,5 +259,32 @@ pub extern "C" fn cuMemsetD8Async(at: u64, value: u8, len: usize, stream: u64) -
             stream,
             Work::Set { at, value, len },
         )
+    })
+}
+
+/// `cuMemsetD32Async`.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemsetD32Async(at: u64, value: u32, count: usize, stream: u64) -> u32 {
+    call("cuMemsetD32Async", Kind::Takes, |books: &mut Books| {
+        let device = books.current("cuMemsetD32Async")?;
+        if !at.is_multiple_of(4) {
+            return Err(books.fault(format!("cuMemsetD32Async at {at:#x}")));
+        }
+        books.find_on("cuMemsetD32Async", device, at, 4 * count)?;
+        let work = Work::Fill { at, value, count };
+        books.give("cuMemsetD32Async", device, stream, work)
+    })
+}
+
+/// `cuMemcpyDtoDAsync_v2`.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, len: usize, stream: u64) -> u32 {
+    call("cuMemcpyDtoDAsync", Kind::Takes, |books: &mut Books| {
+        let device = books.current("cuMemcpyDtoDAsync")?;
+        for at in [to, from] {
+            books.find_on("cuMemcpyDtoDAsync", device, at, len)?;
+        }
+        let work = Work::Move { to, from, len };
+        books.give("cuMemcpyDtoDAsync", device, stream, work)
     })
 }

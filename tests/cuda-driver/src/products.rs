@@ -6,6 +6,7 @@ use tightfit_kernels::{
     blocks, packed_bytes,
 };
 
+use crate::experts;
 use crate::kernels::{Access, Parameters, Passed, Shape, memory};
 
 /// What the stand-in's devices are. Few multiprocessors, so that the emulator has few blocks to run.
@@ -24,7 +25,7 @@ pub(crate) fn kernels() -> Vec<(&'static str, u32)> {
     linear::kernels(GPU.compute_capability)
 }
 
-fn float_of(kernel: &str) -> Result<FloatType, String> {
+pub(crate) fn float_of(kernel: &str) -> Result<FloatType, String> {
     let name = kernel.rsplit('_').next().unwrap_or_default();
     match name {
         "f32" => Ok(FloatType::F32),
@@ -66,7 +67,18 @@ pub(crate) fn arguments(
         aligned: pointers.iter().all(|pointer| pointer % 16 == 0),
         by_row: false,
     };
-    let launch = launch_of(&linear, kernel, shape, parameters.u32(14))?;
+    let is_transposed = is_transposed(kernel);
+    let launch = match is_transposed {
+        false => launch_of(&linear, kernel, shape, parameters.u32(14))?,
+        true => transposed_launch_of(&linear, kernel, shape, parameters.u32(14))?,
+    };
+    let (of_x, of_y) = match is_transposed {
+        false => (inputs, outputs),
+        true => (outputs, inputs),
+    };
+    if is_transposed && parameters.u64(6) != 0 {
+        return Err("there is a bias that it does not read".to_owned());
+    }
     if rows > launch.rows {
         return Err(format!("{rows} rows, more than {}", launch.rows));
     }
@@ -91,13 +103,43 @@ pub(crate) fn arguments(
         optional(2, nested, 4)?,
         optional(3, 1, 4)?,
         optional(4, 256, 4)?,
-        read(5, rows * inputs, float.bytes())?,
+        read(5, rows * of_x, float.bytes())?,
         optional(6, outputs, float.bytes())?,
-        memory(parameters, 7, rows * outputs, float.bytes(), Write)?,
+        memory(parameters, 7, rows * of_y, float.bytes(), Write)?,
         workspace,
     ];
     passed.extend((9..15).map(|index| Passed::Number(parameters.u32(index).into())));
     Ok(passed)
+}
+
+fn is_transposed(kernel: &str) -> bool {
+    kernel.starts_with("tightfit_linear_transposed")
+}
+
+/// The launch of a gradient that this is.
+fn transposed_launch_of(
+    linear: &Linear,
+    kernel: &str,
+    shape: Shape,
+    shares: u32,
+) -> Result<LinearLaunch, String> {
+    let mut expected = Vec::new();
+    for by_row in [false, true] {
+        let launch = Linear { by_row, ..*linear }.launch_transposed(GPU);
+        let launch = launch.map_err(|error| error.to_string())?;
+        let its = Shape {
+            grid: launch.grid,
+            threads: launch.threads,
+            shared_bytes: launch.shared_bytes,
+        };
+        if (launch.kernel, its, launch.shares) == (kernel, shape, shares) {
+            return Ok(launch);
+        }
+        expected.push(launch);
+    }
+    Err(format!(
+        "launched as {shape:?} in {shares} shares, not {expected:?}"
+    ))
 }
 
 /// The launch that this is one of: for these rows or, where they are the rest of more, for more.
@@ -138,10 +180,124 @@ fn launch_of(
 
 /// Whether the counters of a workspace are zero, as each launch has to find and to leave them.
 pub(crate) fn counters_are_zero(kernel: &str, passed: &[Passed], memory: &[Vec<u8>]) -> bool {
-    let has_workspace = is_product(kernel) && passed[8].memory().is_some();
+    // Those for experts that route and combine have none.
+    let place = if experts::is_for_experts(kernel) {
+        9
+    } else {
+        8
+    };
+    let may_have = is_product(kernel) || experts::is_for_experts(kernel);
+    let workspace = passed.get(place).filter(|_| may_have);
+    let has_workspace = workspace.is_some_and(|workspace| workspace.memory().is_some());
     // It is the last argument that is memory.
     let workspace = memory.last().filter(|_| has_workspace);
     workspace.is_none_or(|bytes| bytes[..COUNTERS.min(bytes.len())].iter().all(|b| *b == 0))
+}
+
+/// Arguments, and what those that are memory point to.
+pub(crate) struct Operands<'a> {
+    pub(crate) passed: &'a [Passed],
+    pub(crate) memory: &'a mut [Vec<u8>],
+}
+
+/// Weights that own what they are made of.
+pub(crate) struct OwnedWeights {
+    quant_type: QuantType,
+    outputs: usize,
+    inputs: usize,
+    block_size: BlockSize,
+    codes: Vec<u8>,
+    scales: Vec<u8>,
+    absmax: Vec<f32>,
+    nested: Vec<f32>,
+    mean: Vec<f32>,
+    map: Option<[f32; 256]>,
+}
+
+impl OwnedWeights {
+    pub(crate) fn view(&self) -> LinearWeights<'_> {
+        LinearWeights {
+            quant_type: self.quant_type,
+            outputs: self.outputs,
+            inputs: self.inputs,
+            block_size: self.block_size,
+            codes: &self.codes,
+            scales: match &self.map {
+                None => Scales::Absmax(&self.absmax),
+                Some(map) => Scales::Double {
+                    codes: &self.scales,
+                    nested_absmax: &self.nested,
+                    absmax_mean: self.mean[0],
+                    map,
+                },
+            },
+        }
+    }
+}
+
+impl Operands<'_> {
+    pub(crate) fn number(&self, index: usize) -> usize {
+        match self.passed[index] {
+            Passed::Number(value) => value as usize,
+            Passed::Memory { .. } => 0,
+        }
+    }
+
+    /// Which of the memory an argument is.
+    fn place(&self, index: usize) -> Option<usize> {
+        let before = self.passed[..index].iter().filter_map(Passed::memory);
+        let before = before.count();
+        self.passed[index].memory().map(|_| before)
+    }
+
+    pub(crate) fn bytes(&self, index: usize) -> Option<Vec<u8>> {
+        self.place(index).map(|place| self.memory[place].clone())
+    }
+
+    pub(crate) fn ids(&self, index: usize) -> Vec<u32> {
+        let bytes = self.bytes(index).unwrap_or_default();
+        let (ids, _) = bytes.as_chunks::<4>();
+        ids.iter().map(|id| u32::from_le_bytes(*id)).collect()
+    }
+
+    pub(crate) fn floats(&self, index: usize) -> Vec<f32> {
+        self.ids(index).into_iter().map(f32::from_bits).collect()
+    }
+
+    pub(crate) fn write(self, index: usize, bytes: &[u8]) -> Result<(), String> {
+        match self.place(index) {
+            None => Err(format!("argument {index} is no memory")),
+            Some(place) => {
+                self.memory[place].copy_from_slice(bytes);
+                Ok(())
+            }
+        }
+    }
+
+    /// Weights of the first five arguments; the others are the block size and the table.
+    pub(crate) fn weights(
+        &self,
+        outputs: usize,
+        inputs: usize,
+        [block_size, table]: [usize; 2],
+    ) -> Result<OwnedWeights, String> {
+        let block_size = BlockSize::new(self.number(block_size));
+        Ok(OwnedWeights {
+            quant_type: match self.number(table) {
+                0 => QuantType::Nf4,
+                _ => QuantType::Fp4,
+            },
+            outputs,
+            inputs,
+            block_size: block_size.map_err(|error| error.to_string())?,
+            codes: self.bytes(0).unwrap_or_default(),
+            scales: self.bytes(1).unwrap_or_default(),
+            absmax: self.floats(1),
+            nested: self.floats(2),
+            mean: self.floats(3),
+            map: self.floats(4).try_into().ok(),
+        })
+    }
 }
 
 /// Computes what the kernel would, where no compiler has made an emulator of it.
@@ -150,57 +306,17 @@ pub(crate) fn on_the_processor(
     passed: &[Passed],
     memory: &mut [Vec<u8>],
 ) -> Result<(), String> {
-    let text = |error: tightfit_kernels::KernelError| error.to_string();
-    let number = |index: usize| match passed[index] {
-        Passed::Number(value) => value as usize,
-        Passed::Memory { .. } => 0,
-    };
-    // Which of the memory an argument is.
-    let place = |index: usize| {
-        let before = passed[..index].iter().filter_map(Passed::memory).count();
-        passed[index].memory().map(|_| before)
-    };
-    let bytes = |index: usize| place(index).map(|place| memory[place].clone());
-    let floats = |index: usize| {
-        let bytes = bytes(index).unwrap_or_default();
-        let (floats, _) = bytes.as_chunks::<4>();
-        floats
-            .iter()
-            .map(|float| f32::from_le_bytes(*float))
-            .collect::<Vec<f32>>()
-    };
-    let scales = bytes(1).unwrap_or_default();
-    let (absmax, nested, mean, map) = (floats(1), floats(2), floats(3), floats(4));
-    let map: Option<[f32; 256]> = map.try_into().ok();
-    let codes = bytes(0).unwrap_or_default();
-    let weights = LinearWeights {
-        quant_type: match number(13) {
-            0 => QuantType::Nf4,
-            _ => QuantType::Fp4,
-        },
-        outputs: number(10),
-        inputs: number(11),
-        block_size: BlockSize::new(number(12)).map_err(|error| error.to_string())?,
-        codes: &codes,
-        scales: match &map {
-            None => Scales::Absmax(&absmax),
-            Some(map) => Scales::Double {
-                codes: &scales,
-                nested_absmax: &nested,
-                absmax_mean: mean[0],
-                map,
-            },
-        },
-    };
-    let (x, bias) = (bytes(5).unwrap_or_default(), bytes(6));
-    let Some(y) = place(7) else {
-        return Err("y is no memory".to_owned());
-    };
+    let operands = Operands { passed, memory };
+    let [rows, outputs, inputs] = [9, 10, 11].map(|index| operands.number(index));
+    let weights = operands.weights(outputs, inputs, [12, 13])?;
+    let (x, bias) = (operands.bytes(5).unwrap_or_default(), operands.bytes(6));
+    let mut y = operands.bytes(7).unwrap_or_default();
     let (float, one) = (float_of(kernel)?, std::num::NonZeroUsize::MIN);
-    Kernels::new(Isa::Portable)
-        .and_then(|kernels| {
-            let y = &mut memory[y];
-            kernels.linear_bytes(&weights, float, number(9), &x, bias.as_deref(), y, one)
-        })
-        .map_err(text)
+    let weights = weights.view();
+    let computed = Kernels::new(Isa::Portable).and_then(|kernels| match is_transposed(kernel) {
+        true => kernels.linear_transposed_bytes(&weights, float, rows, &x, &mut y, one),
+        false => kernels.linear_bytes(&weights, float, rows, &x, bias.as_deref(), &mut y, one),
+    });
+    computed.map_err(|error| error.to_string())?;
+    operands.write(7, &y)
 }

@@ -14,6 +14,28 @@ pub(crate) struct Stream {
     waiting: VecDeque<Step>,
     /// How much was ever given to it.
     given: u64,
+    /// What it is given while it is captured.
+    captured: Option<Vec<Work>>,
+}
+
+impl Stream {
+    pub(crate) fn is_captured(&self) -> bool {
+        self.captured.is_some()
+    }
+
+    /// Says whether it can be captured from here on.
+    pub(crate) fn begin_capture(&mut self, device: usize) -> bool {
+        if self.is_captured() || self.device != device {
+            return false;
+        }
+        self.captured = Some(Vec::new());
+        true
+    }
+
+    /// What it was given since.
+    pub(crate) fn end_capture(&mut self) -> Option<Vec<Work>> {
+        self.captured.take()
+    }
 }
 
 #[derive(Debug)]
@@ -23,7 +45,7 @@ struct Step {
 }
 
 /// What a stream is given.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(crate) enum Work {
     Copy {
         to: u64,
@@ -36,7 +58,13 @@ pub(crate) enum Work {
         value: u8,
         len: usize,
     },
-    /// Within the device.
+    /// Words of 32 bits.
+    Fill {
+        at: u64,
+        value: u32,
+        count: usize,
+    },
+    /// Within a device's memory.
     Move {
         to: u64,
         from: u64,
@@ -70,6 +98,7 @@ impl Work {
         match self {
             Work::Copy { to, bytes, .. } => write(*to, bytes.len()),
             Work::Set { at, len, .. } => write(*at, *len),
+            Work::Fill { at, count, .. } => write(*at, 4 * count),
             Work::Move { to, from, len } => {
                 let mut both = write(*to, *len);
                 both.push((*from, *from + *len as u64, Access::Read));
@@ -140,6 +169,11 @@ impl Books {
         {
             return Err(self.fault(format!("{call} in what is no stream of the context")));
         }
+        let captured = self.streams.get_mut(&stream);
+        if let Some(captured) = captured.and_then(|stream| stream.captured.as_mut()) {
+            captured.push(work);
+            return Ok(());
+        }
         let mut waited = HashMap::new();
         self.waited_for(stream, u64::MAX, &mut waited);
         let race = self.streams.iter().any(|(other, steps)| {
@@ -193,12 +227,18 @@ impl Books {
                         memory.fill(value);
                     }
                 }
+                Work::Fill { at, value, count } => {
+                    if let Some(memory) = self.memory_mut("a memset", at, 4 * count) {
+                        let (words, _) = memory.as_chunks_mut::<4>();
+                        words.fill(value.to_le_bytes());
+                    }
+                }
                 Work::Move { to, from, len } => {
-                    let bytes = self.memory_mut("a copy", from, len).map(|m| m.to_vec());
-                    if let Some(bytes) = bytes
-                        && let Some(memory) = self.memory_mut("a copy", to, len)
-                    {
-                        memory.copy_from_slice(&bytes);
+                    let bytes = self
+                        .memory_mut("a copy", from, len)
+                        .map(|from| from.to_vec());
+                    if let Some((to, bytes)) = self.memory_mut("a copy", to, len).zip(bytes) {
+                        to.copy_from_slice(&bytes);
                     }
                 }
                 Work::Wait { stream, number } => self.carry_out(stream, number),
@@ -268,6 +308,7 @@ pub unsafe extern "C" fn cuStreamCreate(out: *mut u64, _: u32) -> u32 {
             device,
             waiting: VecDeque::new(),
             given: 0,
+            captured: None,
         };
         books.streams.insert(handle, stream);
         // SAFETY: the caller's pointer to the result.
@@ -439,20 +480,5 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
         let from = from.expose_provenance();
         let work = Work::Copy { to, from, bytes };
         books.give("cuMemcpyHtoDAsync", device, stream, work)
-    })
-}
-
-/// `cuMemcpyDtoDAsync_v2`.
-#[unsafe(no_mangle)]
-pub extern "C" fn cuMemcpyDtoDAsync_v2(to: u64, from: u64, len: usize, stream: u64) -> u32 {
-    call("cuMemcpyDtoDAsync", Kind::Takes, |books| {
-        let device = books.current("cuMemcpyDtoDAsync")?;
-        books.find_on("cuMemcpyDtoDAsync", device, to, len)?;
-        books.find_on("cuMemcpyDtoDAsync", device, from, len)?;
-        if to < from + len as u64 && from < to + len as u64 {
-            return Err(books.fault("cuMemcpyDtoDAsync of ranges that overlap".to_owned()));
-        }
-        let work = Work::Move { to, from, len };
-        books.give("cuMemcpyDtoDAsync", device, stream, work)
     })
 }

@@ -14,7 +14,7 @@ mod tensors;
 
 pub use config::Config;
 pub use saved::SavedWeights;
-pub use tensors::{Matrix, Weight, Weights};
+pub use tensors::{Choices, Matrix, Weight, Weights};
 
 use config::LayerType;
 

@@ -1,7 +1,7 @@
 //! Mixture of experts: every token goes to the few experts that the router gives it.
 
 use super::mlp::gate;
-use super::tensors::{Layer, Matrix, add_scaled};
+use super::tensors::{Choices, Layer, Matrix, add_scaled};
 use super::{Reference, scale_to_one, sigmoid, softmax};
 
 /// One expert: a gated feed-forward network.
@@ -32,15 +32,32 @@ impl Reference<'_> {
 
     pub(super) fn mixture_of_experts(&self, layer: &str, router: &str, hidden: &Matrix) -> Matrix {
         let mut scores = self.weights.linear(router, hidden);
-        let experts = self.experts(layer, scores.columns);
-        let mut outputs = Matrix::zeros(hidden.rows().len(), hidden.columns);
-        for ((input, scores), output) in
-            hidden.rows().zip(scores.rows_mut()).zip(outputs.rows_mut())
-        {
-            for (expert, share) in self.choose(scores) {
-                add_scaled(output, share, &experts[expert].apply(input));
+        let count = scores.columns;
+        let chosen: Vec<(usize, f32)> = scores
+            .rows_mut()
+            .flat_map(|scores| self.choose(scores))
+            .collect();
+        let choices = Choices {
+            of_token: chosen.len() / hidden.rows().len().max(1),
+            ids: chosen.iter().map(|(expert, _)| *expert as i32).collect(),
+            weights: chosen.iter().map(|(_, share)| *share).collect(),
+        };
+        let modules = ["mlp.experts", "block_sparse_moe.experts"];
+        let mut as_a_whole = modules.iter().filter_map(|module| {
+            let module = format!("{layer}.{module}");
+            self.weights.experts(&module, hidden, &choices)
+        });
+        let mut outputs = as_a_whole.next().unwrap_or_else(|| {
+            let experts = self.experts(layer, count);
+            let mut outputs = Matrix::zeros(hidden.rows().len(), hidden.columns);
+            let of_tokens = chosen.chunks(choices.of_token.max(1));
+            for ((input, chosen), output) in hidden.rows().zip(of_tokens).zip(outputs.rows_mut()) {
+                for (expert, share) in chosen {
+                    add_scaled(output, *share, &experts[*expert].apply(input));
+                }
             }
-        }
+            outputs
+        });
 
         // Every token goes to the shared expert, where there is one.
         let shared = format!("{layer}.mlp.shared_expert");

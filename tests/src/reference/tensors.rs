@@ -1,7 +1,8 @@
 //! Matrices, and the weights of a model by name.
 
 use tightfit::model::Model;
-use tightfit_kernels::FloatType;
+use tightfit::products::LinearError;
+use tightfit_kernels::{Activation, FloatType};
 
 use crate::tensors::floats;
 
@@ -103,6 +104,23 @@ pub trait Weights {
         let _ = (index, inputs);
         panic!("{name} is multiplied by its numbers");
     }
+
+    /// What a layer of experts makes of every row of `inputs`, where it is computed as a whole.
+    fn experts(&self, module: &str, inputs: &Matrix, choices: &Choices) -> Option<Matrix> {
+        let _ = (module, inputs, choices);
+        None
+    }
+}
+
+/// Which experts each token goes to, and how much each of them counts; each token has as many.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choices {
+    /// Experts of a token.
+    pub of_token: usize,
+    /// [tokens, of_token].
+    pub ids: Vec<i32>,
+    /// [tokens, of_token].
+    pub weights: Vec<f32>,
 }
 
 /// A loaded model. Weights in 4 bits are multiplied as they lie; others, and where a table is looked up in,
@@ -137,6 +155,29 @@ impl Weights for Model {
             .forward(&inputs.data, rows, None, &mut outputs.data)
             .unwrap_or_else(|error| panic!("{error}"));
         outputs
+    }
+
+    fn experts(&self, module: &str, inputs: &Matrix, choices: &Choices) -> Option<Matrix> {
+        let layer = match self.experts(module, Activation::Silu) {
+            Ok(layer) => layer,
+            // Of these single experts are multiplied, or their numbers.
+            Err(
+                LinearError::NotFourBit { .. }
+                | LinearError::NotStacked { .. }
+                | LinearError::NoExperts { .. },
+            ) => return None,
+            Err(error) => panic!("{error}"),
+        };
+        let mut outputs = Matrix::zeros(inputs.rows().len(), inputs.columns);
+        let choices = tightfit_kernels::Choices {
+            of_token: choices.of_token,
+            ids: &choices.ids,
+            weights: &choices.weights,
+        };
+        layer
+            .forward(&inputs.data, &choices, None, None, &mut outputs.data)
+            .unwrap_or_else(|error| panic!("{error}"));
+        Some(outputs)
     }
 }
 

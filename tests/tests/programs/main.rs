@@ -5,6 +5,7 @@ mod buffers;
 mod example;
 mod handles;
 mod limits;
+mod linear;
 mod models;
 mod modules;
 mod neighbours;

@@ -3,7 +3,11 @@
 #![cfg(target_os = "linux")]
 
 mod command;
+mod experts;
 mod faults;
+mod gradients;
+mod graphs;
+mod linear_programs;
 mod memory;
 mod products;
 mod programs;

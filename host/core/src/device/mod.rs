@@ -2,6 +2,9 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+// Without GPUs only plans count with it.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+pub(crate) mod experts;
 mod host;
 mod host_memory;
 // Declares what is called with pointers that nobody can check; calls nothing.

@@ -15,7 +15,7 @@ use std::collections::HashMap;
 
 pub use error::{BadPlan, DeviceTotal, PlanError};
 pub use format_rules::{FormatRuleError, FormatRules};
-pub(crate) use products::{MEAN_BYTES, constants_bytes, is_multiplied};
+pub(crate) use products::{MEAN_BYTES, constants_bytes, is_multiplied, is_of_gates};
 pub(crate) use propose::propose_again;
 pub use propose::{ProposeError, Proposed, ROWS_SETTING, is_setting, propose, propose_with};
 pub use size::{
@@ -29,7 +29,7 @@ use crate::device::DeviceInfo;
 use crate::memory::ReservationSize;
 use crate::policy::Proposal;
 use crate::types::{Format, Placement};
-use products::ProductBytes;
+use products::{ProductBytes, Wanted};
 
 /// Where one part of a tensor lies in its device's arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -136,7 +136,17 @@ pub struct PlanOptions {
     /// and what its kernels need to know of double-quantized weights. So products take nothing beyond the
     /// plan. 0, the default, reserves nothing for them. How large a workspace is does not depend on the
     /// GPU, which need not be there: some 3 MiB for 8 rows, 25 MiB for 64, and no more for any number.
+    ///
+    /// Layers of experts ([`Model::experts`](crate::Model::experts)) are counted for as many tokens: what
+    /// lies between their launches comes to it, at most about 64 MiB, and some bytes of each row.
     pub rows: u64,
+    /// Experts that a router chooses for a token, which layers of experts need a workspace for. 0, the
+    /// default: as many as config.json says (`num_experts_per_tok`), where [`propose`] asks a policy, or
+    /// else 8.
+    pub experts_per_token: u64,
+    /// Whether gradients of inputs ([`Linear::input_gradient`](crate::Linear::input_gradient)) of `rows` rows
+    /// shall have room, too: up to 16 MiB. Not by default.
+    pub gradients: bool,
     /// Looked at every few milliseconds: a checkpoint can have a million tensors.
     pub cancel: CancelToken,
 }
@@ -144,8 +154,27 @@ pub struct PlanOptions {
 tightfit_common::setters!([] PlanOptions:
     with_reserved_headroom: reserve_headroom, bool;
     with_rows: rows, u64;
+    with_experts_per_token: experts_per_token, u64;
+    with_gradients: gradients, bool;
     with_cancel: cancel, CancelToken;
 );
+
+/// Where nobody says how many experts a token has.
+const EXPERTS_PER_TOKEN: u64 = 8;
+
+impl PlanOptions {
+    fn wanted(&self) -> Wanted {
+        let length = |length: u64| usize::try_from(length).unwrap_or(usize::MAX);
+        Wanted {
+            rows: length(self.rows),
+            experts_per_token: length(match self.experts_per_token {
+                0 => EXPERTS_PER_TOKEN,
+                given => given,
+            }),
+            gradients: self.gradients,
+        }
+    }
+}
 
 impl Plan {
     /// Lays out a checkpoint as `proposal` says, which an application may have made by itself. A
@@ -252,7 +281,7 @@ impl Plan {
                 }
             }
         }
-        let products = product_bytes(tensors, devices, placements, options.rows, &mut watch)?;
+        let products = product_bytes(tensors, devices, placements, &options.wanted(), &mut watch)?;
         let plan = Plan {
             tensors: planned,
             devices: arenas
@@ -415,16 +444,16 @@ fn sizes(
         .collect()
 }
 
-/// What products of up to `rows` rows need on each device.
+/// What products need on each device.
 fn product_bytes(
     tensors: &[TensorInfo],
     devices: &[DeviceInfo],
     placements: &[Placement],
-    rows: u64,
+    wanted: &Wanted,
     watch: &mut Watch<'_>,
 ) -> Result<Vec<u64>, PlanError> {
     let mut all = vec![ProductBytes::default(); devices.len()];
-    if rows > 0 {
+    if wanted.rows > 0 {
         for (tensor, placement) in tensors.iter().zip(placements) {
             watch.item(0)?;
             let Some(device) = placement.device else {
@@ -432,7 +461,7 @@ fn product_bytes(
             };
             let device = device as usize;
             if products::are_computed_on(&devices[device]) {
-                all[device].add(tensor, placement.format, rows);
+                all[device].add(tensor, placement.format, wanted);
             }
         }
     }

@@ -1,12 +1,15 @@
 //! What products with 4-bit weights need beside them on an accelerator: a workspace, and constants.
 
-use tightfit_kernels::FloatType;
 use tightfit_kernels::cuda::linear::Linear;
+use tightfit_kernels::{Activation, FloatType, GateLayout, NESTED_BLOCK_SIZE, QuantType};
 
 use super::{PART_ALIGNMENT, round_up};
 use crate::cancel::{Cancelled, Watch};
 use crate::checkpoint::TensorInfo;
-use crate::device::DeviceInfo;
+use crate::device::experts::{layout, layout_of_matrix, matrix};
+use crate::device::{
+    DeviceInfo, ExpertsProduct, ExpertsWeights, MatrixOfStack, Product, ProductWeights,
+};
 use crate::types::{BlockSize, Format};
 
 /// Bytes of the values of double quantization's codes, and of one weight's mean with what aligns it.
@@ -27,6 +30,111 @@ pub(crate) fn is_multiplied(shape: &[u64]) -> bool {
     matches!(shape.len(), 2 | 3)
 }
 
+/// What there shall be room for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Wanted {
+    /// Rows of products, and tokens of layers of experts.
+    pub(crate) rows: usize,
+    /// Experts of each token.
+    pub(crate) experts_per_token: usize,
+    /// Whether gradients of inputs shall have room, too.
+    pub(crate) gradients: bool,
+}
+
+/// Whether a stack with this name has the gates and up projections of a layer of experts, beside its
+/// down projections: what [`ExpertsNames::find`](crate::products::ExpertsNames::find) looks for.
+pub(crate) fn is_of_gates(name: &str) -> bool {
+    let name = name.strip_suffix(".weight").unwrap_or(name);
+    name.ends_with(".gate_up_proj") || name == "gate_up_proj"
+}
+
+/// What a weight needs at most as the workspace of its products, on every GPU.
+fn workspace_bytes(
+    name: &str,
+    shape: &[u64],
+    block_size: BlockSize,
+    double: bool,
+    wanted: &Wanted,
+) -> u64 {
+    let length = |length: u64| usize::try_from(length).unwrap_or(usize::MAX);
+    let [.., outputs, inputs] = *shape else {
+        return 0;
+    };
+    let (outputs, inputs) = (length(outputs), length(inputs));
+    let weights = |outputs, inputs| ProductWeights {
+        quant_type: QuantType::Nf4,
+        block_size,
+        outputs,
+        inputs,
+        codes: 0,
+        absmax: 0,
+        nested: None,
+        of_stack: None,
+    };
+    let mut most = 0;
+    for by_row in [false, true] {
+        let linear = Linear {
+            float: FloatType::Bf16,
+            rows: wanted.rows,
+            outputs,
+            inputs,
+            block_size,
+            aligned: true,
+            by_row,
+        };
+        most = most.max(linear.most_workspace_bytes(None) as u64);
+        if wanted.gradients {
+            most = most.max(linear.most_transposed_workspace_bytes(None) as u64);
+        }
+    }
+    let [matrices, _, _] = *shape else {
+        return most;
+    };
+    let experts = length(matrices);
+    // f32 has no fast kernels, which would need most, but everything between launches is wider.
+    for float in [FloatType::Bf16, FloatType::F32] {
+        let product = ExpertsProduct {
+            float,
+            experts,
+            tokens: wanted.rows,
+            choices: 1,
+        };
+        let stack = weights(experts.saturating_mul(outputs), inputs);
+        let plain = layout(&ExpertsWeights::Linear(stack), &product, None);
+        most = most.max(plain[4]);
+        let of_nested = u64::from(block_size) * NESTED_BLOCK_SIZE as u64;
+        let of_matrix = (outputs as u64).saturating_mul(inputs as u64);
+        if double && experts > 1 && !of_matrix.is_multiple_of(of_nested) {
+            let of_stack = MatrixOfStack {
+                matrices: experts,
+                index: 0,
+            };
+            let product = Product {
+                float,
+                rows: wanted.rows,
+                by_row: false,
+                transposed: false,
+            };
+            let matrix = matrix(&weights(outputs, inputs), of_stack, &product);
+            most = most.max(layout_of_matrix(&matrix, None)[4]);
+        }
+        if is_of_gates(name) {
+            let layer = ExpertsWeights::Layer {
+                gate_up: stack,
+                down: weights(experts.saturating_mul(inputs), outputs / 2),
+                layout: GateLayout::Halves,
+                activation: Activation::Silu,
+            };
+            let product = ExpertsProduct {
+                choices: wanted.experts_per_token,
+                ..product
+            };
+            most = most.max(layout(&layer, &product, None)[4]);
+        }
+    }
+    most
+}
+
 /// What products of up to some number of rows need on one device.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct ProductBytes {
@@ -37,7 +145,7 @@ pub(super) struct ProductBytes {
 
 impl ProductBytes {
     /// Adds a weight in a format, if that has 4 bits.
-    pub(super) fn add(&mut self, tensor: &TensorInfo, format: Format, rows: u64) {
+    pub(super) fn add(&mut self, tensor: &TensorInfo, format: Format, wanted: &Wanted) {
         match (format, &tensor.quantized) {
             (
                 Format::Nf4 {
@@ -45,44 +153,35 @@ impl ProductBytes {
                     double_quantized,
                 },
                 _,
-            ) => self.add_weight(&tensor.shape, block_size, double_quantized, rows),
+            ) => self.add_weight(tensor, block_size, double_quantized, wanted),
             (Format::Stored, Some(quantized)) => {
                 let double_quantized = quantized.nested.is_some();
-                self.add_weight(&tensor.shape, quantized.block_size, double_quantized, rows);
+                self.add_weight(tensor, quantized.block_size, double_quantized, wanted);
             }
             _ => {}
         }
     }
 
     /// Adds a weight that may be placed in 4 bits.
-    pub(super) fn add_possible(&mut self, tensor: &TensorInfo, rows: u64) {
+    pub(super) fn add_possible(&mut self, tensor: &TensorInfo, wanted: &Wanted) {
         if tensor.quantized.is_some() || tensor.dtype.is_quantizable() {
-            self.add_weight(&tensor.shape, BlockSize::DEFAULT, true, rows);
+            self.add_weight(tensor, BlockSize::DEFAULT, true, wanted);
         }
     }
 
-    fn add_weight(&mut self, shape: &[u64], block_size: BlockSize, double: bool, rows: u64) {
-        if !is_multiplied(shape) {
+    fn add_weight(
+        &mut self,
+        tensor: &TensorInfo,
+        block_size: BlockSize,
+        double: bool,
+        wanted: &Wanted,
+    ) {
+        if !is_multiplied(&tensor.shape) {
             return;
         }
         self.double_quantized += u64::from(double);
-        let length = |length: u64| usize::try_from(length).unwrap_or(usize::MAX);
-        let [.., outputs, inputs] = *shape else {
-            return;
-        };
-        for by_row in [false, true] {
-            let linear = Linear {
-                float: FloatType::Bf16,
-                rows: length(rows),
-                outputs: length(outputs),
-                inputs: length(inputs),
-                block_size,
-                aligned: true,
-                by_row,
-            };
-            let bytes = linear.most_workspace_bytes(None) as u64;
-            self.workspace = self.workspace.max(bytes);
-        }
+        let bytes = workspace_bytes(&tensor.name, &tensor.shape, block_size, double, wanted);
+        self.workspace = self.workspace.max(bytes);
     }
 
     /// All bytes, of which every allocation begins at a multiple of the alignment.
@@ -98,13 +197,13 @@ impl ProductBytes {
 /// [`Cancelled`].
 pub(super) fn most_bytes(
     tensors: &[TensorInfo],
-    rows: u64,
+    wanted: &Wanted,
     watch: &mut Watch<'_>,
 ) -> Result<u64, Cancelled> {
     let mut most = ProductBytes::default();
     for tensor in tensors {
         watch.item(0)?;
-        most.add_possible(tensor, rows);
+        most.add_possible(tensor, wanted);
     }
     Ok(most.bytes())
 }

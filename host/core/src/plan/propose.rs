@@ -109,6 +109,20 @@ fn take_rows(settings: Settings) -> Result<(Option<u64>, Settings), ProposeError
     Ok((rows.last().map(parse).transpose()?, others))
 }
 
+/// Experts of a token, as the configuration says.
+fn experts_per_token(checkpoint: &Checkpoint) -> Option<u64> {
+    const KEYS: [&str; 2] = ["num_experts_per_tok", "experts_per_token"];
+    let json = &checkpoint.config()?.json;
+    let models = [json.get("text_config"), Some(json)];
+    let values = models
+        .into_iter()
+        .flatten()
+        .flat_map(|model| KEYS.map(|key| model.get(key)));
+    // Nonsense is as if it were absent, as everywhere in the configuration.
+    let mut numbers = values.flatten().filter_map(serde_json::Value::as_u64);
+    numbers.find(|number| (1..=4096).contains(number))
+}
+
 /// Asks `policy` where the checkpoint's tensors go, and lays them out.
 ///
 /// Settings named `format:PATTERN` are [`FormatRules`] and hold whatever the policy says, `rows` is
@@ -179,7 +193,10 @@ fn offered(
     }
     let products = match options.rows {
         0 => 0,
-        rows => products::most_bytes(tensors, rows, &mut Watch::new(&options.cancel))?,
+        _ => {
+            let watch = &mut Watch::new(&options.cancel);
+            products::most_bytes(tensors, &options.wanted(), watch)?
+        }
     };
     for device in &mut offered {
         // Weights and headroom are rounded up together. Where only whole units are offered, that
@@ -213,6 +230,10 @@ pub(crate) fn propose_again(
     let (rows, settings) = take_rows(settings)?;
     let options = &PlanOptions {
         rows: rows.unwrap_or(options.rows),
+        experts_per_token: match options.experts_per_token {
+            0 => experts_per_token(checkpoint).unwrap_or(0),
+            given => given,
+        },
         ..options.clone()
     };
     let description = policy.describe()?;

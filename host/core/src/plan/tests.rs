@@ -2,6 +2,8 @@
 
 use proptest::prelude::*;
 use proptest::sample::select;
+use tightfit_kernels::cuda::experts::{ExpertsProduct, Form, Routing, RowsOfX};
+use tightfit_kernels::{Activation, FloatType, GateLayout};
 
 use super::*;
 use crate::device::DeviceKind;
@@ -342,12 +344,18 @@ fn products_have_their_room_behind_the_weights_and_it_is_planned() {
         };
         of(false).max(of(true))
     };
+    // Of a stack with an expert for each row: what its kernels work in, and the sorted rows.
+    let of_stack = |[experts, outputs, inputs]: [usize; 3], rows| {
+        let product = experts_product([rows, 1, experts], outputs, inputs, Form::Plain);
+        let work = product.most_workspace_bytes(None).next_multiple_of(256);
+        (work + product.routing.most_bytes().next_multiple_of(256)) as u64
+    };
     let mut before = 0;
     for count in [1, 8, 9, 64, 65, 100_000] {
         let plan = plan(all, [0, 0, 1, 0, 0], &rows(count));
         let expected = [
             most(4096, 4096, count as usize),
-            most(1024, 512, count as usize),
+            most(1024, 512, count as usize).max(of_stack([8, 1024, 512], count as usize)),
             0,
         ];
         assert_eq!(products(&plan), expected, "{count}");
@@ -396,4 +404,82 @@ fn products_have_their_room_behind_the_weights_and_it_is_planned() {
         matches!(error, PlanError::DoesNotFit { need, .. } if need > free),
         "{error}"
     );
+}
+
+fn experts_product(
+    [tokens, choices, experts]: [usize; 3],
+    results: usize,
+    inputs: usize,
+    form: Form,
+) -> ExpertsProduct {
+    ExpertsProduct {
+        routing: Routing {
+            tokens,
+            choices,
+            experts,
+        },
+        float: FloatType::Bf16,
+        x: RowsOfX::Tokens,
+        results,
+        inputs,
+        block_size: BlockSize::DEFAULT,
+        form,
+        aligned: true,
+        follows: false,
+    }
+}
+
+#[test]
+fn layers_of_experts_and_gradients_have_room() {
+    let matrix = |name, shape: &[u64]| tensor(name, DType::Bf16, shape);
+    let tensors = [
+        matrix("l.mlp.experts.gate_up_proj", &[8, 1024, 512]),
+        matrix("l.mlp.experts.down_proj", &[8, 512, 512]),
+    ];
+    let devices = [device("sim:0", 1 << 30, 4096)];
+    let products = |options: &PlanOptions| {
+        let placements = [on(0, Format::NF4), on(0, Format::NF4)];
+        let plan = Plan::new_with(&tensors, &[], &devices, &placements, &[0], options);
+        plan.unwrap().devices[0].products
+    };
+    let gates = Form::Gated {
+        layout: GateLayout::Halves,
+        activation: Activation::Silu,
+    };
+    for (tokens, choices) in [(1, 8), (20, 2), (600, 8)] {
+        let options = PlanOptions::default()
+            .with_rows(tokens as u64)
+            .with_experts_per_token(choices as u64);
+        let of = |form| {
+            let product = experts_product([tokens, choices, 8], 512, 512, form);
+            product.most_workspace_bytes(None)
+        };
+        let routing = experts_product([tokens, choices, 8], 512, 512, gates).routing;
+        let pairs = tokens * choices;
+        // What the kernels work in and the routing, and of each pair what the activation gives in bf16
+        // (in f32, where the kernels need nothing) and a part in f32.
+        let pieces = |work: usize, element| {
+            [
+                work,
+                routing.most_bytes(),
+                pairs * 512 * element,
+                pairs * 512 * 4,
+            ]
+            .map(|bytes: usize| bytes.next_multiple_of(256))
+        };
+        let bf16 = pieces(of(gates).max(of(Form::Parts)), 2)
+            .iter()
+            .sum::<usize>();
+        let f32 = pieces(0, 4).iter().sum::<usize>();
+        assert_eq!(products(&options), bf16.max(f32) as u64, "{tokens}");
+        // Where nobody says how many experts a token has, there are 8.
+        let unsaid = PlanOptions::default().with_rows(tokens as u64);
+        assert_eq!(products(&unsaid) == products(&options), choices == 8);
+        let gradients = products(&options.clone().with_gradients(true));
+        assert!(gradients >= products(&options));
+        assert!(gradients <= products(&options).max((16 << 20) + 256));
+    }
+    // From some number of tokens on they are computed in parts.
+    let many = |rows| products(&PlanOptions::default().with_rows(rows));
+    assert!(many(1_000_000) < (64 << 20) + (8 << 20) + 16 * 1_000_000);
 }

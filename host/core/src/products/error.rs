@@ -77,7 +77,9 @@ pub enum LinearError {
         module: String,
     },
     /// The matrices of experts do not belong together.
-    #[error("tensor '{tensor}' has shape {have:?} for its experts, need {need:?} beside the others'")]
+    #[error(
+        "tensor '{tensor}' has shape {have:?} for its experts, need {need:?} beside the others'"
+    )]
     ExpertsShape {
         /// The tensor.
         tensor: String,

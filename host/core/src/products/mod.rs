@@ -50,7 +50,7 @@ use tightfit_kernels::{Float, FloatType, Kernels};
 
 pub use error::LinearError;
 pub use experts::{Experts, ExpertsLinear, ExpertsNames, ExpertsTensors, GateTensors};
-pub use on_device::LinearWorkspace;
+pub use on_device::{LinearWorkspace, WorkspaceOptions};
 
 use crate::device::{HostOperands, Product};
 use crate::model::{Model, Quantization, Tensor};

@@ -2,16 +2,16 @@
 
 use std::fmt;
 
-use tightfit_kernels::{FloatType, NESTED_BLOCK_SIZE};
+use tightfit_kernels::{Activation, FloatType, NESTED_BLOCK_SIZE};
 
 use super::find::{OnDevice, Place};
-use super::{Linear, LinearError};
+use super::{ExpertsTensors, Linear, LinearError};
 use crate::device::{
     DeviceAddress, DeviceBytes, DeviceError, DeviceOperands, HostOperands, MatrixOfStack, Product,
     Workspace,
 };
 use crate::model::{Model, TailAllocation, Tensor};
-use crate::plan::is_multiplied;
+use crate::plan::{PartKind, is_multiplied, is_of_gates};
 
 /// What workspaces are multiples of.
 const WORKSPACE_ALIGNMENT: u64 = 256;
@@ -47,12 +47,44 @@ impl fmt::Debug for LinearWorkspace {
     }
 }
 
+/// What a workspace shall be enough for.
+///
+/// ```
+/// use tightfit::products::WorkspaceOptions;
+///
+/// let options = WorkspaceOptions::rows(64).with_experts_per_token(4);
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WorkspaceOptions {
+    /// Rows of products, and tokens of layers of experts.
+    pub rows: usize,
+    /// Experts of each token, where layers of experts are computed. 0, the default: they are not.
+    pub experts_per_token: usize,
+    /// Whether it shall be enough for gradients of inputs, too. Not by default.
+    pub gradients: bool,
+}
+
+impl WorkspaceOptions {
+    /// Returns options for this many rows.
+    pub fn rows(rows: usize) -> WorkspaceOptions {
+        WorkspaceOptions {
+            rows,
+            experts_per_token: 0,
+            gradients: false,
+        }
+    }
+}
+
+tightfit_common::setters!([] WorkspaceOptions:
+    with_experts_per_token: experts_per_token, usize;
+    with_gradients: gradients, bool;
+);
+
 impl Model {
     /// Takes a workspace that is enough for products of up to `rows` rows with each 4-bit weight of a device,
-    /// by its index in the plan. It lies behind the weights if
-    /// [`PlanOptions::rows`](crate::plan::PlanOptions::rows) has reserved that there and it is free, else it
-    /// is taken beside the plan and entered in the device's ledger. It keeps the device's memory as long as
-    /// it lives, but not the model, which the products need.
+    /// by its index in the plan, but not for layers of experts or gradients: [`Model::product_workspace`] of
+    /// these rows.
     ///
     /// # Errors
     /// [`LinearError::Device`].
@@ -61,6 +93,24 @@ impl Model {
         device: usize,
         rows: usize,
     ) -> Result<LinearWorkspace, LinearError> {
+        self.product_workspace(device, &WorkspaceOptions::rows(rows))
+    }
+
+    /// Takes a workspace that is enough for products with each 4-bit weight of a device, by its index in the
+    /// plan: of matrices, of single matrices of stacks, of stacks with an expert for each row
+    /// ([`Model::experts_linear`]), and of layers of experts whose stacks have the names that
+    /// [`Model::experts`] looks for. It lies behind the weights if
+    /// [`PlanOptions::rows`](crate::plan::PlanOptions::rows) has reserved that there and it is free, else it
+    /// is taken beside the plan and entered in the device's ledger. It keeps the device's memory as long as
+    /// it lives, but not the model, which the products need.
+    ///
+    /// # Errors
+    /// [`LinearError::Device`].
+    pub fn product_workspace(
+        &self,
+        device: usize,
+        options: &WorkspaceOptions,
+    ) -> Result<LinearWorkspace, LinearError> {
         let none = LinearWorkspace {
             bytes: 0,
             memory: None,
@@ -68,20 +118,7 @@ impl Model {
         };
         let mut bytes = 0;
         for tensor in self.tensors().filter(|tensor| tensor.device() == device) {
-            let matrices = match *tensor.shape() {
-                [matrices, _, _] => Some(matrices),
-                _ => None,
-            };
-            if tensor.quantization().is_none()
-                || !is_multiplied(tensor.shape())
-                || matrices == Some(0)
-            {
-                continue;
-            }
-            let linear = Linear::find(self, tensor.name(), matrices.map(|_| 0))?;
-            for by_row in [false, true] {
-                bytes = bytes.max(linear.workspace_bytes(rows, FloatType::Bf16, by_row));
-            }
+            bytes = bytes.max(self.workspace_of(tensor, options)?);
         }
         if bytes == 0 {
             return Ok(none);
@@ -95,6 +132,73 @@ impl Model {
             },
         })
     }
+
+    fn workspace_of(
+        &self,
+        tensor: Tensor<'_>,
+        options: &WorkspaceOptions,
+    ) -> Result<u64, LinearError> {
+        let is_here = tensor.part(PartKind::Codes).is_some();
+        if tensor.quantization().is_none() || !is_multiplied(tensor.shape()) || is_here {
+            return Ok(0);
+        }
+        let rows = options.rows;
+        let mut bytes = 0;
+        let matrices = match *tensor.shape() {
+            [matrices, _, _] => Some(matrices),
+            _ => None,
+        };
+        let indices = match matrices {
+            None => vec![None],
+            // The last one lies between nested scales if any does but for the first.
+            Some(matrices) => [0, 1, matrices.saturating_sub(1)]
+                .into_iter()
+                .filter(|index| *index < matrices)
+                .map(Some)
+                .collect(),
+        };
+        for index in indices {
+            let linear = match Linear::find(self, tensor.name(), index) {
+                // Such a matrix is multiplied as a part of its stack only.
+                Err(LinearError::Inside { .. }) => continue,
+                linear => linear?,
+            };
+            for by_row in [false, true] {
+                for float in [FloatType::Bf16, FloatType::F32] {
+                    bytes = bytes.max(linear.workspace_bytes(rows, float, by_row));
+                    if options.gradients {
+                        let of_gradient =
+                            linear.input_gradient_workspace_bytes(rows, float, by_row);
+                        bytes = bytes.max(of_gradient);
+                    }
+                }
+            }
+        }
+        if matrices.is_some() {
+            let name = tensor.name().to_owned();
+            let stack = self.experts_linear(&ExpertsTensors::Stack(name))?;
+            for float in [FloatType::Bf16, FloatType::F32] {
+                bytes = bytes.max(stack.workspace_bytes(rows, float));
+            }
+            let module = of_gates(tensor.name()).filter(|_| options.experts_per_token > 0);
+            if let Some(module) = module
+                && let Ok(layer) = self.experts(module, Activation::Silu)
+            {
+                for float in [FloatType::Bf16, FloatType::F32] {
+                    let choices = options.experts_per_token;
+                    bytes = bytes.max(layer.workspace_bytes(rows, choices, float));
+                }
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+/// The module whose gates a tensor is, by its name.
+fn of_gates(name: &str) -> Option<&str> {
+    is_of_gates(name).then_some(())?;
+    let name = name.strip_suffix(".weight").unwrap_or(name);
+    name.strip_suffix(".gate_up_proj")
 }
 
 impl Linear<'_> {

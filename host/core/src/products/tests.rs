@@ -12,7 +12,7 @@ use crate::plan::{Plan, PlanOptions};
 use crate::testing::{Source, source, write_checkpoint};
 use crate::types::{DType, Format, Placement};
 
-const fn nf4(block_size: usize, double_quantized: bool) -> Format {
+pub(super) const fn nf4(block_size: usize, double_quantized: bool) -> Format {
     let Ok(block_size) = BlockSize::new(block_size) else {
         panic!("it is no block size");
     };
@@ -23,7 +23,7 @@ const fn nf4(block_size: usize, double_quantized: bool) -> Format {
 }
 
 /// Loads tensors onto two simulated devices, in turn.
-fn loaded(cases: &[(Source, Format)]) -> Model {
+pub(super) fn loaded(cases: &[(Source, Format)]) -> Model {
     let directory = TempDir::new().unwrap();
     let sources = cases.iter().map(|(source, _)| Source {
         bytes: source.bytes.clone(),
@@ -57,7 +57,7 @@ fn loaded(cases: &[(Source, Format)]) -> Model {
 }
 
 /// Numbers between -1 and 1, the same in every run.
-fn numbers<T: FromF32>(count: usize, seed: u64) -> Vec<T> {
+pub(super) fn numbers<T: FromF32>(count: usize, seed: u64) -> Vec<T> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let next = |_| {
         state = state.wrapping_mul(6364136223846793005).wrapping_add(1);
@@ -66,7 +66,7 @@ fn numbers<T: FromF32>(count: usize, seed: u64) -> Vec<T> {
     (0..count).map(next).collect()
 }
 
-trait FromF32: Float + PartialEq + fmt::Debug {
+pub(super) trait FromF32: Float + PartialEq + fmt::Debug {
     /// How much of a result is lost by rounding it, and of each product.
     const LOSSES: (f64, f64);
     fn from_f32(value: f32) -> Self;
@@ -320,5 +320,73 @@ fn in_host_memory_nothing_is_given_to_a_stream() {
     assert!(
         text.contains("'w'") && text.contains("host memory"),
         "{text}"
+    );
+}
+
+/// dx = dy * W, from the dequantized elements.
+fn check_gradient<T: FromF32>(linear: &Linear<'_>, first: usize, rows: usize) {
+    let (outputs, inputs) = (linear.outputs(), linear.inputs());
+    let dy: Vec<T> = numbers(rows * outputs, 5);
+    let mut dx = vec![T::from_f32(f32::NAN); rows * inputs];
+    linear.input_gradient(&dy, rows, &mut dx).unwrap();
+    let weights: Vec<f32> = linear.tensor().to_floats().unwrap();
+    let weights = &weights[first..][..outputs * inputs];
+    let (of_result, _) = T::LOSSES;
+    for row in 0..rows {
+        for input in 0..inputs {
+            let (mut need, mut size) = (0.0, 0.0);
+            for output in 0..outputs {
+                let weight = f64::from(weights[output * inputs + input]);
+                let product = weight * dy[row * outputs + output].to_f64();
+                need += product;
+                size += f64::abs(product);
+            }
+            let have = dx[row * inputs + input].to_f64();
+            let most = of_result * f64::abs(need) + 1e-6 * size + 1e-6;
+            assert!(
+                (have - need).abs() <= most,
+                "{linear:?}: row {row}, input {input}: {have}, should be {need} +- {most}"
+            );
+        }
+    }
+}
+
+#[test]
+fn gradients_are_products_with_the_dequantized_weights() {
+    let matrix = |name, shape: &[u64]| source(name, DType::Bf16, shape);
+    let model = loaded(&[
+        (matrix("plain", &[72, 448]), nf4(64, false)),
+        (matrix("double", &[33, 1037]), nf4(64, true)),
+        (matrix("of no rows", &[0, 64]), nf4(64, true)),
+        (matrix("of no columns", &[3, 0]), nf4(64, false)),
+        (matrix("stack", &[3, 40, 96]), nf4(64, true)),
+    ]);
+    for tensor in model.tensors() {
+        let matrices = match *tensor.shape() {
+            [matrices, _, _] => (0..matrices).map(Some).collect(),
+            _ => vec![None],
+        };
+        for index in matrices {
+            let linear = Linear::find(&model, tensor.name(), index).unwrap();
+            let first = index.unwrap_or(0) as usize * linear.outputs() * linear.inputs();
+            for rows in [0, 1, 9] {
+                check_gradient::<f32>(&linear, first, rows);
+                check_gradient::<f16>(&linear, first, rows);
+                check_gradient::<bf16>(&linear, first, rows);
+            }
+        }
+    }
+    let linear = model.linear("plain").unwrap();
+    let mut dx = [7f32; 448];
+    let error = linear.input_gradient(&[0.0; 71], 1, &mut dx).unwrap_err();
+    let text = "dy for tensor 'plain' has 71 elements, need 72";
+    assert_eq!(error.to_string(), text);
+    let error = linear.input_gradient(&[0.0; 144], 2, &mut dx).unwrap_err();
+    let text = "dx for tensor 'plain' has 448 elements, need 896";
+    assert_eq!(error.to_string(), text);
+    assert_eq!(dx, [7.0; 448]);
+    assert_eq!(
+        linear.input_gradient_workspace_bytes(64, FloatType::Bf16, false),
+        0
     );
 }

@@ -203,6 +203,7 @@ mod tests {
                 compute_capability,
                 multiprocessors,
             };
+            let named = crate::cuda::linear::kernels(compute_capability);
             for (outputs, inputs) in [
                 (4096, 4096),
                 (448, 64),
@@ -221,7 +222,9 @@ mod tests {
                         aligned: true,
                         by_row: false,
                     };
-                    most = most.max(linear.launch_transposed(gpu).unwrap().workspace_bytes);
+                    let launch = linear.launch_transposed(gpu).unwrap();
+                    assert!(named.contains(&(launch.kernel, launch.shared_bytes)));
+                    most = most.max(launch.workspace_bytes);
                     let enough = linear.most_transposed_workspace_bytes(Some(gpu));
                     assert!(
                         enough >= most && enough <= 16 << 20,

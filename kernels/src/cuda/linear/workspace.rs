@@ -1,14 +1,46 @@
 //! How much of a workspace is enough, before it is known what will be computed in it.
 
 use super::{
-    COUNTERS, Gpu, Linear, MANY_CAPABILITY, MANY_COLUMNS, MANY_ROWS, MANY_STEP, MOST_ROWS,
-    MOST_ROWS_OF_LAUNCH, MOST_SCRATCH, MULTIPROCESSORS_BY_ROW, OUTPUTS, SLICE, TIERS, Tier,
+    COUNTERS, Capability, Gpu, Linear, MANY_CAPABILITY, MANY_COLUMNS, MANY_ROWS, MANY_STEP,
+    MOST_ROWS, MOST_ROWS_OF_LAUNCH, MOST_SCRATCH, MULTIPROCESSORS_BY_ROW, OUTPUTS, SLICE, TIERS,
+    Tier,
 };
-use crate::FloatType;
+use crate::{BlockSize, FloatType};
 
 /// More than any GPU has by now: what [`Linear::most_workspace_bytes`] counts with where it is not
 /// known which GPU it will be.
 pub const MOST_MULTIPROCESSORS: u32 = 192;
+
+/// The kernels that [`Linear::launch_transposed`] names, as [`super::kernels`] has them.
+pub(super) fn transposed_kernels(
+    compute_capability: Capability,
+) -> impl Iterator<Item = (&'static str, u32)> {
+    let all = [FloatType::F32, FloatType::F16, FloatType::Bf16]
+        .into_iter()
+        .flat_map(|float| [(float, 1, 1), (float, 64, 64), (float, 65, 64)]);
+    let launches = all.filter_map(move |(float, rows, lengths)| {
+        let linear = Linear {
+            float,
+            rows,
+            outputs: lengths,
+            inputs: lengths,
+            block_size: BlockSize::DEFAULT,
+            aligned: true,
+            by_row: false,
+        };
+        let gpu = Gpu {
+            compute_capability,
+            multiprocessors: 1,
+        };
+        linear.launch_transposed(gpu).ok()
+    });
+    let mut named: Vec<&'static str> = Vec::new();
+    launches.filter_map(move |launch| {
+        let is_new = !named.contains(&launch.kernel);
+        named.push(launch.kernel);
+        is_new.then_some((launch.kernel, launch.shared_bytes))
+    })
+}
 
 /// Rows of the larger tiles of products with the transposed weights, and inputs of all of them.
 const TRANSPOSED_ROWS: usize = 128;

@@ -2,6 +2,7 @@
 //! gives up with, so that tests see the host's own words.
 
 mod handles;
+mod linear;
 mod memory;
 mod models;
 
@@ -21,6 +22,7 @@ impl Program for Hostile {
         let (behavior, rest) = arguments.split_first().ok_or("what shall I do?")?;
         let answered = memory::misbehave(behavior, rest)
             .or_else(|| models::misbehave(behavior, rest))
+            .or_else(|| linear::misbehave(behavior, rest))
             .or_else(|| handles::misbehave(behavior));
         match answered {
             Some(answer) => answer.map_err(|error| GaveUp::from(format!("{error:?}"))),

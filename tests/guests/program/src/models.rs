@@ -60,7 +60,7 @@ fn placements(checkpoint: &Checkpoint) -> Vec<Placement> {
     checkpoint.all_tensors().into_iter().map(stored).collect()
 }
 
-fn load() -> Result<Model, tightfit_program::Error> {
+pub(crate) fn load() -> Result<Model, tightfit_program::Error> {
     let checkpoint = open()?;
     Model::load(&checkpoint, &placements(&checkpoint), &[0, 0])
 }

@@ -347,7 +347,8 @@ impl Reservation for CudaReservation {
             [] => None,
             constants => self.filled(place, constants)?,
         };
-        let multiplier = KernelMultiplier::new(&self.gpu.products, &self.gpu.experts, weights, constants)?;
+        let multiplier =
+            KernelMultiplier::new(&self.gpu.products, &self.gpu.experts, weights, constants)?;
         Ok(Some(Arc::new(multiplier)))
     }
 

@@ -103,7 +103,11 @@ impl Model {
     /// [`LinearError::NoExperts`]; [`LinearError::ExpertsShape`] where the lengths do not belong together;
     /// on a GPU [`LinearError::NotStacked`] for experts that are not in stacks, and
     /// [`LinearError::Elsewhere`] where they are on several; and those of [`Model::linear`].
-    pub fn experts(&self, module: &str, activation: Activation) -> Result<Experts<'_>, LinearError> {
+    pub fn experts(
+        &self,
+        module: &str,
+        activation: Activation,
+    ) -> Result<Experts<'_>, LinearError> {
         let names = ExpertsNames::find(self, module, activation)?;
         Experts::find(self, module, &names, activation)
     }
@@ -348,7 +352,11 @@ impl<'m> Experts<'m> {
         check("y", tokens.checked_mul(hidden), y)?;
         self.check_choices(tokens, choices)?;
         for (what, outputs, bias) in [
-            ("the bias of gate and up", self.intermediate().saturating_mul(2), gate_up_bias),
+            (
+                "the bias of gate and up",
+                self.intermediate().saturating_mul(2),
+                gate_up_bias,
+            ),
             ("the bias of down", hidden, down_bias),
         ] {
             if let Some(bias) = bias {
@@ -362,7 +370,13 @@ impl<'m> Experts<'m> {
         let need = tokens.checked_mul(choices.of_token);
         length_error(&self.name, "the ids", "elements", need, choices.ids.len())?;
         let weights = choices.weights.len();
-        length_error(&self.name, "the weights of the ids", "elements", need, weights)
+        length_error(
+            &self.name,
+            "the weights of the ids",
+            "elements",
+            need,
+            weights,
+        )
     }
 
     fn compute(
@@ -382,7 +396,8 @@ impl<'m> Experts<'m> {
             y,
         } = operands;
         let (hidden, intermediate) = (self.hidden(), self.intermediate());
-        let threads = options.threads_for(hidden, intermediate.saturating_mul(3), choices.ids.len());
+        let threads =
+            options.threads_for(hidden, intermediate.saturating_mul(3), choices.ids.len());
         let (gates, up, down) = match &self.gates {
             Gates::Together(both, _) => (both.views(), vec![], self.down.views()),
             Gates::Apart { gate, up } => (gate.views(), up.views(), self.down.views()),

@@ -3,24 +3,19 @@
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
 use tightfit_kernels::KernelError;
 use tightfit_kernels::cuda::experts::{
-    ExpertsLaunch, ExpertsProduct as StackProduct, Form, Routing, RowsOfX, combine,
+    ExpertsLaunch, ExpertsProduct as StackProduct, Routing, RowsOfX, combine,
 };
 use tightfit_kernels::cuda::quant_type_argument;
 
 use super::KernelMultiplier;
 use super::kernels::Shape;
-use super::multiply::places;
+use crate::device::experts::{
+    bytes, layout, layout_of_matrix, matrix, places, products, tokens_at_once,
+};
 use crate::device::{
     DeviceError, DeviceExpertsOperands, DeviceOperands, ExpertsProduct, ExpertsWeights,
     MatrixOfStack, Product, ProductWeights,
 };
-
-/// Bytes between the launches of a layer; tokens that would take more are computed part after part.
-const MOST_BETWEEN: u64 = 64 << 20;
-
-/// Where in a workspace is what: what kernels work in, at its beginning; the routing; what the activation
-/// gives, or the ids of a single matrix; the parts of sums; and the end.
-type Layout = [u64; 5];
 
 /// The addresses of a product with a stack.
 #[derive(Clone, Copy)]
@@ -34,87 +29,7 @@ struct Operands {
     stream: CUstream,
 }
 
-fn bytes(elements: usize, width: usize) -> u64 {
-    (elements as u64).saturating_mul(width as u64)
-}
-
-fn routing_of(product: &ExpertsProduct, tokens: usize) -> Routing {
-    Routing {
-        tokens,
-        choices: product.choices,
-        experts: product.experts,
-    }
-}
-
-/// The product with the first stack of a layer or the only one, and that with the second.
-fn products(
-    weights: &ExpertsWeights,
-    product: &ExpertsProduct,
-    tokens: usize,
-) -> (StackProduct, Option<StackProduct>) {
-    let of = |weights: &ProductWeights, results, form| StackProduct {
-        routing: routing_of(product, tokens),
-        float: product.float,
-        x: RowsOfX::Tokens,
-        results,
-        inputs: weights.inputs,
-        block_size: weights.block_size,
-        form,
-        aligned: true,
-        follows: false,
-    };
-    match *weights {
-        ExpertsWeights::Linear(stack) => {
-            let outputs = stack.outputs / product.experts.max(1);
-            (of(&stack, outputs, Form::Plain), None)
-        }
-        ExpertsWeights::Layer {
-            gate_up,
-            down,
-            layout,
-            activation,
-        } => {
-            let form = Form::Gated { layout, activation };
-            let second = StackProduct {
-                x: RowsOfX::Pairs,
-                follows: true,
-                ..of(&down, gate_up.inputs, Form::Parts)
-            };
-            (of(&gate_up, down.inputs, form), Some(second))
-        }
-    }
-}
-
-/// Tokens that are computed together: as many as may be between the launches of a layer.
-fn tokens_at_once(weights: &ExpertsWeights, product: &ExpertsProduct) -> usize {
-    let ExpertsWeights::Layer { gate_up, down, .. } = weights else {
-        return product.tokens;
-    };
-    let of_pair = bytes(down.inputs, product.float.bytes())
-        .saturating_add(bytes(gate_up.inputs, 4));
-    let of_token = of_pair.saturating_mul(product.choices as u64).max(1);
-    let most = usize::try_from(MOST_BETWEEN / of_token).unwrap_or(usize::MAX);
-    product.tokens.min(most.max(1))
-}
-
 impl KernelMultiplier {
-    fn layout(&self, weights: &ExpertsWeights, product: &ExpertsProduct) -> Layout {
-        let tokens = tokens_at_once(weights, product);
-        let pairs = tokens.saturating_mul(product.choices);
-        let (first, second) = products(weights, product, tokens);
-        let kernels = |product: &StackProduct| product.most_workspace_bytes(Some(self.gpu));
-        let work = kernels(&first).max(second.as_ref().map_or(0, kernels));
-        let [between, parts] = match &second {
-            None => [0, 0],
-            Some(second) => [
-                bytes(pairs.saturating_mul(second.inputs), product.float.bytes()),
-                bytes(pairs.saturating_mul(second.results), 4),
-            ],
-        };
-        let routing = first.routing.most_bytes() as u64;
-        places([work as u64, routing, between, parts])
-    }
-
     pub(super) fn workspace_of_experts(
         &self,
         weights: &ExpertsWeights,
@@ -123,7 +38,7 @@ impl KernelMultiplier {
         if product.tokens == 0 {
             return 0;
         }
-        let [.., end] = self.layout(weights, product);
+        let [.., end] = layout(weights, product, Some(self.gpu));
         end
     }
 
@@ -171,8 +86,7 @@ impl KernelMultiplier {
         if product.tokens == 0 {
             return Ok(());
         }
-        let layout = self.layout(weights, product);
-        let [work, routing, between, parts, end] = layout;
+        let [work, routing, between, parts, end] = layout(weights, product, Some(self.gpu));
         if end > operands.workspace_bytes {
             return Err(self.too_small(end, operands.workspace_bytes));
         }
@@ -376,8 +290,7 @@ impl KernelMultiplier {
         launch.map_err(|error| self.too_many(error))
     }
 
-    /// The workspace of a product with a matrix that begins between nested scales: the kernels for experts
-    /// compute it, with the same number of an expert for every row.
+    /// The workspace of a product with a matrix that begins between nested scales.
     pub(super) fn matrix_workspace_bytes(
         &self,
         weights: &ProductWeights,
@@ -387,15 +300,8 @@ impl KernelMultiplier {
         if product.rows == 0 {
             return 0;
         }
-        let [.., end] = self.layout_of_matrix(&matrix(weights, stack, product));
+        let [.., end] = layout_of_matrix(&matrix(weights, stack, product), Some(self.gpu));
         end
-    }
-
-    fn layout_of_matrix(&self, product: &StackProduct) -> Layout {
-        let work = product.most_workspace_bytes(Some(self.gpu));
-        let routing = product.routing.most_bytes() as u64;
-        let ids = bytes(product.routing.tokens, 4);
-        places([work as u64, routing, ids, 0])
     }
 
     /// Gives a product with such a matrix to a stream.
@@ -413,7 +319,7 @@ impl KernelMultiplier {
             return Ok(());
         }
         let stack_product = matrix(weights, stack, product);
-        let [work, routing, ids, _, end] = self.layout_of_matrix(&stack_product);
+        let [work, routing, ids, biases, end] = layout_of_matrix(&stack_product, Some(self.gpu));
         if end > operands.workspace_bytes {
             return Err(self.too_small(end, operands.workspace_bytes));
         }
@@ -424,10 +330,9 @@ impl KernelMultiplier {
         let row = bytes(weights.outputs, product.float.bytes());
         let addresses = Operands {
             x: operands.x,
-            // The kernels have a bias for each expert. Only this one's is read.
             bias: match operands.bias {
                 0 => 0,
-                bias => bias.wrapping_sub((stack.index as u64).wrapping_mul(row)),
+                _ => operands.workspace + biases,
             },
             y: operands.y,
             routing: operands.workspace + routing,
@@ -438,29 +343,19 @@ impl KernelMultiplier {
         // SAFETY: the ids lie in the workspace, which is long enough.
         let code = unsafe { (context.api.cuMemsetD32Async)(ids, index, product.rows, stream) };
         context.check("cuMemsetD32Async", bytes(product.rows, 4), code)?;
+        if operands.bias != 0 {
+            // The kernels have a bias for each expert, of which only this one's is read.
+            let place = addresses.bias + stack.index as u64 * row;
+            // SAFETY: it lies in the workspace, which is long enough; the bias is as the caller promises.
+            let code = unsafe {
+                (context.api.cuMemcpyDtoDAsync_v2)(place, operands.bias, row as usize, stream)
+            };
+            context.check("cuMemcpyDtoDAsync", row, code)?;
+        }
         // SAFETY: as the caller promises; what is between the launches lies in the workspace.
         unsafe {
             let addresses = self.route(stack_product.routing, ids, addresses)?;
             self.launch_stack(weights, stack_product, addresses)
         }
-    }
-}
-
-/// The product with a matrix as one with the stack that it is of.
-fn matrix(weights: &ProductWeights, stack: MatrixOfStack, product: &Product) -> StackProduct {
-    StackProduct {
-        routing: Routing {
-            tokens: product.rows,
-            choices: 1,
-            experts: stack.matrices,
-        },
-        float: product.float,
-        x: RowsOfX::Tokens,
-        results: weights.outputs,
-        inputs: weights.inputs,
-        block_size: weights.block_size,
-        form: Form::Plain,
-        aligned: true,
-        follows: false,
     }
 }

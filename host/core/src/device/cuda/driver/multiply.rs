@@ -9,14 +9,13 @@ use tightfit_kernels::{KernelError, NESTED_BLOCK_SIZE, blocks, packed_bytes};
 
 use super::launch::{gpu_of, launch_product};
 use super::{CudaPageLocked, DeviceMemory, KernelModule, Staging, WorkspaceMemory, unavailable};
+use crate::device::experts::places;
 use crate::device::{
-    DeviceBytes, DeviceError, DeviceExpertsOperands, DeviceOperands, ExpertsProduct, ExpertsWeights,
-    HostExpertsOperands, HostOperands, Multiplier, Piece, Product, ProductWeights, WRITER_BUFFERS,
-    Writer,
+    DeviceBytes, DeviceError, DeviceExpertsOperands, DeviceOperands, ExpertsProduct,
+    ExpertsWeights, HostExpertsOperands, HostOperands, Multiplier, Piece, Product, ProductWeights,
+    WRITER_BUFFERS, Writer,
 };
 
-/// What operands are rounded up to where they are copied to the device.
-const ALIGNMENT: u64 = 256;
 /// Bytes that are copied at once.
 const COPIED: usize = 1 << 20;
 /// Values of the codes of scales, and their bytes.
@@ -162,8 +161,7 @@ impl KernelMultiplier {
         }
         own.at(0, usize::try_from(end).unwrap_or(usize::MAX))?;
         let counters = (end - workspace).min(COUNTERS as u64);
-        own.memory
-            .clear(own.start + workspace, counters as usize)?;
+        own.memory.clear(own.start + workspace, counters as usize)?;
 
         let longest = inputs.iter().map(|(_, bytes)| bytes.len()).max();
         let buffer = longest.unwrap_or(0).clamp(1, COPIED);
@@ -191,18 +189,6 @@ impl KernelMultiplier {
         staging.finish()?;
         own.memory.read(own.start + y, output)
     }
-}
-
-/// Where pieces of these lengths are put one behind the other, and the end.
-pub(super) fn places<const N: usize, const ENDS: usize>(lengths: [u64; N]) -> [u64; ENDS] {
-    let mut places = [0; ENDS];
-    for (index, length) in lengths.into_iter().enumerate() {
-        let rounded = length.checked_next_multiple_of(ALIGNMENT);
-        places[index + 1] = rounded.map_or(u64::MAX, |rounded| {
-            u64::saturating_add(places[index], rounded)
-        });
-    }
-    places
 }
 
 impl Multiplier for KernelMultiplier {

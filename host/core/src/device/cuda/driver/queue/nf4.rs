@@ -1,7 +1,7 @@
 //! NF4 in a queue: the kernels that quantize and dequantize, and bytes.
 
 
-use tightfit_kernels::cuda::{self, Launch, quant_type_argument};
+use tightfit_kernels::cuda::{self, quant_type_argument};
 
 use super::super::stream::Stream;
 use super::CudaQueue;
