@@ -6,6 +6,7 @@ pub mod command;
 pub mod device_maps;
 pub mod double_quant;
 pub mod failures;
+pub mod generate;
 pub mod golden;
 pub mod guests;
 pub mod hub_server;
