@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
+use std::time::Instant;
 
 use tightfit::device::Device;
 use tightfit_wasm::program::{Outcome, ProgramError, WasmProgram, default_limits};
@@ -19,6 +20,8 @@ pub struct Generated {
     pub tokens: Vec<u32>,
     /// What it gave at the end.
     pub answer: String,
+    /// From the first token to the last.
+    pub seconds: f64,
 }
 
 fn program() -> &'static WasmProgram {
@@ -30,20 +33,30 @@ fn run(
     model: &Path,
     devices: &Arc<[Box<dyn Device>]>,
     arguments: &[&str],
-) -> (Result<Outcome, ProgramError>, String) {
+) -> (Result<Outcome, ProgramError>, String, f64) {
     let (to, texts) = output();
     let context = ProgramCtx::new(Arc::clone(devices), u64::MAX)
         .grant("model", model)
-        .load_with(Some(2), None)
+        .load_with(None, None)
         .with_output(to);
-    let listener = std::thread::spawn(move || texts.into_iter().collect::<String>());
+    let listener = std::thread::spawn(move || {
+        let (mut said, mut times) = (String::new(), vec![]);
+        for text in texts {
+            times.push(Instant::now());
+            said += &text;
+        }
+        let times = times.first().zip(times.last());
+        let seconds = times.map_or(0.0, |(first, last)| (*last - *first).as_secs_f64());
+        (said, seconds)
+    });
     let arguments: Vec<String> = ["model"]
         .iter()
         .chain(arguments)
         .map(|&text| text.to_owned())
         .collect();
     let outcome = program().run(context, &arguments);
-    (outcome, listener.join().expect("it only listens"))
+    let (said, seconds) = listener.join().expect("it only listens");
+    (outcome, said, seconds)
 }
 
 /// Generates tokens with the checkpoint at a path.
@@ -51,13 +64,14 @@ fn run(
 /// # Panics
 /// When the program gives up.
 pub fn generate(model: &Path, devices: &Arc<[Box<dyn Device>]>, arguments: &[&str]) -> Generated {
-    let (outcome, said) = run(model, devices, arguments);
+    let (outcome, said, seconds) = run(model, devices, arguments);
     let outcome = outcome.unwrap_or_else(|error| panic!("{arguments:?}: {error}"));
     let tokens = said.split_whitespace();
     let tokens = tokens.map(|token| token.parse().expect("it says numbers"));
     Generated {
         tokens: tokens.collect(),
         answer: outcome.answer,
+        seconds,
     }
 }
 
@@ -79,7 +93,7 @@ pub fn failure(model: &Path, devices: &Arc<[Box<dyn Device>]>, arguments: &[&str
 pub fn logits(model: &Path, devices: &Arc<[Box<dyn Device>]>, tokens: &[u32]) -> Vec<f32> {
     let tokens: Vec<String> = tokens.iter().map(u32::to_string).collect();
     let arguments = ["--tokens", &tokens.join(","), "--float", "f32", "--logits"];
-    let (outcome, said) = run(model, devices, &arguments);
+    let (outcome, said, _) = run(model, devices, &arguments);
     outcome.unwrap_or_else(|error| panic!("{arguments:?}: {error}"));
     let digits: Vec<u8> = said.bytes().filter(|digit| *digit != b'\n').collect();
     let (numbers, rest) = digits.as_chunks::<8>();
