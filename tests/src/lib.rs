@@ -6,6 +6,8 @@ pub mod command;
 pub mod device_maps;
 pub mod double_quant;
 pub mod failures;
+#[cfg(unix)]
+pub mod foreign;
 pub mod generate;
 pub mod golden;
 pub mod guests;

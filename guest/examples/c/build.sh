@@ -1,5 +1,6 @@
 #!/bin/sh
-# Builds pin_layer.c into OUT/pin_layer.wasm: a core module that the host makes a component itself.
+# Builds pin_layer.c into OUT/pin_layer.wasm, and multiply.c into OUT/multiply.wasm: core modules that the host
+# makes components itself.
 # The compiler is zig's clang, installed once, in OUT/venv; or CC, which must be able to build for
 # wasm32-wasi as that of the wasi-sdk does.
 #
@@ -30,3 +31,5 @@ fi
 cd "$here"
 cc -target wasm32-wasi -mexec-model=reactor -Os -Wall -Wextra -Wl,--strip-all \
     pin_layer.c bindings/policy.c bindings/policy_component_type.o -o "$out/pin_layer.wasm"
+cc -target wasm32-wasi -mexec-model=reactor -Os -Wall -Wextra -Wl,--strip-all \
+    multiply.c bindings/program.c bindings/program_component_type.o -o "$out/multiply.wasm"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds pin-layer.js into OUT/pin_layer.wasm. The tool is installed once, in OUT/node_modules.
+# Builds pin-layer.js into OUT/pin_layer.wasm, and multiply.js into OUT/multiply.wasm. The tool is installed once, in OUT/node_modules.
 #
 #     build.sh OUT
 #
@@ -20,3 +20,5 @@ fi
 # Nothing of what an application would get: no clock, no randomness, no files, no network.
 "$out/node_modules/.bin/componentize-js" "$here/pin-layer.js" --wit "$here/../../../wit" \
     --world-name policy --disable random stdio clocks http fetch-event --out "$out/pin_layer.wasm"
+"$out/node_modules/.bin/componentize-js" "$here/multiply.js" --wit "$here/../../../wit" \
+    --world-name program --disable random stdio clocks http fetch-event --out "$out/multiply.wasm"

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds pin_layer.py into OUT/pin_layer.wasm. The tool is installed once, in OUT/venv.
+# Builds pin_layer.py into OUT/pin_layer.wasm, and multiply.py into OUT/multiply.wasm. The tool is installed once, in OUT/venv.
 #
 #     build.sh OUT
 #
@@ -23,3 +23,5 @@ rm -rf "$out/bindings"
 "$out/venv/bin/componentize-py" -d "$here/../../../wit" -w policy bindings "$out/bindings"
 "$out/venv/bin/componentize-py" -d "$here/../../../wit" -w policy componentize --stub-wasi \
     -p "$here" pin_layer -o "$out/pin_layer.wasm"
+"$out/venv/bin/componentize-py" -d "$here/../../../wit" -w program componentize --stub-wasi \
+    -p "$here" multiply -o "$out/multiply.wasm"

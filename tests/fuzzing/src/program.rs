@@ -10,10 +10,13 @@ use tightfit::device::{Device, HostDevice};
 use tightfit_wasm::wit::bindings::tightfit::host::types;
 use tightfit_wasm::wit::program::bindings::tightfit::host::buffers::{HostBuffer, Place};
 use tightfit_wasm::wit::program::bindings::tightfit::host::checkpoints::HostCheckpoint;
+use tightfit_wasm::wit::program::bindings::tightfit::host::linear::{
+    Host as _, HostWeight, Product, Rounding,
+};
 use tightfit_wasm::wit::program::bindings::tightfit::host::models::{HostModel, PartKind};
 use tightfit_wasm::wit::program::bindings::tightfit::host::nf4::Host as _;
 use tightfit_wasm::wit::program::{
-    Buffer, CallError, LoadedModel, OpenCheckpoint, ProgramCtx, ProgramCtxView,
+    Buffer, CallError, LoadedModel, OpenCheckpoint, ProgramCtx, ProgramCtxView, Weight,
 };
 use wasmtime::component::{Resource, ResourceTable};
 
@@ -97,6 +100,7 @@ struct Program<'a> {
     buffers: Vec<u32>,
     checkpoints: Vec<u32>,
     models: Vec<u32>,
+    weights: Vec<u32>,
     /// Whether a handle of this call is none that there is.
     forged: bool,
     /// Calls that gave more than an error.
@@ -108,6 +112,7 @@ enum Kind {
     Buffer,
     Checkpoint,
     Model,
+    Weight,
 }
 
 /// A checkpoint with a tie that is stored, a matrix, and a tensor that cannot be quantized.
@@ -169,6 +174,7 @@ fn calls_that_went_well(data: &[u8]) -> usize {
         buffers: Vec::new(),
         checkpoints: Vec::new(),
         models: Vec::new(),
+        weights: Vec::new(),
         forged: false,
         went_well: Cell::new(0),
     };
@@ -210,6 +216,7 @@ impl Program<'_> {
             Kind::Buffer => &self.buffers,
             Kind::Checkpoint => &self.checkpoints,
             Kind::Model => &self.models,
+            Kind::Weight => &self.weights,
         }
     }
 
@@ -249,6 +256,31 @@ impl Program<'_> {
         Resource::new_borrow(self.pick(Kind::Model))
     }
 
+    fn weight(&mut self) -> Resource<Weight> {
+        Resource::new_borrow(self.pick(Kind::Weight))
+    }
+
+    fn product(&mut self) -> Product {
+        let weight = self.weight();
+        let (input, rows, float) = (self.place(), self.input.number() as u32, self.input.dtype());
+        let output = self.place();
+        let more = self.input.byte();
+        let place = |it: &mut Self, bit: u8| (more & bit != 0).then(|| it.place());
+        Product {
+            weight,
+            input,
+            rows,
+            float,
+            bias: place(self, 1),
+            output,
+            experts: place(self, 2),
+            rounding: match more & 4 {
+                0 => Rounding::Fastest,
+                _ => Rounding::ByRow,
+            },
+        }
+    }
+
     /// What a call gave, if it was more than an error.
     fn done<T>(&self, result: Result<T, CallError>) -> Option<T> {
         match result {
@@ -266,7 +298,7 @@ impl Program<'_> {
 
     fn call(&mut self) {
         self.forged = false;
-        match self.input.byte() % 27 {
+        match self.input.byte() % 33 {
             0..=3 => {
                 let (device, bytes) = (self.input.index(), self.input.number());
                 let result = self.view().allocate(device % 3, bytes);
@@ -404,6 +436,45 @@ impl Program<'_> {
                 let result = self.view().read_elements(model, tensor, first, count, to);
                 self.done(result);
             }
+            27 => {
+                let (model, tensor) = (self.model(), self.input.index());
+                let result = self.view().of(model, tensor);
+                if let Some(weight) = self.done(result) {
+                    self.weights.push(weight.rep());
+                }
+            }
+            28 => {
+                let lengths = usize::from(self.input.byte() % 5);
+                let shape = (0..lengths).map(|_| self.input.number()).collect();
+                let (block, nf4) = (self.input.block_size(), types::QuantType::Nf4);
+                let (codes, absmax) = (self.place(), self.place());
+                let result = self.view().from_codes(nf4, shape, block, codes, absmax);
+                if let Some(weight) = self.done(result) {
+                    self.weights.push(weight.rep());
+                }
+            }
+            29 | 30 => {
+                let count = self.input.byte() % 3;
+                let products = (0..count).map(|_| self.product()).collect();
+                let result = self.view().multiply(products);
+                self.done(result);
+            }
+            31 => {
+                let (weight, rows) = (self.weight(), self.input.number() as u32);
+                let again = Resource::new_borrow(weight.rep());
+                let result = self.view().shape(weight);
+                self.done(result.map_err(CallError::Trap));
+                let result = self.view().scratch_bytes(again, rows);
+                self.done(result.map_err(CallError::Trap));
+                let result = self.view().finish();
+                self.done(result);
+            }
+            32 => {
+                let rep = self.weight().rep();
+                let result = HostWeight::drop(&mut self.view(), Resource::new_own(rep));
+                self.done(result.map_err(CallError::Trap));
+                self.forget(rep);
+            }
             _ => {
                 let (model, tensor) = (self.model(), self.input.index());
                 let (first, count, to) =
@@ -420,7 +491,12 @@ impl Program<'_> {
     /// A forged handle may be that of something else, which a store would not let a program drop;
     /// without a store it is gone.
     fn forget(&mut self, handle: u32) {
-        for handles in [&mut self.buffers, &mut self.checkpoints, &mut self.models] {
+        for handles in [
+            &mut self.buffers,
+            &mut self.checkpoints,
+            &mut self.models,
+            &mut self.weights,
+        ] {
             handles.retain(|&other| other != handle);
         }
     }
@@ -493,7 +569,8 @@ impl Program<'_> {
                 .map(|device| device.size.requested)
                 .sum::<u64>();
         }
-        assert_eq!(held, requested);
+        // Weights keep what was dropped.
+        assert!(held == requested || (held < requested && !self.weights.is_empty()));
     }
 }
 
@@ -534,5 +611,21 @@ mod tests {
         ]);
         // Opened, loaded, looked up twice, read twice, unloaded, closed.
         assert_eq!(calls_that_went_well(&input), 8);
+    }
+
+    /// The same for products: a weight that is made, used and outlives its buffers.
+    #[test]
+    fn products_that_make_sense_work() {
+        let mut input = vec![255];
+        // Codes, scales, input, output.
+        for bytes in [32, 4, 127, 100] {
+            input.extend([0, 0, bytes]);
+        }
+        // Of [1, 16], with blocks of 64: one row of f32 numbers.
+        input.extend([28, 2, 1, 16, 1, 0, 0, 1, 0]);
+        input.extend([29, 1, 0, 2, 0, 1, 2, 3, 0, 4]);
+        input.extend([4, 0, 4, 0, 29, 1, 0, 0, 0, 1, 2, 1, 0, 4, 31, 0, 1, 32, 0]);
+        // Four buffers, a weight, a product, two dropped, a product, three looks at it, and it is dropped.
+        assert_eq!(calls_that_went_well(&input), 13);
     }
 }

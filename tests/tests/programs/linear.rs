@@ -67,7 +67,13 @@ fn shapes_that_lie_are_refused() {
     }
     // 8192 bytes of codes are of 16384 elements.
     answers(&fits("128,128"), "[128, 128]");
-    for shape in ["128,129", "129,128", "2,128,65", "2147483647,1", "1,2147483647"] {
+    for shape in [
+        "128,129",
+        "129,128",
+        "2,128,65",
+        "2147483647,1",
+        "1,2147483647",
+    ] {
         invalid(&fits(shape), "lie outside of a buffer of 8192");
     }
 }
@@ -85,7 +91,10 @@ fn blocks_and_places_of_weights_are_checked() {
     for (codes, absmax) in [("7937", "0"), ("0", "8164"), (MAX, "0"), ("0", MAX)] {
         invalid(&["weight", "8,64", "64", codes, absmax], "lie outside");
     }
-    invalid(&["weight-between-devices"], "on devices 0 and 1, not on one");
+    invalid(
+        &["weight-between-devices"],
+        "on devices 0 and 1, not on one",
+    );
 }
 
 #[test]
@@ -180,9 +189,16 @@ fn products_see_what_was_written_before_and_not_what_is_written_later() {
 #[test]
 fn tensors_that_are_no_weights_in_4_bits_are_refused() {
     answers(&["weight-of-model", "2"], "[64, 32]");
-    told(&["weight-of-model", "3"], "Unsupported", "stored: products are of weights in 4 bits");
+    told(
+        &["weight-of-model", "3"],
+        "Unsupported",
+        "stored: products are of weights in 4 bits",
+    );
     for tensor in ["4", "4294967295"] {
-        invalid(&["weight-of-model", tensor], "is not there, or was not loaded");
+        invalid(
+            &["weight-of-model", tensor],
+            "is not there, or was not loaded",
+        );
     }
 }
 
@@ -190,7 +206,14 @@ fn tensors_that_are_no_weights_in_4_bits_are_refused() {
 fn weights_run_out() {
     answers(&["hoard-weights", "9000"], "9000");
     let failure = Bench::default().failure(hostile(), &["hoard-weights", "20000"]);
-    assert_eq!(failure, GuestFailure::Resources { limit: 10_000 });
+    assert_eq!(failure, GuestFailure::Handles { limit: 10_000 });
+}
+
+#[test]
+fn lists_are_as_long_as_there_are_handles() {
+    // Each product has a weight and two buffers.
+    let failure = Bench::default().failure(hostile(), &["list", "4000"]);
+    assert_eq!(failure, GuestFailure::Handles { limit: 10_000 });
 }
 
 #[test]
@@ -220,7 +243,11 @@ fn time_ends_products_one_after_the_other_in_one_list_and_in_one_product() {
     );
     for behavior in ["multiply-without-end", "list-without-end", "multiply-long"] {
         let failure = roomy().failure(&program, &[behavior]);
-        assert_eq!(failure, GuestFailure::Deadline { seconds: 0.3 }, "{behavior}");
+        assert_eq!(
+            failure,
+            GuestFailure::Deadline { seconds: 0.3 },
+            "{behavior}"
+        );
     }
 }
 
@@ -243,5 +270,5 @@ fn products_are_cancelled_in_the_middle() {
 
 #[test]
 fn the_processor_needs_nothing_beside_the_operands() {
-    answers(&["scratch"], "false false true");
+    answers(&["scratch", "0"], "false false true");
 }

@@ -3,3 +3,4 @@
 set -eu
 cd "$(dirname -- "$0")"
 wit-bindgen c ../../../../wit --world policy --out-dir .
+wit-bindgen c ../../../../wit --world program --out-dir .

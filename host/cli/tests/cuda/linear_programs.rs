@@ -41,7 +41,11 @@ fn a_gpu_gives_what_the_processor_gives() {
     let on_gpu = bench(20 * MIB);
     for arguments in SAME {
         let expected = on_the_processor().answer(hostile(), arguments);
-        assert_eq!(on_gpu.answer(hostile(), arguments), expected, "{arguments:?}");
+        assert_eq!(
+            on_gpu.answer(hostile(), arguments),
+            expected,
+            "{arguments:?}"
+        );
     }
     drop(on_gpu);
     if let Some(report) = driver.clean_report("programs that multiply") {
@@ -96,10 +100,12 @@ fn what_products_need_beside_their_operands_is_told_and_counted_in_the_quota() {
     let driver = Driver::start(1);
     let granularity = CudaGranularity::ask();
     let enough = bench(20 * MIB);
-    assert_eq!(enough.answer(hostile(), &["scratch"]), "true true true");
-    // Operands fit into one chunk, and what the kernels work in does not fit beside them.
+    let need = ["scratch", "0"];
+    assert_eq!(enough.answer(hostile(), &need), "true true true");
+    // Operands, of 147 KiB, fit, and what the kernels work in does not fit beside them.
     let short = bench(granularity.0);
-    let told = short.told(hostile(), &["scratch"]);
+    let rest = (granularity.0 - (160 << 10)).to_string();
+    let told = short.told(hostile(), &["scratch", &rest]);
     assert!(told.starts_with("Error::QuotaExceeded"), "{told}");
     drop((enough, short));
     driver.clean_report("programs with too little memory to work in");
@@ -141,14 +147,16 @@ fn whichever_call_fails_a_program_is_told_or_ended_and_others_are_unharmed() {
         for device in bench.devices.iter() {
             assert_eq!(device.usage().reserved.now, 0, "{device:?}");
         }
-        outcome.map(|outcome| outcome.answer).map_err(|error| error.to_string())
+        outcome
+            .map(|outcome| outcome.answer)
+            .map_err(|error| error.to_string())
     };
     assert_eq!(outcome(), Ok("true true 0".to_owned()));
     let calls = driver.report().calls;
     drop(driver);
     // Of many calls that are the same one after the other, some.
     let (mut failed, mut last) = (0, "");
-    let step = calls.len() / 150 + 1;
+    let step = calls.len() / 60 + 1;
     for (index, call) in calls.iter().enumerate() {
         if index % step != 0 && call == last {
             continue;
@@ -158,9 +166,8 @@ fn whichever_call_fails_a_program_is_told_or_ended_and_others_are_unharmed() {
             fail_at: Some(index as u64 + 1),
             ..one()
         });
-        let result = std::thread::scope(|scope| {
-            scope.spawn(|| std::panic::catch_unwind(outcome)).join()
-        });
+        let result =
+            std::thread::scope(|scope| scope.spawn(|| std::panic::catch_unwind(outcome)).join());
         let report = driver.report();
         let what = format!("{call}, call {}", index + 1);
         // Devices that cannot be opened end the test's own setup.

@@ -262,6 +262,11 @@ fn whichever_call_fails_it_is_an_error_and_nothing_is_left_or_wrong() {
     let calls = driver.report().calls;
     drop(driver);
     for number in 1..=calls.len() as u64 {
+        // Contexts that are entered and left are most of the calls.
+        let is_common = calls[number as usize - 1].starts_with("cuCtxP");
+        if is_common && number % 7 != 0 {
+            continue;
+        }
         for for_good in [false, true] {
             let driver = StandIn::start(&Setup {
                 fail_at: Some(number),

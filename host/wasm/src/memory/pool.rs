@@ -449,6 +449,12 @@ impl DevicePool {
     }
 }
 
+impl Drop for DevicePool {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}
+
 impl Chunks {
     /// Returns those empty chunks that `unwanted` names, after `settle` if there are some.
     fn trim(&mut self, settle: impl FnOnce(), mut unwanted: impl FnMut(&Chunk) -> bool) {

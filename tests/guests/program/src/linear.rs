@@ -36,14 +36,18 @@ pub(crate) fn misbehave(behavior: &str, rest: &[String]) -> Option<Answer> {
         "hoard-weights" => hoard_weights(number(rest)),
         "multiply-without-end" => multiply_without_end(),
         "multiply-long" => multiply_long(),
-        "list-without-end" => list_of(u64::MAX),
+        "list-without-end" => loop {
+            if let Err(error) = list_of(3000) {
+                return Some(Err(error));
+            }
+        },
         "list" => list_of(number(rest)),
         "finish-nothing" => finish().map(|()| "finished".into()),
         "panic-while-queued" => panic_while_queued(),
         "quantize-all" => quantize_all(),
         "quantize-in" => quantize_in(number(rest)),
         "read-what-was-not-written" => read_what_was_not_written(),
-        "scratch" => scratch(),
+        "scratch" => scratch(number(rest)),
         _ => return None,
     })
 }
@@ -282,7 +286,10 @@ fn experts_of_nobody() -> Answer {
         .map(|row| row.iter().all(|number| *number == 0.0))
         .collect();
     it.y.write(0, &[0x3f; 8])?;
-    multiply(&[it.product(ROWS as u32).with_experts(ids.at(0))])?;
+    // All of them, and the first one, of nobody, by itself.
+    for rows in [ROWS as u32, 1] {
+        multiply(&[it.product(rows).with_experts(ids.at(0))])?;
+    }
     Ok(format!("{rows:?} {:?}", it.y.read(0, 8)?))
 }
 
@@ -405,7 +412,7 @@ fn multiply_long() -> Answer {
 fn list_of(count: u64) -> Answer {
     let it = Setup::new(None)?;
     let product = || it.product(ROWS as u32);
-    let products: Vec<Product<'_>> = (0..count.min(1 << 21)).map(|_| product()).collect();
+    let products: Vec<Product<'_>> = (0..count).map(|_| product()).collect();
     multiply(&products)?;
     finish()?;
     Ok(products.len().to_string())
@@ -512,8 +519,9 @@ fn read_what_was_not_written() -> Answer {
     Ok("zeros".into())
 }
 
-/// What products need beside their operands, as it is told and as it is taken.
-fn scratch() -> Answer {
+/// What products need beside their operands, as it is told and as it is taken, beside so many bytes more.
+fn scratch(taken: u64) -> Answer {
+    let _taken = Buffer::allocate(0, taken)?;
     let (outputs, inputs) = (256u64, 1024u64);
     let elements = outputs * inputs;
     let (codes, absmax) = (

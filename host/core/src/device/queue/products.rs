@@ -117,7 +117,9 @@ impl QueuedWeights {
 impl QueuedProduct {
     /// About as many bytes as could be moved while it is computed.
     pub(super) fn arithmetic(&self) -> u64 {
-        let MatrixShape { outputs, inputs, .. } = self.weights.shape;
+        let MatrixShape {
+            outputs, inputs, ..
+        } = self.weights.shape;
         let multiplications = (outputs as u64).saturating_mul(inputs as u64);
         let multiplications = multiplications.saturating_mul(self.product.rows as u64);
         multiplications / MULTIPLICATIONS_OF_A_BYTE
@@ -138,7 +140,9 @@ impl QueuedProduct {
     pub(super) fn operands(&self) -> Vec<Operand<'_>> {
         use Operand as O;
         let Product { float, rows, .. } = self.product;
-        let MatrixShape { outputs, inputs, .. } = self.weights.shape;
+        let MatrixShape {
+            outputs, inputs, ..
+        } = self.weights.shape;
         let each = float.bytes();
         let mut operands = self.weights.operands();
         operands.push(O::read("x", &self.x, rows.saturating_mul(inputs), each));

@@ -81,9 +81,9 @@ impl ProgramCtxView<'_> {
         let used = [
             Used::written(checked.output, all(output)?, each),
             Used::read(checked.input, all(input)?, each),
-            checked.bias.map_or(none, |bias| {
-                Used::read(bias, checked.bias_bytes(), each)
-            }),
+            checked
+                .bias
+                .map_or(none, |bias| Used::read(bias, checked.bias_bytes(), each)),
             match checked.experts {
                 Some(experts) => Used::read(experts, all(4)?, 4),
                 None => none,
@@ -113,7 +113,10 @@ impl ProgramCtxView<'_> {
         }
         let written = &used[0];
         let buffer = self.table.get(&written.place.buffer)?;
-        if checked.weight.overlaps(buffer, written.place.offset, written.bytes) {
+        if checked
+            .weight
+            .overlaps(buffer, written.place.offset, written.bytes)
+        {
             return Err(CallError::invalid("output and the weight overlap"));
         }
         Ok(checked)
@@ -143,7 +146,9 @@ fn shape(given: &[u64], block: u32) -> Result<tightfit::device::MatrixShape, Cal
     if given.contains(&0) {
         return Err(CallError::invalid("a weight has no length of 0"));
     }
-    let elements = given.iter().try_fold(1u64, |all, &length| all.checked_mul(length));
+    let elements = given
+        .iter()
+        .try_fold(1u64, |all, &length| all.checked_mul(length));
     let outputs_of_all = experts.unwrap_or(1).saturating_mul(outputs);
     let most = tightfit_kernels::cuda::experts::MOST_EXPERTS as u64;
     if elements.is_none()
@@ -249,7 +254,11 @@ impl ProgramCtx {
         bytes: u64,
     ) -> Result<tightfit::device::DeviceBytes, CallError> {
         use super::view::not_there;
-        if self.scratch.get(&device).is_none_or(|have| have.bytes() < bytes) {
+        if self
+            .scratch
+            .get(&device)
+            .is_none_or(|have| have.bytes() < bytes)
+        {
             // What is too short goes back first: there may be no room for both.
             self.scratch.remove(&device);
             let index = u32::try_from(device).unwrap_or(u32::MAX);

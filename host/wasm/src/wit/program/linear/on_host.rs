@@ -15,14 +15,14 @@ use super::weight::{Shared, Source};
 use crate::memory::HeldPiece;
 use tightfit::plan::PartKind;
 
-/// Multiplications of one piece: some tens of milliseconds on two cores.
-const PIECE: u64 = 1 << 31;
+/// Multiplications of one piece: some tens of milliseconds on two cores. Tests have many pieces of little work.
+const PIECE: u64 = if cfg!(test) { 1 << 16 } else { 1 << 31 };
 
 /// Bytes of input and output of one piece, unless a row has more.
 const PIECE_BYTES: u64 = 4 << 20;
 
 /// Elements of a weight that are multiplied with in one go: larger ones are cut up.
-const LARGE: u64 = 1 << 30;
+const LARGE: u64 = if cfg!(test) { 1 << 15 } else { 1 << 30 };
 
 /// Multiplications that are worth a thread.
 const WORK_OF_A_THREAD: u64 = 1 << 18;

@@ -12,9 +12,7 @@ use super::super::error::CallError;
 use super::super::models::{Loaded, LoadedModel};
 use super::super::view::{Used, element_bytes, not_there};
 use crate::memory::{Buffer, HeldPiece};
-use tightfit::device::{
-    DeviceBytes, MatrixShape, Product, Queue, QueuedScales, QueuedWeights,
-};
+use tightfit::device::{DeviceBytes, MatrixShape, Product, Queue, QueuedScales, QueuedWeights};
 use tightfit::plan::PartKind;
 
 /// A weight that a program multiplies with.
@@ -168,9 +166,7 @@ impl ProgramCtxView<'_> {
             };
             queued = Some((weights, queue));
         } else if tensor.part(PartKind::Codes).is_none() {
-            return Err(CallError::unsupported(format_args!(
-                "device {device} has no kernels for products, and the processor cannot read it"
-            )));
+            return Err(no_kernels(device));
         }
         Ok(Shared {
             device,
@@ -224,7 +220,14 @@ impl ProgramCtxView<'_> {
                 };
                 Some((weights, queue))
             }
-            None => None,
+            None => {
+                let ranges = [&code_part, &absmax_part];
+                let ranges = ranges.map(|part| (&*part.piece, part.offset, part.bytes));
+                if HeldPiece::with_host(ranges, |_| ()).is_none() {
+                    return Err(no_kernels(self.table.get(&codes.buffer)?.device()));
+                }
+                None
+            }
         };
         Ok(Shared {
             device: self.table.get(&codes.buffer)?.device(),
@@ -251,6 +254,12 @@ impl ProgramCtxView<'_> {
             bytes,
         })
     }
+}
+
+fn no_kernels(device: usize) -> CallError {
+    CallError::unsupported(format_args!(
+        "device {device} has no kernels for products, and the processor cannot read it"
+    ))
 }
 
 /// The values of the codes of scales, and their mean.

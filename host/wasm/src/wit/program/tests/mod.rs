@@ -3,6 +3,7 @@
 mod buffers;
 mod checkpoints;
 mod ends;
+mod linear;
 mod models;
 mod nf4;
 

@@ -12,9 +12,7 @@ use tightfit_kernels::cuda::linear::Gpu;
 
 use super::stream::{Event, Stream};
 use super::{Context, CudaPageLocked, DeviceMemory, KernelModule, WorkspaceMemory, twice};
-use crate::device::{
-    DeviceBytes, DeviceError, MOST_WORK, MatrixShape, Operation, Product, Queue,
-};
+use crate::device::{DeviceBytes, DeviceError, MOST_WORK, MatrixShape, Operation, Product, Queue};
 
 /// Bytes that are copied from the host at once.
 const WRITTEN: usize = 256 << 10;

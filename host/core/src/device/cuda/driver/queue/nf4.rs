@@ -1,6 +1,5 @@
 //! NF4 in a queue: the kernels that quantize and dequantize, and bytes.
 
-
 use tightfit_kernels::cuda::{self, quant_type_argument};
 
 use super::super::stream::Stream;

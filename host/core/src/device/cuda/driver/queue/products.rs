@@ -2,7 +2,7 @@
 
 use cudarc::driver::sys::CUdeviceptr;
 use tightfit_kernels::cuda::experts::{ExpertsLaunch, ExpertsProduct, Form, Routing, RowsOfX};
-use tightfit_kernels::cuda::linear::Linear;
+use tightfit_kernels::cuda::linear::{COUNTERS, Gpu, Linear};
 use tightfit_kernels::cuda::quant_type_argument;
 use tightfit_kernels::{KernelError, QuantType};
 
@@ -56,9 +56,10 @@ fn of_stack(product: &Product, shape: &MatrixShape, experts: usize) -> ExpertsPr
     }
 }
 
-/// Where a routing begins in a workspace: behind what kernels work in.
-fn routing_begins(product: &ExpertsProduct, gpu: tightfit_kernels::cuda::linear::Gpu) -> u64 {
-    let work = product.most_workspace_bytes(Some(gpu)) as u64;
+/// Where a routing begins in a workspace: behind what kernels work in, and behind the counters also where these
+/// kernels have none, since others that use the same workspace do.
+fn routing_begins(product: &ExpertsProduct, gpu: Gpu) -> u64 {
+    let work = product.most_workspace_bytes(Some(gpu)).max(COUNTERS) as u64;
     work.saturating_add(ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT
 }
 
@@ -92,8 +93,9 @@ impl CudaQueue {
         };
         let product = of_stack(product, shape, experts);
         match gpu {
-            Some(gpu) => routing_begins(&product, gpu)
-                .saturating_add(product.routing.most_bytes() as u64),
+            Some(gpu) => {
+                routing_begins(&product, gpu).saturating_add(product.routing.most_bytes() as u64)
+            }
             // It has no kernels either.
             None => 0,
         }
