@@ -110,8 +110,13 @@ fn operations() -> Vec<decoder::Operation> {
         norm_eps: 1e-3,
         norm_weight_offset: 0.0,
     };
+    // One head, whose keys all multiprocessors share.
     let attention = Attention {
-        heads: heads(1),
+        heads: Heads {
+            query_heads: 1,
+            kv_heads: 1,
+            ..heads(1)
+        },
         capacity: 300,
         visible: Visible::First(NonZeroUsize::new(300).unwrap()),
         scale: 0.25,
@@ -239,8 +244,8 @@ fn operands_that_do_not_belong_to_an_operation_are_refused() {
         overlapping.operands[2] = overlapping.operands[0].slice(0, 120).unwrap();
         refused(overlapping, "overlap");
         let mut shifted = of(&attend);
-        let queries = on.take(256 + 4);
-        shifted.operands[0] = queries.slice(4, 256).unwrap();
+        let queries = on.take(64 + 4);
+        shifted.operands[0] = queries.slice(4, 64).unwrap();
         refused(shifted, "need a multiple of 16");
         let mut small = of(&attend);
         small.workspace = Some(on.zeros(256));

@@ -7,9 +7,11 @@ use tightfit_program::transformer::{
     Activation, Cache, Faults, HeadNorms, Heads, Norm, Parameter, Rotary, Visible, add, attend,
     combine, dense, gate, gather, rms_norm, rotate, route, take_faults, top,
 };
-use tightfit_program::{Buffer, Dtype, Error, Place, output};
+use tightfit_program::{
+    Buffer, Checkpoint, Dtype, Error, Format, Model, Place, Placement, output,
+};
 
-use crate::{Answer, models, number};
+use crate::{Answer, number};
 
 pub(crate) fn misbehave(behavior: &str, rest: &[String]) -> Option<Answer> {
     Some(match behavior {
@@ -17,7 +19,7 @@ pub(crate) fn misbehave(behavior: &str, rest: &[String]) -> Option<Answer> {
         "ids" => ids(&rest[0]),
         "positions" => positions(&rest[0]),
         "faults-are-taken-once" => faults_are_taken_once(),
-        "faults-of" => take_faults(number(rest) as u32).map(|faults| format!("{faults:?}")),
+        "faults-of" => take_faults(number(rest) as u32).map(|faults| show(faults).into()),
         "cache-reads-as-zeros" => cache_reads_as_zeros(),
         "attend-without-end" => attend_without_end(),
         "attend-long" => attend_long(),
@@ -32,6 +34,28 @@ pub(crate) fn misbehave(behavior: &str, rest: &[String]) -> Option<Answer> {
         },
         _ => return None,
     })
+}
+
+/// The granted model: its first tensor as it is, the second not at all, the third in NF4, the last as it is.
+fn load() -> Result<Model, Error> {
+    let checkpoint = Checkpoint::open("model")?;
+    let place = |(device, format)| Placement { device, format };
+    let placements = [
+        (Some(0), Format::Stored),
+        (None, Format::Stored),
+        (Some(0), Format::NF4),
+        (Some(0), Format::Stored),
+    ];
+    Model::load(&checkpoint, &placements.map(place), &[0, 0])
+}
+
+fn show(faults: Faults) -> &'static str {
+    match faults {
+        _ if faults == Faults::empty() => "none",
+        _ if faults == Faults::ID => "id",
+        _ if faults == Faults::POSITION => "position",
+        _ => "both",
+    }
 }
 
 /// Bytes of every buffer: what fits the lengths that there are by default, and not much more.
@@ -142,7 +166,7 @@ fn step(operation: &str, changes: &[String]) -> Answer {
         "combine" => combine(float, rows, k, columns, &at(0), &at(1), &at(2))?,
         // Of the model's [64, 32] bf16, an I64 vector, and what is in 4 bits.
         "gather" | "dense" => {
-            let model = models::load()?;
+            let model = load()?;
             let parameter = Parameter {
                 model: &model,
                 tensor: given.length("tensor", 0),
@@ -154,7 +178,7 @@ fn step(operation: &str, changes: &[String]) -> Answer {
         }
         _ => panic!("no such operation"),
     }
-    Ok(format!("{:?}", take_faults(0)?))
+    Ok(show(take_faults(0)?).into())
 }
 
 fn words(words: &[u32]) -> Result<Buffer, Error> {
@@ -168,15 +192,15 @@ fn list(text: &str) -> Vec<u32> {
 
 /// Rows of the model's table, for ids whatever they are.
 fn ids(text: &str) -> Answer {
-    let model = models::load()?;
+    let model = load()?;
     let ids = list(text);
     let y = Buffer::of(0, &vec![0xee; 64 * ids.len()])?;
     let table = Parameter { model: &model, tensor: 0 };
     gather(&table, &words(&ids)?.at(0), ids.len() as u32, &y.at(0))?;
-    let faults = take_faults(0)?;
+    let faults = show(take_faults(0)?);
     let rows = y.read(0, y.length())?;
     let zero = rows.chunks(64).map(|row| row.iter().all(|byte| *byte == 0));
-    Ok(format!("{faults:?} {:?}", zero.collect::<Vec<bool>>()))
+    Ok(format!("{faults} {:?}", zero.collect::<Vec<bool>>()))
 }
 
 /// Keys and values of ones into a cache of 4 rows, at positions whatever they are, and what is there.
@@ -215,20 +239,20 @@ fn positions(text: &str) -> Answer {
     let positions = words(&positions)?;
     let at = positions.at(0);
     rotate(heads, &norms, &rotary, &at, &q.at(0), &k.at(0), &v.at(0), &cache())?;
-    let first = take_faults(0)?;
+    let first = show(take_faults(0)?);
     let written = values.read(0, values.length())?;
     let written = written.chunks(32).map(|row| row.iter().any(|byte| *byte != 0));
     let written: Vec<bool> = written.collect();
     attend(heads, &cache(), &at, Visible::Causal, 4, 1.0, &q.at(0), &y.at(0))?;
-    let second = take_faults(0)?;
+    let second = show(take_faults(0)?);
     let finite = y.read(0, y.length())?.chunks(4).all(|bytes| {
         f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]).is_finite()
     });
-    Ok(format!("{first:?} {written:?} {second:?} {finite}"))
+    Ok(format!("{first} {written:?} {second} {finite}"))
 }
 
 fn faults_are_taken_once() -> Answer {
-    let model = models::load()?;
+    let model = load()?;
     let table = Parameter { model: &model, tensor: 0 };
     let (ids, y) = (words(&[64])?, Buffer::allocate(0, 64)?);
     gather(&table, &ids.at(0), 1, &y.at(0))?;
@@ -321,7 +345,7 @@ fn attend_long() -> Answer {
 }
 
 fn dense_long() -> Answer {
-    let model = models::load()?;
+    let model = load()?;
     let weight = Parameter { model: &model, tensor: 0 };
     let rows = 1 << 18;
     let (x, y) = (Buffer::allocate(0, rows * 64)?, Buffer::allocate(0, rows * 128)?);
