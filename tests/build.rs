@@ -65,7 +65,11 @@ fn build_all() -> Result<[(&'static str, PathBuf); 4], String> {
     let tests = path_from_environment("CARGO_MANIFEST_DIR")?;
     let guests = build(&tests.join("guests"), "guests", &["--workspace"])?;
     // Where a guest's author would build it.
-    let examples = build(&tests, "examples", &["--package", "load-and-check", "--package", "generate"])?;
+    let examples = build(
+        &tests,
+        "examples",
+        &["--package", "load-and-check", "--package", "generate"],
+    )?;
     Ok([
         ("HOSTILE_POLICY", guests.join("hostile.wasm")),
         ("HOSTILE_PROGRAM", guests.join("hostile_program.wasm")),

@@ -28,7 +28,10 @@ fn texts(model: &GoldenModel) -> Vec<Vec<u32>> {
     let expected = model.tensors("expected.safetensors");
     let ids = expected.get("input_ids");
     let (tokens, _) = ids.data.as_chunks::<8>();
-    let tokens: Vec<u32> = tokens.iter().map(|id| i64::from_le_bytes(*id) as u32).collect();
+    let tokens: Vec<u32> = tokens
+        .iter()
+        .map(|id| i64::from_le_bytes(*id) as u32)
+        .collect();
     tokens.chunks(ids.shape[1]).map(<[u32]>::to_vec).collect()
 }
 
@@ -48,7 +51,10 @@ fn golden_models_give_the_logits_of_transformers() {
             }
             assert_eq!(have.len(), need.len(), "{name}");
             let apart = have.iter().zip(&need).map(|(a, b)| (a - b).abs());
-            let apart = apart.fold(0f32, |most, by| if by.is_nan() { f32::NAN } else { most.max(by) });
+            let apart = apart.fold(
+                0f32,
+                |most, by| if by.is_nan() { f32::NAN } else { most.max(by) },
+            );
             println!("{name}: {apart:.1e}");
             assert!(apart <= TOLERANCE, "{name}: logits differ by {apart}");
         }
@@ -62,8 +68,14 @@ fn greedy_tokens_are_those_of_the_largest_logits() {
         let model = GoldenModel::unpack(name);
         let devices = on(HostDevice::cpu(None));
         let text = &texts(&model)[0];
-        let prompt = text[..6].iter().map(u32::to_string).collect::<Vec<_>>().join(",");
-        let arguments = ["--tokens", &prompt, "--float", "f32", "--max", "5", "--rows", "4"];
+        let prompt = text[..6]
+            .iter()
+            .map(u32::to_string)
+            .collect::<Vec<_>>()
+            .join(",");
+        let arguments = [
+            "--tokens", &prompt, "--float", "f32", "--max", "5", "--rows", "4",
+        ];
         let tokens = run(&model, &devices, &arguments).tokens;
         let mut known = text[..6].to_vec();
         for token in &tokens {
@@ -76,7 +88,9 @@ fn greedy_tokens_are_those_of_the_largest_logits() {
         assert_eq!(tokens.len(), 5, "{name}");
         // However many rows are computed together.
         for rows in ["1", "64"] {
-            let arguments = ["--tokens", &prompt, "--float", "f32", "--max", "5", "--rows", rows];
+            let arguments = [
+                "--tokens", &prompt, "--float", "f32", "--max", "5", "--rows", rows,
+            ];
             assert_eq!(run(&model, &devices, &arguments).tokens, tokens, "{name}");
         }
     }
@@ -87,7 +101,16 @@ fn a_seed_gives_the_same_tokens_and_another_one_others() {
     let model = GoldenModel::unpack("llama");
     let devices = on(HostDevice::cpu(None));
     let tokens = |seed: &str, temperature: &str| {
-        let arguments = ["--tokens", "1,2,3", "--max", "12", "--seed", seed, "--temperature", temperature];
+        let arguments = [
+            "--tokens",
+            "1,2,3",
+            "--max",
+            "12",
+            "--seed",
+            seed,
+            "--temperature",
+            temperature,
+        ];
         run(&model, &devices, &arguments).tokens
     };
     assert_eq!(tokens("7", "1.5"), tokens("7", "1.5"));
@@ -103,7 +126,12 @@ fn generating_ends_where_it_is_told() {
     let all = run(&model, &devices, &["--tokens", "1,2,3", "--max", "8"]).tokens;
     assert_eq!(all.len(), 8);
     let stop = all[3].to_string();
-    let some = run(&model, &devices, &["--tokens", "1,2,3", "--max", "8", "--stop", &stop]).tokens;
+    let some = run(
+        &model,
+        &devices,
+        &["--tokens", "1,2,3", "--max", "8", "--stop", &stop],
+    )
+    .tokens;
     let first = all.iter().position(|token| *token == all[3]).unwrap();
     assert_eq!(some, all[..=first]);
 }
@@ -113,7 +141,11 @@ fn every_type_of_activations_gives_tokens_and_says_what_it_takes() {
     let model = GoldenModel::unpack("qwen2_tied");
     for float in ["bf16", "f16", "f32"] {
         let devices = on(HostDevice::sim(0, 1 << 30));
-        let generated = run(&model, &devices, &["--tokens", "5,6", "--max", "3", "--float", float]);
+        let generated = run(
+            &model,
+            &devices,
+            &["--tokens", "5,6", "--max", "3", "--float", float],
+        );
         assert_eq!(generated.tokens.len(), 3);
         let numbers: Vec<u64> = generated
             .answer
@@ -145,6 +177,7 @@ fn what_it_cannot_do_it_says() {
         assert!(error.contains(words), "{arguments:?}: {error}");
     }
     let other = GoldenModel::unpack("qwen3_5_moe");
-    let error = tightfit_tests::generate::failure(&other.path("bf16"), &devices, &["--tokens", "1"]);
+    let error =
+        tightfit_tests::generate::failure(&other.path("bf16"), &devices, &["--tokens", "1"]);
     assert!(error.contains("not known here"), "{error}");
 }

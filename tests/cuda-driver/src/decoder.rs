@@ -4,9 +4,7 @@ use std::num::NonZeroUsize;
 
 use tightfit_kernels::cuda::decoder::{Argument, Call, call};
 use tightfit_kernels::cuda::linear::COUNTERS;
-use tightfit_kernels::decoder::{
-    Attention, Heads, Operand, Operation, RmsNorm, Rotation, Visible,
-};
+use tightfit_kernels::decoder::{Attention, Heads, Operand, Operation, RmsNorm, Rotation, Visible};
 use tightfit_kernels::{Activation, FloatType, Isa, Kernels};
 
 use crate::kernels::{Access, Parameters, Passed, Shape, memory};
@@ -26,7 +24,9 @@ fn operation_of(
     number: impl Fn(usize) -> u64,
 ) -> Result<Operation, String> {
     let unknown = || format!("{kernel} is not known");
-    let name = kernel.strip_prefix("tightfit_decoder_").ok_or_else(unknown)?;
+    let name = kernel
+        .strip_prefix("tightfit_decoder_")
+        .ok_or_else(unknown)?;
     let (name, float) = name.rsplit_once('_').ok_or_else(unknown)?;
     let float = match float {
         "f32" | "32" => FloatType::F32,

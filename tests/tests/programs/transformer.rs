@@ -9,7 +9,11 @@ use tightfit_wasm::wit::program::output;
 
 #[track_caller]
 fn answers(arguments: &[&str], expected: &str) {
-    assert_eq!(Bench::default().answer(hostile(), arguments), expected, "{arguments:?}");
+    assert_eq!(
+        Bench::default().answer(hostile(), arguments),
+        expected,
+        "{arguments:?}"
+    );
 }
 
 #[track_caller]
@@ -59,7 +63,9 @@ fn calls_that_are_right_are_carried_out_in_their_order() {
 
 #[test]
 fn nothing_is_done_for_nothing() {
-    for operation in ["rms-norm", "rotate", "attend", "top", "route", "combine", "gather", "dense"] {
+    for operation in [
+        "rms-norm", "rotate", "attend", "top", "route", "combine", "gather", "dense",
+    ] {
         Bench::default().answer(hostile(), &["step", operation, "rows=0"]);
     }
     for operation in ["add", "gate"] {
@@ -86,7 +92,11 @@ fn places_outside_of_their_buffers_are_refused() {
 fn places_between_elements_are_refused() {
     for operation in ALL {
         for place in places(operation) {
-            invalid(operation, &[&format!("at{place}=1")], "not at a multiple of");
+            invalid(
+                operation,
+                &[&format!("at{place}=1")],
+                "not at a multiple of",
+            );
         }
     }
     // Of heads and caches, what is not at a multiple of 16.
@@ -214,7 +224,9 @@ fn what_is_seen_is_something_and_is_there() {
 
 #[test]
 fn numbers_are_of_types_that_are_computed_with() {
-    for operation in ["rms-norm", "add", "gate", "rotate", "attend", "top", "route", "combine"] {
+    for operation in [
+        "rms-norm", "add", "gate", "rotate", "attend", "top", "route", "combine",
+    ] {
         for float in ["float=3", "float=4"] {
             told(operation, &[float], "Unsupported", "only bf16, f16 and f32");
         }
@@ -229,14 +241,22 @@ fn tensors_that_are_no_matrices_of_floats_are_refused() {
             invalid(operation, &[tensor], "is not there");
         }
         told(operation, &["tensor=2"], "Unsupported", "in 4 bits");
-        told(operation, &["tensor=3"], "Unsupported", "not bf16, f16 or f32");
+        told(
+            operation,
+            &["tensor=3"],
+            "Unsupported",
+            "not bf16, f16 or f32",
+        );
     }
 }
 
 #[test]
 fn ids_of_nothing_are_zeros_and_a_fault() {
     // The table is of zeros, and what was there is not.
-    answers(&["ids", "64,0,4294967295,63"], "id [true, true, true, true]");
+    answers(
+        &["ids", "64,0,4294967295,63"],
+        "id [true, true, true, true]",
+    );
     answers(&["ids", "0,63"], "none [true, true]");
     answers(&["faults-are-taken-once"], "[false, true, true]");
 }
@@ -250,7 +270,10 @@ fn positions_behind_a_cache_write_nothing_and_are_a_fault() {
         ("4294967295", "[false, false, false, false, false, false]"),
         ("1073741824,2", "[false, false, true, false, false, false]"),
     ] {
-        answers(&["positions", positions], &format!("position {written} position true"));
+        answers(
+            &["positions", positions],
+            &format!("position {written} position true"),
+        );
     }
 }
 
@@ -272,10 +295,19 @@ fn the_deadline_holds_in_the_middle_of_a_call() {
         .with_fuel(u64::MAX)
         .with_deadline(Duration::from_millis(300));
     let program = compile(HOSTILE, limits);
-    for behavior in ["attend-without-end", "attend-long", "dense-long", "norm-long"] {
+    for behavior in [
+        "attend-without-end",
+        "attend-long",
+        "dense-long",
+        "norm-long",
+    ] {
         let bench = Bench::with_devices(Bench::new(0).devices, 64 << 20);
         let failure = bench.failure(&program, &[behavior]);
-        assert_eq!(failure, GuestFailure::Deadline { seconds: 0.3 }, "{behavior}");
+        assert_eq!(
+            failure,
+            GuestFailure::Deadline { seconds: 0.3 },
+            "{behavior}"
+        );
     }
 }
 
@@ -284,7 +316,8 @@ fn what_a_program_says_comes_out_while_it_runs_and_in_its_order() {
     let bench = Bench::default();
     let (to, texts) = output();
     let context = bench.context().with_output(to);
-    let listener = std::thread::spawn(move || texts.into_iter().map(|text| text.len()).collect::<Vec<_>>());
+    let listener =
+        std::thread::spawn(move || texts.into_iter().map(|text| text.len()).collect::<Vec<_>>());
     let outcome = run(hostile(), context, &["say", "200", "65536"]).unwrap();
     assert_eq!(outcome.answer, "said");
     assert_eq!(listener.join().unwrap(), [65536; 200]);
@@ -293,7 +326,12 @@ fn what_a_program_says_comes_out_while_it_runs_and_in_its_order() {
     let (to, texts) = output();
     drop(texts);
     let context = bench.context().with_output(to);
-    assert_eq!(run(hostile(), context, &["say", "200", "1"]).unwrap().answer, "said");
+    assert_eq!(
+        run(hostile(), context, &["say", "200", "1"])
+            .unwrap()
+            .answer,
+        "said"
+    );
     let told = bench.told(hostile(), &["say", "1", "65537"]);
     assert!(told.contains("at most 65536"), "{told}");
 }
@@ -307,7 +345,12 @@ fn nobody_who_listens_slowly_holds_a_program_past_its_deadline() {
     let bench = Bench::default();
     // Nothing is ever taken.
     let (to, texts) = output();
-    let error = run(&program, bench.context().with_output(to), &["say-without-end"]).unwrap_err();
+    let error = run(
+        &program,
+        bench.context().with_output(to),
+        &["say-without-end"],
+    )
+    .unwrap_err();
     let is_deadline = matches!(
         &error,
         ProgramError::Failed {

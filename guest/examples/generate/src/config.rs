@@ -99,7 +99,10 @@ impl Config {
     }
 
     pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<(), GaveUp> {
-        match tokens.iter().find(|token| **token as usize >= self.vocabulary) {
+        match tokens
+            .iter()
+            .find(|token| **token as usize >= self.vocabulary)
+        {
             Some(token) => Err(format!("token {token}: there are {}", self.vocabulary).into()),
             None => Ok(()),
         }
@@ -107,18 +110,26 @@ impl Config {
 }
 
 fn windows(json: &Json, kind: &str, layers: usize) -> Vec<Option<u32>> {
-    let window = json.count("sliding_window").and_then(|window| u32::try_from(window).ok());
+    let window = json
+        .count("sliding_window")
+        .and_then(|window| u32::try_from(window).ok());
     let window = window.filter(|window| *window > 0);
     let types = json.0.get("layer_types").and_then(Value::as_array);
     // Mistral's kin has it wherever it has one, Qwen's only where it is told to use it.
-    let is_used = json.flag("use_sliding_window").unwrap_or(!kind.starts_with("qwen"));
+    let is_used = json
+        .flag("use_sliding_window")
+        .unwrap_or(!kind.starts_with("qwen"));
     // Of Qwen's layers the first so many have none.
-    let first = json.count("max_window_layers").filter(|_| kind.starts_with("qwen"));
+    let first = json
+        .count("max_window_layers")
+        .filter(|_| kind.starts_with("qwen"));
     let has = |layer: usize| match types {
         Some(types) => types.get(layer).and_then(Value::as_str) == Some("sliding_attention"),
         None => is_used && first.is_none_or(|first| layer >= first),
     };
-    (0..layers).map(|layer| window.filter(|_| has(layer))).collect()
+    (0..layers)
+        .map(|layer| window.filter(|_| has(layer)))
+        .collect()
 }
 
 /// Angles of a position, and what sines and cosines are multiplied with.
@@ -127,7 +138,9 @@ fn rotary(json: &Json, head: usize) -> Result<(Vec<f32>, f32), GaveUp> {
         .iter()
         .find_map(|name| json.0.get(*name).filter(|value| value.is_object()));
     let parameters = Json(parameters.cloned().unwrap_or(Value::Null));
-    let theta = parameters.number("rope_theta").or(json.number("rope_theta"));
+    let theta = parameters
+        .number("rope_theta")
+        .or(json.number("rope_theta"));
     let theta = theta.unwrap_or(10000.0);
     let part = parameters.number("partial_rotary_factor");
     let part = part.or(json.number("partial_rotary_factor")).unwrap_or(1.0);
@@ -142,7 +155,10 @@ fn rotary(json: &Json, head: usize) -> Result<(Vec<f32>, f32), GaveUp> {
     let turn = 2.0 * std::f64::consts::PI;
     let (frequencies, scaling): (Vec<f64>, f64) = match kind.unwrap_or("default") {
         "default" => (plain, 1.0),
-        "linear" => (plain.iter().map(|frequency| frequency / factor).collect(), 1.0),
+        "linear" => (
+            plain.iter().map(|frequency| frequency / factor).collect(),
+            1.0,
+        ),
         "llama3" => {
             let low = parameters.number("low_freq_factor").unwrap_or(1.0);
             let high = parameters.number("high_freq_factor").unwrap_or(4.0);
@@ -177,7 +193,9 @@ fn rotary(json: &Json, head: usize) -> Result<(Vec<f32>, f32), GaveUp> {
             let attention = attention.unwrap_or(0.1 * factor.ln() + 1.0);
             (scaled.collect(), attention)
         }
-        other => return Err(format!("rotary embeddings of type '{other}' are not known here").into()),
+        other => {
+            return Err(format!("rotary embeddings of type '{other}' are not known here").into());
+        }
     };
     let frequencies = frequencies.into_iter().map(|frequency| frequency as f32);
     Ok((frequencies.collect(), scaling as f32))
@@ -222,13 +240,17 @@ mod tests {
         assert_eq!(config.frequencies[0], 1.0);
         assert_eq!(config.frequencies[63], plain(63) / 8.0);
         let between = config.frequencies[32];
-        assert!(between < plain(32) && between > plain(32) / 8.0, "{between}");
+        assert!(
+            between < plain(32) && between > plain(32) / 8.0,
+            "{between}"
+        );
     }
 
     #[test]
     fn a_window_is_where_the_model_has_one() {
         let windows = |rest: &str| Config::parse(&format!("{LLAMA}{rest}")).unwrap().windows;
-        let types = r#", "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}"#;
+        let types =
+            r#", "sliding_window": 8, "layer_types": ["full_attention", "sliding_attention"]}"#;
         assert_eq!(windows(types), [None, Some(8)]);
         assert_eq!(windows(", \"sliding_window\": 8}"), [Some(8), Some(8)]);
     }

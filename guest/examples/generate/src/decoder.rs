@@ -59,14 +59,12 @@ impl<'c> Decoder<'c> {
         context: usize,
     ) -> Result<Decoder<'c>, GaveUp> {
         let (device, float) = (options.device, options.float);
-        let layers = (0..config.layers).map(|number| {
-            Layer::load(&mut model, config, number, device, float, context)
-        });
+        let layers = (0..config.layers)
+            .map(|number| Layer::load(&mut model, config, number, device, float, context));
         let layers = layers.collect::<Result<Vec<Layer>, GaveUp>>()?;
         let rows = options.rows.min(context);
         let words = |count: usize| Buffer::allocate(device, 4 * count as u64);
-        let numbers =
-            |count: usize| Buffer::allocate(device, (count * bytes_of(float)) as u64);
+        let numbers = |count: usize| Buffer::allocate(device, (count * bytes_of(float)) as u64);
         let chosen = config.experts.as_ref().map_or(1, |experts| experts.chosen);
         let between = layers.iter().map(Layer::intermediate).max().unwrap_or(0) * chosen;
         let experts = layers.iter().map(Layer::experts).max().unwrap_or(0);
@@ -128,9 +126,13 @@ impl<'c> Decoder<'c> {
 
     /// Says which tokens there are from a position on.
     pub(crate) fn write_tokens(&self, position: usize, tokens: &[u32]) -> Result<(), GaveUp> {
-        let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+        let bytes: Vec<u8> = tokens
+            .iter()
+            .flat_map(|token| token.to_le_bytes())
+            .collect();
         for (i, piece) in bytes.chunks(1 << 20).enumerate() {
-            self.tokens.write(4 * position as u64 + (i << 20) as u64, piece)?;
+            self.tokens
+                .write(4 * position as u64 + (i << 20) as u64, piece)?;
         }
         Ok(())
     }
@@ -191,7 +193,15 @@ impl<'c> Decoder<'c> {
         let (float, columns) = (self.on.float, self.config.vocabulary as u32);
         let [ids, values] = &self.largest;
         let logits = begin(&self.logits);
-        top(float, 1, columns, count, &logits, &begin(ids), &begin(values))?;
+        top(
+            float,
+            1,
+            columns,
+            count,
+            &logits,
+            &begin(ids),
+            &begin(values),
+        )?;
         let ids = words_of(&ids.read(0, 4 * u64::from(count))?);
         let values = words_of(&values.read(0, 4 * u64::from(count))?);
         let values = values.into_iter().map(f32::from_bits);
@@ -210,7 +220,9 @@ impl<'c> Decoder<'c> {
         let bytes = self.logits.read(0, self.logits.length())?;
         Ok(match self.on.float {
             Dtype::F32 => words_of(&bytes).into_iter().map(f32::from_bits).collect(),
-            Dtype::Bf16 => halves_of(&bytes).map(|half| f32::from_bits(u32::from(half) << 16)).collect(),
+            Dtype::Bf16 => halves_of(&bytes)
+                .map(|half| f32::from_bits(u32::from(half) << 16))
+                .collect(),
             _ => return Err("logits are given in f32 or bf16".into()),
         })
     }

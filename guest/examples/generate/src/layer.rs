@@ -89,8 +89,12 @@ impl Layer {
     ) -> Result<Layer, GaveUp> {
         let name = |part: &str| format!("model.layers.{number}.{part}");
         let attention = |part: &str| Linear::load(model, &name(&format!("self_attn.{part}_proj")));
-        let [queries, keys, values, output] =
-            [attention("q")?, attention("k")?, attention("v")?, attention("o")?];
+        let [queries, keys, values, output] = [
+            attention("q")?,
+            attention("k")?,
+            attention("v")?,
+            attention("o")?,
+        ];
         let (of_queries, of_keys) = (config.heads * config.head, config.kv_heads * config.head);
         for (linear, need) in [
             (&queries, of_queries),
@@ -99,7 +103,11 @@ impl Layer {
             (&output, config.hidden),
         ] {
             if linear.outputs != need {
-                return Err(format!("a projection of layer {number} has {} outputs, not {need}", linear.outputs).into());
+                return Err(format!(
+                    "a projection of layer {number} has {} outputs, not {need}",
+                    linear.outputs
+                )
+                .into());
             }
         }
         let head_norm = |part: &str| {
@@ -205,7 +213,16 @@ impl Layer {
             scaling: config.scaling,
         };
         let (queries, keys, values) = (begin(&on.queries), begin(&on.keys), begin(&on.values));
-        rotate(heads, &norms, &rotary, &positions(), &queries, &keys, &values, &cache())?;
+        rotate(
+            heads,
+            &norms,
+            &rotary,
+            &positions(),
+            &queries,
+            &keys,
+            &values,
+            &cache(),
+        )?;
         let visible = match self.window {
             Some(window) => Visible::Window(window),
             None => Visible::Causal,
@@ -213,7 +230,16 @@ impl Layer {
         let scale = 1.0 / (config.head as f32).sqrt();
         let most = (position + rows) as u32;
         let (queries, mixed) = (begin(&on.queries), begin(&on.mixed));
-        attend(heads, &cache(), &positions(), visible, most, scale, &queries, &mixed)?;
+        attend(
+            heads,
+            &cache(),
+            &positions(),
+            visible,
+            most,
+            scale,
+            &queries,
+            &mixed,
+        )?;
         multiply(&[self.output.product(&on.mixed, count, float, &on.more)])?;
         let more = begin(&on.more);
         rms_norm(&norm(&self.norms[1]), &hidden, Some(&more), &normed)?;
@@ -259,19 +285,42 @@ impl Mlp {
     ) -> Result<(), GaveUp> {
         let (float, count) = (on.float, rows as u32);
         match (self, &config.experts) {
-            (Mlp::Experts { gate, up, down, router, count }, Some(experts)) => {
+            (
+                Mlp::Experts {
+                    gate,
+                    up,
+                    down,
+                    router,
+                    count,
+                },
+                Some(experts),
+            ) => {
                 let stacks = [gate, up, down];
                 forward_experts(model, config, on, rows, stacks, router, *count, experts)
             }
             (Mlp::Experts { .. }, None) => Err("config.json says nothing of experts".into()),
-            (Mlp::Dense { gate: of_gate, up, down }, _) => {
+            (
+                Mlp::Dense {
+                    gate: of_gate,
+                    up,
+                    down,
+                },
+                _,
+            ) => {
                 multiply(&[
                     of_gate.product(&on.normed, count, float, &on.gates),
                     up.product(&on.normed, count, float, &on.ups),
                 ])?;
                 let elements = (rows * of_gate.outputs) as u64;
                 let (gates, ups) = (begin(&on.gates), begin(&on.ups));
-                gate(float, Activation::Silu, elements, &gates, &ups, &begin(&on.inner))?;
+                gate(
+                    float,
+                    Activation::Silu,
+                    elements,
+                    &gates,
+                    &ups,
+                    &begin(&on.inner),
+                )?;
                 multiply(&[down.product(&on.inner, count, float, &on.more)])?;
                 Ok(())
             }
@@ -299,7 +348,16 @@ fn forward_experts(
     let (scores, ids) = (begin(&on.scores), begin(&on.expert_ids));
     let weights = begin(&on.expert_weights);
     let normalize = experts.normalize;
-    route(float, rows as u32, count as u32, chosen as u32, normalize, &scores, &ids, &weights)?;
+    route(
+        float,
+        rows as u32,
+        count as u32,
+        chosen as u32,
+        normalize,
+        &scores,
+        &ids,
+        &weights,
+    )?;
     // Each choice is a product of one row, so that none has to be copied.
     let size = bytes_of(float);
     let at = |buffer, element: usize, size: usize| Place {
@@ -324,7 +382,14 @@ fn forward_experts(
     multiply(&products)?;
     let elements = (rows * chosen * between) as u64;
     let (gates, ups) = (begin(&on.gates), begin(&on.ups));
-    gate(float, Activation::Silu, elements, &gates, &ups, &begin(&on.inner))?;
+    gate(
+        float,
+        Activation::Silu,
+        elements,
+        &gates,
+        &ups,
+        &begin(&on.inner),
+    )?;
     multiply(&[Product {
         weight: down,
         input: begin(&on.inner),
@@ -337,6 +402,14 @@ fn forward_experts(
     }])?;
     let (parts, weights) = (begin(&on.parts), begin(&on.expert_weights));
     let more = begin(&on.more);
-    combine(float, rows as u32, chosen as u32, hidden as u32, &parts, &weights, &more)?;
+    combine(
+        float,
+        rows as u32,
+        chosen as u32,
+        hidden as u32,
+        &parts,
+        &weights,
+        &more,
+    )?;
     Ok(())
 }

@@ -52,14 +52,19 @@ impl Program for Generate {
             done += 1;
             let token = sampler.choose(&mut decoder, done)?;
             generated += 1;
-            output(&format!("{token}{}", if generated < options.max { " " } else { "" }))?;
+            output(&format!(
+                "{token}{}",
+                if generated < options.max { " " } else { "" }
+            ))?;
             if options.stop.contains(&token) {
                 break;
             }
         }
         let faults = transformer::take_faults(options.device)?;
         if faults != transformer::Faults::empty() {
-            return Err("internal error: the device found a token or a position that cannot be".into());
+            return Err(
+                "internal error: the device found a token or a position that cannot be".into(),
+            );
         }
         let peak = get_usage(options.device)?.reserved.peak;
         let cache = decoder.cache_bytes();

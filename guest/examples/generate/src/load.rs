@@ -187,7 +187,8 @@ impl Loaded {
                 let (codes, scales) = (at(&all_codes, 0), at(&all_scales, 0));
                 let weight =
                     Weight::from_codes(QuantType::Nf4, &lengths, BLOCK as u32, &codes, &scales)?;
-                self.stacks.insert(format!("{layer}.{}", purpose(kind)), weight);
+                self.stacks
+                    .insert(format!("{layer}.{}", purpose(kind)), weight);
             }
         }
         Ok(())

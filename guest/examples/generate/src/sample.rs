@@ -28,7 +28,10 @@ impl Random {
 impl Sampler {
     pub(crate) fn new(options: &Options) -> Sampler {
         // Seeds that are near each other shall not give numbers that are; and it is not zero.
-        let seed = options.seed.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let seed = options
+            .seed
+            .wrapping_add(1)
+            .wrapping_mul(0x9e37_79b9_7f4a_7c15);
         Sampler {
             temperature: options.temperature,
             top: options.top.clamp(1, 256),

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 use std::sync::Arc;
 
 use tightfit::device::{
-    CudaDevice, Device, DeviceBytes, DeviceError, Operation, QueuedDecode, Queue, Reservation,
+    CudaDevice, Device, DeviceBytes, DeviceError, Operation, Queue, QueuedDecode, Reservation,
 };
 use tightfit::memory::ReservationSize;
 use tightfit_kernels::decoder::{
@@ -43,7 +43,8 @@ impl Opened {
 
     fn take(&self, bytes: usize) -> DeviceBytes {
         let start = self.next.get();
-        self.next.set((start + bytes as u64 + 1).next_multiple_of(256));
+        self.next
+            .set((start + bytes as u64 + 1).next_multiple_of(256));
         let range = self.reservation.range(start, bytes as u64).unwrap();
         range.expect("it is a GPU's")
     }
@@ -124,16 +125,52 @@ fn operations() -> Vec<decoder::Operation> {
     vec![
         O::RmsNorm { norm, add: false },
         O::RmsNorm { norm, add: true },
-        O::Gate { float: FLOAT, activation: Activation::Silu, elements: 77 },
-        O::Add { float: FLOAT, elements: 77 },
-        O::Gather { float: FLOAT, rows: 3, table_rows: 4, columns: 10 },
-        O::Dense { float: FLOAT, lengths: [1, 9, 70], bias: true },
-        O::Dense { float: FLOAT, lengths: [3, 9, 70], bias: false },
-        O::Rotate { rotation, norms: [true, false] },
-        O::Attend { attention, most: 300 },
-        O::Top { float: FLOAT, lengths: [1, 5000, 7] },
-        O::Route { float: FLOAT, lengths: [3, 20, 4], normalize: true },
-        O::Combine { float: FLOAT, lengths: [3, 4, 20] },
+        O::Gate {
+            float: FLOAT,
+            activation: Activation::Silu,
+            elements: 77,
+        },
+        O::Add {
+            float: FLOAT,
+            elements: 77,
+        },
+        O::Gather {
+            float: FLOAT,
+            rows: 3,
+            table_rows: 4,
+            columns: 10,
+        },
+        O::Dense {
+            float: FLOAT,
+            lengths: [1, 9, 70],
+            bias: true,
+        },
+        O::Dense {
+            float: FLOAT,
+            lengths: [3, 9, 70],
+            bias: false,
+        },
+        O::Rotate {
+            rotation,
+            norms: [true, false],
+        },
+        O::Attend {
+            attention,
+            most: 300,
+        },
+        O::Top {
+            float: FLOAT,
+            lengths: [1, 5000, 7],
+        },
+        O::Route {
+            float: FLOAT,
+            lengths: [3, 20, 4],
+            normalize: true,
+        },
+        O::Combine {
+            float: FLOAT,
+            lengths: [3, 4, 20],
+        },
     ]
 }
 
@@ -206,9 +243,17 @@ fn what_ids_and_positions_cannot_be_sets_bits() {
             let given = on.given(&operation, &operands);
             // Bits of others stay.
             let word = given.faults.clone().unwrap();
-            on.queue.write(&word, &0x8000_0000u32.to_le_bytes()).unwrap();
+            on.queue
+                .write(&word, &0x8000_0000u32.to_le_bytes())
+                .unwrap();
             on.queue.give(&Operation::Decode(given)).unwrap();
-            let (found, _) = on.get(&word).as_chunks::<4>().0.split_first().map(|(a, b)| (*a, b.len())).unwrap();
+            let (found, _) = on
+                .get(&word)
+                .as_chunks::<4>()
+                .0
+                .split_first()
+                .map(|(a, b)| (*a, b.len()))
+                .unwrap();
             assert_eq!(u32::from_le_bytes(found), 0x8000_0000 | fault.bits());
         }
     }
@@ -253,7 +298,11 @@ fn operands_that_do_not_belong_to_an_operation_are_refused() {
         let mut none = of(&attend);
         none.workspace = None;
         refused(none, "the workspace has 0 bytes");
-        let decoder::Operation::Attend { mut attention, most } = attend else {
+        let decoder::Operation::Attend {
+            mut attention,
+            most,
+        } = attend
+        else {
             panic!("it is the ninth");
         };
         attention.heads.head_size = 12;
@@ -279,14 +328,24 @@ fn golden_models_give_the_logits_of_transformers() {
         let ids = file.get("input_ids");
         let (ids, _) = ids.data.as_chunks::<8>();
         // The beginning of the first text: the stand-in is not fast.
-        let tokens: Vec<u32> = ids[..4].iter().map(|id| i64::from_le_bytes(*id) as u32).collect();
+        let tokens: Vec<u32> = ids[..4]
+            .iter()
+            .map(|id| i64::from_le_bytes(*id) as u32)
+            .collect();
         let device = CudaDevice::open(0, None).unwrap();
         let devices: Arc<[Box<dyn Device>]> = Arc::from([Box::new(device) as Box<dyn Device>]);
         let have = logits(&model.path("bf16"), &devices, &tokens);
         for (i, (have, need)) in have.iter().zip(&need).enumerate() {
-            assert!((have - need).abs() <= 2e-4, "{name}: logit {i} is {have}, not {need}");
+            assert!(
+                (have - need).abs() <= 2e-4,
+                "{name}: logit {i} is {have}, not {need}"
+            );
         }
-        let prompt = tokens.iter().map(u32::to_string).collect::<Vec<_>>().join(",");
+        let prompt = tokens
+            .iter()
+            .map(u32::to_string)
+            .collect::<Vec<_>>()
+            .join(",");
         let arguments = ["--tokens", &prompt, "--max", "2", "--float", "f32"];
         let tokens = generate(&model.path("bf16"), &devices, &arguments).tokens;
         assert_eq!(tokens.len(), 2);

@@ -297,7 +297,8 @@ impl Queue for CudaQueue {
     fn decode_workspace_bytes(&self, operation: &tightfit_kernels::decoder::Operation) -> u64 {
         let gpu = self.gpu().ok();
         let call = gpu.and_then(|gpu| tightfit_kernels::cuda::decoder::call(operation, gpu).ok());
-        call.flatten().map_or(0, |call| call.launch.workspace_bytes as u64)
+        call.flatten()
+            .map_or(0, |call| call.launch.workspace_bytes as u64)
     }
 }
 
