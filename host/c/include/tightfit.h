@@ -27,6 +27,19 @@ typedef struct DLManagedTensor DLManagedTensor;
 typedef struct DLManagedTensorVersioned DLManagedTensorVersioned;
 
 
+// gate * sigmoid(gate) * up.
+#define TIGHTFIT_ACTIVATION_SILU 0
+
+// gate * (1 + erf(gate / sqrt(2))) / 2 * up.
+#define TIGHTFIT_ACTIVATION_GELU 1
+
+// The same with tanh: gate * (1 + tanh(sqrt(2 / pi) * (gate + 0.044715 * gate^3))) / 2 * up.
+#define TIGHTFIT_ACTIVATION_GELU_TANH 2
+
+// That of gpt-oss: gate * sigmoid(1.702 * gate) * (up + 1), with the gate at most `limit` and the other
+// within -limit and limit.
+#define TIGHTFIT_ACTIVATION_CLAMPED 3
+
 // float.
 #define TIGHTFIT_FLOAT_F32 0
 
@@ -80,6 +93,18 @@ typedef struct TightfitCheckpoint TightfitCheckpoint;
 // on them counts in their statistics.
 typedef struct TightfitDevices TightfitDevices;
 
+// A layer of experts in 4 bits: of each token, the sum over its experts of
+// weight * (down * activation(gate, up) + bias of down), where gate and up are
+// gate_up * x + their bias. x and y are [tokens, hidden], row-major and of one type, as are the biases. Can
+// be used from several threads at once. Nothing of the weights is copied: it is freed before the model is
+// unloaded.
+typedef struct TightfitExperts TightfitExperts;
+
+// Products with a stack in 4 bits where each row has one of its matrices, an expert:
+// y[r] = x[r] * transpose(W[ids[r]]) + bias[ids[r]], where x is [rows, inputs], y [rows, outputs] and the
+// bias [experts, outputs]. As TightfitExperts.
+typedef struct TightfitExpertsLinear TightfitExpertsLinear;
+
 // The product with one 4-bit weight W of a model: y = x * transpose(W) + bias, where x is
 // [rows, inputs], y [rows, outputs] and the bias `[outputs]`, all row-major and of one type. Can be
 // used from several threads at once. Nothing of the weight is copied: it is freed before the model is
@@ -98,6 +123,108 @@ typedef struct TightfitPlan TightfitPlan;
 
 // A compiled policy. Can be used from several threads at once.
 typedef struct TightfitPolicy TightfitPolicy;
+
+// The tensors of a layer of experts. Growing as TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitExpertsTensors).
+  size_t struct_size;
+  // How many names each of the arrays has: one for each expert; 0 where they are stacks, of which each
+  // array has one name.
+  size_t experts;
+  // Gates, each [intermediate, hidden]; or gates and the other projections, [2 * intermediate, hidden].
+  const char *const *gate;
+  // The other projections ("up"), each [intermediate, hidden]; NULL where `gate` has both.
+  const char *const *up;
+  // Down projections, each [hidden, intermediate].
+  const char *const *down;
+  // Where `gate` has both: 0 for all gates before all others, nonzero for each before its own other one.
+  uint32_t interleaved;
+} TightfitExpertsTensors;
+
+// What a layer of experts is. Growing as TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitExpertsInfo).
+  size_t struct_size;
+  // How many there are.
+  size_t experts;
+  // Elements of a row of x and of y; of TightfitExpertsLinear its inputs.
+  size_t hidden;
+  // Results of an expert's gates; of TightfitExpertsLinear its outputs.
+  size_t intermediate;
+  // Index of the device of the down projections.
+  size_t device;
+  // Nonzero if the weights are in a GPU's memory: the functions that end with on_device are for that.
+  uint32_t on_gpu;
+} TightfitExpertsInfo;
+
+// Operands of experts in host memory. Lengths of x, biases and y are in bytes, and checked. Growing as
+// TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitHostExpertsOperands).
+  size_t struct_size;
+  // [tokens, hidden], at any address.
+  const void *x;
+  // tokens * hidden * sizeof an element.
+  size_t x_length;
+  // Numbers of experts [tokens, choices]. What is no number of an expert, such as -1, is skipped.
+  const int32_t *ids;
+  // What their results are multiplied with [tokens, choices]; NULL for TightfitExpertsLinear.
+  const float *weights;
+  // Experts of each token; 1 for TightfitExpertsLinear.
+  size_t choices;
+  // [experts, 2 * intermediate], in the layout of the gates, all gates before all others where they are
+  // tensors of their own; of TightfitExpertsLinear [experts, outputs]. NULL for none.
+  const void *bias;
+  // Its elements * sizeof an element; 0 for none.
+  size_t bias_length;
+  // [experts, hidden]; NULL for none, and for TightfitExpertsLinear.
+  const void *down_bias;
+  // Its elements * sizeof an element; 0 for none.
+  size_t down_bias_length;
+  // [tokens, hidden], or of TightfitExpertsLinear [tokens, outputs]: written. Rows that are skipped
+  // become zeros.
+  void *y;
+  // Its elements * sizeof an element.
+  size_t y_length;
+} TightfitHostExpertsOperands;
+
+// How a product is computed. Zero everywhere but in `struct_size` means the defaults. Growing as
+// TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitLinearOptions).
+  size_t struct_size;
+  // Threads at most, for a weight in host memory; 0: as many as the machine has cores.
+  size_t threads;
+  // Nonzero: on a GPU too a row's bits do not depend on the rows beside it.
+  uint32_t by_row;
+} TightfitLinearOptions;
+
+// Operands of experts in a GPU's memory: addresses that are valid in the device's primary context. Growing
+// as TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitDeviceExpertsOperands).
+  size_t struct_size;
+  // [tokens, hidden].
+  uint64_t x;
+  // Numbers of experts [tokens, choices], int32_t. What is no number of an expert, such as -1, is skipped.
+  uint64_t ids;
+  // What their results are multiplied with [tokens, choices], float; 0 for TightfitExpertsLinear.
+  uint64_t weights;
+  // [experts, 2 * intermediate], in the layout of the gates; of TightfitExpertsLinear [experts, outputs].
+  // 0 for none.
+  uint64_t bias;
+  // [experts, hidden]; 0 for none, and for TightfitExpertsLinear.
+  uint64_t down_bias;
+  // [tokens, hidden], or of TightfitExpertsLinear [tokens, outputs]: written. Of TightfitExpertsLinear,
+  // rows that are skipped stay as they are.
+  uint64_t y;
+  // Memory to work in, at a multiple of 256, as of TightfitDeviceOperands; 0 where none is needed.
+  uint64_t workspace;
+  // Length of the workspace in bytes.
+  uint64_t workspace_length;
+  // The CUstream or cudaStream_t that the kernels are given to; NULL for the default stream.
+  void *stream;
+} TightfitDeviceExpertsOperands;
 
 // What a product is of. Growing as TightfitTensor.
 typedef struct {
@@ -138,17 +265,6 @@ typedef struct {
   size_t y_length;
 } TightfitHostOperands;
 
-// How a product is computed. Zero everywhere but in `struct_size` means the defaults. Growing as
-// TightfitTensor.
-typedef struct {
-  // Set by the caller: sizeof(TightfitLinearOptions).
-  size_t struct_size;
-  // Threads at most, for a weight in host memory; 0: as many as the machine has cores.
-  size_t threads;
-  // Nonzero: on a GPU too a row's bits do not depend on the rows beside it.
-  uint32_t by_row;
-} TightfitLinearOptions;
-
 // Operands in a GPU's memory: addresses that are valid in the device's primary context. Growing as
 // TightfitTensor.
 typedef struct {
@@ -168,6 +284,18 @@ typedef struct {
   // The CUstream or cudaStream_t that the kernels are given to; NULL for the default stream.
   void *stream;
 } TightfitDeviceOperands;
+
+// What a workspace shall be enough for. Growing as TightfitTensor.
+typedef struct {
+  // Set by the caller: sizeof(TightfitWorkspaceOptions).
+  size_t struct_size;
+  // Rows of products, and tokens of layers of experts.
+  size_t rows;
+  // Experts of each token; 0 where no layers of experts are computed.
+  size_t experts_per_token;
+  // Nonzero: also for gradients of inputs.
+  uint32_t gradients;
+} TightfitWorkspaceOptions;
 
 // Where an allocation is. Growing as TightfitTensor.
 typedef struct {
@@ -331,6 +459,143 @@ const char *tightfit_version(void);
 // succeed leave it. Owned by the library, valid until the next call in this thread that fails.
 const char *tightfit_last_error(void);
 
+// Looks up a layer of experts in 4 bits by the name of its module, such as "model.layers.3.mlp.experts":
+// stacks gate_up_proj and down_proj, or for each expert N.gate_proj, N.up_proj and N.down_proj, or N.w1,
+// N.w3 and N.w2, with or without ".weight". `activation` is one of TIGHTFIT_ACTIVATION_..., and `limit` that
+// of TIGHTFIT_ACTIVATION_CLAMPED, with which each gate lies before its own other projection. On success
+// `*out` is for tightfit_experts_free, before the model is unloaded; otherwise it is NULL.
+// TIGHTFIT_STATUS_USAGE for what is not loaded or not in 4 bits, for lengths that do not belong together, and
+// for experts on a GPU that are not in stacks.
+//
+// Where the weights are on a GPU, that is made ready once, as by tightfit_model_linear.
+//
+// # Safety
+// `model` is loaded; `module` is NUL-terminated; `out` can be written.
+TightfitStatus tightfit_model_experts(const TightfitModel *model,
+                                      const char *module,
+                                      uint32_t activation,
+                                      float limit,
+                                      TightfitExperts **out);
+
+// Looks up a layer of experts by the names of its tensors. As tightfit_model_experts.
+//
+// # Safety
+// `model` is loaded; `tensors` has its `struct_size` set, and arrays of as many NUL-terminated names as it
+// says; `out` can be written.
+TightfitStatus tightfit_model_experts_of(const TightfitModel *model,
+                                         const TightfitExpertsTensors *tensors,
+                                         uint32_t activation,
+                                         float limit,
+                                         TightfitExperts **out);
+
+// Frees a layer of experts and sets `*experts` to NULL. NULL, or a pointer to NULL, does nothing.
+//
+// # Safety
+// `*experts` came from this library, and no other call uses it now or later.
+void tightfit_experts_free(TightfitExperts **experts);
+
+// What a layer of experts is.
+//
+// # Safety
+// `experts` is alive and its model loaded; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_experts_info(const TightfitExperts *experts, TightfitExpertsInfo *out);
+
+// Computes a layer of operands of a type (TIGHTFIT_FLOAT_...) in host memory. For weights on a GPU they are
+// copied there and back, through memory that is taken for the call. `options` may be NULL; by row it is in
+// any case. TIGHTFIT_STATUS_USAGE if the lengths do not belong together: then nothing is written.
+//
+// # Safety
+// `experts` is alive and its model loaded; `operands` has its `struct_size` set, and pointers to as many
+// elements and bytes as it says, of which nobody uses y meanwhile; `options` is NULL or has its
+// `struct_size` set.
+TightfitStatus tightfit_experts_forward(const TightfitExperts *experts,
+                                        uint32_t float_type,
+                                        size_t tokens,
+                                        const TightfitHostExpertsOperands *operands,
+                                        const TightfitLinearOptions *options);
+
+// Gives how many bytes of workspace tightfit_experts_forward_on_device needs for this many tokens of as many
+// choices each, and for any fewer; 0 for weights in host memory.
+//
+// # Safety
+// `experts` is alive and its model loaded; `out` can be written.
+TightfitStatus tightfit_experts_workspace_bytes(const TightfitExperts *experts,
+                                                uint32_t float_type,
+                                                size_t tokens,
+                                                size_t choices,
+                                                uint64_t *out);
+
+// Gives a layer of operands of a type (TIGHTFIT_FLOAT_...) in a GPU's memory to a stream, and returns before
+// it is computed. Nothing is allocated and nothing waited for: the stream may be one that is being captured
+// into a graph, which can be replayed with other ids in the same memory. TIGHTFIT_STATUS_USAGE as for
+// tightfit_linear_forward_on_device: then nothing is launched.
+//
+// # Safety
+// `experts` is alive. `operands` has its `struct_size` set, and addresses in the memory of the weights' GPU
+// of as many elements as TightfitExperts says and as many bytes as the workspace's length; nothing overlaps
+// y or the workspace, whose first 16 KiB are zero, and no other stream uses that meanwhile. The stream is
+// of the device's primary context. The model and the operands are kept until it is done, and until graphs
+// that have captured it are gone.
+TightfitStatus tightfit_experts_forward_on_device(const TightfitExperts *experts,
+                                                  uint32_t float_type,
+                                                  size_t tokens,
+                                                  size_t choices,
+                                                  const TightfitDeviceExpertsOperands *operands);
+
+// Looks up the products with a stack [experts, outputs, inputs] in 4 bits by its name, where each row has
+// its own expert; or with `experts` matrices that are tensors of their own, by as many names. 0 experts: one
+// name, of a stack. On success `*out` is for tightfit_experts_linear_free; otherwise as
+// tightfit_model_experts.
+//
+// # Safety
+// `model` is loaded; `names` are as many NUL-terminated texts, and at least one; `out` can be written.
+TightfitStatus tightfit_model_experts_linear(const TightfitModel *model,
+                                             const char *const *names,
+                                             size_t experts,
+                                             TightfitExpertsLinear **out);
+
+// Frees products and sets `*linear` to NULL. NULL, or a pointer to NULL, does nothing.
+//
+// # Safety
+// `*linear` came from this library, and no other call uses it now or later.
+void tightfit_experts_linear_free(TightfitExpertsLinear **linear);
+
+// What products are of: `hidden` are their inputs, `intermediate` their outputs.
+//
+// # Safety
+// `linear` is alive and its model loaded; `out` points to a structure whose `struct_size` is set.
+TightfitStatus tightfit_experts_linear_info(const TightfitExpertsLinear *linear,
+                                            TightfitExpertsInfo *out);
+
+// Computes products of operands of a type (TIGHTFIT_FLOAT_...) in host memory, as tightfit_experts_forward.
+//
+// # Safety
+// As tightfit_experts_forward.
+TightfitStatus tightfit_experts_linear_forward(const TightfitExpertsLinear *linear,
+                                               uint32_t float_type,
+                                               size_t rows,
+                                               const TightfitHostExpertsOperands *operands,
+                                               const TightfitLinearOptions *options);
+
+// Gives how many bytes of workspace tightfit_experts_linear_forward_on_device needs for this many rows, and
+// for any fewer; 0 for weights in host memory.
+//
+// # Safety
+// `linear` is alive and its model loaded; `out` can be written.
+TightfitStatus tightfit_experts_linear_workspace_bytes(const TightfitExpertsLinear *linear,
+                                                       uint32_t float_type,
+                                                       size_t rows,
+                                                       uint64_t *out);
+
+// Gives products to a stream, as tightfit_experts_forward_on_device. Their ids are [rows].
+//
+// # Safety
+// As tightfit_experts_forward_on_device.
+TightfitStatus tightfit_experts_linear_forward_on_device(const TightfitExpertsLinear *linear,
+                                                         uint32_t float_type,
+                                                         size_t rows,
+                                                         const TightfitDeviceExpertsOperands *operands);
+
 // Looks up the product with a matrix in 4 bits, by its name or the name that it is tied to. On success
 // `*out` is for tightfit_linear_free, before the model is unloaded; otherwise it is NULL.
 // TIGHTFIT_STATUS_USAGE for what is not loaded, not in 4 bits, or no matrix.
@@ -407,6 +672,49 @@ TightfitStatus tightfit_linear_forward_on_device(const TightfitLinear *linear,
                                                  size_t rows,
                                                  const TightfitDeviceOperands *operands,
                                                  const TightfitLinearOptions *options);
+
+// Computes the gradient of x by that of y, dx = dy * W, of operands in host memory: `x` is dy
+// [rows, outputs], `y` is dx [rows, inputs], and `bias` is NULL. Otherwise as tightfit_linear_forward.
+//
+// # Safety
+// As tightfit_linear_forward.
+TightfitStatus tightfit_linear_input_gradient(const TightfitLinear *linear,
+                                              uint32_t float_type,
+                                              size_t rows,
+                                              const TightfitHostOperands *operands,
+                                              const TightfitLinearOptions *options);
+
+// Gives how many bytes of workspace tightfit_linear_input_gradient_on_device needs for this many rows and for
+// any fewer, at most 16 MiB; 0 for a weight in host memory.
+//
+// # Safety
+// `linear` is alive and its model loaded; `out` can be written.
+TightfitStatus tightfit_linear_input_gradient_workspace_bytes(const TightfitLinear *linear,
+                                                              uint32_t float_type,
+                                                              size_t rows,
+                                                              uint32_t by_row,
+                                                              uint64_t *out);
+
+// Gives the gradient of x by that of y to a stream: `x` is dy [rows, outputs], `y` is dx [rows, inputs], and
+// `bias` is 0. Otherwise as tightfit_linear_forward_on_device.
+//
+// # Safety
+// As tightfit_linear_forward_on_device.
+TightfitStatus tightfit_linear_input_gradient_on_device(const TightfitLinear *linear,
+                                                        uint32_t float_type,
+                                                        size_t rows,
+                                                        const TightfitDeviceOperands *operands,
+                                                        const TightfitLinearOptions *options);
+
+// Takes a workspace that is enough for products and layers of experts of a device, by its index. As
+// tightfit_model_linear_workspace, which counts neither layers of experts nor gradients.
+//
+// # Safety
+// `model` is loaded; `options` has its `struct_size` set; `out` can be written.
+TightfitStatus tightfit_model_product_workspace(const TightfitModel *model,
+                                                size_t device,
+                                                const TightfitWorkspaceOptions *options,
+                                                TightfitLinearWorkspace **out);
 
 // Takes a workspace that is enough for products of up to `rows` rows with each 4-bit weight of a device,
 // by its index, all of it zero. It lies behind the weights if the model was loaded with the setting `rows`

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use cuda_stand_in::application::Application;
 use cuda_stand_in::control::{Setup, StandIn};
 use tightfit::checkpoint::Checkpoint;
-use tightfit::device::{Device, DeviceExpertsOperands, DeviceOperands, open_devices};
+use tightfit::device::{DeviceExpertsOperands, DeviceOperands, open_devices};
 use tightfit::kernels::cuda::linear::{self, Linear};
 use tightfit::kernels::{Activation, BlockSize, FloatType};
 use tightfit::load::{LoadOptions, load};
@@ -70,8 +70,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         .collect::<Result<Vec<_>, _>>()?;
     let address = |index: usize| pieces[index].address().map_or(0, |address| address.pointer);
     let application = Application::start(0);
-    for index in 0..4 {
-        application.put(address(index), &vec![0; pieces[index].bytes() as usize]);
+    for (index, piece) in pieces.iter().enumerate() {
+        application.put(address(index), &vec![0; piece.bytes() as usize]);
     }
 
     let gpu = application.gpu();

@@ -14,7 +14,8 @@ typedef struct policy_string_t {
   size_t len;
 } policy_string_t;
 
-// Element types a checkpoint can hold, named as safetensors names them.
+// Element types a checkpoint can hold, named as safetensors names them. `f8-e4m3` and `f8-e5m2`
+// stand for the variants without negative zero and infinities (`F8_E4M3FNUZ`, `F8_E5M2FNUZ`) too.
 typedef uint8_t tightfit_host_types_dtype_t;
 
 #define TIGHTFIT_HOST_TYPES_DTYPE_BOOL 0
@@ -38,6 +39,7 @@ typedef uint8_t tightfit_host_types_dtype_t;
 #define TIGHTFIT_HOST_TYPES_DTYPE_F64 18
 #define TIGHTFIT_HOST_TYPES_DTYPE_C64 19
 
+// The 4-bit types that bitsandbytes has.
 typedef uint8_t tightfit_host_types_quant_type_t;
 
 #define TIGHTFIT_HOST_TYPES_QUANT_TYPE_NF4 0
@@ -63,6 +65,10 @@ typedef struct {
 } tightfit_host_types_option_quantization_t;
 
 // One tensor of the checkpoint. Its index in the request's list is its identity.
+// 
+// A weight that another method than bitsandbytes' has quantized, in FP8 for example, and that the
+// host decodes as it is read, is one tensor, of the type and the shape that it is decoded to:
+// `stored` is that, and every format is legal that is for such a tensor.
 typedef struct tightfit_host_types_tensor_t {
   // Its key in the checkpoint, for example `model.layers.0.mlp.up_proj.weight`.
   policy_string_t   name;
@@ -77,6 +83,7 @@ typedef struct tightfit_host_types_tensor_t {
   tightfit_host_types_option_quantization_t   quantized;
 } tightfit_host_types_tensor_t;
 
+// What a device is made of.
 typedef uint8_t tightfit_host_types_device_kind_t;
 
 // An NVIDIA GPU.
@@ -135,6 +142,7 @@ typedef struct tightfit_host_types_placement_t {
   tightfit_host_types_format_t   format;
 } tightfit_host_types_placement_t;
 
+// What was wrong with a question.
 typedef uint8_t tightfit_host_types_error_code_t;
 
 // The format cannot hold a tensor of this type or shape.
@@ -171,6 +179,7 @@ typedef struct {
   } val;
 } tightfit_host_sizing_result_stored_size_error_t;
 
+// How much a message matters, the most first.
 typedef uint8_t tightfit_host_log_level_t;
 
 #define TIGHTFIT_HOST_LOG_LEVEL_ERROR 0
@@ -306,6 +315,7 @@ typedef struct exports_tightfit_host_planner_proposal_t {
   policy_list_u64_t   headroom;
 } exports_tightfit_host_planner_proposal_t;
 
+// What kind of reason a policy has.
 typedef uint8_t exports_tightfit_host_planner_refusal_reason_t;
 
 // The tensors do not fit on the devices.

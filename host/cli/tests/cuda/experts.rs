@@ -278,7 +278,7 @@ fn layers_are_given_to_a_stream_within_what_was_planned() {
             placed.y(tokens)
         };
         let all = compute(0, 40, workspace.bytes());
-        assert_eq!(devices[0].usage().reserved.peak, planned.size.reserved);
+        assert_eq!(devices[0].usage().reserved.now, planned.size.reserved);
         assert!(all == placed.expected(40, 1), "{module}");
         for (first, tokens) in [(0, 1), (39, 1), (3, 8), (20, 17)] {
             // Of no more tokens no more is needed, and others do not change a bit.

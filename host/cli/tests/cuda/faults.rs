@@ -6,9 +6,10 @@ use cuda_stand_in::control::{Report, Setup, StandIn};
 use tightfit::cancel::CancelToken;
 use tightfit::device::{Device, open_devices};
 use tightfit::kernels::half::bf16;
+use tightfit::kernels::{Activation, Choices};
 use tightfit::load::{LoadError, LoadOptions, QuantizeOn};
 use tightfit::plan::PartKind;
-use tightfit::products::LinearError;
+use tightfit::products::{LinearError, WorkspaceOptions};
 
 use super::{Driver, Kind, Kinds, MIB, in_small_pieces, is_left_out, nf4};
 
@@ -177,7 +178,35 @@ fn load_and_multiply(kinds: &Kinds, devices: &[Box<dyn Device>]) -> Result<Vec<V
         linear.forward(&x, 9, None, &mut y).map_err(text)?;
         results.push(y.iter().flat_map(|y| y.to_le_bytes()).collect());
     }
-    let workspace = model.linear_workspace(0, 9).map_err(text)?;
+    let bytes = |y: &[bf16]| -> Vec<u8> { y.iter().flat_map(|y| y.to_le_bytes()).collect() };
+    let linear = model.linear("blocks of 64").map_err(text)?;
+    let mut dx = vec![bf16::ZERO; 2 * linear.inputs()];
+    let dy = vec![bf16::ONE; 2 * linear.outputs()];
+    linear.input_gradient(&dy, 2, &mut dx).map_err(text)?;
+    results.push(bytes(&dx));
+    // One that begins between nested scales.
+    let linear = model.linear_of("e.gate_up_proj", 1).map_err(text)?;
+    let mut y = vec![bf16::ZERO; linear.outputs()];
+    let (x, bias) = (
+        vec![bf16::ONE; linear.inputs()],
+        vec![bf16::ONE; linear.outputs()],
+    );
+    linear.forward(&x, 1, Some(&bias), &mut y).map_err(text)?;
+    results.push(bytes(&y));
+    let experts = model.experts("e", Activation::Silu).map_err(text)?;
+    let choices = Choices {
+        of_token: 2,
+        ids: &[1, 2, 0, -1],
+        weights: &[0.5; 4],
+    };
+    let x = vec![bf16::ONE; 2 * experts.hidden()];
+    let mut y = vec![bf16::ZERO; x.len()];
+    experts
+        .forward(&x, &choices, None, None, &mut y)
+        .map_err(text)?;
+    results.push(bytes(&y));
+    let wanted = WorkspaceOptions::rows(9).with_experts_per_token(2);
+    let workspace = model.product_workspace(0, &wanted).map_err(text)?;
     assert!(workspace.bytes() > 0);
     Ok(results)
 }
@@ -190,6 +219,8 @@ fn whichever_call_of_products_fails_it_is_an_error_and_everything_is_given_back(
     const WEIGHTS: &[Kind] = &[
         ("blocks of 64", "BF16", 2, &[130, 640], nf4(64, false)),
         ("double", "BF16", 2, &[64, 64], nf4(64, true)),
+        ("e.gate_up_proj", "BF16", 2, &[3, 34, 48], nf4(32, true)),
+        ("e.down_proj", "BF16", 2, &[3, 48, 17], nf4(64, true)),
     ];
     let kinds = Kinds::new(WEIGHTS);
     for virtual_memory in [true, false] {

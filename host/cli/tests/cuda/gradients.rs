@@ -97,7 +97,7 @@ fn gradients_are_given_to_a_stream_within_what_was_planned() {
         let place = |elements: usize| tail.allocate(2 * elements as u64).unwrap();
         let (dy, dx) = (place(130 * linear.outputs()), place(130 * linear.inputs()));
         let address = |piece: &tightfit::model::TailAllocation| piece.address().unwrap().pointer;
-        let reserved = devices[0].usage().reserved;
+        let reserved = devices[0].usage().reserved.now;
         let mut all = vec![];
         for (rows, by_row) in [(130, true), (130, false), (3, true)] {
             let need = linear.input_gradient_workspace_bytes(rows, FloatType::Bf16, by_row);
@@ -111,7 +111,7 @@ fn gradients_are_given_to_a_stream_within_what_was_planned() {
                 .unwrap_or_else(|error| panic!("{error}"));
             application.synchronize();
             let have = application.get(address(&dx), 2 * rows * linear.inputs());
-            assert_eq!(devices[0].usage().reserved, reserved);
+            assert_eq!(devices[0].usage().reserved.now, reserved);
             assert!(
                 have == bytes(&gradient::<bf16>(&linear, rows, by_row)),
                 "{name}"

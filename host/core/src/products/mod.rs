@@ -151,9 +151,13 @@ impl Model {
     /// Lends the product with matrix `index` of a stack [matrices, outputs, inputs] in 4 bits: an expert's
     /// weight, for example.
     ///
+    /// On a GPU a matrix that begins inside of the 256 blocks of one nested scale is multiplied by the kernels
+    /// for experts: always by row, with at least two launches, a workspace that also holds a bias for each of
+    /// the matrices, and without [`Linear::input_gradient`].
+    ///
     /// # Errors
     /// As [`Model::linear`]; [`LinearError::NoSuchMatrix`], and [`LinearError::Inside`] where the matrix
-    /// begins inside of a block, or on a GPU inside of the 256 blocks of one nested scale.
+    /// begins inside of a block.
     pub fn linear_of(&self, name: &str, index: u64) -> Result<Linear<'_>, LinearError> {
         Linear::find(self, name, Some(index))
     }

@@ -5,7 +5,7 @@ use std::fmt;
 use tightfit_kernels::{Activation, FloatType, NESTED_BLOCK_SIZE};
 
 use super::find::{OnDevice, Place};
-use super::{ExpertsTensors, Linear, LinearError};
+use super::{Experts, ExpertsLinear, ExpertsNames, ExpertsTensors, Linear, LinearError};
 use crate::device::{
     DeviceAddress, DeviceBytes, DeviceError, DeviceOperands, HostOperands, MatrixOfStack, Product,
     Workspace,
@@ -176,14 +176,12 @@ impl Model {
         }
         if matrices.is_some() {
             let name = tensor.name().to_owned();
-            let stack = self.experts_linear(&ExpertsTensors::Stack(name))?;
+            let stack = ExpertsLinear::find(self, &ExpertsTensors::Stack(name))?;
             for float in [FloatType::Bf16, FloatType::F32] {
                 bytes = bytes.max(stack.workspace_bytes(rows, float));
             }
             let module = of_gates(tensor.name()).filter(|_| options.experts_per_token > 0);
-            if let Some(module) = module
-                && let Ok(layer) = self.experts(module, Activation::Silu)
-            {
+            if let Some(layer) = module.and_then(|module| self.layer_of(module)) {
                 for float in [FloatType::Bf16, FloatType::F32] {
                     let choices = options.experts_per_token;
                     bytes = bytes.max(layer.workspace_bytes(rows, choices, float));
@@ -191,6 +189,12 @@ impl Model {
             }
         }
         Ok(bytes)
+    }
+
+    /// A layer of experts, if it is one. What is made of its gates does not matter for its workspace.
+    fn layer_of(&self, module: &str) -> Option<Experts<'_>> {
+        let names = ExpertsNames::find(self, module, Activation::Silu).ok()?;
+        Experts::find(self, module, &names, Activation::Silu).ok()
     }
 }
 

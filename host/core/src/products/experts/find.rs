@@ -114,7 +114,8 @@ impl<'m> Stack<'m> {
     }
 }
 
-/// The kernels of the GPU that all stacks are on, made ready; `None` where the processor can read them.
+/// The kernels of the GPU that all stacks are on; `None` where the processor can read them. They are not
+/// loaded yet.
 pub(super) fn multiplier<'m>(
     stacks: &[&Stack<'m>],
 ) -> Result<Option<&'m dyn Multiplier>, LinearError> {
@@ -138,6 +139,5 @@ pub(super) fn multiplier<'m>(
     if let Some(stack) = stacks.iter().find(apart) {
         return Err(stack.not_stacked());
     }
-    multiplier.prepare_experts()?;
     Ok(Some(multiplier))
 }

@@ -109,7 +109,7 @@ impl Model {
         activation: Activation,
     ) -> Result<Experts<'_>, LinearError> {
         let names = ExpertsNames::find(self, module, activation)?;
-        Experts::find(self, module, &names, activation)
+        Experts::find(self, module, &names, activation)?.prepared()
     }
 
     /// Lends a layer of experts in 4 bits by the names of its tensors.
@@ -121,7 +121,7 @@ impl Model {
         names: &ExpertsNames,
         activation: Activation,
     ) -> Result<Experts<'_>, LinearError> {
-        Experts::find(self, names.first(), names, activation)
+        Experts::find(self, names.first(), names, activation)?.prepared()
     }
 
     /// Lends the products with the matrices of a stack [experts, outputs, inputs] in 4 bits, or with experts
@@ -133,12 +133,7 @@ impl Model {
         &self,
         tensors: &ExpertsTensors,
     ) -> Result<ExpertsLinear<'_>, LinearError> {
-        let stack = Stack::find(self, tensors)?;
-        Ok(ExpertsLinear {
-            name: tensors.first().to_owned(),
-            multiplier: find::multiplier(&[&stack])?,
-            stack,
-        })
+        ExpertsLinear::find(self, tensors)?.prepared()
     }
 }
 
@@ -162,7 +157,15 @@ fn length_error(
 }
 
 impl<'m> Experts<'m> {
-    fn find(
+    /// Has its kernels loaded.
+    fn prepared(self) -> Result<Self, LinearError> {
+        if let Some(multiplier) = self.multiplier {
+            multiplier.prepare_experts()?;
+        }
+        Ok(self)
+    }
+
+    pub(in crate::products) fn find(
         model: &'m Model,
         name: &str,
         names: &ExpertsNames,
@@ -422,6 +425,26 @@ impl<'m> Experts<'m> {
 }
 
 impl<'m> ExpertsLinear<'m> {
+    /// Has its kernels loaded.
+    fn prepared(self) -> Result<Self, LinearError> {
+        if let Some(multiplier) = self.multiplier {
+            multiplier.prepare_experts()?;
+        }
+        Ok(self)
+    }
+
+    pub(in crate::products) fn find(
+        model: &'m Model,
+        tensors: &ExpertsTensors,
+    ) -> Result<ExpertsLinear<'m>, LinearError> {
+        let stack = Stack::find(model, tensors)?;
+        Ok(ExpertsLinear {
+            name: tensors.first().to_owned(),
+            multiplier: find::multiplier(&[&stack])?,
+            stack,
+        })
+    }
+
     /// Returns how many experts there are.
     pub fn experts(&self) -> usize {
         self.stack.experts

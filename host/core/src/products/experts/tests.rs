@@ -160,8 +160,9 @@ fn layers_are_what_their_matrices_give() {
                     let most = 1e-5 + 1e-5 * need.abs();
                     assert!((have - need).abs() <= most, "{module}, {i}: {have}, {need}");
                 }
-                // The last token has no expert, in another mapping of memory and with any threads.
+                // The last token has no expert.
                 assert!(y[5 * HIDDEN..].iter().all(|y| *y == 0.0));
+                // As bytes at any alignment, and with any threads.
                 for threads in [1, 3] {
                     let options = LinearOptions::default().with_threads(threads);
                     let mut bytes = vec![0u8; 4 * y.len() + 1];
