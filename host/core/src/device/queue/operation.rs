@@ -9,6 +9,10 @@ use crate::device::DeviceBytes;
 /// A piece of work for a device.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one lives at a time, and no longer than a call"
+)]
 pub enum Operation {
     /// Sets bytes to zero.
     Clear(DeviceBytes),
