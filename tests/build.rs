@@ -14,6 +14,7 @@ fn main() -> ExitCode {
         "guests/Cargo.toml",
         "guests/Cargo.lock",
         "../guest/program",
+        "../guest/examples/generate",
         "../guest/examples/load-and-check",
         "../guest/common",
         "../guest/src",
@@ -60,15 +61,20 @@ fn target_is_installed() -> Result<(), String> {
 }
 
 /// Gives the modules with the variables that tests find them by.
-fn build_all() -> Result<[(&'static str, PathBuf); 3], String> {
+fn build_all() -> Result<[(&'static str, PathBuf); 4], String> {
     let tests = path_from_environment("CARGO_MANIFEST_DIR")?;
     let guests = build(&tests.join("guests"), "guests", &["--workspace"])?;
     // Where a guest's author would build it.
-    let examples = build(&tests, "examples", &["--package", "load-and-check"])?;
+    let examples = build(
+        &tests,
+        "examples",
+        &["--package", "load-and-check", "--package", "generate"],
+    )?;
     Ok([
         ("HOSTILE_POLICY", guests.join("hostile.wasm")),
         ("HOSTILE_PROGRAM", guests.join("hostile_program.wasm")),
         ("LOAD_AND_CHECK", examples.join("load_and_check.wasm")),
+        ("GENERATE", examples.join("generate.wasm")),
     ])
 }
 

@@ -44,6 +44,10 @@ RESULTS = [
     ("experts.sm_75.cubin.zlib", "experts.cu", "sm_75", MULTIPLY),
     ("experts.sm_80.cubin.zlib", "experts.cu", "sm_80", MULTIPLY),
     ("experts.sm_90a.cubin.zlib", "experts.cu", "sm_90a", MULTIPLY),
+    ("decoder.ptx.zlib", "decoder.cu", "compute_80", MULTIPLY),
+    ("decoder.sm_75.cubin.zlib", "decoder.cu", "sm_75", MULTIPLY),
+    ("decoder.sm_80.cubin.zlib", "decoder.cu", "sm_80", MULTIPLY),
+    ("decoder.sm_90.cubin.zlib", "decoder.cu", "sm_90", MULTIPLY),
 ]
 
 

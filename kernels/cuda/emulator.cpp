@@ -17,6 +17,8 @@
 
 #include "experts.cu"
 
+#include "decoder.cu"
+
 #include <map>
 #include <string>
 #include <sys/mman.h>
@@ -143,6 +145,23 @@ const std::map<std::string, std::function<void(const Arguments&)>> KERNELS = {
     ENTRY(tightfit_experts_general_f32), ENTRY(tightfit_experts_general_f16), ENTRY(tightfit_experts_general_bf16),
     ENTRY(tightfit_experts_8_f16),       ENTRY(tightfit_experts_16_f16),   ENTRY(tightfit_experts_64_f16),
     ENTRY(tightfit_experts_8_bf16),      ENTRY(tightfit_experts_16_bf16),  ENTRY(tightfit_experts_64_bf16),
+    ENTRY(tightfit_decoder_norm_f32), ENTRY(tightfit_decoder_gate_f32),
+    ENTRY(tightfit_decoder_add_f32), ENTRY(tightfit_decoder_dense_1_f32),
+    ENTRY(tightfit_decoder_dense_8_f32), ENTRY(tightfit_decoder_rotate_f32),
+    ENTRY(tightfit_decoder_attend_1_f32),
+    ENTRY(tightfit_decoder_top_f32), ENTRY(tightfit_decoder_route_f32),
+    ENTRY(tightfit_decoder_norm_f16), ENTRY(tightfit_decoder_gate_f16),
+    ENTRY(tightfit_decoder_add_f16), ENTRY(tightfit_decoder_dense_1_f16),
+    ENTRY(tightfit_decoder_dense_8_f16), ENTRY(tightfit_decoder_rotate_f16),
+    ENTRY(tightfit_decoder_attend_1_f16), ENTRY(tightfit_decoder_attend_8_f16),
+    ENTRY(tightfit_decoder_top_f16), ENTRY(tightfit_decoder_route_f16),
+    ENTRY(tightfit_decoder_norm_bf16), ENTRY(tightfit_decoder_gate_bf16),
+    ENTRY(tightfit_decoder_add_bf16), ENTRY(tightfit_decoder_dense_1_bf16),
+    ENTRY(tightfit_decoder_dense_8_bf16), ENTRY(tightfit_decoder_rotate_bf16),
+    ENTRY(tightfit_decoder_attend_1_bf16), ENTRY(tightfit_decoder_attend_8_bf16),
+    ENTRY(tightfit_decoder_top_bf16), ENTRY(tightfit_decoder_route_bf16),
+    ENTRY(tightfit_decoder_combine_f32), ENTRY(tightfit_decoder_combine_f16), ENTRY(tightfit_decoder_combine_bf16),
+    ENTRY(tightfit_decoder_gather_16), ENTRY(tightfit_decoder_gather_32),
 };
 
 void answer_launch(std::size_t name_length) {

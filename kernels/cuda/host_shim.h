@@ -25,6 +25,7 @@
 #define __noinline__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __align__(bytes) __attribute__((aligned(bytes)))
 #define __grid_constant__
 // How many run at a time is said to `launch`.
 #define CLUSTER_OF(COUNT)
@@ -444,6 +445,12 @@ template <class Number>
 Number atomicAdd(Number* sum, Number value) {
     Number before = *sum;
     *sum += value;
+    return before;
+}
+
+inline unsigned atomicOr(unsigned* bits, unsigned value) {
+    unsigned before = *bits;
+    *bits |= value;
     return before;
 }
 

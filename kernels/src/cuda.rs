@@ -39,9 +39,11 @@
 //!   256: [`sum_absmax`], [`sum_sums`] as long as there are more than 256 of them, and [`mean`].
 //!   The [`sums`] of `n` values are `n / 256`, rounded up.
 //!
-//! Products are in [`linear`], and those with stacks of experts in [`experts`]; both have modules of their
+//! Products are in [`linear`], those with stacks of experts in [`experts`], and what a decoder computes between
+//! them in [`decoder`]; all have modules of their
 //! own.
 
+pub mod decoder;
 pub mod experts;
 pub mod linear;
 mod sources;

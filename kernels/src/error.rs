@@ -61,6 +61,14 @@ pub enum KernelError {
         /// The elements asked for.
         have: usize,
     },
+    /// Lengths that an operation of [`crate::decoder`] cannot have.
+    #[error("{problem}, not {have}")]
+    Shape {
+        /// What should be.
+        problem: &'static str,
+        /// What is.
+        have: usize,
+    },
     /// A slice does not have the length that the other arguments imply.
     #[error("`{what}` holds {have} elements, {need} are needed")]
     Length {

@@ -7,7 +7,8 @@
 //!
 //! Products with such weights, [`Kernels::linear`], take them as they lie, and so do layers of experts,
 //! [`Kernels::experts`]. Weights that other methods
-//! have stored (FP8, MXFP4, int4) are decoded by [`Kernels::decode`], to be quantized.
+//! have stored (FP8, MXFP4, int4) are decoded by [`Kernels::decode`], to be quantized. What a decoder computes
+//! between its products is in [`decoder`].
 //!
 //! [`Kernels`] is the entry point. It knows no files and no devices: sources are little-endian
 //! bytes at any alignment, as they come out of a safetensors file, and results go to slices of the
@@ -28,6 +29,7 @@
 
 mod buckets;
 pub mod cuda;
+pub mod decoder;
 mod dequantize;
 mod double;
 mod error;

@@ -304,15 +304,7 @@ impl<'a> Product<'a> {
         let mut sums = vec![0.0; self.rows * outputs.len()];
         match &self.x {
             Prepared::Widened(x) => {
-                let add = match self.kernels.isa() {
-                    Isa::Portable => add_products,
-                    #[cfg(target_arch = "x86_64")]
-                    Isa::Avx2 => crate::x86::avx2::add_products_if_available(),
-                    #[cfg(target_arch = "x86_64")]
-                    Isa::Avx512 => crate::x86::avx512::add_products_if_available(),
-                    #[cfg(not(target_arch = "x86_64"))]
-                    Isa::Avx2 | Isa::Avx512 => add_products,
-                };
+                let add = add_products_with(self.kernels.isa());
                 self.widened_sums(x, outputs, &mut sums, add);
             }
             #[cfg(target_arch = "x86_64")]
@@ -332,13 +324,7 @@ impl<'a> Product<'a> {
         sums
     }
 
-    fn widened_sums(
-        &self,
-        x: &[f32],
-        outputs: Range<usize>,
-        sums: &mut [f32],
-        add: fn(&[f32], &[&[u8]; GROUP], &mut [f32; GROUP]),
-    ) {
+    fn widened_sums(&self, x: &[f32], outputs: Range<usize>, sums: &mut [f32], add: AddProducts) {
         let (inputs, count) = (self.weights.inputs, outputs.len());
         let mut decoder = Decoder::new(self.kernels, self.weights);
         for begin in (0..inputs).step_by(SEGMENT) {
@@ -424,6 +410,22 @@ impl<'a> Decoder<'a> {
     /// The bytes of `inputs` weights of each output.
     pub(crate) fn decoded(&self, inputs: usize) -> [&[u8]; GROUP] {
         std::array::from_fn(|i| &self.buffers[i][self.skipped[i] * 4..][..inputs * 4])
+    }
+}
+
+/// [`add_products`], or the same with other instructions.
+pub(crate) type AddProducts = fn(&[f32], &[&[u8]; GROUP], &mut [f32; GROUP]);
+
+/// That of an instruction set that this machine has.
+pub(crate) fn add_products_with(isa: Isa) -> AddProducts {
+    match isa {
+        Isa::Portable => add_products,
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => crate::x86::avx2::add_products_if_available(),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 => crate::x86::avx512::add_products_if_available(),
+        #[cfg(not(target_arch = "x86_64"))]
+        Isa::Avx2 | Isa::Avx512 => add_products,
     }
 }
 

@@ -8,6 +8,7 @@ pub mod double_quant;
 pub mod failures;
 #[cfg(unix)]
 pub mod foreign;
+pub mod generate;
 pub mod golden;
 pub mod guests;
 pub mod hub_server;

@@ -54,6 +54,8 @@ impl World {
             "tightfit:host/checkpoints@0.1.0",
             "tightfit:host/models@0.1.0",
             "tightfit:host/linear@0.1.0",
+            "tightfit:host/transformer@0.1.0",
+            "tightfit:host/output@0.1.0",
         ],
         exports: &[RUN],
         component_type: program::bindings::COMPONENT_TYPE,

@@ -3,6 +3,7 @@
 pub(crate) use tightfit_cuda_emulator::Argument;
 use tightfit_kernels::cuda::{
     Launch,
+    decoder::DecoderLaunch,
     experts::ExpertsLaunch,
     linear::{LinearLaunch, TileMap},
 };
@@ -54,6 +55,22 @@ pub(crate) trait Device {
         });
         let mut arguments: Vec<Argument> = arguments.chain(maps).collect();
         self.run(launch, shared_bytes, &mut arguments);
+    }
+
+    /// The same with a kernel of what lies between products.
+    fn launch_decoder(&mut self, launch: DecoderLaunch, arguments: &mut [Argument]) {
+        let DecoderLaunch {
+            kernel,
+            grid,
+            threads,
+            ..
+        } = launch;
+        let launch = Launch {
+            kernel,
+            grid,
+            threads,
+        };
+        self.run(launch, 0, arguments);
     }
 
     /// The same with a kernel for experts.

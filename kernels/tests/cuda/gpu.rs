@@ -9,7 +9,7 @@ use cudarc::driver::{
 };
 use cudarc::nvrtc::Ptx;
 use tightfit_kernels::KernelError;
-use tightfit_kernels::cuda::{self, Launch, experts, linear};
+use tightfit_kernels::cuda::{self, Launch, decoder, experts, linear};
 
 use crate::device::{Argument, Device, skip};
 
@@ -29,6 +29,7 @@ pub(crate) struct Gpu {
     module: Arc<CudaModule>,
     products: Arc<CudaModule>,
     experts: Arc<CudaModule>,
+    decoder: Arc<CudaModule>,
     functions: HashMap<&'static str, CudaFunction>,
 }
 
@@ -61,12 +62,14 @@ impl Gpu {
         let module = load(cuda::module(capability));
         let products = load(linear::module(capability));
         let experts = load(experts::module(capability));
+        let decoder = load(decoder::module(capability));
         Some(Gpu {
             stream: context.default_stream(),
             context,
             module,
             products,
             experts,
+            decoder,
             functions: HashMap::new(),
         })
     }
@@ -76,6 +79,8 @@ impl Gpu {
             &self.products
         } else if kernel.starts_with("tightfit_experts") {
             &self.experts
+        } else if kernel.starts_with("tightfit_decoder") {
+            &self.decoder
         } else {
             &self.module
         };

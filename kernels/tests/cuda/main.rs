@@ -6,6 +6,9 @@
 mod calls;
 #[path = "../cases/mod.rs"]
 mod cases;
+mod decoder;
+#[path = "../decoding/mod.rs"]
+mod decoding;
 mod device;
 mod double;
 mod emulator;
@@ -73,6 +76,16 @@ on_every_device! {
     experts::tokens_by_themselves,
     experts::products_without_activation,
     experts::huge_blocks_stay_in_their_rows,
+    decoder::norms,
+    decoder::elementwise,
+    decoder::gathering,
+    decoder::dense_products,
+    decoder::rotations,
+    decoder::attentions,
+    decoder::extreme_attentions,
+    decoder::choices,
+    decoder::routes,
+    decoder::combinations,
     golden::quantizing,
     golden::double_quantizing,
     golden::dequantizing_all,

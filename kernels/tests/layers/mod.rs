@@ -209,7 +209,7 @@ pub(crate) fn losses(float: FloatType) -> (f64, f64) {
 }
 
 /// In f64, from its definition.
-fn activate(activation: Activation, gate: f64, up: f64) -> f64 {
+pub(crate) fn activate(activation: Activation, gate: f64, up: f64) -> f64 {
     let logistic = |x: f64| 1.0 / (1.0 + (-x).exp());
     match activation {
         Activation::Silu => gate * logistic(gate) * up,

@@ -11,7 +11,7 @@ use tightfit_kernels::{
     SourceMatrix, SourceRows, SourceScale, blocks, packed_bytes,
 };
 
-use crate::{experts, products};
+use crate::{decoder, experts, products};
 
 /// What a kernel does with memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,6 +162,8 @@ pub(crate) fn arguments(
 ) -> Result<Vec<Passed>, String> {
     let passed = if products::is_product(kernel) {
         products::arguments(kernel, shape, parameters)
+    } else if decoder::is_of_decoders(kernel) {
+        decoder::arguments(kernel, shape, parameters)
     } else if experts::is_for_experts(kernel) {
         experts::arguments(kernel, shape, parameters)
     } else {
@@ -317,7 +319,11 @@ pub(crate) fn run(
     passed: &[Passed],
     memory: &mut [Vec<u8>],
 ) -> Result<(), String> {
-    if !products::counters_are_zero(kernel, passed, memory) {
+    let counters_are_zero = |memory: &[Vec<u8>]| {
+        products::counters_are_zero(kernel, passed, memory)
+            && decoder::counters_are_zero(kernel, passed, memory)
+    };
+    if !counters_are_zero(memory) {
         return Err(format!(
             "{kernel}: the counters of its workspace are not zero"
         ));
@@ -333,6 +339,8 @@ pub(crate) fn run(
         }
         return if products::is_product(kernel) {
             products::on_the_processor(kernel, passed, memory)
+        } else if decoder::is_of_decoders(kernel) {
+            decoder::on_the_processor(kernel, shape, passed, memory)
         } else if experts::is_for_experts(kernel) {
             experts::on_the_processor(kernel, passed, memory)
         } else {
@@ -364,7 +372,7 @@ pub(crate) fn run(
     emulator
         .launch_with_shared(kernel, grid, threads, shared_bytes, &mut arguments)
         .map_err(|error| error.to_string())?;
-    match products::counters_are_zero(kernel, passed, memory) {
+    match counters_are_zero(memory) {
         true => Ok(()),
         false => Err(format!("{kernel} leaves counters that are not zero")),
     }

@@ -15,6 +15,7 @@ pub mod application;
 mod books;
 mod calls;
 pub mod control;
+mod decoder;
 mod experts;
 mod graphs;
 mod host;

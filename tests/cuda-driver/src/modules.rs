@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::ffi::{CStr, c_char, c_void};
 
-use tightfit_kernels::cuda::{self, KERNELS, PTX, experts, linear};
+use tightfit_kernels::cuda::{self, KERNELS, PTX, decoder, experts, linear};
 
 use crate::books::{Books, Kind, UNSUPPORTED_PTX_VERSION, call};
 use crate::kernels::{Parameters, Shape, arguments};
@@ -37,6 +37,7 @@ pub(crate) struct Modules {
 enum Contents {
     Quantizing,
     Products,
+    Decoder,
     Experts,
 }
 
@@ -47,6 +48,7 @@ unsafe fn contents_of(image: *const c_void) -> Option<Contents> {
     let mut ours = [
         (cuda::module(capability).ok()?, Contents::Quantizing),
         (linear::module(capability).ok()?, Contents::Products),
+        (decoder::module(capability).ok()?, Contents::Decoder),
         (experts::module(capability).ok()?, Contents::Experts),
     ];
     // SAFETY: machine code or text, both of more than four bytes.
@@ -150,6 +152,7 @@ pub unsafe extern "C" fn cuModuleGetFunction(
         let kernel = match books.modules.contents.get(&module) {
             Some(Contents::Products) => named(products::kernels()),
             Some(Contents::Experts) => named(crate::experts::kernels()),
+            Some(Contents::Decoder) => decoder::KERNELS.into_iter().find(has),
             _ => KERNELS.iter().copied().find(has),
         };
         let Some(kernel) = kernel else {

@@ -10,3 +10,4 @@ mod models;
 mod modules;
 mod neighbours;
 mod stopped;
+mod transformer;

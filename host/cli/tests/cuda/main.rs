@@ -3,6 +3,7 @@
 #![cfg(target_os = "linux")]
 
 mod command;
+mod decoder;
 mod experts;
 mod faults;
 mod gradients;

@@ -31,7 +31,7 @@ pub use quantizer::{
 };
 pub use queue::{
     AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, MOST_WORK, MatrixShape,
-    Operation, Quantization, Queue, QueuedProduct, QueuedScales, QueuedWeights,
+    Operation, Quantization, Queue, QueuedDecode, QueuedProduct, QueuedScales, QueuedWeights,
 };
 pub use spec::{DeviceSpec, SpecError, open_devices, planned_devices};
 pub use writer::{PageLocked, Piece, WRITER_BUFFERS, Writer};

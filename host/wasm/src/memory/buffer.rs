@@ -4,8 +4,10 @@ use std::fmt;
 use std::sync::Arc;
 
 use super::error::MemoryError;
-use super::pool::{DevicePool, Held};
+use super::pool::{DevicePool, Held, HostRange};
 use crate::stop::Stop;
+use tightfit_kernels::decoder::Operand;
+
 use tightfit::device::{DeviceBytes, DeviceError, MOST_WORK, Operation, Queue};
 
 /// A range of bytes on a device. Its memory is given back when it is dropped.
@@ -191,6 +193,44 @@ impl Buffer {
             Some(held) => Ok(self.pool.range(held, offset, bytes)?),
             None => Ok(None),
         }
+    }
+
+    /// Has `work` see bytes of buffers of one device in place, in their order; none where the processor cannot
+    /// read them. Each is a buffer, an offset, a number of bytes, and whether they are written. They have been
+    /// checked: they lie inside, have been cleared where they were never written, and nothing overlaps what is
+    /// written.
+    pub(crate) fn with_host<T>(
+        ranges: &[(&Buffer, u64, u64, bool)],
+        work: impl FnOnce(Vec<Operand<'_>>) -> T,
+    ) -> Option<T> {
+        let pool = &ranges.first()?.0.pool;
+        let mut held = vec![];
+        for &(buffer, offset, bytes, is_written) in ranges {
+            held.push(buffer.held().map(|held| HostRange {
+                held,
+                offset,
+                bytes,
+                is_written,
+            }));
+        }
+        let is_there: Vec<bool> = held.iter().map(Option::is_some).collect();
+        let held: Vec<HostRange<'_>> = held.into_iter().flatten().collect();
+        pool.with_host_mut(&held, |operands| {
+            // Buffers of nothing have nothing to lend.
+            let mut operands = operands.into_iter();
+            let all =
+                ranges
+                    .iter()
+                    .zip(is_there)
+                    .map(|((.., is_written), is_there)| {
+                        match is_there.then(|| operands.next()).flatten() {
+                            Some(operand) => operand,
+                            None if *is_written => Operand::Written(&mut []),
+                            None => Operand::Read(&[]),
+                        }
+                    });
+            work(all.collect())
+        })
     }
 
     /// Returns a share in its memory, which is kept as long; none for nothing.

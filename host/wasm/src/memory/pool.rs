@@ -9,6 +9,7 @@ use tightfit::device::{
 };
 use tightfit::memory::{Allocation, Ledger, LedgerEntry, Pool, ReservationSize, Usage};
 use tightfit::plan::PART_ALIGNMENT;
+use tightfit_kernels::decoder::Operand;
 
 /// Chunks are not larger, unless a single buffer is. A larger one is not kept when it is empty.
 pub(super) const LARGEST_CHUNK: u64 = 64 << 20;
@@ -103,6 +104,15 @@ struct Chunk {
     _entries: [LedgerEntry; 2],
 }
 
+/// Bytes of a piece that are to be read or written in place.
+#[derive(Debug)]
+pub(super) struct HostRange<'a> {
+    pub(super) held: &'a Held,
+    pub(super) offset: u64,
+    pub(super) bytes: u64,
+    pub(super) is_written: bool,
+}
+
 /// A piece of a chunk.
 #[derive(Debug)]
 pub(super) struct Held {
@@ -188,6 +198,76 @@ impl DevicePool {
         };
         let [one, other] = ranges.map(find);
         Some(work([one?, other?]))
+    }
+
+    /// Has `work` see bytes of pieces in place, each for reading or for writing, where the processor can read them;
+    /// else nothing is done. What is written overlaps nothing: that has been checked, and is nothing done for else.
+    pub(super) fn with_host_mut<T>(
+        &self,
+        ranges: &[HostRange<'_>],
+        work: impl FnOnce(Vec<Operand<'_>>) -> T,
+    ) -> Option<T> {
+        let mut chunks = self.lock();
+        let mut order: Vec<usize> = (0..ranges.len()).collect();
+        let start =
+            |range: &HostRange<'_>| range.held.allocation.offset().checked_add(range.offset);
+        order.sort_by_key(|&index| (ranges[index].held.chunk, start(&ranges[index])));
+        // What is read twice cannot be lent twice beside what is written: then it is copied.
+        let mut copies: Vec<Option<Vec<u8>>> = ranges.iter().map(|_| None).collect();
+        let mut last: Option<(u64, usize)> = None;
+        for &index in order.iter().filter(|&&index| ranges[index].bytes > 0) {
+            let range = &ranges[index];
+            let begin = usize::try_from(start(range)?).ok()?;
+            let end = begin.checked_add(usize::try_from(range.bytes).ok()?)?;
+            let chunk = range.held.chunk;
+            let overlaps = last.is_some_and(|(of, until)| of == chunk && begin < until);
+            if overlaps {
+                if range.is_written {
+                    return None;
+                }
+                let memory = chunks.by_number.get(&chunk)?.memory.host_memory()?;
+                copies[index] = Some(memory.get(begin..end)?.to_vec());
+            } else {
+                last = Some((chunk, end));
+            }
+        }
+        let mut lent: Vec<Option<&mut [u8]>> = ranges.iter().map(|_| None).collect();
+        let mut order = order.into_iter().peekable();
+        for (number, chunk) in &mut chunks.by_number {
+            if order
+                .peek()
+                .is_none_or(|&index| ranges[index].held.chunk != *number)
+            {
+                continue;
+            }
+            // What is not lent yet, and where it begins.
+            let (mut rest, mut begins) = (chunk.memory.host_memory_mut()?, 0);
+            while let Some(index) = order.next_if(|&index| ranges[index].held.chunk == *number) {
+                let range = &ranges[index];
+                if range.bytes == 0 || copies[index].is_some() {
+                    continue;
+                }
+                let begin = usize::try_from(start(range)?).ok()?;
+                let (_, memory) = rest.split_at_mut_checked(begin.checked_sub(begins)?)?;
+                let len = usize::try_from(range.bytes).ok()?;
+                let (bytes, after) = memory.split_at_mut_checked(len)?;
+                lent[index] = Some(bytes);
+                (rest, begins) = (after, begin + len);
+            }
+        }
+        let operands = ranges.iter().zip(lent).zip(&copies);
+        let operands = operands.map(|((range, lent), copy)| {
+            Some(match (lent, copy) {
+                (Some(bytes), _) if range.is_written => Operand::Written(bytes),
+                (Some(bytes), _) => Operand::Read(bytes),
+                (None, Some(copy)) => Operand::Read(copy),
+                (None, None) if range.bytes > 0 => return None,
+                (None, None) if range.is_written => Operand::Written(&mut []),
+                (None, None) => Operand::Read(&[]),
+            })
+        });
+        let operands: Option<Vec<Operand<'_>>> = operands.collect();
+        Some(work(operands?))
     }
 
     /// Returns what the program has of the device.

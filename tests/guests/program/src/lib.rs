@@ -5,6 +5,7 @@ mod handles;
 mod linear;
 mod memory;
 mod models;
+mod transformer;
 
 use std::hint::black_box;
 
@@ -23,6 +24,7 @@ impl Program for Hostile {
         let answered = memory::misbehave(behavior, rest)
             .or_else(|| models::misbehave(behavior, rest))
             .or_else(|| linear::misbehave(behavior, rest))
+            .or_else(|| transformer::misbehave(behavior, rest))
             .or_else(|| handles::misbehave(behavior));
         match answered {
             Some(answer) => answer.map_err(|error| GaveUp::from(format!("{error:?}"))),

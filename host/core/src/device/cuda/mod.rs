@@ -33,6 +33,7 @@ struct Gpu {
     /// Dropped, and with that unloaded, before the context.
     kernels: Arc<KernelModule>,
     products: Arc<KernelModule>,
+    decoder: Arc<KernelModule>,
     experts: Arc<KernelModule>,
     context: Arc<Context>,
     /// Bytes that the user allows; by default all there are.
@@ -73,6 +74,7 @@ impl CudaDevice {
             gpu: Arc::new(Gpu {
                 kernels: Arc::new(KernelModule::quantizing(&context)),
                 products: Arc::new(KernelModule::products(&context)),
+                decoder: Arc::new(KernelModule::decoder(&context)),
                 experts: Arc::new(KernelModule::experts(&context)),
                 context,
                 limit: capacity,
@@ -191,9 +193,10 @@ impl Device for CudaDevice {
                 kernels,
                 products,
                 experts,
+                decoder,
                 ..
             } = &*self.gpu;
-            CudaQueue::new([kernels, products, experts])?
+            CudaQueue::new([kernels, products, experts, decoder])?
         };
         Ok(Some(Arc::new(queue)))
     }

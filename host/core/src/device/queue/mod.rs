@@ -4,15 +4,19 @@
 //! done. So there is no pointer that a caller could get wrong; what overlaps, is too short or lies on
 //! another device is an error, and nothing is done.
 
+mod decoder;
 mod operation;
 mod products;
 
 use std::fmt;
 
+pub use decoder::QueuedDecode;
 pub use operation::{
     AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, Operation, Quantization,
 };
 pub use products::{MatrixShape, QueuedProduct, QueuedScales, QueuedWeights};
+
+use tightfit_kernels::decoder as kernels;
 
 use super::{DeviceBytes, DeviceError, Product};
 
@@ -54,4 +58,7 @@ pub trait Queue: Send + Sync + fmt::Debug {
     /// Returns how many bytes of workspace are enough for a product with such a matrix, and for one of fewer
     /// rows; 0 where none is needed.
     fn workspace_bytes(&self, product: &Product, shape: &MatrixShape) -> u64;
+
+    /// Returns how many bytes of workspace an operation of a decoder needs; 0 where it needs none.
+    fn decode_workspace_bytes(&self, operation: &kernels::Operation) -> u64;
 }

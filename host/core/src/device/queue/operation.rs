@@ -3,12 +3,16 @@
 
 use tightfit_kernels::{BlockSize, FloatType, NESTED_BLOCK_SIZE, QuantType, blocks, packed_bytes};
 
-use super::QueuedProduct;
+use super::{QueuedDecode, QueuedProduct};
 use crate::device::DeviceBytes;
 
 /// A piece of work for a device.
 #[derive(Debug, Clone)]
 #[non_exhaustive]
+#[allow(
+    clippy::large_enum_variant,
+    reason = "one lives at a time, and no longer than a call"
+)]
 pub enum Operation {
     /// Sets bytes to zero.
     Clear(DeviceBytes),
@@ -31,6 +35,8 @@ pub enum Operation {
     DequantizeAbsmax(AbsmaxRecovery),
     /// A product with a 4-bit weight, or one of many experts for each row.
     Multiply(Box<QueuedProduct>),
+    /// What a decoder computes between products.
+    Decode(QueuedDecode),
 }
 
 /// Numbers to be quantized to NF4, the first of which begins a block.
@@ -171,6 +177,7 @@ impl Operation {
         let moved = moved.fold(1, u64::saturating_add);
         match self {
             Operation::Multiply(product) => moved.saturating_add(product.arithmetic()),
+            Operation::Decode(given) => given.operation.work(),
             _ => moved,
         }
     }
@@ -226,6 +233,7 @@ impl Operation {
                 O::written("absmax", &of.absmax, of.count, 4),
             ],
             Operation::Multiply(product) => product.operands(),
+            Operation::Decode(given) => given.operands(),
         }
     }
 
@@ -237,6 +245,9 @@ impl Operation {
     pub fn check(&self) -> Result<(), String> {
         if let Operation::Multiply(product) = self {
             product.check()?;
+        }
+        if let Operation::Decode(given) = self {
+            given.check()?;
         }
         let operands = self.operands();
         for operand in &operands {

@@ -247,7 +247,7 @@ impl linear::Host for ProgramCtxView<'_> {
 impl ProgramCtx {
     /// Returns a device's memory for products to work in, at least this long, as a range for its queue. It
     /// is taken when it is first needed, and again when more is.
-    fn scratch(
+    pub(super) fn scratch(
         &mut self,
         queue: &dyn Queue,
         device: usize,

@@ -29,9 +29,11 @@ mod error;
 mod linear;
 mod models;
 mod nf4;
+mod output;
 mod run;
 #[cfg(test)]
 mod tests;
+mod transformer;
 mod view;
 
 use std::collections::BTreeMap;
@@ -48,6 +50,7 @@ pub use checkpoints::OpenCheckpoint;
 pub use error::CallError;
 pub use linear::Weight;
 pub use models::LoadedModel;
+pub use output::{Output, output};
 pub use run::Run;
 
 use super::TightfitView;
@@ -55,7 +58,8 @@ use crate::memory::Memory;
 use crate::stop::Stop;
 use bindings::tightfit::host::{
     buffers as wit_buffers, checkpoints as wit_checkpoints, devices as wit_devices, errors,
-    linear as wit_linear, models as wit_models, nf4 as wit_nf4,
+    linear as wit_linear, models as wit_models, nf4 as wit_nf4, output as wit_output,
+    transformer as wit_transformer,
 };
 use checkpoints::Grants;
 use tightfit::cancel::CancelToken;
@@ -70,10 +74,13 @@ pub struct ProgramCtx {
     offered: Vec<DeviceInfo>,
     /// What products work in, by device. Given back before the pools that it is of.
     scratch: BTreeMap<usize, Buffer>,
+    /// What ids and positions were wrong, by device.
+    faults: BTreeMap<usize, transformer::DeviceFaults>,
     memory: Memory,
     grants: Grants,
     models: models::Loader,
     kernels: Kernels,
+    output: Option<Output>,
     stop: Stop,
 }
 
@@ -86,12 +93,14 @@ impl ProgramCtx {
     pub fn new(devices: Arc<[Box<dyn Device>]>, quota: u64) -> ProgramCtx {
         ProgramCtx {
             scratch: BTreeMap::new(),
+            faults: BTreeMap::new(),
             memory: Memory::new(&devices, quota),
             offered: devices.iter().map(|device| device.info()).collect(),
             devices,
             grants: Grants::default(),
             models: models::Loader::new(),
             kernels: Kernels::detect(),
+            output: None,
             stop: Stop::default(),
         }
     }
@@ -115,6 +124,12 @@ impl ProgramCtx {
             self.models.threads = threads;
         }
         self.models.staging_bytes = staging.unwrap_or(DEFAULT_STAGING);
+        self
+    }
+
+    /// Gives what the program says while it runs to this output; by default it is dropped.
+    pub fn with_output(mut self, output: Output) -> ProgramCtx {
+        self.output = Some(output);
         self
     }
 
@@ -177,7 +192,9 @@ pub fn add_program_to_linker<T: ProgramView + 'static>(
     wit_nf4::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
     wit_checkpoints::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
     wit_models::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
-    wit_linear::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)
+    wit_linear::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
+    wit_transformer::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
+    wit_output::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)
 }
 
 /// How a single interface is told where in a store's data the program's context and table are, as

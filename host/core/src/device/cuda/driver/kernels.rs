@@ -1,11 +1,11 @@
-//! The kernels of one device: those that quantize, and those of products.
+//! The kernels of one device: those that quantize, those of products, and what a decoder computes between them.
 
 use std::ffi::{CStr, CString, c_void};
 use std::ptr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use cudarc::driver::sys::{CUfunction, CUfunction_attribute, CUmodule, CUstream};
-use tightfit_kernels::cuda::{self, Launch, experts, linear};
+use tightfit_kernels::cuda::{self, Launch, decoder, experts, linear};
 
 use super::stream::Stream;
 use super::tiles::TensorMap;
@@ -34,6 +34,7 @@ const QUANTIZING: [&str; 13] = [
 enum Contents {
     Quantizing,
     Products,
+    Decoder,
     Experts,
 }
 
@@ -57,6 +58,11 @@ impl KernelModule {
     /// Those of products.
     pub(in crate::device::cuda) fn products(context: &Arc<Context>) -> KernelModule {
         KernelModule::new(context, Contents::Products)
+    }
+
+    /// What a decoder computes between products.
+    pub(in crate::device::cuda) fn decoder(context: &Arc<Context>) -> KernelModule {
+        KernelModule::new(context, Contents::Decoder)
     }
 
     /// Those for experts.
@@ -209,6 +215,10 @@ impl Module {
                 (cuda::module(capability), kernels)
             }
             Contents::Products => (linear::module(capability), linear::kernels(capability)),
+            Contents::Decoder => {
+                let kernels = decoder::KERNELS.map(|kernel| (kernel, 0)).to_vec();
+                (decoder::module(capability), kernels)
+            }
             Contents::Experts => (experts::module(capability), experts::kernels(capability)),
         };
         let image = image.map_err(|error| unavailable(context.name(), error.to_string()))?;

@@ -1,5 +1,6 @@
 //! A device's order of work: one stream, what it may be using, and how much of it is under way.
 
+mod decoder;
 mod nf4;
 mod products;
 
@@ -23,6 +24,7 @@ const MARKS: usize = 2;
 pub(in crate::device::cuda) struct CudaQueue {
     quantizing: Arc<KernelModule>,
     products: Arc<KernelModule>,
+    decoder: Arc<KernelModule>,
     experts: Arc<KernelModule>,
     gpu: OnceLock<Gpu>,
     /// Dropped, with the work waited for, before the kernels.
@@ -58,7 +60,7 @@ struct Buffer {
 
 impl CudaQueue {
     pub(in crate::device::cuda) fn new(
-        [quantizing, products, experts]: [&Arc<KernelModule>; 3],
+        [quantizing, products, experts, decoder]: [&Arc<KernelModule>; 4],
     ) -> Result<CudaQueue, DeviceError> {
         let context = quantizing.context();
         let state = State {
@@ -74,6 +76,7 @@ impl CudaQueue {
         Ok(CudaQueue {
             quantizing: Arc::clone(quantizing),
             products: Arc::clone(products),
+            decoder: Arc::clone(decoder),
             experts: Arc::clone(experts),
             gpu: OnceLock::new(),
             state: ManuallyDrop::new(Mutex::new(state)),
@@ -230,6 +233,7 @@ impl Queue for CudaQueue {
             Operation::QuantizeAbsmax(of) => self.quantize_absmax(stream, of),
             Operation::DequantizeAbsmax(of) => self.dequantize_absmax(stream, of),
             Operation::Multiply(product) => self.multiply(stream, product),
+            Operation::Decode(given) => self.decode(stream, given),
         }
     }
 
@@ -288,6 +292,13 @@ impl Queue for CudaQueue {
 
     fn workspace_bytes(&self, product: &Product, shape: &MatrixShape) -> u64 {
         self.workspace(product, shape)
+    }
+
+    fn decode_workspace_bytes(&self, operation: &tightfit_kernels::decoder::Operation) -> u64 {
+        let gpu = self.gpu().ok();
+        let call = gpu.and_then(|gpu| tightfit_kernels::cuda::decoder::call(operation, gpu).ok());
+        call.flatten()
+            .map_or(0, |call| call.launch.workspace_bytes as u64)
     }
 }
 
