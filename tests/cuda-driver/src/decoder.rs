@@ -221,7 +221,7 @@ pub(crate) fn on_the_processor(
     let text = |error: tightfit_kernels::KernelError| error.to_string();
     let number = |index: usize| match passed[index] {
         Passed::Number(value) => value,
-        Passed::Memory { .. } => 0,
+        Passed::Memory { .. } | Passed::Map { .. } => 0,
     };
     let pointer = |index: usize| passed[index].memory().is_some();
     let operation = operation_of(kernel, shape, pointer, number)?;
