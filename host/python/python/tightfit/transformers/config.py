@@ -25,6 +25,10 @@ class Options:
     staging: int | str | None = None
     strict: bool = False
     quantize_on: str = "auto"
+    products: bool | None = None
+    experts: str = "nf4"
+    purpose: str = "inference"
+    rows: int | None = None
 
 
 class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
@@ -40,6 +44,13 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
         staging: Upper bound of host memory that data goes through.
         strict: Infinities and NaN in weights to be quantized are an error.
         quantize_on: Where weights for GPUs are quantized: ``cpu``, ``gpu`` or ``auto``.
+        products: Whether linear layers and experts multiply with Tightfit's kernels, which read weights in 4 bits as they
+            lie, or with bitsandbytes'; None: where they are faster, which they are on GPUs and processors.
+        experts: ``nf4``, or ``stored`` to leave stacks of experts in the type of the model.
+        purpose: What the memory that is left free has to be enough for: ``inference``, or ``qlora``. For that what
+            ``prepare_model_for_kbit_training`` would cast is f32 at once, and there is room for LoRA (settings
+            ``lora-rank``, 16), its gradients and AdamW's moments, and the largest weight dequantized.
+        rows: Rows of products that workspace on GPUs is reserved for; by default for any number.
         **kwargs: Those of ``BitsAndBytesConfig``; by default NF4 with bfloat16 for products, where that class takes
             FP4 and float32.
     """
@@ -54,12 +65,20 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
         staging: int | str | None = None,
         strict: bool = False,
         quantize_on: str = "auto",
+        products: bool | None = None,
+        experts: str = "nf4",
+        purpose: str = "inference",
+        rows: int | None = None,
         **kwargs: Any,
     ) -> None:
         from .._api import device_names
 
         if kwargs.get("load_in_8bit"):
             raise ValueError("TightfitConfig is for 4 bits: load_in_8bit is bitsandbytes' own")
+        if experts not in ("nf4", "stored"):
+            raise ValueError(f"experts is {experts!r}, not 'nf4' or 'stored'")
+        if purpose not in ("inference", "qlora"):
+            raise ValueError(f"purpose is {purpose!r}, not 'inference' or 'qlora'")
         kwargs.setdefault("load_in_4bit", True)
         kwargs.setdefault("bnb_4bit_quant_type", "nf4")
         kwargs.setdefault("bnb_4bit_compute_dtype", torch.bfloat16)
@@ -74,6 +93,10 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
             staging=staging,
             strict=strict,
             quantize_on=quantize_on,
+            products=products,
+            experts=experts,
+            purpose=purpose,
+            rows=rows,
         )
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 import tightfit
 
+from ..ops import ROWS, Product, SharedWorkspace
 from ..torch import DTYPES, params4bit, tensor
-from . import mapping, placement
+from . import experts, mapping, placement
 from ._report import Report
 from .config import Options, TightfitConfig
 from .filling import AlreadyQuantized, converters
+from .linear import Linear4bit as OurLinear4bit
 
 logger = logging.getLogger("tightfit.transformers")
 
@@ -24,6 +27,22 @@ _FORMATS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 # What `install` says for configurations that are not ours.
 defaults = Options()
+
+
+# Whether products on a processor are faster than bitsandbytes' there.
+FASTER_ON_CPU = True
+
+
+def _dense(codes: torch.Tensor, state: Any) -> Any:
+    """What dequantizes a weight for products of many rows."""
+
+    def dense(dtype: torch.dtype) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight: torch.Tensor = dequantize_4bit(codes, state).to(dtype)
+        return weight
+
+    return dense
 
 
 class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
@@ -53,6 +72,9 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         self.loaded: tightfit.Model | None = None
         self._filled_map: dict[str, Any] | None = None
         self._linears: dict[str, str] = {}
+        # Names of the tensors of stacks of experts by halves, by parameter.
+        self._stacks: dict[str, list[list[str]]] = {}
+        self._skipped: dict[str, str] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         super().validate_environment(*args, **kwargs)
@@ -110,6 +132,9 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         targets = mapping.targets(model, checkpoint)
         formats, omit = self._formats(model, checkpoint, targets)
         options, config = self.options, self.quantization_config
+        self._rows = ROWS if options.rows is None else options.rows
+        text = model.config.get_text_config()
+        self._experts_per_token = int(getattr(text, "num_experts_per_tok", None) or 0)
         devices, policy, settings = placement.asked_of(
             options, None if device_map is self._filled_map else device_map, targets
         )
@@ -121,6 +146,9 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             double_quant=config.bnb_4bit_use_double_quant,
             formats=formats,
             omit=omit,
+            rows=self._rows if options.products is not False else 0,
+            experts_per_token=self._experts_per_token,
+            gradients=options.purpose == "qlora",
         )
         logger.info("%s", plan)
         logger.info("products are computed in %s", config.bnb_4bit_compute_dtype)
@@ -138,6 +166,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def _formats(self, model: Any, checkpoint: Any, targets: Any) -> tuple[dict[str, str], list[str]]:
         """What becomes of each tensor: its format, or that it is left out."""
         places = model.state_dict()
+        self._stacks = self._find_stacks(model, checkpoint, targets)
         keep = model._get_dtype_plan(self.dtype)
         nf4 = "nf4+double" if self.quantization_config.bnb_4bit_use_double_quant else "nf4"
         formats: dict[str, str] = {}
@@ -146,6 +175,9 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             info = checkpoint[name]
             if target is None:
                 omit.append(name)
+                continue
+            if target.key in self._stacks:
+                formats[name] = "stored" if info.quantized in ("nf4", "fp4") else nf4
                 continue
             owner, _, leaf = target.key.rpartition(".")
             module = model.get_submodule(owner) if owner else model
@@ -157,6 +189,47 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
                 raise ValueError(f"{name!r} is stored in 4 bits, which {type(module).__name__} cannot hold")
             formats[name] = self._plain_format(info, places[target.key].dtype, target.key, keep)
         return formats, omit
+
+    def _find_stacks(self, model: Any, checkpoint: Any, targets: Any) -> dict[str, list[list[str]]]:
+        """The tensors of stacks of experts that will be in 4 bits: all stacks of a module, or none."""
+        sources: dict[str, list[tuple[int, int, str]]] = {}
+        cannot: dict[str, str] = {}
+        for name, target in targets.items():
+            if target is None:
+                continue
+            owner, _, leaf = target.key.rpartition(".")
+            module = model.get_submodule(owner) if owner else model
+            if leaf not in experts.LEAVES or not experts.has_stacks(module):
+                continue
+            parameter = getattr(module, leaf)
+            if not isinstance(parameter, torch.nn.Parameter) or parameter.dim() != 3:
+                continue
+            sources.setdefault(target.key, []).append((target.half, target.expert, name))
+            made = [type(operation).__name__ for operation in target.operations]
+            shape = checkpoint[name].shape
+            is_stored = checkpoint[name].quantized in ("nf4", "fp4")
+            if self.options.experts == "stored" and not is_stored:
+                cannot[owner] = "experts are to stay as they are"
+            elif any(part in owner for part in self.quantization_config.llm_int8_skip_modules or ()):
+                cannot[owner] = "it is in llm_int8_skip_modules"
+            elif made not in ([], ["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+                cannot[owner] = f"it is made by {', '.join(made)}"
+            elif made and len(shape) != 2 or not made and (len(shape) != 3 or tuple(shape) != tuple(parameter.shape)):
+                cannot[owner] = f"{name!r} has shape {list(shape)}"
+            elif math.prod(shape[-2:]) % experts.BLOCK != 0:
+                cannot[owner] = f"a matrix of {list(shape[-2:])} is not a whole number of blocks of {experts.BLOCK}"
+        stacks = {}
+        for key, found in sources.items():
+            owner = key.rpartition(".")[0]
+            if owner in cannot:
+                if self.options.experts != "stored":
+                    self._skipped[owner] = cannot[owner]
+                continue
+            halves: list[list[str]] = [[] for _ in range(1 + max(half for half, _, _ in found))]
+            for half, _, name in sorted(found):
+                halves[half].append(name)
+            stacks[key] = halves
+        return stacks
 
     @staticmethod
     def _plain_format(info: Any, wanted: torch.dtype, key: str, keep: dict[str, torch.dtype]) -> str:
@@ -170,7 +243,69 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return _FORMATS.get(wanted, "stored")
 
     def get_weight_conversions(self) -> list[Any]:
-        return [] if self.loaded is None else converters(self._own, self._find)
+        return [] if self.loaded is None else converters(self._own, self._find, self._place)
+
+    def _place(self, key: str) -> bool:
+        """Puts a stack of experts where its parameter is, if this is one."""
+        names = self._stacks.get(key)
+        if names is None:
+            return False
+        owner, _, leaf = key.rpartition(".")
+        module = self._model.get_submodule(owner)
+        stack = experts.Stack4bit(
+            self.loaded, names, getattr(module, leaf).shape, self.dtype or torch.bfloat16, module.is_transposed
+        )
+        experts.put(module, leaf, stack, self.quantization_config.bnb_4bit_compute_dtype)
+        return True
+
+    def _use_products(self, model: Any) -> None:
+        """Has layers multiply with Tightfit's kernels, where they shall."""
+        assert self.loaded is not None
+        wanted = self.options.products
+        workspaces: dict[str, SharedWorkspace | None] = {}
+
+        def shared(device: str) -> SharedWorkspace | None:
+            if device not in workspaces:
+                assert self.loaded is not None
+                native = self.loaded.workspace(
+                    device, self._rows, self._experts_per_token, self.options.purpose == "qlora"
+                )
+                workspaces[device] = SharedWorkspace(native) if native.bytes else None
+            return workspaces[device]
+
+        def is_used(device: str) -> bool:
+            return FASTER_ON_CPU or device.startswith("cuda:") if wanted is None else wanted
+
+        for name, owner in self._linears.items():
+            module = model.get_submodule(owner)
+            weight = self.loaded[name] if name in self.loaded else None
+            if weight is None or not isinstance(module, OurLinear4bit) or not is_used(weight.device):
+                continue
+            native = self.loaded.linear(name)
+            state = module.weight.quant_state
+            if module.weight.data_ptr() != weight.codes.address:
+                # It has been moved since.
+                continue
+            module.product = Product(native, shared(native.device), _dense(module.weight, state))
+        for module in model.modules():
+            if isinstance(module, experts.Experts4bit):
+                name = module.down_proj.names[0][0]
+                if is_used(self.loaded[name].device):
+                    experts.use_products(module, shared)
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """What is saved: of experts in 4 bits what ``tightfit save`` writes."""
+        stacks = {
+            name: module for name, module in model.named_modules() if isinstance(module, experts.Stack4bit)
+        }
+        if not stacks:
+            return super().get_state_dict_and_metadata(model)
+        state = model.state_dict()
+        for prefix, stack in stacks.items():
+            for key in [key for key in state if key.startswith(prefix + ".")]:
+                del state[key]
+            state.update(stack.checkpoint())
+        return state, {}
 
     def _find(self, name: str) -> Any:
         """The tensor of this name, in its place; None for what is part of another."""
@@ -183,6 +318,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             return tensor(weight)
         module = self._model.get_submodule(owner)
         module._is_hf_initialized = True
+        if self.options.products is not False:
+            OurLinear4bit.of(module)
         stored = weight.format == "stored"
         return params4bit(
             weight, module, None if stored else self.dtype, self.quantization_config.bnb_4bit_quant_storage
@@ -190,7 +327,10 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)
-        model.tightfit = Report(self.loaded)
+        self._use_products(model)
+        for owner, reason in self._skipped.items():
+            logger.warning("%s is not in 4 bits: %s", owner, reason)
+        model.tightfit = Report(self.loaded, self._skipped)
         # It is bitsandbytes' from here on: Trainer, PEFT and accelerate ask for that.
         self.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
