@@ -29,6 +29,7 @@ class Options:
     experts: str = "nf4"
     purpose: str = "inference"
     rows: int | None = None
+    lora_rank: int = 16
 
 
 class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
@@ -45,12 +46,15 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
         strict: Infinities and NaN in weights to be quantized are an error.
         quantize_on: Where weights for GPUs are quantized: ``cpu``, ``gpu`` or ``auto``.
         products: Whether linear layers and experts multiply with Tightfit's kernels, which read weights in 4 bits as they
-            lie, or with bitsandbytes'; None: where they are faster, which they are on GPUs and processors.
+            lie, or with bitsandbytes'; None: those of layers on GPUs, on processors without bfloat16 instructions of
+            AVX-512 (on others bitsandbytes' are faster, with a second copy of the weights), and all of experts.
         experts: ``nf4``, or ``stored`` to leave stacks of experts in the type of the model.
         purpose: What the memory that is left free has to be enough for: ``inference``, or ``qlora``. For that what
-            ``prepare_model_for_kbit_training`` would cast is f32 at once, and there is room for LoRA (settings
-            ``lora-rank``, 16), its gradients and AdamW's moments, and the largest weight dequantized.
+            ``prepare_model_for_kbit_training`` would cast is f32 at once, so that it is not held twice, and each device
+            keeps free what LoRA, its gradients, AdamW's moments and the largest weight dequantized take, and with the
+            setting ``context`` activations, too. The setting ``reserve`` is another amount instead.
         rows: Rows of products that workspace on GPUs is reserved for; by default for any number.
+        lora_rank: Rank of the adapters that ``qlora`` has room for.
         **kwargs: Those of ``BitsAndBytesConfig``; by default NF4 with bfloat16 for products, where that class takes
             FP4 and float32.
     """
@@ -69,6 +73,7 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
         experts: str = "nf4",
         purpose: str = "inference",
         rows: int | None = None,
+        lora_rank: int = 16,
         **kwargs: Any,
     ) -> None:
         from .._api import device_names
@@ -97,6 +102,7 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
             experts=experts,
             purpose=purpose,
             rows=rows,
+            lora_rank=lora_rank,
         )
 
     @property

@@ -14,6 +14,11 @@ from ..torch import quant_state
 # The parameters that are stacks of matrices, one for each expert.
 LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 
+# What files have beside the codes of stacks in 4 bits, after transformers has renamed it.
+BESIDE = (
+    rf"\.({'|'.join(LEAVES)})\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
+)
+
 # A stack is in 4 bits where each expert begins with a block.
 BLOCK = 64
 
@@ -206,14 +211,11 @@ class _Kept:
             native = self.loaded.linear(names[0], expert)
         else:
             native = self.loaded.linear(names[expert])
-        if not native.is_on_gpu:
-            return Product(native)
-        codes = stack.codes_0_0
 
         def dense(dtype: torch.dtype) -> torch.Tensor:
             return stack._dequantize(half, expert, dtype)
 
-        return Product(native, self.shared, dense) if codes.is_cuda else None
+        return Product(native, self.shared, dense)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Kept:
         return _Kept(None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from typing import Any
@@ -15,7 +16,7 @@ import tightfit
 
 from ..ops import ROWS, Product, SharedWorkspace
 from ..torch import DTYPES, params4bit, tensor
-from . import experts, mapping, placement
+from . import experts, mapping, placement, purpose
 from ._report import Report
 from .config import Options, TightfitConfig
 from .filling import AlreadyQuantized, converters
@@ -29,12 +30,25 @@ _FORMATS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 defaults = Options()
 
 
-# Whether products on a processor are faster than bitsandbytes' there.
-FASTER_ON_CPU = True
+def _is_faster(device: str) -> bool:
+    """Whether products of linear layers are faster than bitsandbytes' on a device.
+
+    On processors with bfloat16 instructions of AVX-512 bitsandbytes packs weights again, in memory of its own, and
+    multiplies those 2 to 4 times as fast; on others it dequantizes them for each product.
+    """
+    if device.startswith("cuda:"):
+        return True
+    try:
+        from bitsandbytes.functional import has_avx512bf16
+    except ImportError:
+        return True
+    return not has_avx512bf16()
 
 
 def _dense(codes: torch.Tensor, state: Any) -> Any:
     """What dequantizes a weight for products of many rows."""
+    # On a processor bitsandbytes may pack the parameter again.
+    codes, state = codes.detach(), copy.copy(state)
 
     def dense(dtype: torch.dtype) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
@@ -75,6 +89,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         # Names of the tensors of stacks of experts by halves, by parameter.
         self._stacks: dict[str, list[list[str]]] = {}
         self._skipped: dict[str, str] = {}
+        self._headroom: dict[str, int] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         super().validate_environment(*args, **kwargs)
@@ -142,7 +157,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             checkpoint,
             devices,
             policy,
-            settings={**settings, **options.settings},
+            settings={**self._reserve(model), **settings, **options.settings},
             double_quant=config.bnb_4bit_use_double_quant,
             formats=formats,
             omit=omit,
@@ -160,12 +175,25 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             quantize_on=options.quantize_on,
             progress=options.progress,
         )
+        if self._stacks and any(checkpoint[name].quantized for halves in self._stacks.values() for name in halves[0][:1]):
+            # Of stacks in 4 bits transformers takes what lies beside the codes for weights of their own.
+            ignored = list(model._keys_to_ignore_on_load_unexpected or ())
+            model._keys_to_ignore_on_load_unexpected = [*ignored, experts.BESIDE]
         if self._filled_map is not None:
             self._filled_map.update(placement.device_map(model, self.loaded, targets))
+
+    def _reserve(self, model: Any) -> dict[str, int]:
+        """The setting that leaves room for training."""
+        if self.options.purpose != "qlora":
+            return {}
+        head = model.get_output_embeddings()
+        self._headroom = purpose.qlora(model, head, self.options.lora_rank, self.options.settings)
+        return {"reserve": sum(self._headroom.values())}
 
     def _formats(self, model: Any, checkpoint: Any, targets: Any) -> tuple[dict[str, str], list[str]]:
         """What becomes of each tensor: its format, or that it is left out."""
         places = model.state_dict()
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._stacks = self._find_stacks(model, checkpoint, targets)
         keep = model._get_dtype_plan(self.dtype)
         nf4 = "nf4+double" if self.quantization_config.bnb_4bit_use_double_quant else "nf4"
@@ -187,7 +215,11 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
                 continue
             if info.quantized in ("nf4", "fp4"):
                 raise ValueError(f"{name!r} is stored in 4 bits, which {type(module).__name__} cannot hold")
-            formats[name] = self._plain_format(info, places[target.key].dtype, target.key, keep)
+            wanted = places[target.key].dtype
+            if self.options.purpose == "qlora" and purpose.is_cast(wanted) and target.key in parameters:
+                formats[name] = self._plain_format(info, torch.float32, "", {})
+                continue
+            formats[name] = self._plain_format(info, wanted, target.key, keep)
         return formats, omit
 
     def _find_stacks(self, model: Any, checkpoint: Any, targets: Any) -> dict[str, list[list[str]]]:
@@ -261,7 +293,6 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def _use_products(self, model: Any) -> None:
         """Has layers multiply with Tightfit's kernels, where they shall."""
         assert self.loaded is not None
-        wanted = self.options.products
         workspaces: dict[str, SharedWorkspace | None] = {}
 
         def shared(device: str) -> SharedWorkspace | None:
@@ -273,13 +304,10 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
                 workspaces[device] = SharedWorkspace(native) if native.bytes else None
             return workspaces[device]
 
-        def is_used(device: str) -> bool:
-            return FASTER_ON_CPU or device.startswith("cuda:") if wanted is None else wanted
-
         for name, owner in self._linears.items():
             module = model.get_submodule(owner)
             weight = self.loaded[name] if name in self.loaded else None
-            if weight is None or not isinstance(module, OurLinear4bit) or not is_used(weight.device):
+            if weight is None or not isinstance(module, OurLinear4bit):
                 continue
             native = self.loaded.linear(name)
             state = module.weight.quant_state
@@ -289,8 +317,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             module.product = Product(native, shared(native.device), _dense(module.weight, state))
         for module in model.modules():
             if isinstance(module, experts.Experts4bit):
-                name = module.down_proj.names[0][0]
-                if is_used(self.loaded[name].device):
+                # bitsandbytes has none for them.
+                if self.options.products is not False:
                     experts.use_products(module, shared)
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
@@ -318,7 +346,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             return tensor(weight)
         module = self._model.get_submodule(owner)
         module._is_hf_initialized = True
-        if self.options.products is not False:
+        wanted = self.options.products
+        if _is_faster(weight.device) if wanted is None else wanted:
             OurLinear4bit.of(module)
         stored = weight.format == "stored"
         return params4bit(
@@ -330,7 +359,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         self._use_products(model)
         for owner, reason in self._skipped.items():
             logger.warning("%s is not in 4 bits: %s", owner, reason)
-        model.tightfit = Report(self.loaded, self._skipped)
+        model.tightfit = Report(self.loaded, self._skipped, self._headroom)
         # It is bitsandbytes' from here on: Trainer, PEFT and accelerate ask for that.
         self.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
