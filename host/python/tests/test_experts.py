@@ -172,8 +172,11 @@ def test_experts_can_stay_as_they_are(golden_models: Path) -> None:
 
 def test_the_operator_is_what_torch_asks_of_operators(golden_models: Path) -> None:
     model = tightfit.load(golden_models / "qwen3_5_moe" / "bf16", "cpu")
-    (gates,) = [name for name in model if "layers.0" in name and "gate_up_proj" in name]
-    names = [[gates]], [gates.replace("gate_up_proj", "down_proj")]
+    of = {
+        leaf: [name for name in model if ".layers.0." in name and ".experts." in name and leaf in name]
+        for leaf in ("gate_proj", "up_proj", "down_proj")
+    }
+    names = [of["gate_proj"], of["up_proj"]], of["down_proj"]
     layer = Product(model.experts(*names, "silu"))
     x, ids, weights = random(5, layer.native.hidden), torch.zeros(5, 2, dtype=torch.int64), random(5, 2)
     torch.library.opcheck(torch.ops.tightfit.experts.default, (x, ids, weights, None, None, layer.handle))
@@ -193,30 +196,34 @@ def test_the_operator_is_what_torch_asks_of_operators(golden_models: Path) -> No
 
 def sketch(kind: str, tmp_path: Path) -> Any:
     """A tiny checkpoint of a family whose experts lie otherwise."""
-    common = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32}
+    common = {"vocab_size": 96, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    common |= {"num_key_value_heads": 1, "intermediate_size": 64, "num_experts_per_tok": 2, "eos_token_id": 1}
     if kind == "gpt_oss":
-        config = transformers.GptOssConfig(
-            **common, num_key_value_heads=1, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2
-        )
+        config = transformers.GptOssConfig(**common, head_dim=32, num_local_experts=4)
         model = transformers.GptOssForCausalLM(config)
+    elif kind == "fused":
+        config = transformers.Qwen3MoeConfig(**common, head_dim=32, num_experts=4, moe_intermediate_size=64)
+        model = transformers.Qwen3MoeForCausalLM(config)
     else:
-        config = transformers.OlmoeConfig(
-            **{**common, "head_dim": None}, num_key_value_heads=2, intermediate_size=64, num_experts=4, num_experts_per_tok=2
-        )
+        config = transformers.OlmoeConfig(**common, num_experts=4)
         model = transformers.OlmoeForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.2)
-    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    # Stacks as the modules have them, or a key for each expert.
+    model.to(torch.bfloat16).save_pretrained(tmp_path, save_original_format=kind != "fused")
     return tmp_path
 
 
+@pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("products", [True, False])
-@pytest.mark.parametrize("kind", ["gpt_oss", "olmoe"])
-def test_other_families_are_the_dequantized_model(kind: str, products: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["gpt_oss", "olmoe", "fused"])
+def test_other_families_are_the_dequantized_model(kind: str, products: bool, double: bool, tmp_path: Path) -> None:
     path = sketch(kind, tmp_path)
-    model = load(path, products)
+    model = load(path, products, bnb_4bit_use_double_quant=double)
     assert len(modules_of(model)) == 2, model.tightfit.skipped
+    assert all((module.layer is not None) == (products and kind != "gpt_oss") for module in modules_of(model))
+    assert any(module.down_proj.is_fused for module in modules_of(model)) == (kind != "olmoe")
     dense = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         for name, module in model.named_modules():

@@ -61,6 +61,24 @@ def test_a_product_is_that_of_the_dequantized_weight(product: Any, dtype: Any, s
         assert close(linear_transposed(ours, dy), dy.double() @ weight.double())
 
 
+def test_modes_and_gradients_see_an_operator(product: Any) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    ours, weight = product
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    x = random(2, weight.shape[1])
+    with Watch():
+        watched = linear(ours, x)
+    assert "tightfit.linear.default" in seen
+    assert torch.equal(watched, linear(ours, x)) and torch.equal(watched, linear(ours, x.requires_grad_(True)))
+
+
 def test_elements_need_not_be_contiguous(product: Any) -> None:
     ours, weight = product
     x = random(weight.shape[1], 6).T

@@ -8,7 +8,7 @@ from typing import Any
 import bitsandbytes
 import torch
 
-from ..ops import FLOATS, Product
+from ..ops import FLOATS, Product, linear
 
 
 class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
@@ -33,8 +33,7 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
         bias = self.bias
         if bias is not None:
             bias = bias.to(dtype)
-        y: torch.Tensor = torch.ops.tightfit.linear(x.to(dtype), bias, product.handle, self.out_features)
-        return y.to(x.dtype)
+        return linear(product, x.to(dtype), bias).to(x.dtype)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight":

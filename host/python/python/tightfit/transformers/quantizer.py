@@ -177,8 +177,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         )
         if self._stacks and any(checkpoint[name].quantized for halves in self._stacks.values() for name in halves[0][:1]):
             # Of stacks in 4 bits transformers takes what lies beside the codes for weights of their own.
-            ignored = list(model._keys_to_ignore_on_load_unexpected or ())
-            model._keys_to_ignore_on_load_unexpected = [*ignored, experts.BESIDE]
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), experts.BESIDE}
         if self._filled_map is not None:
             self._filled_map.update(placement.device_map(model, self.loaded, targets))
 
