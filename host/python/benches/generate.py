@@ -2,7 +2,7 @@
 """Tokens per second and memory of `generate`, and of a QLoRA step: transformers with bitsandbytes, and with Tightfit.
 
     pip install ./host/python transformers bitsandbytes accelerate peft
-    python host/python/benches/generate.py [--shape qwen2.5-7b] [--device cuda:0] [--tokens 128] [--variants stock,ours,...]
+    python host/python/benches/generate.py [--shape qwen2.5-7b] [--device cuda:0] [--tokens N] [--variants stock,ours,...]
 
 The checkpoint has random weights and a real model's shape (`tightfit synth`). Each variant is a process of its own,
 so that one's memory is not the other's, and all are of one run on one machine:
@@ -166,7 +166,10 @@ def qlora(model: Any, device: Any) -> dict[str, Any]:
         took, loss = timed(device, step)
         seconds.append(took)
         losses.append(loss)
-    found: dict[str, Any] = {"seconds a step": round(sorted(seconds)[2], 4), "losses": [round(loss, 4) for loss in losses]}
+    found: dict[str, Any] = {
+        "seconds a step": round(sorted(seconds)[2], 4),
+        "losses": [round(loss, 4) for loss in losses],
+    }
     if device.type == "cuda":
         found["torch peak reserved"] = torch.cuda.max_memory_reserved(device) // MIB
     return found

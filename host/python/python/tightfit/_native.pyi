@@ -188,6 +188,63 @@ class Weight:
         copy: bool | None = None,
     ) -> Any: ...
 
+class Workspace:
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def address(self) -> int: ...
+
+class Linear:
+    @property
+    def outputs(self) -> int: ...
+    @property
+    def inputs(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def is_on_gpu(self) -> bool: ...
+    def workspace_bytes(self, rows: int, dtype: str, gradient: bool) -> int: ...
+    def _multiply(
+        self,
+        gradient: bool,
+        dtype: str,
+        rows: int,
+        x: int,
+        bias: int,
+        y: int,
+        threads: int,
+        stream: int,
+        workspace: Workspace | None,
+    ) -> None: ...
+
+class Experts:
+    @property
+    def experts(self) -> int: ...
+    @property
+    def hidden(self) -> int: ...
+    @property
+    def intermediate(self) -> int: ...
+    @property
+    def device(self) -> str: ...
+    @property
+    def is_on_gpu(self) -> bool: ...
+    def workspace_bytes(self, tokens: int, choices: int, dtype: str) -> int: ...
+    def _multiply(
+        self,
+        dtype: str,
+        tokens: int,
+        choices: int,
+        x: int,
+        ids: int,
+        weights: int,
+        bias: int,
+        down_bias: int,
+        y: int,
+        threads: int,
+        stream: int,
+        workspace: Workspace | None,
+    ) -> None: ...
+
 class Model:
     @property
     def plan(self) -> Plan: ...
@@ -196,6 +253,18 @@ class Model:
     @property
     def is_loaded(self) -> bool: ...
     def report(self) -> dict[str, Any]: ...
+    def linear(self, name: str, index: int | None = None) -> Linear: ...
+    def experts(
+        self,
+        gates: list[list[str]],
+        down: list[str],
+        activation: str,
+        limit: float | None = None,
+        interleaved: bool = False,
+    ) -> Experts: ...
+    def workspace(
+        self, device: str, rows: int, experts_per_token: int = 0, gradients: bool = False
+    ) -> Workspace: ...
     def unload(self) -> None: ...
     def __enter__(self) -> Model: ...
     def __exit__(
@@ -234,6 +303,8 @@ def plan(
     omit: list[str],
     limits: _Settings,
     rows: int,
+    experts_per_token: int,
+    gradients: bool,
     reserve_headroom: bool,
 ) -> Plan: ...
 def load(

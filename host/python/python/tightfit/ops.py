@@ -1,4 +1,4 @@
-"""Products with 4-bit weights of a loaded model as torch operators, with gradients, for eager and compiled code.
+"""Products with 4-bit weights of a loaded model as torch operators, for eager and compiled code, with gradients.
 
 ``linear(product, x)`` is ``x @ W.T + bias``, where ``product`` is ``model.linear(name)``: the weight is used as it lies.
 Operators know products by numbers, so that ``torch.compile`` has them in its graphs without a break. On a GPU
@@ -22,7 +22,7 @@ import torch
 
 from ._native import Experts, Linear, Workspace
 
-# More rows than these need no more workspace.
+# Rows that workspaces are enough for. Products of more are done with dense weights, and layers of experts in parts.
 ROWS = 4096
 
 # Types that products take.
@@ -173,9 +173,7 @@ def _most_rows(device: torch.device, gradient: bool) -> int:
     return 16 if gradient else 256
 
 
-def _multiply(
-    x: torch.Tensor, bias: torch.Tensor | None, handle: int, columns: int, gradient: bool
-) -> torch.Tensor:
+def _multiply(x: torch.Tensor, bias: torch.Tensor | None, handle: int, columns: int, gradient: bool) -> torch.Tensor:
     product = _product(handle)
     native: Linear = product.native
     of_x, of_y = (native.outputs, native.inputs) if gradient else (native.inputs, native.outputs)
@@ -215,22 +213,22 @@ def _multiply(
     return y
 
 
-@torch.library.custom_op("tightfit::linear", mutates_args=())
+@torch.library.custom_op("tightfit::linear", mutates_args=())  # type: ignore[untyped-decorator]
 def _linear(x: torch.Tensor, bias: torch.Tensor | None, product: int, outputs: int) -> torch.Tensor:
     return _multiply(x, bias, product, outputs, False)
 
 
-@torch.library.custom_op("tightfit::linear_input_gradient", mutates_args=())
+@torch.library.custom_op("tightfit::linear_input_gradient", mutates_args=())  # type: ignore[untyped-decorator]
 def _linear_input_gradient(dy: torch.Tensor, product: int, inputs: int) -> torch.Tensor:
     return _multiply(dy, None, product, inputs, True)
 
 
-@_linear.register_fake
+@_linear.register_fake  # type: ignore[untyped-decorator]
 def _(x: torch.Tensor, bias: torch.Tensor | None, product: int, outputs: int) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], outputs))
 
 
-@_linear_input_gradient.register_fake
+@_linear_input_gradient.register_fake  # type: ignore[untyped-decorator]
 def _(dy: torch.Tensor, product: int, inputs: int) -> torch.Tensor:
     return dy.new_empty((*dy.shape[:-1], inputs))
 
@@ -265,7 +263,7 @@ def _products_back(ctx: Any, g: torch.Tensor) -> tuple[Any, ...]:
 _linear_input_gradient.register_autograd(_products_back, setup_context=_save_for_products)
 
 
-@torch.library.custom_op("tightfit::experts", mutates_args=())
+@torch.library.custom_op("tightfit::experts", mutates_args=())  # type: ignore[untyped-decorator]
 def _experts(
     x: torch.Tensor,
     ids: torch.Tensor,
@@ -307,24 +305,26 @@ def _experts(
         stream, workspace = layer.shared.on(x.device), layer.shared.native
     else:
         threads = torch.get_num_threads()
-    native._multiply(
-        dtype,
-        tokens,
-        ids.shape[1],
-        x.data_ptr(),
-        ids.data_ptr(),
-        weights.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        0 if down_bias is None else down_bias.data_ptr(),
-        y.data_ptr(),
-        threads,
-        stream,
-        workspace,
-    )
+    for part in range(0, tokens, ROWS):
+        rows = slice(part, part + ROWS)
+        native._multiply(
+            dtype,
+            x[rows].shape[0],
+            ids.shape[1],
+            x[rows].data_ptr(),
+            ids[rows].data_ptr(),
+            weights[rows].data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            0 if down_bias is None else down_bias.data_ptr(),
+            y[rows].data_ptr(),
+            threads,
+            stream,
+            workspace,
+        )
     return y
 
 
-@_experts.register_fake
+@_experts.register_fake  # type: ignore[untyped-decorator]
 def _(
     x: torch.Tensor,
     ids: torch.Tensor,

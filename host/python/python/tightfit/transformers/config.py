@@ -28,7 +28,6 @@ class Options:
     products: bool | None = None
     experts: str = "nf4"
     purpose: str = "inference"
-    rows: int | None = None
     lora_rank: int = 16
 
 
@@ -53,7 +52,6 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
             ``prepare_model_for_kbit_training`` would cast is f32 at once, so that it is not held twice, and each device
             keeps free what LoRA, its gradients, AdamW's moments and the largest weight dequantized take, and with the
             setting ``context`` activations, too. The setting ``reserve`` is another amount instead.
-        rows: Rows of products that workspace on GPUs is reserved for; by default for any number.
         lora_rank: Rank of the adapters that ``qlora`` has room for.
         **kwargs: Those of ``BitsAndBytesConfig``; by default NF4 with bfloat16 for products, where that class takes
             FP4 and float32.
@@ -72,7 +70,6 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
         products: bool | None = None,
         experts: str = "nf4",
         purpose: str = "inference",
-        rows: int | None = None,
         lora_rank: int = 16,
         **kwargs: Any,
     ) -> None:
@@ -101,7 +98,6 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
             products=products,
             experts=experts,
             purpose=purpose,
-            rows=rows,
             lora_rank=lora_rank,
         )
 

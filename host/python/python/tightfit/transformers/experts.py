@@ -15,9 +15,7 @@ from ..torch import quant_state
 LEAVES = ("gate_up_proj", "up_proj", "down_proj")
 
 # What files have beside the codes of stacks in 4 bits, after transformers has renamed it.
-BESIDE = (
-    rf"\.({'|'.join(LEAVES)})\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
-)
+BESIDE = rf"\.({'|'.join(LEAVES)})\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
 
 # A stack is in 4 bits where each expert begins with a block.
 BLOCK = 64
@@ -29,7 +27,7 @@ def has_stacks(module: torch.nn.Module) -> bool:
     return all(hasattr(module, flag) for flag in flags)
 
 
-class Stack4bit(torch.nn.Module):
+class Stack4bit(torch.nn.Module):  # type: ignore[misc]
     """A stack of experts' matrices in 4 bits, in place: [experts, rows, columns], where its parameter was.
 
     Its parts are buffers: those of the whole stack, or where the checkpoint has a key for each expert those of
@@ -40,9 +38,7 @@ class Stack4bit(torch.nn.Module):
         names: The checkpoint's names: for each half those of the experts, or that of the stack.
     """
 
-    def __init__(
-        self, loaded: Any, names: list[list[str]], shape: Any, dtype: torch.dtype, transposed: bool
-    ) -> None:
+    def __init__(self, loaded: Any, names: list[list[str]], shape: Any, dtype: torch.dtype, transposed: bool) -> None:
         super().__init__()
         self.shape, self.dtype, self.names = torch.Size(shape), dtype, names
         self.transposed = transposed
@@ -146,7 +142,7 @@ class Stack4bit(torch.nn.Module):
         halves = [self._dequantize(half, expert, dtype or self.dtype) for half in range(len(self.names))]
         return halves[0] if len(halves) == 1 else torch.cat(halves)
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _dequantize(self, half: int, expert: int, dtype: torch.dtype) -> torch.Tensor:
         from bitsandbytes.functional import dequantize_4bit
 
@@ -170,7 +166,7 @@ class Stack4bit(torch.nn.Module):
         return result
 
 
-class _Dense(torch.autograd.Function):
+class _Dense(torch.autograd.Function):  # type: ignore[misc]
     """A product with a matrix that is dequantized for it, and again for the gradient."""
 
     @staticmethod
@@ -209,6 +205,11 @@ class _Kept:
         names = stack.names[half]
         if stack.is_fused:
             native = self.loaded.linear(names[0], expert)
+            state = stack._states["0_0"]
+            elements = stack.shape[1] * stack.shape[2]
+            if native.is_on_gpu and state["offset"] is not None and elements % (256 * state["blocksize"]) != 0:
+                # Kernels for gradients count nested scales from where a matrix begins.
+                return None
         else:
             native = self.loaded.linear(names[expert])
 
@@ -224,7 +225,7 @@ class _Kept:
         return (_Kept, (None,))
 
 
-class Experts4bit(torch.nn.Module):
+class Experts4bit(torch.nn.Module):  # type: ignore[misc]
     """What is put before a class of experts: its forward on stacks in 4 bits, whatever implementation is set."""
 
     base: type[torch.nn.Module]
@@ -302,11 +303,11 @@ def _multiplied(stack: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
 
 
 @functools.cache
-def _class_of(base: type[torch.nn.Module]) -> type[torch.nn.Module]:
+def _class_of(base: Any) -> Any:
     return type(base.__name__, (Experts4bit, base), {"base": base, "__module__": base.__module__})
 
 
-def _new(base: type[torch.nn.Module]) -> torch.nn.Module:
+def _new(base: Any) -> torch.nn.Module:
     cls = _class_of(base)
     module: torch.nn.Module = cls.__new__(cls)
     return module
@@ -315,7 +316,8 @@ def _new(base: type[torch.nn.Module]) -> torch.nn.Module:
 def put(module: Any, leaf: str, stack: Stack4bit, compute_dtype: torch.dtype | None) -> None:
     """Puts a stack where its parameter was."""
     if not isinstance(module, Experts4bit):
-        module.__class__ = _class_of(type(module))
+        base: Any = type(module)
+        module.__class__ = _class_of(base)
         module.layer = None
         module.compute_dtype = compute_dtype
     delattr(module, leaf)

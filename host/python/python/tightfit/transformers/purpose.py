@@ -20,9 +20,7 @@ def qlora(model: Any, head: Any, rank: int, settings: Mapping[str, Any]) -> dict
     where the settings have a ``context`` (and a ``batch``): what checkpoints of every layer keep, and what one
     layer and the logits take while they are computed again, all in f32.
     """
-    linears = [
-        module for module in model.modules() if isinstance(module, Linear4bit) and module is not head
-    ]
+    linears = [module for module in model.modules() if isinstance(module, Linear4bit) and module is not head]
     elements = sum(rank * (module.in_features + module.out_features) for module in linears)
     needs = {what: size * elements for what, size in _TRAINED.items()}
     needs["dense weight"] = max((2 * module.in_features * module.out_features for module in linears), default=0)

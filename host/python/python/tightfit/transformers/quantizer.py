@@ -45,6 +45,15 @@ def _is_faster(device: str) -> bool:
     return not has_avx512bf16()
 
 
+def _experts_per_token(config: Any) -> int:
+    """How many experts a router chooses for a token."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
+    counts = [getattr(config, name, None) for name in names]
+    # Some have one for each layer.
+    flat = [count for each in counts for count in (each if isinstance(each, (list, tuple)) else [each])]
+    return max((count for count in flat if isinstance(count, int)), default=8)
+
+
 def _dense(codes: torch.Tensor, state: Any) -> Any:
     """What dequantizes a weight for products of many rows."""
     # On a processor bitsandbytes may pack the parameter again.
@@ -147,9 +156,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         targets = mapping.targets(model, checkpoint)
         formats, omit = self._formats(model, checkpoint, targets)
         options, config = self.options, self.quantization_config
-        self._rows = ROWS if options.rows is None else options.rows
-        text = model.config.get_text_config()
-        self._experts_per_token = int(getattr(text, "num_experts_per_tok", None) or 0)
+        self._choices = _experts_per_token(model.config.get_text_config())
         devices, policy, settings = placement.asked_of(
             options, None if device_map is self._filled_map else device_map, targets
         )
@@ -161,8 +168,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             double_quant=config.bnb_4bit_use_double_quant,
             formats=formats,
             omit=omit,
-            rows=self._rows if options.products is not False else 0,
-            experts_per_token=self._experts_per_token,
+            rows=ROWS if options.products is not False else 0,
+            experts_per_token=self._choices,
             gradients=options.purpose == "qlora",
         )
         logger.info("%s", plan)
@@ -175,9 +182,14 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             quantize_on=options.quantize_on,
             progress=options.progress,
         )
-        if self._stacks and any(checkpoint[name].quantized for halves in self._stacks.values() for name in halves[0][:1]):
+        if self._stacks and any(
+            checkpoint[name].quantized for halves in self._stacks.values() for name in halves[0][:1]
+        ):
             # Of stacks in 4 bits transformers takes what lies beside the codes for weights of their own.
-            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), experts.BESIDE}
+            ignored = model._keys_to_ignore_on_load_unexpected
+            # A list in older versions.
+            kind = set if isinstance(ignored, set) else list
+            model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), experts.BESIDE])
         if self._filled_map is not None:
             self._filled_map.update(placement.device_map(model, self.loaded, targets))
 
@@ -297,9 +309,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         def shared(device: str) -> SharedWorkspace | None:
             if device not in workspaces:
                 assert self.loaded is not None
-                native = self.loaded.workspace(
-                    device, self._rows, self._experts_per_token, self.options.purpose == "qlora"
-                )
+                native = self.loaded.workspace(device, ROWS, self._choices, self.options.purpose == "qlora")
                 workspaces[device] = SharedWorkspace(native) if native.bytes else None
             return workspaces[device]
 
@@ -322,9 +332,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """What is saved: of experts in 4 bits what ``tightfit save`` writes."""
-        stacks = {
-            name: module for name, module in model.named_modules() if isinstance(module, experts.Stack4bit)
-        }
+        stacks = {name: module for name, module in model.named_modules() if isinstance(module, experts.Stack4bit)}
         if not stacks:
             return super().get_state_dict_and_metadata(model)
         state = model.state_dict()
@@ -355,7 +363,11 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)
-        self._use_products(model)
+        try:
+            self._use_products(model)
+        except tightfit.DeviceError as error:
+            # Of a GPU that is older than the kernels: bitsandbytes multiplies.
+            logger.warning("products are bitsandbytes' own: %s", error)
         for owner, reason in self._skipped.items():
             logger.warning("%s is not in 4 bits: %s", owner, reason)
         model.tightfit = Report(self.loaded, self._skipped, self._headroom)
