@@ -168,9 +168,7 @@ impl Model {
     ) -> PyResult<Experts> {
         let found = self.0.model().and_then(|model| {
             let device = |index| self.0.device_name(index);
-            py.detach(|| {
-                Experts::find(model, gates, down, interleaved, &activation, limit, device)
-            })
+            py.detach(|| Experts::find(model, gates, down, interleaved, &activation, limit, device))
         });
         found.map_err(|failure| failure.raise(py))
     }
