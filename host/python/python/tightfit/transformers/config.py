@@ -12,6 +12,9 @@ from transformers import BitsAndBytesConfig
 
 METHOD = "tightfit"
 
+# Whether this version of transformers lets us in; else every configuration is bitsandbytes' own.
+known = True
+
 
 @dataclass(frozen=True)
 class Options:
@@ -64,7 +67,8 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
         kwargs.setdefault("bnb_4bit_quant_type", "nf4")
         kwargs.setdefault("bnb_4bit_compute_dtype", torch.bfloat16)
         super().__init__(**kwargs)
-        self.quant_method = METHOD
+        if known:
+            self.quant_method = METHOD
         self._options = Options(
             policy=str(policy),
             devices=None if devices is None else tuple(device_names(devices)),

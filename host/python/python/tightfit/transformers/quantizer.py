@@ -13,7 +13,7 @@ from transformers.utils.quantization_config import QuantizationMethod
 import tightfit
 
 from ..torch import DTYPES, params4bit, tensor
-from . import mapping, placement
+from . import mapping, placement, processes, stock
 from ._report import Report
 from .config import Options, TightfitConfig
 from .filling import AlreadyQuantized, converters
@@ -48,14 +48,16 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         # Nothing is left to be read: with True transformers would start threads that do.
-        self.pre_quantized = False
+        self._pre_quantized, self.pre_quantized = self.pre_quantized, False
         self.options = getattr(quantization_config, "options", defaults)
         self.loaded: tightfit.Model | None = None
         self._filled_map: dict[str, Any] | None = None
+        self._asked_map = ""
         self._linears: dict[str, str] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         super().validate_environment(*args, **kwargs)
+        processes.refuse_sharding()
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError("Tightfit has no place on disk: leave 'disk' out of the device map")
@@ -65,7 +67,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def update_device_map(self, device_map: Any) -> Any:
         if isinstance(device_map, str):
             # The policy answers: filled when there is a plan. Of texts transformers would make its own.
-            self._filled_map = {}
+            self._filled_map, self._asked_map = {}, device_map
             return self._filled_map
         return super().update_device_map(device_map)
 
@@ -88,6 +90,14 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return True
 
     def preprocess_model(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
+        processes.refuse_parallel(model)
+        if reason := stock.why(kwargs.get("checkpoint_files")):
+            filled, asked = self._filled_map, self._asked_map
+            stock.hand_over(self, self._pre_quantized, reason)
+            self.preprocess_model(model, dtype=dtype, **kwargs)
+            if filled is not None:
+                filled.update(stock.device_map(self, model, asked))
+            return
         self.dtype = dtype
         self._model = model
         super().preprocess_model(model, dtype=dtype, **kwargs)
@@ -98,8 +108,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         super()._process_model_before_weight_loading(
             model, device_map=device_map, checkpoint_files=checkpoint_files, **kwargs
         )
-        if not checkpoint_files:
-            raise ValueError("Tightfit loads from files: a state dict that is given is transformers' own to load")
+        assert checkpoint_files, "preprocess_model has handed over"
         self._own = mapping.own_converters(model)
         # Whatever is made here is made in its place, not on the device that models are sketched on.
         with torch.device("cpu"):
@@ -170,7 +179,11 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return _FORMATS.get(wanted, "stored")
 
     def get_weight_conversions(self) -> list[Any]:
-        return [] if self.loaded is None else converters(self._own, self._find)
+        if self.loaded is None:
+            return []
+        # Older versions split the model up between our load and here.
+        processes.refuse_parallel(self._model)
+        return converters(self._own, self._find)
 
     def _find(self, name: str) -> Any:
         """The tensor of this name, in its place; None for what is part of another."""
