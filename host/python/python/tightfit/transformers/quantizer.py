@@ -48,7 +48,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         # Nothing is left to be read: with True transformers would start threads that do.
-        self._pre_quantized, self.pre_quantized = self.pre_quantized, False
+        self._pre_quantized = bool(kwargs.get("pre_quantized", True))
+        self.pre_quantized = False
         self.options = getattr(quantization_config, "options", defaults)
         self.loaded: tightfit.Model | None = None
         self._filled_map: dict[str, Any] | None = None
@@ -76,6 +77,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return 0.0
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        # Older versions say so only after our load; this is what they ask first then.
+        processes.refuse_parallel(model)
         # Of these the shape in memory is another than the model's.
         return bool(super().param_needs_quantization(model, param_name, **kwargs))
 
@@ -179,11 +182,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return _FORMATS.get(wanted, "stored")
 
     def get_weight_conversions(self) -> list[Any]:
-        if self.loaded is None:
-            return []
-        # Older versions split the model up between our load and here.
-        processes.refuse_parallel(self._model)
-        return converters(self._own, self._find)
+        return [] if self.loaded is None else converters(self._own, self._find)
 
     def _find(self, name: str) -> Any:
         """The tensor of this name, in its place; None for what is part of another."""
