@@ -39,11 +39,6 @@ model = AutoModelForCausalLM.from_pretrained(
 for memory in model.tightfit.memory:
     print(f"{memory.name}: {memory.reserved:,} bytes reserved, as planned")
 
-# %% It is transformers' own model.
-tokens = torch.arange(8, device=model.device)[None]
-answer = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False)
-print(answer[0].tolist())
-
 # %% What it saves, transformers opens without Tightfit.
 saved = Path(work.name) / "saved"
 model.save_pretrained(saved)
@@ -51,6 +46,11 @@ again = AutoModelForCausalLM.from_pretrained(saved, dtype=torch.bfloat16, device
 assert not hasattr(again, "tightfit")
 theirs, ours = again.state_dict(), model.state_dict()
 assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+# %% It is transformers' own model.
+tokens = torch.arange(8, device=model.device)[None]
+answer = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, do_sample=False)
+print(answer[0].tolist())
 
 # %% Programs that make a BitsAndBytesConfig themselves stay as they are: this is all that they need.
 tightfit.transformers.install()

@@ -38,10 +38,16 @@ class Held:
 def held() -> Held:
     gc.collect()
     pages = Path("/proc/self/statm").read_text().split()
-    page = os.sysconf("SC_PAGE_SIZE")
+    reserved = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        place, access = line.split()[:2]
+        # What nobody may touch is what allocators keep addresses for.
+        if access.startswith("rw"):
+            start, end = (int(address, 16) for address in place.split("-"))
+            reserved += end - start
     return Held(
-        resident=int(pages[1]) * page,
-        reserved=int(pages[0]) * page,
+        resident=int(pages[1]) * os.sysconf("SC_PAGE_SIZE"),
+        reserved=reserved,
         files=len(os.listdir("/proc/self/fd")),
         threads=len(os.listdir("/proc/self/task")),
     )

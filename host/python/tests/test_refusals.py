@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -177,3 +178,18 @@ def test_a_given_state_dict_is_left_to_transformers(llama: Path, caplog: pytest.
     assert not hasattr(model, "tightfit") and model.is_loaded_in_4bit
     expected = load(llama).state_dict()
     assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("own", [{"policy": "hostile.wasm"}, {"devices": ["cpu"]}, {"settings": {"reserve": "0"}}, {}])
+def test_a_checkpoint_does_not_say_how_it_is_loaded(llama: Path, tmp_path: Path, own: dict[str, Any]) -> None:
+    """A policy is code: only the caller names it."""
+    directory = tmp_path / "model"
+    shutil.copytree(llama, directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "tightfit", "bnb_4bit_quant_type": "nf4", **own}
+    (directory / "config.json").write_text(json.dumps(config))
+    if own:
+        with pytest.raises(ValueError, match="checkpoint"):
+            AutoModelForCausalLM.from_pretrained(directory)
+    else:
+        assert AutoModelForCausalLM.from_pretrained(directory).is_loaded_in_4bit

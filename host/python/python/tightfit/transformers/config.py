@@ -85,6 +85,17 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
         """What is Tightfit's of it."""
         return self._options
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A configuration as a checkpoint states it: its quantization, and nothing of ours.
+
+        Raises:
+            ValueError: It names a policy, which is code, devices or the like: only the caller does.
+        """
+        if own := sorted(set(config_dict) & set(Options.__dataclass_fields__)):
+            raise ValueError(f"a checkpoint does not say how Tightfit loads it: {', '.join(own)} in its configuration")
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
+
     def for_checkpoint(self, stored: Any) -> TightfitConfig:
         """This configuration for a checkpoint that says how it has been quantized.
 
