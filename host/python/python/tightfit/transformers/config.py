@@ -12,6 +12,9 @@ from transformers import BitsAndBytesConfig
 
 METHOD = "tightfit"
 
+# Whether this version of transformers lets us in; else every configuration is bitsandbytes' own.
+known = True
+
 
 @dataclass(frozen=True)
 class Options:
@@ -85,7 +88,8 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
         kwargs.setdefault("bnb_4bit_quant_type", "nf4")
         kwargs.setdefault("bnb_4bit_compute_dtype", torch.bfloat16)
         super().__init__(**kwargs)
-        self.quant_method = METHOD
+        if known:
+            self.quant_method = METHOD
         self._options = Options(
             policy=str(policy),
             devices=None if devices is None else tuple(device_names(devices)),
@@ -105,6 +109,17 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
     def options(self) -> Options:
         """What is Tightfit's of it."""
         return self._options
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """A configuration as a checkpoint states it: its quantization, and nothing of ours.
+
+        Raises:
+            ValueError: It names a policy, which is code, devices or the like: only the caller does.
+        """
+        if own := sorted(set(config_dict) & set(Options.__dataclass_fields__)):
+            raise ValueError(f"a checkpoint does not say how Tightfit loads it: {', '.join(own)} in its configuration")
+        return super().from_dict(config_dict, return_unused_kwargs, **kwargs)
 
     def for_checkpoint(self, stored: Any) -> TightfitConfig:
         """This configuration for a checkpoint that says how it has been quantized.

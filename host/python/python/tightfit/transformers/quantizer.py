@@ -16,7 +16,7 @@ import tightfit
 
 from ..ops import ROWS, Product, SharedWorkspace
 from ..torch import DTYPES, params4bit, tensor
-from . import experts, mapping, placement, purpose
+from . import experts, mapping, placement, processes, purpose, stock
 from ._report import Report
 from .config import Options, TightfitConfig
 from .filling import AlreadyQuantized, converters
@@ -90,10 +90,12 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         # Nothing is left to be read: with True transformers would start threads that do.
+        self._pre_quantized = bool(kwargs.get("pre_quantized", True))
         self.pre_quantized = False
         self.options = getattr(quantization_config, "options", defaults)
         self.loaded: tightfit.Model | None = None
         self._filled_map: dict[str, Any] | None = None
+        self._asked_map = ""
         self._linears: dict[str, str] = {}
         # Names of the tensors of stacks of experts by halves, by parameter.
         self._stacks: dict[str, list[list[str]]] = {}
@@ -102,6 +104,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         super().validate_environment(*args, **kwargs)
+        processes.refuse_sharding()
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError("Tightfit has no place on disk: leave 'disk' out of the device map")
@@ -111,7 +114,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def update_device_map(self, device_map: Any) -> Any:
         if isinstance(device_map, str):
             # The policy answers: filled when there is a plan. Of texts transformers would make its own.
-            self._filled_map = {}
+            self._filled_map, self._asked_map = {}, device_map
             return self._filled_map
         return super().update_device_map(device_map)
 
@@ -120,6 +123,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return 0.0
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        # Older versions say so only after our load; this is what they ask first then.
+        processes.refuse_parallel(model)
         # Of these the shape in memory is another than the model's.
         return bool(super().param_needs_quantization(model, param_name, **kwargs))
 
@@ -134,6 +139,14 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return True
 
     def preprocess_model(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
+        processes.refuse_parallel(model)
+        if reason := stock.why(kwargs.get("checkpoint_files")):
+            filled, asked = self._filled_map, self._asked_map
+            stock.hand_over(self, self._pre_quantized, reason)
+            self.preprocess_model(model, dtype=dtype, **kwargs)
+            if filled is not None:
+                filled.update(stock.device_map(self, model, asked))
+            return
         self.dtype = dtype
         self._model = model
         super().preprocess_model(model, dtype=dtype, **kwargs)
@@ -144,8 +157,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         super()._process_model_before_weight_loading(
             model, device_map=device_map, checkpoint_files=checkpoint_files, **kwargs
         )
-        if not checkpoint_files:
-            raise ValueError("Tightfit loads from files: a state dict that is given is transformers' own to load")
+        assert checkpoint_files, "preprocess_model has handed over"
         self._own = mapping.own_converters(model)
         # Whatever is made here is made in its place, not on the device that models are sketched on.
         with torch.device("cpu"):
