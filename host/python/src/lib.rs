@@ -4,7 +4,8 @@
 //! Every call that may take long runs on a thread of its own while the caller's thread, without the
 //! interpreter's lock, looks at signals and reports progress (see [`work`]). Threads of the library
 //! never ask for that lock.
-// Denied and not forbidden: `dlpack` makes capsules, which Python's C interface alone can.
+// Denied and not forbidden: `dlpack` makes capsules, which Python's C interface alone can, and `products`
+// has torch's addresses.
 #![deny(unsafe_code)]
 
 mod checkpoint;
@@ -15,6 +16,7 @@ mod log;
 mod model;
 mod plan;
 mod policies;
+mod products;
 mod save;
 mod weight;
 mod work;
@@ -34,6 +36,8 @@ mod _native {
     use crate::model::{DeviceMemory, Model, load};
     #[pymodule_export]
     use crate::plan::{DevicePlan, Plan, PlannedTensor, plan};
+    #[pymodule_export]
+    use crate::products::{Experts, Linear, Workspace};
     #[pymodule_export]
     use crate::save::save;
     #[pymodule_export]

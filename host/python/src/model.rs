@@ -14,6 +14,7 @@ use tightfit::types::{Bytes, parse_bytes};
 
 use crate::failure::Failure;
 use crate::plan::Plan;
+use crate::products::{self, Experts, Linear, Workspace};
 use crate::weight::Weight;
 use crate::work;
 
@@ -138,6 +139,59 @@ impl Model {
             .with_load(&self.0.checkpoint, model.stats(), &self.usage());
         let text = to_json(&report).map_err(|error| Failure::internal(error).raise(py))?;
         py.import("json")?.call_method1("loads", (text,))
+    }
+
+    /// The product with a 4-bit weight [outputs, inputs], or with matrix `index` of a stack [matrices,
+    /// outputs, inputs]; `tightfit.ops` computes it. On a GPU its kernels are loaded here.
+    #[pyo3(signature = (name, index = None))]
+    fn linear(&self, py: Python<'_>, name: String, index: Option<u64>) -> PyResult<Linear> {
+        let found = self.0.model().and_then(|model| {
+            let device = |index| self.0.device_name(index);
+            py.detach(|| Linear::find(model, name, index, device))
+        });
+        found.map_err(|failure| failure.raise(py))
+    }
+
+    /// A layer of experts, by the names of its tensors: `gates` are one list for both projections or two,
+    /// gates first; a list has the name of a stack or those of all experts. `activation` is `silu`,
+    /// `gelu`, `gelu_tanh` or `clamped`, which has a `limit`; `interleaved`: each gate lies before its own
+    /// other row.
+    #[pyo3(signature = (gates, down, activation, limit = None, interleaved = false))]
+    fn experts(
+        &self,
+        py: Python<'_>,
+        gates: Vec<Vec<String>>,
+        down: Vec<String>,
+        activation: String,
+        limit: Option<f32>,
+        interleaved: bool,
+    ) -> PyResult<Experts> {
+        let found = self.0.model().and_then(|model| {
+            let device = |index| self.0.device_name(index);
+            py.detach(|| Experts::find(model, gates, down, interleaved, &activation, limit, device))
+        });
+        found.map_err(|failure| failure.raise(py))
+    }
+
+    /// Memory of a GPU that is enough for products of `rows` rows with each of its weights: what the plan
+    /// has reserved for that (`rows` of `tightfit.plan`), or else taken beside it. Empty in host memory.
+    #[pyo3(signature = (device, rows, experts_per_token = 0, gradients = false))]
+    fn workspace(
+        &self,
+        py: Python<'_>,
+        device: &str,
+        rows: usize,
+        experts_per_token: usize,
+        gradients: bool,
+    ) -> PyResult<Workspace> {
+        let taken = self.0.model().and_then(|model| {
+            let mut devices = self.0.proposed.plan.devices.iter();
+            let index = devices
+                .position(|plan| plan.device.name == device)
+                .ok_or_else(|| Failure::usage(format_args!("no device '{device}' in the plan")))?;
+            py.detach(|| products::workspace(&model, index, rows, experts_per_token, gradients))
+        });
+        taken.map_err(|failure| failure.raise(py))
     }
 
     /// Gives its memory back, but for devices on which another library still uses a tensor. Its weights

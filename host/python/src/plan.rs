@@ -321,7 +321,7 @@ pub(crate) fn without(
 
 /// Asks a policy: see `tightfit.plan`.
 #[pyfunction]
-#[pyo3(signature = (checkpoint, devices, policy, settings, formats, omit, limits, rows, reserve_headroom))]
+#[pyo3(signature = (checkpoint, devices, policy, settings, formats, omit, limits, rows, experts_per_token, gradients, reserve_headroom))]
 #[expect(clippy::too_many_arguments, reason = "called by tightfit.plan alone")]
 pub(crate) fn plan(
     py: Python<'_>,
@@ -333,6 +333,8 @@ pub(crate) fn plan(
     omit: Vec<String>,
     limits: Vec<(String, String)>,
     rows: u64,
+    experts_per_token: u64,
+    gradients: bool,
     reserve_headroom: bool,
 ) -> PyResult<Plan> {
     let checkpoint = Arc::clone(&checkpoint.inner);
@@ -344,6 +346,8 @@ pub(crate) fn plan(
         let options = PlanOptions::default()
             .with_formats(self::formats(&checkpoint, &formats)?)
             .with_rows(rows)
+            .with_experts_per_token(experts_per_token)
+            .with_gradients(gradients)
             .with_reserved_headroom(reserve_headroom)
             .with_cancel(cancel.clone());
         let infos = planned_devices(&devices)?;

@@ -61,6 +61,8 @@ def plan(
     omit: Iterable[str] = (),
     limits: Mapping[str, Setting] | None = None,
     rows: int = 0,
+    experts_per_token: int = 0,
+    gradients: bool = False,
     reserve_headroom: bool = False,
 ) -> Plan:
     """Asks a policy where every tensor goes. No memory is taken and no weight read.
@@ -79,6 +81,9 @@ def plan(
         omit: Names of tensors that are left out, as if the checkpoint did not have them.
         limits: What a policy may use, as ``--policy-limit`` of the command.
         rows: Rows of the largest product with 4-bit weights for which workspace is reserved.
+        experts_per_token: Experts that a router chooses for a token, whose workspace that is too; by default as many as
+            config.json says.
+        gradients: Whether that is enough for gradients of inputs, too.
         reserve_headroom: Whether the headroom that the policy leaves is reserved with the weights.
 
     Raises:
@@ -99,6 +104,8 @@ def plan(
         list(omit),
         _texts(limits),
         rows,
+        experts_per_token,
+        gradients,
         reserve_headroom,
     )
 

@@ -37,12 +37,21 @@ class AlreadyQuantized(ConversionOps):  # type: ignore[misc]
 class Filled(WeightConverter):  # type: ignore[misc]
     """A converter that collects the names of tensors, and not what would read them.
 
-    ``find(name)`` gives a tensor in its place, or None for what is part of another.
+    ``find(name)`` gives a tensor in its place, or None for what is part of another; ``place(key)`` puts what is no
+    tensor, and says whether it has.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Filled:
         # transformers makes one for each parameter. What is shared is not written to.
-        return _copied(self, self.find)
+        return _copied(self, self.find, self.place)
+
+    def convert(self, layer_name: str, *arguments: Any, **named: Any) -> Any:
+        if not self.place(layer_name):
+            return super().convert(layer_name, *arguments, **named)
+        self.collected_tensors.clear()
+        if (info := named.get("loading_info")) is not None:
+            info.missing_keys.discard(layer_name)
+        return {}
 
     def add_tensor(self, target_key: str, source_key: str, source_pattern: str, future: Any) -> None:
         super().add_tensor(target_key, source_key, source_pattern, source_key)
@@ -56,7 +65,7 @@ class Filled(WeightConverter):  # type: ignore[misc]
         return tensors
 
 
-def _copied(converter: Any, find: Any) -> Filled:
+def _copied(converter: Any, find: Any, place: Any) -> Filled:
     copied: Filled = object.__new__(Filled)
     for base in type(converter).__mro__:
         for name in getattr(base, "__slots__", ()):
@@ -65,15 +74,16 @@ def _copied(converter: Any, find: Any) -> Filled:
     object.__setattr__(copied, "collected_tensors", type(converter.collected_tensors)(list))
     object.__setattr__(copied, "layer_targets", type(converter.layer_targets)(set))
     copied.find = find
+    copied.place = place
     return copied
 
 
-def converters(own: list[Any], find: Any) -> list[Any]:
+def converters(own: list[Any], find: Any, place: Any) -> list[Any]:
     """Converters for all of a model's tensors.
 
     Of two with the same pattern transformers takes the last: these stand in for the model's own, and the
     one for any name is for what those do not match.
     """
     everything = Filled([_BESIDE, _ANY], [r"\1"], [AsItIs()])
-    everything.find = find
-    return [_copied(converter, find) for converter in own] + [everything]
+    everything.find, everything.place = find, place
+    return [_copied(converter, find, place) for converter in own] + [everything]

@@ -17,10 +17,14 @@ class Target:
     Attributes:
         key: The parameter or buffer.
         operations: What transformers makes of it on the way: none for one that is taken as it is.
+        half: Which of a converter's sources it is, such as gates and up projections of experts.
+        expert: The last number in its name: of a tensor for one expert, which that is.
     """
 
     key: str
     operations: tuple[Any, ...]
+    half: int = 0
+    expert: int = 0
 
 
 def own_converters(model: Any) -> list[Any]:
@@ -44,7 +48,11 @@ def targets(model: Any, names: Iterable[str]) -> dict[str, Target | None]:
             key, pattern = rename_source_key(name, [], [], prefix, places)
         if key not in places:
             return None
-        operations = by_pattern[pattern].operations if pattern is not None else []
-        return Target(key, tuple(operations))
+        if pattern is None:
+            return Target(key, ())
+        converter = by_pattern[pattern]
+        numbers = [int(part) for part in name.split(".") if part.isdecimal()]
+        half = list(converter.source_patterns).index(pattern)
+        return Target(key, tuple(converter.operations), half, numbers[-1] if numbers else 0)
 
     return {name: target(name) for name in names}

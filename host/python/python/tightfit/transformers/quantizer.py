@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import math
 from typing import Any
 
 import torch
@@ -12,11 +14,13 @@ from transformers.utils.quantization_config import QuantizationMethod
 
 import tightfit
 
+from ..ops import ROWS, Product, SharedWorkspace
 from ..torch import DTYPES, params4bit, tensor
-from . import mapping, placement
+from . import experts, mapping, placement, processes, purpose, stock
 from ._report import Report
 from .config import Options, TightfitConfig
 from .filling import AlreadyQuantized, converters
+from .linear import Linear4bit as OurLinear4bit
 
 logger = logging.getLogger("tightfit.transformers")
 
@@ -24,6 +28,44 @@ _FORMATS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 # What `install` says for configurations that are not ours.
 defaults = Options()
+
+
+def _is_faster(device: str) -> bool:
+    """Whether products of linear layers are faster than bitsandbytes' on a device.
+
+    On processors with bfloat16 instructions of AVX-512 bitsandbytes packs weights again, in memory of its own, and
+    multiplies those 2 to 4 times as fast; on others it dequantizes them for each product.
+    """
+    if device.startswith("cuda:"):
+        return True
+    try:
+        from bitsandbytes.functional import has_avx512bf16
+    except ImportError:
+        return True
+    return not has_avx512bf16()
+
+
+def _experts_per_token(config: Any) -> int:
+    """How many experts a router chooses for a token."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "top_k_experts", "moe_k")
+    counts = [getattr(config, name, None) for name in names]
+    # Some have one for each layer.
+    flat = [count for each in counts for count in (each if isinstance(each, (list, tuple)) else [each])]
+    return max((count for count in flat if isinstance(count, int)), default=8)
+
+
+def _dense(codes: torch.Tensor, state: Any) -> Any:
+    """What dequantizes a weight for products of many rows."""
+    # On a processor bitsandbytes may pack the parameter again.
+    codes, state = codes.detach(), copy.copy(state)
+
+    def dense(dtype: torch.dtype) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight: torch.Tensor = dequantize_4bit(codes, state).to(dtype)
+        return weight
+
+    return dense
 
 
 class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
@@ -48,14 +90,21 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         # Nothing is left to be read: with True transformers would start threads that do.
+        self._pre_quantized = bool(kwargs.get("pre_quantized", True))
         self.pre_quantized = False
         self.options = getattr(quantization_config, "options", defaults)
         self.loaded: tightfit.Model | None = None
         self._filled_map: dict[str, Any] | None = None
+        self._asked_map = ""
         self._linears: dict[str, str] = {}
+        # Names of the tensors of stacks of experts by halves, by parameter.
+        self._stacks: dict[str, list[list[str]]] = {}
+        self._skipped: dict[str, str] = {}
+        self._headroom: dict[str, int] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         super().validate_environment(*args, **kwargs)
+        processes.refuse_sharding()
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError("Tightfit has no place on disk: leave 'disk' out of the device map")
@@ -65,7 +114,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def update_device_map(self, device_map: Any) -> Any:
         if isinstance(device_map, str):
             # The policy answers: filled when there is a plan. Of texts transformers would make its own.
-            self._filled_map = {}
+            self._filled_map, self._asked_map = {}, device_map
             return self._filled_map
         return super().update_device_map(device_map)
 
@@ -74,6 +123,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return 0.0
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        # Older versions say so only after our load; this is what they ask first then.
+        processes.refuse_parallel(model)
         # Of these the shape in memory is another than the model's.
         return bool(super().param_needs_quantization(model, param_name, **kwargs))
 
@@ -88,6 +139,14 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return True
 
     def preprocess_model(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
+        processes.refuse_parallel(model)
+        if reason := stock.why(kwargs.get("checkpoint_files")):
+            filled, asked = self._filled_map, self._asked_map
+            stock.hand_over(self, self._pre_quantized, reason)
+            self.preprocess_model(model, dtype=dtype, **kwargs)
+            if filled is not None:
+                filled.update(stock.device_map(self, model, asked))
+            return
         self.dtype = dtype
         self._model = model
         super().preprocess_model(model, dtype=dtype, **kwargs)
@@ -98,8 +157,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         super()._process_model_before_weight_loading(
             model, device_map=device_map, checkpoint_files=checkpoint_files, **kwargs
         )
-        if not checkpoint_files:
-            raise ValueError("Tightfit loads from files: a state dict that is given is transformers' own to load")
+        assert checkpoint_files, "preprocess_model has handed over"
         self._own = mapping.own_converters(model)
         # Whatever is made here is made in its place, not on the device that models are sketched on.
         with torch.device("cpu"):
@@ -110,6 +168,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         targets = mapping.targets(model, checkpoint)
         formats, omit = self._formats(model, checkpoint, targets)
         options, config = self.options, self.quantization_config
+        self._choices = _experts_per_token(model.config.get_text_config())
         devices, policy, settings = placement.asked_of(
             options, None if device_map is self._filled_map else device_map, targets
         )
@@ -117,10 +176,13 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             checkpoint,
             devices,
             policy,
-            settings={**settings, **options.settings},
+            settings={**self._reserve(model), **settings, **options.settings},
             double_quant=config.bnb_4bit_use_double_quant,
             formats=formats,
             omit=omit,
+            rows=ROWS if options.products is not False else 0,
+            experts_per_token=self._choices,
+            gradients=options.purpose == "qlora",
         )
         logger.info("%s", plan)
         logger.info("products are computed in %s", config.bnb_4bit_compute_dtype)
@@ -132,12 +194,30 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             quantize_on=options.quantize_on,
             progress=options.progress,
         )
+        if self._stacks and any(
+            checkpoint[name].quantized for halves in self._stacks.values() for name in halves[0][:1]
+        ):
+            # Of stacks in 4 bits transformers takes what lies beside the codes for weights of their own.
+            ignored = model._keys_to_ignore_on_load_unexpected
+            # A list in older versions.
+            kind = set if isinstance(ignored, set) else list
+            model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), experts.BESIDE])
         if self._filled_map is not None:
             self._filled_map.update(placement.device_map(model, self.loaded, targets))
+
+    def _reserve(self, model: Any) -> dict[str, int]:
+        """The setting that leaves room for training."""
+        if self.options.purpose != "qlora":
+            return {}
+        head = model.get_output_embeddings()
+        self._headroom = purpose.qlora(model, head, self.options.lora_rank, self.options.settings)
+        return {"reserve": sum(self._headroom.values())}
 
     def _formats(self, model: Any, checkpoint: Any, targets: Any) -> tuple[dict[str, str], list[str]]:
         """What becomes of each tensor: its format, or that it is left out."""
         places = model.state_dict()
+        parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self._stacks = self._find_stacks(model, checkpoint, targets)
         keep = model._get_dtype_plan(self.dtype)
         nf4 = "nf4+double" if self.quantization_config.bnb_4bit_use_double_quant else "nf4"
         formats: dict[str, str] = {}
@@ -147,6 +227,9 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             if target is None:
                 omit.append(name)
                 continue
+            if target.key in self._stacks:
+                formats[name] = "stored" if info.quantized in ("nf4", "fp4") else nf4
+                continue
             owner, _, leaf = target.key.rpartition(".")
             module = model.get_submodule(owner) if owner else model
             if isinstance(module, Linear4bit) and leaf == "weight" and not target.operations:
@@ -155,8 +238,53 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
                 continue
             if info.quantized in ("nf4", "fp4"):
                 raise ValueError(f"{name!r} is stored in 4 bits, which {type(module).__name__} cannot hold")
-            formats[name] = self._plain_format(info, places[target.key].dtype, target.key, keep)
+            wanted = places[target.key].dtype
+            if self.options.purpose == "qlora" and purpose.is_cast(wanted) and target.key in parameters:
+                formats[name] = self._plain_format(info, torch.float32, "", {})
+                continue
+            formats[name] = self._plain_format(info, wanted, target.key, keep)
         return formats, omit
+
+    def _find_stacks(self, model: Any, checkpoint: Any, targets: Any) -> dict[str, list[list[str]]]:
+        """The tensors of stacks of experts that will be in 4 bits: all stacks of a module, or none."""
+        sources: dict[str, list[tuple[int, int, str]]] = {}
+        cannot: dict[str, str] = {}
+        for name, target in targets.items():
+            if target is None:
+                continue
+            owner, _, leaf = target.key.rpartition(".")
+            module = model.get_submodule(owner) if owner else model
+            if leaf not in experts.LEAVES or not experts.has_stacks(module):
+                continue
+            parameter = getattr(module, leaf)
+            if not isinstance(parameter, torch.nn.Parameter) or parameter.dim() != 3:
+                continue
+            sources.setdefault(target.key, []).append((target.half, target.expert, name))
+            made = [type(operation).__name__ for operation in target.operations]
+            shape = checkpoint[name].shape
+            is_stored = checkpoint[name].quantized in ("nf4", "fp4")
+            if self.options.experts == "stored" and not is_stored:
+                cannot[owner] = "experts are to stay as they are"
+            elif any(part in owner for part in self.quantization_config.llm_int8_skip_modules or ()):
+                cannot[owner] = "it is in llm_int8_skip_modules"
+            elif made not in ([], ["MergeModulelist"], ["MergeModulelist", "Concatenate"]):
+                cannot[owner] = f"it is made by {', '.join(made)}"
+            elif made and len(shape) != 2 or not made and (len(shape) != 3 or tuple(shape) != tuple(parameter.shape)):
+                cannot[owner] = f"{name!r} has shape {list(shape)}"
+            elif math.prod(shape[-2:]) % experts.BLOCK != 0:
+                cannot[owner] = f"a matrix of {list(shape[-2:])} is not a whole number of blocks of {experts.BLOCK}"
+        stacks = {}
+        for key, found in sources.items():
+            owner = key.rpartition(".")[0]
+            if owner in cannot:
+                if self.options.experts != "stored":
+                    self._skipped[owner] = cannot[owner]
+                continue
+            halves: list[list[str]] = [[] for _ in range(1 + max(half for half, _, _ in found))]
+            for half, _, name in sorted(found):
+                halves[half].append(name)
+            stacks[key] = halves
+        return stacks
 
     @staticmethod
     def _plain_format(info: Any, wanted: torch.dtype, key: str, keep: dict[str, torch.dtype]) -> str:
@@ -170,7 +298,61 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return _FORMATS.get(wanted, "stored")
 
     def get_weight_conversions(self) -> list[Any]:
-        return [] if self.loaded is None else converters(self._own, self._find)
+        return [] if self.loaded is None else converters(self._own, self._find, self._place)
+
+    def _place(self, key: str) -> bool:
+        """Puts a stack of experts where its parameter is, if this is one."""
+        names = self._stacks.get(key)
+        if names is None:
+            return False
+        owner, _, leaf = key.rpartition(".")
+        module = self._model.get_submodule(owner)
+        stack = experts.Stack4bit(
+            self.loaded, names, getattr(module, leaf).shape, self.dtype or torch.bfloat16, module.is_transposed
+        )
+        experts.put(module, leaf, stack, self.quantization_config.bnb_4bit_compute_dtype)
+        return True
+
+    def _use_products(self, model: Any) -> None:
+        """Has layers multiply with Tightfit's kernels, where they shall."""
+        assert self.loaded is not None
+        workspaces: dict[str, SharedWorkspace | None] = {}
+
+        def shared(device: str) -> SharedWorkspace | None:
+            if device not in workspaces:
+                assert self.loaded is not None
+                native = self.loaded.workspace(device, ROWS, self._choices, self.options.purpose == "qlora")
+                workspaces[device] = SharedWorkspace(native) if native.bytes else None
+            return workspaces[device]
+
+        for name, owner in self._linears.items():
+            module = model.get_submodule(owner)
+            weight = self.loaded[name] if name in self.loaded else None
+            if weight is None or not isinstance(module, OurLinear4bit):
+                continue
+            native = self.loaded.linear(name)
+            state = module.weight.quant_state
+            if module.weight.data_ptr() != weight.codes.address:
+                # It has been moved since.
+                continue
+            module.product = Product(native, shared(native.device), _dense(module.weight, state))
+        for module in model.modules():
+            if isinstance(module, experts.Experts4bit):
+                # bitsandbytes has none for them.
+                if self.options.products is not False:
+                    experts.use_products(module, shared)
+
+    def get_state_dict_and_metadata(self, model: Any) -> Any:
+        """What is saved: of experts in 4 bits what ``tightfit save`` writes."""
+        stacks = {name: module for name, module in model.named_modules() if isinstance(module, experts.Stack4bit)}
+        if not stacks:
+            return super().get_state_dict_and_metadata(model)
+        state = model.state_dict()
+        for prefix, stack in stacks.items():
+            for key in [key for key in state if key.startswith(prefix + ".")]:
+                del state[key]
+            state.update(stack.checkpoint())
+        return state, {}
 
     def _find(self, name: str) -> Any:
         """The tensor of this name, in its place; None for what is part of another."""
@@ -183,6 +365,9 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             return tensor(weight)
         module = self._model.get_submodule(owner)
         module._is_hf_initialized = True
+        wanted = self.options.products
+        if _is_faster(weight.device) if wanted is None else wanted:
+            OurLinear4bit.of(module)
         stored = weight.format == "stored"
         return params4bit(
             weight, module, None if stored else self.dtype, self.quantization_config.bnb_4bit_quant_storage
@@ -190,7 +375,14 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)
-        model.tightfit = Report(self.loaded)
+        try:
+            self._use_products(model)
+        except tightfit.DeviceError as error:
+            # Of a GPU that is older than the kernels: bitsandbytes multiplies.
+            logger.warning("products are bitsandbytes' own: %s", error)
+        for owner, reason in self._skipped.items():
+            logger.warning("%s is not in 4 bits: %s", owner, reason)
+        model.tightfit = Report(self.loaded, self._skipped, self._headroom)
         # It is bitsandbytes' from here on: Trainer, PEFT and accelerate ask for that.
         self.quantization_config.quant_method = QuantizationMethod.BITS_AND_BYTES
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES

@@ -7,11 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers.quantizers import auto
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-
-from . import _seams, quantizer
+from . import _seams, config
 from .config import METHOD, Options, TightfitConfig
+
+# Other versions may not even have what is imported here.
+if not (_problems := _seams.problems()):
+    from transformers.quantizers import auto
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    from . import quantizer
 
 logger = logging.getLogger("tightfit.transformers")
 
@@ -44,16 +48,18 @@ def install(**options: Any) -> None:
     Args:
         **options: ``policy``, ``devices``, ``settings``, ... of ``TightfitConfig``.
     """
-    config = TightfitConfig(**options)
-    if problems := _seams.problems():
-        logger.warning("Tightfit is not installed, and transformers loads by itself: %s", "; ".join(problems))
+    made = TightfitConfig(**options)
+    if _problems:
+        logger.warning("Tightfit is not installed, and transformers loads by itself: %s", "; ".join(_problems))
         return
-    quantizer.defaults = config.options
+    quantizer.defaults = made.options
     auto.AUTO_QUANTIZER_MAPPING[_BITSANDBYTES] = quantizer.TightfitHfQuantizer
 
 
 def uninstall() -> None:
     """Undoes ``install``. Models that are loaded stay as they are."""
+    if _problems:
+        return
     quantizer.defaults = Options()
     auto.AUTO_QUANTIZER_MAPPING[_BITSANDBYTES] = Bnb4BitHfQuantizer
 
@@ -68,13 +74,11 @@ def installed(**options: Any) -> Iterator[None]:
         uninstall()
 
 
-if _problems := _seams.problems():
+if _problems:
     logger.warning(
         "this version of transformers is not known to Tightfit, and TightfitConfig loads as bitsandbytes does: %s",
         "; ".join(_problems),
     )
-    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
-        auto.register_quantization_config(METHOD)(TightfitConfig)
-        auto.register_quantizer(METHOD)(Bnb4BitHfQuantizer)
+    config.known = False
 else:
     _register()
