@@ -42,6 +42,9 @@ impl CudaQueue {
         // stream is done. What ids and positions are the kernels look at themselves. That the counters are zero
         // cannot be looked at: with others results are not complete, and whatever they are, kernels write within
         // their operands.
-        unsafe { self.decoder.launch_in(stream.raw, shape, &mut arguments, &[]) }
+        unsafe {
+            self.decoder
+                .launch_in(stream.raw, shape, &mut arguments, &[])
+        }
     }
 }
