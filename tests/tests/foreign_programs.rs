@@ -14,7 +14,11 @@ fn expected(rows: usize) -> String {
     let row = |row: usize| {
         let output = |output: usize| {
             let of_input = |input: usize| {
-                let weight = if input % (output + 2) == 0 { 1 } else { -1 };
+                let weight = if input.is_multiple_of(output + 2) {
+                    1
+                } else {
+                    -1
+                };
                 weight * (row + input % 3) as i64
             };
             (0..64).map(of_input).sum::<i64>().to_string()

@@ -21,7 +21,6 @@ const LONGEST: u32 = 256;
 /// # Safety
 /// As the driver's.
 #[unsafe(no_mangle)]
-#[expect(clippy::too_many_arguments, reason = "the driver's own function")]
 pub unsafe extern "C" fn cuTensorMapEncodeTiled(
     map: *mut Fields,
     element: u32,

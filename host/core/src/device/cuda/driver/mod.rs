@@ -77,8 +77,7 @@ macro_rules! api {
                     },)*
                     encode_tiled: {
                         // SAFETY: as above.
-                        let symbol =
-                            unsafe { library.get::<EncodeTiled>(b"cuTensorMapEncodeTiled\0") };
+                        let symbol = unsafe { library.get::<EncodeTiled>(tiles::NAME) };
                         symbol.ok().map(|symbol| *symbol)
                     },
                 })

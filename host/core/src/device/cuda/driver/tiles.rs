@@ -29,7 +29,8 @@ pub(super) type EncodeTiled = unsafe extern "C" fn(
     c_uint,
 ) -> c_uint;
 
-const NAME: &str = "cuTensorMapEncodeTiled";
+/// As libraries are asked for it.
+pub(super) const NAME: &[u8] = b"cuTensorMapEncodeTiled\0";
 /// `CU_TENSOR_MAP_L2_PROMOTION_L2_128B`.
 const TO_128_BYTES: c_uint = 2;
 
@@ -45,7 +46,9 @@ impl TensorMap {
     ) -> Result<TensorMap, DeviceError> {
         let api: &Api = context.api;
         let encode = api.encode_tiled.ok_or_else(|| {
-            let reason = format!("the NVIDIA driver has no {NAME}: it is older than CUDA 12");
+            let reason =
+                "the NVIDIA driver has no cuTensorMapEncodeTiled: it is older than CUDA 12"
+                    .to_owned();
             unavailable(context.name(), reason)
         })?;
         let mut map = TensorMap([0; 16]);
@@ -69,7 +72,7 @@ impl TensorMap {
                 0,
             )
         };
-        context.check(NAME, 0, code)?;
+        context.check("cuTensorMapEncodeTiled", 0, code)?;
         Ok(map)
     }
 }
