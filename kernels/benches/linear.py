@@ -57,6 +57,28 @@ class Config(ctypes.Structure):
     ]
 
 
+def tensor_map(tensor, element_bytes, columns, rows, row_bytes, tile_columns, tile_rows, swizzle):
+    """A CUtensorMap of a tensor, which has to lie at a multiple of 64."""
+    buffer = ctypes.create_string_buffer(192)
+    encoded = (ctypes.c_uint64 * 16).from_buffer(buffer, -ctypes.addressof(buffer) % 64)
+    code = driver.cuTensorMapEncodeTiled(
+        encoded,
+        element_bytes - 1,
+        2,
+        ctypes.c_void_p(tensor.data_ptr()),
+        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(row_bytes),
+        (ctypes.c_uint32 * 2)(tile_columns, tile_rows),
+        (ctypes.c_uint32 * 2)(1, 1),
+        0,
+        (swizzle // 16).bit_length() - 1,
+        2,
+        0,
+    )
+    check(code, "a map")
+    return encoded
+
+
 class Kernels:
     def __init__(self, program, module):
         torch.zeros(1, device=DEVICE)
@@ -98,7 +120,9 @@ class Kernels:
             values = [0 if pointer is None else pointer.data_ptr() for pointer in pointers]
             values += [part.shape[0], outputs, inputs, 64, 0, launch["shares"]]
             arguments = [ctypes.c_uint64(value) for value in values]
-            passed = (ctypes.c_void_p * len(arguments))(*map(ctypes.addressof, arguments))
+            maps = [tensor_map(of, *numbers) for of, numbers in zip((part, codes), launch["maps"])]
+            passed = [ctypes.addressof(argument) for argument in [*arguments, *maps]]
+            passed = (ctypes.c_void_p * len(passed))(*passed)
             # Weights are read before the kernel before has ended.
             attribute = Attribute(6)
             attribute.value[0] = 1

@@ -56,15 +56,28 @@ fn print_launch(numbers: &[usize]) {
         linear.launch(gpu)
     };
     let launch = launch.expect("possible");
+    let maps: Vec<String> = launch
+        .maps
+        .iter()
+        .flatten()
+        .map(|map| {
+            let [columns, rows] = map.tile;
+            format!(
+                "[{}, {}, {}, {}, {columns}, {rows}, {}]",
+                map.element_bytes, map.columns, map.rows, map.row_bytes, map.swizzle
+            )
+        })
+        .collect();
     println!(
-        r#"{{"kernel": "{}", "grid": {}, "threads": {}, "shared": {}, "workspace": {}, "rows": {}, "shares": {}}}"#,
+        r#"{{"kernel": "{}", "grid": {}, "threads": {}, "shared": {}, "workspace": {}, "rows": {}, "shares": {}, "maps": [{}]}}"#,
         launch.kernel,
         launch.grid,
         launch.threads,
         launch.shared_bytes,
         launch.workspace_bytes,
         launch.rows,
-        launch.shares
+        launch.shares,
+        maps.join(", ")
     );
 }
 

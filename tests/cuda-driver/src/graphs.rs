@@ -5,7 +5,7 @@ use crate::books::{Books, Kind, call};
 use crate::streams::Work;
 
 /// What may be called while a stream is captured: what gives work to streams, and changes the context.
-pub(crate) const WHILE_CAPTURING: [&str; 9] = [
+pub(crate) const WHILE_CAPTURING: [&str; 10] = [
     "cuInit",
     "cuCtxPushCurrent",
     "cuCtxPopCurrent",
@@ -15,6 +15,7 @@ pub(crate) const WHILE_CAPTURING: [&str; 9] = [
     "cuMemcpyDtoDAsync",
     "cuStreamBeginCapture",
     "cuStreamEndCapture",
+    "cuTensorMapEncodeTiled",
 ];
 
 /// Work that can be given to a stream again.

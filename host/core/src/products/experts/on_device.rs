@@ -179,7 +179,7 @@ impl ExpertsLinear<'_> {
     }
 
     /// Gives the products to a stream of the weights' GPU, as [`Experts::forward_on_device`] does. Of the
-    /// operands ids are [rows], and there are neither weights of them nor a bias of down projections.
+    /// operands ids are \[rows\], and there are neither weights of them nor a bias of down projections.
     ///
     /// # Errors
     /// As [`Experts::forward_on_device`], with [`ExpertsLinear::workspace_bytes`].
