@@ -101,8 +101,8 @@ typedef struct TightfitDevices TightfitDevices;
 typedef struct TightfitExperts TightfitExperts;
 
 // Products with a stack in 4 bits where each row has one of its matrices, an expert:
-// y[r] = x[r] * transpose(W[ids[r]]) + bias[ids[r]], where x is [rows, inputs], y [rows, outputs] and the
-// bias [experts, outputs]. As TightfitExperts.
+// row r of y is that of x times transpose(W) and the bias of expert `ids[r]`, where x is [rows, inputs],
+// y [rows, outputs] and the bias [experts, outputs]. As TightfitExperts.
 typedef struct TightfitExpertsLinear TightfitExpertsLinear;
 
 // The product with one 4-bit weight W of a model: y = x * transpose(W) + bias, where x is
@@ -587,7 +587,7 @@ TightfitStatus tightfit_experts_linear_workspace_bytes(const TightfitExpertsLine
                                                        size_t rows,
                                                        uint64_t *out);
 
-// Gives products to a stream, as tightfit_experts_forward_on_device. Their ids are [rows].
+// Gives products to a stream, as tightfit_experts_forward_on_device. There is an id for each row.
 //
 // # Safety
 // As tightfit_experts_forward_on_device.

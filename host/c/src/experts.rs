@@ -49,8 +49,8 @@ pub struct TightfitExperts {
 }
 
 /// Products with a stack in 4 bits where each row has one of its matrices, an expert:
-/// y[r] = x[r] * transpose(W[ids[r]]) + bias[ids[r]], where x is [rows, inputs], y [rows, outputs] and the
-/// bias [experts, outputs]. As TightfitExperts.
+/// row r of y is that of x times transpose(W) and the bias of expert `ids[r]`, where x is [rows, inputs],
+/// y [rows, outputs] and the bias [experts, outputs]. As TightfitExperts.
 pub struct TightfitExpertsLinear {
     /// It borrows from the model, which the caller keeps.
     inner: ExpertsLinear<'static>,
@@ -609,7 +609,7 @@ pub unsafe extern "C" fn tightfit_experts_linear_workspace_bytes(
     })
 }
 
-/// Gives products to a stream, as tightfit_experts_forward_on_device. Their ids are [rows].
+/// Gives products to a stream, as tightfit_experts_forward_on_device. There is an id for each row.
 ///
 /// # Safety
 /// As tightfit_experts_forward_on_device.

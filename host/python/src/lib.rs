@@ -2,7 +2,7 @@
 //! torch and transformers is Python, beside it in `python/tightfit`.
 //!
 //! Every call that may take long runs on a thread of its own while the caller's thread, without the
-//! interpreter's lock, looks at signals and reports progress (see [`work`]). Threads of the library
+//! interpreter's lock, looks at signals and reports progress (see `work`). Threads of the library
 //! never ask for that lock.
 // Denied and not forbidden: `dlpack` makes capsules, which Python's C interface alone can, and `products`
 // has torch's addresses.
