@@ -64,7 +64,7 @@ pub(super) fn kernels() -> impl Iterator<Item = (&'static str, u32)> {
 pub struct TileMap {
     /// Of an unsigned integer: 1 or 2.
     pub element_bytes: u32,
-    /// Elements of a row, and rows.
+    /// Elements of a row.
     pub columns: u64,
     /// Rows.
     pub rows: u64,
