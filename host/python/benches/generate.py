@@ -12,6 +12,8 @@ so that one's memory is not the other's, and all are of one run on one machine:
     ours-compiled    a static cache, the decoder compiled by generate itself (torch.compile)
     stock-graph      a static cache, one decoding step captured in a CUDA graph
     ours-graph       the same with TightfitConfig
+    stock-compiled-graph, ours-compiled-graph
+                     the same with the step compiled before it is captured
     stock-qlora      a step of QLoRA of 2 x 512 tokens: gradient checkpointing, LoRA of rank 16 on all linear layers
     ours-qlora       the same with TightfitConfig(purpose="qlora")
 """
@@ -28,7 +30,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-VARIANTS = ["stock", "ours", "ours-compiled", "stock-graph", "ours-graph", "stock-qlora", "ours-qlora"]
+VARIANTS = [
+    "stock",
+    "ours",
+    "ours-compiled",
+    "stock-graph",
+    "ours-graph",
+    "stock-compiled-graph",
+    "ours-compiled-graph",
+    "stock-qlora",
+    "ours-qlora",
+]
 PROMPT = 32
 MIB = 2**20
 
@@ -93,11 +105,12 @@ def generate(model: Any, ids: Any, tokens: int, **arguments: Any) -> Any:
 class Graph:
     """Greedy decoding with a static cache, one step of which is a CUDA graph."""
 
-    def __init__(self, model: Any, ids: Any, tokens: int) -> None:
+    def __init__(self, model: Any, ids: Any, tokens: int, is_compiled: bool) -> None:
         import torch
         from transformers import StaticCache
 
         self.model, self.prompt = model, ids
+        self.one = torch.compile(model.forward, dynamic=False) if is_compiled else model.forward
         self.cache = StaticCache(config=model.config.get_text_config(), max_cache_len=ids.shape[1] + tokens + 8)
         self.token = torch.zeros_like(ids[:, :1])
         self.position = torch.zeros(1, dtype=torch.int64, device=ids.device)
@@ -113,9 +126,9 @@ class Graph:
         with torch.cuda.graph(self.graph):
             self.step()
 
-    def forward(self, ids: Any, positions: Any) -> None:
+    def forward(self, model: Any, ids: Any, positions: Any) -> None:
         named = {"cache_position": positions} if self.takes_position else {}
-        out = self.model(
+        out = model(
             input_ids=ids, position_ids=positions[None], past_key_values=self.cache, use_cache=True, **named
         )
         self.token.copy_(out.logits[:, -1:].argmax(-1))
@@ -124,11 +137,11 @@ class Graph:
         import torch
 
         self.cache.reset()
-        self.forward(self.prompt, torch.arange(self.prompt.shape[1], device=self.prompt.device))
+        self.forward(self.model, self.prompt, torch.arange(self.prompt.shape[1], device=self.prompt.device))
         self.position.fill_(self.prompt.shape[1])
 
     def step(self) -> None:
-        self.forward(self.token, self.position)
+        self.forward(self.one, self.token, self.position)
         self.position.add_(1)
 
     def decode(self, tokens: int) -> Any:
@@ -175,7 +188,20 @@ def qlora(model: Any, device: Any) -> dict[str, Any]:
     return found
 
 
-def run(variant: str, path: str, device_name: str, tokens: int) -> dict[str, Any]:
+def kernels(decode: Any, tokens: int) -> dict[str, str]:
+    """What the GPU does for a token: the kernels that take longest, as microseconds and how often, and all of them."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        decode()
+    events = [event for event in profiled.key_averages() if event.self_device_time_total > 0]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    found = {event.key[:60]: (event.self_device_time_total / tokens, event.count / tokens) for event in events[:20]}
+    found["all"] = tuple(sum(each) / tokens for each in zip(*[(e.self_device_time_total, e.count) for e in events]))
+    return {name: f"{micros:.1f} us, {count:.1f}" for name, (micros, count) in found.items()}
+
+
+def run(variant: str, path: str, device_name: str, tokens: int, is_profiled: bool) -> dict[str, Any]:
     import torch
 
     device = torch.device(device_name)
@@ -198,8 +224,8 @@ def run(variant: str, path: str, device_name: str, tokens: int) -> dict[str, Any
     ids = torch.randint(0, 1000, (1, PROMPT), generator=generator).to(device)
     with torch.no_grad():
         found["logits"] = [round(value, 4) for value in model(input_ids=ids).logits[0, -1, :8].float().tolist()]
-        if how == "graph":
-            graph = Graph(model, ids, tokens)
+        if how.endswith("graph"):
+            graph = Graph(model, ids, tokens, how.startswith("compiled"))
             decode = lambda: graph.decode(tokens)  # noqa: E731
         elif how == "compiled":
             decode = lambda: generate(model, ids, tokens, cache_implementation="static")  # noqa: E731
@@ -212,6 +238,8 @@ def run(variant: str, path: str, device_name: str, tokens: int) -> dict[str, Any
         for _ in range(3):
             took, out = timed(device, decode)
             times.append(took)
+        if is_profiled:
+            found["kernels"] = kernels(decode, tokens)
     found["tokens/s"] = round(tokens / sorted(times)[1], 2)
     found["tokens"] = out[0, PROMPT : PROMPT + 16].tolist()
     found["after"] = memory(device)
@@ -228,10 +256,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128, help="new tokens")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--timeout", type=float, default=900, help="seconds of one variant at most")
+    parser.add_argument("--profile", action="store_true", help="say which kernels take how long")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.variant:
-        print(json.dumps(run(given.variant, given.checkpoint, given.device, given.tokens)))
+        print(json.dumps(run(given.variant, given.checkpoint, given.device, given.tokens, given.profile)))
         return
     with tempfile.TemporaryDirectory() as made:
         path = Path(given.checkpoint or Path(made) / "model")
@@ -240,6 +269,7 @@ def main() -> None:
         for variant in given.variants.split(","):
             command = [sys.executable, __file__, "--variant", variant, "--checkpoint", str(path)]
             command += ["--device", given.device, "--tokens", str(given.tokens)]
+            command += ["--profile"] * given.profile
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=given.timeout)
             except subprocess.TimeoutExpired:

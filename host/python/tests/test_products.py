@@ -187,7 +187,9 @@ def test_a_product_keeps_its_weight_and_is_gone_with_its_last_user(golden_models
 
 def load(path: Path, products: bool | None, dtype: Any = torch.float32, **options: Any) -> Any:
     config = TightfitConfig(products=products, bnb_4bit_compute_dtype=dtype, **options)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype, quantization_config=config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, quantization_config=config, device_map={"": "cpu"}
+    )
     return whole.without_repacking(model)
 
 

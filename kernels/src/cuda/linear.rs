@@ -78,6 +78,13 @@ pub fn module(compute_capability: (u32, u32)) -> Result<Vec<u8>, KernelError> {
     module_of(compute_capability, &MACHINE_CODE, PTX)
 }
 
+/// Returns whether kernels of products, of experts and of what a decoder computes wait for earlier launches
+/// themselves on GPUs of a compute capability: only there may launches have the attribute for programmatic stream
+/// serialization. Elsewhere the instructions for it are not in them.
+pub fn waits_for_earlier_launches(compute_capability: (u32, u32)) -> bool {
+    compute_capability == (9, 0)
+}
+
 /// The machine code for a compute capability, or else the PTX.
 pub(super) fn module_of(
     compute_capability: Capability,

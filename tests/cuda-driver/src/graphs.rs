@@ -5,11 +5,12 @@ use crate::books::{Books, Kind, call};
 use crate::streams::Work;
 
 /// What may be called while a stream is captured: what gives work to streams, and changes the context.
-pub(crate) const WHILE_CAPTURING: [&str; 10] = [
+pub(crate) const WHILE_CAPTURING: [&str; 11] = [
     "cuInit",
     "cuCtxPushCurrent",
     "cuCtxPopCurrent",
     "cuLaunchKernel",
+    "cuLaunchKernelEx",
     "cuMemsetD8Async",
     "cuMemsetD32Async",
     "cuMemcpyDtoDAsync",

@@ -202,49 +202,136 @@ pub unsafe extern "C" fn cuLaunchKernel(
     extra: *const *const c_void,
 ) -> u32 {
     call("cuLaunchKernel", Kind::Takes, |books| {
-        let device = books.current("cuLaunchKernel")?;
-        let found = books.modules.functions.get(&function).copied();
-        let Some((module, kernel)) = found else {
-            return Err(books.fault("cuLaunchKernel of what is not there".to_owned()));
-        };
-        if books.modules.loaded.get(&module) != Some(&device) {
-            return Err(books.fault(format!("{kernel} launched under another context")));
+        let grid = [grid, grid_y, grid_z];
+        let block = [threads, threads_y, threads_z];
+        // SAFETY: as the caller promises.
+        unsafe {
+            let given = (function, grid, block, shared, stream);
+            launch(books, "cuLaunchKernel", given, parameters, extra)
         }
-        if books.modules.arriving.contains(&module) {
-            books.fault(format!("{kernel} launched before its module has arrived"));
-        }
-        let asked = books.modules.shared.get(&function).copied();
-        if shared > asked.unwrap_or(UNASKED_SHARED) {
-            return Err(books.fault(format!(
-                "{kernel} launched with {shared} bytes not asked for"
-            )));
-        }
-        if (grid_y, grid_z, threads_y, threads_z) != (1, 1, 1, 1) || !extra.is_null() {
-            return Err(books.fault(format!("{kernel} launched in more than one dimension")));
-        }
-        // SAFETY: the caller's pointers to as many parameters as the kernel has.
-        let parameters = unsafe { Parameters::new(parameters) };
-        let shape = Shape {
-            grid,
-            threads,
-            shared_bytes: shared,
-        };
-        let passed = match arguments(kernel, shape, parameters) {
-            Ok(passed) => passed,
-            Err(problem) => return Err(books.fault(format!("{kernel}: {problem}"))),
-        };
-        for (address, len) in passed.iter().filter_map(|argument| argument.memory()) {
-            books.find_on(kernel, device, address, len)?;
-        }
-        books.launches.push(kernel);
-        let work = Work::Launch {
-            module,
-            kernel,
-            shape,
-            passed,
-        };
-        books.give("cuLaunchKernel", device, stream, work)
     })
+}
+
+/// `CUlaunchConfig`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct LaunchConfig {
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared: u32,
+    stream: u64,
+    attributes: *const LaunchAttribute,
+    count: u32,
+}
+
+/// `CUlaunchAttribute`.
+#[repr(C)]
+#[derive(Debug)]
+pub struct LaunchAttribute {
+    id: u32,
+    pad: [u8; 4],
+    value: [u64; 8],
+}
+
+/// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`.
+const OVERLAPPING: u32 = 6;
+
+/// `cuLaunchKernelEx`, with the attribute that lets a launch begin before the one before it has ended: only for
+/// kernels that wait themselves.
+///
+/// # Safety
+/// As the driver's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuLaunchKernelEx(
+    config: *const LaunchConfig,
+    function: u64,
+    parameters: *const *const c_void,
+    extra: *const *const c_void,
+) -> u32 {
+    call("cuLaunchKernelEx", Kind::Takes, |books| {
+        // SAFETY: the caller's configuration, and as many attributes as it says.
+        let (config, attributes) = unsafe {
+            let config = &*config;
+            (
+                config,
+                std::slice::from_raw_parts(config.attributes, config.count as usize),
+            )
+        };
+        let is_known = |of: &LaunchAttribute| of.id == OVERLAPPING && of.value[0] as u32 == 1;
+        if attributes.len() != 1 || !attributes.iter().all(is_known) {
+            return Err(books.fault("cuLaunchKernelEx with other attributes".to_owned()));
+        }
+        let found = books.modules.functions.get(&function);
+        let contents = found.and_then(|(module, _)| books.modules.contents.get(module));
+        if contents.is_none_or(|contents| matches!(contents, Contents::Quantizing)) {
+            return Err(books.fault("cuLaunchKernelEx of a kernel that does not wait".to_owned()));
+        }
+        // SAFETY: as the caller promises.
+        unsafe {
+            let given = (
+                function,
+                config.grid,
+                config.block,
+                config.shared,
+                config.stream,
+            );
+            launch(books, "cuLaunchKernelEx", given, parameters, extra)
+        }
+    })
+}
+
+/// # Safety
+/// As the driver's functions that launch.
+unsafe fn launch(
+    books: &mut Books,
+    name: &str,
+    (function, grid, block, shared, stream): (u64, [u32; 3], [u32; 3], u32, u64),
+    parameters: *const *const c_void,
+    extra: *const *const c_void,
+) -> Result<(), u32> {
+    let ([grid, grid_y, grid_z], [threads, threads_y, threads_z]) = (grid, block);
+    let device = books.current(name)?;
+    let found = books.modules.functions.get(&function).copied();
+    let Some((module, kernel)) = found else {
+        return Err(books.fault("a launch of what is not there".to_owned()));
+    };
+    if books.modules.loaded.get(&module) != Some(&device) {
+        return Err(books.fault(format!("{kernel} launched under another context")));
+    }
+    if books.modules.arriving.contains(&module) {
+        books.fault(format!("{kernel} launched before its module has arrived"));
+    }
+    let asked = books.modules.shared.get(&function).copied();
+    if shared > asked.unwrap_or(UNASKED_SHARED) {
+        return Err(books.fault(format!(
+            "{kernel} launched with {shared} bytes not asked for"
+        )));
+    }
+    if (grid_y, grid_z, threads_y, threads_z) != (1, 1, 1, 1) || !extra.is_null() {
+        return Err(books.fault(format!("{kernel} launched in more than one dimension")));
+    }
+    // SAFETY: the caller's pointers to as many parameters as the kernel has.
+    let parameters = unsafe { Parameters::new(parameters) };
+    let shape = Shape {
+        grid,
+        threads,
+        shared_bytes: shared,
+    };
+    let passed = match arguments(kernel, shape, parameters) {
+        Ok(passed) => passed,
+        Err(problem) => return Err(books.fault(format!("{kernel}: {problem}"))),
+    };
+    for (address, len) in passed.iter().filter_map(|argument| argument.memory()) {
+        books.find_on(kernel, device, address, len)?;
+    }
+    books.launches.push(kernel);
+    let work = Work::Launch {
+        module,
+        kernel,
+        shape,
+        passed,
+    };
+    books.give(name, device, stream, work)
 }
 
 /// `cuMemsetD8Async`.

@@ -348,9 +348,9 @@ fn after_it_is_lent_a_layer_only_launches() {
             let before = stand_in.report().calls.len();
             placed.give(tokens, &placed.operands()).unwrap();
             let calls = stand_in.report().calls.split_off(before);
-            let launched = calls.iter().filter(|call| *call == "cuLaunchKernel");
+            let launched = calls.iter().filter(|call| *call == "cuLaunchKernelEx");
             assert_eq!(launched.count(), launches, "{module}");
-            let allowed = ["cuCtxPushCurrent", "cuLaunchKernel", "cuCtxPopCurrent"];
+            let allowed = ["cuCtxPushCurrent", "cuLaunchKernelEx", "cuCtxPopCurrent"];
             assert!(
                 calls.iter().all(|call| allowed.contains(&&call[..])),
                 "{calls:?}"

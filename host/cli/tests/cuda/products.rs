@@ -331,6 +331,7 @@ fn after_it_is_lent_a_product_only_launches() {
                 "cuCtxPushCurrent",
                 "cuTensorMapEncodeTiled",
                 "cuLaunchKernel",
+                "cuLaunchKernelEx",
                 "cuCtxPopCurrent",
             ];
             assert!(

@@ -394,3 +394,92 @@ fn memory_that_is_given_up_is_kept_until_the_work_is_done() {
     drop(queue);
     driver.clean_report("memory that was given up");
 }
+
+#[test]
+fn a_product_overlaps_unless_its_weight_may_still_be_written() {
+    let one = Setup {
+        devices: vec![64 * MIB],
+        ..Setup::default()
+    };
+    let Some(driver) = stand_in("launches that overlap", &one) else {
+        return;
+    };
+    let on = Opened::open(0).unwrap();
+    let codes = on.put(&vec![0x5a; ELEMENTS / 2]).unwrap();
+    let absmax = on.put(&bytes_of(&vec![1.0; BLOCKS])).unwrap();
+    let x = on.put(&bytes_of(&numbers(128, 31))).unwrap();
+    let y = on.take(96 * 4).unwrap();
+    let overlaps = |x: &DeviceBytes, y: &DeviceBytes| {
+        let product = QueuedProduct {
+            weights: QueuedWeights {
+                quant_type: QuantType::Nf4,
+                shape: MatrixShape {
+                    experts: None,
+                    outputs: 96,
+                    inputs: 128,
+                    block_size: BlockSize::DEFAULT,
+                },
+                codes: codes.clone(),
+                scales: QueuedScales::Absmax(absmax.clone()),
+            },
+            product: Product {
+                float: FloatType::F32,
+                rows: 1,
+                by_row: true,
+                transposed: false,
+            },
+            x: x.clone(),
+            experts: None,
+            bias: None,
+            y: y.clone(),
+            workspace: None,
+        };
+        let product = Operation::Multiply(Box::new(product));
+        on.queue.give(&product).unwrap();
+        let calls = driver.report().calls;
+        let mut launches = calls.iter().rev().filter(|call| call.contains("Launch"));
+        match &launches.next().unwrap()[..] {
+            "cuLaunchKernelEx" => true,
+            "cuLaunchKernel" => false,
+            other => panic!("{other}"),
+        }
+    };
+    // Both have been written, and the work is not done.
+    assert!(!overlaps(&x, &y));
+    on.queue.finish().unwrap();
+    assert!(overlaps(&x, &y));
+    // What it reads once it has waited, and what it writes, may be written before.
+    on.queue.write(&x, &[0; 512]).unwrap();
+    assert!(overlaps(&x, &y));
+    assert!(overlaps(&x, &y));
+    // A part of its scales.
+    let first = on.reservation.range(0, 1).unwrap().unwrap().address();
+    let part = |of: &DeviceBytes, at: u64, bytes: u64| {
+        let start = of.address().pointer - first.pointer + at;
+        on.reservation.range(start, bytes).unwrap().unwrap()
+    };
+    on.queue
+        .give(&Operation::Clear(part(&absmax, 512, 4)))
+        .unwrap();
+    assert!(!overlaps(&x, &y) && !overlaps(&x, &y));
+    on.queue.finish().unwrap();
+    // Another product's result.
+    let copy = Operation::Copy {
+        source: y.clone(),
+        target: part(&codes, 1024, 96 * 4),
+    };
+    assert!(overlaps(&x, &y));
+    on.queue.give(&copy).unwrap();
+    assert!(!overlaps(&x, &y));
+    // Of very many ranges none is told apart any more.
+    on.queue.finish().unwrap();
+    for _ in 0..100 {
+        let place = on.take(256).unwrap();
+        on.queue.write(&place, &[1; 256]).unwrap();
+    }
+    assert!(!overlaps(&x, &y));
+    on.queue.finish().unwrap();
+    assert!(overlaps(&x, &y));
+    drop((copy, on, codes, absmax, x, y));
+    driver.report().is_clean("launches that overlap");
+}

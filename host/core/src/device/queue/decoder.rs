@@ -41,6 +41,7 @@ impl QueuedDecode {
             need: shape.bytes() as u64,
             align: shape.align as u64,
             is_written: shape.is_written,
+            is_weight: false,
         });
         let faults = self.faults.as_ref();
         let faults = faults.map(|bytes| Operand::written("the word of faults", bytes, 1, 4));
@@ -50,6 +51,7 @@ impl QueuedDecode {
             need: bytes.bytes(),
             align: 256,
             is_written: true,
+            is_weight: false,
         });
         operands.chain(faults).chain(workspace).collect()
     }

@@ -137,6 +137,8 @@ pub(in crate::device) struct Operand<'a> {
     /// What its address is a multiple of.
     pub(in crate::device) align: u64,
     pub(in crate::device) is_written: bool,
+    /// Whether it is part of a 4-bit weight, which kernels may read before they wait for earlier ones.
+    pub(in crate::device) is_weight: bool,
 }
 
 impl<'a> Operand<'a> {
@@ -152,6 +154,19 @@ impl<'a> Operand<'a> {
             need: (count as u64).saturating_mul(each as u64),
             align: each as u64,
             is_written: false,
+            is_weight: false,
+        }
+    }
+
+    pub(super) fn weight(
+        name: &'static str,
+        bytes: &'a DeviceBytes,
+        count: usize,
+        each: usize,
+    ) -> Operand<'a> {
+        Operand {
+            is_weight: true,
+            ..Operand::read(name, bytes, count, each)
         }
     }
 
@@ -172,8 +187,12 @@ impl Operation {
     /// Returns about how many bytes it moves, at least one: what takes longer for its arithmetic counts as
     /// more.
     pub fn work(&self) -> u64 {
-        let moved = self.operands();
-        let moved = moved.iter().map(|operand| operand.bytes.bytes());
+        self.work_of(&self.operands())
+    }
+
+    /// The same, of what [`Operation::operands`] has said.
+    pub(in crate::device) fn work_of(&self, operands: &[Operand]) -> u64 {
+        let moved = operands.iter().map(|operand| operand.bytes.bytes());
         let moved = moved.fold(1, u64::saturating_add);
         match self {
             Operation::Multiply(product) => moved.saturating_add(product.arithmetic()),
@@ -243,14 +262,18 @@ impl Operation {
     /// # Errors
     /// What is wrong.
     pub fn check(&self) -> Result<(), String> {
+        self.check_operands(&self.operands())
+    }
+
+    /// The same, of what [`Operation::operands`] has said.
+    pub(in crate::device) fn check_operands(&self, operands: &[Operand]) -> Result<(), String> {
         if let Operation::Multiply(product) = self {
             product.check()?;
         }
         if let Operation::Decode(given) = self {
             given.check()?;
         }
-        let operands = self.operands();
-        for operand in &operands {
+        for operand in operands {
             let (have, at) = (operand.bytes.bytes(), operand.bytes.address().pointer);
             let Operand {
                 name, need, align, ..

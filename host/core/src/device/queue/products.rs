@@ -90,24 +90,24 @@ impl QueuedWeights {
         use Operand as O;
         let elements = self.shape.elements();
         let blocks = blocks(elements, self.shape.block_size);
-        let mut operands = vec![O::read("codes", &self.codes, packed_bytes(elements), 1)];
+        let mut operands = vec![O::weight("codes", &self.codes, packed_bytes(elements), 1)];
         match &self.scales {
-            QueuedScales::Absmax(absmax) => operands.push(O::read("absmax", absmax, blocks, 4)),
+            QueuedScales::Absmax(absmax) => operands.push(O::weight("absmax", absmax, blocks, 4)),
             QueuedScales::Double {
                 codes,
                 nested,
                 mean,
                 map,
             } => operands.extend([
-                O::read("absmax", codes, blocks, 1),
-                O::read(
+                O::weight("absmax", codes, blocks, 1),
+                O::weight(
                     "nested absmax",
                     nested,
                     blocks.div_ceil(NESTED_BLOCK_SIZE),
                     4,
                 ),
-                O::read("the mean", mean, 1, 4),
-                O::read("the map", map, 256, 4),
+                O::weight("the mean", mean, 1, 4),
+                O::weight("the map", map, 256, 4),
             ]),
         }
         operands

@@ -281,6 +281,8 @@ impl KernelMultiplier {
             grid: launch.grid,
             threads: launch.threads,
             shared_bytes: launch.shared_bytes,
+            // Nobody writes a loaded model's weights.
+            overlaps: true,
         };
         // SAFETY: as the caller promises.
         unsafe { self.experts.launch_in(stream, shape, arguments, &[]) }

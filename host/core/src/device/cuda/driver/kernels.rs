@@ -9,7 +9,7 @@ use tightfit_kernels::cuda::{self, Launch, decoder, experts, linear};
 
 use super::stream::Stream;
 use super::tiles::TensorMap;
-use super::{Context, twice, unavailable};
+use super::{Context, overlap, twice, unavailable};
 use crate::device::DeviceError;
 
 /// The kernels that quantize and dequantize, as the PTX names them.
@@ -125,6 +125,7 @@ impl KernelModule {
             grid: launch.grid,
             threads: launch.threads,
             shared_bytes: 0,
+            overlaps: false,
         };
         // SAFETY: as the caller promises.
         unsafe { self.launch_in(stream.raw, shape, &mut arguments, &[]) }
@@ -156,11 +157,20 @@ impl KernelModule {
         for (pointer, argument) in pointers.iter_mut().zip(arguments.chain(maps)) {
             *pointer = argument;
         }
+        let api = self.context.api;
+        if shape.overlaps && module.overlaps {
+            // SAFETY: as below, and the kernels of the module wait themselves.
+            let code =
+                unsafe { overlap::launch(api, *function, shape, stream, pointers.as_mut_ptr()) };
+            if let Some(code) = code {
+                return self.context.check("cuLaunchKernelEx", 0, code);
+            }
+        }
         // SAFETY: the function is of a module that `self` keeps; there are as many pointers as it
         // has parameters, each to a value that is at least as wide and outlives the call, which
         // copies them. What they mean is the caller's promise.
         let code = unsafe {
-            (self.context.api.cuLaunchKernel)(
+            (api.cuLaunchKernel)(
                 *function,
                 shape.grid,
                 1,
@@ -189,6 +199,9 @@ pub(super) struct Shape {
     pub(super) threads: u32,
     /// Dynamic shared memory of each block.
     pub(super) shared_bytes: u32,
+    /// Whether it may begin before the launch before it in its stream has ended. The kernel waits itself before it
+    /// reads anything but weights and their scales: none of that may still be written by what the stream was given.
+    pub(super) overlaps: bool,
 }
 
 /// Compiled code in a device's context. Unloaded when dropped.
@@ -198,6 +211,8 @@ struct Module {
     raw: CUmodule,
     /// By name.
     functions: Vec<(&'static str, CUfunction)>,
+    /// Whether [`Shape::overlaps`] is heeded.
+    overlaps: bool,
 }
 
 // SAFETY: module and functions are handles; the driver lets any thread use them.
@@ -222,6 +237,8 @@ impl Module {
             Contents::Experts => (experts::module(capability), experts::kernels(capability)),
         };
         let image = image.map_err(|error| unavailable(context.name(), error.to_string()))?;
+        let overlaps =
+            !matches!(contents, Contents::Quantizing) && overlap::is_possible(context, capability)?;
         let _current = context.enter()?;
         let mut raw = ptr::null_mut();
         // SAFETY: `raw` outlives the call, and the image is machine code, which says how long it is, or
@@ -235,6 +252,7 @@ impl Module {
             context: Arc::clone(context),
             raw,
             functions: Vec::with_capacity(kernels.len()),
+            overlaps,
         };
         for (kernel, shared_bytes) in kernels {
             let name = CString::new(kernel).unwrap_or_default();

@@ -25,7 +25,8 @@ pub(super) fn gpu_of(context: &Context) -> Result<Gpu, DeviceError> {
 ///
 /// # Safety
 /// As [`crate::device::Multiplier::multiply`]; `found` is a matrix of as many elements in the device's
-/// memory, which is kept until the stream is done.
+/// memory, which is kept until the stream is done. Where it overlaps with what the stream was given before, that does
+/// not write the matrix.
 pub(super) unsafe fn launch_product(
     kernels: &KernelModule,
     gpu: Gpu,
@@ -33,6 +34,7 @@ pub(super) unsafe fn launch_product(
     (quant_type, transposed): (QuantType, bool),
     found: &Found,
     operands: &DeviceOperands,
+    overlaps: bool,
 ) -> Result<(), DeviceError> {
     let context = kernels.context();
     let used = [operands.x, operands.bias, operands.y];
@@ -59,6 +61,7 @@ pub(super) unsafe fn launch_product(
         grid: launch.grid,
         threads: launch.threads,
         shared_bytes: launch.shared_bytes,
+        overlaps,
     };
     let (of_x, of_y) = match transposed {
         false => (linear.inputs, linear.outputs),

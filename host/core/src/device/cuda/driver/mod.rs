@@ -10,6 +10,7 @@ mod kernels;
 mod launch;
 mod memory;
 mod multiply;
+mod overlap;
 mod page_locked;
 mod quantize;
 mod queue;
@@ -32,6 +33,7 @@ pub(super) use context::Context;
 pub(super) use kernels::KernelModule;
 pub(super) use memory::DeviceMemory;
 pub(super) use multiply::KernelMultiplier;
+use overlap::LaunchEx;
 pub(super) use page_locked::CudaPageLocked;
 pub(super) use quantize::{KernelQuantizer, WorkspaceMemory};
 pub(super) use queue::{CudaQueue, Kept};
@@ -55,6 +57,8 @@ macro_rules! api {
             $($name: unsafe extern "C" fn($($argument),*) -> c_uint,)*
             /// Which only drivers from CUDA 12 on have.
             encode_tiled: Option<EncodeTiled>,
+            /// Which only drivers from CUDA 11.8 on have.
+            launch_ex: Option<LaunchEx>,
         }
 
         impl Api {
@@ -80,6 +84,11 @@ macro_rules! api {
                         let symbol = unsafe { library.get::<EncodeTiled>(tiles::NAME) };
                         symbol.ok().map(|symbol| *symbol)
                     },
+                    launch_ex: {
+                        // SAFETY: as above.
+                        let symbol = unsafe { library.get::<LaunchEx>(overlap::NAME) };
+                        symbol.ok().map(|symbol| *symbol)
+                    },
                 })
             }
         }
@@ -88,6 +97,7 @@ macro_rules! api {
 
 api! {
     cuInit(c_uint);
+    cuDriverGetVersion(*mut c_int);
     cuGetErrorName(c_uint, *mut *const c_char);
     cuDeviceGetCount(*mut c_int);
     cuDeviceGet(*mut CUdevice, c_int);

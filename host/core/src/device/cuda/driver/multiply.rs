@@ -222,7 +222,8 @@ impl Multiplier for KernelMultiplier {
         let how = (weights.quant_type, product.transposed);
         // SAFETY: weights and constants lie in memory that `self` keeps, and are as long as the kernel needs:
         // `find` has looked. The rest, and that `self` is kept, is the caller's promise.
-        unsafe { launch_product(kernels, self.gpu, linear, how, &found, operands) }
+        // Nobody writes a loaded model's weights.
+        unsafe { launch_product(kernels, self.gpu, linear, how, &found, operands, true) }
     }
 
     fn copied_bytes(&self, weights: &ProductWeights, product: &Product) -> u64 {

@@ -10,7 +10,12 @@ use crate::device::{DeviceBytes, DeviceError, QueuedDecode};
 
 impl CudaQueue {
     /// Operands have been checked and are kept, and the context is current.
-    pub(super) fn decode(&self, stream: &Stream, given: &QueuedDecode) -> Result<(), DeviceError> {
+    pub(super) fn decode(
+        &self,
+        stream: &Stream,
+        given: &QueuedDecode,
+        overlaps: bool,
+    ) -> Result<(), DeviceError> {
         let name = self.context().name();
         let call = decoder::call(&given.operation, self.gpu()?);
         let call = call.map_err(|error| unavailable(name, error.to_string()))?;
@@ -36,6 +41,7 @@ impl CudaQueue {
             grid: call.launch.grid,
             threads: call.launch.threads,
             shared_bytes: 0,
+            overlaps,
         };
         // SAFETY: the arguments that the kernel has. Operands are as long and as aligned as the operation says,
         // the workspace as long as the launch does; all lie in this device's memory and are kept until the

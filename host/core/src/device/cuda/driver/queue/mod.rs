@@ -4,7 +4,9 @@ mod decoder;
 mod nf4;
 mod products;
 
+use std::collections::HashMap;
 use std::mem::ManuallyDrop;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use cudarc::driver::sys::CUdeviceptr;
@@ -12,6 +14,7 @@ use tightfit_kernels::cuda::linear::Gpu;
 
 use super::stream::{Event, Stream};
 use super::{Context, CudaPageLocked, DeviceMemory, KernelModule, WorkspaceMemory, twice};
+use crate::device::queue::Operand;
 use crate::device::{DeviceBytes, DeviceError, MOST_WORK, MatrixShape, Operation, Product, Queue};
 
 /// Bytes that are copied from the host at once.
@@ -35,7 +38,7 @@ pub(in crate::device::cuda) struct CudaQueue {
 struct State {
     stream: Stream,
     /// What the stream may be using: kept until it is done.
-    used: Vec<Arc<DeviceMemory>>,
+    used: Used,
     /// Whether the stream has been given anything since it was last waited for.
     is_busy: bool,
     /// [`Operation::work`] since the last mark.
@@ -65,7 +68,7 @@ impl CudaQueue {
         let context = quantizing.context();
         let state = State {
             stream: Stream::new(context)?,
-            used: Vec::new(),
+            used: Used::default(),
             is_busy: false,
             work: 0,
             marks: [Event::new(context)?, Event::new(context)?],
@@ -134,13 +137,30 @@ impl CudaQueue {
     }
 
     /// Checks an operation's operands, and keeps their memory.
-    fn keep(&self, state: &mut State, operation: &Operation) -> Result<(), DeviceError> {
-        operation.check().map_err(|reason| self.operand(reason))?;
-        for operand in operation.operands() {
-            let memory = self.memory(operand.bytes)?;
-            state.keep(memory);
+    ///
+    /// Says whether it may begin before what the stream was given has ended, because none of that writes what its
+    /// kernels read before they wait.
+    fn keep(
+        &self,
+        state: &mut State,
+        operation: &Operation,
+        operands: &[Operand],
+    ) -> Result<bool, DeviceError> {
+        let checked = operation.check_operands(operands);
+        checked.map_err(|reason| self.operand(reason))?;
+        let memory = operands.iter().map(|operand| self.memory(operand.bytes));
+        let memory = memory.collect::<Result<Vec<_>, DeviceError>>()?;
+        let overlaps = match operation {
+            Operation::Decode(_) => true,
+            Operation::Multiply(_) => !operands.iter().zip(&memory).any(|(operand, memory)| {
+                operand.is_weight && state.used.is_written(memory, operand.bytes)
+            }),
+            _ => false,
+        };
+        for (operand, memory) in operands.iter().zip(memory) {
+            state.used.keep(memory, operand.bytes, operand.is_written);
         }
-        Ok(())
+        Ok(overlaps)
     }
 }
 
@@ -148,13 +168,48 @@ impl CudaQueue {
 #[derive(Debug)]
 pub(in crate::device::cuda) struct Kept(pub(in crate::device::cuda) Arc<DeviceMemory>);
 
-impl State {
-    fn keep(&mut self, memory: &Arc<DeviceMemory>) {
-        if !self.used.iter().any(|used| Arc::ptr_eq(used, memory)) {
-            self.used.push(Arc::clone(memory));
+/// The memory that a stream may be using.
+#[derive(Debug, Default)]
+struct Used {
+    /// By address, with what of it may be being written.
+    memory: HashMap<usize, (Arc<DeviceMemory>, Vec<Range<CUdeviceptr>>)>,
+}
+
+/// Ranges of one memory that are told apart; of more the whole counts as written.
+const MOST_WRITTEN: usize = 64;
+
+impl Used {
+    fn keep(&mut self, memory: &Arc<DeviceMemory>, bytes: &DeviceBytes, is_written: bool) {
+        let entry = self.memory.entry(Arc::as_ptr(memory).addr());
+        let (_, written) = entry.or_insert_with(|| (Arc::clone(memory), Vec::new()));
+        let range = range_of(bytes);
+        let is_in =
+            |known: &Range<CUdeviceptr>| known.start <= range.start && range.end <= known.end;
+        if is_written && !written.iter().any(is_in) {
+            if written.len() == MOST_WRITTEN {
+                *written = vec![0..CUdeviceptr::MAX];
+            } else {
+                written.push(range);
+            }
         }
     }
 
+    fn is_written(&self, memory: &Arc<DeviceMemory>, bytes: &DeviceBytes) -> bool {
+        let range = range_of(bytes);
+        let known = self.memory.get(&Arc::as_ptr(memory).addr());
+        known.is_some_and(|(_, written)| {
+            let mut written = written.iter();
+            written.any(|known| known.start < range.end && range.start < known.end)
+        })
+    }
+}
+
+fn range_of(bytes: &DeviceBytes) -> Range<CUdeviceptr> {
+    let start = bytes.address().pointer;
+    start..start.saturating_add(bytes.bytes())
+}
+
+impl State {
     /// Waits until as little is under way as to give more. The context is current.
     fn make_room(&mut self, work: u64) -> Result<(), DeviceError> {
         self.work = self.work.saturating_add(work);
@@ -177,7 +232,7 @@ impl State {
         self.stream.synchronize()?;
         self.is_busy = false;
         self.work = 0;
-        self.used.clear();
+        self.used.memory.clear();
         for buffer in self.buffers.iter_mut().flatten() {
             buffer.is_unknown = false;
         }
@@ -220,8 +275,9 @@ impl Queue for CudaQueue {
     fn give(&self, operation: &Operation) -> Result<(), DeviceError> {
         let mut state = self.lock();
         let _current = self.context().enter()?;
-        self.keep(&mut state, operation)?;
-        state.make_room(operation.work())?;
+        let operands = operation.operands();
+        let overlaps = self.keep(&mut state, operation, &operands)?;
+        state.make_room(operation.work_of(&operands))?;
         state.is_busy = true;
         let stream = &state.stream;
         match operation {
@@ -232,8 +288,8 @@ impl Queue for CudaQueue {
             Operation::AbsmaxMean(of) => self.absmax_mean(stream, of),
             Operation::QuantizeAbsmax(of) => self.quantize_absmax(stream, of),
             Operation::DequantizeAbsmax(of) => self.dequantize_absmax(stream, of),
-            Operation::Multiply(product) => self.multiply(stream, product),
-            Operation::Decode(given) => self.decode(stream, given),
+            Operation::Multiply(product) => self.multiply(stream, product, overlaps),
+            Operation::Decode(given) => self.decode(stream, given, overlaps),
         }
     }
 
@@ -246,7 +302,7 @@ impl Queue for CudaQueue {
         let mut state = self.lock();
         let context = self.context();
         let _current = context.enter()?;
-        state.keep(memory);
+        state.used.keep(memory, target, true);
         state.make_room(target.bytes())?;
         let mut to: CUdeviceptr = target.address().pointer;
         for piece in bytes.chunks(WRITTEN) {

@@ -105,6 +105,7 @@ impl CudaQueue {
         &self,
         stream: &Stream,
         given: &QueuedProduct,
+        overlaps: bool,
     ) -> Result<(), DeviceError> {
         let (shape, product) = (&given.weights.shape, &given.product);
         if product.rows == 0 || shape.all_outputs() == 0 {
@@ -113,7 +114,8 @@ impl CudaQueue {
         let (gpu, found) = (self.gpu()?, found(&given.weights));
         if let (Some(experts), Some(ids)) = (shape.experts, &given.experts) {
             let product = of_stack(product, shape, experts);
-            return self.multiply_stack(stream, given, product, &found, at(ids));
+            let at_ids = (at(ids), overlaps);
+            return self.multiply_stack(stream, given, product, &found, at_ids);
         }
         let mut operands = DeviceOperands::new(at(&given.x), at(&given.y), stream.raw.cast());
         if let Some(bias) = &given.bias {
@@ -126,7 +128,17 @@ impl CudaQueue {
         // SAFETY: all of it has been checked, lies in this device's memory and is kept until the stream is
         // done. That the counters are zero cannot be looked at: with others sums are not complete, but
         // whatever they are, kernels write within y and the workspace.
-        unsafe { launch_product(&self.products, gpu, linear, how, &found, &operands) }
+        unsafe {
+            launch_product(
+                &self.products,
+                gpu,
+                linear,
+                how,
+                &found,
+                &operands,
+                overlaps,
+            )
+        }
     }
 
     pub(super) fn checked<T>(&self, result: Result<T, KernelError>) -> Result<T, DeviceError> {
@@ -139,7 +151,7 @@ impl CudaQueue {
         given: &QueuedProduct,
         product: ExpertsProduct,
         found: &Found,
-        ids: CUdeviceptr,
+        (ids, overlaps): (CUdeviceptr, bool),
     ) -> Result<(), DeviceError> {
         let gpu = self.gpu()?;
         let bias = given.bias.as_ref().map_or(0, at);
@@ -173,7 +185,7 @@ impl CudaQueue {
             let rows = product.routing.tile_rows() as u64;
             let mut arguments = [ids, routing, pairs, experts, rows];
             // SAFETY: the kernel's arguments; the routing lies in the workspace, behind what kernels work in.
-            unsafe { self.launch_experts(stream, &route, &mut arguments) }?;
+            unsafe { self.launch_experts(stream, &route, &mut arguments, overlaps) }?;
         }
         let [codes, scales, nested, mean, map] = found.all();
         let quant_type: QuantType = given.weights.quant_type;
@@ -203,7 +215,7 @@ impl CudaQueue {
         ];
         // SAFETY: the arguments that the kernels for experts have, as above; whatever ids are, kernels use
         // those of experts only.
-        unsafe { self.launch_experts(stream, &launch, &mut arguments) }
+        unsafe { self.launch_experts(stream, &launch, &mut arguments, overlaps) }
     }
 
     /// # Safety
@@ -213,12 +225,14 @@ impl CudaQueue {
         stream: &Stream,
         launch: &ExpertsLaunch,
         arguments: &mut [u64],
+        overlaps: bool,
     ) -> Result<(), DeviceError> {
         let shape = Shape {
             kernel: launch.kernel,
             grid: launch.grid,
             threads: launch.threads,
             shared_bytes: launch.shared_bytes,
+            overlaps,
         };
         // SAFETY: as the caller promises.
         unsafe { self.experts.launch_in(stream.raw, shape, arguments, &[]) }
