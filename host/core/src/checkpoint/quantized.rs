@@ -11,7 +11,7 @@ use serde::Deserialize;
 use tightfit_kernels::{DYNAMIC_MAP, FP4, NF4};
 
 use super::error::shortened;
-use super::{CheckpointError, MAX_DIMENSIONS, Shard, TensorInfo};
+use super::{AbsmaxForm, CheckpointError, MAX_DIMENSIONS, Remark, Shard, TensorInfo};
 use crate::cancel::{CancelToken, Watch};
 use crate::types::{BlockSize, DType, QuantType, elements};
 
@@ -36,8 +36,10 @@ pub struct Quantized {
     pub quant_type: QuantType,
     /// Number of elements that share a scale.
     pub block_size: BlockSize,
-    /// Scales: f32, or u8 under double quantization.
+    /// Scales: f32 or bf16, or u8 under double quantization.
     pub absmax: Extent,
+    /// How they lie there.
+    pub absmax_form: AbsmaxForm,
     /// What double quantization adds.
     pub nested: Option<Nested>,
 }
@@ -137,6 +139,28 @@ pub(super) fn assemble(
     }
     whole.shrink_to_fit();
     Ok(whole)
+}
+
+/// What is to be said of scales that are not as bitsandbytes uses them.
+pub(super) fn remark(
+    tensors: &[TensorInfo],
+    cancel: &CancelToken,
+) -> Result<Option<Remark>, CheckpointError> {
+    let mut watch = Watch::new(cancel);
+    let (mut weights, mut transposed) = (0, 0);
+    for tensor in tensors {
+        watch.item(0)?;
+        let form = tensor
+            .quantized
+            .as_ref()
+            .map(|quantized| quantized.absmax_form);
+        weights += u64::from(form.is_some_and(|form| form != AbsmaxForm::AsUsed));
+        transposed += u64::from(matches!(form, Some(AbsmaxForm::Bf16Transposed { .. })));
+    }
+    Ok((weights > 0).then_some(Remark::RoundedScales {
+        weights,
+        transposed,
+    }))
 }
 
 /// Parts of a quantized weight without the quant state that says how to read them.
@@ -269,10 +293,13 @@ impl Set<'_> {
             ));
         }
         let absmax = self.part("absmax")?;
-        match nested {
-            None => self.check(absmax, Some(DType::F32), 4 * blocks)?,
-            Some(_) => self.check(absmax, Some(DType::U8), blocks)?,
-        }
+        let absmax_form = match nested {
+            None => self.absmax_form(absmax, &parsed.shape, block_size)?,
+            Some(_) => {
+                self.check(absmax, Some(DType::U8), blocks)?;
+                AbsmaxForm::AsUsed
+            }
+        };
         let info = TensorInfo {
             dtype,
             shape: parsed.shape,
@@ -280,11 +307,35 @@ impl Set<'_> {
                 quant_type,
                 block_size,
                 absmax: self.extent(absmax),
+                absmax_form,
                 nested,
             })),
             ..self.tensors[codes].clone()
         };
         Ok((codes, info))
+    }
+
+    fn absmax_form(
+        &self,
+        index: usize,
+        shape: &[u64],
+        block_size: BlockSize,
+    ) -> Result<AbsmaxForm, CheckpointError> {
+        let absmax = &self.tensors[index];
+        if absmax.dtype != DType::Bf16 {
+            let blocks = elements(shape).unwrap_or(0).div_ceil(block_size.into());
+            self.check(index, Some(DType::F32), 4 * blocks)?;
+            return Ok(AbsmaxForm::AsUsed);
+        }
+        AbsmaxForm::of_bf16(&absmax.shape, shape, block_size.into()).ok_or_else(|| {
+            self.bad(
+                index,
+                format!(
+                    "'{}' is of type {} and shape {:?}, which is neither one scale for each of its blocks nor these transposed",
+                    absmax.name, absmax.dtype, absmax.shape
+                ),
+            )
+        })
     }
 
     fn part(&self, name: &str) -> Result<usize, CheckpointError> {

@@ -16,6 +16,14 @@ pub enum Remark {
         /// A file that it names, and that is not there.
         missing: Option<String>,
     },
+    /// Scales of 4-bit weights are in bf16: bitsandbytes computed with the model on a processor before it
+    /// was saved. See [`AbsmaxForm`](super::AbsmaxForm).
+    RoundedScales {
+        /// How many weights have such scales.
+        weights: u64,
+        /// Of how many of them they are transposed, too.
+        transposed: u64,
+    },
 }
 
 impl fmt::Display for Remark {
@@ -34,6 +42,15 @@ impl fmt::Display for Remark {
                     None => Ok(()),
                 }
             }
+            Remark::RoundedScales {
+                weights,
+                transposed,
+            } => write!(
+                f,
+                "{weights} 4-bit weights have scales that are rounded to bf16, {transposed} of them \
+                 transposed too, as bitsandbytes leaves them when it has computed on a processor before \
+                 the model was saved: they are read in the right order, which bitsandbytes does not, and what was rounded is lost"
+            ),
         }
     }
 }
