@@ -110,7 +110,7 @@ impl TensorInfo {
     pub fn source_bytes(&self) -> u64 {
         let scales = self.quantized.as_ref().map_or(0, |quantized| {
             let nested = quantized.nested.map_or(0, |nested| nested.absmax.bytes);
-            quantized.absmax.bytes + nested
+            quantized.absmax.bytes + quantized.absmax_form.extra_bytes() + nested
         });
         let extra = self
             .encoded
@@ -641,7 +641,7 @@ impl Checkpoint {
             tensors: &self.tensors,
             shard: quantized.absmax.shard,
             offset: quantized.absmax.offset,
-            count: quantized.absmax.bytes / 2,
+            count: quantized.scales(),
         };
         reading.read(quantized.absmax_form, first, buffer, scratch)
     }

@@ -8,7 +8,7 @@
 use std::collections::HashMap;
 
 use serde::Deserialize;
-use tightfit_kernels::{DYNAMIC_MAP, FP4, NF4};
+use tightfit_kernels::{DYNAMIC_MAP, FP4, FloatType, NF4};
 
 use super::error::shortened;
 use super::{AbsmaxForm, CheckpointError, MAX_DIMENSIONS, Remark, Shard, TensorInfo};
@@ -42,6 +42,13 @@ pub struct Quantized {
     pub absmax_form: AbsmaxForm,
     /// What double quantization adds.
     pub nested: Option<Nested>,
+}
+
+impl Quantized {
+    /// How many scales there are, where they are not as they are used.
+    pub(crate) fn scales(&self) -> u64 {
+        self.absmax_form.count(self.absmax.bytes)
+    }
 }
 
 /// What double quantization adds.
@@ -147,7 +154,7 @@ pub(super) fn remark(
     cancel: &CancelToken,
 ) -> Result<Option<Remark>, CheckpointError> {
     let mut watch = Watch::new(cancel);
-    let (mut weights, mut transposed) = (0, 0);
+    let (mut weights, mut transposed, mut double) = (0, 0, 0);
     for tensor in tensors {
         watch.item(0)?;
         let form = tensor
@@ -156,10 +163,12 @@ pub(super) fn remark(
             .map(|quantized| quantized.absmax_form);
         weights += u64::from(form.is_some_and(|form| form != AbsmaxForm::AsUsed));
         transposed += u64::from(matches!(form, Some(AbsmaxForm::Bf16Transposed { .. })));
+        double += u64::from(matches!(form, Some(AbsmaxForm::RoundedDouble { .. })));
     }
     Ok((weights > 0).then_some(Remark::RoundedScales {
         weights,
         transposed,
+        double,
     }))
 }
 
@@ -266,7 +275,7 @@ impl Set<'_> {
             parsed.nested_offset,
         ) {
             (None, None, None) => None,
-            (Some(256), Some(dtype), Some(offset)) if dtype == "float32" => {
+            (Some(256), Some(dtype), Some(offset)) if float(&dtype).is_some() => {
                 // Written as the decimal form of the f32; anything else was not.
                 let single = offset as f32;
                 if !single.is_finite() {
@@ -275,15 +284,16 @@ impl Set<'_> {
                 self.check_table("nested_quant_map", &DYNAMIC_MAP)?;
                 let index = self.part("nested_absmax")?;
                 self.check(index, Some(DType::F32), 4 * blocks.div_ceil(256))?;
-                Some(Nested {
+                let nested = Nested {
                     absmax: self.extent(index),
                     absmax_mean: single,
-                })
+                };
+                float(&dtype).map(|float| (nested, float))
             }
             (block, dtype, offset) => {
                 let dtype = dtype.as_deref().map(shortened);
                 return Err(bad(format!(
-                    "its double quantization is not of a known kind (block size {block:?}, type {dtype:?}, offset {offset:?}; need 256, float32 and a number)"
+                    "its double quantization is not of a known kind (block size {block:?}, type {dtype:?}, offset {offset:?}; need 256, a type of floating-point numbers and a number)"
                 )));
             }
         };
@@ -295,9 +305,16 @@ impl Set<'_> {
         let absmax = self.part("absmax")?;
         let absmax_form = match nested {
             None => self.absmax_form(absmax, &parsed.shape, block_size)?,
-            Some(_) => {
+            Some((nested, float)) => {
                 self.check(absmax, Some(DType::U8), blocks)?;
-                AbsmaxForm::AsUsed
+                match float {
+                    FloatType::F32 => AbsmaxForm::AsUsed,
+                    float => AbsmaxForm::RoundedDouble {
+                        nested: nested.absmax,
+                        absmax_mean: nested.absmax_mean,
+                        float,
+                    },
+                }
             }
         };
         let info = TensorInfo {
@@ -308,7 +325,10 @@ impl Set<'_> {
                 block_size,
                 absmax: self.extent(absmax),
                 absmax_form,
-                nested,
+                // Rounded ones are f32 when they have been read.
+                nested: nested
+                    .map(|(nested, _)| nested)
+                    .filter(|_| absmax_form == AbsmaxForm::AsUsed),
             })),
             ..self.tensors[codes].clone()
         };
@@ -418,6 +438,16 @@ impl Set<'_> {
             let error = shortened(&error.to_string());
             self.bad(index, format!("its quant state cannot be read: {error}"))
         })
+    }
+}
+
+/// A type of floating-point numbers as torch names it.
+fn float(dtype: &str) -> Option<FloatType> {
+    match dtype {
+        "bfloat16" => Some(FloatType::Bf16),
+        "float16" => Some(FloatType::F16),
+        "float32" => Some(FloatType::F32),
+        _ => None,
     }
 }
 

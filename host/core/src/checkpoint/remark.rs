@@ -16,13 +16,15 @@ pub enum Remark {
         /// A file that it names, and that is not there.
         missing: Option<String>,
     },
-    /// Scales of 4-bit weights are in bf16: bitsandbytes computed with the model on a processor before it
-    /// was saved. See [`AbsmaxForm`](super::AbsmaxForm).
+    /// Scales of 4-bit weights are rounded to 16 bits: bitsandbytes computed with the model on a processor before
+    /// it was saved. See [`AbsmaxForm`](super::AbsmaxForm).
     RoundedScales {
         /// How many weights have such scales.
         weights: u64,
         /// Of how many of them they are transposed, too.
         transposed: u64,
+        /// Of how many of them they are double-quantized.
+        double: u64,
     },
 }
 
@@ -45,11 +47,13 @@ impl fmt::Display for Remark {
             Remark::RoundedScales {
                 weights,
                 transposed,
+                double,
             } => write!(
                 f,
-                "{weights} 4-bit weights have scales that are rounded to bf16, {transposed} of them \
-                 transposed too, as bitsandbytes leaves them when it has computed on a processor before \
-                 the model was saved: they are read in the right order, which bitsandbytes does not, and what was rounded is lost"
+                "{weights} 4-bit weights have scales of 16 bits, as bitsandbytes rounds them when it computes \
+                 on a processor before a model is saved. Of {transposed} they are transposed, which bitsandbytes \
+                 reads in another order than it has written them. Of {double} they are double-quantized: these \
+                 are loaded with scales in f32"
             ),
         }
     }

@@ -342,7 +342,7 @@ fn add<'m>(
         let Some(extent) = extent else { continue };
         let bytes = match kind {
             // What is placed fits in memory.
-            Kind::WidenScales => 2 * extent.bytes as usize,
+            Kind::WidenScales => 4 * quantized.scales() as usize,
             _ => extent.bytes as usize,
         };
         waiting.push(Tensor {

@@ -1,6 +1,7 @@
 //! Weights that are said to be quantized, in every way that this can be wrong.
 
 use proptest::prelude::*;
+use tightfit_kernels::half::{bf16, f16};
 use tightfit_kernels::{DYNAMIC_MAP, FP4, NF4};
 
 use super::*;
@@ -159,11 +160,71 @@ fn scales_in_bf16_are_read_in_the_order_of_blocks() {
             checkpoint.remarks(),
             [Remark::RoundedScales {
                 weights: 1,
-                transposed
+                transposed,
+                double: 0,
             }]
         );
         let said = checkpoint.remarks()[0].to_string();
-        assert!(said.contains("rounded to bf16"), "{said}");
+        assert!(said.contains("scales of 16 bits"), "{said}");
+    }
+}
+
+#[test]
+fn double_quantized_scales_that_are_rounded_are_those_of_bitsandbytes() {
+    for (dtype, round) in [
+        (
+            "bfloat16",
+            (|value| bf16::from_f32(value).to_f32()) as fn(f32) -> f32,
+        ),
+        ("float16", |value| f16::from_f32(value).to_f32()),
+    ] {
+        // 300 blocks, of which 256 share a scale.
+        let codes: Vec<u8> = (0..300_u32).map(|block| (block * 7) as u8).collect();
+        let nested = [0.7_f32, 3.1];
+        let set = double()
+            .state("float32", dtype)
+            .state("[8, 64]", "[300, 64]")
+            .state("0.25", "0.103515625")
+            .with("", "U8", &[0x17; 300 * 32])
+            .with(".absmax", "U8", &codes)
+            .with(".nested_absmax", "F32", &bytes(&nested));
+        let dir = dir();
+        let checkpoint = Checkpoint::open(write(&dir, "model.safetensors", &set.file())).unwrap();
+        let weight = &checkpoint.tensors()[0];
+        let quantized = weight.quantized.as_ref().unwrap();
+        assert_eq!(quantized.nested, None);
+        assert_eq!(weight.source_bytes(), 300 * 32 + 300 + 8);
+        let expected: Vec<f32> = (codes.iter().enumerate())
+            .map(|(block, code)| {
+                round(round(DYNAMIC_MAP[usize::from(*code)] * nested[block / 256]) + 0.103515625)
+            })
+            .collect();
+        for (first, count, room) in [
+            (0, 300, 4096),
+            (0, 300, 81),
+            (255, 2, 80),
+            (299, 1, 80),
+            (100, 200, 300),
+        ] {
+            let mut found = vec![0; 4 * count];
+            checkpoint
+                .read_absmax(weight, quantized, first, &mut found, &mut vec![0; room])
+                .unwrap();
+            let first = first as usize;
+            assert_eq!(
+                found,
+                bytes(&expected[first..first + count]),
+                "{first}, {dtype}"
+            );
+        }
+        assert!(matches!(
+            checkpoint.remarks(),
+            [Remark::RoundedScales {
+                weights: 1,
+                transposed: 0,
+                double: 1
+            }]
+        ));
     }
 }
 
@@ -425,7 +486,7 @@ fn double_quantization_of_an_unknown_kind_is_refused() {
     for (old, new, words) in [
         (": 256", ": 128", unknown),
         (": 256", ": null", unknown),
-        ("float32", "bfloat16", unknown),
+        ("float32", "float64", unknown),
         (r#", "nested_offset": 0.25"#, "", unknown),
         (r#", "nested_dtype": "float32""#, "", unknown),
         (r#""nested_blocksize": 256, "#, "", unknown),
