@@ -99,3 +99,14 @@ def test_double_quantized_scales_are_what_bitsandbytes_makes_of_them(
             assert torch.equal(tightfit.torch.tensor(weight.absmax), scales.float()), name
             checked += 1
     assert checked == (0 if dtype == torch.float32 else 14)
+    # Written as bitsandbytes reads it: the same weights.
+    tightfit.save(tmp_path, tmp_path / "written")
+    written = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "written", dtype=dtype)
+    for name, module in again.named_modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            other = written.get_submodule(name).weight
+            assert torch.equal(dense(other), dense(module.weight)), name
+
+
+def dense(weight: Any) -> Any:
+    return functional.dequantize_4bit(weight.data, weight.quant_state)

@@ -49,6 +49,14 @@ impl Quantized {
     pub(crate) fn scales(&self) -> u64 {
         self.absmax_form.count(self.absmax.bytes)
     }
+
+    /// Bytes in the file that stand for the first bytes of such scales as they are used.
+    pub(crate) fn stored_bytes_until(&self, end: u64) -> u64 {
+        let stored = u128::from(self.absmax.bytes + self.absmax_form.extra_bytes());
+        let all = u128::from(4 * self.scales()).max(1);
+        // No more than are stored.
+        (stored * u128::from(end) / all) as u64
+    }
 }
 
 /// What double quantization adds.

@@ -56,7 +56,7 @@ impl AbsmaxForm {
     }
 
     /// Bytes in the file beside the scales.
-    pub(crate) fn extra_bytes(self) -> u64 {
+    pub(super) fn extra_bytes(self) -> u64 {
         match self {
             AbsmaxForm::RoundedDouble { nested, .. } => nested.bytes,
             _ => 0,

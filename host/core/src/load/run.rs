@@ -226,9 +226,7 @@ impl<'a, 'm> Run<'a, 'm> {
                         .read_absmax(tensor, quantized, first, data, worker.slot)
                         .map_err(LoadError::Checkpoint)
                 })?;
-                let stored = quantized.absmax.bytes + quantized.absmax_form.extra_bytes();
-                let all = u128::from(4 * quantized.scales()).max(1);
-                let until = |end: u64| (u128::from(stored) * u128::from(end) / all) as u64;
+                let until = |end| quantized.stored_bytes_until(end);
                 return Ok(until(chunk.offset + chunk.bytes as u64) - until(chunk.offset));
             }
             Task::Cast { from, to, data } => {

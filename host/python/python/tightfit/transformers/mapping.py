@@ -33,9 +33,7 @@ def own_converters(model: Any) -> list[Any]:
     return [entry for entry in conversions if isinstance(entry, WeightConverter)]
 
 
-def targets(
-    model: Any, names: Iterable[str], key_mapping: dict[str, str] | None = None
-) -> dict[str, Target | None]:
+def targets(model: Any, names: Iterable[str], key_mapping: dict[str, str] | None = None) -> dict[str, Target | None]:
     """Finds where each tensor goes; None for what the model has no place for.
 
     ``key_mapping`` is the argument of ``from_pretrained``: patterns in names, and what takes their place.

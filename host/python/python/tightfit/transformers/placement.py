@@ -56,7 +56,9 @@ def limited(max_memory: dict[Any, Any], offload: bool) -> list[str]:
         if place != "cpu" and not isinstance(place, int):
             raise ValueError(f"max_memory names {place!r}: Tightfit knows GPUs by number, and 'cpu'")
         sizes[place] = convert_file_size_to_int(size)
-    gpus = [f"cuda:{place}:{sizes[place]}" for place in sorted(place for place in sizes if place != "cpu") if sizes[place]]
+    gpus = [
+        f"cuda:{place}:{sizes[place]}" for place in sorted(place for place in sizes if place != "cpu") if sizes[place]
+    ]
     if "cpu" in sizes and (offload or not gpus):
         gpus.append(f"cpu:{sizes['cpu']}")
     if not gpus:

@@ -273,7 +273,11 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             sources.setdefault(target.key, []).append((target.half, target.expert, name))
             made = [type(operation).__name__ for operation in target.operations]
             shape = checkpoint[name].shape
-            steps = [(type(operation).__name__, operation.dim) for operation in target.operations if hasattr(operation, "dim")]
+            steps = [
+                (type(operation).__name__, operation.dim)
+                for operation in target.operations
+                if hasattr(operation, "dim")
+            ]
             # What the plan lays out as a stack is what these make.
             is_merged = len(steps) == len(made) and steps in (_MERGED, _MERGED[:1])
             merged[target.key] = merged.get(target.key, True) and is_merged and not checkpoint[name].quantized
