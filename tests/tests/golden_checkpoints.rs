@@ -1,11 +1,11 @@
 //! Whole checkpoints, planned by the default policy and loaded, against what bitsandbytes made of
 //! the same weights.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use tempfile::TempDir;
 use tightfit::load::LoadOptions;
-use tightfit::model::{Model, Tensor};
+use tightfit::model::{Model, Stacked, Tensor};
 use tightfit::plan::{PartKind, ProposeError};
 use tightfit::policy::PolicyError;
 use tightfit::types::Format;
@@ -50,6 +50,53 @@ fn auto_quantizes_what_transformers_quantizes_and_every_expert() {
             assert_eq!(quantized_names(model), expected, "{context}");
             assert_eq!(model.stats().quantized, expected.len() as u64, "{context}");
         });
+    }
+}
+
+#[test]
+fn experts_that_are_tensors_of_their_own_are_in_memory_what_stacks_are() {
+    for name in ["mixtral", "qwen3_moe"] {
+        let golden = GoldenModel::unpack(name);
+        let stacked = TempDir::new().unwrap();
+        golden.write_with_fused_experts(stacked.path());
+        for devices in DEVICES {
+            for settings in [&[][..], &[("experts", "stored")]] {
+                let each = load_with_auto(&golden.path("bf16"), devices, settings);
+                let whole = load_with_auto(stacked.path(), devices, settings);
+                let mut slices: BTreeMap<String, Vec<(usize, String)>> = BTreeMap::new();
+                for slice in golden.expert_slices() {
+                    let of_stack = slices.entry(slice.fused).or_default();
+                    of_stack.push((slice.start, slice.name));
+                }
+                assert!(!slices.is_empty());
+                for (fused, mut members) in slices {
+                    let context = format!("{fused} of {name} on {devices:?}, {settings:?}");
+                    members.sort();
+                    let members = members.iter().map(|(_, name)| tensor(&each, name));
+                    let members: Vec<_> = members.collect();
+                    let on_one = members
+                        .iter()
+                        .all(|member| member.device() == members[0].device());
+                    let stack = Stacked::of(members.clone());
+                    assert_eq!(stack.is_some(), on_one, "{context}");
+                    let Some(stack) = stack else { continue };
+                    let fused = tensor(&whole, &fused);
+                    for part in fused.parts() {
+                        let shared = stack.shared_part(part.kind).expect("it has it");
+                        let expected = fused.part(part.kind);
+                        assert!(shared.host() == expected, "{:?} of {context}", part.kind);
+                    }
+                    // In another order they are not one behind the other.
+                    let turned = members.into_iter().rev().collect();
+                    assert!(Stacked::of(turned).is_none(), "{context}");
+                }
+            }
+        }
+        // A mean each.
+        let double = load_with_auto(&golden.path("bf16"), SIM, DOUBLE_QUANT);
+        let slices = golden.expert_slices();
+        let members = slices.iter().map(|slice| tensor(&double, &slice.name));
+        assert!(Stacked::of(members.collect()).is_none());
     }
 }
 

@@ -11,12 +11,12 @@ use tightfit::load::LoadOptions;
 use tightfit::model::Tensor;
 use tightfit::plan::PartKind;
 use tightfit::types::{DType, Format, QuantType};
-use tightfit_kernels::FloatType;
+use tightfit_kernels::{FloatType, Kernels};
 use tightfit_tests::golden::{GoldenModel, MODELS};
 use tightfit_tests::loading::{Planned, contents, load_with_auto, part, tensor};
 use tightfit_tests::products::check_products;
 use tightfit_tests::saving::{assert_same_tensors, save_with_auto, written};
-use tightfit_tests::tensors::{FileTensor, FileTensors};
+use tightfit_tests::tensors::{FileTensor, FileTensors, floats};
 
 const SIM: &[&str] = &["sim:1GiB"];
 
@@ -109,6 +109,78 @@ fn weights_that_are_quantized_already_keep_every_byte_and_the_plan_counts_them()
                     assert_eq!(size.reserved, reserved, "{context}");
                     assert_eq!(device.usage().reserved.peak, reserved, "{context}");
                 }
+            }
+        }
+    }
+}
+
+/// As bitsandbytes leaves them on a processor that computes with bf16: rounded, [columns / 64, rows].
+fn packed_by_a_processor(tensor: &FileTensor, rows: usize) -> FileTensor {
+    let scales = floats(&tensor.data);
+    let of_row = scales.len() / rows;
+    let in_file = (0..scales.len()).map(|place| scales[place % rows * of_row + place / rows]);
+    let in_file: Vec<u8> = in_file.flat_map(f32::to_le_bytes).collect();
+    FileTensor {
+        dtype: Dtype::BF16,
+        shape: vec![of_row, rows],
+        data: cast(&in_file, FloatType::F32, FloatType::Bf16),
+    }
+}
+
+fn cast(bytes: &[u8], from: FloatType, to: FloatType) -> Vec<u8> {
+    let mut cast = vec![0; bytes.len() / from.bytes() * to.bytes()];
+    Kernels::detect().cast(bytes, from, to, &mut cast).unwrap();
+    cast
+}
+
+#[test]
+fn scales_that_bitsandbytes_has_rounded_and_transposed_are_loaded_in_order() {
+    for name in ["llama", "qwen2_tied"] {
+        let golden = GoldenModel::unpack(name);
+        let directory = TempDir::new().unwrap();
+        let mut source = golden.tensors("nf4");
+        let mut exact = golden.tensors("nf4");
+        for weight in golden.linear_weights() {
+            let rows = source.quant_state(&weight)["shape"][0].as_u64().unwrap() as usize;
+            let key = format!("{weight}.absmax");
+            let scales = exact.0.get_mut(&key).unwrap();
+            let packed = packed_by_a_processor(scales, rows);
+            let rounded = cast(&scales.data, FloatType::F32, FloatType::Bf16);
+            scales.data = cast(&rounded, FloatType::Bf16, FloatType::F32);
+            assert_ne!(packed.data, vec![0; packed.data.len()]);
+            source.0.insert(key, packed);
+        }
+        source.write(&directory.path().join("model.safetensors"));
+        fs::copy(
+            golden.path("nf4").join("config.json"),
+            directory.path().join("config.json"),
+        )
+        .unwrap();
+        for devices in [SIM, &["cpu"], &["sim:1GiB", "sim:1GiB"]] {
+            let planned = Planned::new(directory.path(), devices, &[]);
+            let model = planned.load(&LoadOptions::default());
+            let mut checked = 0;
+            for weight in golden.linear_weights() {
+                let context = format!("{name} on {devices:?}");
+                check_weight(tensor(&model, &weight), &exact, &context);
+                checked += 1;
+            }
+            assert!(checked > 10);
+            // To the byte what it is with scales in f32.
+            let usual = Planned::new(&golden.path("nf4"), devices, &[]);
+            for (found, usual) in planned.plan.devices.iter().zip(&usual.plan.devices) {
+                assert_eq!(found.size, usual.size);
+            }
+            assert_eq!(planned.checkpoint.remarks().len(), 1);
+        }
+        // What is saved is as bitsandbytes reads it.
+        let target = directory.path().join("saved");
+        save_with_auto(directory.path(), &target, &[]);
+        let saved = written(&target);
+        for weight in golden.linear_weights() {
+            for part in ["", ".absmax"] {
+                let key = format!("{weight}{part}");
+                assert_eq!(saved.data(&key), exact.data(&key), "{key}, {name}");
             }
         }
     }

@@ -68,6 +68,11 @@ pub(crate) fn drain(py: Python<'_>) -> PyResult<()> {
 
 struct Collector;
 
+/// Whether a message is of this library, its module for Python included.
+fn is_ours(target: &str) -> bool {
+    target.starts_with("tightfit") || target.starts_with(env!("CARGO_CRATE_NAME"))
+}
+
 fn python_level(level: &Level) -> u8 {
     match *level {
         Level::ERROR => 40,
@@ -79,7 +84,7 @@ fn python_level(level: &Level) -> u8 {
 
 impl Subscriber for Collector {
     fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
-        match metadata.is_event() && metadata.target().starts_with("tightfit") {
+        match metadata.is_event() && is_ours(metadata.target()) {
             true => Interest::sometimes(),
             false => Interest::never(),
         }
@@ -87,7 +92,7 @@ impl Subscriber for Collector {
 
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         metadata.is_event()
-            && metadata.target().starts_with("tightfit")
+            && is_ours(metadata.target())
             && python_level(metadata.level()) >= LEAST.load(Ordering::Relaxed)
     }
 

@@ -173,6 +173,20 @@ impl Model {
         found.map_err(|failure| failure.raise(py))
     }
 
+    /// Several tensors of one shape as one `Weight` [tensors, ..], in place, if they lie one behind the other:
+    /// the down projections of a layer's experts, or their gates and up projections in turn. Else None;
+    /// plans lay experts out so that are on one device, in one format, and not double-quantized, where the
+    /// bytes of their parts are multiples of 256.
+    fn stack(&self, py: Python<'_>, names: Vec<String>) -> PyResult<Option<Weight>> {
+        let model = self.0.model().map_err(|failure| failure.raise(py))?;
+        let indices = names.into_iter().map(|name| match model.tensor(&name) {
+            Some(tensor) => Ok(tensor.index()),
+            None => Err(PyKeyError::new_err(name)),
+        });
+        let indices = indices.collect::<PyResult<_>>()?;
+        Ok(Weight::stack(Arc::clone(&self.0), &model, indices))
+    }
+
     /// Memory of a GPU that is enough for products of `rows` rows with each of its weights: what the plan
     /// has reserved for that (`rows` of `tightfit.plan`), or else taken beside it. Empty in host memory.
     #[pyo3(signature = (device, rows, experts_per_token = 0, gradients = false))]

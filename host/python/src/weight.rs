@@ -6,6 +6,7 @@ use pyo3::exceptions::{PyAttributeError, PyBufferError};
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyTuple};
 use tightfit::kernels::FloatType;
+use tightfit::model::Stacked;
 use tightfit::plan::PartKind;
 use tightfit::types::{Format, elements};
 
@@ -23,6 +24,7 @@ use crate::model::Loaded;
 pub(crate) struct Weight {
     loaded: Arc<Loaded>,
     index: usize,
+    stack: Option<Arc<[usize]>>,
 }
 
 /// A part of a weight, where it lies: for `torch.from_dlpack`, `numpy.from_dlpack` and others.
@@ -30,6 +32,7 @@ pub(crate) struct Weight {
 pub(crate) struct Part {
     loaded: Arc<Loaded>,
     index: usize,
+    stack: Option<Arc<[usize]>>,
     kind: PartKind,
     /// Whether elements are given as unsigned integers of their size.
     raw: bool,
@@ -37,7 +40,25 @@ pub(crate) struct Part {
 
 impl Weight {
     pub(crate) fn new(loaded: Arc<Loaded>, index: usize) -> Weight {
-        Weight { loaded, index }
+        Weight {
+            loaded,
+            index,
+            stack: None,
+        }
+    }
+
+    /// Tensors that lie one behind the other, by their indices, as one weight; None where they do not.
+    pub(crate) fn stack(
+        loaded: Arc<Loaded>,
+        model: &tightfit::Model,
+        indices: Vec<usize>,
+    ) -> Option<Weight> {
+        stacked(model, &indices)?;
+        Some(Weight {
+            index: *indices.first()?,
+            stack: Some(indices.into()),
+            loaded,
+        })
     }
 
     /// Calls with the tensor while the model is there.
@@ -53,6 +74,7 @@ impl Weight {
             true => Ok(Part {
                 loaded: Arc::clone(&self.loaded),
                 index: self.index,
+                stack: self.stack.clone(),
                 kind,
                 raw: false,
             }),
@@ -63,6 +85,16 @@ impl Weight {
             ))),
         }
     }
+}
+
+/// How many tensors a weight has, if it is a stack of them.
+fn count(stack: Option<&Arc<[usize]>>) -> Option<u64> {
+    stack.map(|stack| stack.len() as u64)
+}
+
+fn stacked<'m>(model: &'m tightfit::Model, indices: &[usize]) -> Option<Stacked<'m>> {
+    let tensors = indices.iter().map(|&index| model.tensor_at(index));
+    Stacked::of(tensors.collect::<Option<_>>()?)
 }
 
 fn with<R>(
@@ -80,7 +112,7 @@ fn with<R>(
 
 #[pymethods]
 impl Weight {
-    /// Its key in the checkpoint.
+    /// Its key in the checkpoint: of a stack that of its first.
     #[getter]
     fn name(&self, py: Python<'_>) -> PyResult<String> {
         self.with(py, |tensor| tensor.name().to_owned())
@@ -99,7 +131,13 @@ impl Weight {
     #[getter]
     fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let shape = self.with(py, |tensor| tensor.shape().to_vec())?;
-        PyTuple::new(py, shape)
+        PyTuple::new(
+            py,
+            count(self.stack.as_ref())
+                .into_iter()
+                .chain(shape)
+                .collect::<Vec<_>>(),
+        )
     }
 
     /// How it is stored: `stored`, `nf4`, `nf4+double`, `nf4/128`, `cast:bf16`, `cast:f16` or `cast:f32`.
@@ -175,19 +213,26 @@ impl Weight {
         };
         let model = self.loaded.model().map_err(|failure| failure.raise(py))?;
         let shape = self.shape(py)?;
-        let count = self.with(py, |tensor| elements(tensor.shape()).unwrap_or(0))? as usize;
-        let index = self.index;
-        let bytes = PyByteArray::new_with(py, count * to.bytes(), |bytes| {
+        let each = self.with(py, |tensor| elements(tensor.shape()).unwrap_or(0))? as usize;
+        let each = each * to.bytes();
+        let alone = [self.index];
+        let indices = self.stack.as_deref().unwrap_or(&alone);
+        let bytes = PyByteArray::new_with(py, each * indices.len(), |bytes| {
             let filled = py.detach(|| {
-                let tensor = model.tensor_at(index).ok_or_else(|| {
-                    Failure::internal("internal error: a weight that was not loaded")
-                })?;
-                tensor
-                    .to_float_at(0, to, bytes)
-                    .map_err(|error| match &error {
-                        tightfit::model::ModelError::Device(source) => Failure::from_report(source),
-                        _ => Failure::usage(error),
-                    })
+                for (index, bytes) in indices.iter().zip(bytes.chunks_mut(each.max(1))) {
+                    let tensor = model.tensor_at(*index).ok_or_else(|| {
+                        Failure::internal("internal error: a weight that was not loaded")
+                    })?;
+                    tensor
+                        .to_float_at(0, to, bytes)
+                        .map_err(|error| match &error {
+                            tightfit::model::ModelError::Device(source) => {
+                                Failure::from_report(source)
+                            }
+                            _ => Failure::usage(error),
+                        })?;
+                }
+                Ok::<_, Failure>(())
             });
             filled.map_err(|failure| failure.raise(py))
         })?;
@@ -223,11 +268,12 @@ impl Weight {
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         self.with(py, |tensor| {
+            let count = count(self.stack.as_ref()).into_iter();
+            let shape: Vec<_> = count.chain(tensor.shape().iter().copied()).collect();
             format!(
-                "Weight({:?}, {} {:?}, {} on {})",
+                "Weight({:?}, {} {shape:?}, {} on {})",
                 tensor.name(),
                 tensor.dtype(),
-                tensor.shape(),
                 tensor.format(),
                 self.loaded.device_name(tensor.device())
             )
@@ -245,9 +291,12 @@ impl Weight {
 
 impl Part {
     fn exported(&self, py: Python<'_>) -> PyResult<tightfit::dlpack::Exported> {
-        let exported = with(py, &self.loaded, self.index, |tensor| {
-            tensor.to_dlpack(self.kind)
+        let exported = with(py, &self.loaded, self.index, |tensor| match &self.stack {
+            None => Some(tensor.to_dlpack(self.kind)),
+            Some(stack) => Some(stacked(tensor.model(), stack)?.to_dlpack(self.kind)),
         })?;
+        let exported = exported
+            .ok_or_else(|| Failure::internal("internal error: a stack that is none").raise(py))?;
         exported.map_err(|error| PyBufferError::new_err(error.to_string()))
     }
 }
@@ -260,7 +309,7 @@ impl Part {
         with(py, &self.loaded, self.index, |tensor| {
             let mut parts = tensor.parts().iter();
             let part = parts.find(|part| part.kind == self.kind);
-            part.map_or(0, |part| part.bytes)
+            part.map_or(0, |part| part.bytes) * count(self.stack.as_ref()).unwrap_or(1)
         })
     }
 
@@ -275,6 +324,7 @@ impl Part {
         Part {
             loaded: Arc::clone(&self.loaded),
             index: self.index,
+            stack: self.stack.clone(),
             kind: self.kind,
             raw: true,
         }
@@ -306,7 +356,10 @@ impl Part {
     fn shape<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
         let bytes = self.bytes(py)?;
         let shape = with(py, &self.loaded, self.index, |tensor| match self.kind {
-            PartKind::Data => tensor.shape().to_vec(),
+            PartKind::Data => {
+                let count = count(self.stack.as_ref()).into_iter();
+                count.chain(tensor.shape().iter().copied()).collect()
+            }
             PartKind::Codes => vec![bytes, 1],
             PartKind::Absmax if tensor.absmax_mean().is_some() => vec![bytes],
             PartKind::Absmax | PartKind::NestedAbsmax => vec![bytes / 4],

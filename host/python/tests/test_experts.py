@@ -67,6 +67,49 @@ def test_all_of_it_is_in_the_reservation(golden_models: Path, name: str) -> None
     assert held == elements // 2 + elements // 64 * 4
 
 
+@pytest.mark.parametrize("source", ["bf16", "nf4"])
+@pytest.mark.parametrize("name", MODELS)
+def test_experts_with_a_key_each_are_one_tensor_in_memory(golden_models: Path, name: str, source: str) -> None:
+    model = load(golden_models / name / source, True)
+    for module in modules_of(model):
+        for leaf in ("gate_up_proj", "down_proj"):
+            stack = getattr(module, leaf)
+            assert stack.is_whole and {key for key, _ in stack.named_buffers()} == {"codes_0_0", "absmax_0_0"}
+            loaded = stack._kept.loaded
+            # Each half is where it was found, and what the file has.
+            for half, names in enumerate(stack.names):
+                for expert, key in enumerate(names if not stack.is_fused else ()):
+                    codes, state = stack.matrix(half, expert)
+                    assert codes.data_ptr() == loaded[key].codes.address
+                    assert state.absmax.data_ptr() == loaded[key].absmax.address
+                    assert torch.equal(stack._dequantize(half, expert, torch.float32), dense(loaded[key]))
+    # A mean for each expert: these are not.
+    double = modules_of(load(golden_models / "qwen3_moe" / "bf16", True, bnb_4bit_use_double_quant=True))[0]
+    assert not double.down_proj.is_whole and not double.gate_up_proj.is_whole
+
+
+def dense(weight: Any) -> Any:
+    return torch.from_numpy(weight.dequantize()).to(torch.float32)
+
+
+def test_a_stack_of_a_loaded_model_is_one_weight(golden_models: Path) -> None:
+    names = [f"model.layers.0.mlp.experts.{expert}.down_proj.weight" for expert in range(8)]
+    for formats, part in [({}, "codes"), (dict.fromkeys(names, "stored"), "data")]:
+        model = tightfit.load(tightfit.plan(golden_models / "qwen3_moe" / "bf16", "cpu", formats=formats))
+        stack = model.stack(names)
+        assert stack.shape == (8, *model[names[0]].shape) and stack.name == names[0]
+        assert getattr(stack, part).address == getattr(model[names[0]], part).address
+        assert getattr(stack, part).bytes == 8 * getattr(model[names[0]], part).bytes
+        each = torch.stack([dense(model[name]) for name in names])
+        assert torch.equal(dense(stack), each)
+        assert f"{list(stack.shape)}" in repr(stack)
+        if part == "data":
+            assert torch.equal(tightfit.torch.tensor(stack).float(), each)
+        assert model.stack(names[::-1]) is None and model.stack([]) is None
+        with pytest.raises(KeyError, match="nothing"):
+            model.stack(["nothing"])
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("double", [False, True])
 def test_one_expert_after_the_other_gives_what_the_layer_does(golden_models: Path, name: str, double: bool) -> None:
@@ -168,6 +211,13 @@ def test_experts_can_stay_as_they_are(golden_models: Path) -> None:
     assert modules_of(model) == [] and model.tightfit.skipped == {}
     skipped = load(golden_models / "qwen3_moe" / "bf16", True, llm_int8_skip_modules=["experts", "lm_head"])
     assert modules_of(skipped) == [] and len(skipped.tightfit.skipped) == 2
+    for of in (model, skipped):
+        # Where the plan has put them, and not copied together.
+        assert [key for key, is_inside in whole.inside(of) if not is_inside] == []
+    stock = transformers.AutoModelForCausalLM.from_pretrained(golden_models / "qwen3_moe" / "bf16", dtype=torch.float32)
+    for key, value in stock.named_parameters():
+        if ".experts." in key:
+            assert torch.equal(model.get_parameter(key), value) and not model.get_parameter(key).is_meta
 
 
 def test_the_operator_is_what_torch_asks_of_operators(golden_models: Path) -> None:

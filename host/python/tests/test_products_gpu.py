@@ -78,8 +78,10 @@ def test_logits_are_those_on_the_processor(golden_models: Path, name: str, sourc
     assert (whole.logits(model, ids.cuda()).cpu() - host).abs().max() < 1e-4
 
 
-def test_fused_stacks_are_layers_with_ids_on_the_gpu(tmp_path: Path) -> None:
-    path = test_experts.sketch("fused", tmp_path)
+# Stacks in the file, and experts with a key each that the plan lays out as stacks.
+@pytest.mark.parametrize("kind", ["fused", "olmoe"])
+def test_stacks_are_layers_with_ids_on_the_gpu(tmp_path: Path, kind: str) -> None:
+    path = test_experts.sketch(kind, tmp_path)
     config = tightfit.transformers.TightfitConfig(products=True, bnb_4bit_compute_dtype=torch.bfloat16)
     model = products.transformers.AutoModelForCausalLM.from_pretrained(
         path, dtype=torch.bfloat16, quantization_config=config, device_map={"": 0}

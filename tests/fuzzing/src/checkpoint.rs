@@ -2,7 +2,7 @@
 
 use safetensors::SafeTensors;
 use tightfit::checkpoint::{
-    Checkpoint, Dequantize, Encoded, Extent, OpenOptions, ScaleForm, TensorInfo,
+    AbsmaxForm, Checkpoint, Dequantize, Encoded, Extent, OpenOptions, ScaleForm, TensorInfo,
 };
 
 use crate::file;
@@ -126,6 +126,10 @@ fn parts(tensor: &TensorInfo) -> impl Iterator<Item = Extent> + '_ {
     let quantized = tensor.quantized.as_deref();
     let scales = quantized.map(|quantized| quantized.absmax);
     let nested = quantized.and_then(|quantized| quantized.nested);
+    let rounded = quantized.and_then(|quantized| match quantized.absmax_form {
+        AbsmaxForm::RoundedDouble { nested, .. } => Some(nested),
+        _ => None,
+    });
     let encoded = tensor.encoded.as_deref();
     let global = encoded.and_then(|encoded| match encoded.scale {
         ScaleForm::Nested { global, .. } => Some(global),
@@ -135,6 +139,7 @@ fn parts(tensor: &TensorInfo) -> impl Iterator<Item = Extent> + '_ {
         Some(own),
         scales,
         nested.map(|nested| nested.absmax),
+        rounded,
         encoded.map(|encoded| encoded.scales),
         encoded.and_then(|encoded: &Encoded| encoded.zeros),
         global,

@@ -1,7 +1,7 @@
 //! Plans from anyone's placements.
 
 use arbitrary::{Arbitrary, Result, Unstructured};
-use tightfit::checkpoint::{Extent, Nested, Quantized, TensorInfo, Tie};
+use tightfit::checkpoint::{AbsmaxForm, Extent, Nested, Quantized, TensorInfo, Tie};
 use tightfit::device::{DeviceInfo, DeviceKind};
 use tightfit::plan::{PART_ALIGNMENT, Plan, PlanError, PlanOptions};
 use tightfit::types::{BlockSize, DType, Format, Placement, QuantType};
@@ -44,6 +44,7 @@ fn tensor(u: &mut Unstructured<'_>, index: usize) -> Result<TensorInfo> {
             quant_type: QuantType::Nf4,
             block_size: *u.choose(&BlockSize::ALL)?,
             absmax: extent,
+            absmax_form: AbsmaxForm::default(),
             nested: bool::arbitrary(u)?.then_some(Nested {
                 absmax: extent,
                 absmax_mean: 0.0,

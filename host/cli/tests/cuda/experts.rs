@@ -6,7 +6,9 @@ use tightfit::kernels::half::{bf16, f16};
 use tightfit::kernels::{Activation, Choices, FloatType};
 use tightfit::model::{Model, TailAllocation};
 use tightfit::plan::PlanOptions;
-use tightfit::products::{Experts, ExpertsLinear, ExpertsTensors, LinearError, WorkspaceOptions};
+use tightfit::products::{
+    Experts, ExpertsLinear, ExpertsNames, GateTensors, LinearError, WorkspaceOptions,
+};
 
 use super::memory::open;
 use super::products::{Number, bytes, loaded, numbers, on_the_processor};
@@ -27,11 +29,76 @@ pub(super) const LAYERS: &[Kind] = &[
     ("apart.0.w1.weight", "BF16", 2, &[64, 64], nf4(64, true)),
     ("apart.0.w3.weight", "BF16", 2, &[64, 64], nf4(64, true)),
     ("apart.0.w2.weight", "BF16", 2, &[64, 64], nf4(64, true)),
+    // Laid out as stacks.
+    (
+        "each.experts.0.w1.weight",
+        "BF16",
+        2,
+        &[64, 128],
+        nf4(64, false),
+    ),
+    (
+        "each.experts.0.w2.weight",
+        "BF16",
+        2,
+        &[128, 64],
+        nf4(64, false),
+    ),
+    (
+        "each.experts.0.w3.weight",
+        "BF16",
+        2,
+        &[64, 128],
+        nf4(64, false),
+    ),
+    (
+        "each.experts.1.w1.weight",
+        "BF16",
+        2,
+        &[64, 128],
+        nf4(64, false),
+    ),
+    (
+        "each.experts.1.w2.weight",
+        "BF16",
+        2,
+        &[128, 64],
+        nf4(64, false),
+    ),
+    (
+        "each.experts.1.w3.weight",
+        "BF16",
+        2,
+        &[64, 128],
+        nf4(64, false),
+    ),
+    (
+        "each.experts.2.w1.weight",
+        "BF16",
+        2,
+        &[64, 128],
+        nf4(64, false),
+    ),
+    (
+        "each.experts.2.w2.weight",
+        "BF16",
+        2,
+        &[128, 64],
+        nf4(64, false),
+    ),
+    (
+        "each.experts.2.w3.weight",
+        "BF16",
+        2,
+        &[64, 128],
+        nf4(64, false),
+    ),
 ];
 
-const KINDS: [(&str, Activation); 2] = [
+const KINDS: [(&str, Activation); 3] = [
     ("fast", Activation::Silu),
     ("odd", Activation::Clamped { limit: 0.5 }),
+    ("each.experts", Activation::Gelu),
 ];
 
 /// Ids of experts, some of which there are not.
@@ -97,12 +164,14 @@ fn compare<T: Number>(here: &Model, there: &Model, tokens: usize) {
             layer::<T>(&experts, tokens, 3)
         };
         assert_near(&of(here), &of(there), &format!("{module}, {tokens} tokens"));
-        for name in ["gate_up_proj", "down_proj"] {
-            let of = |model: &Model| {
-                let stack = ExpertsTensors::Stack(format!("{module}.{name}"));
-                linear::<T>(&model.experts_linear(&stack).unwrap(), tokens)
-            };
-            let what = format!("{module}.{name}, {tokens} rows");
+        let names = ExpertsNames::find(here, module, activation).unwrap();
+        let mut stacks = vec![names.down];
+        if let GateTensors::Together(both, _) = names.gates {
+            stacks.push(both);
+        }
+        for stack in stacks {
+            let of = |model: &Model| linear::<T>(&model.experts_linear(&stack).unwrap(), tokens);
+            let what = format!("{stack:?}, {tokens} rows");
             assert_near(&of(here), &of(there), &what);
         }
     }

@@ -22,6 +22,7 @@ mod method;
 mod python_json;
 mod quantized;
 mod remark;
+mod scales;
 mod shown;
 #[cfg(test)]
 mod tests;
@@ -60,6 +61,7 @@ pub use method::{MethodSource, QuantizationMethod};
 pub(crate) use python_json::{in_place, without_mark};
 pub use quantized::{Extent, Nested, Quantized};
 pub use remark::Remark;
+pub use scales::AbsmaxForm;
 pub use ties::Tie;
 pub(crate) use write::{HeaderError, header_text};
 
@@ -108,7 +110,7 @@ impl TensorInfo {
     pub fn source_bytes(&self) -> u64 {
         let scales = self.quantized.as_ref().map_or(0, |quantized| {
             let nested = quantized.nested.map_or(0, |nested| nested.absmax.bytes);
-            quantized.absmax.bytes + nested
+            quantized.absmax.bytes + quantized.absmax_form.extra_bytes() + nested
         });
         let extra = self
             .encoded
@@ -368,6 +370,8 @@ impl Checkpoint {
             true => by_name,
             false => sorted_by_name(&tensors, &shards, cancel)?,
         };
+        let mut remarks = located.remarks;
+        remarks.extend(quantized::remark(&tensors, cancel)?);
         let quantization = quantization(config.as_ref(), &tensors, &by_name, cancel)?;
         let read_whole = |tensor: &TensorInfo| {
             let mut bytes = vec![0; tensor.bytes as usize];
@@ -429,7 +433,7 @@ impl Checkpoint {
             by_name,
             config,
             metadata,
-            remarks: located.remarks,
+            remarks,
             quantization,
             encoded: found.counts,
         })
@@ -619,6 +623,27 @@ impl Checkpoint {
                 .reading(tensor, encoded)
                 .read(start, buffer, scratch, kernels),
         }
+    }
+
+    /// Fills the buffer with f32 scales of a quantized tensor of this checkpoint, in the order of its blocks
+    /// from number `first` on, whatever form they have in the file. `scratch` is as for `read_elements`.
+    pub(crate) fn read_absmax(
+        &self,
+        tensor: &TensorInfo,
+        quantized: &Quantized,
+        first: u64,
+        buffer: &mut [u8],
+        scratch: &mut [u8],
+    ) -> Result<(), CheckpointError> {
+        let reading = scales::Reading {
+            name: &tensor.name,
+            shards: &self.shards,
+            tensors: &self.tensors,
+            shard: quantized.absmax.shard,
+            offset: quantized.absmax.offset,
+            count: quantized.scales(),
+        };
+        reading.read(quantized.absmax_form, first, buffer, scratch)
     }
 
     /// Fills the beginning of the buffer with codes and scales of an encoded tensor of this checkpoint,

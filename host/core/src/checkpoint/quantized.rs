@@ -8,10 +8,10 @@
 use std::collections::HashMap;
 
 use serde::Deserialize;
-use tightfit_kernels::{DYNAMIC_MAP, FP4, NF4};
+use tightfit_kernels::{DYNAMIC_MAP, FP4, FloatType, NF4};
 
 use super::error::shortened;
-use super::{CheckpointError, MAX_DIMENSIONS, Shard, TensorInfo};
+use super::{AbsmaxForm, CheckpointError, MAX_DIMENSIONS, Remark, Shard, TensorInfo};
 use crate::cancel::{CancelToken, Watch};
 use crate::types::{BlockSize, DType, QuantType, elements};
 
@@ -36,10 +36,27 @@ pub struct Quantized {
     pub quant_type: QuantType,
     /// Number of elements that share a scale.
     pub block_size: BlockSize,
-    /// Scales: f32, or u8 under double quantization.
+    /// Scales: f32 or bf16, or u8 under double quantization.
     pub absmax: Extent,
+    /// How they lie there.
+    pub absmax_form: AbsmaxForm,
     /// What double quantization adds.
     pub nested: Option<Nested>,
+}
+
+impl Quantized {
+    /// How many scales there are, where they are not as they are used.
+    pub(crate) fn scales(&self) -> u64 {
+        self.absmax_form.count(self.absmax.bytes)
+    }
+
+    /// Bytes in the file that stand for the first bytes of such scales as they are used.
+    pub(crate) fn stored_bytes_until(&self, end: u64) -> u64 {
+        let stored = u128::from(self.absmax.bytes + self.absmax_form.extra_bytes());
+        let all = u128::from(4 * self.scales()).max(1);
+        // No more than are stored.
+        (stored * u128::from(end) / all) as u64
+    }
 }
 
 /// What double quantization adds.
@@ -137,6 +154,30 @@ pub(super) fn assemble(
     }
     whole.shrink_to_fit();
     Ok(whole)
+}
+
+/// What is to be said of scales that are not as bitsandbytes uses them.
+pub(super) fn remark(
+    tensors: &[TensorInfo],
+    cancel: &CancelToken,
+) -> Result<Option<Remark>, CheckpointError> {
+    let mut watch = Watch::new(cancel);
+    let (mut weights, mut transposed, mut double) = (0, 0, 0);
+    for tensor in tensors {
+        watch.item(0)?;
+        let form = tensor
+            .quantized
+            .as_ref()
+            .map(|quantized| quantized.absmax_form);
+        weights += u64::from(form.is_some_and(|form| form != AbsmaxForm::AsUsed));
+        transposed += u64::from(matches!(form, Some(AbsmaxForm::Bf16Transposed { .. })));
+        double += u64::from(matches!(form, Some(AbsmaxForm::RoundedDouble { .. })));
+    }
+    Ok((weights > 0).then_some(Remark::RoundedScales {
+        weights,
+        transposed,
+        double,
+    }))
 }
 
 /// Parts of a quantized weight without the quant state that says how to read them.
@@ -242,7 +283,7 @@ impl Set<'_> {
             parsed.nested_offset,
         ) {
             (None, None, None) => None,
-            (Some(256), Some(dtype), Some(offset)) if dtype == "float32" => {
+            (Some(256), Some(dtype), Some(offset)) if float(&dtype).is_some() => {
                 // Written as the decimal form of the f32; anything else was not.
                 let single = offset as f32;
                 if !single.is_finite() {
@@ -251,15 +292,16 @@ impl Set<'_> {
                 self.check_table("nested_quant_map", &DYNAMIC_MAP)?;
                 let index = self.part("nested_absmax")?;
                 self.check(index, Some(DType::F32), 4 * blocks.div_ceil(256))?;
-                Some(Nested {
+                let nested = Nested {
                     absmax: self.extent(index),
                     absmax_mean: single,
-                })
+                };
+                float(&dtype).map(|float| (nested, float))
             }
             (block, dtype, offset) => {
                 let dtype = dtype.as_deref().map(shortened);
                 return Err(bad(format!(
-                    "its double quantization is not of a known kind (block size {block:?}, type {dtype:?}, offset {offset:?}; need 256, float32 and a number)"
+                    "its double quantization is not of a known kind (block size {block:?}, type {dtype:?}, offset {offset:?}; need 256, a type of floating-point numbers and a number)"
                 )));
             }
         };
@@ -269,10 +311,20 @@ impl Set<'_> {
             ));
         }
         let absmax = self.part("absmax")?;
-        match nested {
-            None => self.check(absmax, Some(DType::F32), 4 * blocks)?,
-            Some(_) => self.check(absmax, Some(DType::U8), blocks)?,
-        }
+        let absmax_form = match nested {
+            None => self.absmax_form(absmax, &parsed.shape, block_size)?,
+            Some((nested, float)) => {
+                self.check(absmax, Some(DType::U8), blocks)?;
+                match float {
+                    FloatType::F32 => AbsmaxForm::AsUsed,
+                    float => AbsmaxForm::RoundedDouble {
+                        nested: nested.absmax,
+                        absmax_mean: nested.absmax_mean,
+                        float,
+                    },
+                }
+            }
+        };
         let info = TensorInfo {
             dtype,
             shape: parsed.shape,
@@ -280,11 +332,38 @@ impl Set<'_> {
                 quant_type,
                 block_size,
                 absmax: self.extent(absmax),
-                nested,
+                absmax_form,
+                // Rounded ones are f32 when they have been read.
+                nested: nested
+                    .map(|(nested, _)| nested)
+                    .filter(|_| absmax_form == AbsmaxForm::AsUsed),
             })),
             ..self.tensors[codes].clone()
         };
         Ok((codes, info))
+    }
+
+    fn absmax_form(
+        &self,
+        index: usize,
+        shape: &[u64],
+        block_size: BlockSize,
+    ) -> Result<AbsmaxForm, CheckpointError> {
+        let absmax = &self.tensors[index];
+        if absmax.dtype != DType::Bf16 {
+            let blocks = elements(shape).unwrap_or(0).div_ceil(block_size.into());
+            self.check(index, Some(DType::F32), 4 * blocks)?;
+            return Ok(AbsmaxForm::AsUsed);
+        }
+        AbsmaxForm::of_bf16(&absmax.shape, shape, block_size.into()).ok_or_else(|| {
+            self.bad(
+                index,
+                format!(
+                    "'{}' is of type {} and shape {:?}, which is neither one scale for each of its blocks nor these transposed",
+                    absmax.name, absmax.dtype, absmax.shape
+                ),
+            )
+        })
     }
 
     fn part(&self, name: &str) -> Result<usize, CheckpointError> {
@@ -367,6 +446,16 @@ impl Set<'_> {
             let error = shortened(&error.to_string());
             self.bad(index, format!("its quant state cannot be read: {error}"))
         })
+    }
+}
+
+/// A type of floating-point numbers as torch names it.
+fn float(dtype: &str) -> Option<FloatType> {
+    match dtype {
+        "bfloat16" => Some(FloatType::Bf16),
+        "float16" => Some(FloatType::F16),
+        "float32" => Some(FloatType::F32),
+        _ => None,
     }
 }
 

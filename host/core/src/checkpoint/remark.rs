@@ -16,6 +16,16 @@ pub enum Remark {
         /// A file that it names, and that is not there.
         missing: Option<String>,
     },
+    /// Scales of 4-bit weights are rounded to 16 bits: bitsandbytes computed with the model on a processor before
+    /// it was saved. See [`AbsmaxForm`](super::AbsmaxForm).
+    RoundedScales {
+        /// How many weights have such scales.
+        weights: u64,
+        /// Of how many of them they are transposed, too.
+        transposed: u64,
+        /// Of how many of them they are double-quantized.
+        double: u64,
+    },
 }
 
 impl fmt::Display for Remark {
@@ -34,6 +44,17 @@ impl fmt::Display for Remark {
                     None => Ok(()),
                 }
             }
+            Remark::RoundedScales {
+                weights,
+                transposed,
+                double,
+            } => write!(
+                f,
+                "{weights} 4-bit weights have scales of 16 bits, as bitsandbytes rounds them when it computes \
+                 on a processor before a model is saved. Of {transposed} they are transposed, which bitsandbytes \
+                 reads in another order than it has written them. Of {double} they are double-quantized: these \
+                 are loaded with scales in f32"
+            ),
         }
     }
 }

@@ -21,7 +21,7 @@ pub use abi::{
 };
 
 use crate::device::DeviceAddress;
-use crate::model::{TailAllocation, Tensor};
+use crate::model::{SharedPart, Stacked, TailAllocation, Tensor};
 use crate::plan::PartKind;
 use crate::types::{Bytes, DType, Format};
 
@@ -123,35 +123,54 @@ impl Tensor<'_> {
     /// # Errors
     /// [`DlpackError`].
     pub fn to_dlpack(&self, kind: PartKind) -> Result<Exported, DlpackError> {
-        let what = || format!("tensor '{}'", self.name());
-        let part = self
-            .shared_part(kind)
-            .ok_or_else(|| DlpackError::NoSuchPart {
-                tensor: self.name().to_owned(),
-                format: self.format(),
-                kind,
-            })?;
-        let bytes = part.bytes();
-        let (dtype, shape) = match kind {
-            PartKind::Data => {
-                let dtype = match self.format() {
-                    Format::Cast(target) => target,
-                    Format::Stored | Format::Nf4 { .. } => self.dtype(),
-                };
-                (dtype, self.shape().to_vec())
-            }
-            PartKind::Codes => (DType::U8, vec![bytes, 1]),
-            PartKind::Absmax if self.absmax_mean().is_some() => (DType::U8, vec![bytes]),
-            PartKind::Absmax | PartKind::NestedAbsmax => (DType::F32, vec![bytes / 4]),
-        };
-        let host = part.host().map(|bytes| bytes.as_ptr().expose_provenance());
-        let location = locate(&what, bytes, host, part.address())?;
-        let described = describe(&what, dtype, &shape)?;
-        Ok(Exported(abi::Owned {
-            flags: DLPACK_FLAG_BITMASK_READ_ONLY,
-            ..owned(location, described, Box::new(part))
-        }))
+        export(self, self.shape(), kind, self.shared_part(kind))
     }
+}
+
+impl Stacked<'_> {
+    /// One part of all of them for another library, in place and read-only: data [tensors, ..], codes
+    /// [bytes, 1], scales [blocks].
+    ///
+    /// # Errors
+    /// [`DlpackError`].
+    pub fn to_dlpack(&self, kind: PartKind) -> Result<Exported, DlpackError> {
+        export(&self.first(), &self.shape(), kind, self.shared_part(kind))
+    }
+}
+
+/// A part of a tensor, or of several like it that have this shape together.
+fn export(
+    tensor: &Tensor<'_>,
+    shape: &[u64],
+    kind: PartKind,
+    part: Option<SharedPart>,
+) -> Result<Exported, DlpackError> {
+    let what = || format!("tensor '{}'", tensor.name());
+    let part = part.ok_or_else(|| DlpackError::NoSuchPart {
+        tensor: tensor.name().to_owned(),
+        format: tensor.format(),
+        kind,
+    })?;
+    let bytes = part.bytes();
+    let (dtype, shape) = match kind {
+        PartKind::Data => {
+            let dtype = match tensor.format() {
+                Format::Cast(target) => target,
+                Format::Stored | Format::Nf4 { .. } => tensor.dtype(),
+            };
+            (dtype, shape.to_vec())
+        }
+        PartKind::Codes => (DType::U8, vec![bytes, 1]),
+        PartKind::Absmax if tensor.absmax_mean().is_some() => (DType::U8, vec![bytes]),
+        PartKind::Absmax | PartKind::NestedAbsmax => (DType::F32, vec![bytes / 4]),
+    };
+    let host = part.host().map(|bytes| bytes.as_ptr().expose_provenance());
+    let location = locate(&what, bytes, host, part.address())?;
+    let described = describe(&what, dtype, &shape)?;
+    Ok(Exported(abi::Owned {
+        flags: DLPACK_FLAG_BITMASK_READ_ONLY,
+        ..owned(location, described, Box::new(part))
+    }))
 }
 
 impl TailAllocation {

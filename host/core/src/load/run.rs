@@ -216,6 +216,19 @@ impl<'a, 'm> Run<'a, 'm> {
             Task::Copy { data } => put(&mut worker.writers, [data], |[data]| {
                 source.read(0, data, worker.slot)
             })?,
+            Task::WidenScales { data } => {
+                let quantized = tensor.quantized.as_ref().ok_or(LoadError::Internal(
+                    "scales are not those of a quantized weight",
+                ))?;
+                put(&mut worker.writers, [data], |[data]| {
+                    let first = chunk.offset / 4;
+                    self.checkpoint
+                        .read_absmax(tensor, quantized, first, data, worker.slot)
+                        .map_err(LoadError::Checkpoint)
+                })?;
+                let until = |end| quantized.stored_bytes_until(end);
+                return Ok(until(chunk.offset + chunk.bytes as u64) - until(chunk.offset));
+            }
             Task::Cast { from, to, data } => {
                 let (slot, scratch) = source.cut(worker.slot);
                 put(&mut worker.writers, [data], |[data]| {

@@ -11,7 +11,7 @@ use super::arena::{PartTargets, Target};
 use super::double::{DoubleState, Kept, Returned};
 use super::on_device::OnDevices;
 use crate::cancel::{self, CancelToken, Cancelled, Watch};
-use crate::checkpoint::{Checkpoint, Extent, TensorInfo};
+use crate::checkpoint::{AbsmaxForm, Checkpoint, Extent, TensorInfo};
 use crate::plan::{Plan, PlannedTensor};
 use crate::types::{DType, Format};
 
@@ -25,7 +25,7 @@ pub(super) struct Chunk<'m> {
     pub(super) tensor: usize,
     /// The file that holds it.
     pub(super) shard: usize,
-    /// Its first byte in the file; in the tensor, where that is decoded as it is read.
+    /// Its first byte in the file; in the tensor or the scales, where these are decoded as they are read.
     pub(super) offset: u64,
     /// Its length in bytes, as it is read.
     pub(super) bytes: usize,
@@ -35,6 +35,10 @@ pub(super) struct Chunk<'m> {
 /// What is to be done with a chunk, and where the result goes.
 pub(super) enum Task<'m> {
     Copy {
+        data: Target<'m>,
+    },
+    /// Scales of a quantized weight that are not f32 in the file.
+    WidenScales {
         data: Target<'m>,
     },
     Cast {
@@ -123,9 +127,10 @@ struct Tensor<'m> {
     scratch: u64,
 }
 
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq)]
 enum Kind {
     Copy,
+    WidenScales,
     Cast {
         from: FloatType,
         to: FloatType,
@@ -324,20 +329,29 @@ fn add<'m>(
         bytes: info.bytes,
     };
     let nested = quantized.nested.map(|nested| nested.absmax);
+    let scales = match quantized.absmax_form {
+        AbsmaxForm::AsUsed => Kind::Copy,
+        _ => Kind::WidenScales,
+    };
     let parts = [
-        (Some(codes), target.codes),
-        (Some(quantized.absmax), target.absmax),
-        (nested, target.nested_absmax),
+        (Some(codes), target.codes, Kind::Copy),
+        (Some(quantized.absmax), target.absmax, scales),
+        (nested, target.nested_absmax, Kind::Copy),
     ];
-    for (extent, data) in parts {
+    for (extent, data, kind) in parts {
         let Some(extent) = extent else { continue };
+        let bytes = match kind {
+            // What is placed fits in memory.
+            Kind::WidenScales => 4 * quantized.scales() as usize,
+            _ => extent.bytes as usize,
+        };
         waiting.push(Tensor {
             index,
             shard: extent.shard,
             offset: extent.offset,
-            is_encoded: false,
-            bytes: extent.bytes as usize,
-            kind: Kind::Copy,
+            is_encoded: kind == Kind::WidenScales,
+            bytes,
+            kind,
             target: PartTargets {
                 data,
                 ..PartTargets::default()
@@ -374,6 +388,9 @@ impl<'m> Cursor<'m> {
         let target = &mut self.tensor.target;
         let task = match self.tensor.kind {
             Kind::Copy => Task::Copy {
+                data: target.data.take(bytes),
+            },
+            Kind::WidenScales => Task::WidenScales {
                 data: target.data.take(bytes),
             },
             Kind::Cast { from, to } => Task::Cast {
@@ -421,8 +438,9 @@ impl<'m> Cursor<'m> {
 /// it is read, and even more so when it is quantized.
 fn chunk_bytes(kind: Kind, target: &PartTargets<'_>, sizes: ChunkSizes) -> usize {
     match (kind, &target.data) {
-        (Kind::Copy, Target::Host(_)) => COPY_CHUNK,
+        (Kind::Copy | Kind::WidenScales, Target::Host(_)) => COPY_CHUNK,
         (Kind::Copy, Target::Device { .. }) => sizes.buffer,
+        (Kind::WidenScales, Target::Device { .. }) => sizes.buffer / 4 * 4,
         (Kind::Cast { from, to }, _) => sizes.slot / from.bytes().max(to.bytes()) * from.bytes(),
         (Kind::Nf4 { float, block_size }, _) => {
             let block = block_size.elements() * float.bytes();

@@ -3,6 +3,7 @@
 mod multipliers;
 mod pieces;
 mod shared;
+mod stacked;
 mod stats;
 mod tail;
 #[cfg(test)]
@@ -13,6 +14,7 @@ use std::marker::PhantomData;
 use std::sync::Arc;
 
 pub use shared::SharedPart;
+pub use stacked::Stacked;
 pub use stats::{LoadStats, QuantizedBytes};
 pub use tail::{TailAllocation, TailAllocator};
 
@@ -261,7 +263,7 @@ impl<'m> Tensor<'m> {
     }
 
     /// Returns the model that it is of.
-    pub(crate) fn model(&self) -> &'m Model {
+    pub fn model(&self) -> &'m Model {
         self.model
     }
 

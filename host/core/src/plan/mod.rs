@@ -3,7 +3,8 @@
 //!
 //! Every stored part gets an offset in one arena per device. Quantized tensors come first, plain
 //! ones last: plain tensors are transferred last, so that their still unwritten end of the arena
-//! can serve as staging on a device that needs some.
+//! can serve as staging on a device that needs some. The experts of a layer lie as stacks where they can:
+//! `stacks` says when.
 
 mod error;
 mod format_rules;
@@ -12,6 +13,7 @@ mod propose;
 #[cfg(test)]
 mod propose_tests;
 mod size;
+mod stacks;
 
 use std::collections::HashMap;
 
@@ -25,7 +27,7 @@ pub use size::{
     tensor_part_sizes,
 };
 
-use crate::cancel::{CancelToken, Watch};
+use crate::cancel::{CancelToken, Cancelled, Watch};
 use crate::checkpoint::{Checkpoint, TensorInfo, Tie};
 use crate::device::DeviceInfo;
 use crate::memory::ReservationSize;
@@ -271,23 +273,37 @@ impl Plan {
                 parts: Vec::new(),
             });
         }
+        let mut stacks = stacks::possible(tensors, &mut watch)?;
+        stacks.retain(|stack| stack.is_one(placements, &sizes));
+        let stack_of = stack_of(tensors.len(), &stacks);
         for plain in [false, true] {
             for (index, placement) in placements.iter().enumerate() {
                 watch.item(0)?;
                 let Some((device, sizes)) = placement.device.zip(sizes[index]) else {
                     continue;
                 };
-                if plain == is_plain(placement.format) {
-                    planned[index].parts = arenas[device as usize].add(
-                        index,
-                        &sizes,
-                        &devices[device as usize],
-                        headroom[device as usize],
-                    );
+                if plain != is_plain(placement.format) {
+                    continue;
                 }
+                let alone = [index];
+                let members = match stack_of[index] {
+                    // It is where its stack is, which began with another.
+                    Some(_) if !planned[index].parts.is_empty() => continue,
+                    Some(stack) => &stacks[stack].members[..],
+                    None => &alone,
+                };
+                arenas[device as usize].add(
+                    members,
+                    &sizes,
+                    &devices[device as usize],
+                    headroom[device as usize],
+                    &mut planned,
+                    &mut watch,
+                )?;
             }
         }
-        let products = product_bytes(tensors, devices, placements, &options.wanted(), &mut watch)?;
+        let wanted = options.wanted();
+        let products = product_bytes(tensors, devices, placements, &stacks, &wanted, &mut watch)?;
         let plan = Plan {
             tensors: planned,
             devices: arenas
@@ -373,32 +389,36 @@ struct Arena {
 }
 
 impl Arena {
+    /// Adds tensors with parts of the same sizes: all parts of the first kind, then those of the next.
     fn add(
         &mut self,
-        tensor: usize,
+        members: &[usize],
         sizes: &PartSizes,
         device: &DeviceInfo,
         headroom: u64,
-    ) -> Vec<PlannedPart> {
-        let parts = sizes
-            .iter()
-            .map(|(kind, bytes)| {
+        planned: &mut [PlannedTensor],
+        watch: &mut Watch<'_>,
+    ) -> Result<(), Cancelled> {
+        for (kind, bytes) in sizes.iter() {
+            for &tensor in members {
+                watch.item(0)?;
                 let offset = self.padded;
                 self.requested = self.requested.saturating_add(bytes);
                 self.padded = offset.saturating_add(round_up(bytes, PART_ALIGNMENT));
-                PlannedPart {
+                planned[tensor].parts.push(PlannedPart {
                     kind,
                     offset,
                     bytes,
+                });
+                self.last = Some(tensor);
+                let need = self.padded.saturating_add(headroom);
+                if self.overflowing.is_none() && need > device.available {
+                    self.overflowing = Some(tensor);
                 }
-            })
-            .collect();
-        self.tensors += 1;
-        self.last = Some(tensor);
-        if self.overflowing.is_none() && self.padded.saturating_add(headroom) > device.available {
-            self.overflowing = Some(tensor);
+            }
         }
-        parts
+        self.tensors += members.len() as u64;
+        Ok(())
     }
 
     /// With `tail` bytes behind the weights.
@@ -450,11 +470,23 @@ fn sizes(
         .collect()
 }
 
+/// The stack that each tensor is of, if it is of one.
+fn stack_of(tensors: usize, stacks: &[stacks::Stack]) -> Vec<Option<usize>> {
+    let mut stack_of = vec![None; tensors];
+    for (number, stack) in stacks.iter().enumerate() {
+        for &member in &stack.members {
+            stack_of[member] = Some(number);
+        }
+    }
+    stack_of
+}
+
 /// What products need on each device.
 fn product_bytes(
     tensors: &[TensorInfo],
     devices: &[DeviceInfo],
     placements: &[Placement],
+    stacks: &[stacks::Stack],
     wanted: &Wanted,
     watch: &mut Watch<'_>,
 ) -> Result<Vec<u64>, PlanError> {
@@ -468,6 +500,15 @@ fn product_bytes(
             let device = device as usize;
             if products::are_computed_on(&devices[device]) {
                 all[device].add(tensor, placement.format, wanted);
+            }
+        }
+        for stack in stacks {
+            watch.item(0)?;
+            let first = stack.members[0];
+            let placement = placements[first];
+            let device = placement.device.map_or(0, |device| device as usize);
+            if products::are_computed_on(&devices[device]) {
+                all[device].add_stack(stack, &tensors[first], placement.format, wanted);
             }
         }
     }

@@ -3,6 +3,7 @@
 use tightfit_kernels::cuda::linear::Linear;
 use tightfit_kernels::{Activation, FloatType, GateLayout, NESTED_BLOCK_SIZE, QuantType};
 
+use super::stacks::{self, Stack};
 use super::{PART_ALIGNMENT, round_up};
 use crate::cancel::{Cancelled, Watch};
 use crate::checkpoint::TensorInfo;
@@ -50,7 +51,7 @@ pub(crate) fn is_of_gates(name: &str) -> bool {
 
 /// What a weight needs at most as the workspace of its products, on every GPU.
 fn workspace_bytes(
-    name: &str,
+    is_of_gates: bool,
     shape: &[u64],
     block_size: BlockSize,
     double: bool,
@@ -118,7 +119,7 @@ fn workspace_bytes(
             let matrix = matrix(&weights(outputs, inputs), of_stack, &product);
             most = most.max(layout_of_matrix(&matrix, None)[4]);
         }
-        if is_of_gates(name) {
+        if is_of_gates {
             let layer = ExpertsWeights::Layer {
                 gate_up: stack,
                 down: weights(experts.saturating_mul(inputs), outputs / 2),
@@ -135,6 +136,23 @@ fn workspace_bytes(
     most
 }
 
+/// Block size and double quantization of a weight in a format, if that has 4 bits.
+fn in_4_bits(tensor: &TensorInfo, format: Format) -> Option<(BlockSize, bool)> {
+    match (format, &tensor.quantized) {
+        (
+            Format::Nf4 {
+                block_size,
+                double_quantized,
+            },
+            _,
+        ) => Some((block_size, double_quantized)),
+        (Format::Stored, Some(quantized)) => {
+            Some((quantized.block_size, quantized.nested.is_some()))
+        }
+        _ => None,
+    }
+}
+
 /// What products of up to some number of rows need on one device.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct ProductBytes {
@@ -146,19 +164,23 @@ pub(super) struct ProductBytes {
 impl ProductBytes {
     /// Adds a weight in a format, if that has 4 bits.
     pub(super) fn add(&mut self, tensor: &TensorInfo, format: Format, wanted: &Wanted) {
-        match (format, &tensor.quantized) {
-            (
-                Format::Nf4 {
-                    block_size,
-                    double_quantized,
-                },
-                _,
-            ) => self.add_weight(tensor, block_size, double_quantized, wanted),
-            (Format::Stored, Some(quantized)) => {
-                let double_quantized = quantized.nested.is_some();
-                self.add_weight(tensor, quantized.block_size, double_quantized, wanted);
-            }
-            _ => {}
+        if let Some((block_size, double_quantized)) = in_4_bits(tensor, format) {
+            self.add_weight(tensor, block_size, double_quantized, wanted);
+        }
+    }
+
+    /// Adds what tensors need as a stack beyond what each of them does, the first of which is this one.
+    pub(super) fn add_stack(
+        &mut self,
+        stack: &Stack,
+        first: &TensorInfo,
+        format: Format,
+        wanted: &Wanted,
+    ) {
+        if let Some((block_size, double)) = in_4_bits(first, format) {
+            let bytes =
+                workspace_bytes(stack.is_of_gates, &stack.shape, block_size, double, wanted);
+            self.workspace = self.workspace.max(bytes);
         }
     }
 
@@ -180,7 +202,8 @@ impl ProductBytes {
             return;
         }
         self.double_quantized += u64::from(double);
-        let bytes = workspace_bytes(&tensor.name, &tensor.shape, block_size, double, wanted);
+        let is_of_gates = is_of_gates(&tensor.name);
+        let bytes = workspace_bytes(is_of_gates, &tensor.shape, block_size, double, wanted);
         self.workspace = self.workspace.max(bytes);
     }
 
@@ -204,6 +227,17 @@ pub(super) fn most_bytes(
     for tensor in tensors {
         watch.item(0)?;
         most.add_possible(tensor, wanted);
+    }
+    for stack in stacks::possible(tensors, watch)? {
+        watch.item(0)?;
+        let first = &tensors[stack.members[0]];
+        let format = match first.quantized {
+            Some(_) => Format::Stored,
+            None => Format::NF4,
+        };
+        if first.quantized.is_some() || first.dtype.is_quantizable() {
+            most.add_stack(&stack, first, format, wanted);
+        }
     }
     Ok(most.bytes())
 }

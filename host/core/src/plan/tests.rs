@@ -406,6 +406,120 @@ fn products_have_their_room_behind_the_weights_and_it_is_planned() {
     );
 }
 
+/// Experts of one layer, the tensors of each in this order.
+fn experts(count: usize, names: [&str; 3], [rows, columns]: [u64; 2]) -> Vec<TensorInfo> {
+    let of = |expert: usize| {
+        names.map(|name| {
+            let down = matches!(name, "w2" | "down_proj");
+            let shape = if down {
+                [columns, rows]
+            } else {
+                [rows, columns]
+            };
+            let name = format!("l.0.experts.{expert}.{name}.weight");
+            tensor(&name, DType::Bf16, &shape)
+        })
+    };
+    (0..count).flat_map(of).collect()
+}
+
+proptest! {
+    #[test]
+    fn experts_of_a_layer_lie_as_stacks(
+        count in 1usize..9,
+        is_mixtral in any::<bool>(),
+        rows in 1u64..5,
+        columns in 1u64..5,
+        format in formats(),
+        order in any::<u64>(),
+        other in prop::option::of(any::<prop::sample::Index>()),
+    ) {
+        let names = match is_mixtral {
+            true => ["w1", "w2", "w3"],
+            false => ["down_proj", "gate_proj", "up_proj"],
+        };
+        let (gates, down) = match is_mixtral {
+            true => (["w1", "w3"], "w2"),
+            false => (["gate_proj", "up_proj"], "down_proj"),
+        };
+        let mut tensors = experts(count, names, [32 * rows, 64 * columns]);
+        tensors.push(tensor("l.0.norm.weight", DType::Bf16, &[64]));
+        tensors.insert(0, tensor("l.0.experts.gate.weight", DType::Bf16, &[64, 64]));
+        // In any order of the files.
+        let key = |tensor: &TensorInfo| tensor.name.bytes().fold(order, |sum, byte| sum.wrapping_mul(31) ^ u64::from(byte));
+        tensors.sort_by_key(key);
+        let mut placements = vec![on(0, format); tensors.len()];
+        let other = other.map(|other| other.index(tensors.len()));
+        if let Some(other) = other {
+            placements[other] = on(1, format);
+        }
+        let devices = [device("d0", 1 << 40, 1), device("d1", 1 << 40, 1)];
+        let plan = Plan::new(&tensors, &[], &devices, &placements, &[0; 2]).unwrap();
+        let place = |name: String| {
+            let index = tensors.iter().position(|tensor| tensor.name == name).unwrap();
+            (index, &plan.tensors[index])
+        };
+        for leaves in [&gates[..], &[down]] {
+            let members: Vec<_> = (0..count)
+                .flat_map(|expert| leaves.iter().map(move |leaf| format!("l.0.experts.{expert}.{leaf}.weight")))
+                .map(place)
+                .collect();
+            let is_torn = members.iter().any(|&(index, _)| Some(index) == other) && members.len() > 1;
+            let parts = &members[0].1.parts;
+            let is_whole = parts.len() < 3
+                && parts.iter().all(|part| part.bytes.is_multiple_of(PART_ALIGNMENT));
+            if is_torn || !is_whole {
+                continue;
+            }
+            for (number, (_, member)) in members.iter().enumerate() {
+                for (part, first) in member.parts.iter().zip(parts) {
+                    prop_assert_eq!(part.offset, first.offset + number as u64 * first.bytes);
+                }
+            }
+        }
+        // Nothing takes more or less for it.
+        for (number, device) in plan.devices.iter().enumerate() {
+            let here = plan.tensors.iter().filter(|t| t.placement.device == Some(number as u32));
+            let parts: Vec<_> = here.clone().flat_map(|tensor| tensor.parts.iter()).collect();
+            let padded = parts.iter().map(|part| part.bytes.next_multiple_of(PART_ALIGNMENT)).sum::<u64>();
+            prop_assert_eq!(device.size.padded, padded);
+            prop_assert_eq!(device.tensors, here.count() as u64);
+            let mut places: Vec<_> = parts.iter().map(|part| (part.offset, part.bytes)).collect();
+            places.sort_unstable();
+            for pair in places.windows(2) {
+                prop_assert!(pair[0].0 + pair[0].1 <= pair[1].0);
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_that_lie_as_stacks_have_room_for_layers() {
+    let stacks = [
+        tensor("l.0.experts.gate_up_proj", DType::Bf16, &[8, 256, 512]),
+        tensor("l.0.experts.down_proj", DType::Bf16, &[8, 512, 128]),
+    ];
+    let each = experts(8, ["gate_proj", "up_proj", "down_proj"], [128, 512]);
+    let devices = [device("sim:0", 1 << 30, 4096)];
+    for rows in [1, 20, 600] {
+        let options = PlanOptions::default()
+            .with_rows(rows)
+            .with_experts_per_token(2);
+        let products = |tensors: &[TensorInfo], format| {
+            let placements = vec![on(0, format); tensors.len()];
+            let plan = Plan::new_with(tensors, &[], &devices, &placements, &[0], &options);
+            plan.unwrap().devices[0].products
+        };
+        let (of_each, of_stacks) = (products(&each, Format::NF4), products(&stacks, Format::NF4));
+        assert!(of_each >= of_stacks, "{rows} rows: {of_each}, {of_stacks}");
+        // With a mean each they are no stacks; of many rows single matrices need most.
+        let of_double = products(&each, Format::NF4_DOUBLE);
+        assert!(of_double < of_each || rows == 600, "{rows} rows");
+        let most = products::most_bytes(&each, &options.wanted(), &mut Watch::new(&options.cancel));
+        assert!(most.unwrap() >= of_each);
+    }
+}
+
 fn experts_product(
     [tokens, choices, experts]: [usize; 3],
     results: usize,

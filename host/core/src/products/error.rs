@@ -88,10 +88,12 @@ pub enum LinearError {
         /// The shape that belongs to the others.
         need: Vec<u64>,
     },
-    /// Experts on a GPU that are not in stacks.
+    /// Experts on a GPU that are tensors of their own, and do not lie as a stack: plans lay them out so unless
+    /// they are double-quantized, on several devices, or in matrices of other than a multiple of 4096
+    /// elements.
     #[error(
-        "the experts of '{tensor}' are tensors of their own in the memory of {device}: its kernels need them in \
-         stacks, [experts, outputs, inputs]"
+        "the experts of '{tensor}' are tensors of their own in the memory of {device}: its kernels need them as \
+         stacks, [experts, outputs, inputs], and only experts on one device that are not double-quantized lie so"
     )]
     NotStacked {
         /// The tensor of the first expert.

@@ -174,6 +174,13 @@ impl Model {
                 }
             }
         }
+        let layer = (options.experts_per_token > 0).then(|| self.layer_beginning_with(tensor));
+        if let Some(layer) = layer.flatten() {
+            for float in [FloatType::Bf16, FloatType::F32] {
+                let choices = options.experts_per_token;
+                bytes = bytes.max(layer.workspace_bytes(rows, choices, float));
+            }
+        }
         if matrices.is_some() {
             let name = tensor.name().to_owned();
             let stack = ExpertsLinear::find(self, &ExpertsTensors::Stack(name))?;
@@ -189,6 +196,15 @@ impl Model {
             }
         }
         Ok(bytes)
+    }
+
+    /// The layer of experts that are tensors of their own, of which this is the first down projection, if it
+    /// lies as stacks.
+    fn layer_beginning_with(&self, tensor: Tensor<'_>) -> Option<Experts<'_>> {
+        let name = tensor.name();
+        let name = name.strip_suffix(".weight").unwrap_or(name);
+        let mut ends = [".0.down_proj", ".0.w2"].iter();
+        self.layer_of(ends.find_map(|end| name.strip_suffix(end))?)
     }
 
     /// A layer of experts, if it is one. What is made of its gates does not matter for its workspace.

@@ -30,7 +30,9 @@ use tightfit_common::names::{TensorKind, kind_of};
 use tightfit_kernels::{DYNAMIC_MAP, FP4, Kernels, NF4};
 
 use crate::cancel::CancelToken;
-use crate::checkpoint::{Checkpoint, CheckpointError, Encoded, Extent, ScaleForm, TensorInfo};
+use crate::checkpoint::{
+    AbsmaxForm, Checkpoint, CheckpointError, Encoded, Extent, Quantized, ScaleForm, TensorInfo,
+};
 use crate::device::{Device, DeviceKind, HostDevice};
 use crate::load;
 use crate::memory::DEFAULT_STAGING;
@@ -367,13 +369,13 @@ impl Writer<'_> {
             return self.copy_extent(own, *format, Content::Data, weight, file);
         };
         self.copy_extent(own, Format::Stored, Content::Data, weight, file)?;
-        self.copy_extent(
-            quantized.absmax,
-            Format::Stored,
-            Content::Absmax,
-            weight,
-            file,
-        )?;
+        match quantized.absmax_form {
+            AbsmaxForm::AsUsed => {
+                let content = Content::Absmax;
+                self.copy_extent(quantized.absmax, Format::Stored, content, weight, file)?;
+            }
+            _ => self.write_scales(tensor, quantized, weight, file)?,
+        }
         if let Some(nested) = quantized.nested {
             let content = Content::NestedAbsmax;
             self.copy_extent(nested.absmax, Format::Stored, content, weight, file)?;
@@ -384,6 +386,34 @@ impl Writer<'_> {
             absmax_mean: quantized.nested.map(|nested| nested.absmax_mean),
         };
         file.write_tables(weight, tensor, &quantization)
+    }
+
+    /// Writes scales as they are used, which are not so in the checkpoint.
+    fn write_scales(
+        &mut self,
+        tensor: &TensorInfo,
+        quantized: &Quantized,
+        weight: usize,
+        file: &mut OpenShard<'_>,
+    ) -> Result<(), SaveError> {
+        let total = 4 * quantized.scales();
+        let mut scales = vec![0; total.min(COPY_BYTES) as usize];
+        let mut scratch = vec![0; COPY_BYTES as usize];
+        let before = self.done;
+        let mut start = 0;
+        while start < total {
+            if self.options.cancel.is_cancelled() {
+                return Err(SaveError::Cancelled);
+            }
+            let piece = &mut scales[..(total - start).min(COPY_BYTES) as usize];
+            self.checkpoint
+                .read_absmax(tensor, quantized, start / 4, piece, &mut scratch)?;
+            file.write(weight, Content::Absmax, start, piece)?;
+            start += piece.len() as u64;
+            self.done = before + quantized.stored_bytes_until(start);
+            (self.options.progress)(Progress::new(self.done, self.total));
+        }
+        Ok(())
     }
 
     fn copy_extent(

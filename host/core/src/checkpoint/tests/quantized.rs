@@ -1,6 +1,7 @@
 //! Weights that are said to be quantized, in every way that this can be wrong.
 
 use proptest::prelude::*;
+use tightfit_kernels::half::{bf16, f16};
 use tightfit_kernels::{DYNAMIC_MAP, FP4, NF4};
 
 use super::*;
@@ -13,6 +14,12 @@ const FP4_STATE: &str = ".quant_state.bitsandbytes__fp4";
 /// vectors.
 #[derive(Clone)]
 struct Set(Vec<(String, &'static str, Vec<u8>)>);
+
+/// bf16 of 1, 2 and so on.
+fn rounded(count: u8) -> Vec<u8> {
+    let bits = (1..=count).map(|n| (f32::from(n).to_bits() >> 16) as u16);
+    bits.flat_map(u16::to_le_bytes).collect()
+}
 
 fn bytes(values: &[f32]) -> Vec<u8> {
     values.iter().copied().flat_map(f32::to_le_bytes).collect()
@@ -63,15 +70,20 @@ impl Set {
     }
 
     fn file(&self) -> Vec<u8> {
+        self.file_with(&[])
+    }
+
+    /// With these shapes of tensors that are no vectors.
+    fn file_with(&self, shapes: &[(&str, &[usize])]) -> Vec<u8> {
         let mut entries = Vec::new();
         let mut data: Vec<u8> = Vec::new();
         for (suffix, dtype, bytes) in &self.0 {
             let size = DType::from_safetensors_name(dtype).unwrap().bits() as usize / 8;
             let offsets = [data.len(), data.len() + bytes.len()];
             data.extend(bytes);
-            let entry = json!({
-                "dtype": dtype, "shape": [bytes.len() / size], "data_offsets": offsets,
-            });
+            let shaped = shapes.iter().find(|(shaped, _)| shaped == suffix);
+            let shape = shaped.map_or(vec![bytes.len() / size], |(_, shape)| shape.to_vec());
+            let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": offsets});
             entries.push(format!("\"w{suffix}\":{entry}"));
         }
         let mut bytes = file(&format!("{{{}}}", entries.join(",")), 0);
@@ -117,6 +129,133 @@ fn a_set_that_is_right_is_one_tensor() {
         let offset = quantized.nested.map(|nested| nested.absmax_mean);
         assert_eq!(offset, (source_bytes == 268).then_some(0.25));
     }
+}
+
+#[test]
+fn scales_in_bf16_are_read_in_the_order_of_blocks() {
+    // 8 rows of two blocks.
+    let set = plain()
+        .state("[8, 64]", "[8, 128]")
+        .with("", "U8", &[0x17; 512])
+        .with(".absmax", "BF16", &rounded(16));
+    for (shape, form, third) in [
+        (&[16][..], AbsmaxForm::Bf16, 3.0),
+        // The first block of the second row.
+        (&[2, 8], AbsmaxForm::Bf16Transposed { rows: 8 }, 2.0),
+    ] {
+        let dir = dir();
+        let file = set.file_with(&[(".absmax", shape)]);
+        let checkpoint = Checkpoint::open(write(&dir, "model.safetensors", &file)).unwrap();
+        let weight = &checkpoint.tensors()[0];
+        let quantized = weight.quantized.as_ref().unwrap();
+        assert_eq!(quantized.absmax_form, form);
+        assert_eq!(weight.source_bytes(), 512 + 32);
+        let mut scales = [0; 64];
+        checkpoint
+            .read_absmax(weight, quantized, 0, &mut scales, &mut [0; 64])
+            .unwrap();
+        assert_eq!(&scales[8..12], f32::to_le_bytes(third));
+        let transposed = u64::from(shape.len() == 2);
+        assert_eq!(
+            checkpoint.remarks(),
+            [Remark::RoundedScales {
+                weights: 1,
+                transposed,
+                double: 0,
+            }]
+        );
+        let said = checkpoint.remarks()[0].to_string();
+        assert!(said.contains("scales of 16 bits"), "{said}");
+    }
+}
+
+#[test]
+fn double_quantized_scales_that_are_rounded_are_those_of_bitsandbytes() {
+    for (dtype, round) in [
+        (
+            "bfloat16",
+            (|value| bf16::from_f32(value).to_f32()) as fn(f32) -> f32,
+        ),
+        ("float16", |value| f16::from_f32(value).to_f32()),
+    ] {
+        // 300 blocks, of which 256 share a scale.
+        let codes: Vec<u8> = (0..300_u32).map(|block| (block * 7) as u8).collect();
+        let nested = [0.7_f32, 3.1];
+        let set = double()
+            .state("float32", dtype)
+            .state("[8, 64]", "[300, 64]")
+            .state("0.25", "0.103515625")
+            .with("", "U8", &[0x17; 300 * 32])
+            .with(".absmax", "U8", &codes)
+            .with(".nested_absmax", "F32", &bytes(&nested));
+        let dir = dir();
+        let checkpoint = Checkpoint::open(write(&dir, "model.safetensors", &set.file())).unwrap();
+        let weight = &checkpoint.tensors()[0];
+        let quantized = weight.quantized.as_ref().unwrap();
+        assert_eq!(quantized.nested, None);
+        assert_eq!(weight.source_bytes(), 300 * 32 + 300 + 8);
+        let expected: Vec<f32> = (codes.iter().enumerate())
+            .map(|(block, code)| {
+                round(round(DYNAMIC_MAP[usize::from(*code)] * nested[block / 256]) + 0.103515625)
+            })
+            .collect();
+        for (first, count, room) in [
+            (0, 300, 4096),
+            (0, 300, 81),
+            (255, 2, 80),
+            (299, 1, 80),
+            (100, 200, 300),
+        ] {
+            let mut found = vec![0; 4 * count];
+            checkpoint
+                .read_absmax(weight, quantized, first, &mut found, &mut vec![0; room])
+                .unwrap();
+            let first = first as usize;
+            assert_eq!(
+                found,
+                bytes(&expected[first..first + count]),
+                "{first}, {dtype}"
+            );
+        }
+        assert!(matches!(
+            checkpoint.remarks(),
+            [Remark::RoundedScales {
+                weights: 1,
+                transposed: 0,
+                double: 1
+            }]
+        ));
+    }
+}
+
+#[test]
+fn scales_in_bf16_that_do_not_belong_to_the_weight_are_refused() {
+    for (shape, count) in [
+        (&[7][..], 7),
+        (&[8, 1], 8),
+        (&[4, 2], 8),
+        (&[2, 8], 16),
+        (&[1, 8, 1], 8),
+    ] {
+        let set = plain().with(".absmax", "BF16", &rounded(count));
+        let dir = dir();
+        let file = set.file_with(&[(".absmax", shape)]);
+        assert_error!(
+            Checkpoint::open(write(&dir, "model.safetensors", &file)).unwrap_err(),
+            CheckpointError::BadQuantized { weight, problem, .. }
+                if weight == "w" && problem.contains("'w.absmax' is of type")
+        );
+    }
+    // As bitsandbytes has them under double quantization, whatever it has computed.
+    double()
+        .with(".absmax", "BF16", &rounded(8))
+        .is_refused("is of type bf16, need u8");
+    double()
+        .with(".nested_absmax", "BF16", &rounded(1))
+        .is_refused("need f32");
+    plain()
+        .with(".absmax", "F16", &rounded(8))
+        .is_refused("need f32");
 }
 
 #[test]
@@ -171,8 +310,8 @@ fn parts_of_another_length_or_type_are_refused() {
             "'w.absmax' has 36 bytes, need 32",
         ),
         (
-            plain().with(".absmax", "BF16", &[0; 16]),
-            "'w.absmax' is of type bf16, need f32",
+            plain().with(".absmax", "F16", &[0; 16]),
+            "'w.absmax' is of type f16, need f32",
         ),
         (
             plain().with(".absmax", "U8", &[0; 8]),
@@ -347,7 +486,7 @@ fn double_quantization_of_an_unknown_kind_is_refused() {
     for (old, new, words) in [
         (": 256", ": 128", unknown),
         (": 256", ": null", unknown),
-        ("float32", "bfloat16", unknown),
+        ("float32", "float64", unknown),
         (r#", "nested_offset": 0.25"#, "", unknown),
         (r#", "nested_dtype": "float32""#, "", unknown),
         (r#""nested_blocksize": 256, "#, "", unknown),
@@ -414,6 +553,51 @@ fn assembling_stops() {
 
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn any_range_of_scales_in_bf16_is_that_of_all_of_them(
+        rows in 1..40_u64,
+        of_row in 1..9_u64,
+        is_wide in any::<bool>(),
+        is_transposed in any::<bool>(),
+        room in 2..80_usize,
+        start in any::<prop::sample::Index>(),
+        length in any::<prop::sample::Index>(),
+    ) {
+        // More than what is read with all columns at once.
+        let rows = if is_wide { 2040 + rows } else { rows };
+        let count = (rows * of_row) as usize;
+        let scale = |block: usize| (block as u16).wrapping_mul(0x9e37);
+        let in_file = |place: usize| match is_transposed {
+            true => scale(place % rows as usize * of_row as usize + place / rows as usize),
+            false => scale(place),
+        };
+        let scales: Vec<u8> = (0..count).flat_map(|place| in_file(place).to_le_bytes()).collect();
+        let shape = format!("[{rows}, {}]", 64 * of_row);
+        let set = plain()
+            .state("[8, 64]", &shape)
+            .with("", "U8", &vec![0; 32 * count])
+            .with(".absmax", "BF16", &scales);
+        let shape = match is_transposed {
+            true => vec![of_row as usize, rows as usize],
+            false => vec![count],
+        };
+        let dir = dir();
+        let file = set.file_with(&[(".absmax", &shape)]);
+        let checkpoint = Checkpoint::open(write(&dir, "model.safetensors", &file)).unwrap();
+        let weight = &checkpoint.tensors()[0];
+        let quantized = weight.quantized.as_ref().unwrap();
+        let first = start.index(count);
+        let mut out = vec![0; 4 * (1 + length.index(count - first))];
+        let mut scratch = vec![0; room];
+        checkpoint
+            .read_absmax(weight, quantized, first as u64, &mut out, &mut scratch)
+            .unwrap();
+        let found = out.as_chunks().0.iter().map(|bytes| u32::from_le_bytes(*bytes));
+        let expected = (first..first + out.len() / 4).map(|block| u32::from(scale(block)) << 16);
+        prop_assert!(found.eq(expected));
+    }
+
 
     #[test]
     fn damaged_quant_states_never_panic_and_what_is_accepted_is_sound(

@@ -1,10 +1,12 @@
 //! Finding the matrices of experts, in host memory or on a device.
 
-use super::super::find::{Matrix, Place, loaded};
+use tightfit_kernels::{blocks, packed_bytes};
+
+use super::super::find::{Matrix, OnDevice, Place, loaded};
 use super::super::on_device::device_name;
 use super::super::{Linear, LinearError};
 use super::ExpertsTensors;
-use crate::device::Multiplier;
+use crate::device::{Multiplier, ProductWeights};
 use crate::model::{Model, Tensor};
 
 /// The matrices of all experts, of one shape.
@@ -14,6 +16,8 @@ pub(super) struct Stack<'m> {
     pub(super) outputs: usize,
     pub(super) inputs: usize,
     pub(super) matrices: Matrices<'m>,
+    /// Tensors of their own that lie as one stack in a device's memory.
+    pub(super) as_one: Option<OnDevice<'m>>,
 }
 
 #[derive(Clone)]
@@ -37,6 +41,7 @@ impl<'m> Stack<'m> {
                     outputs,
                     inputs,
                     matrices: Matrices::Stack(Box::new(matrix.linear()?)),
+                    as_one: None,
                 })
             }
             ExpertsTensors::Each(names) => {
@@ -52,6 +57,7 @@ impl<'m> Stack<'m> {
                     outputs: first.outputs,
                     inputs: first.inputs,
                     matrices: Matrices::Each(vec![]),
+                    as_one: as_one(&linears),
                 };
                 for linear in &linears {
                     if (linear.outputs, linear.inputs) != (stack.outputs, stack.inputs) {
@@ -88,6 +94,25 @@ impl<'m> Stack<'m> {
 
     pub(super) fn tensors(&self) -> Vec<Tensor<'m>> {
         self.linears().iter().map(|linear| linear.tensor).collect()
+    }
+
+    /// Gates and up projections as one stack, if they lie so in a device's memory: those of each expert
+    /// one behind the other.
+    pub(super) fn together(gate: &Stack<'m>, up: &Stack<'m>) -> Option<Stack<'m>> {
+        let (Matrices::Each(gates), Matrices::Each(ups)) = (&gate.matrices, &up.matrices) else {
+            return None;
+        };
+        let each = gates.iter().zip(ups);
+        let linears: Vec<_> = each
+            .flat_map(|(gate, up)| [gate.clone(), up.clone()])
+            .collect();
+        Some(Stack {
+            experts: gate.experts,
+            outputs: gate.outputs.checked_mul(2)?,
+            inputs: gate.inputs,
+            as_one: Some(as_one(&linears)?),
+            matrices: Matrices::Each(linears),
+        })
     }
 
     /// Whether there are as many experts with matrices of this shape.
@@ -135,9 +160,51 @@ pub(super) fn multiplier<'m>(
             instead: "all experts of a layer have to be on one GPU, or in host memory",
         });
     }
-    let apart = |stack: &&&Stack<'_>| matches!(stack.matrices, Matrices::Each(_));
+    let apart =
+        |stack: &&&Stack<'_>| matches!(stack.matrices, Matrices::Each(_)) && stack.as_one.is_none();
     if let Some(stack) = stacks.iter().find(apart) {
         return Err(stack.not_stacked());
     }
     Ok(Some(multiplier))
+}
+
+/// Matrices of one shape as one whose outputs are those of all of them, if they lie one behind the other in
+/// a device's memory: their codes and, apart from these, their scales.
+fn as_one<'m>(linears: &[Linear<'m>]) -> Option<OnDevice<'m>> {
+    let on_device = |linear: &Linear<'m>| match linear.place {
+        Place::Device(on_device) => Some(on_device),
+        Place::Host(_) => None,
+    };
+    let first = linears.first()?;
+    let device = first.tensor.device();
+    let OnDevice {
+        multiplier,
+        weights,
+    } = on_device(first)?;
+    let elements = weights.outputs.checked_mul(weights.inputs)?;
+    // Each begins with a byte and a block.
+    let is_whole = elements.is_multiple_of(weights.block_size.elements());
+    if !is_whole || weights.nested.is_some() {
+        return None;
+    }
+    let codes = packed_bytes(elements) as u64;
+    let absmax = 4 * blocks(elements, weights.block_size) as u64;
+    for (number, linear) in linears.iter().enumerate() {
+        let number = number as u64;
+        let expected = ProductWeights {
+            codes: weights.codes.checked_add(number.checked_mul(codes)?)?,
+            absmax: weights.absmax.checked_add(number.checked_mul(absmax)?)?,
+            ..weights
+        };
+        if linear.tensor.device() != device || on_device(linear)?.weights != expected {
+            return None;
+        }
+    }
+    Some(OnDevice {
+        multiplier,
+        weights: ProductWeights {
+            outputs: weights.outputs.checked_mul(linears.len())?,
+            ..weights
+        },
+    })
 }

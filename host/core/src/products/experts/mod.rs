@@ -101,7 +101,7 @@ impl Model {
     ///
     /// # Errors
     /// [`LinearError::NoExperts`]; [`LinearError::ExpertsShape`] where the lengths do not belong together;
-    /// on a GPU [`LinearError::NotStacked`] for experts that are not in stacks, and
+    /// on a GPU [`LinearError::NotStacked`] for experts that do not lie as stacks, and
     /// [`LinearError::Elsewhere`] where they are on several; and those of [`Model::linear`].
     pub fn experts(
         &self,
@@ -185,11 +185,16 @@ impl<'m> Experts<'m> {
                 for stack in [&gate, &up] {
                     stack.has_shape([experts, intermediate, hidden])?;
                 }
-                let multiplier = find::multiplier(&[&gate, &up, &down])?;
-                if multiplier.is_some() {
-                    return Err(gate.not_stacked());
+                if let Some(both) = Stack::together(&gate, &up) {
+                    let multiplier = find::multiplier(&[&both, &down])?;
+                    (Gates::Together(both, GateLayout::Halves), multiplier)
+                } else {
+                    let multiplier = find::multiplier(&[&gate, &up, &down])?;
+                    if multiplier.is_some() {
+                        return Err(gate.not_stacked());
+                    }
+                    (Gates::Apart { gate, up }, multiplier)
                 }
-                (Gates::Apart { gate, up }, multiplier)
             }
         };
         Ok(Experts {

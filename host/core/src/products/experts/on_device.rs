@@ -43,7 +43,7 @@ impl Stack<'_> {
                 Place::Device(on_device) => Some(on_device.weights),
                 Place::Host(_) => None,
             },
-            Matrices::Each(_) => None,
+            Matrices::Each(_) => self.as_one.map(|as_one| as_one.weights),
         }
     }
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from . import _caller
+
 OLDEST = (5, 6)
 
 
@@ -45,4 +47,4 @@ def problems() -> list[str]:
         need(Bnb4BitHfQuantizer, name)
     need(Bnb4BitHfQuantizer, "_process_model_before_weight_loading", "model")
     need(Bnb4BitHfQuantizer, "_process_model_after_weight_loading", "model")
-    return found
+    return found + _caller.problems()

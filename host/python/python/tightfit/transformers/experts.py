@@ -30,12 +30,14 @@ def has_stacks(module: torch.nn.Module) -> bool:
 class Stack4bit(torch.nn.Module):  # type: ignore[misc]
     """A stack of experts' matrices in 4 bits, in place: [experts, rows, columns], where its parameter was.
 
-    Its parts are buffers: those of the whole stack, or where the checkpoint has a key for each expert those of
-    each, and of both halves of ``gate_up_proj``.
+    Its parts are buffers: those of the whole stack, also where the checkpoint has a key for each expert and the plan
+    has laid them out as one; else those of each, and of both halves of ``gate_up_proj``.
 
     Attributes:
         shape: The shape of the parameter.
         names: The checkpoint's names: for each half those of the experts, or that of the stack.
+        is_fused: Whether the checkpoint has the stack as one tensor.
+        is_whole: Whether it is one in memory.
     """
 
     def __init__(self, loaded: Any, names: list[list[str]], shape: Any, dtype: torch.dtype, transposed: bool) -> None:
@@ -45,20 +47,29 @@ class Stack4bit(torch.nn.Module):  # type: ignore[misc]
         self.is_fused = len(names) == 1 and len(names[0]) == 1 and len(loaded[names[0][0]].shape) == 3
         self._kept = _Kept(loaded)
         self._states: dict[str, dict[str, Any]] = {}
-        for half, of_experts in enumerate(names):
-            for expert, name in enumerate(of_experts):
-                codes, state = quant_state(loaded[name], dtype)
-                key = f"{half}_{expert}"
-                self.register_buffer(f"codes_{key}", codes)
-                self.register_buffer(f"absmax_{key}", state.absmax)
-                if state.nested:
-                    self.register_buffer(f"nested_absmax_{key}", state.state2.absmax)
-                self._states[key] = {
-                    "shape": tuple(state.shape),
-                    "quant_type": state.quant_type,
-                    "blocksize": state.blocksize,
-                    "offset": state.offset.item() if state.nested else None,
-                }
+        whole = loaded[names[0][0]] if self.is_fused else loaded.stack(stacked(names))
+        self.is_whole = whole is not None
+        weights = {(0, 0): whole}
+        if whole is None:
+            weights = {
+                (half, expert): loaded[name]
+                for half, of_experts in enumerate(names)
+                for expert, name in enumerate(of_experts)
+            }
+        for (half, expert), weight in weights.items():
+            codes, state = quant_state(weight, dtype)
+            key = f"{half}_{expert}"
+            self.register_buffer(f"codes_{key}", codes)
+            self.register_buffer(f"absmax_{key}", state.absmax)
+            if state.nested:
+                self.register_buffer(f"nested_absmax_{key}", state.state2.absmax)
+            self._states[key] = {
+                # Gates and up projections lie one behind the other for each expert.
+                "shape": tuple(self.shape) if self.is_whole else tuple(state.shape),
+                "quant_type": state.quant_type,
+                "blocksize": state.blocksize,
+                "offset": state.offset.item() if state.nested else None,
+            }
 
     def __len__(self) -> int:
         return int(self.shape[0])
@@ -106,7 +117,7 @@ class Stack4bit(torch.nn.Module):  # type: ignore[misc]
         tensors = {}
         for half, of_experts in enumerate(self.names):
             for expert, name in enumerate(of_experts):
-                codes, state = self._state(f"{half}_{expert}")
+                codes, state = self._state("0_0") if self.is_fused else self.matrix(half, expert)
                 tensors[name] = codes
                 for key, value in state.as_dict(packed=True).items():
                     # Files take no two tensors that share memory.
@@ -115,21 +126,26 @@ class Stack4bit(torch.nn.Module):  # type: ignore[misc]
 
     def matrix(self, half: int, expert: int) -> tuple[torch.Tensor, Any]:
         """The codes and bitsandbytes' state of one expert's matrix, or of one half of it."""
-        if not self.is_fused:
+        if not self.is_whole:
             return self._state(f"{half}_{expert}")
+        halves = len(self.names)
+        return self._part(halves * expert + half, self.shape[1] // halves)
+
+    def _part(self, index: int, rows: int) -> tuple[torch.Tensor, Any]:
+        """The codes and bitsandbytes' state of as many rows of a whole stack, by which of such parts it is."""
         import bitsandbytes.functional as functional
 
         codes, state = self._state("0_0")
-        rows, columns = self.shape[1:]
+        columns = self.shape[2]
         elements = rows * columns
-        codes = codes.view(-1)[expert * elements // 2 : (expert + 1) * elements // 2].view(-1, 1)
+        codes = codes.view(-1)[index * elements // 2 : (index + 1) * elements // 2].view(-1, 1)
         absmax = state.absmax
         if state.nested:
             # A nested scale may be that of two experts.
             absmax = functional.dequantize_blockwise(absmax, state.state2) + state.offset
         blocks = elements // state.blocksize
         return codes, functional.QuantState(
-            absmax=absmax[expert * blocks : (expert + 1) * blocks],
+            absmax=absmax[index * blocks : (index + 1) * blocks],
             shape=torch.Size((rows, columns)),
             code=state.code,
             blocksize=state.blocksize,
@@ -139,16 +155,13 @@ class Stack4bit(torch.nn.Module):  # type: ignore[misc]
 
     def dequantize(self, expert: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """One expert's matrix [rows, columns]."""
+        if self.is_whole:
+            return _dequantized(*self._part(expert, self.shape[1]), dtype or self.dtype)
         halves = [self._dequantize(half, expert, dtype or self.dtype) for half in range(len(self.names))]
         return halves[0] if len(halves) == 1 else torch.cat(halves)
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _dequantize(self, half: int, expert: int, dtype: torch.dtype) -> torch.Tensor:
-        from bitsandbytes.functional import dequantize_4bit
-
-        codes, state = self.matrix(half, expert)
-        matrix: torch.Tensor = dequantize_4bit(codes, state).to(dtype)
-        return matrix
+        return _dequantized(*self.matrix(half, expert), dtype)
 
     def __getitem__(self, expert: int) -> torch.Tensor:
         return self.dequantize(expert)
@@ -164,6 +177,19 @@ class Stack4bit(torch.nn.Module):  # type: ignore[misc]
             return linear_transposed(product, x) if self.transposed else linear(product, x)
         result: torch.Tensor = _Dense.apply(x, self, half, expert)
         return result
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _dequantized(codes: torch.Tensor, state: Any, dtype: torch.dtype) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    matrix: torch.Tensor = dequantize_4bit(codes, state).to(dtype)
+    return matrix
+
+
+def stacked(names: list[list[str]]) -> list[str]:
+    """Names by halves in the order of a stack: both halves of an expert, then those of the next."""
+    return [name for of_expert in zip(*names, strict=True) for name in of_expert]
 
 
 class _Dense(torch.autograd.Function):  # type: ignore[misc]

@@ -38,7 +38,7 @@ class Filled(WeightConverter):  # type: ignore[misc]
     """A converter that collects the names of tensors, and not what would read them.
 
     ``find(name)`` gives a tensor in its place, or None for what is part of another; ``place(key)`` puts what is no
-    tensor, and says whether it has.
+    tensor, and says whether it has, or gives the tensor that others are in memory, in place.
     """
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Filled:
@@ -46,9 +46,12 @@ class Filled(WeightConverter):  # type: ignore[misc]
         return _copied(self, self.find, self.place)
 
     def convert(self, layer_name: str, *arguments: Any, **named: Any) -> Any:
-        if not self.place(layer_name):
+        placed = self.place(layer_name)
+        if placed is False:
             return super().convert(layer_name, *arguments, **named)
         self.collected_tensors.clear()
+        if placed is not True:
+            return {layer_name: placed}
         if (info := named.get("loading_info")) is not None:
             info.missing_keys.discard(layer_name)
         return {}

@@ -33,9 +33,12 @@ def own_converters(model: Any) -> list[Any]:
     return [entry for entry in conversions if isinstance(entry, WeightConverter)]
 
 
-def targets(model: Any, names: Iterable[str]) -> dict[str, Target | None]:
-    """Finds where each tensor goes; None for what the model has no place for."""
-    conversions = get_model_conversion_mapping(model)
+def targets(model: Any, names: Iterable[str], key_mapping: dict[str, str] | None = None) -> dict[str, Target | None]:
+    """Finds where each tensor goes; None for what the model has no place for.
+
+    ``key_mapping`` is the argument of ``from_pretrained``: patterns in names, and what takes their place.
+    """
+    conversions = get_model_conversion_mapping(model, key_mapping)
     renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}

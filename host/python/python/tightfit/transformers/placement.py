@@ -6,30 +6,64 @@ import json
 from typing import Any
 
 import torch
+from accelerate.utils.modeling import convert_file_size_to_int
 
 from .config import Options
 from .mapping import Target
 
 
 def asked_of(
-    options: Options, device_map: dict[str, Any] | None, targets: dict[str, Target | None]
+    options: Options,
+    device_map: dict[str, Any] | None,
+    targets: dict[str, Target | None],
+    devices: list[str] | None = None,
 ) -> tuple[list[str] | None, str, dict[str, str]]:
-    """Devices, policy and settings for a device map; None leaves it to the options' policy."""
+    """Devices, policy and settings for a device map; None leaves it to the options' policy.
+
+    ``devices`` are those of ``max_memory``, which says nothing where a map says where everything goes.
+    """
     if device_map is None:
-        return (None if options.devices is None else list(options.devices)), options.policy, {}
+        if options.devices is not None:
+            if devices is not None:
+                raise ValueError("devices are given twice: in the configuration, and by max_memory")
+            devices = list(options.devices)
+        return devices, options.policy, {}
     names: list[str] = []
     for place in device_map.values():
         name = device_name(place)
         if name not in names:
             names.append(name)
     sized = {spec_name(spec): spec for spec in options.devices or ()}
-    devices = [sized.get(name, name) for name in names]
+    specs = [sized.get(name, name) for name in names]
     if len(names) == 1:
-        return devices, options.policy, {}
+        return specs, options.policy, {}
     by_tensor = {
         name: device_name(_place(device_map, target.key)) for name, target in targets.items() if target is not None
     }
-    return devices, "map", {"device-map": json.dumps(by_tensor)}
+    return specs, "map", {"device-map": json.dumps(by_tensor)}
+
+
+def limited(max_memory: dict[Any, Any], offload: bool) -> list[str]:
+    """Devices of ``max_memory``, as accelerate has it: GPUs by number, then the processor.
+
+    The processor is used where no GPU is named, or where what does not fit may be there (`offload`): 4-bit weights
+    that accelerate carries to a GPU for each use.
+    """
+    sizes: dict[Any, int] = {}
+    for place, size in max_memory.items():
+        if place == "disk":
+            raise ValueError("Tightfit has no place on disk: leave 'disk' out of max_memory")
+        if place != "cpu" and not isinstance(place, int):
+            raise ValueError(f"max_memory names {place!r}: Tightfit knows GPUs by number, and 'cpu'")
+        sizes[place] = convert_file_size_to_int(size)
+    gpus = [
+        f"cuda:{place}:{sizes[place]}" for place in sorted(place for place in sizes if place != "cpu") if sizes[place]
+    ]
+    if "cpu" in sizes and (offload or not gpus):
+        gpus.append(f"cpu:{sizes['cpu']}")
+    if not gpus:
+        raise ValueError("max_memory leaves no device any memory")
+    return gpus
 
 
 def _place(device_map: dict[str, Any], key: str) -> Any:

@@ -16,7 +16,7 @@ import tightfit
 
 from ..ops import ROWS, Product, SharedWorkspace
 from ..torch import DTYPES, params4bit, tensor
-from . import experts, mapping, placement, processes, purpose, stock
+from . import _caller, experts, mapping, placement, processes, purpose, stock
 from ._report import Report
 from .config import Options, TightfitConfig
 from .filling import AlreadyQuantized, converters
@@ -25,6 +25,9 @@ from .linear import Linear4bit as OurLinear4bit
 logger = logging.getLogger("tightfit.transformers")
 
 _FORMATS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+
+# How transformers makes a stack of experts that have a key each, of gates and up projections.
+_MERGED = [("MergeModulelist", 0), ("Concatenate", 1)]
 
 # What `install` says for configurations that are not ours.
 defaults = Options()
@@ -99,6 +102,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         self._linears: dict[str, str] = {}
         # Names of the tensors of stacks of experts by halves, by parameter.
         self._stacks: dict[str, list[list[str]]] = {}
+        # The same of those that are not in 4 bits, and that transformers would copy together.
+        self._plain_stacks: dict[str, list[list[str]]] = {}
         self._skipped: dict[str, str] = {}
         self._headroom: dict[str, int] = {}
 
@@ -165,12 +170,17 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def _load(self, model: Any, device_map: Any, files: list[str]) -> None:
         checkpoint = tightfit.open(files)
-        targets = mapping.targets(model, checkpoint)
+        arguments = _caller.asked()
+        targets = mapping.targets(model, checkpoint, arguments.get("key_mapping"))
         formats, omit = self._formats(model, checkpoint, targets)
         options, config = self.options, self.quantization_config
         self._choices = _experts_per_token(model.config.get_text_config())
+        limits = None
+        # As for transformers it is nothing beside a map, or without one.
+        if self._filled_map is not None and (max_memory := arguments.get("max_memory")):
+            limits = placement.limited(max_memory, config.llm_int8_enable_fp32_cpu_offload)
         devices, policy, settings = placement.asked_of(
-            options, None if device_map is self._filled_map else device_map, targets
+            options, None if device_map is self._filled_map else device_map, targets, limits
         )
         plan = tightfit.plan(
             checkpoint,
@@ -249,6 +259,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         """The tensors of stacks of experts that will be in 4 bits: all stacks of a module, or none."""
         sources: dict[str, list[tuple[int, int, str]]] = {}
         cannot: dict[str, str] = {}
+        merged: dict[str, bool] = {}
         for name, target in targets.items():
             if target is None:
                 continue
@@ -262,6 +273,14 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             sources.setdefault(target.key, []).append((target.half, target.expert, name))
             made = [type(operation).__name__ for operation in target.operations]
             shape = checkpoint[name].shape
+            steps = [
+                (type(operation).__name__, operation.dim)
+                for operation in target.operations
+                if hasattr(operation, "dim")
+            ]
+            # What the plan lays out as a stack is what these make.
+            is_merged = len(steps) == len(made) and steps in (_MERGED, _MERGED[:1])
+            merged[target.key] = merged.get(target.key, True) and is_merged and not checkpoint[name].quantized
             is_stored = checkpoint[name].quantized in ("nf4", "fp4")
             if self.options.experts == "stored" and not is_stored:
                 cannot[owner] = "experts are to stay as they are"
@@ -276,14 +295,16 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         stacks = {}
         for key, found in sources.items():
             owner = key.rpartition(".")[0]
-            if owner in cannot:
-                if self.options.experts != "stored":
-                    self._skipped[owner] = cannot[owner]
-                continue
             halves: list[list[str]] = [[] for _ in range(1 + max(half for half, _, _ in found))]
             for half, _, name in sorted(found):
                 halves[half].append(name)
-            stacks[key] = halves
+            if owner not in cannot:
+                stacks[key] = halves
+                continue
+            if self.options.experts != "stored":
+                self._skipped[owner] = cannot[owner]
+            if merged[key] and len({len(half) for half in halves}) == 1:
+                self._plain_stacks[key] = halves
         return stacks
 
     @staticmethod
@@ -300,8 +321,16 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
     def get_weight_conversions(self) -> list[Any]:
         return [] if self.loaded is None else converters(self._own, self._find, self._place)
 
-    def _place(self, key: str) -> bool:
-        """Puts a stack of experts where its parameter is, if this is one."""
+    def _place(self, key: str) -> Any:
+        """Puts a stack of experts where its parameter is, if this is one.
+
+        Of one that is not in 4 bits it gives the tensor, if it is one in memory; False for everything else.
+        """
+        assert self.loaded is not None
+        if plain := self._plain_stacks.get(key):
+            whole = self.loaded.stack(experts.stacked(plain))
+            shape = self._model.get_parameter(key).shape
+            return False if whole is None or shape.numel() != math.prod(whole.shape) else tensor(whole).view(shape)
         names = self._stacks.get(key)
         if names is None:
             return False

@@ -9,6 +9,8 @@ from typing import Any
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.utils.quantization_config import QuantizationMethod
 
+from . import _caller
+
 logger = logging.getLogger("tightfit.transformers")
 
 
@@ -34,6 +36,6 @@ def device_map(quantizer: Any, model: Any, asked: str) -> dict[str, Any]:
     """The map that transformers makes of ``auto`` and the like."""
     from transformers.integrations.accelerate import _get_device_map
 
-    # A caller's max_memory is not told to quantizers.
-    made: dict[str, Any] = _get_device_map(model, asked, None, quantizer)
+    max_memory = _caller.asked().get("max_memory")
+    made: dict[str, Any] = _get_device_map(model, asked, max_memory, quantizer)
     return made
