@@ -8,6 +8,8 @@
 
 use std::{num::NonZeroUsize, ops::Range, thread};
 
+#[cfg(target_arch = "x86_64")]
+use crate::x86::avx512::linear::bf16;
 use crate::{
     BlockSize, Float, FloatType, Isa, KernelError, Kernels, NESTED_BLOCK_SIZE, QuantType, blocks,
     error::check_length, float, packed_bytes,
@@ -96,29 +98,18 @@ impl LinearWeights<'_> {
         }
     }
 
-    /// The scales that some inputs of an output have, of 64 each, where each of them lies in one
-    /// block: as they lie there, or in `buffer`.
+    /// Writes the scales that inputs from `first` on have, of `run` each, where each of these lies in
+    /// one block.
     #[cfg(target_arch = "x86_64")]
-    pub(crate) fn scales_of_64<'b>(
-        &'b self,
-        output: usize,
-        inputs: Range<usize>,
-        buffer: &'b mut [f32],
-    ) -> &'b [f32] {
-        let first = output * self.inputs + inputs.start;
-        let (size, count) = (self.block_size.elements(), inputs.len() / 64);
-        match self.scales {
-            Scales::Absmax(absmax) if size == 64 => &absmax[first / 64..][..count],
-            scales if size == 64 => {
-                scales.read(first / 64, &mut buffer[..count]);
-                &buffer[..count]
-            }
-            scales => {
-                for (i, out) in buffer[..count].iter_mut().enumerate() {
-                    scales.read((first + 64 * i) / size, std::slice::from_mut(out));
-                }
-                &buffer[..count]
-            }
+    pub(crate) fn read_scales(&self, first: usize, run: usize, out: &mut [f32]) {
+        let size = self.block_size.elements();
+        if size == run {
+            self.scales.read(first / run, out);
+            return;
+        }
+        for (i, out) in out.iter_mut().enumerate() {
+            let block = (first + run * i) / size;
+            self.scales.read(block, std::slice::from_mut(out));
         }
     }
 }
@@ -247,9 +238,9 @@ impl Kernels {
 enum Prepared {
     /// f32, row by row.
     Widened(Vec<f32>),
-    /// bf16, row by row; of each 64, those at even places come first.
+    /// Pairs of bf16, row by row.
     #[cfg(target_arch = "x86_64")]
-    Sorted(Vec<[u16; 64]>),
+    Pairs(Vec<bf16::Unit>),
 }
 
 /// A product that is to be computed.
@@ -269,25 +260,15 @@ impl<'a> Product<'a> {
         x: &[u8],
     ) -> Product<'a> {
         #[cfg(target_arch = "x86_64")]
-        let sorted = kernels.isa() == Isa::Avx512
-            && is_x86_feature_detected!("avx512bf16")
+        if kernels.isa() == Isa::Avx512
             && float == FloatType::Bf16
-            && weights.inputs.is_multiple_of(64)
-            && weights.block_size.elements() >= 64;
-        #[cfg(target_arch = "x86_64")]
-        if sorted {
-            let sort = |x: &[u8; 128]| {
-                std::array::from_fn(|i| {
-                    let at = 4 * (i % 32) + 2 * (i / 32);
-                    u16::from_le_bytes([x[at], x[at + 1]])
-                })
-            };
-            let x = x.as_chunks::<128>().0.iter().map(sort).collect();
+            && let Some(pairs) = bf16::pairs_if_possible(weights, x)
+        {
             return Product {
                 kernels,
                 weights,
                 rows,
-                x: Prepared::Sorted(x),
+                x: Prepared::Pairs(pairs),
             };
         }
         let widened = x.chunks_exact(float.bytes());
@@ -308,17 +289,9 @@ impl<'a> Product<'a> {
                 self.widened_sums(x, outputs, &mut sums, add);
             }
             #[cfg(target_arch = "x86_64")]
-            Prepared::Sorted(x) => {
-                // SAFETY: rows are only sorted for a processor that has the instructions.
-                unsafe {
-                    crate::x86::avx512::sums_of_bf16(
-                        self.weights,
-                        self.rows,
-                        x,
-                        outputs,
-                        &mut sums,
-                    );
-                }
+            Prepared::Pairs(x) => {
+                // SAFETY: rows are only made pairs for a processor that has the instructions.
+                unsafe { bf16::sums_of_pairs(self.weights, self.rows, x, outputs, &mut sums) };
             }
         }
         sums

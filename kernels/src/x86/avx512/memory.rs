@@ -81,3 +81,34 @@ pub(super) fn bytes256(x: __m256i) -> [u8; 32] {
     store256(&mut bytes, x);
     bytes
 }
+
+/// 16 bytes of each of 16 rows that begin `stride` apart: rows 0, 4, 8 and 12 in the first vector, the
+/// rows after these in the next.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn load_rows(bytes: &[u8], stride: usize, at: usize) -> [__m512i; 4] {
+    assert!(bytes.len() >= 16 && stride <= bytes.len() / 15 && at <= bytes.len() - 16 - 15 * stride);
+    let mut vectors = [_mm512_setzero_si512(); 4];
+    for (i, vector) in vectors.iter_mut().enumerate() {
+        let mut quarters = [_mm_setzero_si128(); 4];
+        for (j, quarter) in quarters.iter_mut().enumerate() {
+            // SAFETY: the last row that is read is the 15th from `at`, 16 bytes of which are in
+            // `bytes`.
+            *quarter = unsafe {
+                _mm_loadu_si128(bytes.as_ptr().add(at + (4 * j + i) * stride).cast())
+            };
+        }
+        let [a, b, c, d] = quarters;
+        let rows = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
+        let rows = _mm512_inserti32x4::<2>(rows, c);
+        *vector = _mm512_inserti32x4::<3>(rows, d);
+    }
+    vectors
+}
+
+/// Has the line of a byte read into the second-level cache, where there is such a byte.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn prefetch(bytes: &[u8], at: usize) {
+    _mm_prefetch::<_MM_HINT_T1>(bytes.as_ptr().wrapping_add(at).cast());
+}

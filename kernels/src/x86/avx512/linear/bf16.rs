@@ -1,0 +1,465 @@
+//! Products of bf16 rows, with the instructions for bf16.
+//!
+//! A lane of a vector is an output: nothing is summed across lanes, and 16 sums are multiplied with
+//! their scales at once. The codes of 16 outputs are transposed in groups of eight, which fill a
+//! 32-bit lane; shifted by a code at a time, such a lane holds in each half the index of a value.
+//! The products of a unit of 32 inputs are summed, multiplied with the scale, and added to the sum
+//! of the units before, whatever the number of rows.
+
+use std::{arch::x86_64::*, mem, ops::Range};
+
+use super::super::memory::*;
+use crate::{LinearWeights, QuantType, Scales, float};
+
+/// Outputs of a vector.
+const LANES: usize = 16;
+
+/// Inputs that are summed before they are multiplied with their scale: the smallest block.
+pub(crate) const UNIT: usize = 32;
+
+/// Rows that are multiplied with codes as they are decoded; weights are kept for more.
+const FEW: usize = 4;
+
+/// Rows of a tile, and its outputs in vectors: 24 sums, which stay in registers.
+const TILE_ROWS: usize = 6;
+const TILE: usize = 4;
+
+/// Units of which decoded weights are kept at a time. TODO
+const KEPT_UNITS: usize = 32;
+
+/// Rows that weights are kept for: their sums stay in the second-level cache.
+const MOST_ROWS: usize = 240;
+
+/// A unit of x as [`pairs`] orders it.
+pub(crate) type Unit = [u32; UNIT / 2];
+
+/// Codes lose less in bf16 if they are all multiplied with the same number first, which sums are
+/// divided by. FP4's become exact; for NF4 it is the number for which the sum of the squares of what
+/// rounding loses is least.
+const fn code_factor(quant_type: QuantType) -> f32 {
+    match quant_type {
+        QuantType::Nf4 => 1.437_006,
+        QuantType::Fp4 => 3.0,
+    }
+}
+
+/// Orders x, little-endian bf16, as weights are decoded: of eight inputs the pairs 1 and 5, 0 and 4, 3
+/// and 7, 2 and 6. Returns nothing where the processor or the weights need other code.
+pub(crate) fn pairs_if_possible(weights: &LinearWeights<'_>, x: &[u8]) -> Option<Vec<Unit>> {
+    let possible = crate::Isa::Avx512.is_available()
+        && is_x86_feature_detected!("avx512bf16")
+        && weights.inputs.is_multiple_of(UNIT)
+        && weights.outputs > 0;
+    // SAFETY: the processor has the instructions.
+    possible.then(|| unsafe { pairs(x) })
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+fn pairs(x: &[u8]) -> Vec<Unit> {
+    const ORDER: [u16; 32] = {
+        let (mut order, of_eight) = ([0; 32], [1, 5, 0, 4, 3, 7, 2, 6]);
+        let mut i = 0;
+        while i < 32 {
+            order[i] = (i / 8 * 8) as u16 + of_eight[i % 8];
+            i += 1;
+        }
+        order
+    };
+    let order = load512_u16(&ORDER);
+    let (units, _) = x.as_chunks::<64>();
+    let mut ordered = vec![[0; UNIT / 2]; units.len()];
+    for (x, ordered) in units.iter().zip(&mut ordered) {
+        let x = _mm512_permutexvar_epi16(order, load512(x));
+        store512(bytemuck::cast_mut(ordered), x);
+    }
+    ordered
+}
+
+/// Weights as they are read here.
+struct Matrix<'a> {
+    weights: &'a LinearWeights<'a>,
+    /// At least [`LANES`] rows of codes: those of the weights, or with zeros after them.
+    codes: &'a [u8],
+    /// The values of codes, twice: of an index the lowest five bits count, and the fifth is not of
+    /// the code.
+    values: __m512i,
+    /// Inputs that one scale is read for, and their units.
+    run: usize,
+    units_of_run: usize,
+}
+
+impl<'a> Matrix<'a> {
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+    fn new(weights: &'a LinearWeights<'a>, padded: &'a mut Vec<u8>) -> Matrix<'a> {
+        let factor = code_factor(weights.quant_type);
+        let mut values = [0; 32];
+        for (i, value) in values.iter_mut().enumerate() {
+            let code = crate::code_values(weights.quant_type)[i % 16];
+            *value = float::f32_to_bf16(code * factor);
+        }
+        let mut codes = weights.codes;
+        if weights.outputs < LANES {
+            padded.extend(codes);
+            padded.resize(LANES * weights.inputs / 2, 0);
+            codes = padded;
+        }
+        // Where rows are whole pairs of units, so are blocks.
+        let pairs = weights.inputs.is_multiple_of(2 * UNIT);
+        let units_of_run = if pairs && weights.block_size.elements() > UNIT {
+            2
+        } else {
+            1
+        };
+        Matrix {
+            weights,
+            codes,
+            values: load512_u16(&values),
+            run: units_of_run * UNIT,
+            units_of_run,
+        }
+    }
+
+    fn units(&self) -> usize {
+        self.weights.inputs / UNIT
+    }
+
+    /// The scales of four runs of 16 outputs.
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+    #[inline]
+    fn scales(&self, output: usize, run: usize) -> [__m512; 4] {
+        let weights = self.weights;
+        let runs = weights.inputs / self.run;
+        let rows = match weights.scales {
+            Scales::Absmax(absmax)
+                if weights.block_size.elements() == self.run
+                    && (output + LANES - 1) * runs + run + 4 <= absmax.len() =>
+            {
+                let bytes = bytemuck::cast_slice(absmax);
+                load_rows(bytes, 4 * runs, 4 * (output * runs + run))
+            }
+            _ => {
+                let mut buffer = [[0.0f32; 4]; LANES];
+                let count = (runs - run).min(4);
+                let lanes = buffer.iter_mut().take(weights.outputs - output);
+                for (lane, buffer) in lanes.enumerate() {
+                    let first = (output + lane) * weights.inputs + run * self.run;
+                    weights.read_scales(first, self.run, &mut buffer[..count]);
+                }
+                load_rows(bytemuck::cast_slice(&buffer), 16, 0)
+            }
+        };
+        let mut scales = [_mm512_setzero_ps(); 4];
+        for (scale, row) in scales.iter_mut().zip(transpose(rows)) {
+            *scale = _mm512_castsi512_ps(row);
+        }
+        scales
+    }
+
+    /// The codes of a unit of 16 outputs: those of eight inputs in each vector.
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+    #[inline]
+    fn codes(&self, output: usize, unit: usize) -> [__m512i; 4] {
+        let stride = self.weights.inputs / 2;
+        transpose(load_rows(self.codes, stride, output * stride + unit * UNIT / 2))
+    }
+
+    /// Has what is read one group of outputs later read into the second-level cache.
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+    #[inline]
+    fn prefetch(&self, output: usize, unit: usize) {
+        let stride = self.weights.inputs / 2;
+        let at = (output + LANES) * stride + unit * LANES * UNIT / 2;
+        for line in 0..LANES * UNIT / 2 / 64 {
+            prefetch(self.codes, at + 64 * line);
+        }
+    }
+}
+
+/// Of vectors that hold four rows' four lanes each, rows 0, 4, 8 and 12 in the first, those that hold
+/// a lane of 16 rows each.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+fn transpose(rows: [__m512i; 4]) -> [__m512i; 4] {
+    let [a, b, c, d] = rows;
+    let (ab, cd) = (_mm512_unpacklo_epi32(a, b), _mm512_unpacklo_epi32(c, d));
+    let (ab_high, cd_high) = (_mm512_unpackhi_epi32(a, b), _mm512_unpackhi_epi32(c, d));
+    [
+        _mm512_unpacklo_epi64(ab, cd),
+        _mm512_unpackhi_epi64(ab, cd),
+        _mm512_unpacklo_epi64(ab_high, cd_high),
+        _mm512_unpackhi_epi64(ab_high, cd_high),
+    ]
+}
+
+/// Four weights of each lane's eight, as pairs.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+fn decode(codes: __m512i, values: __m512i) -> [__m512i; 4] {
+    [
+        _mm512_permutexvar_epi16(codes, values),
+        _mm512_permutexvar_epi16(_mm512_srli_epi16::<4>(codes), values),
+        _mm512_permutexvar_epi16(_mm512_srli_epi16::<8>(codes), values),
+        _mm512_permutexvar_epi16(_mm512_srli_epi16::<12>(codes), values),
+    ]
+}
+
+#[target_feature(enable = "avx512bf16")]
+#[inline]
+fn multiply_add(sum: __m512, weights: __m512i, pair: u32) -> __m512 {
+    let x = _mm512_set1_epi32(pair as i32);
+    // SAFETY: vectors of 64 bytes, of which every bit pattern is valid.
+    let (weights, x) = unsafe {
+        (
+            mem::transmute::<__m512i, __m512bh>(weights),
+            mem::transmute::<__m512i, __m512bh>(x),
+        )
+    };
+    _mm512_dpbf16_ps(sum, weights, x)
+}
+
+// Loops instead of closures from here on: closures are not compiled into their callers where those
+// have other instructions than the functions of the standard library that call them.
+
+/// The sums of 16 outputs and some rows, with weights decoded on the way.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn decode_and_multiply<const ROWS: usize>(
+    matrix: &Matrix<'_>,
+    output: usize,
+    rows: [&[Unit]; ROWS],
+) -> [[f32; LANES]; ROWS] {
+    let mut sums = [_mm512_setzero_ps(); ROWS];
+    let units = matrix.units();
+    for begin in (0..units).step_by(4 * matrix.units_of_run) {
+        let scales = matrix.scales(output, begin / matrix.units_of_run);
+        for unit in begin..units.min(begin + 4 * matrix.units_of_run) {
+            matrix.prefetch(output, unit);
+            let codes = matrix.codes(output, unit);
+            let mut products = [_mm512_setzero_ps(); ROWS];
+            for eight in 0..4 {
+                let weights = decode(codes[eight], matrix.values);
+                for pair in 0..4 {
+                    for row in 0..ROWS {
+                        let x = rows[row][unit][4 * eight + pair];
+                        products[row] = multiply_add(products[row], weights[pair], x);
+                    }
+                }
+            }
+            let scale = scales[(unit - begin) / matrix.units_of_run];
+            for row in 0..ROWS {
+                sums[row] = _mm512_fmadd_ps(scale, products[row], sums[row]);
+            }
+        }
+    }
+    let mut results = [[0.0; LANES]; ROWS];
+    for row in 0..ROWS {
+        store512(bytemuck::cast_mut(&mut results[row]), _mm512_castps_si512(sums[row]));
+    }
+    results
+}
+
+/// Weights of a unit of some vectors of outputs.
+#[derive(Clone, Copy)]
+struct Kept<const VECTORS: usize> {
+    weights: [[__m512i; VECTORS]; UNIT / 2],
+    scales: [__m512; VECTORS],
+}
+
+impl<const VECTORS: usize> Kept<VECTORS> {
+    /// Decodes some units of outputs that begin at these.
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+    fn decode(matrix: &Matrix<'_>, outputs: &[usize; VECTORS], units: Range<usize>, kept: &mut [Self]) {
+        for vector in 0..VECTORS {
+            let output = outputs[vector];
+            let mut scales = [_mm512_setzero_ps(); 4];
+            for (i, kept) in kept.iter_mut().enumerate().take(units.len()) {
+                let unit = units.start + i;
+                if i % (4 * matrix.units_of_run) == 0 {
+                    scales = matrix.scales(output, unit / matrix.units_of_run);
+                }
+                kept.scales[vector] = scales[i / matrix.units_of_run % 4];
+                let codes = matrix.codes(output, unit);
+                for eight in 0..4 {
+                    let weights = decode(codes[eight], matrix.values);
+                    for pair in 0..4 {
+                        kept.weights[4 * eight + pair][vector] = weights[pair];
+                    }
+                }
+            }
+        }
+    }
+
+    /// Adds the products with some rows to their sums.
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn multiply<const ROWS: usize>(
+        kept: &[Self],
+        rows: [&[Unit]; ROWS],
+        sums: &mut [[[f32; LANES]; VECTORS]],
+    ) {
+        let sums: &mut [[[f32; LANES]; VECTORS]; ROWS] = sums.try_into().expect("as many rows");
+        for (unit, kept) in kept.iter().enumerate() {
+            let mut products = [[_mm512_setzero_ps(); VECTORS]; ROWS];
+            for pair in 0..UNIT / 2 {
+                let weights = &kept.weights[pair];
+                for row in 0..ROWS {
+                    let x = rows[row][unit][pair];
+                    for vector in 0..VECTORS {
+                        products[row][vector] =
+                            multiply_add(products[row][vector], weights[vector], x);
+                    }
+                }
+            }
+            for row in 0..ROWS {
+                for vector in 0..VECTORS {
+                    let sum = &mut sums[row][vector];
+                    let scaled = _mm512_fmadd_ps(
+                        kept.scales[vector],
+                        products[row][vector],
+                        load512_f32(sum),
+                    );
+                    store512(bytemuck::cast_mut(sum), _mm512_castps_si512(scaled));
+                }
+            }
+        }
+    }
+}
+
+/// Calls a function for as many rows as there are.
+macro_rules! with_rows {
+    ($count:expr, $rows:expr, |$array:ident| $call:expr) => {
+        match $count {
+            1 => with_rows!(@ 1, $rows, $array, $call),
+            2 => with_rows!(@ 2, $rows, $array, $call),
+            3 => with_rows!(@ 3, $rows, $array, $call),
+            4 => with_rows!(@ 4, $rows, $array, $call),
+            5 => with_rows!(@ 5, $rows, $array, $call),
+            _ => with_rows!(@ 6, $rows, $array, $call),
+        }
+    };
+    (@ $count:literal, $rows:expr, $array:ident, $call:expr) => {{
+        let $array: [&[Unit]; $count] = std::array::from_fn($rows);
+        $call
+    }};
+}
+
+/// The sums of some outputs, for each row those of all of these outputs.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
+pub(crate) fn sums_of_pairs(
+    weights: &LinearWeights<'_>,
+    rows: usize,
+    x: &[Unit],
+    outputs: Range<usize>,
+    sums: &mut [f32],
+) {
+    let mut padded = vec![];
+    let matrix = Matrix::new(weights, &mut padded);
+    let begins: Vec<usize> = outputs.clone().step_by(LANES).collect();
+    if rows <= FEW {
+        for begin in begins {
+            few(&matrix, rows, x, begin, &outputs, sums);
+        }
+        return;
+    }
+    let (tiles, rest) = begins.as_chunks::<TILE>();
+    for tile in tiles {
+        many(&matrix, rows, x, tile, &outputs, sums);
+    }
+    let (pairs, rest) = rest.as_chunks::<2>();
+    for pair in pairs {
+        many(&matrix, rows, x, pair, &outputs, sums);
+    }
+    for begin in rest {
+        many(&matrix, rows, x, &[*begin], &outputs, sums);
+    }
+}
+
+impl Matrix<'_> {
+    /// Where 16 outputs begin that contain those from `output` on: they are all of these weights.
+    fn begin(&self, output: usize) -> usize {
+        output.min(self.weights.outputs.saturating_sub(LANES))
+    }
+
+    /// Writes the results of a row, of outputs from `output` on.
+    fn write(&self, output: usize, results: &[f32; LANES], outputs: &Range<usize>, sums: &mut [f32]) {
+        let skip = output - self.begin(output);
+        let count = (outputs.end - output).min(LANES);
+        let sums = &mut sums[output - outputs.start..][..count];
+        for (sum, result) in sums.iter_mut().zip(&results[skip..]) {
+            *sum = result / code_factor(self.weights.quant_type);
+        }
+    }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn few(
+    matrix: &Matrix<'_>,
+    rows: usize,
+    x: &[Unit],
+    output: usize,
+    outputs: &Range<usize>,
+    sums: &mut [f32],
+) {
+    let units = matrix.units();
+    let row_of = |row: usize| &x[row * units..][..units];
+    let begin = matrix.begin(output);
+    let mut results = [[0.0; LANES]; FEW];
+    match rows {
+        1 => results[..1].copy_from_slice(&decode_and_multiply::<1>(matrix, begin, [row_of(0)])),
+        2 => results[..2].copy_from_slice(&decode_and_multiply::<2>(
+            matrix,
+            begin,
+            std::array::from_fn(row_of),
+        )),
+        3 => results[..3].copy_from_slice(&decode_and_multiply::<3>(
+            matrix,
+            begin,
+            std::array::from_fn(row_of),
+        )),
+        _ => results = decode_and_multiply::<4>(matrix, begin, std::array::from_fn(row_of)),
+    }
+    for (results, sums) in results.iter().zip(sums.chunks_exact_mut(outputs.len())) {
+        matrix.write(output, results, outputs, sums);
+    }
+}
+
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn many<const VECTORS: usize>(
+    matrix: &Matrix<'_>,
+    rows: usize,
+    x: &[Unit],
+    tile: &[usize; VECTORS],
+    outputs: &Range<usize>,
+    sums: &mut [f32],
+) {
+    let units = matrix.units();
+    let begins = tile.map(|output| matrix.begin(output));
+    let zero = Kept {
+        weights: [[_mm512_setzero_si512(); VECTORS]; UNIT / 2],
+        scales: [_mm512_setzero_ps(); VECTORS],
+    };
+    let mut kept = vec![zero; units.min(KEPT_UNITS)];
+    let mut products = vec![[[0.0; LANES]; VECTORS]; rows.min(MOST_ROWS)];
+    for first in (0..rows).step_by(MOST_ROWS) {
+        let end = rows.min(first + MOST_ROWS);
+        products.fill([[0.0; LANES]; VECTORS]);
+        for unit in (0..units).step_by(KEPT_UNITS) {
+            let range = unit..units.min(unit + KEPT_UNITS);
+            let kept = &mut kept[..range.len()];
+            Kept::decode(matrix, &begins, range.clone(), kept);
+            let mut row = first;
+            while row < end {
+                // Tiles of about the same size.
+                let count = (end - row).div_ceil((end - row).div_ceil(TILE_ROWS));
+                let row_of = |i: usize| &x[(row + i) * units..][range.clone()];
+                let products = &mut products[row - first..][..count];
+                with_rows!(count, row_of, |rows| Kept::multiply(kept, rows, products));
+                row += count;
+            }
+        }
+        for (row, products) in (first..end).zip(&products) {
+            let sums = &mut sums[row * outputs.len()..][..outputs.len()];
+            for (output, results) in tile.iter().zip(products) {
+                matrix.write(*output, results, outputs, sums);
+            }
+        }
+    }
+}
