@@ -163,14 +163,54 @@ impl<'a> Matrix<'a> {
         transpose(load_rows(self.codes, stride, output * stride + unit * UNIT / 2))
     }
 
-    /// Has what is read one group of outputs later read into the second-level cache.
+    /// The same of two units.
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+    #[inline]
+    fn codes_of_two(&self, output: usize, unit: usize) -> [[__m512i; 4]; 2] {
+        let stride = self.weights.inputs / 2;
+        let at = output * stride + unit * UNIT / 2;
+        let [a, b, c, d, e, f, g, h] = load_wide_rows(self.codes, stride, at);
+        let (low, high) = (transpose([a, b, c, d]), transpose([e, f, g, h]));
+        let mut units = [[_mm512_setzero_si512(); 4]; 2];
+        for i in 0..4 {
+            units[0][i] = _mm512_shuffle_i32x4::<0x88>(low[i], high[i]);
+            units[1][i] = _mm512_shuffle_i32x4::<0xdd>(low[i], high[i]);
+        }
+        units
+    }
+
+    /// Has codes of 16 outputs read that lie a little after a unit's, or the first ones of the next 16
+    /// outputs.
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
     #[inline]
     fn prefetch(&self, output: usize, unit: usize) {
         let stride = self.weights.inputs / 2;
-        let at = (output + LANES) * stride + unit * LANES * UNIT / 2;
-        for line in 0..LANES * UNIT / 2 / 64 {
-            prefetch(self.codes, at + 64 * line);
+        let mut at = unit * UNIT / 2 + 512;
+        if at >= stride {
+            at += (LANES - 1) * stride;
+        }
+        for row in 0..LANES {
+            prefetch(self.codes, (output + row) * stride + at);
+        }
+    }
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+    #[inline]
+    fn prefetch_scales(&self, output: usize, run: usize) {
+        let shift = self.weights.block_size.elements().trailing_zeros();
+        let row = self.weights.inputs >> shift;
+        let mut at = (run * self.run >> shift) + 32;
+        if at >= row {
+            at += (LANES - 1) * row;
+        }
+        match self.weights.scales {
+            Scales::Absmax(absmax) => 
+        for lane in 0..LANES {
+            prefetch(bytemuck::cast_slice(absmax), 4 * ((output + lane) * row + at));
+        },
+            Scales::Double{codes, ..} => 
+        for lane in 0..LANES {
+            prefetch(codes, (output + lane) * row + at);
+        },
         }
     }
 }
@@ -220,6 +260,33 @@ fn multiply_add(sum: __m512, weights: __m512i, pair: u32) -> __m512 {
 // Loops instead of closures from here on: closures are not compiled into their callers where those
 // have other instructions than the functions of the standard library that call them.
 
+/// Adds the products of a unit of 16 outputs with some rows to their sums.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[inline]
+fn add_unit<const ROWS: usize>(
+    codes: [__m512i; 4],
+    values: __m512i,
+    scale: __m512,
+    x: [&Unit; ROWS],
+    sums: &mut [__m512; ROWS],
+) {
+    let mut products = [[_mm512_setzero_ps(); 2]; ROWS];
+    for eight in 0..4 {
+        let weights = decode(codes[eight], values);
+        for pair in 0..4 {
+            for row in 0..ROWS {
+                let x = x[row][4 * eight + pair];
+                products[row][eight / 2] = multiply_add(products[row][eight / 2], weights[pair], x);
+            }
+        }
+    }
+    for row in 0..ROWS {
+        let [a, b] = products[row];
+        let product = _mm512_add_ps(a, b);
+        sums[row] = _mm512_fmadd_ps(scale, product, sums[row]);
+    }
+}
+
 /// The sums of 16 outputs and some rows, with weights decoded on the way.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn decode_and_multiply<const ROWS: usize>(
@@ -228,26 +295,35 @@ fn decode_and_multiply<const ROWS: usize>(
     rows: [&[Unit]; ROWS],
 ) -> [[f32; LANES]; ROWS] {
     let mut sums = [_mm512_setzero_ps(); ROWS];
-    let units = matrix.units();
-    for begin in (0..units).step_by(4 * matrix.units_of_run) {
-        let scales = matrix.scales(output, begin / matrix.units_of_run);
-        for unit in begin..units.min(begin + 4 * matrix.units_of_run) {
-            matrix.prefetch(output, unit);
-            let codes = matrix.codes(output, unit);
-            let mut products = [_mm512_setzero_ps(); ROWS];
-            for eight in 0..4 {
-                let weights = decode(codes[eight], matrix.values);
-                for pair in 0..4 {
-                    for row in 0..ROWS {
-                        let x = rows[row][unit][4 * eight + pair];
-                        products[row] = multiply_add(products[row], weights[pair], x);
-                    }
+    let (units, of_run) = (matrix.units(), matrix.units_of_run);
+    for begin in (0..units).step_by(4 * of_run) {
+        let scales = matrix.scales(output, begin / of_run);
+        let end = units.min(begin + 4 * of_run);
+        if begin % (16 * of_run) == 0 { matrix.prefetch_scales(output, begin / of_run); }
+        let mut unit = begin;
+        while unit + 1 < end {
+            if (unit - begin).is_multiple_of(4) {
+                matrix.prefetch(output, unit);
+            }
+            let codes = matrix.codes_of_two(output, unit);
+            for i in 0..2 {
+                let mut x = [&[0; UNIT / 2]; ROWS];
+                for row in 0..ROWS {
+                    x[row] = &rows[row][unit + i];
                 }
+                let scale = scales[(unit + i - begin) / of_run];
+                add_unit(codes[i], matrix.values, scale, x, &mut sums);
             }
-            let scale = scales[(unit - begin) / matrix.units_of_run];
+            unit += 2;
+        }
+        if unit < end {
+            let mut x = [&[0; UNIT / 2]; ROWS];
             for row in 0..ROWS {
-                sums[row] = _mm512_fmadd_ps(scale, products[row], sums[row]);
+                x[row] = &rows[row][unit];
             }
+            let scale = scales[(unit - begin) / of_run];
+            let codes = matrix.codes(output, unit);
+            add_unit(codes, matrix.values, scale, x, &mut sums);
         }
     }
     let mut results = [[0.0; LANES]; ROWS];
@@ -271,19 +347,33 @@ impl<const VECTORS: usize> Kept<VECTORS> {
         for vector in 0..VECTORS {
             let output = outputs[vector];
             let mut scales = [_mm512_setzero_ps(); 4];
-            for (i, kept) in kept.iter_mut().enumerate().take(units.len()) {
+            let mut i = 0;
+            while i < units.len() {
                 let unit = units.start + i;
+                if i % 4 == 0 {
+                    matrix.prefetch(output, unit);
+                }
                 if i % (4 * matrix.units_of_run) == 0 {
                     scales = matrix.scales(output, unit / matrix.units_of_run);
                 }
-                kept.scales[vector] = scales[i / matrix.units_of_run % 4];
-                let codes = matrix.codes(output, unit);
-                for eight in 0..4 {
-                    let weights = decode(codes[eight], matrix.values);
-                    for pair in 0..4 {
-                        kept.weights[4 * eight + pair][vector] = weights[pair];
+                let mut codes = [[_mm512_setzero_si512(); 4]; 2];
+                let count = (units.len() - i).min(2);
+                if count == 2 {
+                    codes = matrix.codes_of_two(output, unit);
+                } else {
+                    codes[0] = matrix.codes(output, unit);
+                }
+                for j in 0..count {
+                    let kept = &mut kept[i + j];
+                    kept.scales[vector] = scales[(i + j) / matrix.units_of_run % 4];
+                    for eight in 0..4 {
+                        let weights = decode(codes[j][eight], matrix.values);
+                        for pair in 0..4 {
+                            kept.weights[4 * eight + pair][vector] = weights[pair];
+                        }
                     }
                 }
+                i += count;
             }
         }
     }
