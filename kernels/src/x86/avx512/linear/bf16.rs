@@ -20,8 +20,8 @@ pub(crate) const UNIT: usize = 32;
 /// Rows that are multiplied with codes as they are decoded; weights are kept for more.
 const FEW: usize = 4;
 
-/// Rows of a tile, and its outputs in vectors: 24 sums, which stay in registers.
-const TILE_ROWS: usize = 6;
+/// Rows of a tile, and its outputs in vectors: 16 sums, which stay in registers.
+const TILE_ROWS: usize = 4;
 const TILE: usize = 4;
 
 /// Units of which decoded weights are kept at a time. TODO
@@ -260,30 +260,37 @@ fn multiply_add(sum: __m512, weights: __m512i, pair: u32) -> __m512 {
 // Loops instead of closures from here on: closures are not compiled into their callers where those
 // have other instructions than the functions of the standard library that call them.
 
-/// Adds the products of a unit of 16 outputs with some rows to their sums.
+/// Adds the products of some units of 16 outputs with some rows to their sums. Units are taken together:
+/// each product waits for the one before of its unit.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
 #[inline]
-fn add_unit<const ROWS: usize>(
-    codes: [__m512i; 4],
+fn add_units<const ROWS: usize, const UNITS: usize>(
+    codes: [[__m512i; 4]; UNITS],
     values: __m512i,
-    scale: __m512,
-    x: [&Unit; ROWS],
+    scales: [__m512; UNITS],
+    x: [&[Unit; UNITS]; ROWS],
     sums: &mut [__m512; ROWS],
 ) {
-    let mut products = [[_mm512_setzero_ps(); 2]; ROWS];
+    let mut products = [[_mm512_setzero_ps(); UNITS]; ROWS];
     for eight in 0..4 {
-        let weights = decode(codes[eight], values);
+        let mut weights = [[_mm512_setzero_si512(); 4]; UNITS];
+        for unit in 0..UNITS {
+            weights[unit] = decode(codes[unit][eight], values);
+        }
         for pair in 0..4 {
             for row in 0..ROWS {
-                let x = x[row][4 * eight + pair];
-                products[row][eight / 2] = multiply_add(products[row][eight / 2], weights[pair], x);
+                for unit in 0..UNITS {
+                    let x = x[row][unit][4 * eight + pair];
+                    products[row][unit] =
+                        multiply_add(products[row][unit], weights[unit][pair], x);
+                }
             }
         }
     }
-    for row in 0..ROWS {
-        let [a, b] = products[row];
-        let product = _mm512_add_ps(a, b);
-        sums[row] = _mm512_fmadd_ps(scale, product, sums[row]);
+    for unit in 0..UNITS {
+        for row in 0..ROWS {
+            sums[row] = _mm512_fmadd_ps(scales[unit], products[row][unit], sums[row]);
+        }
     }
 }
 
@@ -306,24 +313,23 @@ fn decode_and_multiply<const ROWS: usize>(
                 matrix.prefetch(output, unit);
             }
             let codes = matrix.codes_of_two(output, unit);
-            for i in 0..2 {
-                let mut x = [&[0; UNIT / 2]; ROWS];
-                for row in 0..ROWS {
-                    x[row] = &rows[row][unit + i];
-                }
-                let scale = scales[(unit + i - begin) / of_run];
-                add_unit(codes[i], matrix.values, scale, x, &mut sums);
+            let i = unit - begin;
+            let mut x = [&[[0; UNIT / 2]; 2]; ROWS];
+            for row in 0..ROWS {
+                x[row] = rows[row][unit..unit + 2].try_into().expect("two units");
             }
+            let scales = [scales[i / of_run], scales[(i + 1) / of_run]];
+            add_units(codes, matrix.values, scales, x, &mut sums);
             unit += 2;
         }
         if unit < end {
-            let mut x = [&[0; UNIT / 2]; ROWS];
+            let mut x = [&[[0; UNIT / 2]; 1]; ROWS];
             for row in 0..ROWS {
-                x[row] = &rows[row][unit];
+                x[row] = rows[row][unit..unit + 1].try_into().expect("a unit");
             }
-            let scale = scales[(unit - begin) / of_run];
-            let codes = matrix.codes(output, unit);
-            add_unit(codes, matrix.values, scale, x, &mut sums);
+            let scales = [scales[(unit - begin) / of_run]];
+            let codes = [matrix.codes(output, unit)];
+            add_units(codes, matrix.values, scales, x, &mut sums);
         }
     }
     let mut results = [[0.0; LANES]; ROWS];
@@ -420,9 +426,7 @@ macro_rules! with_rows {
             1 => with_rows!(@ 1, $rows, $array, $call),
             2 => with_rows!(@ 2, $rows, $array, $call),
             3 => with_rows!(@ 3, $rows, $array, $call),
-            4 => with_rows!(@ 4, $rows, $array, $call),
-            5 => with_rows!(@ 5, $rows, $array, $call),
-            _ => with_rows!(@ 6, $rows, $array, $call),
+            _ => with_rows!(@ 4, $rows, $array, $call),
         }
     };
     (@ $count:literal, $rows:expr, $array:ident, $call:expr) => {{
