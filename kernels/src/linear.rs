@@ -204,7 +204,7 @@ impl Kernels {
             .step_by(share)
             .map(|begin| begin..outputs.min(begin + share))
             .collect();
-        let sums: Vec<Vec<f32>> = thread::scope(|scope| {
+        let mut sums: Vec<Vec<f32>> = thread::scope(|scope| {
             let others: Vec<_> = ranges[1..]
                 .iter()
                 .map(|range| scope.spawn(|| product.sums(range.clone())))
@@ -219,15 +219,16 @@ impl Kernels {
             sums
         });
         let size = float.bytes();
-        for (range, sums) in ranges.iter().zip(&sums) {
-            for (row, sums) in sums.chunks_exact(range.len()).enumerate() {
-                let y = &mut y[(row * outputs + range.start) * size..][..range.len() * size];
-                for (i, (y, sum)) in y.chunks_exact_mut(size).zip(sums).enumerate() {
-                    let add = bias.map_or(0.0, |bias| {
-                        float::read(float, &bias[(range.start + i) * size..][..size])
-                    });
-                    float::write(float, sum + add, y);
+        for (range, sums) in ranges.iter().zip(&mut sums) {
+            for (row, sums) in sums.chunks_exact_mut(range.len()).enumerate() {
+                if let Some(bias) = bias {
+                    let bias = bias[range.start * size..range.end * size].chunks_exact(size);
+                    for (sum, bias) in sums.iter_mut().zip(bias) {
+                        *sum += float::read(float, bias);
+                    }
                 }
+                let y = &mut y[(row * outputs + range.start) * size..][..range.len() * size];
+                self.cast(bytemuck::cast_slice(sums), FloatType::F32, float, y)?;
             }
         }
         Ok(())
@@ -262,7 +263,7 @@ impl<'a> Product<'a> {
         #[cfg(target_arch = "x86_64")]
         if kernels.isa() == Isa::Avx512
             && float == FloatType::Bf16
-            && let Some(pairs) = bf16::pairs_if_possible(weights, x)
+            && let Some(pairs) = bf16::pairs_if_possible(weights, rows, x)
         {
             return Product {
                 kernels,

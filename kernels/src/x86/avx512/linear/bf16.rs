@@ -25,7 +25,7 @@ const TILE_ROWS: usize = 4;
 const TILE: usize = 4;
 
 /// Units of which decoded weights are kept at a time. TODO
-const KEPT_UNITS: usize = 32;
+const KEPT_UNITS: usize = 8;
 
 /// Rows that weights are kept for: their sums stay in the second-level cache.
 const MOST_ROWS: usize = 240;
@@ -44,18 +44,23 @@ const fn code_factor(quant_type: QuantType) -> f32 {
 }
 
 /// Orders x, little-endian bf16, as weights are decoded: of eight inputs the pairs 1 and 5, 0 and 4, 3
-/// and 7, 2 and 6. Returns nothing where the processor or the weights need other code.
-pub(crate) fn pairs_if_possible(weights: &LinearWeights<'_>, x: &[u8]) -> Option<Vec<Unit>> {
+/// and 7, 2 and 6. Units come in the order in which they are read: all rows' first ones where weights
+/// are kept, else row by row. Returns nothing where the processor or the weights need other code.
+pub(crate) fn pairs_if_possible(
+    weights: &LinearWeights<'_>,
+    rows: usize,
+    x: &[u8],
+) -> Option<Vec<Unit>> {
     let possible = crate::Isa::Avx512.is_available()
         && is_x86_feature_detected!("avx512bf16")
         && weights.inputs.is_multiple_of(UNIT)
-        && weights.outputs > 0;
+        && weights.inputs > 0;
     // SAFETY: the processor has the instructions.
-    possible.then(|| unsafe { pairs(x) })
+    possible.then(|| unsafe { pairs(weights.inputs / UNIT, rows, x) })
 }
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-fn pairs(x: &[u8]) -> Vec<Unit> {
+fn pairs(units: usize, rows: usize, x: &[u8]) -> Vec<Unit> {
     const ORDER: [u16; 32] = {
         let (mut order, of_eight) = ([0; 32], [1, 5, 0, 4, 3, 7, 2, 6]);
         let mut i = 0;
@@ -66,11 +71,17 @@ fn pairs(x: &[u8]) -> Vec<Unit> {
         order
     };
     let order = load512_u16(&ORDER);
-    let (units, _) = x.as_chunks::<64>();
-    let mut ordered = vec![[0; UNIT / 2]; units.len()];
-    for (x, ordered) in units.iter().zip(&mut ordered) {
-        let x = _mm512_permutexvar_epi16(order, load512(x));
-        store512(bytemuck::cast_mut(ordered), x);
+    let x = x.as_chunks::<64>().0;
+    let mut ordered = vec![[0; UNIT / 2]; x.len()];
+    for (row, x) in x.chunks_exact(units).enumerate() {
+        let step = if rows <= FEW { units } else { KEPT_UNITS };
+        for (i, x) in x.chunks(step).enumerate() {
+            let ordered = &mut ordered[i * step * rows + row * x.len()..][..x.len()];
+            for (x, ordered) in x.iter().zip(ordered) {
+                let x = _mm512_permutexvar_epi16(order, load512(x));
+                store512(bytemuck::cast_mut(ordered), x);
+            }
+        }
     }
     ordered
 }
@@ -85,7 +96,7 @@ struct Matrix<'a> {
     values: __m512i,
     /// Inputs that one scale is read for, and their units.
     run: usize,
-    units_of_run: usize,
+    run_shift: u32,
 }
 
 impl<'a> Matrix<'a> {
@@ -105,17 +116,13 @@ impl<'a> Matrix<'a> {
         }
         // Where rows are whole pairs of units, so are blocks.
         let pairs = weights.inputs.is_multiple_of(2 * UNIT);
-        let units_of_run = if pairs && weights.block_size.elements() > UNIT {
-            2
-        } else {
-            1
-        };
+        let run_shift = u32::from(pairs && weights.block_size.elements() > UNIT);
         Matrix {
             weights,
             codes,
             values: load512_u16(&values),
-            run: units_of_run * UNIT,
-            units_of_run,
+            run: UNIT << run_shift,
+            run_shift,
         }
     }
 
@@ -302,11 +309,11 @@ fn decode_and_multiply<const ROWS: usize>(
     rows: [&[Unit]; ROWS],
 ) -> [[f32; LANES]; ROWS] {
     let mut sums = [_mm512_setzero_ps(); ROWS];
-    let (units, of_run) = (matrix.units(), matrix.units_of_run);
-    for begin in (0..units).step_by(4 * of_run) {
-        let scales = matrix.scales(output, begin / of_run);
-        let end = units.min(begin + 4 * of_run);
-        if begin % (16 * of_run) == 0 { matrix.prefetch_scales(output, begin / of_run); }
+    let (units, shift) = (matrix.units(), matrix.run_shift);
+    for begin in (0..units).step_by(4 << shift) {
+        let scales = matrix.scales(output, begin >> shift);
+        let end = units.min(begin + (4 << shift));
+        if begin.is_multiple_of(16 << shift) { matrix.prefetch_scales(output, begin >> shift); }
         let mut unit = begin;
         while unit + 1 < end {
             if (unit - begin).is_multiple_of(4) {
@@ -318,7 +325,7 @@ fn decode_and_multiply<const ROWS: usize>(
             for row in 0..ROWS {
                 x[row] = rows[row][unit..unit + 2].try_into().expect("two units");
             }
-            let scales = [scales[i / of_run], scales[(i + 1) / of_run]];
+            let scales = [scales[i >> shift], scales[(i + 1) >> shift]];
             add_units(codes, matrix.values, scales, x, &mut sums);
             unit += 2;
         }
@@ -327,7 +334,7 @@ fn decode_and_multiply<const ROWS: usize>(
             for row in 0..ROWS {
                 x[row] = rows[row][unit..unit + 1].try_into().expect("a unit");
             }
-            let scales = [scales[(unit - begin) / of_run]];
+            let scales = [scales[(unit - begin) >> shift]];
             let codes = [matrix.codes(output, unit)];
             add_units(codes, matrix.values, scales, x, &mut sums);
         }
@@ -350,17 +357,21 @@ impl<const VECTORS: usize> Kept<VECTORS> {
     /// Decodes some units of outputs that begin at these.
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
     fn decode(matrix: &Matrix<'_>, outputs: &[usize; VECTORS], units: Range<usize>, kept: &mut [Self]) {
+        let shift = matrix.run_shift;
         for vector in 0..VECTORS {
             let output = outputs[vector];
             let mut scales = [_mm512_setzero_ps(); 4];
             let mut i = 0;
             while i < units.len() {
                 let unit = units.start + i;
-                if i % 4 == 0 {
+                if i.is_multiple_of(4) {
                     matrix.prefetch(output, unit);
                 }
-                if i % (4 * matrix.units_of_run) == 0 {
-                    scales = matrix.scales(output, unit / matrix.units_of_run);
+                if i.is_multiple_of(4 << shift) {
+                    scales = matrix.scales(output, unit >> shift);
+                    if unit.is_multiple_of(16 << shift) {
+                        matrix.prefetch_scales(output, unit >> shift);
+                    }
                 }
                 let mut codes = [[_mm512_setzero_si512(); 4]; 2];
                 let count = (units.len() - i).min(2);
@@ -371,7 +382,7 @@ impl<const VECTORS: usize> Kept<VECTORS> {
                 }
                 for j in 0..count {
                     let kept = &mut kept[i + j];
-                    kept.scales[vector] = scales[(i + j) / matrix.units_of_run % 4];
+                    kept.scales[vector] = scales[((i + j) >> shift) % 4];
                     for eight in 0..4 {
                         let weights = decode(codes[j][eight], matrix.values);
                         for pair in 0..4 {
@@ -543,7 +554,8 @@ fn many<const VECTORS: usize>(
             while row < end {
                 // Tiles of about the same size.
                 let count = (end - row).div_ceil((end - row).div_ceil(TILE_ROWS));
-                let row_of = |i: usize| &x[(row + i) * units..][range.clone()];
+                let at = range.start * rows + row * range.len();
+                let row_of = |i: usize| &x[at + i * range.len()..][..range.len()];
                 let products = &mut products[row - first..][..count];
                 with_rows!(count, row_of, |rows| Kept::multiply(kept, rows, products));
                 row += count;
