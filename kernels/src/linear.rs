@@ -6,18 +6,21 @@
 //! few rows. Either way each result is the sum of its segments in their order, and a segment's sum
 //! does not depend on other rows or outputs, nor on the number of threads.
 
-use std::{num::NonZeroUsize, ops::Range, thread};
+use std::{num::NonZeroUsize, ops::Range};
 
 #[cfg(target_arch = "x86_64")]
 use crate::x86::avx512::linear::bf16;
 use crate::{
     BlockSize, Float, FloatType, Isa, KernelError, Kernels, NESTED_BLOCK_SIZE, QuantType, blocks,
-    error::check_length, float, packed_bytes,
+    error::check_length, float, packed_bytes, threads::each,
 };
 
 /// Inputs of a segment, and outputs that are computed together.
 pub(crate) const SEGMENT: usize = 2048;
 pub(crate) const GROUP: usize = 4;
+
+/// Pieces of outputs that a thread takes are multiples of so many, or of a quarter of it where there are few.
+const PIECE: usize = 64;
 
 /// Sums that a dot product is made of.
 const LANES: usize = 16;
@@ -198,26 +201,14 @@ impl Kernels {
         }
 
         let product = Product::new(self, weights, float, rows, x);
-        // Whole groups for each thread but the last.
-        let share = outputs.div_ceil(GROUP).div_ceil(threads.get()) * GROUP;
+        // Some pieces for each thread, so that all end at about the same time.
+        let piece = outputs / (8 * threads.get());
+        let piece = piece.max(1).next_multiple_of(if piece < PIECE / 2 { PIECE / 4 } else { PIECE });
         let ranges: Vec<Range<usize>> = (0..outputs)
-            .step_by(share)
-            .map(|begin| begin..outputs.min(begin + share))
+            .step_by(piece)
+            .map(|begin| begin..outputs.min(begin + piece))
             .collect();
-        let mut sums: Vec<Vec<f32>> = thread::scope(|scope| {
-            let others: Vec<_> = ranges[1..]
-                .iter()
-                .map(|range| scope.spawn(|| product.sums(range.clone())))
-                .collect();
-            let mut sums = vec![product.sums(ranges[0].clone())];
-            for other in others {
-                match other.join() {
-                    Ok(of_thread) => sums.push(of_thread),
-                    Err(panic) => std::panic::resume_unwind(panic),
-                }
-            }
-            sums
-        });
+        let mut sums = each(threads, &ranges, |range| product.sums(range.clone()));
         let size = float.bytes();
         for (range, sums) in ranges.iter().zip(&mut sums) {
             for (row, sums) in sums.chunks_exact_mut(range.len()).enumerate() {
