@@ -190,14 +190,14 @@ impl<'a> Matrix<'a> {
     /// outputs.
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
     #[inline]
-    fn prefetch(&self, output: usize, unit: usize) {
+    fn prefetch<const FIRST: bool>(&self, output: usize, unit: usize) {
         let stride = self.weights.inputs / 2;
         let mut at = unit * UNIT / 2 + 512;
         if at >= stride {
             at += (LANES - 1) * stride;
         }
         for row in 0..LANES {
-            prefetch(self.codes, (output + row) * stride + at);
+            prefetch::<FIRST>(self.codes, (output + row) * stride + at);
         }
     }
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
@@ -212,11 +212,11 @@ impl<'a> Matrix<'a> {
         match self.weights.scales {
             Scales::Absmax(absmax) => 
         for lane in 0..LANES {
-            prefetch(bytemuck::cast_slice(absmax), 4 * ((output + lane) * row + at));
+            prefetch::<true>(bytemuck::cast_slice(absmax), 4 * ((output + lane) * row + at));
         },
             Scales::Double{codes, ..} => 
         for lane in 0..LANES {
-            prefetch(codes, (output + lane) * row + at);
+            prefetch::<true>(codes, (output + lane) * row + at);
         },
         }
     }
@@ -271,18 +271,28 @@ fn multiply_add(sum: __m512, weights: __m512i, pair: u32) -> __m512 {
 /// each product waits for the one before of its unit.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
 #[inline]
-fn add_units<const ROWS: usize, const UNITS: usize>(
+fn add_units<const ROWS: usize, const UNITS: usize, const VECTORS: usize>(
     codes: [[__m512i; 4]; UNITS],
     values: __m512i,
     scales: [__m512; UNITS],
     x: [&[Unit; UNITS]; ROWS],
     sums: &mut [__m512; ROWS],
+    keep: Option<(&mut [Kept<VECTORS>; UNITS], usize)>,
 ) {
+    let (kept, vector) = match keep {
+        Some((kept, vector)) => (&mut kept[..], vector),
+        None => (&mut [][..], 0),
+    };
     let mut products = [[_mm512_setzero_ps(); UNITS]; ROWS];
     for eight in 0..4 {
         let mut weights = [[_mm512_setzero_si512(); 4]; UNITS];
         for unit in 0..UNITS {
             weights[unit] = decode(codes[unit][eight], values);
+            if let Some(kept) = kept.get_mut(unit) {
+                for pair in 0..4 {
+                    kept.weights[4 * eight + pair][vector] = weights[unit][pair];
+                }
+            }
         }
         for pair in 0..4 {
             for row in 0..ROWS {
@@ -295,6 +305,9 @@ fn add_units<const ROWS: usize, const UNITS: usize>(
         }
     }
     for unit in 0..UNITS {
+        if let Some(kept) = kept.get_mut(unit) {
+            kept.scales[vector] = scales[unit];
+        }
         for row in 0..ROWS {
             sums[row] = _mm512_fmadd_ps(scales[unit], products[row][unit], sums[row]);
         }
@@ -317,7 +330,7 @@ fn decode_and_multiply<const ROWS: usize>(
         let mut unit = begin;
         while unit + 1 < end {
             if (unit - begin).is_multiple_of(4) {
-                matrix.prefetch(output, unit);
+                matrix.prefetch::<true>(output, unit);
             }
             let codes = matrix.codes_of_two(output, unit);
             let i = unit - begin;
@@ -326,7 +339,7 @@ fn decode_and_multiply<const ROWS: usize>(
                 x[row] = rows[row][unit..unit + 2].try_into().expect("two units");
             }
             let scales = [scales[i >> shift], scales[(i + 1) >> shift]];
-            add_units(codes, matrix.values, scales, x, &mut sums);
+            add_units::<ROWS, _, 1>(codes, matrix.values, scales, x, &mut sums, None);
             unit += 2;
         }
         if unit < end {
@@ -336,7 +349,7 @@ fn decode_and_multiply<const ROWS: usize>(
             }
             let scales = [scales[(unit - begin) >> shift]];
             let codes = [matrix.codes(output, unit)];
-            add_units(codes, matrix.values, scales, x, &mut sums);
+            add_units::<ROWS, _, 1>(codes, matrix.values, scales, x, &mut sums, None);
         }
     }
     let mut results = [[0.0; LANES]; ROWS];
@@ -354,18 +367,32 @@ struct Kept<const VECTORS: usize> {
 }
 
 impl<const VECTORS: usize> Kept<VECTORS> {
-    /// Decodes some units of outputs that begin at these.
-    #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
-    fn decode(matrix: &Matrix<'_>, outputs: &[usize; VECTORS], units: Range<usize>, kept: &mut [Self]) {
+    /// Decodes some units of outputs that begin at these, and adds the products with some rows to their
+    /// sums: these are computed while codes are waited for.
+    #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
+    fn decode_and_multiply<const ROWS: usize>(
+        matrix: &Matrix<'_>,
+        outputs: &[usize; VECTORS],
+        units: Range<usize>,
+        kept: &mut [Self],
+        rows: [&[Unit]; ROWS],
+        all_sums: &mut [[[f32; LANES]; VECTORS]],
+    ) {
         let shift = matrix.run_shift;
+        let all_sums: &mut [[[f32; LANES]; VECTORS]; ROWS] =
+            all_sums.try_into().expect("as many rows");
         for vector in 0..VECTORS {
             let output = outputs[vector];
+            let mut sums = [_mm512_setzero_ps(); ROWS];
+            for row in 0..ROWS {
+                sums[row] = load512_f32(&all_sums[row][vector]);
+            }
             let mut scales = [_mm512_setzero_ps(); 4];
             let mut i = 0;
             while i < units.len() {
                 let unit = units.start + i;
                 if i.is_multiple_of(4) {
-                    matrix.prefetch(output, unit);
+                    matrix.prefetch::<false>(output, unit);
                 }
                 if i.is_multiple_of(4 << shift) {
                     scales = matrix.scales(output, unit >> shift);
@@ -373,24 +400,32 @@ impl<const VECTORS: usize> Kept<VECTORS> {
                         matrix.prefetch_scales(output, unit >> shift);
                     }
                 }
-                let mut codes = [[_mm512_setzero_si512(); 4]; 2];
-                let count = (units.len() - i).min(2);
-                if count == 2 {
-                    codes = matrix.codes_of_two(output, unit);
-                } else {
-                    codes[0] = matrix.codes(output, unit);
-                }
-                for j in 0..count {
-                    let kept = &mut kept[i + j];
-                    kept.scales[vector] = scales[((i + j) >> shift) % 4];
-                    for eight in 0..4 {
-                        let weights = decode(codes[j][eight], matrix.values);
-                        for pair in 0..4 {
-                            kept.weights[4 * eight + pair][vector] = weights[pair];
-                        }
+                let scale = scales[(i >> shift) % 4];
+                if i + 2 <= units.len() {
+                    let mut x = [&[[0; UNIT / 2]; 2]; ROWS];
+                    for row in 0..ROWS {
+                        x[row] = rows[row][i..i + 2].try_into().expect("two units");
                     }
+                    let codes = matrix.codes_of_two(output, unit);
+                    let scales = [scale, scales[((i + 1) >> shift) % 4]];
+                    let kept = (&mut kept[i..i + 2]).try_into().expect("two units");
+                    let keep = Some((kept, vector));
+                    add_units(codes, matrix.values, scales, x, &mut sums, keep);
+                } else {
+                    let mut x = [&[[0; UNIT / 2]; 1]; ROWS];
+                    for row in 0..ROWS {
+                        x[row] = rows[row][i..i + 1].try_into().expect("a unit");
+                    }
+                    let codes = [matrix.codes(output, unit)];
+                    let kept = (&mut kept[i..i + 1]).try_into().expect("a unit");
+                    let keep = Some((kept, vector));
+                    add_units(codes, matrix.values, [scale], x, &mut sums, keep);
                 }
-                i += count;
+                i += 2;
+            }
+            for row in 0..ROWS {
+                let sum = bytemuck::cast_mut(&mut all_sums[row][vector]);
+                store512(sum, _mm512_castps_si512(sums[row]));
             }
         }
     }
@@ -549,7 +584,6 @@ fn many<const VECTORS: usize>(
         for unit in (0..units).step_by(KEPT_UNITS) {
             let range = unit..units.min(unit + KEPT_UNITS);
             let kept = &mut kept[..range.len()];
-            Kept::decode(matrix, &begins, range.clone(), kept);
             let mut row = first;
             while row < end {
                 // Tiles of about the same size.
@@ -557,7 +591,12 @@ fn many<const VECTORS: usize>(
                 let at = range.start * rows + row * range.len();
                 let row_of = |i: usize| &x[at + i * range.len()..][..range.len()];
                 let products = &mut products[row - first..][..count];
-                with_rows!(count, row_of, |rows| Kept::multiply(kept, rows, products));
+                with_rows!(count, row_of, |rows| if row == first {
+                    let range = range.clone();
+                    Kept::decode_and_multiply(matrix, &begins, range, kept, rows, products);
+                } else {
+                    Kept::multiply(kept, rows, products);
+                });
                 row += count;
             }
         }
