@@ -18,7 +18,7 @@ const LANES: usize = 16;
 pub(crate) const UNIT: usize = 32;
 
 /// Rows that are multiplied with codes as they are decoded; weights are kept for more.
-const FEW: usize = 4;
+const FEW: usize = 8;
 
 /// Rows of a tile, and its outputs in vectors: 16 sums, which stay in registers.
 const TILE_ROWS: usize = 4;
@@ -267,47 +267,99 @@ fn multiply_add(sum: __m512, weights: __m512i, pair: u32) -> __m512 {
 // Loops instead of closures from here on: closures are not compiled into their callers where those
 // have other instructions than the functions of the standard library that call them.
 
+/// Adds the products of eight inputs of some units; returns their weights.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[inline]
+fn add_eight<const EIGHT: usize, const ROWS: usize, const UNITS: usize>(
+    codes: &[[__m512i; 4]; UNITS],
+    values: __m512i,
+    x: &[&[Unit; UNITS]; ROWS],
+    products: &mut [[__m512; UNITS]; ROWS],
+    keep: &mut impl Keep<UNITS>,
+) {
+    let mut weights = [[_mm512_setzero_si512(); 4]; UNITS];
+    for unit in 0..UNITS {
+        weights[unit] = decode(codes[unit][EIGHT], values);
+    }
+    for pair in 0..4 {
+        for row in 0..ROWS {
+            for unit in 0..UNITS {
+                let x = x[row][unit][4 * EIGHT + pair];
+                products[row][unit] = multiply_add(products[row][unit], weights[unit][pair], x);
+            }
+        }
+    }
+    keep.weights(EIGHT, &weights);
+}
+
+/// Some units of each row.
+#[inline(always)]
+fn units_of<'a, const ROWS: usize, const UNITS: usize>(
+    rows: &[&'a [Unit]; ROWS],
+    unit: usize,
+) -> [&'a [Unit; UNITS]; ROWS] {
+    let mut units = [&[[0; UNIT / 2]; UNITS]; ROWS];
+    for row in 0..ROWS {
+        units[row] = rows[row][unit..unit + UNITS].try_into().expect("as many");
+    }
+    units
+}
+
+/// What becomes of decoded weights and their scales.
+trait Keep<const UNITS: usize> {
+    fn weights(&mut self, eight: usize, weights: &[[__m512i; 4]; UNITS]);
+    fn scales(&mut self, scales: &[__m512; UNITS]);
+}
+
+/// Nothing.
+impl<const UNITS: usize> Keep<UNITS> for () {
+    fn weights(&mut self, _: usize, _: &[[__m512i; 4]; UNITS]) {}
+    fn scales(&mut self, _: &[__m512; UNITS]) {}
+}
+
+/// They are kept as those of a vector.
+impl<const UNITS: usize, const VECTORS: usize> Keep<UNITS>
+    for (&mut [Kept<VECTORS>; UNITS], usize)
+{
+    #[inline(always)]
+    fn weights(&mut self, eight: usize, weights: &[[__m512i; 4]; UNITS]) {
+        let (kept, vector) = self;
+        for unit in 0..UNITS {
+            for pair in 0..4 {
+                kept[unit].weights[4 * eight + pair][*vector] = weights[unit][pair];
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn scales(&mut self, scales: &[__m512; UNITS]) {
+        let (kept, vector) = self;
+        for unit in 0..UNITS {
+            kept[unit].scales[*vector] = scales[unit];
+        }
+    }
+}
+
 /// Adds the products of some units of 16 outputs with some rows to their sums. Units are taken together:
 /// each product waits for the one before of its unit.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
 #[inline]
-fn add_units<const ROWS: usize, const UNITS: usize, const VECTORS: usize>(
-    codes: [[__m512i; 4]; UNITS],
+fn add_units<const ROWS: usize, const UNITS: usize>(
+    codes: &[[__m512i; 4]; UNITS],
     values: __m512i,
     scales: [__m512; UNITS],
-    x: [&[Unit; UNITS]; ROWS],
+    x: &[&[Unit; UNITS]; ROWS],
     sums: &mut [__m512; ROWS],
-    keep: Option<(&mut [Kept<VECTORS>; UNITS], usize)>,
+    keep: &mut impl Keep<UNITS>,
 ) {
-    let (kept, vector) = match keep {
-        Some((kept, vector)) => (&mut kept[..], vector),
-        None => (&mut [][..], 0),
-    };
     let mut products = [[_mm512_setzero_ps(); UNITS]; ROWS];
-    for eight in 0..4 {
-        let mut weights = [[_mm512_setzero_si512(); 4]; UNITS];
-        for unit in 0..UNITS {
-            weights[unit] = decode(codes[unit][eight], values);
-            if let Some(kept) = kept.get_mut(unit) {
-                for pair in 0..4 {
-                    kept.weights[4 * eight + pair][vector] = weights[unit][pair];
-                }
-            }
-        }
-        for pair in 0..4 {
-            for row in 0..ROWS {
-                for unit in 0..UNITS {
-                    let x = x[row][unit][4 * eight + pair];
-                    products[row][unit] =
-                        multiply_add(products[row][unit], weights[unit][pair], x);
-                }
-            }
-        }
-    }
+    // Not a loop, so that codes stay in registers.
+    add_eight::<0, _, _>(codes, values, x, &mut products, keep);
+    add_eight::<1, _, _>(codes, values, x, &mut products, keep);
+    add_eight::<2, _, _>(codes, values, x, &mut products, keep);
+    add_eight::<3, _, _>(codes, values, x, &mut products, keep);
+    keep.scales(&scales);
     for unit in 0..UNITS {
-        if let Some(kept) = kept.get_mut(unit) {
-            kept.scales[vector] = scales[unit];
-        }
         for row in 0..ROWS {
             sums[row] = _mm512_fmadd_ps(scales[unit], products[row][unit], sums[row]);
         }
@@ -334,22 +386,24 @@ fn decode_and_multiply<const ROWS: usize>(
             }
             let codes = matrix.codes_of_two(output, unit);
             let i = unit - begin;
-            let mut x = [&[[0; UNIT / 2]; 2]; ROWS];
-            for row in 0..ROWS {
-                x[row] = rows[row][unit..unit + 2].try_into().expect("two units");
-            }
             let scales = [scales[i >> shift], scales[(i + 1) >> shift]];
-            add_units::<ROWS, _, 1>(codes, matrix.values, scales, x, &mut sums, None);
+            if ROWS <= FEW / 2 {
+                let x = units_of(&rows, unit);
+                add_units::<_, 2>(&codes, matrix.values, scales, &x, &mut sums, &mut ());
+            } else {
+                for i in 0..2 {
+                    let (codes, scale) = ([codes[i]], [scales[i]]);
+                    let x = units_of(&rows, unit + i);
+                    add_units::<_, 1>(&codes, matrix.values, scale, &x, &mut sums, &mut ());
+                }
+            }
             unit += 2;
         }
         if unit < end {
-            let mut x = [&[[0; UNIT / 2]; 1]; ROWS];
-            for row in 0..ROWS {
-                x[row] = rows[row][unit..unit + 1].try_into().expect("a unit");
-            }
-            let scales = [scales[(unit - begin) >> shift]];
+            let scale = [scales[(unit - begin) >> shift]];
             let codes = [matrix.codes(output, unit)];
-            add_units::<ROWS, _, 1>(codes, matrix.values, scales, x, &mut sums, None);
+            let x = units_of(&rows, unit);
+            add_units::<_, 1>(&codes, matrix.values, scale, &x, &mut sums, &mut ());
         }
     }
     let mut results = [[0.0; LANES]; ROWS];
@@ -402,24 +456,18 @@ impl<const VECTORS: usize> Kept<VECTORS> {
                 }
                 let scale = scales[(i >> shift) % 4];
                 if i + 2 <= units.len() {
-                    let mut x = [&[[0; UNIT / 2]; 2]; ROWS];
-                    for row in 0..ROWS {
-                        x[row] = rows[row][i..i + 2].try_into().expect("two units");
-                    }
+                    let x = units_of(&rows, i);
                     let codes = matrix.codes_of_two(output, unit);
                     let scales = [scale, scales[((i + 1) >> shift) % 4]];
                     let kept = (&mut kept[i..i + 2]).try_into().expect("two units");
-                    let keep = Some((kept, vector));
-                    add_units(codes, matrix.values, scales, x, &mut sums, keep);
+                    let keep = &mut (kept, vector);
+                    add_units::<_, 2>(&codes, matrix.values, scales, &x, &mut sums, keep);
                 } else {
-                    let mut x = [&[[0; UNIT / 2]; 1]; ROWS];
-                    for row in 0..ROWS {
-                        x[row] = rows[row][i..i + 1].try_into().expect("a unit");
-                    }
+                    let x = units_of(&rows, i);
                     let codes = [matrix.codes(output, unit)];
                     let kept = (&mut kept[i..i + 1]).try_into().expect("a unit");
-                    let keep = Some((kept, vector));
-                    add_units(codes, matrix.values, [scale], x, &mut sums, keep);
+                    let keep = &mut (kept, vector);
+                    add_units::<_, 1>(&codes, matrix.values, [scale], &x, &mut sums, keep);
                 }
                 i += 2;
             }
@@ -472,7 +520,11 @@ macro_rules! with_rows {
             1 => with_rows!(@ 1, $rows, $array, $call),
             2 => with_rows!(@ 2, $rows, $array, $call),
             3 => with_rows!(@ 3, $rows, $array, $call),
-            _ => with_rows!(@ 4, $rows, $array, $call),
+            4 => with_rows!(@ 4, $rows, $array, $call),
+            5 => with_rows!(@ 5, $rows, $array, $call),
+            6 => with_rows!(@ 6, $rows, $array, $call),
+            7 => with_rows!(@ 7, $rows, $array, $call),
+            _ => with_rows!(@ 8, $rows, $array, $call),
         }
     };
     (@ $count:literal, $rows:expr, $array:ident, $call:expr) => {{
@@ -542,20 +594,10 @@ fn few(
     let row_of = |row: usize| &x[row * units..][..units];
     let begin = matrix.begin(output);
     let mut results = [[0.0; LANES]; FEW];
-    match rows {
-        1 => results[..1].copy_from_slice(&decode_and_multiply::<1>(matrix, begin, [row_of(0)])),
-        2 => results[..2].copy_from_slice(&decode_and_multiply::<2>(
-            matrix,
-            begin,
-            std::array::from_fn(row_of),
-        )),
-        3 => results[..3].copy_from_slice(&decode_and_multiply::<3>(
-            matrix,
-            begin,
-            std::array::from_fn(row_of),
-        )),
-        _ => results = decode_and_multiply::<4>(matrix, begin, std::array::from_fn(row_of)),
-    }
+    with_rows!(rows, row_of, |rows| {
+        let sums = decode_and_multiply(matrix, begin, rows);
+        results[..sums.len()].copy_from_slice(&sums);
+    });
     for (results, sums) in results.iter().zip(sums.chunks_exact_mut(outputs.len())) {
         matrix.write(output, results, outputs, sums);
     }
