@@ -127,14 +127,9 @@ pub(super) fn load_wide_rows(bytes: &[u8], stride: usize, at: usize) -> [__m512i
     vectors
 }
 
-/// Has the line of a byte read into the first-level cache, or else the second, where there is such a byte.
+/// Has the line of a byte read into the caches, where there is such a byte.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
 #[inline]
-pub(super) fn prefetch<const FIRST: bool>(bytes: &[u8], at: usize) {
-    let address = bytes.as_ptr().wrapping_add(at).cast();
-    if FIRST {
-        _mm_prefetch::<_MM_HINT_T0>(address);
-    } else {
-        _mm_prefetch::<_MM_HINT_T1>(address);
-    }
+pub(super) fn prefetch(bytes: &[u8], at: usize) {
+    _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast());
 }

@@ -25,7 +25,7 @@ const TILE_ROWS: usize = 4;
 const TILE: usize = 4;
 
 /// Units of which decoded weights are kept at a time. TODO
-const KEPT_UNITS: usize = 8;
+const SLAB: usize = 8;
 
 /// Rows that weights are kept for: their sums stay in the second-level cache.
 const MOST_ROWS: usize = 240;
@@ -74,9 +74,8 @@ fn pairs(units: usize, rows: usize, x: &[u8]) -> Vec<Unit> {
     let x = x.as_chunks::<64>().0;
     let mut ordered = vec![[0; UNIT / 2]; x.len()];
     for (row, x) in x.chunks_exact(units).enumerate() {
-        let step = if rows <= FEW { units } else { KEPT_UNITS };
-        for (i, x) in x.chunks(step).enumerate() {
-            let ordered = &mut ordered[i * step * rows + row * x.len()..][..x.len()];
+        for (i, x) in x.chunks(SLAB).enumerate() {
+            let ordered = &mut ordered[i * SLAB * rows + row * x.len()..][..x.len()];
             for (x, ordered) in x.iter().zip(ordered) {
                 let x = _mm512_permutexvar_epi16(order, load512(x));
                 store512(bytemuck::cast_mut(ordered), x);
@@ -190,14 +189,14 @@ impl<'a> Matrix<'a> {
     /// outputs.
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
     #[inline]
-    fn prefetch<const FIRST: bool>(&self, output: usize, unit: usize) {
+    fn prefetch(&self, output: usize, unit: usize) {
         let stride = self.weights.inputs / 2;
         let mut at = unit * UNIT / 2 + 512;
         if at >= stride {
             at += (LANES - 1) * stride;
         }
         for row in 0..LANES {
-            prefetch::<FIRST>(self.codes, (output + row) * stride + at);
+            prefetch(self.codes, (output + row) * stride + at);
         }
     }
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
@@ -212,11 +211,11 @@ impl<'a> Matrix<'a> {
         match self.weights.scales {
             Scales::Absmax(absmax) => 
         for lane in 0..LANES {
-            prefetch::<true>(bytemuck::cast_slice(absmax), 4 * ((output + lane) * row + at));
+            prefetch(bytemuck::cast_slice(absmax), 4 * ((output + lane) * row + at));
         },
             Scales::Double{codes, ..} => 
         for lane in 0..LANES {
-            prefetch::<true>(codes, (output + lane) * row + at);
+            prefetch(codes, (output + lane) * row + at);
         },
         }
     }
@@ -275,7 +274,8 @@ fn add_eight<const EIGHT: usize, const ROWS: usize, const UNITS: usize>(
     values: __m512i,
     x: &[&[Unit; UNITS]; ROWS],
     products: &mut [[__m512; UNITS]; ROWS],
-    keep: &mut impl Keep<UNITS>,
+    unit: usize,
+    keep: &mut impl Keep,
 ) {
     let mut weights = [[_mm512_setzero_si512(); 4]; UNITS];
     for unit in 0..UNITS {
@@ -289,53 +289,48 @@ fn add_eight<const EIGHT: usize, const ROWS: usize, const UNITS: usize>(
             }
         }
     }
-    keep.weights(EIGHT, &weights);
-}
-
-/// Some units of each row.
-#[inline(always)]
-fn units_of<'a, const ROWS: usize, const UNITS: usize>(
-    rows: &[&'a [Unit]; ROWS],
-    unit: usize,
-) -> [&'a [Unit; UNITS]; ROWS] {
-    let mut units = [&[[0; UNIT / 2]; UNITS]; ROWS];
-    for row in 0..ROWS {
-        units[row] = rows[row][unit..unit + UNITS].try_into().expect("as many");
-    }
-    units
+    keep.weights(unit, EIGHT, &weights);
 }
 
 /// What becomes of decoded weights and their scales.
-trait Keep<const UNITS: usize> {
-    fn weights(&mut self, eight: usize, weights: &[[__m512i; 4]; UNITS]);
-    fn scales(&mut self, scales: &[__m512; UNITS]);
+trait Keep {
+    fn weights<const UNITS: usize>(
+        &mut self,
+        unit: usize,
+        eight: usize,
+        weights: &[[__m512i; 4]; UNITS],
+    );
+    fn scales<const UNITS: usize>(&mut self, unit: usize, scales: &[__m512; UNITS]);
 }
 
 /// Nothing.
-impl<const UNITS: usize> Keep<UNITS> for () {
-    fn weights(&mut self, _: usize, _: &[[__m512i; 4]; UNITS]) {}
-    fn scales(&mut self, _: &[__m512; UNITS]) {}
+impl Keep for () {
+    fn weights<const UNITS: usize>(&mut self, _: usize, _: usize, _: &[[__m512i; 4]; UNITS]) {}
+    fn scales<const UNITS: usize>(&mut self, _: usize, _: &[__m512; UNITS]) {}
 }
 
 /// They are kept as those of a vector.
-impl<const UNITS: usize, const VECTORS: usize> Keep<UNITS>
-    for (&mut [Kept<VECTORS>; UNITS], usize)
-{
+impl<const VECTORS: usize> Keep for (&mut [Kept<VECTORS>], usize) {
     #[inline(always)]
-    fn weights(&mut self, eight: usize, weights: &[[__m512i; 4]; UNITS]) {
+    fn weights<const UNITS: usize>(
+        &mut self,
+        unit: usize,
+        eight: usize,
+        weights: &[[__m512i; 4]; UNITS],
+    ) {
         let (kept, vector) = self;
-        for unit in 0..UNITS {
+        for (kept, weights) in kept[unit..unit + UNITS].iter_mut().zip(weights) {
             for pair in 0..4 {
-                kept[unit].weights[4 * eight + pair][*vector] = weights[unit][pair];
+                kept.weights[4 * eight + pair][*vector] = weights[pair];
             }
         }
     }
 
     #[inline(always)]
-    fn scales(&mut self, scales: &[__m512; UNITS]) {
+    fn scales<const UNITS: usize>(&mut self, unit: usize, scales: &[__m512; UNITS]) {
         let (kept, vector) = self;
-        for unit in 0..UNITS {
-            kept[unit].scales[*vector] = scales[unit];
+        for (kept, scale) in kept[unit..unit + UNITS].iter_mut().zip(scales) {
+            kept.scales[*vector] = *scale;
         }
     }
 }
@@ -348,63 +343,88 @@ fn add_units<const ROWS: usize, const UNITS: usize>(
     codes: &[[__m512i; 4]; UNITS],
     values: __m512i,
     scales: [__m512; UNITS],
-    x: &[&[Unit; UNITS]; ROWS],
+    rows: &[&[Unit]; ROWS],
+    unit: usize,
     sums: &mut [__m512; ROWS],
-    keep: &mut impl Keep<UNITS>,
+    keep: &mut impl Keep,
 ) {
+    let mut x = [&[[0; UNIT / 2]; UNITS]; ROWS];
+    for row in 0..ROWS {
+        x[row] = rows[row][unit..unit + UNITS].try_into().expect("as many");
+    }
     let mut products = [[_mm512_setzero_ps(); UNITS]; ROWS];
     // Not a loop, so that codes stay in registers.
-    add_eight::<0, _, _>(codes, values, x, &mut products, keep);
-    add_eight::<1, _, _>(codes, values, x, &mut products, keep);
-    add_eight::<2, _, _>(codes, values, x, &mut products, keep);
-    add_eight::<3, _, _>(codes, values, x, &mut products, keep);
-    keep.scales(&scales);
-    for unit in 0..UNITS {
+    add_eight::<0, _, _>(codes, values, &x, &mut products, unit, keep);
+    add_eight::<1, _, _>(codes, values, &x, &mut products, unit, keep);
+    add_eight::<2, _, _>(codes, values, &x, &mut products, unit, keep);
+    add_eight::<3, _, _>(codes, values, &x, &mut products, unit, keep);
+    keep.scales(unit, &scales);
+    for i in 0..UNITS {
         for row in 0..ROWS {
-            sums[row] = _mm512_fmadd_ps(scales[unit], products[row][unit], sums[row]);
+            sums[row] = _mm512_fmadd_ps(scales[i], products[row][i], sums[row]);
         }
     }
 }
 
-/// The sums of 16 outputs and some rows, with weights decoded on the way.
+/// Adds the products of a slab of 16 outputs with some rows to their sums.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
+#[inline]
+fn add_slab<const ROWS: usize>(
+    matrix: &Matrix<'_>,
+    output: usize,
+    units: Range<usize>,
+    rows: &[&[Unit]; ROWS],
+    sums: &mut [__m512; ROWS],
+    keep: &mut impl Keep,
+) {
+    let (values, shift) = (matrix.values, matrix.run_shift);
+    let mut scales = [_mm512_setzero_ps(); 4];
+    for i in (0..units.len()).step_by(2) {
+        let unit = units.start + i;
+        if i.is_multiple_of(4) {
+            matrix.prefetch(output, unit);
+        }
+        if i.is_multiple_of(4 << shift) {
+            scales = matrix.scales(output, unit >> shift);
+            if unit.is_multiple_of(16 << shift) {
+                matrix.prefetch_scales(output, unit >> shift);
+            }
+        }
+        let scale = scales[(i >> shift) % 4];
+        if i + 2 > units.len() {
+            let codes = [matrix.codes(output, unit)];
+            add_units(&codes, values, [scale], rows, i, sums, keep);
+            continue;
+        }
+        let scales = [scale, scales[((i + 1) >> shift) % 4]];
+        let codes = matrix.codes_of_two(output, unit);
+        if ROWS <= 4 {
+            add_units(&codes, values, scales, rows, i, sums, keep);
+        } else {
+            // There are not enough registers for two.
+            add_units(&[codes[0]], values, [scales[0]], rows, i, sums, keep);
+            add_units(&[codes[1]], values, [scales[1]], rows, i + 1, sums, keep);
+        }
+    }
+}
+
+/// The sums of 16 outputs and all rows, with weights decoded on the way.
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl,avx512bf16")]
 fn decode_and_multiply<const ROWS: usize>(
     matrix: &Matrix<'_>,
     output: usize,
-    rows: [&[Unit]; ROWS],
+    x: &[Unit],
 ) -> [[f32; LANES]; ROWS] {
     let mut sums = [_mm512_setzero_ps(); ROWS];
-    let (units, shift) = (matrix.units(), matrix.run_shift);
-    for begin in (0..units).step_by(4 << shift) {
-        let scales = matrix.scales(output, begin >> shift);
-        let end = units.min(begin + (4 << shift));
-        if begin.is_multiple_of(16 << shift) { matrix.prefetch_scales(output, begin >> shift); }
-        let mut unit = begin;
-        while unit + 1 < end {
-            if (unit - begin).is_multiple_of(4) {
-                matrix.prefetch::<true>(output, unit);
-            }
-            let codes = matrix.codes_of_two(output, unit);
-            let i = unit - begin;
-            let scales = [scales[i >> shift], scales[(i + 1) >> shift]];
-            if ROWS <= FEW / 2 {
-                let x = units_of(&rows, unit);
-                add_units::<_, 2>(&codes, matrix.values, scales, &x, &mut sums, &mut ());
-            } else {
-                for i in 0..2 {
-                    let (codes, scale) = ([codes[i]], [scales[i]]);
-                    let x = units_of(&rows, unit + i);
-                    add_units::<_, 1>(&codes, matrix.values, scale, &x, &mut sums, &mut ());
-                }
-            }
-            unit += 2;
+    let units = matrix.units();
+    for begin in (0..units).step_by(SLAB) {
+        let range = begin..units.min(begin + SLAB);
+        let slab = &x[begin * ROWS..range.end * ROWS];
+        let mut rows = [slab; ROWS];
+        for row in 0..ROWS {
+            rows[row] = &slab[row * range.len()..][..range.len()];
         }
-        if unit < end {
-            let scale = [scales[(unit - begin) >> shift]];
-            let codes = [matrix.codes(output, unit)];
-            let x = units_of(&rows, unit);
-            add_units::<_, 1>(&codes, matrix.values, scale, &x, &mut sums, &mut ());
-        }
+        add_slab(matrix, output, range, &rows, &mut sums, &mut ());
     }
     let mut results = [[0.0; LANES]; ROWS];
     for row in 0..ROWS {
@@ -432,45 +452,15 @@ impl<const VECTORS: usize> Kept<VECTORS> {
         rows: [&[Unit]; ROWS],
         all_sums: &mut [[[f32; LANES]; VECTORS]],
     ) {
-        let shift = matrix.run_shift;
         let all_sums: &mut [[[f32; LANES]; VECTORS]; ROWS] =
             all_sums.try_into().expect("as many rows");
         for vector in 0..VECTORS {
-            let output = outputs[vector];
             let mut sums = [_mm512_setzero_ps(); ROWS];
             for row in 0..ROWS {
                 sums[row] = load512_f32(&all_sums[row][vector]);
             }
-            let mut scales = [_mm512_setzero_ps(); 4];
-            let mut i = 0;
-            while i < units.len() {
-                let unit = units.start + i;
-                if i.is_multiple_of(4) {
-                    matrix.prefetch::<false>(output, unit);
-                }
-                if i.is_multiple_of(4 << shift) {
-                    scales = matrix.scales(output, unit >> shift);
-                    if unit.is_multiple_of(16 << shift) {
-                        matrix.prefetch_scales(output, unit >> shift);
-                    }
-                }
-                let scale = scales[(i >> shift) % 4];
-                if i + 2 <= units.len() {
-                    let x = units_of(&rows, i);
-                    let codes = matrix.codes_of_two(output, unit);
-                    let scales = [scale, scales[((i + 1) >> shift) % 4]];
-                    let kept = (&mut kept[i..i + 2]).try_into().expect("two units");
-                    let keep = &mut (kept, vector);
-                    add_units::<_, 2>(&codes, matrix.values, scales, &x, &mut sums, keep);
-                } else {
-                    let x = units_of(&rows, i);
-                    let codes = [matrix.codes(output, unit)];
-                    let kept = (&mut kept[i..i + 1]).try_into().expect("a unit");
-                    let keep = &mut (kept, vector);
-                    add_units::<_, 1>(&codes, matrix.values, [scale], &x, &mut sums, keep);
-                }
-                i += 2;
-            }
+            let keep = &mut (&mut *kept, vector);
+            add_slab(matrix, outputs[vector], units.clone(), &rows, &mut sums, keep);
             for row in 0..ROWS {
                 let sum = bytemuck::cast_mut(&mut all_sums[row][vector]);
                 store512(sum, _mm512_castps_si512(sums[row]));
@@ -513,24 +503,23 @@ impl<const VECTORS: usize> Kept<VECTORS> {
     }
 }
 
-/// Calls a function for as many rows as there are.
+/// Evaluates an expression with the number of rows as a constant.
 macro_rules! with_rows {
-    ($count:expr, $rows:expr, |$array:ident| $call:expr) => {
+    ($count:expr, $rows:ident => $result:expr) => {
+        with_rows!(@ $count, $rows => $result; 1 2 3 4 5 6 7, 8)
+    };
+    (@ $count:expr, $rows:ident => $result:expr; $($less:literal)*, $most:literal) => {
         match $count {
-            1 => with_rows!(@ 1, $rows, $array, $call),
-            2 => with_rows!(@ 2, $rows, $array, $call),
-            3 => with_rows!(@ 3, $rows, $array, $call),
-            4 => with_rows!(@ 4, $rows, $array, $call),
-            5 => with_rows!(@ 5, $rows, $array, $call),
-            6 => with_rows!(@ 6, $rows, $array, $call),
-            7 => with_rows!(@ 7, $rows, $array, $call),
-            _ => with_rows!(@ 8, $rows, $array, $call),
+            $($less => {
+                const $rows: usize = $less;
+                $result
+            })*
+            _ => {
+                const $rows: usize = $most;
+                $result
+            }
         }
     };
-    (@ $count:literal, $rows:expr, $array:ident, $call:expr) => {{
-        let $array: [&[Unit]; $count] = std::array::from_fn($rows);
-        $call
-    }};
 }
 
 /// The sums of some outputs, for each row those of all of these outputs.
@@ -590,13 +579,11 @@ fn few(
     outputs: &Range<usize>,
     sums: &mut [f32],
 ) {
-    let units = matrix.units();
-    let row_of = |row: usize| &x[row * units..][..units];
     let begin = matrix.begin(output);
     let mut results = [[0.0; LANES]; FEW];
-    with_rows!(rows, row_of, |rows| {
-        let sums = decode_and_multiply(matrix, begin, rows);
-        results[..sums.len()].copy_from_slice(&sums);
+    with_rows!(rows, ROWS => {
+        let sums = decode_and_multiply::<ROWS>(matrix, begin, x);
+        results[..ROWS].copy_from_slice(&sums);
     });
     for (results, sums) in results.iter().zip(sums.chunks_exact_mut(outputs.len())) {
         matrix.write(output, results, outputs, sums);
@@ -618,13 +605,13 @@ fn many<const VECTORS: usize>(
         weights: [[_mm512_setzero_si512(); VECTORS]; UNIT / 2],
         scales: [_mm512_setzero_ps(); VECTORS],
     };
-    let mut kept = vec![zero; units.min(KEPT_UNITS)];
+    let mut kept = vec![zero; units.min(SLAB)];
     let mut products = vec![[[0.0; LANES]; VECTORS]; rows.min(MOST_ROWS)];
     for first in (0..rows).step_by(MOST_ROWS) {
         let end = rows.min(first + MOST_ROWS);
         products.fill([[0.0; LANES]; VECTORS]);
-        for unit in (0..units).step_by(KEPT_UNITS) {
-            let range = unit..units.min(unit + KEPT_UNITS);
+        for unit in (0..units).step_by(SLAB) {
+            let range = unit..units.min(unit + SLAB);
             let kept = &mut kept[..range.len()];
             let mut row = first;
             while row < end {
@@ -633,11 +620,14 @@ fn many<const VECTORS: usize>(
                 let at = range.start * rows + row * range.len();
                 let row_of = |i: usize| &x[at + i * range.len()..][..range.len()];
                 let products = &mut products[row - first..][..count];
-                with_rows!(count, row_of, |rows| if row == first {
-                    let range = range.clone();
-                    Kept::decode_and_multiply(matrix, &begins, range, kept, rows, products);
-                } else {
-                    Kept::multiply(kept, rows, products);
+                with_rows!(count, ROWS => {
+                    let rows: [_; ROWS] = std::array::from_fn(row_of);
+                    if row == first {
+                        let range = range.clone();
+                        Kept::decode_and_multiply(matrix, &begins, range, kept, rows, products);
+                    } else {
+                        Kept::multiply(kept, rows, products);
+                    }
                 });
                 row += count;
             }
