@@ -162,7 +162,7 @@ impl Kernels {
     ///
     /// - `x` and `y` [tokens, hidden], `gate_up_bias` [experts, 2 * intermediate], in the layout of the
     ///   gates, and `down_bias` [experts, hidden].
-    /// - `threads`: how many to use. Beside the caller's, they live for the time of the call.
+    /// - `threads`: how many to use. Beside the caller's, they are kept for the next call.
     ///
     /// Products are those of [`Kernels::linear`]; what the activation gives is rounded to `T` once, and so
     /// is the result. Sums over choices are f32, in the order of the choices. The bits of a token's result

@@ -121,7 +121,7 @@ impl Kernels {
     /// Multiplies rows with quantized weights: `y = x * transpose(W) + bias`.
     ///
     /// - `x` [rows, inputs], `bias` \[outputs\] and `y` [rows, outputs].
-    /// - `threads`: how many to use. Beside the caller's, they live for the time of the call.
+    /// - `threads`: how many to use. Beside the caller's, they are kept for the next call.
     ///
     /// Products and sums are f32, or products are of numbers rounded to bf16 where `x` is of bf16
     /// and the processor multiplies that; the result is rounded once to `T`. The bits of a

@@ -23,7 +23,7 @@ impl Kernels {
     /// the inputs of [`Kernels::linear`] by that of its outputs.
     ///
     /// - `dy` [rows, outputs] and `dx` [rows, inputs].
-    /// - `threads`: how many to use. Beside the caller's, they live for the time of the call.
+    /// - `threads`: how many to use. Beside the caller's, they are kept for the next call.
     ///
     /// Products and sums are f32; the result is rounded once to `T`. The bits of a result depend on the
     /// instruction set, but not on other rows, nor on `threads`.

@@ -133,3 +133,14 @@ pub(super) fn load_wide_rows(bytes: &[u8], stride: usize, at: usize) -> [__m512i
 pub(super) fn prefetch(bytes: &[u8], at: usize) {
     _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast());
 }
+
+/// The values of indices, or the last one where an index is too large.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn gather(values: &[f32], index: __m512i) -> __m512 {
+    assert!(!values.is_empty() && values.len() <= i32::MAX as usize);
+    let last = _mm512_set1_epi32(values.len() as i32 - 1);
+    let index = _mm512_min_epu32(index, last);
+    // SAFETY: no index is larger than the last one.
+    unsafe { _mm512_i32gather_ps::<4>(index, values.as_ptr()) }
+}

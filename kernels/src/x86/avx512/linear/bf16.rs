@@ -9,7 +9,7 @@
 use std::{arch::x86_64::*, mem, ops::Range};
 
 use super::super::memory::*;
-use crate::{LinearWeights, QuantType, Scales, float};
+use crate::{LinearWeights, NESTED_BLOCK_SIZE, QuantType, Scales, float};
 
 /// Outputs of a vector.
 const LANES: usize = 16;
@@ -142,6 +142,41 @@ impl<'a> Matrix<'a> {
             {
                 let bytes = bytemuck::cast_slice(absmax);
                 load_rows(bytes, 4 * runs, 4 * (output * runs + run))
+            }
+            Scales::Double {
+                codes,
+                nested_absmax,
+                absmax_mean,
+                map,
+            } if weights.block_size.elements() == self.run
+                && runs.is_multiple_of(4)
+                && weights.outputs >= LANES
+                && codes.len() <= i32::MAX as usize =>
+            {
+                // Four runs never lie in two nested blocks.
+                let (mut of_rows, mut blocks) = ([0u32; LANES], [0i32; LANES]);
+                for lane in 0..LANES {
+                    let first = (output + lane) * runs + run;
+                    let four = codes[first..].first_chunk().expect("four runs");
+                    of_rows[lane] = u32::from_le_bytes(*four);
+                    blocks[lane] = (first / NESTED_BLOCK_SIZE) as i32;
+                }
+                let codes = load512(bytemuck::cast_ref(&of_rows));
+                let nested = gather(nested_absmax, load512_i32(&blocks));
+                let mean = _mm512_set1_ps(absmax_mean);
+                let byte = _mm512_set1_epi32(0xff);
+                let codes = [
+                    _mm512_and_si512(codes, byte),
+                    _mm512_and_si512(_mm512_srli_epi32::<8>(codes), byte),
+                    _mm512_and_si512(_mm512_srli_epi32::<16>(codes), byte),
+                    _mm512_srli_epi32::<24>(codes),
+                ];
+                let mut scales = [_mm512_setzero_ps(); 4];
+                for (scale, code) in scales.iter_mut().zip(codes) {
+                    let value = gather(map, code);
+                    *scale = _mm512_add_ps(_mm512_mul_ps(value, nested), mean);
+                }
+                return scales;
             }
             _ => {
                 let mut buffer = [[0.0f32; 4]; LANES];
