@@ -230,8 +230,10 @@ impl<'a> Matrix<'a> {
         if at >= stride {
             at += (LANES - 1) * stride;
         }
-        for row in 0..LANES {
-            prefetch(self.codes, (output + row) * stride + at);
+        at += output * stride;
+        for _ in 0..LANES {
+            prefetch(self.codes, at);
+            at += stride;
         }
     }
     #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
