@@ -118,7 +118,11 @@ fn serve(arguments: &[String]) {
     let codes = vec![read("codes"); copies];
     let double = Path::new(folder).join("nested_absmax").exists();
     let (absmax, nested, mean) = if double {
-        (vec![], floats(read("nested_absmax")), floats(read("mean"))[0])
+        (
+            vec![],
+            floats(read("nested_absmax")),
+            floats(read("mean"))[0],
+        )
     } else {
         (floats(read("absmax")), vec![], 0.0)
     };
@@ -136,7 +140,9 @@ fn serve(arguments: &[String]) {
         }
         let (float, rows) = line.split_once(' ').expect("a type and rows");
         let rows: usize = rows.parse().expect("rows");
-        let float = FloatType::ALL.into_iter().find(|of| of.to_string() == float);
+        let float = FloatType::ALL
+            .into_iter()
+            .find(|of| of.to_string() == float);
         let float = float.expect("a type");
         if line != last.0 {
             let y = vec![0; rows * outputs * float.bytes()];

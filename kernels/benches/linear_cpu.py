@@ -10,8 +10,9 @@ torch, bitsandbytes and a processor with AVX512-BF16, on which bitsandbytes repa
 order. Its kernel is called without the Python around it; ours reads the stored weights.
 
 Calls alternate, each with the next of some copies of the weights that are together larger than caches.
-Printed are the least and the median time of both in milliseconds, the ratio of these, and the error of both
-against f64.
+Printed are the least and the median time of both in milliseconds, the ratio of these, the time that the same
+threads take only to read the codes, and the error of both against f64. `ROWS` and `SECONDS` say which numbers of
+rows, and how long to measure each.
 """
 
 import ctypes
@@ -33,7 +34,7 @@ ROWS = [int(r) for r in os.environ.get("ROWS", "1 2 4 8 16 64 256").split()]
 BLOCK = 64
 THREADS = int(os.environ.get("THREADS", "2"))
 DOUBLE = os.environ.get("DOUBLE") == "1"
-# For so many seconds threads of OpenMP look for more work before they sleep, and more: ours would wait for them.
+# For some milliseconds threads of OpenMP look for more work before they sleep: ours would have to wait for them.
 PAUSE = 0.02
 
 
@@ -47,8 +48,8 @@ class Ours:
         command = [program, "serve", *map(str, arguments)]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def seconds(self, rows):
-        self.process.stdin.write(f"bf16 {rows}\n")
+    def seconds(self, command):
+        self.process.stdin.write(f"{command}\n")
         self.process.stdin.flush()
         return float(self.process.stdout.readline())
 
@@ -75,11 +76,13 @@ def measure(program, outputs, inputs, folder):
     copies = max(2, (160 << 20) // (outputs * inputs // 2))
     dense = torch.randn(outputs, inputs, dtype=torch.bfloat16) * 0.02
     codes, state = nf4.quantize_4bit(dense, quant_type="nf4", blocksize=BLOCK, compress_statistics=DOUBLE)
-    truth = nf4.dequantize_4bit(codes, state, quant_type="nf4").double()
-    if not DOUBLE:
-        scales = state.absmax.double().repeat_interleave(BLOCK)
-        both = torch.stack((codes.flatten() >> 4, codes.flatten() & 15), dim=1).flatten().long()
-        truth = (state.code.double()[both] * scales).reshape(outputs, inputs)
+    scales = state.absmax
+    if DOUBLE:
+        scales = nf4.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    both = torch.stack((codes.flatten() >> 4, codes.flatten() & 15), dim=1).flatten().long()
+    scales = scales.double().repeat_interleave(BLOCK)
+    truth = (state.code.double()[both] * scales).reshape(outputs, inputs)
+    del both, scales
     codes.numpy().tofile(folder / "codes")
     state.absmax.numpy().tofile(folder / "absmax")
     if DOUBLE:
@@ -94,12 +97,13 @@ def measure(program, outputs, inputs, folder):
     print(f"\n{outputs} x {inputs}, {outputs * inputs * 9 / 16e6:.1f} MB, {copies} copies")
     for rows in ROWS:
         x, y = all_x[:rows], torch.empty(rows, outputs, dtype=torch.bfloat16)
-        times = ([], [])
+        times = ([], [], [])
         # About three seconds, and at least ten calls.
         end = time.monotonic() + float(os.environ.get("SECONDS", "3"))
         while time.monotonic() < end or len(times[0]) < 10:
             i = len(times[0]) % copies
-            times[0].append(ours.seconds(rows))
+            times[0].append(ours.seconds(f"bf16 {rows}"))
+            times[2].append(ours.seconds("read"))
             times[1].append(theirs(x, packed[i], absmax[i], y))
             time.sleep(PAUSE)
         need = x.double() @ truth.t()
@@ -109,7 +113,7 @@ def measure(program, outputs, inputs, folder):
         print(
             f"{rows:4} rows: least {least[0]:7.3f}, bitsandbytes {least[1]:7.3f} ({least[1] / least[0]:5.2f} x); "
             f"median {median[0]:7.3f}, {median[1]:7.3f} ({median[1] / median[0]:5.2f} x); "
-            f"error {errors[0]:.5f}, {errors[1]:.5f}; {len(times[0])} calls",
+            f"reading {least[2]:6.3f}, {median[2]:6.3f}; error {errors[0]:.5f}, {errors[1]:.5f}; {len(times[0])} calls",
             flush=True,
         )
     ours.end()

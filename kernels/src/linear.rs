@@ -2,9 +2,10 @@
 //!
 //! Outputs are dealt out to threads. A thread takes four outputs and a segment of the inputs at a
 //! time: it decodes the weights into a buffer that stays in the first-level cache, and multiplies
-//! them with every row of x. Where the instruction set can do better it does, without the buffer for
-//! few rows. Either way each result is the sum of its segments in their order, and a segment's sum
-//! does not depend on other rows or outputs, nor on the number of threads.
+//! them with every row of x. Rows of bf16 are multiplied otherwise where the processor has
+//! instructions for them: `x86/avx512/linear/bf16.rs`. Either way each result is the sum of
+//! its segments in their order, and a segment's sum does not depend on other rows or outputs, nor on
+//! the number of threads.
 
 use std::{num::NonZeroUsize, ops::Range};
 
@@ -203,7 +204,10 @@ impl Kernels {
         let product = Product::new(self, weights, float, rows, x);
         // Some pieces for each thread, so that all end at about the same time.
         let piece = outputs / (8 * threads.get());
-        let piece = piece.max(1).next_multiple_of(if piece < PIECE / 2 { PIECE / 4 } else { PIECE });
+        let piece =
+            piece
+                .max(1)
+                .next_multiple_of(if piece < PIECE / 2 { PIECE / 4 } else { PIECE });
         let ranges: Vec<Range<usize>> = (0..outputs)
             .step_by(piece)
             .map(|begin| begin..outputs.min(begin + piece))

@@ -87,16 +87,17 @@ pub(super) fn bytes256(x: __m256i) -> [u8; 32] {
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
 #[inline]
 pub(super) fn load_rows(bytes: &[u8], stride: usize, at: usize) -> [__m512i; 4] {
-    assert!(bytes.len() >= 16 && stride <= bytes.len() / 15 && at <= bytes.len() - 16 - 15 * stride);
+    assert!(
+        bytes.len() >= 16 && stride <= bytes.len() / 15 && at <= bytes.len() - 16 - 15 * stride
+    );
     let mut vectors = [_mm512_setzero_si512(); 4];
     for (i, vector) in vectors.iter_mut().enumerate() {
         let mut quarters = [_mm_setzero_si128(); 4];
         for (j, quarter) in quarters.iter_mut().enumerate() {
             // SAFETY: the last row that is read is the 15th from `at`, 16 bytes of which are in
             // `bytes`.
-            *quarter = unsafe {
-                _mm_loadu_si128(bytes.as_ptr().add(at + (4 * j + i) * stride).cast())
-            };
+            *quarter =
+                unsafe { _mm_loadu_si128(bytes.as_ptr().add(at + (4 * j + i) * stride).cast()) };
         }
         let [a, b, c, d] = quarters;
         let rows = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
@@ -111,7 +112,9 @@ pub(super) fn load_rows(bytes: &[u8], stride: usize, at: usize) -> [__m512i; 4] 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
 #[inline]
 pub(super) fn load_wide_rows(bytes: &[u8], stride: usize, at: usize) -> [__m512i; 8] {
-    assert!(bytes.len() >= 32 && stride <= bytes.len() / 15 && at <= bytes.len() - 32 - 15 * stride);
+    assert!(
+        bytes.len() >= 32 && stride <= bytes.len() / 15 && at <= bytes.len() - 32 - 15 * stride
+    );
     let mut vectors = [_mm512_setzero_si512(); 8];
     for (i, vector) in vectors.iter_mut().enumerate() {
         let mut halves = [_mm256_setzero_si256(); 2];
