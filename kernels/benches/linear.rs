@@ -5,16 +5,18 @@
 //! ```
 //!
 //! `linear.py` beside this file measures those on a GPU, and asks this program, given `launch` and what
-//! a launch depends on, how to launch them.
+//! a launch depends on, how to launch them. `linear_cpu.py` measures those on the processor beside
+//! bitsandbytes: given `serve` this program does products as it is told.
 //!
 //! Prints one line for each instruction set, type and number of rows: the median time, and the rate
 //! at which codes and scales are read. `THREADS` says how many threads to use, 2 if it is not set.
 
-use std::{env, num::NonZeroUsize, time::Instant};
+use std::{env, fs, hint::black_box, io, num::NonZeroUsize, path::Path, thread, time::Instant};
 
 use tightfit_kernels::cuda::linear::{Gpu, Linear};
 use tightfit_kernels::{
-    BlockSize, FloatType, Isa, Kernels, LinearWeights, QuantType, Scales, blocks, packed_bytes,
+    BlockSize, DYNAMIC_MAP, FloatType, Isa, Kernels, LinearWeights, QuantType, Scales, blocks,
+    packed_bytes,
 };
 
 /// The down projection of Llama-3-8B.
@@ -81,6 +83,100 @@ fn print_launch(numbers: &[usize]) {
     );
 }
 
+/// The seconds that some threads take to read bytes.
+fn read_all(bytes: &[u8], threads: usize) -> f64 {
+    let start = Instant::now();
+    thread::scope(|scope| {
+        for bytes in bytes.chunks(bytes.len().div_ceil(threads)) {
+            scope.spawn(|| {
+                let (numbers, _) = bytes.as_chunks::<8>();
+                let numbers = numbers.iter().map(|bytes| u64::from_le_bytes(*bytes));
+                black_box(numbers.fold(0, u64::wrapping_add));
+            });
+        }
+    });
+    start.elapsed().as_secs_f64()
+}
+
+/// Does products with weights that lie in files, as the standard input says. Given the number of outputs,
+/// of inputs, of elements of a block, of threads and of copies of the weights, and a folder with `codes`
+/// and `absmax`, or `absmax`, `nested_absmax` and `mean` if scales are double-quantized. Each line is a
+/// type and the number of rows of `x` in the folder: prints the seconds that the product with the next
+/// copy took, and leaves it in `y`. Or it is `read`: prints the seconds that only reading the codes took.
+fn serve(arguments: &[String]) {
+    let [outputs, inputs, block_size, threads, copies, folder] = arguments else {
+        panic!("serve takes five numbers and a folder");
+    };
+    let [outputs, inputs, block_size, threads, copies] =
+        [outputs, inputs, block_size, threads, copies]
+            .map(|number| number.parse::<usize>().expect("a number"));
+    let read = |name: &str| fs::read(Path::new(folder).join(name)).expect(name);
+    let floats = |bytes: Vec<u8>| -> Vec<f32> {
+        let (floats, _) = bytes.as_chunks::<4>();
+        floats.iter().map(|x| f32::from_le_bytes(*x)).collect()
+    };
+    let codes = vec![read("codes"); copies];
+    let double = Path::new(folder).join("nested_absmax").exists();
+    let (absmax, nested, mean) = if double {
+        (
+            vec![],
+            floats(read("nested_absmax")),
+            floats(read("mean"))[0],
+        )
+    } else {
+        (floats(read("absmax")), vec![], 0.0)
+    };
+    let absmax = vec![absmax; copies];
+    let absmax_codes = vec![if double { read("absmax") } else { vec![] }; copies];
+    let block_size = BlockSize::new(block_size).expect("a block size");
+    let threads = NonZeroUsize::new(threads).expect("threads");
+    let kernels = Kernels::detect();
+    let mut last = (String::new(), vec![], vec![]);
+    for (i, line) in io::stdin().lines().enumerate() {
+        let line = line.expect("a line");
+        if line == "read" {
+            println!("{}", read_all(&codes[i % copies], threads.get()));
+            continue;
+        }
+        let (float, rows) = line.split_once(' ').expect("a type and rows");
+        let rows: usize = rows.parse().expect("rows");
+        let float = FloatType::ALL
+            .into_iter()
+            .find(|of| of.to_string() == float);
+        let float = float.expect("a type");
+        if line != last.0 {
+            let y = vec![0; rows * outputs * float.bytes()];
+            last = (line, read("x"), y);
+        }
+        let (_, x, y) = &mut last;
+        let scales = if double {
+            Scales::Double {
+                codes: &absmax_codes[i % copies],
+                nested_absmax: &nested,
+                absmax_mean: mean,
+                map: &DYNAMIC_MAP,
+            }
+        } else {
+            Scales::Absmax(&absmax[i % copies])
+        };
+        let weights = LinearWeights {
+            quant_type: QuantType::Nf4,
+            outputs,
+            inputs,
+            block_size,
+            codes: &codes[i % copies],
+            scales,
+        };
+        let x = &x[..rows * inputs * float.bytes()];
+        let start = Instant::now();
+        let done = kernels.linear_bytes(&weights, float, rows, x, None, y, threads);
+        let seconds = start.elapsed().as_secs_f64();
+        done.expect("lengths");
+        fs::write(Path::new(folder).join("y"), &y[..]).expect("y");
+        println!("{seconds}");
+    }
+}
+
 fn main() {
     let arguments: Vec<String> = env::args().skip(1).collect();
     if let Some(("launch", numbers)) = arguments
@@ -89,6 +185,11 @@ fn main() {
     {
         let numbers: Result<Vec<usize>, _> = numbers.iter().map(|text| text.parse()).collect();
         return print_launch(&numbers.expect("numbers"));
+    }
+    if let Some((first, rest)) = arguments.split_first()
+        && first == "serve"
+    {
+        return serve(rest);
     }
     let threads = env::var("THREADS").ok().and_then(|text| text.parse().ok());
     let threads = threads.unwrap_or(NonZeroUsize::MIN.saturating_add(1));

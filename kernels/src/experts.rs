@@ -4,16 +4,11 @@
 //! with a slice of the stack, [`crate::linear`]. Groups and ranges of their results are dealt out to
 //! threads one by one. A result depends on its own row only, as there.
 
-use std::{
-    num::NonZeroUsize,
-    ops::Range,
-    sync::atomic::{AtomicUsize, Ordering},
-    thread,
-};
+use std::{num::NonZeroUsize, ops::Range};
 
 use crate::{
     Float, FloatType, KernelError, Kernels, LinearWeights, error::check_length, float,
-    linear::Product,
+    linear::Product, threads::each,
 };
 
 mod activation;
@@ -167,7 +162,7 @@ impl Kernels {
     ///
     /// - `x` and `y` [tokens, hidden], `gate_up_bias` [experts, 2 * intermediate], in the layout of the
     ///   gates, and `down_bias` [experts, hidden].
-    /// - `threads`: how many to use. Beside the caller's, they live for the time of the call.
+    /// - `threads`: how many to use. Beside the caller's, they are kept for the next call.
     ///
     /// Products are those of [`Kernels::linear`]; what the activation gives is rounded to `T` once, and so
     /// is the result. Sums over choices are f32, in the order of the choices. The bits of a token's result
@@ -567,7 +562,7 @@ impl Stack<'_> {
             .collect();
         let (_, results) = self.lengths();
         let row = self.weights.inputs() * self.float.bytes();
-        let products = self.each(&groups, |group| {
+        let products = each(self.threads, &groups, |group| {
             let rows = group.pairs.iter().map(|pair| &x[row_of(*pair) * row..]);
             let x = rows.flat_map(|x| &x[..row]).copied().collect::<Vec<u8>>();
             let rows = group.pairs.len();
@@ -591,7 +586,7 @@ impl Stack<'_> {
                 begins.map(move |begin| (group, begin..results.min(begin + piece)))
             })
             .collect();
-        let of_pieces = self.each(&pieces, |(group, range)| {
+        let of_pieces = each(self.threads, &pieces, |(group, range)| {
             self.results_of(&groups[*group], &products[*group], range.clone())
         });
         let mut all = vec![0.0; ids.len() * results];
@@ -652,34 +647,5 @@ impl Stack<'_> {
                     .collect()
             }
         }
-    }
-
-    /// Applies a function to each item, on all threads: each takes the next one when it is done with one.
-    fn each<T: Sync, R: Send>(&self, items: &[T], function: impl Fn(&T) -> R + Sync) -> Vec<R> {
-        let next = AtomicUsize::new(0);
-        let work = || {
-            let mut results = vec![];
-            loop {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                match items.get(i) {
-                    Some(item) => results.push((i, function(item))),
-                    None => return results,
-                }
-            }
-        };
-        let mut results = thread::scope(|scope| {
-            let threads = self.threads.get().min(items.len()).max(1);
-            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-            let mut results = work();
-            for other in others {
-                match other.join() {
-                    Ok(of_thread) => results.extend(of_thread),
-                    Err(panic) => std::panic::resume_unwind(panic),
-                }
-            }
-            results
-        });
-        results.sort_unstable_by_key(|(i, _)| *i);
-        results.into_iter().map(|(_, result)| result).collect()
     }
 }

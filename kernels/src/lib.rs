@@ -43,6 +43,7 @@ mod mean;
 mod quantize;
 mod sources;
 mod tables;
+mod threads;
 mod transposed;
 #[cfg(target_arch = "x86_64")]
 mod x86;

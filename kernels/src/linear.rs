@@ -2,20 +2,26 @@
 //!
 //! Outputs are dealt out to threads. A thread takes four outputs and a segment of the inputs at a
 //! time: it decodes the weights into a buffer that stays in the first-level cache, and multiplies
-//! them with every row of x. Where the instruction set can do better it does, without the buffer for
-//! few rows. Either way each result is the sum of its segments in their order, and a segment's sum
-//! does not depend on other rows or outputs, nor on the number of threads.
+//! them with every row of x. Rows of bf16 are multiplied otherwise where the processor has
+//! instructions for them: `x86/avx512/linear/bf16.rs`. Either way each result is the sum of
+//! its segments in their order, and a segment's sum does not depend on other rows or outputs, nor on
+//! the number of threads.
 
-use std::{num::NonZeroUsize, ops::Range, thread};
+use std::{num::NonZeroUsize, ops::Range};
 
+#[cfg(target_arch = "x86_64")]
+use crate::x86::avx512::linear::bf16;
 use crate::{
     BlockSize, Float, FloatType, Isa, KernelError, Kernels, NESTED_BLOCK_SIZE, QuantType, blocks,
-    error::check_length, float, packed_bytes,
+    error::check_length, float, packed_bytes, threads::each,
 };
 
 /// Inputs of a segment, and outputs that are computed together.
 pub(crate) const SEGMENT: usize = 2048;
 pub(crate) const GROUP: usize = 4;
+
+/// Pieces of outputs that a thread takes are multiples of so many, or of a quarter of it where there are few.
+const PIECE: usize = 64;
 
 /// Sums that a dot product is made of.
 const LANES: usize = 16;
@@ -96,29 +102,18 @@ impl LinearWeights<'_> {
         }
     }
 
-    /// The scales that some inputs of an output have, of 64 each, where each of them lies in one
-    /// block: as they lie there, or in `buffer`.
+    /// Writes the scales that inputs from `first` on have, of `run` each, where each of these lies in
+    /// one block.
     #[cfg(target_arch = "x86_64")]
-    pub(crate) fn scales_of_64<'b>(
-        &'b self,
-        output: usize,
-        inputs: Range<usize>,
-        buffer: &'b mut [f32],
-    ) -> &'b [f32] {
-        let first = output * self.inputs + inputs.start;
-        let (size, count) = (self.block_size.elements(), inputs.len() / 64);
-        match self.scales {
-            Scales::Absmax(absmax) if size == 64 => &absmax[first / 64..][..count],
-            scales if size == 64 => {
-                scales.read(first / 64, &mut buffer[..count]);
-                &buffer[..count]
-            }
-            scales => {
-                for (i, out) in buffer[..count].iter_mut().enumerate() {
-                    scales.read((first + 64 * i) / size, std::slice::from_mut(out));
-                }
-                &buffer[..count]
-            }
+    pub(crate) fn read_scales(&self, first: usize, run: usize, out: &mut [f32]) {
+        let size = self.block_size.elements();
+        if size == run {
+            self.scales.read(first / run, out);
+            return;
+        }
+        for (i, out) in out.iter_mut().enumerate() {
+            let block = (first + run * i) / size;
+            self.scales.read(block, std::slice::from_mut(out));
         }
     }
 }
@@ -127,7 +122,7 @@ impl Kernels {
     /// Multiplies rows with quantized weights: `y = x * transpose(W) + bias`.
     ///
     /// - `x` [rows, inputs], `bias` \[outputs\] and `y` [rows, outputs].
-    /// - `threads`: how many to use. Beside the caller's, they live for the time of the call.
+    /// - `threads`: how many to use. Beside the caller's, they are kept for the next call.
     ///
     /// Products and sums are f32, or products are of numbers rounded to bf16 where `x` is of bf16
     /// and the processor multiplies that; the result is rounded once to `T`. The bits of a
@@ -207,36 +202,28 @@ impl Kernels {
         }
 
         let product = Product::new(self, weights, float, rows, x);
-        // Whole groups for each thread but the last.
-        let share = outputs.div_ceil(GROUP).div_ceil(threads.get()) * GROUP;
+        // Some pieces for each thread, so that all end at about the same time.
+        let piece = outputs / (8 * threads.get());
+        let piece =
+            piece
+                .max(1)
+                .next_multiple_of(if piece < PIECE / 2 { PIECE / 4 } else { PIECE });
         let ranges: Vec<Range<usize>> = (0..outputs)
-            .step_by(share)
-            .map(|begin| begin..outputs.min(begin + share))
+            .step_by(piece)
+            .map(|begin| begin..outputs.min(begin + piece))
             .collect();
-        let sums: Vec<Vec<f32>> = thread::scope(|scope| {
-            let others: Vec<_> = ranges[1..]
-                .iter()
-                .map(|range| scope.spawn(|| product.sums(range.clone())))
-                .collect();
-            let mut sums = vec![product.sums(ranges[0].clone())];
-            for other in others {
-                match other.join() {
-                    Ok(of_thread) => sums.push(of_thread),
-                    Err(panic) => std::panic::resume_unwind(panic),
-                }
-            }
-            sums
-        });
+        let mut sums = each(threads, &ranges, |range| product.sums(range.clone()));
         let size = float.bytes();
-        for (range, sums) in ranges.iter().zip(&sums) {
-            for (row, sums) in sums.chunks_exact(range.len()).enumerate() {
-                let y = &mut y[(row * outputs + range.start) * size..][..range.len() * size];
-                for (i, (y, sum)) in y.chunks_exact_mut(size).zip(sums).enumerate() {
-                    let add = bias.map_or(0.0, |bias| {
-                        float::read(float, &bias[(range.start + i) * size..][..size])
-                    });
-                    float::write(float, sum + add, y);
+        for (range, sums) in ranges.iter().zip(&mut sums) {
+            for (row, sums) in sums.chunks_exact_mut(range.len()).enumerate() {
+                if let Some(bias) = bias {
+                    let bias = bias[range.start * size..range.end * size].chunks_exact(size);
+                    for (sum, bias) in sums.iter_mut().zip(bias) {
+                        *sum += float::read(float, bias);
+                    }
                 }
+                let y = &mut y[(row * outputs + range.start) * size..][..range.len() * size];
+                self.cast(bytemuck::cast_slice(sums), FloatType::F32, float, y)?;
             }
         }
         Ok(())
@@ -247,9 +234,9 @@ impl Kernels {
 enum Prepared {
     /// f32, row by row.
     Widened(Vec<f32>),
-    /// bf16, row by row; of each 64, those at even places come first.
+    /// Pairs of bf16, row by row.
     #[cfg(target_arch = "x86_64")]
-    Sorted(Vec<[u16; 64]>),
+    Pairs(Vec<bf16::Unit>),
 }
 
 /// A product that is to be computed.
@@ -269,25 +256,15 @@ impl<'a> Product<'a> {
         x: &[u8],
     ) -> Product<'a> {
         #[cfg(target_arch = "x86_64")]
-        let sorted = kernels.isa() == Isa::Avx512
-            && is_x86_feature_detected!("avx512bf16")
+        if kernels.isa() == Isa::Avx512
             && float == FloatType::Bf16
-            && weights.inputs.is_multiple_of(64)
-            && weights.block_size.elements() >= 64;
-        #[cfg(target_arch = "x86_64")]
-        if sorted {
-            let sort = |x: &[u8; 128]| {
-                std::array::from_fn(|i| {
-                    let at = 4 * (i % 32) + 2 * (i / 32);
-                    u16::from_le_bytes([x[at], x[at + 1]])
-                })
-            };
-            let x = x.as_chunks::<128>().0.iter().map(sort).collect();
+            && let Some(pairs) = bf16::pairs_if_possible(weights, rows, x)
+        {
             return Product {
                 kernels,
                 weights,
                 rows,
-                x: Prepared::Sorted(x),
+                x: Prepared::Pairs(pairs),
             };
         }
         let widened = x.chunks_exact(float.bytes());
@@ -308,17 +285,9 @@ impl<'a> Product<'a> {
                 self.widened_sums(x, outputs, &mut sums, add);
             }
             #[cfg(target_arch = "x86_64")]
-            Prepared::Sorted(x) => {
-                // SAFETY: rows are only sorted for a processor that has the instructions.
-                unsafe {
-                    crate::x86::avx512::sums_of_bf16(
-                        self.weights,
-                        self.rows,
-                        x,
-                        outputs,
-                        &mut sums,
-                    );
-                }
+            Prepared::Pairs(x) => {
+                // SAFETY: rows are only made pairs for a processor that has the instructions.
+                unsafe { bf16::sums_of_pairs(self.weights, self.rows, x, outputs, &mut sums) };
             }
         }
         sums

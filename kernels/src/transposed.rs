@@ -4,18 +4,14 @@
 //! buffer that stays in the second-level cache, and every row of dy is multiplied with them. A result is
 //! the sum of these outputs' sums in their order, whatever other rows, inputs or threads there are.
 
-use std::{
-    num::NonZeroUsize,
-    ops::Range,
-    sync::atomic::{AtomicUsize, Ordering},
-    thread,
-};
+use std::{num::NonZeroUsize, ops::Range};
 
 use crate::{
     Float, FloatType, Isa, KernelError, Kernels, LinearWeights,
     error::check_length,
     float,
     linear::{Decoder, GROUP},
+    threads::each,
 };
 
 /// Inputs of a panel, and outputs whose weights are decoded at a time.
@@ -27,7 +23,7 @@ impl Kernels {
     /// the inputs of [`Kernels::linear`] by that of its outputs.
     ///
     /// - `dy` [rows, outputs] and `dx` [rows, inputs].
-    /// - `threads`: how many to use. Beside the caller's, they live for the time of the call.
+    /// - `threads`: how many to use. Beside the caller's, they are kept for the next call.
     ///
     /// Products and sums are f32; the result is rounded once to `T`. The bits of a result depend on the
     /// instruction set, but not on other rows, nor on `threads`.
@@ -106,7 +102,8 @@ impl Kernels {
             .step_by(INPUTS)
             .map(|begin| begin..inputs.min(begin + INPUTS))
             .collect();
-        for (panel, sums) in panels.iter().zip(product.panels(&panels, threads)) {
+        let sums = each(threads, &panels, |panel| product.sums(panel.clone()));
+        for (panel, sums) in panels.iter().zip(sums) {
             for (row, sums) in sums.chunks_exact(panel.len()).enumerate() {
                 let dx = &mut dx[(row * inputs + panel.start) * size..][..panel.len() * size];
                 for (dx, sum) in dx.chunks_exact_mut(size).zip(sums) {
@@ -126,35 +123,6 @@ struct Transposed<'a> {
 }
 
 impl Transposed<'_> {
-    /// The sums of all panels, in their order. Each thread takes the next one when it is done with one.
-    fn panels(&self, panels: &[Range<usize>], threads: NonZeroUsize) -> Vec<Vec<f32>> {
-        let next = AtomicUsize::new(0);
-        let work = || {
-            let mut done = vec![];
-            loop {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                match panels.get(i) {
-                    Some(panel) => done.push((i, self.sums(panel.clone()))),
-                    None => return done,
-                }
-            }
-        };
-        let mut sums = thread::scope(|scope| {
-            let threads = threads.get().min(panels.len());
-            let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-            let mut sums = work();
-            for other in others {
-                match other.join() {
-                    Ok(of_thread) => sums.extend(of_thread),
-                    Err(panic) => std::panic::resume_unwind(panic),
-                }
-            }
-            sums
-        });
-        sums.sort_unstable_by_key(|(i, _)| *i);
-        sums.into_iter().map(|(_, sums)| sums).collect()
-    }
-
     /// The sums of some inputs, for each row those of all of these inputs.
     fn sums(&self, panel: Range<usize>) -> Vec<f32> {
         let add: AddScaled = match self.kernels.isa() {

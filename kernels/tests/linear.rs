@@ -215,6 +215,30 @@ fn every_format_and_block_size() {
     }
 }
 
+/// Tiles of outputs and rows, and what is left over; scales where blocks begin within rows; sums that are
+/// kept for some rows at a time.
+#[test]
+fn many_outputs_and_rows() {
+    let mut random = Random(9);
+    for (rows, outputs, inputs, block_size) in [
+        (1, 70, 512, 64),
+        (8, 33, 352, 32),
+        (9, 131, 384, 64),
+        (11, 70, 352, 128),
+        (14, 117, 672, 32),
+        (15, 64, 608, 4096),
+        (30, 17, 32, 64),
+        (243, 18, 96, 32),
+    ] {
+        for double in [false, true] {
+            let size = BlockSize::new(block_size).expect("valid");
+            let weights =
+                Weights::random(QuantType::Nf4, outputs, inputs, size, double, &mut random);
+            check(&weights, FloatType::Bf16, rows, !double, &mut random);
+        }
+    }
+}
+
 #[test]
 fn odd_lengths_and_many_segments() {
     let mut random = Random(2);
@@ -245,13 +269,14 @@ fn odd_lengths_and_many_segments() {
 #[test]
 fn rows_by_themselves() {
     let mut random = Random(3);
-    for (inputs, float) in [
-        (4288, FloatType::Bf16),
-        (1000, FloatType::Bf16),
-        (2112, FloatType::F32),
-        (320, FloatType::F16),
+    for (outputs, inputs, float) in [
+        (11, 4288, FloatType::Bf16),
+        (139, 1312, FloatType::Bf16),
+        (11, 1000, FloatType::Bf16),
+        (11, 2112, FloatType::F32),
+        (11, 320, FloatType::F16),
     ] {
-        let (rows, outputs) = (9, 11);
+        let rows = 13;
         let weights = Weights::random(
             QuantType::Nf4,
             outputs,
@@ -284,7 +309,7 @@ fn rows_by_themselves() {
                     let x = &x[begin * of_x..(begin + count) * of_x];
                     assert!(
                         product(count, x, count) == whole[begin * of_y..(begin + count) * of_y],
-                        "{}, {float}, {inputs} inputs: {count} rows from {begin}",
+                        "{}, {float}, {outputs} x {inputs}: {count} rows from {begin}",
                         kernels.isa()
                     );
                 }

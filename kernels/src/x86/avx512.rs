@@ -5,7 +5,7 @@
 
 mod absmax;
 mod convert;
-mod linear;
+pub(crate) mod linear;
 mod memory;
 mod sources;
 
@@ -23,7 +23,7 @@ use crate::{
 pub(crate) use self::{
     absmax::{absmax_mean, dequantize_absmax, quantize_absmax},
     convert::{cast, dequantize},
-    linear::{add_products_if_available, add_scaled_if_available, sums_of_bf16},
+    linear::{add_products_if_available, add_scaled_if_available},
     sources::decode,
 };
 

@@ -81,3 +81,69 @@ pub(super) fn bytes256(x: __m256i) -> [u8; 32] {
     store256(&mut bytes, x);
     bytes
 }
+
+/// 16 bytes of each of 16 rows that begin `stride` apart: rows 0, 4, 8 and 12 in the first vector, the
+/// rows after these in the next.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn load_rows(bytes: &[u8], stride: usize, at: usize) -> [__m512i; 4] {
+    assert!(
+        bytes.len() >= 16 && stride <= bytes.len() / 15 && at <= bytes.len() - 16 - 15 * stride
+    );
+    let mut vectors = [_mm512_setzero_si512(); 4];
+    for (i, vector) in vectors.iter_mut().enumerate() {
+        let mut quarters = [_mm_setzero_si128(); 4];
+        for (j, quarter) in quarters.iter_mut().enumerate() {
+            // SAFETY: the last row that is read is the 15th from `at`, 16 bytes of which are in
+            // `bytes`.
+            *quarter =
+                unsafe { _mm_loadu_si128(bytes.as_ptr().add(at + (4 * j + i) * stride).cast()) };
+        }
+        let [a, b, c, d] = quarters;
+        let rows = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(a), b);
+        let rows = _mm512_inserti32x4::<2>(rows, c);
+        *vector = _mm512_inserti32x4::<3>(rows, d);
+    }
+    vectors
+}
+
+/// 32 bytes of each of 16 rows that begin `stride` apart: in the first vector those of rows 0 and 4, in
+/// the fifth those of rows 8 and 12.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn load_wide_rows(bytes: &[u8], stride: usize, at: usize) -> [__m512i; 8] {
+    assert!(
+        bytes.len() >= 32 && stride <= bytes.len() / 15 && at <= bytes.len() - 32 - 15 * stride
+    );
+    let mut vectors = [_mm512_setzero_si512(); 8];
+    for (i, vector) in vectors.iter_mut().enumerate() {
+        let mut halves = [_mm256_setzero_si256(); 2];
+        for (j, half) in halves.iter_mut().enumerate() {
+            let row = i / 4 * 8 + i % 4 + 4 * j;
+            // SAFETY: the last row that is read is the 15th from `at`, 32 bytes of which are in
+            // `bytes`.
+            *half = unsafe { _mm256_loadu_si256(bytes.as_ptr().add(at + row * stride).cast()) };
+        }
+        let low = _mm512_castsi256_si512(halves[0]);
+        *vector = _mm512_inserti64x4::<1>(low, halves[1]);
+    }
+    vectors
+}
+
+/// Has the line of a byte read into the caches, where there is such a byte.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn prefetch(bytes: &[u8], at: usize) {
+    _mm_prefetch::<_MM_HINT_T0>(bytes.as_ptr().wrapping_add(at).cast());
+}
+
+/// The values of indices, or the last one where an index is too large.
+#[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
+#[inline]
+pub(super) fn gather(values: &[f32], index: __m512i) -> __m512 {
+    assert!(!values.is_empty() && values.len() <= i32::MAX as usize);
+    let last = _mm512_set1_epi32(values.len() as i32 - 1);
+    let index = _mm512_min_epu32(index, last);
+    // SAFETY: no index is larger than the last one.
+    unsafe { _mm512_i32gather_ps::<4>(index, values.as_ptr()) }
+}
