@@ -1,0 +1,28 @@
+//! Sequences that make sense, and any.
+
+use proptest::prelude::*;
+
+use super::*;
+
+proptest! {
+    #![proptest_config(ProptestConfig {
+        cases: 2000,
+        failure_persistence: None,
+        ..ProptestConfig::default()
+    })]
+
+    #[test]
+    fn any_sequence_of_calls_leaves_the_books_right(
+        data in prop::collection::vec(any::<u8>(), 0..2000)
+    ) {
+        calls_that_went_well(&data);
+    }
+}
+
+/// They reach what chance seldom does.
+#[test]
+fn seeds_do_what_they_are_for() {
+    for (name, bytes, well) in program_seeds() {
+        assert_eq!(calls_that_went_well(&bytes), well, "{name}");
+    }
+}
