@@ -58,13 +58,9 @@ pub fn program_seeds() -> Vec<Seed> {
         ("model", model(), 10),
         ("buffers", buffers(), 8),
         ("products", products(), BUFFERS_WELL + 17),
-        ("codes", codes(), BUFFERS_WELL + 10),
+        ("codes", codes(), BUFFERS_WELL + 7),
         ("decoder", decoder(), BUFFERS_WELL + 16),
-        (
-            "output",
-            sequence(&[&[46, 100], &[46, 200, 200, 0], &[46, 250]]),
-            2,
-        ),
+        ("output", output(), 3),
         // A handle of which there is none.
         ("forged", sequence(&[&[7]]), 0),
     ]
@@ -209,4 +205,10 @@ fn decoder() -> Vec<u8> {
         &Y,
         &[45, 0, 34],
     ])
+}
+
+/// Something, nothing, what is too long, and something again.
+fn output() -> Vec<u8> {
+    let too_long = 69_000u64.to_le_bytes();
+    sequence(&[&[46, 100, 46, 0, 46, 200, 240], &too_long, &[46, 1]])
 }
