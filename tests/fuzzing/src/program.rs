@@ -64,6 +64,9 @@ enum Kind {
 /// Tensors of the checkpoint, the first of which is of integers.
 const TENSORS: usize = 7;
 
+/// What lies beside its weights.
+const TOKENIZER: &[u8] = br#"{"model":{}}"#;
+
 /// A checkpoint with a tie that is stored, a matrix, a stack of experts and their router, a vector, and a tensor that
 /// cannot be quantized.
 fn checkpoint() -> &'static TempDir {
@@ -72,6 +75,8 @@ fn checkpoint() -> &'static TempDir {
         let directory = tempfile::tempdir().expect("there is room for files");
         let config = br#"{"tie_word_embeddings":true,"num_hidden_layers":1}"#;
         std::fs::write(directory.path().join("config.json"), config).expect("files can be written");
+        std::fs::write(directory.path().join("tokenizer.json"), TOKENIZER)
+            .expect("files can be written");
         let bytes: Vec<u8> = (0..4096).map(|i| (i % 251) as u8).collect();
         let tensor = |dtype, shape: &[usize], bytes| {
             TensorView::new(dtype, shape.to_vec(), bytes).expect("the length is right")
@@ -260,7 +265,8 @@ impl Program<'_> {
             call @ 0..=26 => self.call_memory(call),
             call @ 27..=34 => self.call_linear(call - 27),
             call @ 35..=46 => self.call_transformer(call - 35),
-            _ => self.several_buffers(),
+            47 => self.several_buffers(),
+            _ => self.look_beside_weights(),
         }
     }
 

@@ -8,7 +8,7 @@ use tightfit_wasm::wit::program::bindings::tightfit::host::models::HostModel;
 use tightfit_wasm::wit::program::bindings::tightfit::host::nf4::Host as _;
 use wasmtime::component::Resource;
 
-use super::{Program, TENSORS};
+use super::{Program, TENSORS, TOKENIZER};
 
 impl Program<'_> {
     /// Calls of devices, buffers, `nf4`, checkpoints and models.
@@ -175,6 +175,26 @@ impl Program<'_> {
         self.done(ties.map_err(CallError::Trap));
         let config = self.view().config_json(open());
         self.done(config.map_err(CallError::Trap));
+    }
+
+    /// Reads a file beside the weights, which is there or not, or is none that is read.
+    pub(super) fn look_beside_weights(&mut self) {
+        let name = ["tokenizer.json", "vocab.json", "config.json", ""];
+        let name = name[usize::from(self.input.byte() % 4)];
+        let open = self.checkpoint();
+        let again = Resource::new_borrow(open.rep());
+        let result = self.view().companion_bytes(open, name.to_owned());
+        if let Some(bytes) = self.done(result) {
+            let expected = (name == "tokenizer.json").then_some(TOKENIZER.len() as u64);
+            assert_eq!(bytes, expected);
+        }
+        let (start, bytes) = (self.input.number(), self.input.number());
+        let result = self
+            .view()
+            .read_companion(again, name.to_owned(), start, bytes);
+        if let Some(read) = self.done(result) {
+            assert_eq!(read, TOKENIZER[start as usize..][..bytes as usize]);
+        }
     }
 
     fn load(&mut self) {
