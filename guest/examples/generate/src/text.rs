@@ -18,8 +18,9 @@ pub(crate) struct Tokenizer(Kitoken);
 /// What the tokens of one text are so far.
 pub(crate) struct Stream<'t> {
     tokenizer: &'t Tokenizer,
-    /// The one before the next: what a token adds to a text depends on it.
-    last: Option<TokenId>,
+    /// The last one that is text, or all that begin a text and are left out there, as a space is: what a token adds
+    /// depends on what is before it.
+    before: Vec<TokenId>,
     /// The beginning of a character of which more is to come.
     pending: Vec<u8>,
 }
@@ -71,11 +72,15 @@ impl Tokenizer {
 
     /// Begins a text behind these tokens.
     pub(crate) fn stream(&self, prompt: &[TokenId]) -> Stream<'_> {
-        Stream {
+        let mut stream = Stream {
             tokenizer: self,
-            last: prompt.last().copied(),
+            before: vec![],
             pending: vec![],
+        };
+        for token in prompt {
+            stream.follow(*token);
         }
+        stream
     }
 
     /// The bytes of tokens. Those that say something of the text, and those that the tokenizer does not know, have none.
@@ -127,13 +132,22 @@ pub(crate) fn ends(checkpoint: &Checkpoint) -> Result<Vec<TokenId>, GaveUp> {
 impl Stream<'_> {
     /// What the next token adds: whole characters only.
     pub(crate) fn push(&mut self, token: TokenId) -> String {
-        let before: Vec<TokenId> = self.last.into_iter().collect();
-        let both: Vec<TokenId> = self.last.into_iter().chain([token]).collect();
-        let (before, both) = (self.tokenizer.decode(&before), self.tokenizer.decode(&both));
-        self.last = Some(token);
-        self.pending
-            .extend(both.strip_prefix(&before[..]).unwrap_or_default());
+        let decode = |tokens: &[TokenId]| self.tokenizer.decode(tokens);
+        let both = decode(&[&self.before[..], &[token]].concat());
+        let added = both.strip_prefix(&decode(&self.before)[..]);
+        self.pending.extend(added.unwrap_or_default());
+        self.follow(token);
         self.take(false)
+    }
+
+    /// Goes behind a token.
+    fn follow(&mut self, token: TokenId) {
+        let is_empty = |tokens: &[TokenId]| self.tokenizer.decode(tokens).is_empty();
+        if !is_empty(&[token]) {
+            self.before = vec![token];
+        } else if !is_empty(&[token, token]) && is_empty(&self.before) {
+            self.before.push(token);
+        }
     }
 
     /// What is left: the beginning of a character that never ended is one that is not known.

@@ -171,6 +171,17 @@ fn tokens_that_are_no_text_add_nothing() {
 }
 
 #[test]
+fn a_space_behind_a_token_that_is_no_text_stays() {
+    let tokenizer = with_byte_fallback();
+    let tokens = tokenizer.encode("he</s> he").unwrap();
+    // What begins a text has no space before it, and what goes on has.
+    assert_eq!(tokens, [1, 259, 267, 2, 259, 259, 267]);
+    assert_eq!(streamed(&tokenizer, &tokens).concat(), "he  he");
+    let tokens = [1, 259, 267, 2, 9_999_999, 259, 267];
+    assert_eq!(streamed(&tokenizer, &tokens).concat(), "he he");
+}
+
+#[test]
 fn what_is_no_tokenizer_is_an_error() {
     for json in [
         "",

@@ -6,7 +6,7 @@ use std::sync::{Arc, Weak};
 
 use wasmtime::component::Resource;
 
-use super::bindings::tightfit::host::{checkpoints, types};
+use super::bindings::tightfit::host::{checkpoints, errors, types};
 use super::error::CallError;
 use super::view::{list_bytes, place};
 use super::{ProgramCtx, ProgramCtxView};
@@ -89,7 +89,13 @@ impl ProgramCtxView<'_> {
                 COMPANIONS.join(", ")
             )));
         }
-        Ok(checkpoint.companion(name)?)
+        match checkpoint.companion(name) {
+            Err(CheckpointError::TooLarge { have, limit, .. }) => {
+                let message = format!("{name} has {have} bytes: at most {limit} are read");
+                Err(CallError::Guest(errors::Error::BadCheckpoint(message)))
+            }
+            other => Ok(other?),
+        }
     }
 }
 

@@ -102,9 +102,6 @@ impl From<CheckpointError> for CallError {
             CheckpointError::NotAFile { .. } => {
                 "a file of the checkpoint is a directory, a pipe or a device".to_owned()
             }
-            CheckpointError::TooLarge {
-                what, have, limit, ..
-            } => format!("the checkpoint has {what} of {have}: at most {limit}"),
             CheckpointError::Changed { .. } => {
                 "the checkpoint has been changed since it was opened".to_owned()
             }
