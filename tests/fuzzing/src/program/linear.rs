@@ -43,7 +43,7 @@ impl Program<'_> {
                     self.weights.push(weight.rep());
                 }
             }
-            1 => self.from_codes(),
+            1 => self.weight_from_codes(),
             2..=4 => self.multiply(),
             5 => self.look_at_weight(),
             6 => {
@@ -59,7 +59,7 @@ impl Program<'_> {
         }
     }
 
-    fn from_codes(&mut self) {
+    fn weight_from_codes(&mut self) {
         let shape: Vec<u64> = match self.input.byte() {
             kind @ 0..=199 => USUAL[usize::from(kind) % USUAL.len()].to_vec(),
             kind => (0..kind % 5).map(|_| self.input.length().into()).collect(),
