@@ -75,6 +75,16 @@ pub fn generate(model: &Path, devices: &Arc<[Box<dyn Device>]>, arguments: &[&st
     }
 }
 
+/// What it says where it gives text.
+///
+/// # Panics
+/// When the program gives up.
+pub fn text(model: &Path, devices: &Arc<[Box<dyn Device>]>, arguments: &[&str]) -> String {
+    let (outcome, said, _) = run(model, devices, arguments);
+    outcome.unwrap_or_else(|error| panic!("{arguments:?}: {error}"));
+    said
+}
+
 /// Why it gives up.
 ///
 /// # Panics

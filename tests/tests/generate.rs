@@ -1,9 +1,12 @@
 //! The program that generates: the golden models' logits, and the tokens that follow from them.
 
+use std::path::Path;
 use std::sync::Arc;
 
+use serde_json::{Value, json};
+use tempfile::TempDir;
 use tightfit::device::{Device, HostDevice};
-use tightfit_tests::generate::{Generated, generate, logits};
+use tightfit_tests::generate::{Generated, failure, generate, logits, text};
 use tightfit_tests::golden::GoldenModel;
 use tightfit_tests::tensors::floats;
 
@@ -180,4 +183,142 @@ fn what_it_cannot_do_it_says() {
     let error =
         tightfit_tests::generate::failure(&other.path("bf16"), &devices, &["--tokens", "1"]);
     assert!(error.contains("not known here"), "{error}");
+}
+
+/// The experts of a layer in one tensor are the same experts, to the bit; also many rows at a time.
+#[test]
+fn stacks_of_experts_give_what_single_ones_give() {
+    for name in ["qwen3_moe", "mixtral"] {
+        let model = GoldenModel::unpack(name);
+        let fused = TempDir::new().unwrap();
+        model.write_with_fused_experts(fused.path());
+        let devices = on(HostDevice::cpu(None));
+        let tokens = &texts(&model)[0];
+        let single = logits(&model.path("bf16"), &devices, tokens);
+        assert!(single.iter().any(|logit| *logit != 0.0));
+        assert_eq!(logits(fused.path(), &devices, tokens), single, "{name}");
+        let prompt: Vec<String> = tokens.iter().map(u32::to_string).collect();
+        let arguments = [
+            "--tokens",
+            &prompt.join(","),
+            "--float",
+            "f32",
+            "--max",
+            "4",
+        ];
+        let generated = generate(fused.path(), &devices, &arguments).tokens;
+        assert_eq!(
+            generated,
+            run(&model, &devices, &arguments).tokens,
+            "{name}"
+        );
+    }
+}
+
+/// A model with a tokenizer of its 256 first tokens, which are bytes.
+fn with_tokenizer(tokenizer: &[u8]) -> TempDir {
+    let model = GoldenModel::unpack("llama");
+    let directory = TempDir::new().unwrap();
+    for file in std::fs::read_dir(model.path("bf16")).unwrap() {
+        let file = file.unwrap();
+        std::fs::copy(file.path(), directory.path().join(file.file_name())).unwrap();
+    }
+    std::fs::write(directory.path().join("tokenizer.json"), tokenizer).unwrap();
+    directory
+}
+
+/// Of all bytes, by their numbers, as sentencepiece's are written that have no character for a byte.
+fn tokenizer_of_bytes() -> Value {
+    let byte = |byte: u32| (format!("<0x{byte:02X}>"), Value::from(byte));
+    json!({
+        "added_tokens": [],
+        "normalizer": null, "pre_tokenizer": null, "post_processor": null,
+        "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}, {"type": "Fuse"}]},
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": true,
+            "vocab": (0..256).map(byte).collect::<serde_json::Map<_, _>>(), "merges": []},
+    })
+}
+
+/// What bytes are as text: those of no character, and what is no byte, as those who stream tell it.
+fn as_text(tokens: &[u32]) -> String {
+    let bytes = tokens.iter().filter_map(|token| u8::try_from(*token).ok());
+    String::from_utf8_lossy(&bytes.collect::<Vec<u8>>()).into_owned()
+}
+
+#[test]
+fn text_goes_in_and_comes_out() {
+    let directory = with_tokenizer(tokenizer_of_bytes().to_string().as_bytes());
+    let devices = on(HostDevice::cpu(None));
+    let prompt = "h\u{e9}\u{1f642} ";
+    let bytes: Vec<String> = prompt.bytes().map(|byte| byte.to_string()).collect();
+    let bytes = bytes.join(",");
+    for more in [&["--temperature", "3", "--seed", "5"][..], &[]] {
+        let tokens = |first: &[&str]| {
+            let arguments = [first, &["--max", "40"], more].concat();
+            generate(directory.path(), &devices, &arguments).tokens
+        };
+        let text = |first: &[&str]| {
+            let arguments = [first, &["--max", "40"], more].concat();
+            text(directory.path(), &devices, &arguments)
+        };
+        let expected = tokens(&["--tokens", &bytes]);
+        assert_eq!(tokens(&["--text", prompt, "--as", "tokens"]), expected);
+        assert_eq!(text(&["--text", prompt]), as_text(&expected));
+        assert_eq!(
+            text(&["--tokens", &bytes, "--as", "text"]),
+            as_text(&expected)
+        );
+    }
+}
+
+#[test]
+fn a_text_ends_where_the_checkpoint_says() {
+    let directory = with_tokenizer(tokenizer_of_bytes().to_string().as_bytes());
+    let devices = on(HostDevice::cpu(None));
+    let arguments = ["--text", "hello", "--max", "12", "--temperature", "3"];
+    let as_tokens = [&arguments[..], &["--as", "tokens", "--stop", "4000000000"]].concat();
+    let all = generate(directory.path(), &devices, &as_tokens).tokens;
+    assert_eq!(all.len(), 12);
+    let end = all[7];
+    let first = all.iter().position(|token| *token == end).unwrap();
+    for settings in [
+        json!({"eos_token_id": end}),
+        json!({"eos_token_id": [4, end]}),
+    ] {
+        let path = directory.path().join("generation_config.json");
+        std::fs::write(path, settings.to_string()).unwrap();
+        let some = text(directory.path(), &devices, &arguments);
+        // 4 is no token of this text.
+        assert!(!all.contains(&4));
+        assert_eq!(some, as_text(&all[..first]));
+    }
+}
+
+#[test]
+fn a_tokenizer_that_is_none_is_told() {
+    let devices = on(HostDevice::cpu(None));
+    let model = GoldenModel::unpack("llama");
+    let fails = |path: &Path, words: &str| {
+        let error = failure(path, &devices, &["--text", "hello"]);
+        assert!(error.contains(words), "{error}");
+    };
+    fails(&model.path("bf16"), "has no tokenizer.json");
+    fails(with_tokenizer(b"{\"model\": 3}").path(), "tokenizer.json");
+    fails(with_tokenizer(b"\xff\xfe").path(), "tokenizer.json");
+    let large = with_tokenizer(b"");
+    let file = std::fs::File::create(large.path().join("tokenizer.json")).unwrap();
+    file.set_len((40 << 20) + 1).unwrap();
+    fails(large.path(), "at most 41943040");
+    // Tokens that the model does not have.
+    let mut far = tokenizer_of_bytes();
+    far["model"]["vocab"]["<0x68>"] = 4_000_000.into();
+    fails(
+        with_tokenizer(far.to_string().as_bytes()).path(),
+        "token 4000000",
+    );
+    // What has no end for who looks for one: it costs the program its own time.
+    let mut deep = tokenizer_of_bytes().to_string();
+    deep.insert_str(1, &format!("\"x\": {}", "[".repeat(100_000)));
+    fails(with_tokenizer(deep.as_bytes()).path(), "tokenizer.json");
 }

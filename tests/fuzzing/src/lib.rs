@@ -18,7 +18,7 @@ pub use checkpoint::checkpoint;
 pub use component::component;
 pub use plan::plan;
 #[cfg(feature = "program")]
-pub use program::program;
+pub use program::{program, program_seeds};
 pub use quant_state::quant_state;
 #[cfg(unix)]
 pub use save::save_directory;

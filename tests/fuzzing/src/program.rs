@@ -1,94 +1,36 @@
 //! A program's calls of the host in any order and with any arguments.
 
+mod input;
+mod linear;
+mod memory;
+mod seeds;
+#[cfg(test)]
+mod tests;
+mod transformer;
+mod written;
+
 use std::cell::Cell;
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, OnceLock};
 
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use tempfile::TempDir;
 use tightfit::device::{Device, HostDevice};
-use tightfit_wasm::wit::bindings::tightfit::host::types;
-use tightfit_wasm::wit::program::bindings::tightfit::host::buffers::{HostBuffer, Place};
-use tightfit_wasm::wit::program::bindings::tightfit::host::checkpoints::HostCheckpoint;
-use tightfit_wasm::wit::program::bindings::tightfit::host::linear::{
-    Host as _, HostWeight, Product, Rounding,
-};
-use tightfit_wasm::wit::program::bindings::tightfit::host::models::{HostModel, PartKind};
-use tightfit_wasm::wit::program::bindings::tightfit::host::nf4::Host as _;
+use tightfit_wasm::wit::program::bindings::tightfit::host::buffers::{HostBuffer as _, Place};
 use tightfit_wasm::wit::program::{
-    Buffer, CallError, LoadedModel, OpenCheckpoint, ProgramCtx, ProgramCtxView, Weight,
+    Buffer, CallError, LoadedModel, OpenCheckpoint, ProgramCtx, ProgramCtxView, output,
 };
 use wasmtime::component::{Resource, ResourceTable};
+
+use input::Input;
+pub use seeds::program_seeds;
 
 /// Calls in one sequence, at most: more find nothing that fewer do not, and take longer.
 const MOST_CALLS: usize = 300;
 
-/// What is left of the input. Where there is nothing, it is zeros.
-struct Input<'a>(&'a [u8]);
-
-impl Input<'_> {
-    fn byte(&mut self) -> u8 {
-        let Some((&first, rest)) = self.0.split_first() else {
-            return 0;
-        };
-        self.0 = rest;
-        first
-    }
-
-    /// Mostly something that makes sense, now and then an edge, now and then anything.
-    fn number(&mut self) -> u64 {
-        match self.byte() {
-            kind @ 0..=127 => u64::from(kind),
-            128..=199 => u64::from(u16::from_le_bytes([self.byte(), self.byte()])),
-            200..=219 => u64::MAX - u64::from(self.byte()),
-            220..=239 => 1 << (self.byte() % 64),
-            240..=255 => u64::from_le_bytes(std::array::from_fn(|_| self.byte())),
-        }
-    }
-
-    fn index(&mut self) -> u32 {
-        match self.byte() {
-            kind @ 0..=249 => u32::from(kind % 6),
-            _ => self.number() as u32,
-        }
-    }
-
-    fn dtype(&mut self) -> types::Dtype {
-        match self.byte() % 6 {
-            0 => types::Dtype::I64,
-            1 => types::Dtype::F16,
-            2 => types::Dtype::F32,
-            _ => types::Dtype::Bf16,
-        }
-    }
-
-    fn block_size(&mut self) -> u32 {
-        match self.byte() {
-            kind @ 0..=239 => 32 << (kind % 8),
-            _ => self.number() as u32,
-        }
-    }
-
-    fn format(&mut self) -> types::Format {
-        match self.byte() % 8 {
-            0 => types::Format::Cast(self.dtype()),
-            1..=3 => types::Format::Stored,
-            kind => types::Format::Nf4(types::Nf4Format {
-                block_size: self.block_size(),
-                double_quantized: kind % 2 == 0,
-            }),
-        }
-    }
-
-    fn part(&mut self) -> PartKind {
-        match self.byte() % 4 {
-            0 => PartKind::Data,
-            1 => PartKind::Codes,
-            2 => PartKind::Absmax,
-            _ => PartKind::NestedAbsmax,
-        }
-    }
-}
+/// What devices have, each: a list may hold all of it.
+const DEVICE_BYTES: u64 = 2 << 20;
 
 /// A program and what it knows of itself.
 struct Program<'a> {
@@ -101,6 +43,10 @@ struct Program<'a> {
     checkpoints: Vec<u32>,
     models: Vec<u32>,
     weights: Vec<u32>,
+    /// Where what it says comes out, if anybody listens.
+    said: Option<Receiver<String>>,
+    /// Whether what calls write is compared with what they say that they do, which takes its time.
+    watches: bool,
     /// Whether a handle of this call is none that there is.
     forged: bool,
     /// Calls that gave more than an error.
@@ -115,13 +61,22 @@ enum Kind {
     Weight,
 }
 
-/// A checkpoint with a tie that is stored, a matrix, and a tensor that cannot be quantized.
+/// Tensors of the checkpoint, the first of which is of integers.
+const TENSORS: usize = 7;
+
+/// What lies beside its weights.
+const TOKENIZER: &[u8] = br#"{"model":{}}"#;
+
+/// A checkpoint with a tie that is stored, a matrix, a stack of experts and their router, a vector, and a tensor that
+/// cannot be quantized.
 fn checkpoint() -> &'static TempDir {
     static DIRECTORY: OnceLock<TempDir> = OnceLock::new();
     DIRECTORY.get_or_init(|| {
         let directory = tempfile::tempdir().expect("there is room for files");
         let config = br#"{"tie_word_embeddings":true,"num_hidden_layers":1}"#;
         std::fs::write(directory.path().join("config.json"), config).expect("files can be written");
+        std::fs::write(directory.path().join("tokenizer.json"), TOKENIZER)
+            .expect("files can be written");
         let bytes: Vec<u8> = (0..4096).map(|i| (i % 251) as u8).collect();
         let tensor = |dtype, shape: &[usize], bytes| {
             TensorView::new(dtype, shape.to_vec(), bytes).expect("the length is right")
@@ -137,6 +92,18 @@ fn checkpoint() -> &'static TempDir {
                 tensor(Dtype::F32, &[32, 32], &bytes),
             ),
             (
+                "model.layers.0.mlp.experts.gate_up_proj",
+                tensor(Dtype::BF16, &[4, 16, 32], &bytes),
+            ),
+            (
+                "model.layers.0.mlp.gate.weight",
+                tensor(Dtype::BF16, &[4, 32], &bytes[..256]),
+            ),
+            (
+                "model.norm.weight",
+                tensor(Dtype::BF16, &[32], &bytes[..64]),
+            ),
+            (
                 "model.position_ids",
                 tensor(Dtype::I64, &[16], &bytes[..128]),
             ),
@@ -145,6 +112,12 @@ fn checkpoint() -> &'static TempDir {
         safetensors::serialize_to_file(tensors, None, &file).expect("files can be written");
         directory
     })
+}
+
+/// Whether something of these lengths would compute for seconds. What has far more is for the host to refuse.
+fn is_long(lengths: impl IntoIterator<Item = u64>) -> bool {
+    let lengths = lengths.into_iter().map(u128::from);
+    (1 << 25..1 << 45).contains(&lengths.fold(1, u128::saturating_mul))
 }
 
 /// Carries out the calls that the input says, and checks after each that the books are right; at the
@@ -157,14 +130,21 @@ pub fn program(data: &[u8]) -> bool {
 fn calls_that_went_well(data: &[u8]) -> usize {
     let mut input = Input(data);
     let quota = u64::from(input.byte()) * 16 * 1024;
-    let device = |index| Box::new(HostDevice::sim(index, 2 << 20)) as Box<dyn Device>;
+    let flags = input.byte();
+    let device = |index| Box::new(HostDevice::sim(index, DEVICE_BYTES)) as Box<dyn Device>;
     let devices: Arc<[Box<dyn Device>]> = (0..2).map(device).collect();
-    let context = ProgramCtx::new(Arc::clone(&devices), quota)
+    let mut context = ProgramCtx::new(Arc::clone(&devices), quota)
         .grant("model", checkpoint().path())
         .load_with(Some(1), Some(64 << 10));
+    let mut said = None;
+    if flags & 1 != 0 {
+        let (output, receiver) = output();
+        context = context.with_output(output);
+        said = Some(receiver);
+    }
     let mut table = ResourceTable::new();
-    // Room for every call to give a handle.
-    table.set_max_capacity(MOST_CALLS);
+    // Room for every call to give handles.
+    table.set_max_capacity(4 * MOST_CALLS);
     let mut program = Program {
         input,
         context,
@@ -175,6 +155,8 @@ fn calls_that_went_well(data: &[u8]) -> usize {
         checkpoints: Vec::new(),
         models: Vec::new(),
         weights: Vec::new(),
+        said,
+        watches: flags & 2 != 0,
         forged: false,
         went_well: Cell::new(0),
     };
@@ -244,7 +226,7 @@ impl Program<'_> {
     fn place(&mut self) -> Place {
         Place {
             buffer: self.buffer(),
-            offset: self.input.number(),
+            offset: self.input.offset(),
         }
     }
 
@@ -256,29 +238,10 @@ impl Program<'_> {
         Resource::new_borrow(self.pick(Kind::Model))
     }
 
-    fn weight(&mut self) -> Resource<Weight> {
-        Resource::new_borrow(self.pick(Kind::Weight))
-    }
-
-    fn product(&mut self) -> Product {
-        let weight = self.weight();
-        let (input, rows, float) = (self.place(), self.input.number() as u32, self.input.dtype());
-        let output = self.place();
-        let more = self.input.byte();
-        let place = |it: &mut Self, bit: u8| (more & bit != 0).then(|| it.place());
-        Product {
-            weight,
-            input,
-            rows,
-            float,
-            bias: place(self, 1),
-            output,
-            experts: place(self, 2),
-            rounding: match more & 4 {
-                0 => Rounding::Fastest,
-                _ => Rounding::ByRow,
-            },
-        }
+    /// Bytes of a buffer, all of which there are.
+    fn read(&mut self, place: &Place, bytes: u64) -> Vec<u8> {
+        let buffer = Resource::new_borrow(place.buffer.rep());
+        self.view().read(buffer, place.offset, bytes).unwrap()
     }
 
     /// What a call gave, if it was more than an error.
@@ -298,191 +261,29 @@ impl Program<'_> {
 
     fn call(&mut self) {
         self.forged = false;
-        match self.input.byte() % 33 {
-            0..=3 => {
-                let (device, bytes) = (self.input.index(), self.input.number());
-                let result = self.view().allocate(device % 3, bytes);
-                if let Some(buffer) = self.done(result) {
-                    self.buffers.push(buffer.rep());
-                }
-            }
-            4 => {
-                let rep = self.buffer().rep();
-                let result = HostBuffer::drop(&mut self.view(), Resource::new_own(rep));
-                self.done(result.map_err(CallError::Trap));
-                self.forget(rep);
-            }
-            5 | 6 => {
-                let (buffer, offset) = (self.buffer(), self.input.number());
-                let bytes = vec![self.input.byte(); (self.input.number() % 70_000) as usize];
-                let result = self.view().write(buffer, offset, bytes);
-                self.done(result);
-            }
-            7 => {
-                let buffer = self.buffer();
-                let (offset, bytes) = (self.input.number(), self.input.number());
-                let result = self.view().read(buffer, offset, bytes);
-                if let Some(read) = self.done(result) {
-                    assert_eq!(read.len() as u64, bytes);
-                }
-            }
-            8 => {
-                let (to, from) = (self.buffer(), self.buffer());
-                let [offset, start, bytes] = std::array::from_fn(|_| self.input.number());
-                let result = self.view().copy_from(to, offset, from, start, bytes);
-                self.done(result);
-            }
-            9 => {
-                let (source, dtype, elements) =
-                    (self.place(), self.input.dtype(), self.input.number());
-                let (block, codes, absmax) = (self.input.block_size(), self.place(), self.place());
-                let result = self
-                    .view()
-                    .quantize(source, dtype, elements, block, codes, absmax);
-                self.done(result);
-            }
-            10 => {
-                let bytes = vec![self.input.byte(); (self.input.number() % 70_000) as usize];
-                let (dtype, block) = (self.input.dtype(), self.input.block_size());
-                let (codes, absmax) = (self.place(), self.place());
-                let result = self
-                    .view()
-                    .quantize_bytes(bytes, dtype, block, codes, absmax);
-                self.done(result);
-            }
-            11 => {
-                let (codes, absmax, elements) = (self.place(), self.place(), self.input.number());
-                let (block, dtype) = (self.input.block_size(), self.input.dtype());
-                let target = self.place();
-                let fp4 = types::QuantType::Fp4;
-                let view = &mut self.view();
-                let result = view.dequantize(fp4, codes, absmax, elements, block, dtype, target);
-                self.done(result);
-            }
-            12 => {
-                let (absmax, count) = (self.place(), self.input.number());
-                let (codes, nested) = (self.place(), self.place());
-                let result = self.view().quantize_absmax(absmax, count, codes, nested);
-                self.done(result);
-            }
-            13 => {
-                let (codes, nested) = (self.place(), self.place());
-                let mean = f32::from_bits(self.input.number() as u32);
-                let (count, absmax) = (self.input.number(), self.place());
-                let result = self
-                    .view()
-                    .dequantize_absmax(codes, nested, mean, count, absmax);
-                self.done(result);
-            }
-            14 | 15 => {
-                let name =
-                    ["model", "model", "model", "/model"][usize::from(self.input.byte() % 4)];
-                let result = self.view().open(name.to_owned());
-                if let Some(open) = self.done(result) {
-                    self.checkpoints.push(open.rep());
-                }
-            }
-            16 => {
-                let rep = self.checkpoint().rep();
-                let result = HostCheckpoint::drop(&mut self.view(), Resource::new_own(rep));
-                self.done(result.map_err(CallError::Trap));
-                self.forget(rep);
-            }
-            17 => self.look_at_checkpoint(),
-            18 => {
-                let (open, tensor) = (self.checkpoint(), self.input.index());
-                let (start, bytes) = (self.input.number(), self.input.number());
-                let (buffer, offset) = (self.buffer(), self.input.number());
-                let view = &mut self.view();
-                let result = view.read_tensor(open, tensor, start, bytes, buffer, offset);
-                self.done(result);
-            }
-            19 | 20 => self.load(),
-            21 => {
-                let rep = self.model().rep();
-                let result = HostModel::drop(&mut self.view(), Resource::new_own(rep));
-                self.done(result.map_err(CallError::Trap));
-                self.forget(rep);
-            }
-            22 => {
-                let (model, tensor) = (self.model(), self.input.index());
-                let result = self.view().get_tensor(model, tensor);
-                self.done(result);
-                let model = self.model();
-                let name = "lm_head.weight".to_owned();
-                let result = HostModel::find(&mut self.view(), model, name);
-                self.done(result.map_err(CallError::Trap));
-            }
-            23 => {
-                let (model, tensor, part) = (self.model(), self.input.index(), self.input.part());
-                let (start, bytes) = (self.input.number(), self.input.number());
-                let result = self.view().read_part(model, tensor, part, start, bytes);
-                if let Some(read) = self.done(result) {
-                    assert_eq!(read.len() as u64, bytes);
-                }
-            }
-            24 => {
-                let (model, tensor, part) = (self.model(), self.input.index(), self.input.part());
-                let (start, bytes) = (self.input.number(), self.input.number());
-                let (buffer, offset) = (self.buffer(), self.input.number());
-                let view = &mut self.view();
-                let result = view.read_part_into(model, tensor, part, start, bytes, buffer, offset);
-                self.done(result);
-            }
-            25 => {
-                let (model, tensor) = (self.model(), self.input.index());
-                let (first, count, to) =
-                    (self.input.number(), self.input.number(), self.input.dtype());
-                let result = self.view().read_elements(model, tensor, first, count, to);
-                self.done(result);
-            }
-            27 => {
-                let (model, tensor) = (self.model(), self.input.index());
-                let result = self.view().of(model, tensor);
-                if let Some(weight) = self.done(result) {
-                    self.weights.push(weight.rep());
-                }
-            }
-            28 => {
-                let lengths = usize::from(self.input.byte() % 5);
-                let shape = (0..lengths).map(|_| self.input.number()).collect();
-                let (block, nf4) = (self.input.block_size(), types::QuantType::Nf4);
-                let (codes, absmax) = (self.place(), self.place());
-                let result = self.view().from_codes(nf4, shape, block, codes, absmax);
-                if let Some(weight) = self.done(result) {
-                    self.weights.push(weight.rep());
-                }
-            }
-            29 | 30 => {
-                let count = self.input.byte() % 3;
-                let products = (0..count).map(|_| self.product()).collect();
-                let result = self.view().multiply(products);
-                self.done(result);
-            }
-            31 => {
-                let (weight, rows) = (self.weight(), self.input.number() as u32);
-                let again = Resource::new_borrow(weight.rep());
-                let result = self.view().shape(weight);
-                self.done(result.map_err(CallError::Trap));
-                let result = self.view().scratch_bytes(again, rows);
-                self.done(result.map_err(CallError::Trap));
-                let result = self.view().finish();
-                self.done(result);
-            }
-            32 => {
-                let rep = self.weight().rep();
-                let result = HostWeight::drop(&mut self.view(), Resource::new_own(rep));
-                self.done(result.map_err(CallError::Trap));
-                self.forget(rep);
-            }
-            _ => {
-                let (model, tensor) = (self.model(), self.input.index());
-                let (first, count, to) =
-                    (self.input.number(), self.input.number(), self.input.dtype());
-                let (buffer, offset) = (self.buffer(), self.input.number());
-                let view = &mut self.view();
-                let result =
-                    view.read_elements_into(model, tensor, first, count, to, buffer, offset);
+        match self.input.byte() % 50 {
+            call @ 0..=26 => self.call_memory(call),
+            call @ 27..=34 => self.call_linear(call - 27),
+            call @ 35..=46 => self.call_transformer(call - 35),
+            47 => self.several_buffers(),
+            _ => self.look_beside_weights(),
+        }
+    }
+
+    /// Takes buffers for operands, and fills some of them.
+    fn several_buffers(&mut self) {
+        for _ in 0..1 + self.input.byte() % 4 {
+            let kind = self.input.byte();
+            let bytes = 64 << (kind % 8);
+            let result = self.view().allocate(0, bytes);
+            let Some(buffer) = self.done(result) else {
+                return;
+            };
+            let rep = buffer.rep();
+            self.buffers.push(rep);
+            if kind >= 128 {
+                let content = self.input.bytes();
+                let result = self.view().write(Resource::new_borrow(rep), 0, content);
                 self.done(result);
             }
         }
@@ -498,46 +299,6 @@ impl Program<'_> {
             &mut self.weights,
         ] {
             handles.retain(|&other| other != handle);
-        }
-    }
-
-    fn look_at_checkpoint(&mut self) {
-        let rep = self.checkpoint().rep();
-        let (first, count) = (self.input.index(), self.input.index());
-        let open = || Resource::new_borrow(rep);
-        let tensors = self.view().tensors(open(), first, count);
-        let tensors = self.done(tensors.map_err(CallError::Trap));
-        assert!(tensors.is_none_or(|tensors| tensors.len() <= count as usize));
-        let ties = self.view().ties(open(), first, count);
-        self.done(ties.map_err(CallError::Trap));
-        let config = self.view().config_json(open());
-        self.done(config.map_err(CallError::Trap));
-    }
-
-    fn load(&mut self) {
-        let open = self.checkpoint();
-        let placements = match self.input.byte() {
-            // As many as there are tensors.
-            0..=239 => 4,
-            other => usize::from(other - 240),
-        };
-        let placements = (0..placements)
-            .map(|_| types::Placement {
-                device: match self.input.byte() {
-                    0..=50 => None,
-                    250..=255 => Some(self.input.index()),
-                    device => Some(u32::from(device % 2)),
-                },
-                format: self.input.format(),
-            })
-            .collect();
-        let headroom = match self.input.byte() {
-            0..=250 => vec![0, u64::from(self.input.byte())],
-            _ => vec![self.input.number(); usize::from(self.input.byte() % 4)],
-        };
-        let result = self.view().load(open, placements, headroom);
-        if let Some(model) = self.done(result) {
-            self.models.push(model.rep());
         }
     }
 
@@ -571,61 +332,5 @@ impl Program<'_> {
         }
         // Weights keep what was dropped.
         assert!(held == requested || (held < requested && !self.weights.is_empty()));
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    proptest! {
-        #![proptest_config(ProptestConfig {
-            cases: 2000,
-            failure_persistence: None,
-            ..ProptestConfig::default()
-        })]
-
-        #[test]
-        fn any_sequence_of_calls_leaves_the_books_right(
-            data in prop::collection::vec(any::<u8>(), 0..2000)
-        ) {
-            calls_that_went_well(&data);
-        }
-    }
-
-    /// A sequence that reaches what chance seldom does: a model that is loaded, looked at and read.
-    #[test]
-    fn a_sequence_that_makes_sense_works() {
-        let nf4_on_first = [60, 5, 1];
-        let stored_on_first = [60, 1];
-        let mut input = vec![255, 14, 0];
-        input.extend([19, 0, 0]);
-        // Integers come first in the file.
-        input.extend(stored_on_first);
-        input.extend(nf4_on_first.repeat(3));
-        input.extend([0, 0]);
-        input.extend([
-            22, 0, 0, 0, 23, 0, 1, 1, 0, 100, 25, 0, 1, 0, 100, 2, 21, 0, 16, 0,
-        ]);
-        // Opened, loaded, looked up twice, read twice, unloaded, closed.
-        assert_eq!(calls_that_went_well(&input), 8);
-    }
-
-    /// The same for products: a weight that is made, used and outlives its buffers.
-    #[test]
-    fn products_that_make_sense_work() {
-        let mut input = vec![255];
-        // Codes, scales, input, output.
-        for bytes in [32, 4, 127, 100] {
-            input.extend([0, 0, bytes]);
-        }
-        // Of [1, 16], with blocks of 64: one row of f32 numbers.
-        input.extend([28, 2, 1, 16, 1, 0, 0, 1, 0]);
-        input.extend([29, 1, 0, 2, 0, 1, 2, 3, 0, 4]);
-        input.extend([4, 0, 4, 0, 29, 1, 0, 0, 0, 1, 2, 1, 0, 4, 31, 0, 1, 32, 0]);
-        // Four buffers, a weight, a product, two dropped, a product, three looks at it, and it is dropped.
-        assert_eq!(calls_that_went_well(&input), 13);
     }
 }

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use tightfit_fuzzing::{TARGETS, Target};
+use tightfit_fuzzing::{TARGETS, Target, program_seeds};
 use tightfit_tests::guests::Handwritten;
 use tightfit_wasm::policy::precheck_component;
 use tightfit_wasm::sandbox::Limits;
@@ -171,21 +171,8 @@ fn seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     seeds.push(("component", "component", component));
     seeds.push(("component", "long-function", long.module()));
 
-    // A model that is opened, loaded, looked up, read, dequantized, unloaded and closed.
-    let mut sensible = vec![255, 14, 0, 19, 0, 0, 60, 1];
-    sensible.extend([60, 5, 1].repeat(3));
-    sensible.extend([
-        0, 0, 22, 0, 0, 0, 23, 0, 1, 1, 0, 100, 25, 0, 1, 0, 100, 2, 21, 0, 16, 0,
-    ]);
-    seeds.push(("program", "sensible", sensible));
-    // Two buffers, one written, read, copied, quantized and freed.
-    let buffers = [
-        255, 0, 0, 128, 0, 4, 0, 0, 128, 0, 4, 5, 0, 10, 7, 100, 7, 0, 0, 100, 8, 1, 0, 9, 0, 100,
-        9, 0, 0, 3, 64, 1, 1, 0, 1, 64, 4, 0,
-    ];
-    seeds.push(("program", "buffers", buffers.to_vec()));
-    // A handle of which there is none.
-    seeds.push(("program", "forged", vec![0, 7]));
+    let sequences = program_seeds().into_iter();
+    seeds.extend(sequences.map(|(name, bytes, _)| ("program", name, bytes)));
 
     // Sources of choices: their bytes mean nothing by themselves.
     let mut state = 1u64;

@@ -87,6 +87,12 @@ extern void __wasm_import_tightfit_host_checkpoints_method_checkpoint_ties(int32
 __attribute__((__import_module__("tightfit:host/checkpoints@0.1.0"), __import_name__("[method]checkpoint.read-tensor")))
 extern void __wasm_import_tightfit_host_checkpoints_method_checkpoint_read_tensor(int32_t, int32_t, int64_t, int64_t, int32_t, int64_t, uint8_t *);
 
+__attribute__((__import_module__("tightfit:host/checkpoints@0.1.0"), __import_name__("[method]checkpoint.companion-bytes")))
+extern void __wasm_import_tightfit_host_checkpoints_method_checkpoint_companion_bytes(int32_t, uint8_t *, size_t, uint8_t *);
+
+__attribute__((__import_module__("tightfit:host/checkpoints@0.1.0"), __import_name__("[method]checkpoint.read-companion")))
+extern void __wasm_import_tightfit_host_checkpoints_method_checkpoint_read_companion(int32_t, uint8_t *, size_t, int64_t, int64_t, uint8_t *);
+
 // Imported Functions from `tightfit:host/models@0.1.0`
 
 __attribute__((__import_module__("tightfit:host/models@0.1.0"), __import_name__("[static]model.load")))
@@ -135,6 +141,46 @@ extern void __wasm_import_tightfit_host_linear_multiply(uint8_t *, size_t, uint8
 
 __attribute__((__import_module__("tightfit:host/linear@0.1.0"), __import_name__("finish")))
 extern void __wasm_import_tightfit_host_linear_finish(uint8_t *);
+
+// Imported Functions from `tightfit:host/transformer@0.1.0`
+
+__attribute__((__import_module__("tightfit:host/transformer@0.1.0"), __import_name__("gather")))
+extern void __wasm_import_tightfit_host_transformer_gather(int32_t, int32_t, int32_t, int64_t, int32_t, int32_t, int64_t, uint8_t *);
+
+__attribute__((__import_module__("tightfit:host/transformer@0.1.0"), __import_name__("dense")))
+extern void __wasm_import_tightfit_host_transformer_dense(int32_t, int32_t, int32_t, int64_t, int32_t, int32_t, int32_t, int64_t, int32_t, int64_t, uint8_t *);
+
+__attribute__((__import_module__("tightfit:host/transformer@0.1.0"), __import_name__("rms-norm")))
+extern void __wasm_import_tightfit_host_transformer_rms_norm(int32_t, int32_t, int32_t, float, float, int32_t, int64_t, int32_t, int64_t, int32_t, int32_t, int64_t, int32_t, int64_t, uint8_t *);
+
+__attribute__((__import_module__("tightfit:host/transformer@0.1.0"), __import_name__("add")))
+extern void __wasm_import_tightfit_host_transformer_add(int32_t, int64_t, int32_t, int64_t, int32_t, int64_t, uint8_t *);
+
+__attribute__((__import_module__("tightfit:host/transformer@0.1.0"), __import_name__("gate")))
+extern void __wasm_import_tightfit_host_transformer_gate(int32_t, int32_t, int64_t, int32_t, int64_t, int32_t, int64_t, int32_t, int64_t, uint8_t *);
+
+__attribute__((__import_module__("tightfit:host/transformer@0.1.0"), __import_name__("rotate")))
+extern void __wasm_import_tightfit_host_transformer_rotate(uint8_t *, uint8_t *);
+
+__attribute__((__import_module__("tightfit:host/transformer@0.1.0"), __import_name__("attend")))
+extern void __wasm_import_tightfit_host_transformer_attend(uint8_t *, uint8_t *);
+
+__attribute__((__import_module__("tightfit:host/transformer@0.1.0"), __import_name__("top")))
+extern void __wasm_import_tightfit_host_transformer_top(int32_t, int32_t, int32_t, int32_t, int32_t, int64_t, int32_t, int64_t, int32_t, int64_t, uint8_t *);
+
+__attribute__((__import_module__("tightfit:host/transformer@0.1.0"), __import_name__("route")))
+extern void __wasm_import_tightfit_host_transformer_route(int32_t, int32_t, int32_t, int32_t, int32_t, int32_t, int64_t, int32_t, int64_t, int32_t, int64_t, uint8_t *);
+
+__attribute__((__import_module__("tightfit:host/transformer@0.1.0"), __import_name__("combine")))
+extern void __wasm_import_tightfit_host_transformer_combine(int32_t, int32_t, int32_t, int32_t, int32_t, int64_t, int32_t, int64_t, int32_t, int64_t, uint8_t *);
+
+__attribute__((__import_module__("tightfit:host/transformer@0.1.0"), __import_name__("take-faults")))
+extern void __wasm_import_tightfit_host_transformer_take_faults(int32_t, uint8_t *);
+
+// Imported Functions from `tightfit:host/output@0.1.0`
+
+__attribute__((__import_module__("tightfit:host/output@0.1.0"), __import_name__("write")))
+extern void __wasm_import_tightfit_host_output_write(uint8_t *, size_t, uint8_t *);
 
 // Exported Functions from `tightfit:host/run@0.1.0`
 
@@ -451,6 +497,27 @@ void tightfit_host_checkpoints_result_void_error_free(tightfit_host_checkpoints_
   }
 }
 
+void program_option_u64_free(program_option_u64_t *ptr) {
+  if (ptr->is_some) {
+  }
+}
+
+void tightfit_host_checkpoints_result_option_u64_error_free(tightfit_host_checkpoints_result_option_u64_error_t *ptr) {
+  if (!ptr->is_err) {
+    program_option_u64_free(&ptr->val.ok);
+  } else {
+    tightfit_host_checkpoints_error_free(&ptr->val.err);
+  }
+}
+
+void tightfit_host_checkpoints_result_list_u8_error_free(tightfit_host_checkpoints_result_list_u8_error_t *ptr) {
+  if (!ptr->is_err) {
+    program_list_u8_free(&ptr->val.ok);
+  } else {
+    tightfit_host_checkpoints_error_free(&ptr->val.err);
+  }
+}
+
 void tightfit_host_models_format_free(tightfit_host_models_format_t *ptr) {
   tightfit_host_types_format_free(ptr);
 }
@@ -617,6 +684,56 @@ void tightfit_host_linear_result_void_error_free(tightfit_host_linear_result_voi
   if (!ptr->is_err) {
   } else {
     tightfit_host_linear_error_free(&ptr->val.err);
+  }
+}
+
+void tightfit_host_transformer_error_free(tightfit_host_transformer_error_t *ptr) {
+  tightfit_host_errors_error_free(ptr);
+}
+
+void tightfit_host_transformer_option_place_free(tightfit_host_transformer_option_place_t *ptr) {
+  if (ptr->is_some) {
+  }
+}
+
+void tightfit_host_transformer_head_norms_free(tightfit_host_transformer_head_norms_t *ptr) {
+  tightfit_host_transformer_option_place_free(&ptr->queries);
+  tightfit_host_transformer_option_place_free(&ptr->keys);
+}
+
+void tightfit_host_transformer_visible_free(tightfit_host_transformer_visible_t *ptr) {
+  switch ((int32_t) ptr->tag) {
+    case 1: {
+      break;
+    }
+    case 2: {
+      break;
+    }
+  }
+}
+
+void tightfit_host_transformer_result_void_error_free(tightfit_host_transformer_result_void_error_t *ptr) {
+  if (!ptr->is_err) {
+  } else {
+    tightfit_host_transformer_error_free(&ptr->val.err);
+  }
+}
+
+void tightfit_host_transformer_result_faults_error_free(tightfit_host_transformer_result_faults_error_t *ptr) {
+  if (!ptr->is_err) {
+  } else {
+    tightfit_host_transformer_error_free(&ptr->val.err);
+  }
+}
+
+void tightfit_host_output_error_free(tightfit_host_output_error_t *ptr) {
+  tightfit_host_errors_error_free(ptr);
+}
+
+void tightfit_host_output_result_void_error_free(tightfit_host_output_result_void_error_t *ptr) {
+  if (!ptr->is_err) {
+  } else {
+    tightfit_host_output_error_free(&ptr->val.err);
   }
 }
 
@@ -1626,6 +1743,155 @@ bool tightfit_host_checkpoints_method_checkpoint_read_tensor(tightfit_host_check
   }
 }
 
+bool tightfit_host_checkpoints_method_checkpoint_companion_bytes(tightfit_host_checkpoints_borrow_checkpoint_t self, program_string_t *name, program_option_u64_t *ret, tightfit_host_checkpoints_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[(32+2*sizeof(void*))];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_checkpoints_method_checkpoint_companion_bytes((self).__handle, (uint8_t *) (*name).ptr, (*name).len, ptr);
+  tightfit_host_checkpoints_result_option_u64_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      program_option_u64_t option;
+      switch ((int32_t) *((uint8_t*) (ptr + 8))) {
+        case 0: {
+          option.is_some = false;
+          break;
+        }
+        case 1: {
+          option.is_some = true;
+          option.val = (uint64_t) (*((int64_t*) (ptr + 16)));
+          break;
+        }
+      }
+
+      result.val.ok = option;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    *ret = result.val.ok;
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_checkpoints_method_checkpoint_read_companion(tightfit_host_checkpoints_borrow_checkpoint_t self, program_string_t *name, uint64_t start, uint64_t bytes, program_list_u8_t *ret, tightfit_host_checkpoints_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[(32+2*sizeof(void*))];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_checkpoints_method_checkpoint_read_companion((self).__handle, (uint8_t *) (*name).ptr, (*name).len, (int64_t) (start), (int64_t) (bytes), ptr);
+  tightfit_host_checkpoints_result_list_u8_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      result.val.ok = (program_list_u8_t) { (uint8_t*)(*((uint8_t **) (ptr + 8))), (*((size_t*) (ptr + (8+1*sizeof(void*))))) };
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    *ret = result.val.ok;
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
 bool tightfit_host_models_static_model_load(tightfit_host_models_borrow_checkpoint_t checkpoint, tightfit_host_models_list_placement_t *placements, program_list_u64_t *headroom, tightfit_host_models_own_model_t *ret, tightfit_host_models_error_t *err) {
   __attribute__((__aligned__(8)))
   uint8_t ret_area[(32+2*sizeof(void*))];
@@ -2347,6 +2613,912 @@ bool tightfit_host_linear_finish(tightfit_host_linear_error_t *err) {
   uint8_t *ptr = (uint8_t *) &ret_area;
   __wasm_import_tightfit_host_linear_finish(ptr);
   tightfit_host_linear_result_void_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_transformer_gather(tightfit_host_transformer_parameter_t *table, tightfit_host_transformer_place_t *ids, uint32_t rows, tightfit_host_transformer_place_t *y, tightfit_host_transformer_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[(32+2*sizeof(void*))];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_transformer_gather(((*table).model).__handle, (int32_t) ((*table).tensor), ((*ids).buffer).__handle, (int64_t) ((*ids).offset), (int32_t) (rows), ((*y).buffer).__handle, (int64_t) ((*y).offset), ptr);
+  tightfit_host_transformer_result_void_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_transformer_dense(tightfit_host_transformer_parameter_t *weight, tightfit_host_transformer_place_t *x, uint32_t rows, tightfit_host_transformer_place_t *maybe_bias, tightfit_host_transformer_place_t *y, tightfit_host_transformer_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[(32+2*sizeof(void*))];
+  tightfit_host_transformer_option_place_t bias;
+  bias.is_some = maybe_bias != NULL;if (maybe_bias) {
+    bias.val = *maybe_bias;
+  }
+  int32_t option;
+  int32_t option1;
+  int64_t option2;
+  if ((bias).is_some) {
+    const tightfit_host_transformer_place_t *payload0 = &(bias).val;
+    option = 1;
+    option1 = ((*payload0).buffer).__handle;
+    option2 = (int64_t) ((*payload0).offset);
+  } else {
+    option = 0;
+    option1 = 0;
+    option2 = 0;
+  }
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_transformer_dense(((*weight).model).__handle, (int32_t) ((*weight).tensor), ((*x).buffer).__handle, (int64_t) ((*x).offset), (int32_t) (rows), option, option1, option2, ((*y).buffer).__handle, (int64_t) ((*y).offset), ptr);
+  tightfit_host_transformer_result_void_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_transformer_rms_norm(tightfit_host_transformer_norm_t *norm, tightfit_host_transformer_place_t *x, tightfit_host_transformer_place_t *maybe_add, tightfit_host_transformer_place_t *y, tightfit_host_transformer_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[(32+2*sizeof(void*))];
+  tightfit_host_transformer_option_place_t add;
+  add.is_some = maybe_add != NULL;if (maybe_add) {
+    add.val = *maybe_add;
+  }
+  int32_t option;
+  int32_t option1;
+  int64_t option2;
+  if ((add).is_some) {
+    const tightfit_host_transformer_place_t *payload0 = &(add).val;
+    option = 1;
+    option1 = ((*payload0).buffer).__handle;
+    option2 = (int64_t) ((*payload0).offset);
+  } else {
+    option = 0;
+    option1 = 0;
+    option2 = 0;
+  }
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_transformer_rms_norm((int32_t) (*norm).float_, (int32_t) ((*norm).rows), (int32_t) ((*norm).columns), (*norm).eps, (*norm).weight_offset, (((*norm).weight).buffer).__handle, (int64_t) (((*norm).weight).offset), ((*x).buffer).__handle, (int64_t) ((*x).offset), option, option1, option2, ((*y).buffer).__handle, (int64_t) ((*y).offset), ptr);
+  tightfit_host_transformer_result_void_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_transformer_add(tightfit_host_transformer_dtype_t float_, uint64_t elements, tightfit_host_transformer_place_t *x, tightfit_host_transformer_place_t *add, tightfit_host_transformer_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[(32+2*sizeof(void*))];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_transformer_add((int32_t) float_, (int64_t) (elements), ((*x).buffer).__handle, (int64_t) ((*x).offset), ((*add).buffer).__handle, (int64_t) ((*add).offset), ptr);
+  tightfit_host_transformer_result_void_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_transformer_gate(tightfit_host_transformer_dtype_t float_, tightfit_host_transformer_activation_t activation, uint64_t elements, tightfit_host_transformer_place_t *gate, tightfit_host_transformer_place_t *up, tightfit_host_transformer_place_t *y, tightfit_host_transformer_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[(32+2*sizeof(void*))];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_transformer_gate((int32_t) float_, (int32_t) activation, (int64_t) (elements), ((*gate).buffer).__handle, (int64_t) ((*gate).offset), ((*up).buffer).__handle, (int64_t) ((*up).offset), ((*y).buffer).__handle, (int64_t) ((*y).offset), ptr);
+  tightfit_host_transformer_result_void_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_transformer_rotate(tightfit_host_transformer_heads_t *heads, tightfit_host_transformer_head_norms_t *norms, tightfit_host_transformer_rotary_t *rotary, tightfit_host_transformer_place_t *positions, tightfit_host_transformer_place_t *queries, tightfit_host_transformer_place_t *keys, tightfit_host_transformer_place_t *values, tightfit_host_transformer_cache_t *cache, tightfit_host_transformer_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[216];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  *((int8_t*)(ptr + 0)) = (int32_t) (*heads).float_;
+  *((int32_t*)(ptr + 4)) = (int32_t) ((*heads).rows);
+  *((int32_t*)(ptr + 8)) = (int32_t) ((*heads).query_heads);
+  *((int32_t*)(ptr + 12)) = (int32_t) ((*heads).kv_heads);
+  *((int32_t*)(ptr + 16)) = (int32_t) ((*heads).head_size);
+  *((float*)(ptr + 24)) = (*norms).eps;
+  *((float*)(ptr + 28)) = (*norms).weight_offset;
+  if (((*norms).queries).is_some) {
+    const tightfit_host_transformer_place_t *payload0 = &((*norms).queries).val;
+    *((int8_t*)(ptr + 32)) = 1;
+    *((int32_t*)(ptr + 40)) = ((*payload0).buffer).__handle;
+    *((int64_t*)(ptr + 48)) = (int64_t) ((*payload0).offset);
+  } else {
+    *((int8_t*)(ptr + 32)) = 0;
+  }
+  if (((*norms).keys).is_some) {
+    const tightfit_host_transformer_place_t *payload2 = &((*norms).keys).val;
+    *((int8_t*)(ptr + 56)) = 1;
+    *((int32_t*)(ptr + 64)) = ((*payload2).buffer).__handle;
+    *((int64_t*)(ptr + 72)) = (int64_t) ((*payload2).offset);
+  } else {
+    *((int8_t*)(ptr + 56)) = 0;
+  }
+  *((int32_t*)(ptr + 80)) = (int32_t) ((*rotary).dimensions);
+  *((int32_t*)(ptr + 88)) = (((*rotary).frequencies).buffer).__handle;
+  *((int64_t*)(ptr + 96)) = (int64_t) (((*rotary).frequencies).offset);
+  *((float*)(ptr + 104)) = (*rotary).scaling;
+  *((int32_t*)(ptr + 112)) = ((*positions).buffer).__handle;
+  *((int64_t*)(ptr + 120)) = (int64_t) ((*positions).offset);
+  *((int32_t*)(ptr + 128)) = ((*queries).buffer).__handle;
+  *((int64_t*)(ptr + 136)) = (int64_t) ((*queries).offset);
+  *((int32_t*)(ptr + 144)) = ((*keys).buffer).__handle;
+  *((int64_t*)(ptr + 152)) = (int64_t) ((*keys).offset);
+  *((int32_t*)(ptr + 160)) = ((*values).buffer).__handle;
+  *((int64_t*)(ptr + 168)) = (int64_t) ((*values).offset);
+  *((int32_t*)(ptr + 176)) = (int32_t) ((*cache).capacity);
+  *((int32_t*)(ptr + 184)) = (((*cache).keys).buffer).__handle;
+  *((int64_t*)(ptr + 192)) = (int64_t) (((*cache).keys).offset);
+  *((int32_t*)(ptr + 200)) = (((*cache).values).buffer).__handle;
+  *((int64_t*)(ptr + 208)) = (int64_t) (((*cache).values).offset);
+  uint8_t *ptr3 = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_transformer_rotate(ptr, ptr3);
+  tightfit_host_transformer_result_void_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr3 + 0))) {
+    case 0: {
+      result.is_err = false;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr3 + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr3 + 16))), (*((size_t*) (ptr3 + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr3 + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr3 + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr3 + 16))), (*((size_t*) (ptr3 + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr3 + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr3 + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr3 + 16))), (*((size_t*) (ptr3 + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr3 + 16))), (*((size_t*) (ptr3 + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr3 + 16))), (*((size_t*) (ptr3 + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr3 + 16))), (*((size_t*) (ptr3 + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr3 + 16))), (*((size_t*) (ptr3 + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_transformer_attend(tightfit_host_transformer_heads_t *heads, tightfit_host_transformer_cache_t *cache, tightfit_host_transformer_place_t *positions, tightfit_host_transformer_visible_t *visible, uint32_t most, float scale, tightfit_host_transformer_place_t *queries, tightfit_host_transformer_place_t *y, tightfit_host_transformer_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[128];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  *((int8_t*)(ptr + 0)) = (int32_t) (*heads).float_;
+  *((int32_t*)(ptr + 4)) = (int32_t) ((*heads).rows);
+  *((int32_t*)(ptr + 8)) = (int32_t) ((*heads).query_heads);
+  *((int32_t*)(ptr + 12)) = (int32_t) ((*heads).kv_heads);
+  *((int32_t*)(ptr + 16)) = (int32_t) ((*heads).head_size);
+  *((int32_t*)(ptr + 24)) = (int32_t) ((*cache).capacity);
+  *((int32_t*)(ptr + 32)) = (((*cache).keys).buffer).__handle;
+  *((int64_t*)(ptr + 40)) = (int64_t) (((*cache).keys).offset);
+  *((int32_t*)(ptr + 48)) = (((*cache).values).buffer).__handle;
+  *((int64_t*)(ptr + 56)) = (int64_t) (((*cache).values).offset);
+  *((int32_t*)(ptr + 64)) = ((*positions).buffer).__handle;
+  *((int64_t*)(ptr + 72)) = (int64_t) ((*positions).offset);
+  switch ((int32_t) (*visible).tag) {
+    case 0: {
+      *((int8_t*)(ptr + 80)) = 0;
+      break;
+    }
+    case 1: {
+      const uint32_t *payload0 = &(*visible).val.window;
+      *((int8_t*)(ptr + 80)) = 1;
+      *((int32_t*)(ptr + 84)) = (int32_t) (*payload0);
+      break;
+    }
+    case 2: {
+      const uint32_t *payload1 = &(*visible).val.first;
+      *((int8_t*)(ptr + 80)) = 2;
+      *((int32_t*)(ptr + 84)) = (int32_t) (*payload1);
+      break;
+    }
+  }
+  *((int32_t*)(ptr + 88)) = (int32_t) (most);
+  *((float*)(ptr + 92)) = scale;
+  *((int32_t*)(ptr + 96)) = ((*queries).buffer).__handle;
+  *((int64_t*)(ptr + 104)) = (int64_t) ((*queries).offset);
+  *((int32_t*)(ptr + 112)) = ((*y).buffer).__handle;
+  *((int64_t*)(ptr + 120)) = (int64_t) ((*y).offset);
+  uint8_t *ptr2 = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_transformer_attend(ptr, ptr2);
+  tightfit_host_transformer_result_void_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr2 + 0))) {
+    case 0: {
+      result.is_err = false;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr2 + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr2 + 16))), (*((size_t*) (ptr2 + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr2 + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr2 + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr2 + 16))), (*((size_t*) (ptr2 + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr2 + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr2 + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr2 + 16))), (*((size_t*) (ptr2 + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr2 + 16))), (*((size_t*) (ptr2 + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr2 + 16))), (*((size_t*) (ptr2 + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr2 + 16))), (*((size_t*) (ptr2 + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr2 + 16))), (*((size_t*) (ptr2 + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_transformer_top(tightfit_host_transformer_dtype_t float_, uint32_t rows, uint32_t columns, uint32_t k, tightfit_host_transformer_place_t *x, tightfit_host_transformer_place_t *ids, tightfit_host_transformer_place_t *values, tightfit_host_transformer_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[(32+2*sizeof(void*))];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_transformer_top((int32_t) float_, (int32_t) (rows), (int32_t) (columns), (int32_t) (k), ((*x).buffer).__handle, (int64_t) ((*x).offset), ((*ids).buffer).__handle, (int64_t) ((*ids).offset), ((*values).buffer).__handle, (int64_t) ((*values).offset), ptr);
+  tightfit_host_transformer_result_void_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_transformer_route(tightfit_host_transformer_dtype_t float_, uint32_t rows, uint32_t experts, uint32_t k, bool normalize, tightfit_host_transformer_place_t *scores, tightfit_host_transformer_place_t *ids, tightfit_host_transformer_place_t *weights, tightfit_host_transformer_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[(32+2*sizeof(void*))];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_transformer_route((int32_t) float_, (int32_t) (rows), (int32_t) (experts), (int32_t) (k), normalize, ((*scores).buffer).__handle, (int64_t) ((*scores).offset), ((*ids).buffer).__handle, (int64_t) ((*ids).offset), ((*weights).buffer).__handle, (int64_t) ((*weights).offset), ptr);
+  tightfit_host_transformer_result_void_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_transformer_combine(tightfit_host_transformer_dtype_t float_, uint32_t rows, uint32_t k, uint32_t columns, tightfit_host_transformer_place_t *x, tightfit_host_transformer_place_t *weights, tightfit_host_transformer_place_t *y, tightfit_host_transformer_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[(32+2*sizeof(void*))];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_transformer_combine((int32_t) float_, (int32_t) (rows), (int32_t) (k), (int32_t) (columns), ((*x).buffer).__handle, (int64_t) ((*x).offset), ((*weights).buffer).__handle, (int64_t) ((*weights).offset), ((*y).buffer).__handle, (int64_t) ((*y).offset), ptr);
+  tightfit_host_transformer_result_void_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_transformer_take_faults(uint32_t device, tightfit_host_transformer_faults_t *ret, tightfit_host_transformer_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[(32+2*sizeof(void*))];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_transformer_take_faults((int32_t) (device), ptr);
+  tightfit_host_transformer_result_faults_error_t result;
+  switch ((int32_t) *((uint8_t*) (ptr + 0))) {
+    case 0: {
+      result.is_err = false;
+      result.val.ok = (int32_t) *((uint8_t*) (ptr + 8));
+      break;
+    }
+    case 1: {
+      result.is_err = true;
+      tightfit_host_errors_error_t variant;
+      variant.tag = (int32_t) *((uint8_t*) (ptr + 8));
+      switch ((int32_t) variant.tag) {
+        case 0: {
+          variant.val.no_space = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 1: {
+          variant.val.quota_exceeded = (tightfit_host_errors_shortage_t) {
+            (program_string_t) (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) },
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (16+2*sizeof(void*))))),
+            (uint64_t) (uint64_t) (*((int64_t*) (ptr + (24+2*sizeof(void*))))),
+          };
+          break;
+        }
+        case 2: {
+          variant.val.invalid_argument = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 3: {
+          variant.val.not_found = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 4: {
+          variant.val.unsupported = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 5: {
+          variant.val.device_failed = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+        case 6: {
+          variant.val.bad_checkpoint = (program_string_t) { (uint8_t*)(*((uint8_t **) (ptr + 16))), (*((size_t*) (ptr + (16+1*sizeof(void*))))) };
+          break;
+        }
+      }
+
+      result.val.err = variant;
+      break;
+    }
+  }
+  if (!result.is_err) {
+    *ret = result.val.ok;
+    return 1;
+  } else {
+    *err = result.val.err;
+    return 0;
+  }
+}
+
+bool tightfit_host_output_write(program_string_t *text, tightfit_host_output_error_t *err) {
+  __attribute__((__aligned__(8)))
+  uint8_t ret_area[(32+2*sizeof(void*))];
+  uint8_t *ptr = (uint8_t *) &ret_area;
+  __wasm_import_tightfit_host_output_write((uint8_t *) (*text).ptr, (*text).len, ptr);
+  tightfit_host_output_result_void_error_t result;
   switch ((int32_t) *((uint8_t*) (ptr + 0))) {
     case 0: {
       result.is_err = false;

@@ -398,6 +398,27 @@ typedef struct {
   } val;
 } tightfit_host_checkpoints_result_void_error_t;
 
+typedef struct {
+  bool is_some;
+  uint64_t val;
+} program_option_u64_t;
+
+typedef struct {
+  bool is_err;
+  union {
+    program_option_u64_t ok;
+    tightfit_host_checkpoints_error_t err;
+  } val;
+} tightfit_host_checkpoints_result_option_u64_error_t;
+
+typedef struct {
+  bool is_err;
+  union {
+    program_list_u8_t ok;
+    tightfit_host_checkpoints_error_t err;
+  } val;
+} tightfit_host_checkpoints_result_list_u8_error_t;
+
 typedef tightfit_host_types_dtype_t tightfit_host_models_dtype_t;
 
 typedef tightfit_host_types_format_t tightfit_host_models_format_t;
@@ -612,6 +633,130 @@ typedef struct {
   } val;
 } tightfit_host_linear_result_void_error_t;
 
+typedef tightfit_host_types_dtype_t tightfit_host_transformer_dtype_t;
+
+typedef tightfit_host_errors_error_t tightfit_host_transformer_error_t;
+
+typedef tightfit_host_buffers_place_t tightfit_host_transformer_place_t;
+
+typedef tightfit_host_models_borrow_model_t tightfit_host_transformer_borrow_model_t;
+
+// A tensor of a model that is stored or cast to a `float` type, where it lies.
+typedef struct tightfit_host_transformer_parameter_t {
+  tightfit_host_transformer_borrow_model_t   model;
+  uint32_t   tensor;
+} tightfit_host_transformer_parameter_t;
+
+// A norm: `y = x / sqrt(mean(x^2) + eps) * (weight-offset + weight)`.
+typedef struct tightfit_host_transformer_norm_t {
+  tightfit_host_transformer_dtype_t   float_;
+  uint32_t   rows;
+  // Elements of a row, at most 2^20.
+  uint32_t   columns;
+  float   eps;
+  // 0 for Llama and Qwen, 1 for Gemma.
+  float   weight_offset;
+  // `columns` numbers.
+  tightfit_host_transformer_place_t   weight;
+} tightfit_host_transformer_norm_t;
+
+// What a gate is put through.
+typedef uint8_t tightfit_host_transformer_activation_t;
+
+#define TIGHTFIT_HOST_TRANSFORMER_ACTIVATION_SILU 0
+#define TIGHTFIT_HOST_TRANSFORMER_ACTIVATION_GELU 1
+#define TIGHTFIT_HOST_TRANSFORMER_ACTIVATION_GELU_TANH 2
+
+// The heads of an attention: queries `[rows, query-heads, head-size]`, keys and values
+// `[rows, kv-heads, head-size]`. A query head looks at the keys of head
+// `number / (query-heads / kv-heads)`.
+typedef struct tightfit_host_transformer_heads_t {
+  tightfit_host_transformer_dtype_t   float_;
+  uint32_t   rows;
+  // A multiple of `kv-heads`, at most 4096.
+  uint32_t   query_heads;
+  uint32_t   kv_heads;
+  // A multiple of 8, at most 256.
+  uint32_t   head_size;
+} tightfit_host_transformer_heads_t;
+
+// Keys and values of earlier rows, each `[capacity, kv-heads, head-size]`.
+typedef struct tightfit_host_transformer_cache_t {
+  uint32_t   capacity;
+  tightfit_host_transformer_place_t   keys;
+  tightfit_host_transformer_place_t   values;
+} tightfit_host_transformer_cache_t;
+
+// How queries and keys are turned by their positions: element `i` of a head with element
+// `i + dimensions / 2`, by the position (as f32) times frequency `i`.
+typedef struct tightfit_host_transformer_rotary_t {
+  // Elements that are turned, the first ones of a head: even, or 0 for none.
+  uint32_t   dimensions;
+  // `dimensions / 2` f32.
+  tightfit_host_transformer_place_t   frequencies;
+  // What sines and cosines are multiplied with: 1, but for yarn.
+  float   scaling;
+} tightfit_host_transformer_rotary_t;
+
+typedef struct {
+  bool is_some;
+  tightfit_host_transformer_place_t val;
+} tightfit_host_transformer_option_place_t;
+
+// Norms of each head of queries and of keys, before they are turned: each weight `[head-size]`.
+typedef struct tightfit_host_transformer_head_norms_t {
+  float   eps;
+  float   weight_offset;
+  tightfit_host_transformer_option_place_t   queries;
+  tightfit_host_transformer_option_place_t   keys;
+} tightfit_host_transformer_head_norms_t;
+
+// Which rows of a cache a query sees.
+typedef struct tightfit_host_transformer_visible_t {
+  uint8_t tag;
+  union {
+    uint32_t     window;
+    uint32_t     first;
+  } val;
+} tightfit_host_transformer_visible_t;
+
+// Those up to its own position.
+#define TIGHTFIT_HOST_TRANSFORMER_VISIBLE_CAUSAL 0
+// The last of these, so many, its own among them; not 0.
+#define TIGHTFIT_HOST_TRANSFORMER_VISIBLE_WINDOW 1
+// The first so many, whatever its position; not 0.
+#define TIGHTFIT_HOST_TRANSFORMER_VISIBLE_FIRST 2
+
+// What ids and positions were wrong.
+typedef uint8_t tightfit_host_transformer_faults_t;
+
+#define TIGHTFIT_HOST_TRANSFORMER_FAULTS_ID (1 << 0)
+#define TIGHTFIT_HOST_TRANSFORMER_FAULTS_POSITION (1 << 1)
+
+typedef struct {
+  bool is_err;
+  union {
+    tightfit_host_transformer_error_t err;
+  } val;
+} tightfit_host_transformer_result_void_error_t;
+
+typedef struct {
+  bool is_err;
+  union {
+    tightfit_host_transformer_faults_t ok;
+    tightfit_host_transformer_error_t err;
+  } val;
+} tightfit_host_transformer_result_faults_error_t;
+
+typedef tightfit_host_errors_error_t tightfit_host_output_error_t;
+
+typedef struct {
+  bool is_err;
+  union {
+    tightfit_host_output_error_t err;
+  } val;
+} tightfit_host_output_result_void_error_t;
+
 typedef struct {
   bool is_err;
   union {
@@ -695,6 +840,13 @@ extern void tightfit_host_checkpoints_method_checkpoint_ties(tightfit_host_check
 // `offset` on. Of a weight that bitsandbytes has quantized in the checkpoint these are its
 // codes; one that another method has, and that is one tensor here, is read decoded.
 extern bool tightfit_host_checkpoints_method_checkpoint_read_tensor(tightfit_host_checkpoints_borrow_checkpoint_t self, uint32_t tensor, uint64_t start, uint64_t bytes, tightfit_host_checkpoints_borrow_buffer_t target, uint64_t offset, tightfit_host_checkpoints_error_t *err);
+// The length of a file beside the weights, in bytes; none where there is no such file. Only those are
+// read that say how text becomes tokens and how to generate: `tokenizer.json`,
+// `tokenizer_config.json`, `special_tokens_map.json`, `generation_config.json`,
+// `chat_template.jinja`, `vocab.json`, `merges.txt` and `tokenizer.model`, each of at most 64 MiB.
+extern bool tightfit_host_checkpoints_method_checkpoint_companion_bytes(tightfit_host_checkpoints_borrow_checkpoint_t self, program_string_t *name, program_option_u64_t *ret, tightfit_host_checkpoints_error_t *err);
+// Bytes of such a file from its byte `start` on, as it is; at most 4 MiB.
+extern bool tightfit_host_checkpoints_method_checkpoint_read_companion(tightfit_host_checkpoints_borrow_checkpoint_t self, program_string_t *name, uint64_t start, uint64_t bytes, program_list_u8_t *ret, tightfit_host_checkpoints_error_t *err);
 
 // Imported Functions from `tightfit:host/models@0.1.0`
 // Loads a checkpoint: one placement for each of its tensors, and for each device the bytes
@@ -740,6 +892,44 @@ extern uint64_t tightfit_host_linear_method_weight_scratch_bytes(tightfit_host_l
 extern bool tightfit_host_linear_multiply(tightfit_host_linear_list_product_t *products, tightfit_host_linear_error_t *err);
 // Waits until all that was queued is done, on all devices, and gives the first error.
 extern bool tightfit_host_linear_finish(tightfit_host_linear_error_t *err);
+
+// Imported Functions from `tightfit:host/transformer@0.1.0`
+// Rows of a table: `y[i] = table[ids[i]]`, of `rows` ids as u32. Of an id that is no row of the table it is
+// zeros, and a fault. `y` has the table's type.
+extern bool tightfit_host_transformer_gather(tightfit_host_transformer_parameter_t *table, tightfit_host_transformer_place_t *ids, uint32_t rows, tightfit_host_transformer_place_t *y, tightfit_host_transformer_error_t *err);
+// Products with a matrix that is not quantized, such as an output head or a router:
+// `y = x * transpose(weight) + bias`. Everything has the weight's type.
+extern bool tightfit_host_transformer_dense(tightfit_host_transformer_parameter_t *weight, tightfit_host_transformer_place_t *x, uint32_t rows, tightfit_host_transformer_place_t *maybe_bias, tightfit_host_transformer_place_t *y, tightfit_host_transformer_error_t *err);
+// The norm of each row. With `add`, `x` becomes `x + add` first, rounded.
+extern bool tightfit_host_transformer_rms_norm(tightfit_host_transformer_norm_t *norm, tightfit_host_transformer_place_t *x, tightfit_host_transformer_place_t *maybe_add, tightfit_host_transformer_place_t *y, tightfit_host_transformer_error_t *err);
+// `x = x + add`, of `elements` numbers.
+extern bool tightfit_host_transformer_add(tightfit_host_transformer_dtype_t float_, uint64_t elements, tightfit_host_transformer_place_t *x, tightfit_host_transformer_place_t *add, tightfit_host_transformer_error_t *err);
+// `y = activation(gate) * up`, of `elements` numbers.
+extern bool tightfit_host_transformer_gate(tightfit_host_transformer_dtype_t float_, tightfit_host_transformer_activation_t activation, uint64_t elements, tightfit_host_transformer_place_t *gate, tightfit_host_transformer_place_t *up, tightfit_host_transformer_place_t *y, tightfit_host_transformer_error_t *err);
+// Prepares attention: norms of heads, then queries are turned in place, and keys, turned, and values go to
+// the cache, at their rows' `positions` (u32). Those of a position that the cache has no place for go
+// nowhere, and that is a fault.
+extern bool tightfit_host_transformer_rotate(tightfit_host_transformer_heads_t *heads, tightfit_host_transformer_head_norms_t *norms, tightfit_host_transformer_rotary_t *rotary, tightfit_host_transformer_place_t *positions, tightfit_host_transformer_place_t *queries, tightfit_host_transformer_place_t *keys, tightfit_host_transformer_place_t *values, tightfit_host_transformer_cache_t *cache, tightfit_host_transformer_error_t *err);
+// Attention: `y = softmax(scale * queries * transpose(keys)) * values`, with the cache's keys and values, and
+// `y` like the queries. A position behind the cache counts as its last one, and is a fault. `most` is about how
+// many rows of the cache a query sees at most: a device deals out its work by that.
+extern bool tightfit_host_transformer_attend(tightfit_host_transformer_heads_t *heads, tightfit_host_transformer_cache_t *cache, tightfit_host_transformer_place_t *positions, tightfit_host_transformer_visible_t *visible, uint32_t most, float scale, tightfit_host_transformer_place_t *queries, tightfit_host_transformer_place_t *y, tightfit_host_transformer_error_t *err);
+// The `k` largest of each row of `x` `[rows, columns]`, the largest first: their numbers `ids` `[rows, k]` (u32),
+// and `values` `[rows, k]` (f32). Of equal ones the first counts, and NaN comes last. `k` is 1 to 256.
+extern bool tightfit_host_transformer_top(tightfit_host_transformer_dtype_t float_, uint32_t rows, uint32_t columns, uint32_t k, tightfit_host_transformer_place_t *x, tightfit_host_transformer_place_t *ids, tightfit_host_transformer_place_t *values, tightfit_host_transformer_error_t *err);
+// A router's choice: of each row of `scores` `[rows, experts]` the `k` largest, at most 64: `ids` `[rows, k]` (u32),
+// and `weights` `[rows, k]` (f32), the softmax over all experts or, if `normalize`, over the chosen ones.
+extern bool tightfit_host_transformer_route(tightfit_host_transformer_dtype_t float_, uint32_t rows, uint32_t experts, uint32_t k, bool normalize, tightfit_host_transformer_place_t *scores, tightfit_host_transformer_place_t *ids, tightfit_host_transformer_place_t *weights, tightfit_host_transformer_error_t *err);
+// Sums of rows with weights: `y[i] = sum over j of weights[i, j] * x[i, j]`, for `x` `[rows, k, columns]`, `weights`
+// `[rows, k]` (f32) and `y` `[rows, columns]`: what a token's experts give, put together.
+extern bool tightfit_host_transformer_combine(tightfit_host_transformer_dtype_t float_, uint32_t rows, uint32_t k, uint32_t columns, tightfit_host_transformer_place_t *x, tightfit_host_transformer_place_t *weights, tightfit_host_transformer_place_t *y, tightfit_host_transformer_error_t *err);
+// Waits until all that was queued on a device is done, and gives what was wrong since this was last asked.
+extern bool tightfit_host_transformer_take_faults(uint32_t device, tightfit_host_transformer_faults_t *ret, tightfit_host_transformer_error_t *err);
+
+// Imported Functions from `tightfit:host/output@0.1.0`
+// Hands out text, at most 64 KiB, in the order of the calls and before what `run` gives. It waits where whoever
+// takes it is behind, up to the program's deadline, and is dropped where nobody does.
+extern bool tightfit_host_output_write(program_string_t *text, tightfit_host_output_error_t *err);
 
 // Exported Functions from `tightfit:host/run@0.1.0`
 bool exports_tightfit_host_run_run(program_list_string_t *arguments, program_string_t *ret, program_string_t *err);
@@ -826,6 +1016,12 @@ void tightfit_host_checkpoints_list_tie_free(tightfit_host_checkpoints_list_tie_
 
 void tightfit_host_checkpoints_result_void_error_free(tightfit_host_checkpoints_result_void_error_t *ptr);
 
+void program_option_u64_free(program_option_u64_t *ptr);
+
+void tightfit_host_checkpoints_result_option_u64_error_free(tightfit_host_checkpoints_result_option_u64_error_t *ptr);
+
+void tightfit_host_checkpoints_result_list_u8_error_free(tightfit_host_checkpoints_result_list_u8_error_t *ptr);
+
 void tightfit_host_models_format_free(tightfit_host_models_format_t *ptr);
 
 void tightfit_host_models_placement_free(tightfit_host_models_placement_t *ptr);
@@ -879,6 +1075,22 @@ void tightfit_host_linear_result_own_weight_error_free(tightfit_host_linear_resu
 void tightfit_host_linear_list_product_free(tightfit_host_linear_list_product_t *ptr);
 
 void tightfit_host_linear_result_void_error_free(tightfit_host_linear_result_void_error_t *ptr);
+
+void tightfit_host_transformer_error_free(tightfit_host_transformer_error_t *ptr);
+
+void tightfit_host_transformer_option_place_free(tightfit_host_transformer_option_place_t *ptr);
+
+void tightfit_host_transformer_head_norms_free(tightfit_host_transformer_head_norms_t *ptr);
+
+void tightfit_host_transformer_visible_free(tightfit_host_transformer_visible_t *ptr);
+
+void tightfit_host_transformer_result_void_error_free(tightfit_host_transformer_result_void_error_t *ptr);
+
+void tightfit_host_transformer_result_faults_error_free(tightfit_host_transformer_result_faults_error_t *ptr);
+
+void tightfit_host_output_error_free(tightfit_host_output_error_t *ptr);
+
+void tightfit_host_output_result_void_error_free(tightfit_host_output_result_void_error_t *ptr);
 
 void exports_tightfit_host_run_result_string_string_free(exports_tightfit_host_run_result_string_string_t *ptr);
 

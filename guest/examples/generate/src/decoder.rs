@@ -32,6 +32,8 @@ pub(crate) struct Activations {
     pub(crate) expert_ids: Buffer,
     pub(crate) expert_weights: Buffer,
     pub(crate) parts: Buffer,
+    /// Each row as often as it has experts; nothing where rows are computed one at a time.
+    pub(crate) repeated: Buffer,
 }
 
 pub(crate) struct Decoder<'c> {
@@ -90,6 +92,10 @@ impl<'c> Decoder<'c> {
             expert_ids: words(rows * chosen * has_experts)?,
             expert_weights: words(rows * chosen * has_experts)?,
             parts: numbers(rows * chosen * config.hidden * has_experts)?,
+            repeated: numbers(match rows {
+                1 => 0,
+                _ => rows * chosen * config.hidden * has_experts,
+            })?,
         };
         let positions = (0..context as u32).flat_map(u32::to_le_bytes);
         let positions: Vec<u8> = positions.collect();
@@ -137,8 +143,13 @@ impl<'c> Decoder<'c> {
         Ok(())
     }
 
-    /// Queues the model for some tokens from a position on, and the logits behind the last of them.
-    pub(crate) fn forward(&mut self, position: usize, rows: usize) -> Result<(), GaveUp> {
+    /// Queues the model for some tokens from a position on, and if asked the logits behind the last of them.
+    pub(crate) fn forward(
+        &mut self,
+        position: usize,
+        rows: usize,
+        with_logits: bool,
+    ) -> Result<(), GaveUp> {
         let (config, on) = (self.config, &self.on);
         let ids = Place {
             buffer: &self.tokens,
@@ -149,22 +160,26 @@ impl<'c> Decoder<'c> {
         for (number, layer) in self.layers.iter().enumerate() {
             layer.forward(&self.model, config, on, position, rows, number == 0)?;
         }
+        if !with_logits {
+            return Ok(());
+        }
+        // Of the last row only.
+        let last = |buffer| Place {
+            buffer,
+            offset: ((rows - 1) * config.hidden * bytes_of(on.float)) as u64,
+        };
         let norm = Norm {
             float: on.float,
-            rows: rows as u32,
+            rows: 1,
             columns: config.hidden as u32,
             eps: config.eps,
             weight_offset: 0.0,
             weight: begin(&self.norm),
         };
-        let more = begin(&on.more);
-        rms_norm(&norm, &begin(&on.hidden), Some(&more), &begin(&on.normed))?;
-        let last = Place {
-            buffer: &on.normed,
-            offset: ((rows - 1) * config.hidden * bytes_of(on.float)) as u64,
-        };
+        let (hidden, more, normed) = (last(&on.hidden), last(&on.more), begin(&on.normed));
+        rms_norm(&norm, &hidden, Some(&more), &normed)?;
         let head = self.model.parameter(self.head)?;
-        dense(&head, &last, 1, None, &begin(&self.logits))?;
+        dense(&head, &normed, 1, None, &begin(&self.logits))?;
         Ok(())
     }
 

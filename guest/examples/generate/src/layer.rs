@@ -264,7 +264,7 @@ impl Mlp {
         let mut stack = |part: &str| {
             let stack = model.take_stack(&format!("{number}.{part}"));
             let stack = stack.filter(|stack| stack.shape()[0] == count as u64);
-            stack.ok_or_else(|| format!("layer {number} has not all of its experts one by one"))
+            stack.ok_or_else(|| format!("layer {number} has not all of its {count} experts"))
         };
         Ok(Mlp::Experts {
             gate: stack("gate")?,
@@ -358,29 +358,50 @@ fn forward_experts(
         &ids,
         &weights,
     )?;
-    // Each choice is a product of one row, so that none has to be copied.
+    let pairs = rows * chosen;
     let size = bytes_of(float);
+    let row = (hidden * size) as u64;
+    let product = |weight, input, rows: usize, output| Product {
+        weight,
+        input,
+        rows: rows as u32,
+        float,
+        bias: None,
+        output,
+        experts: None,
+        rounding: Rounding::Fastest,
+    };
     let at = |buffer, element: usize, size: usize| Place {
         buffer,
         offset: (element * size) as u64,
     };
     let mut products = vec![];
-    for pair in 0..rows * chosen {
+    if rows == 1 {
+        // A product for each choice, so that nothing has to be copied.
+        for pair in 0..pairs {
+            for (weight, output) in [(of_gate, &on.gates), (up, &on.ups)] {
+                let output = at(output, pair * between, size);
+                products.push(Product {
+                    experts: Some(at(&on.expert_ids, pair, 4)),
+                    ..product(weight, begin(&on.normed), 1, output)
+                });
+            }
+        }
+    } else {
+        for pair in 0..pairs {
+            let from = (pair / chosen) as u64 * row;
+            on.repeated
+                .copy_from(pair as u64 * row, &on.normed, from, row)?;
+        }
         for (weight, output) in [(of_gate, &on.gates), (up, &on.ups)] {
             products.push(Product {
-                weight,
-                input: at(&on.normed, pair / chosen * hidden, size),
-                rows: 1,
-                float,
-                bias: None,
-                output: at(output, pair * between, size),
-                experts: Some(at(&on.expert_ids, pair, 4)),
-                rounding: Rounding::Fastest,
+                experts: Some(begin(&on.expert_ids)),
+                ..product(weight, begin(&on.repeated), pairs, begin(output))
             });
         }
     }
     multiply(&products)?;
-    let elements = (rows * chosen * between) as u64;
+    let elements = (pairs * between) as u64;
     let (gates, ups) = (begin(&on.gates), begin(&on.ups));
     gate(
         float,
@@ -391,14 +412,8 @@ fn forward_experts(
         &begin(&on.inner),
     )?;
     multiply(&[Product {
-        weight: down,
-        input: begin(&on.inner),
-        rows: (rows * chosen) as u32,
-        float,
-        bias: None,
-        output: begin(&on.parts),
         experts: Some(begin(&on.expert_ids)),
-        rounding: Rounding::Fastest,
+        ..product(down, begin(&on.inner), pairs, begin(&on.parts))
     }])?;
     let (parts, weights) = (begin(&on.parts), begin(&on.expert_weights));
     let more = begin(&on.more);

@@ -5,12 +5,15 @@ use tightfit_program::{Dtype, GaveUp};
 pub(crate) struct Options {
     /// The name under which the checkpoint was granted.
     pub(crate) model: String,
-    /// The prompt.
+    /// The prompt: tokens, or a text.
     pub(crate) tokens: Vec<u32>,
+    pub(crate) text: Option<String>,
+    /// Whether to give text; else tokens.
+    pub(crate) gives_text: bool,
     /// Tokens to generate at most.
     pub(crate) max: usize,
-    /// Tokens that end it.
-    pub(crate) stop: Vec<u32>,
+    /// Tokens that end it. Where none are given, a text ends where the checkpoint says.
+    pub(crate) stop: Option<Vec<u32>>,
     /// Greedy where it is 0.
     pub(crate) temperature: f32,
     /// From how many of the likeliest tokens one is chosen.
@@ -25,8 +28,8 @@ pub(crate) struct Options {
     pub(crate) logits: bool,
 }
 
-const USAGE: &str = "give the name of a model and --tokens 1,2,3; then, if you like, --max N, --stop IDS, \
-    --temperature T, --top K, --seed N, --float bf16|f16|f32, --device N, --rows N, --logits";
+const USAGE: &str = "give the name of a model, and --tokens 1,2,3 or --text TEXT; then, if you like, --max N, --stop IDS, \
+    --as text|tokens, --temperature T, --top K, --seed N, --float bf16|f16|f32, --device N, --rows N, --logits";
 
 impl Options {
     pub(crate) fn parse(arguments: &[String]) -> Result<Options, GaveUp> {
@@ -34,8 +37,10 @@ impl Options {
         let mut options = Options {
             model: arguments.next().ok_or(USAGE)?.clone(),
             tokens: vec![],
+            text: None,
+            gives_text: false,
             max: 32,
-            stop: vec![],
+            stop: None,
             temperature: 0.0,
             top: 50,
             seed: 0,
@@ -44,6 +49,7 @@ impl Options {
             rows: 64,
             logits: false,
         };
+        let mut gives_text = None;
         while let Some(name) = arguments.next() {
             if name == "--logits" {
                 options.logits = true;
@@ -52,7 +58,15 @@ impl Options {
             let value = arguments.next().ok_or(USAGE)?;
             match name.as_str() {
                 "--tokens" => options.tokens = ids(value)?,
-                "--stop" => options.stop = ids(value)?,
+                "--text" => options.text = Some(value.clone()),
+                "--as" => {
+                    gives_text = Some(match value.as_str() {
+                        "text" => true,
+                        "tokens" => false,
+                        _ => return Err(USAGE.into()),
+                    });
+                }
+                "--stop" => options.stop = Some(ids(value)?),
                 "--max" => options.max = number(value)?,
                 "--temperature" => options.temperature = number(value)?,
                 "--top" => options.top = number(value)?,
@@ -70,7 +84,9 @@ impl Options {
                 _ => return Err(USAGE.into()),
             }
         }
-        if options.tokens.is_empty() || options.rows == 0 || !options.temperature.is_finite() {
+        options.gives_text = gives_text.unwrap_or(options.text.is_some());
+        let has_one_prompt = options.tokens.is_empty() == options.text.is_some();
+        if !has_one_prompt || options.rows == 0 || !options.temperature.is_finite() {
             return Err(USAGE.into());
         }
         Ok(options)

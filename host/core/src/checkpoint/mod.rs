@@ -9,6 +9,7 @@
 
 mod adapter;
 mod cache;
+mod companion;
 mod config;
 mod directory;
 mod encoded;
@@ -40,6 +41,7 @@ use std::sync::Arc;
 pub use cache::{CacheEnvironment, resolve, resolve_revision, resolve_with};
 #[cfg(feature = "hub")]
 pub(crate) use cache::{entry_name, is_revision};
+pub use companion::{COMPANIONS, Companion, MAX_COMPANION_BYTES};
 pub use config::{Config, LayerType, MAX_CONFIG_BYTES};
 pub(crate) use directory::Directory;
 pub(crate) use encoded::ReadCodes;

@@ -13,8 +13,8 @@ use super::target::Target;
 use super::{COPY_BYTES, SaveError};
 use crate::cancel::CancelToken;
 use crate::checkpoint::{
-    CheckpointError, Directory, MAX_CONFIG_BYTES, ReadFailure, Shard, Source, is_plain_file_name,
-    without_mark,
+    CheckpointError, Directory, MAX_COMPANION_BYTES, MAX_CONFIG_BYTES, ReadFailure, Shard, Source,
+    is_plain_file_name, without_mark,
 };
 use crate::types::Bytes;
 
@@ -46,9 +46,6 @@ const METHOD: &str = "hf_quant_config.json";
 /// What sentence-transformers' modules are.
 const MODULES: &str = "modules.json";
 
-/// Largest file beside the weights that [`save`](super::save) copies, in bytes. The largest
-/// tokenizers have half of this.
-pub const MAX_COMPANION_BYTES: u64 = 64 << 20;
 /// Most bytes of all files beside the weights that [`save`](super::save) copies.
 pub const MAX_COMPANIONS_BYTES: u64 = 256 << 20;
 /// Most files beside the weights that [`save`](super::save) copies.

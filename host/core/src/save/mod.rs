@@ -20,9 +20,8 @@ mod tests;
 use std::fs::File;
 use std::path::Path;
 
-pub use companions::{
-    LeftOut, LeftOutReason, MAX_COMPANION_BYTES, MAX_COMPANIONS, MAX_COMPANIONS_BYTES,
-};
+pub use crate::checkpoint::MAX_COMPANION_BYTES;
+pub use companions::{LeftOut, LeftOutReason, MAX_COMPANIONS, MAX_COMPANIONS_BYTES};
 pub use error::SaveError;
 pub use target::check_target;
 

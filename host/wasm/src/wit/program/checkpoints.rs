@@ -6,14 +6,14 @@ use std::sync::{Arc, Weak};
 
 use wasmtime::component::Resource;
 
-use super::bindings::tightfit::host::{checkpoints, types};
+use super::bindings::tightfit::host::{checkpoints, errors, types};
 use super::error::CallError;
-use super::view::place;
+use super::view::{list_bytes, place};
 use super::{ProgramCtx, ProgramCtxView};
 use crate::memory::Buffer;
 use crate::stop::Stop;
 use crate::wit::{TEXT_LIMIT, convert};
-use tightfit::checkpoint::{Checkpoint, CheckpointError, OpenOptions};
+use tightfit::checkpoint::{COMPANIONS, Checkpoint, CheckpointError, Companion, OpenOptions};
 use tightfit::text::truncate;
 
 /// Tensors, or ties, that are given in one call.
@@ -72,6 +72,31 @@ fn batch<T>(items: &[T], first: u32, count: u32) -> &[T] {
     let (first, count) = (first as usize, (count as usize).min(MOST_ITEMS));
     let items = items.get(first..).unwrap_or_default();
     &items[..count.min(items.len())]
+}
+
+impl ProgramCtxView<'_> {
+    /// A file beside the weights; none where there is no such file.
+    fn companion(
+        &mut self,
+        checkpoint: &Resource<OpenCheckpoint>,
+        name: &str,
+    ) -> Result<Option<Companion>, CallError> {
+        let (_, table) = self.begin()?;
+        let OpenCheckpoint(checkpoint) = table.get(checkpoint)?;
+        if !COMPANIONS.contains(&name) {
+            return Err(CallError::invalid(format_args!(
+                "only these files beside the weights are read: {}",
+                COMPANIONS.join(", ")
+            )));
+        }
+        match checkpoint.companion(name) {
+            Err(CheckpointError::TooLarge { have, limit, .. }) => {
+                let message = format!("{name} has {have} bytes: at most {limit} are read");
+                Err(CallError::Guest(errors::Error::BadCheckpoint(message)))
+            }
+            other => Ok(other?),
+        }
+    }
 }
 
 impl checkpoints::Host for ProgramCtxView<'_> {
@@ -170,6 +195,41 @@ impl checkpoints::HostCheckpoint for ProgramCtxView<'_> {
         self.fill(&place(target, offset), bytes, |_, from, piece| {
             Ok(checkpoint.read_tensor(index, start + from, piece)?)
         })
+    }
+
+    fn companion_bytes(
+        &mut self,
+        checkpoint: Resource<OpenCheckpoint>,
+        name: String,
+    ) -> Result<Option<u64>, CallError> {
+        let file = self.companion(&checkpoint, &name)?;
+        Ok(file.map(|file| file.bytes()))
+    }
+
+    fn read_companion(
+        &mut self,
+        checkpoint: Resource<OpenCheckpoint>,
+        name: String,
+        start: u64,
+        bytes: u64,
+    ) -> Result<Vec<u8>, CallError> {
+        let Some(file) = self.companion(&checkpoint, &name)? else {
+            return Err(CallError::not_found(format_args!(
+                "the checkpoint has no {name}"
+            )));
+        };
+        if start
+            .checked_add(bytes)
+            .is_none_or(|end| end > file.bytes())
+        {
+            return Err(CallError::invalid(format_args!(
+                "{bytes} bytes from {start} on lie outside of {name}, which has {}",
+                file.bytes()
+            )));
+        }
+        let mut out = vec![0; list_bytes(bytes)?];
+        file.read(start, &mut out)?;
+        Ok(out)
     }
 
     fn drop(&mut self, checkpoint: Resource<OpenCheckpoint>) -> wasmtime::Result<()> {

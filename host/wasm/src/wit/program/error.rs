@@ -99,6 +99,9 @@ impl From<CheckpointError> for CallError {
             CheckpointError::LeadsOut { .. } => {
                 "a file of the checkpoint is a link that leads out of it".to_owned()
             }
+            CheckpointError::NotAFile { .. } => {
+                "a file of the checkpoint is a directory, a pipe or a device".to_owned()
+            }
             CheckpointError::Changed { .. } => {
                 "the checkpoint has been changed since it was opened".to_owned()
             }

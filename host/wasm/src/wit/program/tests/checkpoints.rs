@@ -131,3 +131,92 @@ fn a_file_that_is_cut_short_is_told() {
         errors::Error::BadCheckpoint(_)
     ));
 }
+
+#[test]
+fn files_that_say_how_text_becomes_tokens_are_read_and_no_others() {
+    let directory = checkpoint();
+    let bytes: Vec<u8> = (0..5 * MIB).map(|i| (i % 251) as u8).collect();
+    std::fs::write(directory.path().join("tokenizer.json"), &bytes).unwrap();
+    std::fs::write(directory.path().join("secret.json"), "{}").unwrap();
+    let mut program = with_model(directory.path(), MIB);
+    let open = program.open("model");
+    let length = |program: &mut Program, name: &str| {
+        program
+            .call()
+            .companion_bytes(again(&open), name.to_owned())
+    };
+    let read = |program: &mut Program, name: &str, start, bytes| {
+        let name = name.to_owned();
+        program
+            .call()
+            .read_companion(again(&open), name, start, bytes)
+    };
+    assert_eq!(
+        done(length(&mut program, "tokenizer.json")),
+        Some(bytes.len() as u64)
+    );
+    let half = done(read(&mut program, "tokenizer.json", 3, 4 * MIB));
+    assert_eq!(half, bytes[3..][..4 << 20]);
+    assert_eq!(
+        done(read(&mut program, "tokenizer.json", 5 * MIB, 0)),
+        [0u8; 0]
+    );
+    for (start, bytes) in [
+        (0, 5 * MIB),
+        (5 * MIB, 1),
+        (u64::MAX, 1),
+        (1, u64::MAX),
+        (0, 4 * MIB + 1),
+    ] {
+        invalid(read(&mut program, "tokenizer.json", start, bytes));
+    }
+    // One that is not there, and what is none of them.
+    assert_eq!(done(length(&mut program, "merges.txt")), None);
+    assert!(matches!(
+        told(read(&mut program, "merges.txt", 0, 0)),
+        errors::Error::NotFound(_)
+    ));
+    for name in [
+        "secret.json",
+        "model.safetensors",
+        "",
+        "..",
+        "../tokenizer.json",
+        "./tokenizer.json",
+        "/etc/passwd",
+    ] {
+        let message = invalid(length(&mut program, name));
+        assert!(message.contains("tokenizer.json"), "{message}");
+        invalid(read(&mut program, name, 0, 0));
+    }
+}
+
+#[test]
+fn a_file_beside_the_weights_is_a_small_file_in_the_checkpoint() {
+    let (directory, elsewhere) = (checkpoint(), TempDir::new().unwrap());
+    let mut program = with_model(directory.path(), MIB);
+    let open = program.open("model");
+    let path = |name: &str| directory.path().join(name);
+    let large = std::fs::File::create(path("vocab.json")).unwrap();
+    large.set_len(64 * MIB + 1).unwrap();
+    std::fs::create_dir(path("merges.txt")).unwrap();
+    let mut cases = vec![("vocab.json", "67108865"), ("merges.txt", "directory")];
+    #[cfg(unix)]
+    {
+        let secret = elsewhere.path().join("secret");
+        std::fs::write(&secret, "{}").unwrap();
+        std::os::unix::fs::symlink(&secret, path("tokenizer.json")).unwrap();
+        cases.push(("tokenizer.json", "leads out"));
+    }
+    for (name, words) in cases {
+        let result = program
+            .call()
+            .companion_bytes(again(&open), name.to_owned());
+        let errors::Error::BadCheckpoint(message) = told(result) else {
+            panic!("{name} is something else");
+        };
+        assert!(message.contains(words), "{message}");
+        let elsewhere = elsewhere.path().to_string_lossy().into_owned();
+        assert!(!message.contains(&elsewhere), "{message}");
+    }
+}

@@ -84,6 +84,8 @@ fn after_the_deadline_every_call_but_those_that_free_traps() {
             b(),
             0,
         )),
+        cause(view.companion_bytes(o(), "vocab.json".to_owned())),
+        cause(view.read_companion(o(), "vocab.json".to_owned(), 0, 1)),
         cause(view.load(o(), vec![], vec![])),
         cause(view.get_statistics(m()).map_err(trap)),
         cause(wit_models::HostModel::find(view, m(), String::new()).map_err(trap)),
