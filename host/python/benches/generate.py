@@ -23,12 +23,10 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import subprocess
-import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
+
+from variants import checkpoint, run_each
 
 VARIANTS = [
     "stock",
@@ -262,23 +260,10 @@ def main() -> None:
     if given.variant:
         print(json.dumps(run(given.variant, given.checkpoint, given.device, given.tokens, given.profile)))
         return
-    with tempfile.TemporaryDirectory() as made:
-        path = Path(given.checkpoint or Path(made) / "model")
-        if not (path / "config.json").exists():
-            subprocess.run([sys.executable, "-m", "tightfit", "synth", given.shape, str(path), "--quiet"], check=True)
-        for variant in given.variants.split(","):
-            command = [sys.executable, __file__, "--variant", variant, "--checkpoint", str(path)]
-            command += ["--device", given.device, "--tokens", str(given.tokens)]
-            command += ["--profile"] * given.profile
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=given.timeout)
-            except subprocess.TimeoutExpired:
-                print(json.dumps({"variant": variant, "error": f"not done in {given.timeout} s"}), flush=True)
-                continue
-            if done.returncode == 0:
-                print(done.stdout.strip().splitlines()[-1], flush=True)
-            else:
-                print(json.dumps({"variant": variant, "error": done.stderr[-1500:]}), flush=True)
+    with checkpoint(given.checkpoint, given.shape) as path:
+        arguments = ["--checkpoint", str(path), "--device", given.device, "--tokens", str(given.tokens)]
+        arguments += ["--profile"] * given.profile
+        run_each(__file__, given.variants.split(","), arguments, given.timeout)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
     python host/python/benches/load.py [--shape qwen2.5-0.5b] [--checkpoint DIR] [--device cuda:0|cpu] [--loads N]
 
 transformers with bitsandbytes, and with TightfitConfig, each in a process of its own, which imports and starts everything
-first; the checkpoint is in the page cache. Seconds of each load, one after the other, each up to a forward pass of one token;
-MiB are what the process held at most beyond what it held before.
+first; the checkpoint is in the page cache. Seconds of each load, one after the other, without and with a forward pass of one token;
+MiB are what the process held at most beyond what it held before, while the first was loaded and up to the end.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from variants import checkpoint, run_each
 
 VARIANTS = ["stock", "ours"]
 MIB = 2**20
@@ -45,10 +44,14 @@ class Resident:
         while not self._ends.wait(0.002):
             self.most = max(self.most, self.now())
 
+    def peak(self) -> int:
+        self.most = max(self.most, self.now())
+        return (self.most - self.begin) // MIB
+
     def end(self) -> int:
         self._ends.set()
         self._thread.join()
-        return max(self.most, self.now()) - self.begin
+        return self.peak()
 
 
 def run(variant: str, path: str, device_name: str, loads: int) -> dict[str, Any]:
@@ -70,20 +73,22 @@ def run(variant: str, path: str, device_name: str, loads: int) -> dict[str, Any]
     else:
         quantization = BitsAndBytesConfig(load_in_4bit=True, **options)
     resident = Resident()
-    seconds = []
+    seconds, most = [], []
     for _ in range(loads):
         start = time.perf_counter()
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": str(device)}
         )
         loaded = time.perf_counter() - start
+        most.append(resident.peak())
         with torch.no_grad():
             model(input_ids=token).logits.float().cpu()
         seconds.append((round(loaded, 3), round(time.perf_counter() - start, 3)))
         planned = model.tightfit.plan.bytes // MIB if variant == "ours" else None
         del model
         gc.collect()
-    return {"variant": variant, "seconds": seconds, "MiB over imports": resident.end() // MIB, "planned MiB": planned}
+    mib = (most[0], resident.end())
+    return {"variant": variant, "seconds": seconds, "MiB over imports": mib, "planned MiB": planned}
 
 
 def main() -> None:
@@ -99,18 +104,9 @@ def main() -> None:
     if given.variant:
         print(json.dumps(run(given.variant, given.checkpoint, given.device, given.loads)))
         return
-    with tempfile.TemporaryDirectory() as made:
-        path = Path(given.checkpoint or Path(made) / "model")
-        if not (path / "config.json").exists():
-            subprocess.run([sys.executable, "-m", "tightfit", "synth", given.shape, str(path), "--quiet"], check=True)
-        for variant in VARIANTS:
-            command = [sys.executable, __file__, "--variant", variant, "--checkpoint", str(path)]
-            command += ["--device", given.device, "--loads", str(given.loads)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0:
-                print(done.stdout.strip().splitlines()[-1], flush=True)
-            else:
-                print(json.dumps({"variant": variant, "error": done.stderr[-1500:]}), flush=True)
+    with checkpoint(given.checkpoint, given.shape) as path:
+        arguments = ["--checkpoint", str(path), "--device", given.device, "--loads", str(given.loads)]
+        run_each(__file__, VARIANTS, arguments)
 
 
 if __name__ == "__main__":
