@@ -79,15 +79,15 @@ pub unsafe extern "C" fn cuDeviceGet(out: *mut i32, ordinal: i32) -> u32 {
     })
 }
 
-/// `cuDriverGetVersion`: the first whose graphs have launches that overlap.
+/// `cuDriverGetVersion`.
 ///
 /// # Safety
 /// As the driver's.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDriverGetVersion(out: *mut i32) -> u32 {
-    call("cuDriverGetVersion", Kind::Takes, |_| {
+    call("cuDriverGetVersion", Kind::Takes, |books| {
         // SAFETY: the caller's pointer to the result.
-        unsafe { out.write(12_030) };
+        unsafe { out.write(books.setup.version) };
         Ok(())
     })
 }

@@ -12,7 +12,7 @@ pub use crate::setup::Setup;
 /// The variable in which a process that was started with the stand-in finds its [`Setup`].
 pub const VARIABLE: &str = "TIGHTFIT_CUDA_STAND_IN";
 
-/// The driver's functions that the stand-in has.
+/// The driver's functions that the stand-in has, and that a driver has to have.
 pub const FUNCTIONS: &[&str] = &[
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
@@ -31,7 +31,6 @@ pub const FUNCTIONS: &[&str] = &[
     "cuGetErrorName",
     "cuInit",
     "cuLaunchKernel",
-    "cuLaunchKernelEx",
     "cuMemAddressFree",
     "cuMemAddressReserve",
     "cuMemAlloc_v2",

@@ -25,6 +25,8 @@ pub struct Setup {
     pub stolen: u64,
     /// Whether the driver cannot compile any module.
     pub refuses_modules: bool,
+    /// Which CUDA the driver is of, as it says so: 12030 for 12.3.
+    pub version: i32,
     /// Where the books go when the process ends; empty for nowhere.
     pub report: String,
 }
@@ -41,6 +43,7 @@ impl Default for Setup {
             hidden: 0,
             stolen: 0,
             refuses_modules: false,
+            version: 12_030,
             report: String::new(),
         }
     }
@@ -51,7 +54,7 @@ impl fmt::Display for Setup {
         let devices: Vec<String> = self.devices.iter().map(u64::to_string).collect();
         write!(
             f,
-            "{};{};{};{};{};{};{};{};{};{}",
+            "{};{};{};{};{};{};{};{};{};{};{}",
             devices.join(","),
             self.virtual_memory,
             self.granularity,
@@ -61,6 +64,7 @@ impl fmt::Display for Setup {
             self.hidden,
             self.stolen,
             self.refuses_modules,
+            self.version,
             self.report,
         )
     }
@@ -70,7 +74,7 @@ impl FromStr for Setup {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Setup, String> {
-        let mut fields = text.splitn(10, ';');
+        let mut fields = text.splitn(11, ';');
         let mut next = || {
             fields
                 .next()
@@ -95,6 +99,7 @@ impl FromStr for Setup {
             hidden: read(next()?)?,
             stolen: read(next()?)?,
             refuses_modules: read(next()?)?,
+            version: read(next()?)?,
             report: next()?.to_owned(),
         })
     }

@@ -395,6 +395,74 @@ fn memory_that_is_given_up_is_kept_until_the_work_is_done() {
     driver.clean_report("memory that was given up");
 }
 
+/// A product of one row that can be given again and again, and how its launches begin.
+struct Again<'a> {
+    driver: &'a StandIn,
+    on: &'a Opened,
+    product: QueuedProduct,
+}
+
+impl Again<'_> {
+    fn new<'a>(driver: &'a StandIn, on: &'a Opened) -> Again<'a> {
+        let codes = on.put(&vec![0x5a; ELEMENTS / 2]).unwrap();
+        let absmax = on.put(&bytes_of(&[1.0; BLOCKS])).unwrap();
+        let product = QueuedProduct {
+            weights: QueuedWeights {
+                quant_type: QuantType::Nf4,
+                shape: MatrixShape {
+                    experts: None,
+                    outputs: 96,
+                    inputs: 128,
+                    block_size: BlockSize::DEFAULT,
+                },
+                codes,
+                scales: QueuedScales::Absmax(absmax),
+            },
+            product: Product {
+                float: FloatType::F32,
+                rows: 1,
+                by_row: true,
+                transposed: false,
+            },
+            x: on.put(&bytes_of(&numbers(128, 31))).unwrap(),
+            experts: None,
+            bias: None,
+            y: on.take(96 * 4).unwrap(),
+            workspace: None,
+        };
+        Again {
+            driver,
+            on,
+            product,
+        }
+    }
+
+    /// Gives it; whether it may begin before what was given before has ended.
+    fn overlaps(&self) -> bool {
+        let product = Operation::Multiply(Box::new(self.product.clone()));
+        self.on.queue.give(&product).unwrap();
+        let calls = self.driver.report().calls;
+        let mut launches = calls.iter().rev().filter(|call| call.contains("Launch"));
+        match &launches.next().unwrap()[..] {
+            "cuLaunchKernelEx" => true,
+            "cuLaunchKernel" => false,
+            other => panic!("{other}"),
+        }
+    }
+
+    fn finish(&self) {
+        self.on.queue.finish().unwrap();
+    }
+
+    /// A part of some bytes.
+    fn part(&self, of: &DeviceBytes, at: u64, bytes: u64) -> DeviceBytes {
+        let reservation = &self.on.reservation;
+        let first = reservation.range(0, 1).unwrap().unwrap().address();
+        let start = of.address().pointer - first.pointer + at;
+        reservation.range(start, bytes).unwrap().unwrap()
+    }
+}
+
 #[test]
 fn a_product_overlaps_unless_its_weight_may_still_be_written() {
     let one = Setup {
@@ -405,81 +473,62 @@ fn a_product_overlaps_unless_its_weight_may_still_be_written() {
         return;
     };
     let on = Opened::open(0).unwrap();
-    let codes = on.put(&vec![0x5a; ELEMENTS / 2]).unwrap();
-    let absmax = on.put(&bytes_of(&vec![1.0; BLOCKS])).unwrap();
-    let x = on.put(&bytes_of(&numbers(128, 31))).unwrap();
-    let y = on.take(96 * 4).unwrap();
-    let overlaps = |x: &DeviceBytes, y: &DeviceBytes| {
-        let product = QueuedProduct {
-            weights: QueuedWeights {
-                quant_type: QuantType::Nf4,
-                shape: MatrixShape {
-                    experts: None,
-                    outputs: 96,
-                    inputs: 128,
-                    block_size: BlockSize::DEFAULT,
-                },
-                codes: codes.clone(),
-                scales: QueuedScales::Absmax(absmax.clone()),
-            },
-            product: Product {
-                float: FloatType::F32,
-                rows: 1,
-                by_row: true,
-                transposed: false,
-            },
-            x: x.clone(),
-            experts: None,
-            bias: None,
-            y: y.clone(),
-            workspace: None,
-        };
-        let product = Operation::Multiply(Box::new(product));
-        on.queue.give(&product).unwrap();
-        let calls = driver.report().calls;
-        let mut launches = calls.iter().rev().filter(|call| call.contains("Launch"));
-        match &launches.next().unwrap()[..] {
-            "cuLaunchKernelEx" => true,
-            "cuLaunchKernel" => false,
-            other => panic!("{other}"),
-        }
-    };
+    let again = Again::new(&driver, &on);
     // Both have been written, and the work is not done.
-    assert!(!overlaps(&x, &y));
-    on.queue.finish().unwrap();
-    assert!(overlaps(&x, &y));
+    assert!(!again.overlaps());
+    again.finish();
+    assert!(again.overlaps());
     // What it reads once it has waited, and what it writes, may be written before.
-    on.queue.write(&x, &[0; 512]).unwrap();
-    assert!(overlaps(&x, &y));
-    assert!(overlaps(&x, &y));
+    on.queue.write(&again.product.x, &[0; 512]).unwrap();
+    assert!(again.overlaps());
+    assert!(again.overlaps());
     // A part of its scales.
-    let first = on.reservation.range(0, 1).unwrap().unwrap().address();
-    let part = |of: &DeviceBytes, at: u64, bytes: u64| {
-        let start = of.address().pointer - first.pointer + at;
-        on.reservation.range(start, bytes).unwrap().unwrap()
+    let QueuedScales::Absmax(absmax) = &again.product.weights.scales else {
+        unreachable!()
     };
-    on.queue
-        .give(&Operation::Clear(part(&absmax, 512, 4)))
-        .unwrap();
-    assert!(!overlaps(&x, &y) && !overlaps(&x, &y));
-    on.queue.finish().unwrap();
+    let clear = Operation::Clear(again.part(absmax, 512, 4));
+    on.queue.give(&clear).unwrap();
+    drop(clear);
+    assert!(!again.overlaps() && !again.overlaps());
+    again.finish();
     // Another product's result.
     let copy = Operation::Copy {
-        source: y.clone(),
-        target: part(&codes, 1024, 96 * 4),
+        source: again.product.y.clone(),
+        target: again.part(&again.product.weights.codes, 1024, 96 * 4),
     };
-    assert!(overlaps(&x, &y));
+    assert!(again.overlaps());
     on.queue.give(&copy).unwrap();
-    assert!(!overlaps(&x, &y));
+    drop(copy);
+    assert!(!again.overlaps());
     // Of very many ranges none is told apart any more.
-    on.queue.finish().unwrap();
+    again.finish();
     for _ in 0..100 {
         let place = on.take(256).unwrap();
         on.queue.write(&place, &[1; 256]).unwrap();
     }
-    assert!(!overlaps(&x, &y));
-    on.queue.finish().unwrap();
-    assert!(overlaps(&x, &y));
-    drop((copy, on, codes, absmax, x, y));
+    assert!(!again.overlaps());
+    again.finish();
+    assert!(again.overlaps());
+    drop(again);
+    drop(on);
     driver.report().is_clean("launches that overlap");
+}
+
+#[test]
+fn with_a_driver_whose_graphs_cannot_have_it_nothing_overlaps() {
+    let one = Setup {
+        devices: vec![64 * MIB],
+        version: 12_020,
+        ..Setup::default()
+    };
+    let Some(driver) = stand_in("a driver of CUDA 12.2", &one) else {
+        return;
+    };
+    let on = Opened::open(0).unwrap();
+    let again = Again::new(&driver, &on);
+    again.finish();
+    assert!(!again.overlaps());
+    drop(again);
+    drop(on);
+    driver.report().is_clean("a driver of CUDA 12.2");
 }
