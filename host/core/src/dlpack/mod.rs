@@ -129,7 +129,7 @@ impl Tensor<'_> {
 
 impl Stacked<'_> {
     /// One part of all of them for another library, in place and read-only: data [tensors, ..], codes
-    /// [bytes, 1], scales [blocks].
+    /// [bytes, 1], scales \[blocks\].
     ///
     /// # Errors
     /// [`DlpackError`].

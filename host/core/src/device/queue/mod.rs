@@ -11,6 +11,7 @@ mod products;
 use std::fmt;
 
 pub use decoder::QueuedDecode;
+#[cfg(feature = "cuda")]
 pub(in crate::device) use operation::Operand;
 pub use operation::{
     AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, Operation, Quantization,

@@ -138,6 +138,7 @@ pub(in crate::device) struct Operand<'a> {
     pub(in crate::device) align: u64,
     pub(in crate::device) is_written: bool,
     /// Whether it is part of a 4-bit weight, which kernels may read before they wait for earlier ones.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub(in crate::device) is_weight: bool,
 }
 

@@ -187,7 +187,8 @@ impl Used {
             |known: &Range<CUdeviceptr>| known.start <= range.start && range.end <= known.end;
         if is_written && !written.iter().any(is_in) {
             if written.len() == MOST_WRITTEN {
-                *written = vec![0..CUdeviceptr::MAX];
+                written.clear();
+                written.push(0..CUdeviceptr::MAX);
             } else {
                 written.push(range);
             }
