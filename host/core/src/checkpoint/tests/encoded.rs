@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 use tightfit_kernels::half::{bf16, f16};
-use tightfit_kernels::{Isa, SourceCodes, SourceScale};
+use tightfit_kernels::{Isa, Kernels, SourceCodes, SourceScale};
 
 use super::*;
 
