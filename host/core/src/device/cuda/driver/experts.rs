@@ -276,14 +276,8 @@ impl KernelMultiplier {
         arguments: &mut [u64],
         stream: CUstream,
     ) -> Result<(), DeviceError> {
-        let shape = Shape {
-            kernel: launch.kernel,
-            grid: launch.grid,
-            threads: launch.threads,
-            shared_bytes: launch.shared_bytes,
-            // Nobody writes a loaded model's weights.
-            overlaps: true,
-        };
+        // Nobody writes a loaded model's weights.
+        let shape = Shape::of_experts(launch, true);
         // SAFETY: as the caller promises.
         unsafe { self.experts.launch_in(stream, shape, arguments, &[]) }
     }

@@ -204,6 +204,18 @@ pub(super) struct Shape {
     pub(super) overlaps: bool,
 }
 
+impl Shape {
+    pub(super) fn of_experts(launch: &experts::ExpertsLaunch, overlaps: bool) -> Shape {
+        Shape {
+            kernel: launch.kernel,
+            grid: launch.grid,
+            threads: launch.threads,
+            shared_bytes: launch.shared_bytes,
+            overlaps,
+        }
+    }
+}
+
 /// Compiled code in a device's context. Unloaded when dropped.
 #[derive(Debug)]
 struct Module {

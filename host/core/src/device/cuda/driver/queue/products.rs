@@ -227,13 +227,7 @@ impl CudaQueue {
         arguments: &mut [u64],
         overlaps: bool,
     ) -> Result<(), DeviceError> {
-        let shape = Shape {
-            kernel: launch.kernel,
-            grid: launch.grid,
-            threads: launch.threads,
-            shared_bytes: launch.shared_bytes,
-            overlaps,
-        };
+        let shape = Shape::of_experts(launch, overlaps);
         // SAFETY: as the caller promises.
         unsafe { self.experts.launch_in(stream.raw, shape, arguments, &[]) }
     }
