@@ -7,6 +7,7 @@ use crate::checkpoint::{Checkpoint, ReadCodes, TensorInfo};
 use crate::device::Staged;
 
 /// Where a chunk is read from.
+#[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) tensor: usize,
@@ -19,6 +20,15 @@ pub(super) struct Source<'a> {
 }
 
 impl Source<'_> {
+    /// So many bytes of the chunk from byte `start` on.
+    pub(super) fn part(&self, start: usize, bytes: usize) -> Self {
+        Source {
+            offset: self.offset + start as u64,
+            bytes,
+            ..*self
+        }
+    }
+
     /// Reads from `start` bytes behind the chunk's first on. What is decoded is read through `scratch`.
     pub(super) fn read(
         &self,
