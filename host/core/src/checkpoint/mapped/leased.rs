@@ -22,6 +22,7 @@ use rustix::mm::{Advice, MapFlags, MlockFlags, ProtFlags};
 use rustix::param::page_size;
 use rustix::process::{Pid, geteuid, getpid};
 
+use super::blocks::Blocks;
 use crate::checkpoint::Shard;
 use crate::checkpoint::file::Kept;
 
@@ -62,6 +63,7 @@ pub(super) struct LeasedFile {
     address: NonNull<u8>,
     length: usize,
     page: usize,
+    blocks: Blocks,
     /// How many pieces are out, and [`CLOSED`] and [`GONE`].
     users: AtomicU64,
     process: Pid,
@@ -106,6 +108,7 @@ impl LeasedFile {
             address: NonNull::dangling(),
             length: 0,
             page: page_size(),
+            blocks: Blocks::default(),
             users: AtomicU64::new(CLOSED),
             process,
         };
@@ -130,6 +133,7 @@ impl LeasedFile {
         let address = address.ok()?;
         self.address = NonNull::new(address.cast())?;
         self.length = length;
+        self.blocks = Blocks::new(self.address.addr().get(), length);
         // A process that is forked has no windows, and shares the lease of this one.
         self.advise(0, length, Advice::LinuxDontFork)?;
         // What is populated stays until it is released. This counts against `RLIMIT_MEMLOCK` in whole.
@@ -161,9 +165,13 @@ impl LeasedFile {
         if !self.look() {
             return None;
         }
+        if !self.blocks.enter(start..end) {
+            return None;
+        }
+        let piece = Piece { user, start, end };
         let first = start / self.page * self.page;
         self.advise(first, end - first, Advice::LinuxPopulateRead)?;
-        Some(Piece { user, start, end })
+        Some(piece)
     }
 
     /// Keeps the mapping from going, unless it is about to.
@@ -266,16 +274,11 @@ impl Deref for Piece<'_> {
 
 impl Drop for Piece<'_> {
     fn drop(&mut self) {
-        let page = self.of().page;
-        // Pages at the ends may be others' too; they stay until the mapping goes.
-        let start = self.start.next_multiple_of(page);
-        let end = self.end / page * page;
-        if start < end {
-            // If it fails the pages are released with the mapping.
-            let _ = self
-                .of()
-                .advise(start, end - start, Advice::LinuxDontneedLocked);
-        }
+        let of = self.of();
+        of.blocks.leave(self.start..self.end, |unused| {
+            // If it fails they are released with the mapping.
+            let _ = of.advise(unused.start, unused.len(), Advice::LinuxDontneedLocked);
+        });
     }
 }
 

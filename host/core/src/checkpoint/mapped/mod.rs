@@ -13,6 +13,11 @@
 //!
 //! Wherever any of this cannot be had there is no window, and the caller reads.
 
+#[cfg(all(
+    target_os = "linux",
+    any(target_arch = "x86_64", target_arch = "aarch64")
+))]
+mod blocks;
 #[cfg(not(all(
     target_os = "linux",
     any(target_arch = "x86_64", target_arch = "aarch64")
