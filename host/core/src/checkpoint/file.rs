@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::SystemTime;
 
 use super::CheckpointError;
@@ -18,7 +19,15 @@ pub struct Shard {
     path: PathBuf,
     source: Source,
     state: State,
-    file: Option<File>,
+    file: Option<Arc<Kept>>,
+}
+
+/// A file that stays open.
+#[derive(Debug)]
+pub(super) struct Kept {
+    pub(super) file: File,
+    /// Whether somebody has or had a lease on it: a second would be the same one.
+    pub(super) leased: AtomicBool,
 }
 
 /// How a file is found.
@@ -65,14 +74,14 @@ impl Source {
 
 /// What tells whether a file is still the one that was opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct State {
+pub(super) struct State {
     length: u64,
     modified: Option<SystemTime>,
     identity: Option<(u64, u64)>,
 }
 
 impl State {
-    fn of(metadata: &fs::Metadata) -> State {
+    pub(super) fn of(metadata: &fs::Metadata) -> State {
         State {
             length: metadata.len(),
             modified: metadata.modified().ok(),
@@ -128,7 +137,10 @@ impl Shard {
             path,
             source,
             state: State::of(&metadata),
-            file: Some(file),
+            file: Some(Arc::new(Kept {
+                file,
+                leased: AtomicBool::new(false),
+            })),
         })
     }
 
@@ -165,7 +177,7 @@ impl Shard {
         }
         let reopened;
         let file = match &self.file {
-            Some(file) => file,
+            Some(kept) => &kept.file,
             None => {
                 reopened = self.source.open().map_err(ReadFailure::Other)?;
                 &reopened
@@ -178,16 +190,29 @@ impl Shard {
             return Err(ReadFailure::CutShort(offset.saturating_add(read as u64)));
         }
         // After the read, so that no write can come between the check and the bytes.
+        self.check_unchanged(file).map_err(ReadFailure::Other)
+    }
+
+    /// Refuses a file that is not as it was when the checkpoint was opened.
+    pub(super) fn check_unchanged(&self, file: &File) -> Result<(), CheckpointError> {
         let metadata = file
             .metadata()
-            .map_err(io_error("read the size of", &self.path))
-            .map_err(ReadFailure::Other)?;
+            .map_err(io_error("read the size of", &self.path))?;
         if State::of(&metadata) != self.state {
-            return Err(ReadFailure::Other(CheckpointError::Changed {
-                path: self.path.clone(),
-            }));
+            return Err(self.changed());
         }
         Ok(())
+    }
+
+    pub(super) fn changed(&self) -> CheckpointError {
+        CheckpointError::Changed {
+            path: self.path.clone(),
+        }
+    }
+
+    /// The file, where it is kept open.
+    pub(super) fn kept(&self) -> Option<&Arc<Kept>> {
+        self.file.as_ref()
     }
 }
 

@@ -3,9 +3,8 @@
 //! Everything read here is treated as written by an attacker: sizes are checked before they are
 //! allocated, names before they become paths, and the tensors of an opened [`Checkpoint`] are
 //! known to lie inside of their files without touching each other. Files are read at positions
-//! ([`Checkpoint::read_at`]) and never mapped, so that a file cut short while loading is an error
-//! and not a signal.
-#![forbid(unsafe_code)]
+//! ([`Checkpoint::read_at`]), or mapped where the system promises not to let anybody change them
+//! meanwhile (`mapped`), so that a file cut short while loading is an error and not a signal.
 
 mod adapter;
 mod cache;
@@ -19,6 +18,8 @@ mod file_kind;
 mod header;
 mod index;
 mod locate;
+#[allow(dead_code, reason = "the loader is about to call it")]
+mod mapped;
 mod method;
 mod python_json;
 mod quantized;
@@ -60,6 +61,8 @@ pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES,
 #[cfg(feature = "hub")]
 pub(crate) use index::{Index, parse as parse_index};
 pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
+#[allow(unused_imports, reason = "the loader is about to use it")]
+pub(crate) use mapped::{Mappings, Window};
 pub use method::{MethodSource, QuantizationMethod};
 pub(crate) use python_json::{in_place, without_mark};
 pub use quantized::{Extent, Nested, Quantized};
