@@ -14,7 +14,7 @@ use super::put::{Transfers, Writers, as_f32, put, put_to_quantize};
 use super::source::Source;
 use super::work::{Chunk, Next, Part, Queue, Scales, Task, ToQuantize};
 use super::{LoadError, LoadOptions};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Mappings};
 use crate::device::{PageLocked, QuantizeJob, ScalePlace, Staged};
 use crate::plan::Plan;
 use crate::progress::Progress;
@@ -34,6 +34,7 @@ pub(super) struct Run<'a, 'm> {
     options: &'a LoadOptions<'a>,
     queue: Queue<'m>,
     transfers: Transfers<'m>,
+    mappings: Mappings,
     stop: AtomicBool,
     error: Mutex<Option<LoadError>>,
     /// When the load began.
@@ -84,6 +85,7 @@ impl<'a, 'm> Run<'a, 'm> {
             options,
             queue,
             transfers,
+            mappings: checkpoint.map(),
             stop: AtomicBool::new(false),
             error: Mutex::new(None),
             start,
@@ -223,6 +225,7 @@ impl<'a, 'm> Run<'a, 'm> {
             offset: chunk.offset,
             bytes: chunk.bytes,
             kernels: self.options.kernels,
+            mappings: &self.mappings,
         };
         match chunk.task {
             // No staging of ours: what the processor cannot write is read into what is copied.
@@ -297,8 +300,8 @@ impl<'a, 'm> Run<'a, 'm> {
         }
     }
 
-    /// Reads and quantizes as much at a time as stays in the processor's cache. Scales that the
-    /// processor is to quantize are left in the worker's.
+    /// Quantizes from where the page cache has the bytes, or reads as much at a time as stays in the
+    /// processor's cache. Scales that the processor is to quantize are left in the worker's.
     fn quantize_on_host(
         &self,
         source: &Source<'_>,
@@ -312,10 +315,16 @@ impl<'a, 'm> Run<'a, 'm> {
             ..
         } = worker;
         let (float, block_size) = (piece.float, piece.block_size);
+        let kernels = self.options.kernels;
         let (slot, scratch) = source.cut(slot);
         let block_bytes = block_size.elements() * float.bytes();
         let step = slot.len() / block_bytes * block_bytes;
         let mut produce = |codes: &mut [u8], absmax: &mut [f32]| {
+            if let Some(window) = source.window() {
+                let stats = kernels.quantize_nf4(&window, float, block_size, codes, absmax)?;
+                window.finish().map_err(LoadError::Checkpoint)?;
+                return Ok(stats.nonfinite_blocks);
+            }
             let mut nonfinite_blocks = 0;
             for start in (0..source.bytes).step_by(step) {
                 self.options.cancel.check()?;
@@ -325,7 +334,6 @@ impl<'a, 'm> Run<'a, 'm> {
                 let codes = &mut codes[packed_bytes(first)..][..packed_bytes(elements)];
                 let absmax =
                     &mut absmax[blocks(first, block_size)..][..blocks(elements, block_size)];
-                let kernels = self.options.kernels;
                 let stats = kernels.quantize_nf4(slot, float, block_size, codes, absmax)?;
                 nonfinite_blocks += stats.nonfinite_blocks;
             }

@@ -3,7 +3,7 @@
 use tightfit_kernels::{FloatType, Kernels};
 
 use super::LoadError;
-use crate::checkpoint::{Checkpoint, ReadCodes, TensorInfo};
+use crate::checkpoint::{Checkpoint, Mappings, ReadCodes, TensorInfo, Window};
 use crate::device::Staged;
 
 /// Where a chunk is read from.
@@ -17,6 +17,7 @@ pub(super) struct Source<'a> {
     pub(super) offset: u64,
     pub(super) bytes: usize,
     pub(super) kernels: Kernels,
+    pub(super) mappings: &'a Mappings,
 }
 
 impl Source<'_> {
@@ -26,6 +27,14 @@ impl Source<'_> {
             offset: self.offset + start as u64,
             bytes,
             ..*self
+        }
+    }
+
+    /// The chunk where the system's page cache has it. `None` where it has to be read.
+    pub(super) fn window(&self) -> Option<Window<'_>> {
+        match self.encoded {
+            None => self.mappings.window(self.shard, self.offset, self.bytes),
+            Some(_) => None,
         }
     }
 

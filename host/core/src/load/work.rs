@@ -701,9 +701,11 @@ impl<'m> Part<'m> {
     }
 
     /// Bytes that a worker takes at once, as they are read: about `most`, as far as they are whole chunks.
+    /// Of what holds scratch until its last part is done only one: others wait for that.
     fn part_bytes(&self, buffer_bytes: usize, most: usize) -> usize {
         let chunk = self.chunk_bytes(buffer_bytes);
         match most / chunk {
+            1.. if self.state.is_some() => chunk,
             0 => self.whole_units(most),
             chunks => chunks * chunk,
         }
