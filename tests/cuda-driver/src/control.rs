@@ -41,6 +41,8 @@ pub const FUNCTIONS: &[&str] = &[
     "cuMemGetAllocationGranularity",
     "cuMemGetInfo_v2",
     "cuMemHostAlloc",
+    "cuMemHostRegister_v2",
+    "cuMemHostUnregister",
     "cuMemMap",
     "cuMemRelease",
     "cuMemSetAccess",

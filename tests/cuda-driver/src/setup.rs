@@ -9,7 +9,7 @@ use std::str::FromStr;
 pub struct Setup {
     /// Bytes of each device.
     pub devices: Vec<u64>,
-    /// Whether devices have virtual memory.
+    /// Whether devices have virtual memory, and the caller's memory can be registered.
     pub virtual_memory: bool,
     /// What pages come in, in bytes.
     pub granularity: u64,

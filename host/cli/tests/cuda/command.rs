@@ -151,7 +151,7 @@ fn a_driver_that_fails_while_loading_is_quoted_with_status_6() {
             "cpu",
             &[
                 "cuMemCreate",
-                "cuMemHostAlloc",
+                "cuMemHostRegister",
                 "cuMemcpyHtoDAsync",
                 "cuEventRecord",
             ][..],

@@ -21,6 +21,7 @@ const GIVES_BACK: &[&str] = &[
     "cuMemAddressFree",
     "cuMemFree",
     "cuMemFreeHost",
+    "cuMemHostUnregister",
     "cuMemRelease",
     "cuMemUnmap",
     "cuModuleUnload",
@@ -337,7 +338,7 @@ fn a_cancelled_load_waits_for_what_is_under_way_and_gives_everything_back() {
         let chunks = AtomicU64::new(0);
         let result = kinds.load_with(
             &devices,
-            &in_small_pieces(quantize_on, 2 * workers)
+            &in_small_pieces(quantize_on, workers)
                 .with_progress(&|_| {
                     if chunks.fetch_add(1, Ordering::SeqCst) >= after {
                         cancel.cancel();
@@ -389,7 +390,7 @@ fn a_callback_that_panics_ends_the_load_and_gives_everything_back() {
         let chunks = AtomicU64::new(0);
         // The others go on, and wait for the one that does not.
         let report = |_| assert_ne!(chunks.fetch_add(1, Ordering::SeqCst), 7, "as it should");
-        let options = in_small_pieces(quantize_on, 3 * devices.len()).with_progress(&report);
+        let options = in_small_pieces(quantize_on, 3).with_progress(&report);
         let load = || kinds.load_with(&devices, &options).map(drop);
         let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(load));
         assert!(result.is_err(), "on {quantize_on}");

@@ -93,7 +93,7 @@ fn stand_in(needs: &str, setup: &Setup) -> Option<StandIn> {
     (!is_left_out(needs)).then(|| StandIn::start(setup))
 }
 
-/// Smallest staging for `workers`, as many times as there are devices: most chunks, most copies. On the processor or the GPU
+/// Smallest staging for `workers`: most chunks, most copies. On the processor or the GPU
 /// the calls of one worker are always the same.
 fn in_small_pieces(quantize_on: QuantizeOn, workers: usize) -> LoadOptions<'static> {
     LoadOptions::default()
@@ -219,7 +219,7 @@ impl Kinds {
         quantize_on: QuantizeOn,
         workers: usize,
     ) -> Result<Model, LoadError> {
-        let options = in_small_pieces(quantize_on, workers * devices.len());
+        let options = in_small_pieces(quantize_on, workers);
         self.load_with(devices, &options)
     }
 

@@ -12,6 +12,7 @@ mod double;
 mod error;
 mod on_device;
 mod put;
+mod reading;
 mod reserve;
 mod run;
 mod source;
@@ -147,7 +148,14 @@ pub fn load_reserved(
     let buffer_bytes = ring.buffer_bytes();
     let scratch_bytes = plan.scratch_budget();
     // Before the first worker: whatever fails, nothing of theirs has been started.
-    let on_devices = OnDevices::open(plan, &memory, options, ring.workers(), buffer_bytes)?;
+    let on_devices = OnDevices::open(
+        checkpoint,
+        plan,
+        &memory,
+        options,
+        ring.workers(),
+        buffer_bytes,
+    )?;
     tracing::debug!("who quantizes is settled after {:.1?}", start.elapsed());
     let Split { targets, remote } = arena::split(plan, &mut memory, cancel)?;
     let transfers = Transfers {

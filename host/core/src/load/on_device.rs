@@ -1,11 +1,13 @@
 //! Devices that quantize by themselves: the memory that their kernels work in, and what they found.
 //!
-//! What the kernels need beside the results lies where plain tensors go, which are read last, so
-//! that nothing is reserved for it. From the first byte on:
+//! What the kernels need beside the results lies where plain tensors go, of which what goes there is read
+//! last, so that nothing is reserved for it. From the first byte on:
 //! - a record for each tensor: blocks with infinities or NaN as u64, the mean of scales as f32;
 //! - a piece of source for each worker, as large as its buffers;
-//! - for double quantization the f32 scales of two tensors at most, and sums of these.
+//! - for double quantization the f32 scales of tensors under way, as much as the two largest have, and
+//!   sums of these.
 
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -14,6 +16,7 @@ use super::balance::{Balance, QuantizeOn, Side};
 use super::double::DeviceScratch;
 use super::put::is_remote;
 use super::{LoadError, LoadOptions};
+use crate::checkpoint::Checkpoint;
 use crate::device::{DeviceError, Quantizer, Reservation, ScalesJob, Workspace};
 use crate::memory::{Allocation, Pool};
 use crate::model::QuantizedBytes;
@@ -49,8 +52,8 @@ pub(super) struct OnDevice {
     tensors: Vec<usize>,
     /// None where it is to quantize everything.
     balance: Option<Balance>,
-    /// Whether the workspace is where plain tensors go.
-    is_within: bool,
+    /// Where the workspace is in the reservation: where plain tensors go. Empty if it is elsewhere.
+    taken: Range<u64>,
     /// Whether `auto` should have its kernels compiled.
     is_worth_compiling: bool,
     /// Who has what of the scratch.
@@ -115,6 +118,7 @@ impl OnDevices {
     /// # Errors
     /// [`LoadError::Device`] where a device has to quantize and cannot.
     pub(super) fn open(
+        checkpoint: &Checkpoint,
         plan: &Plan,
         memory: &[Option<Box<dyn Reservation>>],
         options: &LoadOptions<'_>,
@@ -126,9 +130,15 @@ impl OnDevices {
             let memory = memory.as_deref().filter(|memory| is_remote(*memory));
             let opened = match (memory, options.quantize_on) {
                 (None, _) | (_, QuantizeOn::Cpu) => Ok(None),
-                (Some(memory), _) => {
-                    OnDevice::open(plan, index, memory, options, workers, buffer_bytes)
-                }
+                (Some(memory), _) => OnDevice::open(
+                    checkpoint,
+                    plan,
+                    index,
+                    memory,
+                    options,
+                    workers,
+                    buffer_bytes,
+                ),
             };
             by_device.push(match (opened, options.quantize_on) {
                 (Ok(opened), _) => opened,
@@ -163,9 +173,11 @@ impl OnDevices {
             .filter(|device| device.quantizer.is_prepared())
     }
 
-    /// Whether plain tensors of the device have to wait until it has quantized everything.
-    pub(super) fn is_in_the_way(&self, device: usize) -> bool {
-        self.get(device).is_some_and(|device| device.is_within)
+    /// Bytes of the device's reservation that its kernels work in until everything is quantized; none
+    /// where they work elsewhere.
+    pub(super) fn taken(&self, device: usize) -> Range<u64> {
+        let device = self.get(device);
+        device.map_or(0..0, |device| device.taken.clone())
     }
 
     /// Counts bytes that have been quantized.
@@ -218,6 +230,7 @@ impl OnDevices {
 
 impl OnDevice {
     fn open(
+        checkpoint: &Checkpoint,
         plan: &Plan,
         index: usize,
         memory: &dyn Reservation,
@@ -272,7 +285,17 @@ impl OnDevice {
         };
         quantizer.clear(0, layout.records)?;
         let balance = match options.quantize_on {
-            QuantizeOn::Auto => Some(Balance::new(workers)),
+            QuantizeOn::Auto => {
+                // What another method has stored takes the processor longer to decode than to send.
+                let is_encoded = |tensor: &&usize| checkpoint.tensors()[**tensor].encoded.is_some();
+                let encoded = tensors.iter().filter(is_encoded).count();
+                let share = if 2 * encoded > tensors.len() {
+                    0.5
+                } else {
+                    0.0
+                };
+                Some(Balance::new(workers, share))
+            }
             _ => {
                 quantizer.prepare()?;
                 None
@@ -285,7 +308,10 @@ impl OnDevice {
             layout,
             tensors,
             balance,
-            is_within,
+            taken: match workspace {
+                Workspace::Within { offset, len } => offset..offset + len,
+                Workspace::Beside { .. } => 0..0,
+            },
             // In the checkpoint it is at least three times as much.
             is_worth_compiling: stored.saturating_mul(3) >= options.compile_from,
             scratch: Mutex::new(Pool::new(layout.scratch_bytes, PART_ALIGNMENT)),

@@ -11,6 +11,7 @@ use super::arena::Target;
 use super::balance::Side;
 use super::double::{DoubleState, Kept, Returned};
 use super::put::{Transfers, Writers, as_f32, put, put_to_quantize};
+use super::reading::{Way, Ways};
 use super::source::Source;
 use super::work::{Chunk, Next, Part, Queue, Scales, Task, ToQuantize};
 use super::{LoadError, LoadOptions};
@@ -35,6 +36,7 @@ pub(super) struct Run<'a, 'm> {
     queue: Queue<'m>,
     transfers: Transfers<'m>,
     mappings: Mappings,
+    ways: Ways,
     stop: AtomicBool,
     error: Mutex<Option<LoadError>>,
     /// When the load began.
@@ -86,6 +88,7 @@ impl<'a, 'm> Run<'a, 'm> {
             queue,
             transfers,
             mappings: checkpoint.map(),
+            ways: Ways::new(options.threads),
             stop: AtomicBool::new(false),
             error: Mutex::new(None),
             start,
@@ -320,9 +323,15 @@ impl<'a, 'm> Run<'a, 'm> {
         let block_bytes = block_size.elements() * float.bytes();
         let step = slot.len() / block_bytes * block_bytes;
         let mut produce = |codes: &mut [u8], absmax: &mut [f32]| {
-            if let Some(window) = source.window() {
+            let start = Instant::now();
+            let window = match self.ways.choose() {
+                Way::Look => source.window(),
+                Way::Read => None,
+            };
+            if let Some(window) = window {
                 let stats = kernels.quantize_nf4(&window, float, block_size, codes, absmax)?;
                 window.finish().map_err(LoadError::Checkpoint)?;
+                self.ways.record(Way::Look, source.bytes, start.elapsed());
                 return Ok(stats.nonfinite_blocks);
             }
             let mut nonfinite_blocks = 0;
@@ -337,6 +346,7 @@ impl<'a, 'm> Run<'a, 'm> {
                 let stats = kernels.quantize_nf4(slot, float, block_size, codes, absmax)?;
                 nonfinite_blocks += stats.nonfinite_blocks;
             }
+            self.ways.record(Way::Read, source.bytes, start.elapsed());
             Ok(nonfinite_blocks)
         };
         let count = blocks(piece.elements, block_size);

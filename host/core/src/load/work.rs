@@ -7,6 +7,7 @@
 //! another's turn.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
@@ -219,8 +220,30 @@ struct Share<'m> {
 }
 
 impl<'m> Share<'m> {
+    /// Adds a tensor, and leaves for the second round what goes to bytes that are taken until then.
+    fn add(&mut self, mut tensor: Tensor<'m>, taken: &Range<u64>) {
+        let Some((_, start)) = tensor.target.data.on_device() else {
+            return self.push(tensor, false);
+        };
+        let end = start + tensor.target.data.len() as u64;
+        let (first, last) = (taken.start.max(start), taken.end.min(end));
+        if first >= last {
+            return self.push(tensor, false);
+        }
+        if tensor.origin.kind == Kind::Copy && !tensor.origin.is_encoded {
+            // A copy has as many bytes as what it is a copy of. These fit: they lie in the tensor.
+            let before = tensor.cut((first - start) as usize);
+            self.push(before, false);
+            let within = tensor.cut((last - first) as usize);
+            self.push(tensor, false);
+            tensor = within;
+        }
+        self.push(tensor, true);
+    }
+
     fn push(&mut self, tensor: Tensor<'m>, is_later: bool) {
-        if is_later {
+        if tensor.bytes == 0 {
+        } else if is_later {
             self.later.push_back(tensor);
         } else {
             self.bytes_left += tensor.bytes as u64;
@@ -262,6 +285,24 @@ struct Tensor<'m> {
     bytes: usize,
     target: PartTargets<'m>,
     scratch: u64,
+}
+
+impl<'m> Tensor<'m> {
+    /// Cuts off the first bytes of a copy.
+    fn cut(&mut self, bytes: usize) -> Tensor<'m> {
+        let first = Tensor {
+            origin: self.origin,
+            bytes,
+            target: PartTargets {
+                data: self.target.data.take(bytes),
+                ..PartTargets::default()
+            },
+            scratch: 0,
+        };
+        self.origin.offset += bytes as u64;
+        self.bytes -= bytes;
+        first
+    }
 }
 
 /// Where a tensor comes from and what is done with it.
@@ -332,16 +373,8 @@ impl<'m> Queue<'m> {
         let mut shares: Vec<Share<'m>> = plan.devices.iter().map(|_| Share::default()).collect();
         for (device, tensor) in all {
             watch.item(0)?;
-            if tensor.bytes == 0 {
-                continue;
-            }
-            let is_later = tensor
-                .target
-                .data
-                .on_device()
-                .is_some_and(|(device, _)| on_devices.is_in_the_way(device));
             if let Some(share) = shares.get_mut(device) {
-                share.push(tensor, is_later);
+                share.add(tensor, &on_devices.taken(device));
             }
         }
         Ok(Queue {

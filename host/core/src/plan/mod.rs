@@ -167,6 +167,9 @@ tightfit_common::setters!([] PlanOptions:
     with_cancel: cancel, CancelToken;
 );
 
+/// Bytes of f32 scales that are kept while tensors are loaded, unless two tensors have more.
+const SCALES_UNDER_WAY: u64 = 16 << 20;
+
 /// Where nobody says how many experts a token has.
 const EXPERTS_PER_TOKEN: u64 = 8;
 
@@ -334,13 +337,14 @@ impl Plan {
     }
 
     /// Host bytes that a load keeps for the f32 scales of double-quantized tensors in flight: two
-    /// of the largest, so that one can be read while the scales of another are quantized.
+    /// of the largest, so that one can be read while the scales of another are quantized, or 16 MiB, with
+    /// which many workers wait for none; but not more than there are.
     pub fn scratch_budget(&self) -> u64 {
         let each = self.tensors.iter().map(PlannedTensor::scratch_bytes);
         // Many devices can hold more than one number can say.
         let all = each.fold(0, u64::saturating_add);
         let largest = self.tensors.iter().map(PlannedTensor::scratch_bytes).max();
-        all.min(2 * largest.unwrap_or(0))
+        all.min((2 * largest.unwrap_or(0)).max(SCALES_UNDER_WAY))
     }
 
     fn check_fit(&self, tensors: &[TensorInfo], arenas: &[Arena]) -> Result<(), PlanError> {

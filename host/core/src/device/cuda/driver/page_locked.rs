@@ -1,22 +1,34 @@
 //! Memory of the host that devices can read while the processor goes on.
 
 use std::any::Any;
+use std::mem::ManuallyDrop;
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 use std::time::Instant;
 
 use cudarc::driver::sys;
+use memmap2::MmapMut;
 
-use super::{Context, twice, unavailable};
+use super::{Context, NOT_SUPPORTED, twice, unavailable};
 use crate::device::{DeviceError, PageLocked};
 use crate::types::Bytes;
 
-/// What the driver has given in one piece. Given back when dropped.
+/// Memory in one piece that is page-locked. Given back when dropped.
 #[derive(Debug)]
 struct Allocation {
     context: Arc<Context>,
     memory: NonNull<u8>,
     len: usize,
+    kind: Kind,
+}
+
+#[derive(Debug)]
+enum Kind {
+    /// The system's, in large pages where there are any, which the driver has locked: of small ones
+    /// it locks each by itself.
+    Registered(ManuallyDrop<MmapMut>),
+    /// The driver's own, where it locks no other.
+    Allocated,
 }
 
 // SAFETY: the memory is bound to no thread.
@@ -24,14 +36,102 @@ unsafe impl Send for Allocation {}
 // SAFETY: as above. Its bytes are reached only through pieces, no two of which have the same.
 unsafe impl Sync for Allocation {}
 
+impl Allocation {
+    fn new(context: &Arc<Context>, len: usize) -> Result<Allocation, DeviceError> {
+        match Allocation::register(context, len)? {
+            Some(registered) => Ok(registered),
+            None => Allocation::allocate(context, len),
+        }
+    }
+
+    /// `None` where the driver cannot lock what is not its own.
+    fn register(context: &Arc<Context>, len: usize) -> Result<Option<Allocation>, DeviceError> {
+        let refused = |source| DeviceError::Refused {
+            device: context.name().to_owned(),
+            call: "mmap",
+            bytes: len as u64,
+            source,
+        };
+        let mut mapping = MmapMut::map_anon(len).map_err(refused)?;
+        #[cfg(target_os = "linux")]
+        {
+            // Refusal costs only time.
+            let _ = mapping.advise(memmap2::Advice::HugePage);
+        }
+        let memory = NonNull::from(&mut *mapping).cast::<u8>();
+        let _current = context.enter()?;
+        // SAFETY: the memory is mapped, and stays so until it is given back by the destructor.
+        let code = unsafe {
+            (context.api.cuMemHostRegister_v2)(
+                memory.as_ptr().cast(),
+                len,
+                sys::CU_MEMHOSTREGISTER_PORTABLE,
+            )
+        };
+        if code == NOT_SUPPORTED {
+            return Ok(None);
+        }
+        context.check("cuMemHostRegister", len as u64, code)?;
+        Ok(Some(Allocation {
+            context: Arc::clone(context),
+            memory,
+            len,
+            kind: Kind::Registered(ManuallyDrop::new(mapping)),
+        }))
+    }
+
+    fn allocate(context: &Arc<Context>, len: usize) -> Result<Allocation, DeviceError> {
+        let _current = context.enter()?;
+        let mut memory = ptr::null_mut();
+        // SAFETY: `memory` outlives the call; the context is current.
+        let code = unsafe {
+            (context.api.cuMemHostAlloc)(&raw mut memory, len, sys::CU_MEMHOSTALLOC_PORTABLE)
+        };
+        context.check("cuMemHostAlloc", len as u64, code)?;
+        let memory = NonNull::new(memory.cast::<u8>()).ok_or_else(|| DeviceError::Driver {
+            device: context.name().to_owned(),
+            call: "cuMemHostAlloc",
+            bytes: len as u64,
+            error: "no address".to_owned(),
+            out_of_memory: false,
+        })?;
+        Ok(Allocation {
+            context: Arc::clone(context),
+            memory,
+            len,
+            kind: Kind::Allocated,
+        })
+    }
+}
+
 impl Drop for Allocation {
     fn drop(&mut self) {
         let start = Instant::now();
-        let _current = twice(|| self.context.enter());
-        // SAFETY: allocated by us and freed once: no piece is left. No device reads it: a piece that
-        // one may be reading is not dropped (`Staging` sees to that).
-        let code = unsafe { (self.context.api.cuMemFreeHost)(self.memory.as_ptr().cast()) };
-        self.context.check_release("cuMemFreeHost", code);
+        let (api, context) = (self.context.api, &self.context);
+        let _current = twice(|| context.enter());
+        let memory = self.memory.as_ptr().cast();
+        // No piece is left, and no device reads it: a piece that one may be reading is not dropped
+        // (`Staging` sees to that).
+        match &mut self.kind {
+            Kind::Registered(mapping) => {
+                let unregister = || {
+                    // SAFETY: registered by us, and once.
+                    let code = unsafe { (api.cuMemHostUnregister)(memory) };
+                    context.check("cuMemHostUnregister", 0, code)
+                };
+                match twice(unregister) {
+                    // SAFETY: dropped here and nowhere else.
+                    Ok(()) => unsafe { ManuallyDrop::drop(mapping) },
+                    // Rather lost than mapped anew while the driver takes it for locked.
+                    Err(error) => tracing::warn!("{error}, buffers are not given back"),
+                }
+            }
+            Kind::Allocated => {
+                // SAFETY: allocated by us and freed once.
+                let code = unsafe { (api.cuMemFreeHost)(memory) };
+                context.check_release("cuMemFreeHost", code);
+            }
+        }
         let bytes = Bytes(self.len as u64);
         tracing::debug!("page-locked {bytes} given back in {:.1?}", start.elapsed());
     }
@@ -55,32 +155,15 @@ impl CudaPageLocked {
         len: usize,
     ) -> Result<CudaPageLocked, DeviceError> {
         let start = Instant::now();
-        let taken = len.max(1);
-        let _current = context.enter()?;
-        let mut memory = ptr::null_mut();
-        // SAFETY: `memory` outlives the call; the context is current.
-        let code = unsafe {
-            (context.api.cuMemHostAlloc)(&raw mut memory, taken, sys::CU_MEMHOSTALLOC_PORTABLE)
-        };
-        context.check("cuMemHostAlloc", taken as u64, code)?;
-        let memory = NonNull::new(memory.cast::<u8>()).ok_or_else(|| DeviceError::Driver {
-            device: context.name().to_owned(),
-            call: "cuMemHostAlloc",
-            bytes: taken as u64,
-            error: "no address".to_owned(),
-            out_of_memory: false,
-        })?;
-        let bytes = Bytes(taken as u64);
+        let allocation = Allocation::new(context, len.max(1))?;
+        let bytes = Bytes(allocation.len as u64);
         tracing::debug!("page-locked {bytes} in {:.1?}", start.elapsed());
         Ok(CudaPageLocked {
-            allocation: Arc::new(Allocation {
-                context: Arc::clone(context),
-                memory,
-                len: taken,
-            }),
+            // What the system maps is all zeros.
+            is_initialized: matches!(allocation.kind, Kind::Registered(_)),
+            allocation: Arc::new(allocation),
             start: 0,
             len,
-            is_initialized: false,
         })
     }
 
