@@ -339,3 +339,77 @@ pub(super) fn block_notices() -> bool {
             && libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut()) == 0
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use super::*;
+    use crate::checkpoint::mapped::tests::{alone, checkpoint, open_to_write};
+
+    /// A file that is not waited for long: as if the process had been stopped for longer than that.
+    #[test]
+    fn what_was_seen_for_longer_than_the_system_waits_counts_for_nothing() {
+        let _alone = alone();
+        for (directory, checkpoint) in checkpoint(1 << 20) {
+            let path = directory.path().join("model.safetensors");
+            let shard = &checkpoint.shards()[0];
+            let watcher = rustix::thread::gettid();
+            assert!(block_notices());
+            let take = || LeasedFile::new(shard, shard.kept().unwrap(), watcher, getpid()).unwrap();
+
+            let leased = take();
+            let piece = leased.piece(9, 1000).unwrap();
+            let writing = || open_to_write(&path);
+            let error = writing().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::WouldBlock);
+            assert!(piece.holds(Instant::now()));
+            let long_ago = Instant::now().checked_sub(leased.patience).unwrap();
+            assert!(!piece.holds(long_ago));
+            // The mapping outlives its closing, the lease outlives the mapping.
+            assert!(leased.piece(9, 1000).is_none());
+            assert_eq!(writing().unwrap_err().kind(), ErrorKind::WouldBlock);
+            assert_eq!(piece.len(), 1000);
+            drop(piece);
+            writing().unwrap();
+            drop(leased);
+
+            // Without anybody who asked it is never too long.
+            let leased = take();
+            assert!(leased.piece(9, 1000).unwrap().holds(long_ago));
+            drop(leased);
+            // Nothing was written.
+            assert!(shard.check_unchanged(&shard.kept().unwrap().file).is_ok());
+        }
+    }
+
+    /// A process that is forked has neither windows nor a say over the lease.
+    #[test]
+    fn a_forked_process_has_no_windows_and_takes_none_away() {
+        let _alone = alone();
+        for (directory, checkpoint) in checkpoint(1 << 20) {
+            let path = directory.path().join("model.safetensors");
+            let mappings = checkpoint.map();
+            mappings.window(0, 9, 1000).unwrap().finish().unwrap();
+            // SAFETY: the child ends before it returns to the test.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                let has_none = mappings.window(0, 9, 1000).is_none();
+                drop(mappings);
+                // SAFETY: ends the process.
+                unsafe { libc::_exit(i32::from(!has_none)) };
+            }
+            let mut status = 1;
+            // SAFETY: waits for a process of ours.
+            assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+            assert_eq!(status, 0);
+            let window = mappings.window(0, 9, 1000).unwrap();
+            assert_eq!(
+                open_to_write(&path).unwrap_err().kind(),
+                ErrorKind::WouldBlock
+            );
+            assert_eq!(window.len(), 1000);
+            window.finish().unwrap();
+        }
+    }
+}

@@ -14,6 +14,12 @@
 //! Wherever any of this cannot be had there is no window, and the caller reads.
 
 #[cfg(all(
+    test,
+    target_os = "linux",
+    any(target_arch = "x86_64", target_arch = "aarch64")
+))]
+mod benchmark;
+#[cfg(all(
     target_os = "linux",
     any(target_arch = "x86_64", target_arch = "aarch64")
 ))]
