@@ -75,9 +75,12 @@ unsafe impl Send for LeasedFile {}
 unsafe impl Sync for LeasedFile {}
 
 impl LeasedFile {
-    /// Whether a file may be mapped at all, by the file system that it is on.
+    /// Whether a file may be mapped at all, by the file system that it is on and by who else may
+    /// write there.
     pub(super) fn is_possible(file: &File) -> bool {
+        // Linux's own NFS server cuts a file for its clients without a word to leases.
         rustix::fs::fstatfs(file).is_ok_and(|of| FILE_SYSTEMS.contains(&(of.f_type as u64)))
+            && !fs::read_to_string("/proc/net/rpc/nfsd").is_ok_and(|text| serves(&text))
     }
 
     /// Maps a file, if it is as it was when it was opened and nobody else is about to write to it. Notices
@@ -295,6 +298,13 @@ fn lease_for(file: &Metadata) -> c_int {
     }
 }
 
+/// Whether an NFS server has threads, by what the system says of it.
+fn serves(statistics: &str) -> bool {
+    let threads = statistics.lines().find_map(|line| line.strip_prefix("th "));
+    let number = threads.and_then(|threads| threads.split_whitespace().next());
+    number != Some("0")
+}
+
 /// How long the system waits for a lease; `None` where it does not say.
 fn patience() -> Option<Duration> {
     let text = fs::read_to_string("/proc/sys/fs/lease-break-time").ok()?;
@@ -346,6 +356,17 @@ mod tests {
 
     use super::*;
     use crate::checkpoint::mapped::tests::{alone, checkpoint, open_to_write};
+
+    #[test]
+    fn an_nfs_server_is_known_by_its_threads() {
+        let text = |threads| format!("rc 0 0 0\nio 0 0\nth {threads} 0 0.000\nra 0\n");
+        assert!(!serves(&text(0)));
+        assert!(serves(&text(8)));
+        assert!(serves(&text(10)));
+        // Who says nothing of them may have some.
+        assert!(serves("rc 0 0 0\n"));
+        assert!(serves(""));
+    }
 
     /// A file that is not waited for long: as if the process had been stopped for longer than that.
     #[test]
