@@ -27,7 +27,8 @@ pub struct Shard {
 #[derive(Debug)]
 pub(super) struct Kept {
     pub(super) file: File,
-    /// Whether somebody has or had a lease on it: a second would be the same one.
+    /// Whether somebody has a lease on it: a second would be the same one.
+    #[allow(dead_code, reason = "there are systems without leases")]
     pub(super) leased: AtomicBool,
 }
 
@@ -212,6 +213,7 @@ impl Shard {
     }
 
     /// The file, where it is kept open.
+    #[allow(dead_code, reason = "there are systems without leases")]
     pub(super) fn kept(&self) -> Option<&Arc<Kept>> {
         self.file.as_ref()
     }

@@ -488,7 +488,7 @@ fn a_file_system_that_nobody_vouches_for_has_no_leases() {
 fn what_cannot_be_locked_has_no_windows() {
     let _alone = alone();
     let mut command = Command::new(std::env::current_exe().unwrap());
-    let name = "checkpoint::mapped::tests::what_may_not_be_locked";
+    let name = "checkpoint::mapped::linux::tests::what_may_not_be_locked";
     command.args(["--exact", name, "--ignored", "--nocapture"]);
     let output = command.output().unwrap();
     let text = String::from_utf8_lossy(&output.stdout);

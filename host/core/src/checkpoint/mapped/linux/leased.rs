@@ -354,8 +354,8 @@ pub(super) fn block_notices() -> bool {
 mod tests {
     use std::io::ErrorKind;
 
+    use super::super::tests::{alone, checkpoint, open_to_write};
     use super::*;
-    use crate::checkpoint::mapped::tests::{alone, checkpoint, open_to_write};
 
     #[test]
     fn an_nfs_server_is_known_by_its_threads() {

@@ -1,5 +1,12 @@
 //! Which files are mapped, the windows into them, and the thread that looks after their leases.
 
+#[cfg(test)]
+mod benchmark;
+mod blocks;
+mod leased;
+#[cfg(test)]
+mod tests;
+
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -9,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, getpid};
 
-use super::leased::{LeasedFile, Piece, block_notices};
 use crate::checkpoint::{CheckpointError, Shard};
+use leased::{LeasedFile, Piece, block_notices};
 
 /// How long whoever wants to write to a file is held up where no window is taken meanwhile.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
@@ -42,7 +49,7 @@ struct Watcher {
 }
 
 impl Mappings {
-    pub(super) fn new(shards: Arc<[Shard]>) -> Mappings {
+    pub(in crate::checkpoint::mapped) fn new(shards: Arc<[Shard]>) -> Mappings {
         let leased = shards.iter().map(|_| OnceLock::new()).collect();
         let process = getpid();
         Mappings {
