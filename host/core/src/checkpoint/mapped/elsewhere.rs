@@ -16,7 +16,7 @@ pub(crate) struct Mappings;
 pub(crate) struct Window<'m>(Infallible, PhantomData<&'m Mappings>);
 
 impl Mappings {
-    pub(super) fn new(_: Arc<[Shard]>) -> Mappings {
+    pub(super) fn new(_: Arc<[Shard]>, _: bool) -> Mappings {
         Mappings
     }
 

@@ -42,6 +42,12 @@ use super::Checkpoint;
 impl Checkpoint {
     /// Mappings of its files, for as long as it is read from: each is made when it is first asked for.
     pub(crate) fn map(&self) -> Mappings {
-        Mappings::new(self.shards.clone())
+        self.map_with(true)
+    }
+
+    /// [`Checkpoint::map`], where without `locked` a page may be taken back between being read and being seen,
+    /// when memory is short; that it can be read a second time nobody promises.
+    pub(crate) fn map_with(&self, locked: bool) -> Mappings {
+        Mappings::new(self.shards.clone(), locked)
     }
 }

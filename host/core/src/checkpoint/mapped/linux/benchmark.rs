@@ -23,7 +23,9 @@ fn benchmark_of_windows_against_reads() {
     let mut cases = Vec::new();
     for work in [Work::Sum, Work::Quantize] {
         cases.push((work, Way::Read, 512 << 10));
-        cases.extend([1 << 20, 2 << 20, 4 << 20].map(|piece| (work, Way::See, piece)));
+        for way in [Way::See, Way::SeeLocked] {
+            cases.extend([1 << 20, 2 << 20, 4 << 20].map(|piece| (work, way, piece)));
+        }
     }
     for threads in threads.split(',').map(|count| count.parse().unwrap()) {
         let mut passes = vec![Vec::new(); cases.len()];
@@ -66,6 +68,7 @@ enum Work {
 enum Way {
     Read,
     See,
+    SeeLocked,
 }
 
 /// Seconds, and how many pieces were read.
@@ -87,7 +90,7 @@ fn one_pass(
     }
     let start = Instant::now();
     let (next, read) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let mappings = checkpoint.map();
+    let mappings = checkpoint.map_with(way == Way::SeeLocked);
     thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
@@ -98,7 +101,7 @@ fn one_pass(
                 {
                     let window = match way {
                         Way::Read => None,
-                        Way::See => mappings.window(shard, offset, length),
+                        Way::See | Way::SeeLocked => mappings.window(shard, offset, length),
                     };
                     if let Some(window) = window {
                         worker.run(&window);

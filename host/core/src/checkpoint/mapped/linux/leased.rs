@@ -88,6 +88,7 @@ impl LeasedFile {
     pub(super) fn new(
         shard: &Shard,
         kept: &Arc<Kept>,
+        locked: bool,
         watcher: Pid,
         process: Pid,
     ) -> Option<LeasedFile> {
@@ -116,12 +117,12 @@ impl LeasedFile {
             process,
         };
         shard.check_unchanged(file).ok()?;
-        leased.map(length)?;
+        leased.map(length, locked)?;
         leased.users = AtomicU64::new(0);
         Some(leased)
     }
 
-    fn map(&mut self, length: usize) -> Option<()> {
+    fn map(&mut self, length: usize, locked: bool) -> Option<()> {
         // SAFETY: a new mapping, wherever there is room.
         let address = unsafe {
             rustix::mm::mmap(
@@ -139,9 +140,11 @@ impl LeasedFile {
         self.blocks = Blocks::new(self.address.addr().get(), length);
         // A process that is forked has no windows, and shares the lease of this one.
         self.advise(0, length, Advice::LinuxDontFork)?;
-        // What is populated stays until it is released. This counts against `RLIMIT_MEMLOCK` in whole.
-        // SAFETY: the whole of a mapping that is ours.
-        unsafe { rustix::mm::mlock_with(address, length, MlockFlags::ONFAULT) }.ok()?;
+        if locked {
+            // What is populated stays until it is released. This counts against `RLIMIT_MEMLOCK` in whole.
+            // SAFETY: the whole of a mapping that is ours.
+            unsafe { rustix::mm::mlock_with(address, length, MlockFlags::ONFAULT) }.ok()?;
+        }
         // Whether the system knows both.
         let first = length.min(self.page);
         self.advise(0, first, Advice::LinuxPopulateRead)?;
@@ -377,7 +380,8 @@ mod tests {
             let shard = &checkpoint.shards()[0];
             let watcher = rustix::thread::gettid();
             assert!(block_notices());
-            let take = || LeasedFile::new(shard, shard.kept().unwrap(), watcher, getpid()).unwrap();
+            let take =
+                || LeasedFile::new(shard, shard.kept().unwrap(), true, watcher, getpid()).unwrap();
 
             let leased = take();
             let piece = leased.piece(9, 1000).unwrap();

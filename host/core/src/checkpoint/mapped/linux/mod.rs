@@ -27,6 +27,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 #[derive(Debug)]
 pub(crate) struct Mappings {
     files: Arc<Files>,
+    locked: bool,
     watcher: OnceLock<Option<Watcher>>,
 }
 
@@ -49,7 +50,7 @@ struct Watcher {
 }
 
 impl Mappings {
-    pub(in crate::checkpoint::mapped) fn new(shards: Arc<[Shard]>) -> Mappings {
+    pub(in crate::checkpoint::mapped) fn new(shards: Arc<[Shard]>, locked: bool) -> Mappings {
         let leased = shards.iter().map(|_| OnceLock::new()).collect();
         let process = getpid();
         Mappings {
@@ -58,6 +59,7 @@ impl Mappings {
                 leased,
                 process,
             }),
+            locked,
             watcher: OnceLock::new(),
         }
     }
@@ -95,7 +97,13 @@ impl Mappings {
             return None;
         }
         let watcher = self.watcher.get_or_init(|| Watcher::start(&self.files));
-        LeasedFile::new(shard, kept, watcher.as_ref()?.id, self.files.process)
+        LeasedFile::new(
+            shard,
+            kept,
+            self.locked,
+            watcher.as_ref()?.id,
+            self.files.process,
+        )
     }
 }
 
