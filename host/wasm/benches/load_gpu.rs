@@ -1,16 +1,17 @@
-//! Loading onto a GPU against only copying the same bytes there from page-locked memory, in one run.
+//! Loading onto GPUs against only copying the same bytes there from page-locked memory, in one run.
 //!
-//! `cargo bench -p tightfit-wasm --bench load_gpu [-- DIR]`; without DIR it writes a checkpoint of
-//! Qwen2.5-7B's shape (15.2 GB) to the temporary directory. Has to fit into the page cache.
+//! `cargo bench -p tightfit-wasm --bench load_gpu [-- DIR] [--device cuda:0,cuda:1] [--threads 8,16]
+//! [--formats nf4,double,stored]`; without DIR it writes a checkpoint of Qwen2.5-7B's shape (15.2 GB) to the temporary
+//! directory. Has to fit into the page cache.
 //!
-//! Prints the time of the first load that the GPU quantizes, in which the driver compiles the kernels
-//! unless it remembers them, and then medians of loads that are interleaved.
+//! Every combination of threads and of who quantizes is loaded in turn, seven times. Prints medians, also of the copy,
+//! and what the plan has reserved.
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use tightfit::checkpoint::Checkpoint;
-use tightfit::device::{Device, Piece, WRITER_BUFFERS, open_devices};
+use tightfit::device::{Device, DeviceSpec, Piece, WRITER_BUFFERS, open_devices};
 use tightfit::load::{LoadOptions, QuantizeOn, load};
 use tightfit::memory::ReservationSize;
 use tightfit::plan::{Plan, propose};
@@ -23,13 +24,55 @@ const PLACES: [QuantizeOn; 3] = [QuantizeOn::Cpu, QuantizeOn::Gpu, QuantizeOn::A
 /// What is copied at once.
 const BUFFER: usize = 16 << 20;
 
-fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let given = std::env::args()
-        .skip(1)
-        .find(|argument| !argument.starts_with('-'));
+type Failure = Box<dyn std::error::Error>;
+
+struct Arguments {
+    directory: Option<PathBuf>,
+    devices: Vec<DeviceSpec>,
+    threads: Vec<usize>,
+    formats: Vec<String>,
+}
+
+impl Arguments {
+    fn parse() -> Result<Arguments, Failure> {
+        let mut arguments = Arguments {
+            directory: None,
+            devices: vec!["cuda:0".parse()?],
+            threads: vec![std::thread::available_parallelism()?.get()],
+            formats: vec!["nf4".to_owned(), "double".to_owned()],
+        };
+        let mut given = std::env::args().skip(1);
+        while let Some(argument) = given.next() {
+            let mut value = || given.next().ok_or(format!("{argument} needs a value"));
+            match &argument[..] {
+                "--bench" => {}
+                "--device" => {
+                    let specs = value()?;
+                    arguments.devices =
+                        specs.split(',').map(str::parse).collect::<Result<_, _>>()?;
+                }
+                "--threads" => {
+                    let counts = value()?;
+                    arguments.threads = counts
+                        .split(',')
+                        .map(str::parse)
+                        .collect::<Result<_, _>>()?;
+                }
+                "--formats" => {
+                    arguments.formats = value()?.split(',').map(str::to_owned).collect();
+                }
+                _ => arguments.directory = Some(argument.into()),
+            }
+        }
+        Ok(arguments)
+    }
+}
+
+fn main() -> Result<(), Failure> {
+    let arguments = Arguments::parse()?;
     let directory = tempfile::tempdir()?;
-    let path = match given {
-        Some(path) => PathBuf::from(path),
+    let path = match arguments.directory {
+        Some(path) => path,
         None => {
             let path = directory.path().join("model");
             let options = SynthOptions::default();
@@ -38,7 +81,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     };
     let checkpoint = Checkpoint::open(&path)?;
-    let devices = match open_devices(&["cuda:0".parse()?]) {
+    let devices = match open_devices(&arguments.devices) {
         Ok(devices) => devices,
         Err(error) => {
             println!("not run: {error}");
@@ -46,18 +89,24 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
     };
     let infos: Vec<_> = devices.iter().map(|device| device.info()).collect();
+    let names: Vec<_> = infos.iter().map(|info| info.name.clone()).collect();
     let policy = WasmPolicy::builtin("auto", Limits::default()).expect("auto is built in")?;
-    let bytes = checkpoint.source_bytes();
-    let threads = std::thread::available_parallelism()?.get();
     println!(
-        "{}: {:.3} GB, {threads} threads, medians of {REPEATS}",
+        "{}: {:.3} GB onto {}, medians of {REPEATS}",
         path.display(),
-        bytes as f64 / 1e9
+        checkpoint.source_bytes() as f64 / 1e9,
+        names.join(" and ")
     );
-    for double in [false, true] {
-        let settings = [("double-quant".to_owned(), double.to_string())];
+    for format in &arguments.formats {
+        let settings = match &format[..] {
+            "nf4" => vec![("double-quant".to_owned(), "false".to_owned())],
+            "double" => vec![("double-quant".to_owned(), "true".to_owned())],
+            "stored" => vec![("skip".to_owned(), "*".to_owned())],
+            other => return Err(format!("'{other}' is none of nf4, double and stored").into()),
+        };
         let plan = propose(&checkpoint, &policy, &infos, &settings)?.plan;
-        measure(&checkpoint, &plan, &devices, bytes)?;
+        println!("\n{format}");
+        measure(&checkpoint, &plan, &devices, &arguments.threads)?;
     }
     Ok(())
 }
@@ -66,57 +115,61 @@ fn measure(
     checkpoint: &Checkpoint,
     plan: &Plan,
     devices: &[Box<dyn Device>],
-    bytes: u64,
-) -> Result<(), Box<dyn std::error::Error>> {
-    let planned = plan.devices[0].size.reserved;
-    println!(
-        "\n{}",
-        if plan.scratch_budget() > 0 {
-            "nf4+double"
-        } else {
-            "nf4"
-        }
-    );
+    threads: &[usize],
+) -> Result<(), Failure> {
+    let bytes = checkpoint.source_bytes();
     // Brings the checkpoint into the page cache.
-    run(checkpoint, plan, devices, QuantizeOn::Cpu)?;
-    let first = run(checkpoint, plan, devices, QuantizeOn::Gpu)?;
+    run(checkpoint, plan, devices, QuantizeOn::Cpu, threads[0])?;
+    let first = run(checkpoint, plan, devices, QuantizeOn::Gpu, threads[0])?;
     println!("  first on gpu {:>8.1} ms", first.seconds * 1e3);
+    let ways: Vec<(usize, QuantizeOn)> = threads
+        .iter()
+        .flat_map(|&threads| PLACES.map(|place| (threads, place)))
+        .collect();
     // Interleaved, so that a noisy neighbour disturbs all of them alike.
-    let mut times = vec![Vec::new(); PLACES.len() + 1];
-    let mut by_device = [0.0; PLACES.len()];
+    let mut copies = Vec::new();
+    let mut times = vec![Vec::new(); ways.len()];
+    let mut by_device = vec![0.0; ways.len()];
     for _ in 0..REPEATS {
-        times[0].push(copy(&*devices[0], bytes)?.as_secs_f64());
-        for (index, place) in PLACES.into_iter().enumerate() {
-            let run = run(checkpoint, plan, devices, place)?;
-            times[index + 1].push(run.seconds);
+        copies.push(copy(devices, bytes)?.as_secs_f64());
+        for (index, &(threads, place)) in ways.iter().enumerate() {
+            let run = run(checkpoint, plan, devices, place, threads)?;
+            times[index].push(run.seconds);
             by_device[index] = run.by_device;
         }
     }
-    let medians: Vec<f64> = times.iter_mut().map(|times| median(times)).collect();
+    let copy = median(&mut copies);
     println!(
-        "  {:<12} {:>8.1} ms  {:>6.2} GB/s",
+        "  {:<15} {:>8.1} ms  {:>6.2} GB/s",
         "copy",
-        medians[0] * 1e3,
-        bytes as f64 / 1e9 / medians[0],
+        copy * 1e3,
+        bytes as f64 / 1e9 / copy,
     );
-    for ((place, seconds), by_device) in PLACES.iter().zip(&medians[1..]).zip(by_device) {
+    for (((threads, place), times), by_device) in ways.iter().zip(&mut times).zip(by_device) {
+        let seconds = median(times);
         println!(
-            "  {:<12} {:>8.1} ms  {:>6.2} GB/s  {:.2} x the time of the copy, {:.0} % by the GPU",
-            place.to_string(),
+            "  {threads:>2} threads, {place:<4} {:>8.1} ms  {:>6.2} GB/s  {:.2} x the time of the copy ({:.1} to {:.1}), {:.0} % by the GPU",
             seconds * 1e3,
             bytes as f64 / 1e9 / seconds,
-            seconds / medians[0],
+            seconds / copy,
+            times[0] * 1e3,
+            times[times.len() - 1] * 1e3,
             100.0 * by_device,
         );
     }
-    let peak = devices[0].usage().reserved.peak;
-    println!("  peak reserved so far {peak}, planned {planned}");
+    for (device, planned) in devices.iter().zip(&plan.devices) {
+        let peak = device.usage().reserved.peak;
+        println!(
+            "  {}: peak reserved so far {peak}, planned {}",
+            planned.device.name, planned.size.reserved
+        );
+    }
     Ok(())
 }
 
 struct Loaded {
     seconds: f64,
-    /// The GPU's share of what was quantized.
+    /// The GPUs' share of what was quantized.
     by_device: f64,
 }
 
@@ -125,45 +178,71 @@ fn run(
     plan: &Plan,
     devices: &[Box<dyn Device>],
     quantize_on: QuantizeOn,
-) -> Result<Loaded, Box<dyn std::error::Error>> {
-    let options = LoadOptions::default().with_quantize_on(quantize_on);
+    threads: usize,
+) -> Result<Loaded, Failure> {
+    let options = LoadOptions::default()
+        .with_quantize_on(quantize_on)
+        .with_threads(threads);
     let start = Instant::now();
     let model = load(checkpoint, plan, devices, &options)?;
     let seconds = start.elapsed().as_secs_f64();
-    let quantized = model.stats().quantized_on[0];
-    let all = quantized.by_host + quantized.by_device;
+    let quantized = &model.stats().quantized_on;
+    let by_host: u64 = quantized.iter().map(|bytes| bytes.by_host).sum();
+    let by_device: u64 = quantized.iter().map(|bytes| bytes.by_device).sum();
     Ok(Loaded {
         seconds,
-        by_device: quantized.by_device as f64 / all.max(1) as f64,
+        by_device: by_device as f64 / (by_host + by_device).max(1) as f64,
     })
 }
 
-/// Copies as many bytes from page-locked memory to the device, again and again to the same place.
-fn copy(device: &dyn Device, bytes: u64) -> Result<Duration, Box<dyn std::error::Error>> {
-    let granularity = device.info().granularity;
-    let reserved = (BUFFER as u64).next_multiple_of(granularity);
-    let memory = device.reserve(ReservationSize {
-        requested: BUFFER as u64,
-        padded: BUFFER as u64,
-        reserved,
-    })?;
-    let buffers = memory.page_lock(WRITER_BUFFERS * BUFFER)?;
-    let writer = buffers.map_or(Ok(None), |buffers| memory.writer(buffers))?;
-    let mut writer = writer.expect("the processor cannot write it");
+/// Copies as many bytes in all from page-locked memory to the devices, each an equal part at the same time,
+/// again and again to the same place.
+fn copy(devices: &[Box<dyn Device>], bytes: u64) -> Result<Duration, Failure> {
+    let mut memory = Vec::new();
+    for device in devices {
+        let granularity = device.info().granularity;
+        memory.push(device.reserve(ReservationSize {
+            requested: BUFFER as u64,
+            padded: BUFFER as u64,
+            reserved: (BUFFER as u64).next_multiple_of(granularity),
+        })?);
+    }
+    let mut writers = Vec::new();
+    for memory in &memory {
+        let buffers = memory.page_lock(WRITER_BUFFERS * BUFFER)?;
+        let writer = buffers.map_or(Ok(None), |buffers| memory.writer(buffers))?;
+        writers.push(writer.expect("the processor cannot write it"));
+    }
+    // Locked pages are there from their first use on.
+    for writer in &mut writers {
+        for _ in 0..WRITER_BUFFERS {
+            writer.stage()?;
+            writer.write(&[piece(BUFFER)])?;
+        }
+        writer.finish()?;
+    }
     let start = Instant::now();
     let mut left = bytes;
     while left > 0 {
-        let len = left.min(BUFFER as u64);
-        writer.stage()?;
-        writer.write(&[Piece {
-            start: 0,
-            len: len as usize,
-            offset: 0,
-        }])?;
-        left -= len;
+        for writer in &mut writers {
+            let len = left.min(BUFFER as u64) as usize;
+            writer.stage()?;
+            writer.write(&[piece(len)])?;
+            left -= len as u64;
+        }
     }
-    writer.finish()?;
+    for writer in &mut writers {
+        writer.finish()?;
+    }
     Ok(start.elapsed())
+}
+
+fn piece(len: usize) -> Piece {
+    Piece {
+        start: 0,
+        len,
+        offset: 0,
+    }
 }
 
 fn median(times: &mut [f64]) -> f64 {

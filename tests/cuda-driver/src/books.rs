@@ -242,6 +242,11 @@ pub(crate) fn push(device: usize) {
     CURRENT.with_borrow_mut(|stack| stack.push(device));
 }
 
+/// The device whose context is current. As [`push`].
+pub(crate) fn top() -> Option<usize> {
+    CURRENT.with_borrow(|stack| stack.last().copied())
+}
+
 /// Undoes the last [`push`].
 pub(crate) fn pop() -> Option<usize> {
     CURRENT.with_borrow_mut(Vec::pop)

@@ -3,7 +3,7 @@
 use std::ffi::{CStr, c_char};
 
 use crate::books::{
-    INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, Kind, NO_DEVICE, books, call, pop, push,
+    INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, Kind, NO_DEVICE, books, call, pop, push, top,
 };
 use crate::products::GPU;
 
@@ -145,6 +145,19 @@ pub extern "C" fn cuDevicePrimaryCtxRelease_v2(device: i32) -> u32 {
             _ => Err(books.fault("a context released that was not retained".to_owned())),
         },
     )
+}
+
+/// `cuCtxGetCurrent`.
+///
+/// # Safety
+/// As the driver's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetCurrent(out: *mut usize) -> u32 {
+    call("cuCtxGetCurrent", Kind::Takes, |_| {
+        // SAFETY: the caller's pointer to the result.
+        unsafe { out.write(top().map_or(0, |device| device + 1)) };
+        Ok(())
+    })
 }
 
 /// `cuCtxPushCurrent_v2`.

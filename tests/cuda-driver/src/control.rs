@@ -14,6 +14,7 @@ pub const VARIABLE: &str = "TIGHTFIT_CUDA_STAND_IN";
 
 /// The driver's functions that the stand-in has, and that a driver has to have.
 pub const FUNCTIONS: &[&str] = &[
+    "cuCtxGetCurrent",
     "cuCtxPopCurrent_v2",
     "cuCtxPushCurrent_v2",
     "cuCtxSynchronize",

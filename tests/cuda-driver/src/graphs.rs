@@ -5,8 +5,9 @@ use crate::books::{Books, Kind, call};
 use crate::streams::Work;
 
 /// What may be called while a stream is captured: what gives work to streams, and changes the context.
-pub(crate) const WHILE_CAPTURING: [&str; 11] = [
+pub(crate) const WHILE_CAPTURING: [&str; 12] = [
     "cuInit",
+    "cuCtxGetCurrent",
     "cuCtxPushCurrent",
     "cuCtxPopCurrent",
     "cuLaunchKernel",

@@ -4,7 +4,7 @@ use crate::draw;
 use tightfit::Progress;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
-use tightfit::device::{Device, open_devices};
+use tightfit::device::Device;
 use tightfit::load::{self, QuantizeOn, ReservedPlan};
 use tightfit::model::Model;
 use tightfit::report::Report;
@@ -20,11 +20,11 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Com
         // Before a load that would have been for nothing.
         check_target(directory, options.write.force)?;
     }
-    let checkpoint = session::open_checkpoint(&options.model, options.output.quiet, &cancel)?;
-    let devices = open_devices(&options.placement.devices)?;
+    let quiet = options.output.quiet;
+    let specs = &options.placement.devices;
+    let (checkpoint, devices) = session::open_both(&options.model, specs, quiet, &cancel)?;
     let placed = session::reserve_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
     let proposed = placed.proposed.clone();
-    let quiet = options.output.quiet;
     let (model, mut report) = carry_out(
         &checkpoint,
         placed,

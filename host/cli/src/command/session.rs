@@ -7,7 +7,7 @@ use crate::draw::Table;
 use serde::Serialize;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::{self, Checkpoint, CheckpointError, OpenOptions};
-use tightfit::device::{Device, DeviceInfo, DeviceKind, open_devices};
+use tightfit::device::{Device, DeviceInfo, DeviceKind, DeviceSpec, open_devices};
 use tightfit::hub::{self, FetchOptions, FileProgress, Hub, HubError};
 use tightfit::load::{self, ReservedPlan};
 use tightfit::plan::{self, PlanOptions, Proposed};
@@ -61,6 +61,32 @@ pub(crate) fn open_checkpoint(
         Local::Here(checkpoint) => Ok(*checkpoint),
         Local::Missing(hub) => download(&hub, options, quiet, cancel),
     }
+}
+
+/// Opens a checkpoint, and meanwhile the devices: a driver takes its time to start.
+///
+/// # Errors
+/// As [`open_checkpoint`], then as [`open_devices`].
+pub(crate) fn open_both(
+    options: &ModelOptions,
+    specs: &[DeviceSpec],
+    quiet: bool,
+    cancel: &CancelToken,
+) -> Result<(Checkpoint, Vec<Box<dyn Device>>), CommandError> {
+    std::thread::scope(|scope| {
+        let devices = std::thread::Builder::new()
+            .name("tightfit-devices".to_owned())
+            .spawn_scoped(scope, || open_devices(specs));
+        let checkpoint = open_checkpoint(options, quiet, cancel)?;
+        let devices = match devices {
+            Ok(opening) => opening
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
+            // The system has no more threads.
+            Err(_) => open_devices(specs),
+        };
+        Ok((checkpoint, devices?))
+    })
 }
 
 /// Finds a checkpoint and opens it as far as planning takes: of what the cache lacks, only

@@ -328,6 +328,7 @@ fn after_it_is_lent_a_product_only_launches() {
             let calls = stand_in.report().calls.split_off(before);
             // A map is made by the processor alone.
             let others = [
+                "cuCtxGetCurrent",
                 "cuCtxPushCurrent",
                 "cuTensorMapEncodeTiled",
                 "cuLaunchKernel",

@@ -34,7 +34,7 @@ pub use queue::{
     Operation, Quantization, Queue, QueuedDecode, QueuedProduct, QueuedScales, QueuedWeights,
 };
 pub use spec::{DeviceSpec, SpecError, open_devices, planned_devices};
-pub use writer::{PageLocked, Piece, WRITER_BUFFERS, Writer};
+pub use writer::{Attached, PageLocked, Piece, WRITER_BUFFERS, Writer};
 
 use crate::memory::{ReservationSize, Usage};
 use crate::status::Status;
@@ -144,6 +144,16 @@ pub trait Reservation: Send + Sync + fmt::Debug {
     /// When the driver refuses.
     fn page_lock(&self, bytes: usize) -> Result<Option<Box<dyn PageLocked>>, DeviceError> {
         let _ = bytes;
+        Ok(None)
+    }
+
+    /// Binds this thread to the device until the result is dropped, which makes what it does with the device
+    /// cheaper. Other code on the thread finds the device's context current meanwhile. Of several
+    /// results the last is dropped first. `None` where there is nothing to be made cheaper.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    fn attach(&self) -> Result<Option<Box<dyn Attached + '_>>, DeviceError> {
         Ok(None)
     }
 

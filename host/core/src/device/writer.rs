@@ -31,7 +31,16 @@ pub trait Writer: Send + fmt::Debug {
     /// # Errors
     /// When a copy has failed.
     fn finish(&mut self) -> Result<(), DeviceError>;
+
+    /// Waits until everything has arrived, and gives the buffers back, for another writer.
+    ///
+    /// # Errors
+    /// When a copy has failed. The buffers are given back to the driver then.
+    fn release(self: Box<Self>) -> Result<Box<dyn PageLocked>, DeviceError>;
 }
+
+/// A thread that is bound to a device; see [`Reservation::attach`](super::Reservation::attach).
+pub trait Attached: fmt::Debug {}
 
 /// What is to be copied where.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

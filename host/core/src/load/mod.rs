@@ -39,7 +39,7 @@ use arena::Split;
 use on_device::OnDevices;
 use put::Transfers;
 use run::Run;
-use work::{ChunkSizes, Queue};
+use work::Queue;
 
 /// The least that it is worth to have a GPU's kernels compiled for, unless the user says otherwise:
 /// with less the load would be over first.
@@ -144,26 +144,24 @@ pub fn load_reserved(
     let buffers = put::buffers(&memory);
     let mut ring = StagingRing::new(options.staging_bytes, options.threads, buffers)?;
     let staging_bytes = ring.bytes();
-    let sizes = ChunkSizes {
-        slot: ring.slot_bytes(),
-        buffer: ring.buffer_bytes(),
-    };
+    let buffer_bytes = ring.buffer_bytes();
     let scratch_bytes = plan.scratch_budget();
     // Before the first worker: whatever fails, nothing of theirs has been started.
-    let on_devices = OnDevices::open(plan, &memory, options, ring.workers(), sizes.buffer)?;
+    let on_devices = OnDevices::open(plan, &memory, options, ring.workers(), buffer_bytes)?;
     tracing::debug!("who quantizes is settled after {:.1?}", start.elapsed());
     let Split { targets, remote } = arena::split(plan, &mut memory, cancel)?;
     let transfers = Transfers {
         remote,
         on_devices: &on_devices,
-        buffer_bytes: sizes.buffer,
+        buffer_bytes,
     };
     let buffers = transfers.page_lock(ring.workers())?;
     let queue = Queue::new(
         checkpoint,
         plan,
         targets,
-        sizes,
+        buffer_bytes,
+        ring.workers(),
         scratch_bytes,
         &on_devices,
         cancel,

@@ -11,9 +11,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::balance::{Balance, QuantizeOn, Side};
+use super::double::DeviceScratch;
 use super::put::is_remote;
 use super::{LoadError, LoadOptions};
 use crate::device::{DeviceError, Quantizer, Reservation, ScalesJob, Workspace};
+use crate::memory::{Allocation, Pool};
 use crate::model::QuantizedBytes;
 use crate::plan::{PART_ALIGNMENT, Plan, PlannedTensor};
 use crate::types::Format;
@@ -51,8 +53,8 @@ pub(super) struct OnDevice {
     is_within: bool,
     /// Whether `auto` should have its kernels compiled.
     is_worth_compiling: bool,
-    /// Scratch that no tensor has, by number.
-    scratch: Mutex<Vec<u64>>,
+    /// Who has what of the scratch.
+    scratch: Mutex<Pool>,
 }
 
 /// What lies where in a workspace.
@@ -61,22 +63,27 @@ struct Layout {
     records: u64,
     source_bytes: u64,
     sources: u64,
+    /// For the scales of tensors that are under way.
     scratch_bytes: u64,
-    scratches: u64,
 }
 
 impl Layout {
     /// For this many tensors and workers, of which the double-quantized tensors have this many scales.
     fn new(tensors: usize, workers: usize, buffer_bytes: usize, scales: &[u64]) -> Layout {
-        let scratch = |scales: u64| Layout::sums(scales) + ScalesJob::sums_bytes(scales);
-        let largest = scales.iter().copied().map(scratch).max().unwrap_or(0);
+        let largest = scales.iter().copied().map(Layout::scratch_of).max();
+        let largest = largest.unwrap_or(0);
         Layout {
             records: aligned(tensors as u64 * RECORD),
             source_bytes: aligned(buffer_bytes as u64),
             sources: workers as u64,
-            scratch_bytes: aligned(largest),
-            scratches: scales.len().min(2) as u64,
+            // As much as the two largest at a time.
+            scratch_bytes: aligned(largest) * scales.len().min(2) as u64,
         }
+    }
+
+    /// Bytes of scratch for a tensor with this many scales: these, and sums of them.
+    fn scratch_of(scales: u64) -> u64 {
+        Layout::sums(scales) + ScalesJob::sums_bytes(scales)
     }
 
     /// Where the sums begin in scratch: behind this many scales.
@@ -88,12 +95,13 @@ impl Layout {
         self.records + worker as u64 * self.source_bytes
     }
 
-    fn scratch(&self, number: u64) -> u64 {
-        self.records + self.sources * self.source_bytes + number * self.scratch_bytes
+    /// Where scratch begins.
+    fn scratch(&self) -> u64 {
+        self.records + self.sources * self.source_bytes
     }
 
     fn total(&self) -> u64 {
-        self.scratch(self.scratches)
+        self.scratch() + self.scratch_bytes
     }
 }
 
@@ -280,7 +288,7 @@ impl OnDevice {
             is_within,
             // In the checkpoint it is at least three times as much.
             is_worth_compiling: stored.saturating_mul(3) >= options.compile_from,
-            scratch: Mutex::new((0..layout.scratches).collect()),
+            scratch: Mutex::new(Pool::new(layout.scratch_bytes, PART_ALIGNMENT)),
         }))
     }
 
@@ -316,26 +324,25 @@ impl OnDevice {
         Some(self.tensors.binary_search(&tensor).ok()? as u64 * RECORD)
     }
 
-    /// Takes scratch for a tensor's scales, if there is any.
-    pub(super) fn take_scratch(&self) -> Option<u64> {
-        self.lock().pop()
+    /// Takes scratch for this many scales of a tensor, if there is enough left.
+    pub(super) fn take_scratch(&self, scales: usize) -> Option<DeviceScratch> {
+        let allocation = self.lock().allocate(Layout::scratch_of(scales as u64))?;
+        let start = self.layout.scratch() + allocation.offset();
+        Some(DeviceScratch::new(start, allocation))
     }
 
     /// Gives it back.
-    pub(super) fn return_scratch(&self, number: u64) {
-        self.lock().push(number);
+    pub(super) fn return_scratch(&self, scratch: Allocation) {
+        if let Err(error) = self.lock().free(scratch) {
+            tracing::error!("scratch of {} is lost: {error}", self.name);
+        }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<u64>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Pool> {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Where the scales of a tensor are kept.
-    pub(super) fn scales(&self, scratch: u64) -> u64 {
-        self.layout.scratch(scratch)
-    }
-
-    /// How this many scales are quantized when they are complete.
+    /// How this many scales, which begin at `scratch`, are quantized when they are complete.
     pub(super) fn scales_job(
         &self,
         tensor: usize,
@@ -344,11 +351,10 @@ impl OnDevice {
         codes: u64,
         nested: u64,
     ) -> Option<ScalesJob> {
-        let absmax = self.scales(scratch);
         Some(ScalesJob {
             scales,
-            absmax,
-            sums: absmax + Layout::sums(scales as u64),
+            absmax: scratch,
+            sums: scratch + Layout::sums(scales as u64),
             mean: self.nonfinite_of(tensor)? + MEAN,
             codes,
             nested,
@@ -378,18 +384,13 @@ mod tests {
                         let source = layout.source(worker);
                         ends.extend([source, source + 65_536]);
                     }
-                    for number in 0..layout.scratches {
-                        let largest = scales.iter().copied().max().unwrap_or(0);
-                        let scratch = layout.scratch(number);
-                        let sums = scratch + Layout::sums(largest);
-                        let end = sums + ScalesJob::sums_bytes(largest);
-                        ends.extend([scratch, scratch + 4 * largest, sums, end]);
-                    }
+                    let largest = scales.iter().copied().max().unwrap_or(0);
+                    let most = Layout::scratch_of(largest) * scales.len().min(2) as u64;
+                    ends.extend([layout.scratch(), layout.scratch() + most]);
                     ends.push(layout.total());
                     assert!(ends.is_sorted(), "{layout:?}: {ends:?}");
                     assert!(layout.source(0).is_multiple_of(PART_ALIGNMENT));
-                    assert!(layout.scratch(1).is_multiple_of(PART_ALIGNMENT));
-                    assert_eq!(layout.scratches, scales.len().min(2) as u64);
+                    assert!(layout.scratch().is_multiple_of(PART_ALIGNMENT));
                 }
             }
         }

@@ -5,7 +5,8 @@ use super::LoadError;
 use super::arena::Target;
 use super::on_device::OnDevices;
 use crate::device::{
-    PageLocked, Piece, QuantizeJob, QuantizingWriter, Reservation, Staged, WRITER_BUFFERS, Writer,
+    Attached, DeviceError, PageLocked, Piece, QuantizeJob, QuantizingWriter, Reservation, Staged,
+    WRITER_BUFFERS, Writer,
 };
 use crate::plan::Plan;
 
@@ -15,11 +16,23 @@ const ALIGNMENT: usize = 64;
 /// What this may cost in a buffer with two results.
 pub(super) const BUFFER_GAP: usize = ALIGNMENT;
 
-/// One worker's writers, by device; none for those that the processor can write.
-#[derive(Debug)]
-pub(super) struct Writers {
-    by_device: Vec<Option<DeviceWriter>>,
-    buffer_bytes: usize,
+/// One worker's way to the devices whose memory the processor cannot write: to one at a time, because
+/// all have the same buffers.
+pub(super) struct Writers<'w, 'm> {
+    transfers: &'w Transfers<'m>,
+    plan: &'w Plan,
+    worker: usize,
+    /// Those that no writer has.
+    buffers: Option<Box<dyn PageLocked>>,
+    current: Option<Current<'m>>,
+}
+
+/// The device that a worker writes to.
+struct Current<'m> {
+    device: usize,
+    writer: DeviceWriter,
+    /// Dropped last.
+    _attached: Option<Box<dyn Attached + 'm>>,
 }
 
 #[derive(Debug)]
@@ -40,15 +53,22 @@ impl DeviceWriter {
             DeviceWriter::Quantizes { writer, .. } => &mut **writer,
         }
     }
+
+    fn release(self) -> Result<Box<dyn PageLocked>, DeviceError> {
+        match self {
+            DeviceWriter::Copies(writer) => writer.release(),
+            DeviceWriter::Quantizes { writer, .. } => writer.release(),
+        }
+    }
 }
 
-/// How many buffers a worker needs for all of its writers.
+/// How many buffers a worker needs.
 pub(super) fn buffers(memory: &[Option<Box<dyn Reservation>>]) -> usize {
-    let remote = memory
-        .iter()
-        .flatten()
-        .filter(|memory| is_remote(&***memory));
-    WRITER_BUFFERS * remote.count()
+    let mut memory = memory.iter().flatten();
+    match memory.any(|memory| is_remote(&**memory)) {
+        true => WRITER_BUFFERS,
+        false => 0,
+    }
 }
 
 /// Whether the processor cannot write it.
@@ -64,7 +84,7 @@ pub(super) struct Transfers<'m> {
     pub(super) buffer_bytes: usize,
 }
 
-impl Transfers<'_> {
+impl<'m> Transfers<'m> {
     /// Takes the buffers of all workers at once. Gives each worker's, as far as it needs any.
     ///
     /// # Errors
@@ -73,9 +93,8 @@ impl Transfers<'_> {
         &self,
         workers: usize,
     ) -> Result<Vec<Option<Box<dyn PageLocked>>>, LoadError> {
-        let remote = self.remote.iter().flatten();
-        let each = (WRITER_BUFFERS * self.buffer_bytes).saturating_mul(remote.clone().count());
-        let mut all = match remote.clone().next() {
+        let each = WRITER_BUFFERS * self.buffer_bytes;
+        let mut all = match self.remote.iter().flatten().next() {
             None => None,
             Some(memory) => {
                 let locked = memory.page_lock(each.saturating_mul(workers));
@@ -87,66 +106,87 @@ impl Transfers<'_> {
     }
 
     /// The writers of the worker with this number, with its buffers.
-    ///
-    /// # Errors
-    /// [`LoadError::Device`] when the driver refuses, and [`LoadError::NoTransfer`] for memory that
-    /// cannot be written at all.
-    pub(super) fn writers(
-        &self,
-        plan: &Plan,
+    pub(super) fn writers<'w>(
+        &'w self,
+        plan: &'w Plan,
         worker: usize,
-        mut buffers: Option<Box<dyn PageLocked>>,
-    ) -> Result<Writers, LoadError> {
-        let mut by_device = Vec::with_capacity(self.remote.len());
-        for (index, (memory, plan)) in self.remote.iter().zip(&plan.devices).enumerate() {
-            let Some(memory) = memory else {
-                by_device.push(None);
-                continue;
-            };
-            let buffers = buffers.as_mut();
-            let buffers = buffers.map(|all| all.take(WRITER_BUFFERS * self.buffer_bytes));
-            let writer = match (buffers, self.on_devices.get(index)) {
-                (None, _) => Ok(None),
-                (Some(buffers), Some(device)) => device.quantizer.worker(buffers).map(|writer| {
-                    let source = device.source(worker);
-                    Some(DeviceWriter::Quantizes { writer, source })
-                }),
-                (Some(buffers), None) => {
-                    let writer = memory.writer(buffers);
-                    writer.map(|writer| writer.map(DeviceWriter::Copies))
-                }
-            };
-            let writer = writer.map_err(LoadError::Device)?;
-            by_device.push(Some(writer.ok_or_else(|| LoadError::NoTransfer {
-                device: plan.device.name.clone(),
-            })?));
+        buffers: Option<Box<dyn PageLocked>>,
+    ) -> Writers<'w, 'm> {
+        Writers {
+            transfers: self,
+            plan,
+            worker,
+            buffers,
+            current: None,
         }
-        Ok(Writers {
-            by_device,
-            buffer_bytes: self.buffer_bytes,
-        })
     }
 }
 
-impl Writers {
+impl<'m> Writers<'_, 'm> {
+    /// The writer of a device, which from now on is the worker's.
+    ///
+    /// # Errors
+    /// [`LoadError::Device`] when the driver refuses, also what it was given for the device before, and
+    /// [`LoadError::NoTransfer`] for memory that cannot be written at all.
+    fn of(&mut self, device: usize) -> Result<&mut DeviceWriter, LoadError> {
+        let current = match self.current.take() {
+            Some(current) if current.device == device => current,
+            other => {
+                if let Some(Current { writer, .. }) = other {
+                    self.buffers = Some(writer.release().map_err(LoadError::Device)?);
+                }
+                self.open(device)?
+            }
+        };
+        Ok(&mut self.current.insert(current).writer)
+    }
+
+    fn open(&mut self, device: usize) -> Result<Current<'m>, LoadError> {
+        let Transfers {
+            remote, on_devices, ..
+        } = self.transfers;
+        let memory = remote.get(device).copied().flatten();
+        let memory = memory.ok_or(LoadError::Internal("a device has no writer"))?;
+        // What the first worker's thread has for itself is the caller's, who may use the driver too.
+        let attached = match self.worker {
+            0 => Ok(None),
+            _ => memory.attach(),
+        };
+        let attached = attached.map_err(LoadError::Device)?;
+        let writer = match (self.buffers.take(), on_devices.get(device)) {
+            (None, _) => Ok(None),
+            (Some(buffers), Some(device)) => device.quantizer.worker(buffers).map(|writer| {
+                let source = device.source(self.worker);
+                Some(DeviceWriter::Quantizes { writer, source })
+            }),
+            (Some(buffers), None) => {
+                let writer = memory.writer(buffers);
+                writer.map(|writer| writer.map(DeviceWriter::Copies))
+            }
+        };
+        let writer = writer.map_err(LoadError::Device)?;
+        Ok(Current {
+            device,
+            writer: writer.ok_or_else(|| LoadError::NoTransfer {
+                device: self.plan.devices[device].device.name.clone(),
+            })?,
+            _attached: attached,
+        })
+    }
+
     /// The writer of a device that quantizes by itself.
+    ///
+    /// # Errors
+    /// As for any device, and [`LoadError::Internal`] for one that does not.
     pub(super) fn quantizing(
         &mut self,
         device: usize,
-    ) -> Result<&mut dyn QuantizingWriter, LoadError> {
-        match self.by_device.get_mut(device) {
-            Some(Some(DeviceWriter::Quantizes { writer, .. })) => Ok(&mut **writer),
-            _ => Err(LoadError::Internal(
+    ) -> Result<(&mut dyn QuantizingWriter, u64), LoadError> {
+        match self.of(device)? {
+            DeviceWriter::Quantizes { writer, source } => Ok((&mut **writer, *source)),
+            DeviceWriter::Copies(_) => Err(LoadError::Internal(
                 "a device that does not quantize was asked to",
             )),
-        }
-    }
-
-    /// Bytes that can be put into this place at once; `None` where that is not limited.
-    pub(super) fn buffer_bytes(&self, target: &Target<'_>) -> Option<usize> {
-        match target {
-            Target::Host(_) => None,
-            Target::Device { .. } => Some(self.buffer_bytes),
         }
     }
 
@@ -155,10 +195,10 @@ impl Writers {
     /// # Errors
     /// [`LoadError::Device`] when a copy has failed.
     pub(super) fn finish(&mut self) -> Result<(), LoadError> {
-        for device_writer in self.by_device.iter_mut().flatten() {
-            device_writer.writer().finish().map_err(LoadError::Device)?;
+        match &mut self.current {
+            None => Ok(()),
+            Some(current) => current.writer.writer().finish().map_err(LoadError::Device),
         }
-        Ok(())
     }
 }
 
@@ -169,7 +209,7 @@ impl Writers {
 /// Those of `produce`, [`LoadError::Device`], and [`LoadError::Internal`] for places that do not
 /// belong together.
 pub(super) fn put<const N: usize, T>(
-    writers: &mut Writers,
+    writers: &mut Writers<'_, '_>,
     targets: [Target<'_>; N],
     produce: impl FnOnce([&mut [u8]; N]) -> Result<T, LoadError>,
 ) -> Result<T, LoadError> {
@@ -186,8 +226,7 @@ pub(super) fn put<const N: usize, T>(
         }
         return produce(places);
     };
-    let device_writer = writers.by_device.get_mut(device).and_then(Option::as_mut);
-    let device_writer = device_writer.ok_or(LoadError::Internal("a device has no writer"))?;
+    let device_writer = writers.of(device)?;
     let nothing = Piece {
         start: 0,
         len: 0,
@@ -242,20 +281,15 @@ pub(super) fn put<const N: usize, T>(
 /// Those of `read`, [`LoadError::Device`], and [`LoadError::Internal`] for a device that does not
 /// quantize.
 pub(super) fn put_to_quantize(
-    writers: &mut Writers,
+    writers: &mut Writers<'_, '_>,
     device: usize,
     mut job: QuantizeJob,
     read: impl FnOnce(&mut [u8]) -> Result<Staged, LoadError>,
 ) -> Result<(), LoadError> {
-    let device_writer = writers.by_device.get_mut(device);
-    let Some(Some(DeviceWriter::Quantizes { writer, source })) = device_writer else {
-        return Err(LoadError::Internal(
-            "a device that does not quantize was asked to",
-        ));
-    };
+    let (writer, source) = writers.quantizing(device)?;
     let buffer = writer.stage().map_err(LoadError::Device)?;
     job.staged = read(buffer)?;
-    job.source = *source;
+    job.source = source;
     writer.quantize(&job).map_err(LoadError::Device)
 }
 

@@ -12,9 +12,9 @@ use super::balance::Side;
 use super::double::{DoubleState, Kept, Returned};
 use super::put::{Transfers, Writers, as_f32, put, put_to_quantize};
 use super::source::Source;
-use super::work::{Chunk, Next, Queue, Scales, Task, ToQuantize};
+use super::work::{Chunk, Next, Part, Queue, Scales, Task, ToQuantize};
 use super::{LoadError, LoadOptions};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Mappings};
 use crate::device::{PageLocked, QuantizeJob, ScalePlace, Staged};
 use crate::plan::Plan;
 use crate::progress::Progress;
@@ -34,6 +34,7 @@ pub(super) struct Run<'a, 'm> {
     options: &'a LoadOptions<'a>,
     queue: Queue<'m>,
     transfers: Transfers<'m>,
+    mappings: Mappings,
     stop: AtomicBool,
     error: Mutex<Option<LoadError>>,
     /// When the load began.
@@ -56,11 +57,12 @@ impl Drop for StopOnPanic<'_, '_, '_> {
 }
 
 /// What one worker has for itself.
-struct Worker<'w> {
+struct Worker<'w, 'm> {
+    number: usize,
     /// What the processor quantizes and casts is read into it.
     slot: &'w mut [u8],
     scales: Vec<f32>,
-    writers: Writers,
+    writers: Writers<'w, 'm>,
 }
 
 impl<'a, 'm> Run<'a, 'm> {
@@ -83,6 +85,7 @@ impl<'a, 'm> Run<'a, 'm> {
             options,
             queue,
             transfers,
+            mappings: checkpoint.map(),
             stop: AtomicBool::new(false),
             error: Mutex::new(None),
             start,
@@ -118,16 +121,12 @@ impl<'a, 'm> Run<'a, 'm> {
         buffers: Option<Box<dyn PageLocked>>,
     ) {
         let _guard = StopOnPanic(self);
-        // By the worker itself: a driver takes its time for streams, and others can read meanwhile.
-        let writers = match self.transfers.writers(self.plan, number, buffers) {
-            Ok(writers) => writers,
-            Err(error) => return self.fail(error),
-        };
         tracing::trace!("worker {number} begins after {:.1?}", self.start.elapsed());
         let mut worker = Worker {
+            number,
             slot,
             scales: Vec::new(),
-            writers,
+            writers: self.transfers.writers(self.plan, number, buffers),
         };
         if let Err(error) = self.work_with(&mut worker) {
             self.fail(error);
@@ -139,30 +138,46 @@ impl<'a, 'm> Run<'a, 'm> {
         tracing::trace!("worker {number} ends after {:.1?}", self.start.elapsed());
     }
 
-    fn work_with(&self, worker: &mut Worker<'_>) -> Result<(), LoadError> {
-        let mut is_busy = false;
+    fn work_with(&self, worker: &mut Worker<'_, 'm>) -> Result<(), LoadError> {
+        let mut post = self.queue.post(worker.number);
         while !self.stop.load(Ordering::Relaxed) {
-            if self.options.cancel.is_cancelled() {
-                return Err(LoadError::Cancelled);
-            }
-            match self.queue.next(&self.stop, &mut is_busy) {
+            self.options.cancel.check()?;
+            match self.queue.next(&self.stop, &mut post) {
                 Next::Nothing => break,
                 Next::Finish => {
                     worker.writers.finish()?;
-                    if self.queue.finished(&mut is_busy) {
+                    if self.queue.finished(&mut post) {
                         self.settle()?;
                     }
                 }
-                Next::Chunk(chunk) => {
-                    let bytes = self.carry_out(chunk, worker)?;
-                    let bytes_read = self.bytes_read.fetch_add(bytes, Ordering::Relaxed);
-                    if bytes_read == 0 {
-                        tracing::debug!("first chunk is sent after {:.1?}", self.start.elapsed());
+                Next::Part(part) => self.carry_out_part(part, worker)?,
+                Next::Scales(part) => {
+                    let kernels = self.options.kernels;
+                    if let Some(memory) = part.quantize(kernels, &mut worker.writers)? {
+                        self.queue.return_scratch(Returned::OnHost(memory));
                     }
-                    let bytes_done = bytes_read + bytes;
-                    (self.options.progress)(Progress::new(bytes_done, self.bytes_total));
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn carry_out_part(
+        &self,
+        mut part: Part<'m>,
+        worker: &mut Worker<'_, 'm>,
+    ) -> Result<(), LoadError> {
+        while !self.stop.load(Ordering::Relaxed)
+            && let Some(chunk) = part.next_chunk(self.queue.buffer_bytes())
+        {
+            self.options.cancel.check()?;
+            let bytes = self.carry_out(chunk, worker)?;
+            let bytes_read = self.bytes_read.fetch_add(bytes, Ordering::Relaxed);
+            if bytes_read == 0 {
+                tracing::debug!("first chunk is sent after {:.1?}", self.start.elapsed());
+            }
+            let bytes_done = bytes_read + bytes;
+            (self.options.progress)(Progress::new(bytes_done, self.bytes_total));
         }
         Ok(())
     }
@@ -200,7 +215,7 @@ impl<'a, 'm> Run<'a, 'm> {
     }
 
     /// Gives the bytes of the checkpoint that were read.
-    fn carry_out(&self, chunk: Chunk<'_>, worker: &mut Worker<'_>) -> Result<u64, LoadError> {
+    fn carry_out(&self, chunk: Chunk<'m>, worker: &mut Worker<'_, 'm>) -> Result<u64, LoadError> {
         let tensor = &self.checkpoint.tensors()[chunk.tensor];
         let source = Source {
             checkpoint: self.checkpoint,
@@ -210,6 +225,7 @@ impl<'a, 'm> Run<'a, 'm> {
             offset: chunk.offset,
             bytes: chunk.bytes,
             kernels: self.options.kernels,
+            mappings: &self.mappings,
         };
         match chunk.task {
             // No staging of ours: what the processor cannot write is read into what is copied.
@@ -251,8 +267,8 @@ impl<'a, 'm> Run<'a, 'm> {
     fn quantize(
         &self,
         source: &Source<'_>,
-        piece: ToQuantize<'_>,
-        worker: &mut Worker<'_>,
+        piece: ToQuantize<'m>,
+        worker: &mut Worker<'_, 'm>,
     ) -> Result<(), LoadError> {
         let state = match &piece.scales {
             Scales::Stored(_) => None,
@@ -266,6 +282,7 @@ impl<'a, 'm> Run<'a, 'm> {
         let device = piece.codes.on_device().filter(|_| is_free);
         let ready = device.and_then(|(device, _)| self.transfers.on_devices.ready(device));
         let side = ready.map_or(Side::Host, |ready| ready.choose(source.bytes));
+        let count = blocks(piece.elements, piece.block_size);
         match side {
             Side::Host => self.quantize_on_host(source, piece, worker)?,
             Side::Device => self.quantize_on_device(source, piece, worker)?,
@@ -277,37 +294,46 @@ impl<'a, 'm> Run<'a, 'm> {
         self.transfers.on_devices.count(device, side, source.bytes);
         match state {
             None => Ok(()),
-            Some((first, state)) => self.quantize_scales(source.tensor, first, &state, worker),
+            Some((first, state)) => {
+                self.quantize_scales(source.tensor, first, count, &state, worker)
+            }
         }
     }
 
-    /// Reads and quantizes as much at a time as stays in the processor's cache. Scales that the
-    /// processor is to quantize are left in the worker's.
+    /// Quantizes from where the page cache has the bytes, or reads as much at a time as stays in the
+    /// processor's cache. Scales that the processor is to quantize are left in the worker's.
     fn quantize_on_host(
         &self,
         source: &Source<'_>,
         piece: ToQuantize<'_>,
-        worker: &mut Worker<'_>,
+        worker: &mut Worker<'_, 'm>,
     ) -> Result<(), LoadError> {
         let Worker {
             slot,
             scales,
             writers,
+            ..
         } = worker;
         let (float, block_size) = (piece.float, piece.block_size);
+        let kernels = self.options.kernels;
         let (slot, scratch) = source.cut(slot);
         let block_bytes = block_size.elements() * float.bytes();
         let step = slot.len() / block_bytes * block_bytes;
         let mut produce = |codes: &mut [u8], absmax: &mut [f32]| {
+            if let Some(window) = source.window() {
+                let stats = kernels.quantize_nf4(&window, float, block_size, codes, absmax)?;
+                window.finish().map_err(LoadError::Checkpoint)?;
+                return Ok(stats.nonfinite_blocks);
+            }
             let mut nonfinite_blocks = 0;
             for start in (0..source.bytes).step_by(step) {
+                self.options.cancel.check()?;
                 let slot = &mut slot[..step.min(source.bytes - start)];
                 source.read(start, slot, scratch)?;
                 let (first, elements) = (start / float.bytes(), slot.len() / float.bytes());
                 let codes = &mut codes[packed_bytes(first)..][..packed_bytes(elements)];
                 let absmax =
                     &mut absmax[blocks(first, block_size)..][..blocks(elements, block_size)];
-                let kernels = self.options.kernels;
                 let stats = kernels.quantize_nf4(slot, float, block_size, codes, absmax)?;
                 nonfinite_blocks += stats.nonfinite_blocks;
             }
@@ -327,51 +353,68 @@ impl<'a, 'm> Run<'a, 'm> {
         self.count_nonfinite(source.tensor, nonfinite_blocks)
     }
 
-    /// Reads, and has the device quantize.
+    /// Reads as much at a time as a buffer holds, and has the device quantize it.
     fn quantize_on_device(
         &self,
         source: &Source<'_>,
-        piece: ToQuantize<'_>,
-        worker: &mut Worker<'_>,
+        mut piece: ToQuantize<'_>,
+        worker: &mut Worker<'_, 'm>,
     ) -> Result<(), LoadError> {
-        let count = blocks(piece.elements, piece.block_size);
-        let (
-            Some((number, codes)),
-            Some(Target::Device {
-                offset,
-                in_workspace,
+        let on_devices = self.transfers.on_devices;
+        let device = piece.codes.on_device();
+        let device = device.and_then(|(number, _)| Some((number, on_devices.get(number)?)));
+        let (number, device) = device.ok_or(LoadError::Internal(
+            "a device that does not quantize was asked to",
+        ))?;
+        let nonfinite = device
+            .nonfinite_of(source.tensor)
+            .ok_or(LoadError::Internal("a device has no counters"))?;
+        let float = piece.float;
+        let step = self.queue.buffer_bytes() / float.bytes();
+        let mut start = 0;
+        while piece.elements > 0 {
+            let ToQuantize {
+                block_size,
+                elements,
+                codes,
+                scales,
                 ..
-            }),
-        ) = (
-            piece.codes.on_device(),
-            self.scale_target(&piece.codes, piece.scales, count),
-        )
-        else {
-            return Err(LoadError::Internal(
-                "codes are not on a device that quantizes",
-            ));
-        };
-        let nonfinite = self
-            .transfers
-            .on_devices
-            .get(number)
-            .and_then(|device| device.nonfinite_of(source.tensor));
-        let job = QuantizeJob {
-            staged: Staged::Floats(piece.float),
-            block_size: piece.block_size,
-            elements: piece.elements,
-            source: 0,
-            codes,
-            absmax: match in_workspace {
-                true => ScalePlace::Workspace(offset),
-                false => ScalePlace::Reservation(offset),
-            },
-            nonfinite: nonfinite.ok_or(LoadError::Internal("a device has no counters"))?,
-        };
-        let slot = &mut *worker.slot;
-        put_to_quantize(&mut worker.writers, number, job, |buffer| {
-            source.stage(piece.float, buffer, slot)
-        })
+            } = piece.take(step);
+            let count = blocks(elements, block_size);
+            let (
+                Some((_, codes)),
+                Some(Target::Device {
+                    offset,
+                    in_workspace,
+                    ..
+                }),
+            ) = (codes.on_device(), self.scale_target(&codes, scales, count))
+            else {
+                return Err(LoadError::Internal(
+                    "codes are not on a device that quantizes",
+                ));
+            };
+            let job = QuantizeJob {
+                staged: Staged::Floats(float),
+                block_size,
+                elements,
+                source: 0,
+                codes,
+                absmax: match in_workspace {
+                    true => ScalePlace::Workspace(offset),
+                    false => ScalePlace::Reservation(offset),
+                },
+                nonfinite,
+            };
+            let bytes = elements * float.bytes();
+            let source = source.part(start, bytes);
+            let slot = &mut *worker.slot;
+            put_to_quantize(&mut worker.writers, number, job, |buffer| {
+                source.stage(float, buffer, slot)
+            })?;
+            start += bytes;
+        }
+        Ok(())
     }
 
     /// Where this many f32 scales go that belong to these codes; none where the worker has them.
@@ -383,14 +426,13 @@ impl<'a, 'm> Run<'a, 'm> {
     ) -> Option<Target<'t>> {
         match scales {
             Scales::Stored(absmax) => Some(absmax),
-            Scales::Quantized { first, state } => match *state.kept() {
+            Scales::Quantized { first, state } => match state.kept() {
                 Kept::OnHost(_) => None,
                 Kept::OnDevice(scratch) => {
                     let (device, _) = codes.on_device()?;
-                    let scales = self.transfers.on_devices.get(device)?.scales(scratch);
                     Some(Target::Device {
                         device,
-                        offset: scales + 4 * first as u64,
+                        offset: scratch.start + 4 * first as u64,
                         len: 4 * count,
                         in_workspace: true,
                     })
@@ -399,39 +441,44 @@ impl<'a, 'm> Run<'a, 'm> {
         }
     }
 
-    /// Quantizes the scales of a tensor, if those of this chunk are the last.
+    /// Quantizes the scales of a tensor, if those of this chunk, `count` many, are the last.
     fn quantize_scales(
         &self,
         tensor: usize,
         first: usize,
-        state: &DoubleState<'_>,
-        worker: &mut Worker<'_>,
+        count: usize,
+        state: &DoubleState<'m>,
+        worker: &mut Worker<'_, 'm>,
     ) -> Result<(), LoadError> {
         let writers = &mut worker.writers;
-        let (offset, returned) = match *state.kept() {
+        let (mean, device, scratch) = match state.kept() {
             Kept::OnHost(_) => {
                 let Some(scales) = state.finish_on_host(first, &worker.scales) else {
                     return Ok(());
                 };
-                let offset = state.quantize_on_host(self.options.kernels, &scales, writers)?;
-                let bytes = 4 * scales.len() as u64;
-                (offset, Returned::OnHost { bytes })
+                let mean = self.options.kernels.absmax_mean(&scales);
+                self.finished().absmax_means[tensor] = mean;
+                let parts = state.parts(scales, mean, self.queue.buffer_bytes());
+                self.queue.add_scales(parts);
+                return Ok(());
             }
             Kept::OnDevice(scratch) => {
-                if !state.finish_on_device() {
+                if !state.finish_on_device(count) {
                     return Ok(());
                 }
-                let (device, offset) = state.quantize_on_device(
+                let (device, mean) = state.quantize_on_device(
                     tensor,
-                    scratch,
+                    scratch.start,
                     self.transfers.on_devices,
                     writers,
                 )?;
-                (offset, Returned::OnDevice { device, scratch })
+                (mean, device, scratch.take())
             }
         };
-        self.finished().absmax_means[tensor] = offset;
-        self.queue.return_scratch(returned);
+        self.finished().absmax_means[tensor] = mean;
+        let scratch = scratch.ok_or(LoadError::Internal("scratch is given back twice"))?;
+        self.queue
+            .return_scratch(Returned::OnDevice { device, scratch });
         Ok(())
     }
 

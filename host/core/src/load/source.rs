@@ -3,10 +3,11 @@
 use tightfit_kernels::{FloatType, Kernels};
 
 use super::LoadError;
-use crate::checkpoint::{Checkpoint, ReadCodes, TensorInfo};
+use crate::checkpoint::{Checkpoint, Mappings, ReadCodes, TensorInfo, Window};
 use crate::device::Staged;
 
 /// Where a chunk is read from.
+#[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) tensor: usize,
@@ -16,9 +17,27 @@ pub(super) struct Source<'a> {
     pub(super) offset: u64,
     pub(super) bytes: usize,
     pub(super) kernels: Kernels,
+    pub(super) mappings: &'a Mappings,
 }
 
 impl Source<'_> {
+    /// So many bytes of the chunk from byte `start` on.
+    pub(super) fn part(&self, start: usize, bytes: usize) -> Self {
+        Source {
+            offset: self.offset + start as u64,
+            bytes,
+            ..*self
+        }
+    }
+
+    /// The chunk where the system's page cache has it. `None` where it has to be read.
+    pub(super) fn window(&self) -> Option<Window<'_>> {
+        match self.encoded {
+            None => self.mappings.window(self.shard, self.offset, self.bytes),
+            Some(_) => None,
+        }
+    }
+
     /// Reads from `start` bytes behind the chunk's first on. What is decoded is read through `scratch`.
     pub(super) fn read(
         &self,

@@ -7,7 +7,7 @@ mod driver;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{
-    Device, DeviceAddress, DeviceBytes, DeviceError, DeviceInfo, DeviceKind, Multiplier,
+    Attached, Device, DeviceAddress, DeviceBytes, DeviceError, DeviceInfo, DeviceKind, Multiplier,
     PageLocked, Piece, Quantizer, Queue, Reservation, WRITER_BUFFERS, Workspace, Writer,
 };
 use crate::memory::{Ledger, LedgerEntry, ReservationSize, Usage};
@@ -315,6 +315,11 @@ impl Reservation for CudaReservation {
             }
             None => Ok(None),
         }
+    }
+
+    fn attach(&self) -> Result<Option<Box<dyn Attached + '_>>, DeviceError> {
+        let current = self.gpu.context.enter()?;
+        Ok(Some(Box::new(current)))
     }
 
     fn writer(&self, buffers: Box<dyn PageLocked>) -> Result<Option<Box<dyn Writer>>, DeviceError> {

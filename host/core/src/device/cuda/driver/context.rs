@@ -9,7 +9,7 @@ use cudarc::driver::sys;
 use sys::{CUcontext, CUdevice, CUdevice_attribute, CUmemAllocationProp};
 
 use super::{Api, unavailable};
-use crate::device::DeviceError;
+use crate::device::{Attached, DeviceError};
 
 /// A device and its primary context: the one that the CUDA runtime and other libraries use, so that
 /// they can use our memory. Released when dropped.
@@ -92,13 +92,22 @@ impl Context {
     }
 
     /// Makes the context this thread's current one, until the result is dropped. Which was current
-    /// before is current again then: threads are not only ours.
-    pub(super) fn enter(&self) -> Result<Current<'_>, DeviceError> {
-        // SAFETY: retained until `self` is dropped.
-        let code = unsafe { (self.api.cuCtxPushCurrent_v2)(self.raw) };
-        self.check("cuCtxPushCurrent", 0, code)?;
+    /// before is current again then: threads are not only ours. To ask which is current costs the driver
+    /// nothing, to change it takes locks.
+    pub(in crate::device::cuda) fn enter(&self) -> Result<Current<'_>, DeviceError> {
+        let mut current = ptr::null_mut();
+        // SAFETY: `current` outlives the call.
+        let code = unsafe { (self.api.cuCtxGetCurrent)(&raw mut current) };
+        // Where it does not say, as if it were another.
+        let is_pushed = code != 0 || current != self.raw;
+        if is_pushed {
+            // SAFETY: retained until `self` is dropped.
+            let code = unsafe { (self.api.cuCtxPushCurrent_v2)(self.raw) };
+            self.check("cuCtxPushCurrent", 0, code)?;
+        }
         Ok(Current {
             context: self,
+            is_pushed,
             _this_thread: PhantomData,
         })
     }
@@ -191,14 +200,22 @@ impl Drop for Context {
 }
 
 /// The context is current on this thread.
-pub(super) struct Current<'a> {
+#[derive(Debug)]
+pub(in crate::device::cuda) struct Current<'a> {
     context: &'a Context,
+    /// It was not current already.
+    is_pushed: bool,
     /// The stack of contexts belongs to the thread.
     _this_thread: PhantomData<*const ()>,
 }
 
+impl Attached for Current<'_> {}
+
 impl Drop for Current<'_> {
     fn drop(&mut self) {
+        if !self.is_pushed {
+            return;
+        }
         let mut popped = ptr::null_mut();
         // SAFETY: pushed by this thread, and guards are dropped in the reverse order.
         let code = unsafe { (self.context.api.cuCtxPopCurrent_v2)(&raw mut popped) };

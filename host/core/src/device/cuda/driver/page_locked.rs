@@ -116,6 +116,23 @@ impl CudaPageLocked {
         first
     }
 
+    /// Takes all of its bytes.
+    #[must_use]
+    pub(super) fn cut_all(&mut self) -> CudaPageLocked {
+        self.cut(self.len)
+    }
+
+    /// Both as one piece, if the other begins where this one ends; else this one alone.
+    #[must_use]
+    pub(super) fn join(mut self, other: CudaPageLocked) -> CudaPageLocked {
+        let is_one_allocation = Arc::ptr_eq(&self.allocation, &other.allocation);
+        if is_one_allocation && self.start + self.len == other.start {
+            self.len += other.len;
+            self.is_initialized &= other.is_initialized;
+        }
+        self
+    }
+
     pub(super) fn len(&self) -> usize {
         self.len
     }

@@ -170,6 +170,10 @@ impl Writer for QuantizingStaging {
     fn finish(&mut self) -> Result<(), DeviceError> {
         self.staging.finish()
     }
+
+    fn release(self: Box<Self>) -> Result<Box<dyn PageLocked>, DeviceError> {
+        Box::new(self.staging).release()
+    }
 }
 
 impl QuantizingWriter for QuantizingStaging {

@@ -149,6 +149,12 @@ impl Writer for Staging {
     fn finish(&mut self) -> Result<(), DeviceError> {
         self.drain()
     }
+
+    fn release(mut self: Box<Self>) -> Result<Box<dyn PageLocked>, DeviceError> {
+        self.drain()?;
+        let [first, second] = self.buffers.each_mut().map(|buffer| buffer.bytes.cut_all());
+        Ok(Box::new(first.join(second)))
+    }
 }
 
 impl Drop for Staging {
