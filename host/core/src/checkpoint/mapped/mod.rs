@@ -28,13 +28,11 @@ mod linux;
     target_os = "linux",
     any(target_arch = "x86_64", target_arch = "aarch64")
 )))]
-#[allow(unused_imports, reason = "the loader is about to use it")]
 pub(crate) use elsewhere::{Mappings, Window};
 #[cfg(all(
     target_os = "linux",
     any(target_arch = "x86_64", target_arch = "aarch64")
 ))]
-#[allow(unused_imports, reason = "the loader is about to use it")]
 pub(crate) use linux::{Mappings, Window};
 
 use super::Checkpoint;
@@ -42,12 +40,6 @@ use super::Checkpoint;
 impl Checkpoint {
     /// Mappings of its files, for as long as it is read from: each is made when it is first asked for.
     pub(crate) fn map(&self) -> Mappings {
-        self.map_with(true)
-    }
-
-    /// [`Checkpoint::map`], where without `locked` a page may be taken back between being read and being seen,
-    /// when memory is short; that it can be read a second time nobody promises.
-    pub(crate) fn map_with(&self, locked: bool) -> Mappings {
-        Mappings::new(self.shards.clone(), locked)
+        Mappings::new(self.shards.clone(), true)
     }
 }

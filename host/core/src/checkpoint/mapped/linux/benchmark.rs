@@ -9,6 +9,7 @@ use std::time::Instant;
 
 use tightfit_kernels::{BlockSize, FloatType, Kernels};
 
+use super::Mappings;
 use crate::checkpoint::Checkpoint;
 
 /// All of a checkpoint, in 16-bit elements, by this many threads: seen in windows, and read in pieces of
@@ -90,7 +91,7 @@ fn one_pass(
     }
     let start = Instant::now();
     let (next, read) = (AtomicUsize::new(0), AtomicUsize::new(0));
-    let mappings = checkpoint.map_with(way == Way::SeeLocked);
+    let mappings = Mappings::new(checkpoint.shards.clone(), way == Way::SeeLocked);
     thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {

@@ -140,6 +140,8 @@ impl LeasedFile {
         self.blocks = Blocks::new(self.address.addr().get(), length);
         // A process that is forked has no windows, and shares the lease of this one.
         self.advise(0, length, Advice::LinuxDontFork)?;
+        // What is not in the cache is read ahead, as it is by reads.
+        self.advise(0, length, Advice::Sequential)?;
         if locked {
             // What is populated stays until it is released. This counts against `RLIMIT_MEMLOCK` in whole.
             // SAFETY: the whole of a mapping that is ours.

@@ -50,6 +50,8 @@ struct Watcher {
 }
 
 impl Mappings {
+    /// Without `locked` a page may be taken back between being read and being seen, when memory is short;
+    /// that it can be read a second time nobody promises.
     pub(in crate::checkpoint::mapped) fn new(shards: Arc<[Shard]>, locked: bool) -> Mappings {
         let leased = shards.iter().map(|_| OnceLock::new()).collect();
         let process = getpid();
