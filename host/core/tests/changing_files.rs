@@ -68,9 +68,12 @@ fn bytes(model: &Model) -> Vec<Vec<u8>> {
     parts.flatten().map(<[u8]>::to_vec).collect()
 }
 
+/// What is done to a file, and how.
+type Attack = (&'static str, fn(&Path));
+
 #[test]
 fn a_file_that_changes_under_a_load_is_an_error_and_not_a_signal() {
-    let attacks: [(&str, fn(&Path)); 5] = [
+    let attacks: [Attack; 5] = [
         ("cut", |path| {
             let file = OpenOptions::new().write(true).open(path).unwrap();
             file.set_len(6 << 20).unwrap();
