@@ -263,6 +263,7 @@ mod handle {
     use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags};
 
     use super::AllowedDirectory;
+    use crate::checkpoint::file::patiently;
 
     pub(super) type Handle = OwnedFd;
 
@@ -305,7 +306,8 @@ mod handle {
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Ok(None);
         }
-        let file = File::from(rustix::fs::openat(at, name, FILE, Mode::empty())?);
+        let file = patiently(|| Ok(rustix::fs::openat(at, name, FILE, Mode::empty())?))?;
+        let file = File::from(file);
         Ok(file.metadata()?.is_file().then_some(file))
     }
 }

@@ -5,7 +5,8 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::time::SystemTime;
+use std::thread;
+use std::time::{Duration, SystemTime};
 
 use super::CheckpointError;
 use super::directory::Directory;
@@ -26,7 +27,8 @@ pub struct Shard {
 #[derive(Debug)]
 pub(super) struct Kept {
     pub(super) file: File,
-    /// Whether somebody has or had a lease on it: a second would be the same one.
+    /// Whether somebody has a lease on it: a second would be the same one.
+    #[allow(dead_code, reason = "there are systems without leases")]
     pub(super) leased: AtomicBool,
 }
 
@@ -211,6 +213,7 @@ impl Shard {
     }
 
     /// The file, where it is kept open.
+    #[allow(dead_code, reason = "there are systems without leases")]
     pub(super) fn kept(&self) -> Option<&Arc<Kept>> {
         self.file.as_ref()
     }
@@ -260,10 +263,26 @@ fn open_named(path: &Path) -> Result<File, CheckpointError> {
         use std::os::unix::fs::OpenOptionsExt;
         options.custom_flags((OFlags::NONBLOCK | OFlags::NOCTTY).bits() as i32);
     }
-    let file = options.open(path).map_err(io_error("open", path))?;
+    let file = patiently(|| options.open(path)).map_err(io_error("open", path))?;
     regular(file.metadata().map_err(io_error("open", path))?)?;
     Ok(file)
 }
+
+/// Opens a file without waiting for what may never come, but for another process's lease on it, which is
+/// given back in milliseconds as soon as somebody has asked for the file. A load has such leases (`mapped`).
+pub(super) fn patiently<T>(open: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    for _ in 0..LEASE_TRIES {
+        match open() {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::sleep(LEASE_WAIT),
+            result => return result,
+        }
+    }
+    open()
+}
+
+/// How often, and how long each time, a file is waited for that somebody has leased: 2 s.
+const LEASE_TRIES: u32 = 1000;
+const LEASE_WAIT: Duration = Duration::from_millis(2);
 
 /// The whole text of a regular file that the user named, of at most `limit` bytes; `None` where
 /// there is none.

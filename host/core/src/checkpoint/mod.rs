@@ -18,7 +18,6 @@ mod file_kind;
 mod header;
 mod index;
 mod locate;
-#[allow(dead_code, reason = "the loader is about to call it")]
 mod mapped;
 mod method;
 mod python_json;
@@ -61,7 +60,6 @@ pub use header::{MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_METADATA, MAX_NAME_BYTES,
 #[cfg(feature = "hub")]
 pub(crate) use index::{Index, parse as parse_index};
 pub use index::{MAX_INDEX_BYTES, MAX_SHARDS};
-#[allow(unused_imports, reason = "the loader is about to use it")]
 pub(crate) use mapped::{Mappings, Window};
 pub use method::{MethodSource, QuantizationMethod};
 pub(crate) use python_json::{in_place, without_mark};

@@ -13,11 +13,6 @@
 //!
 //! Wherever any of this cannot be had there is no window, and the caller reads.
 
-#[cfg(all(
-    target_os = "linux",
-    any(target_arch = "x86_64", target_arch = "aarch64")
-))]
-mod blocks;
 #[cfg(not(all(
     target_os = "linux",
     any(target_arch = "x86_64", target_arch = "aarch64")
@@ -27,30 +22,17 @@ mod elsewhere;
     target_os = "linux",
     any(target_arch = "x86_64", target_arch = "aarch64")
 ))]
-mod leased;
-#[cfg(all(
-    target_os = "linux",
-    any(target_arch = "x86_64", target_arch = "aarch64")
-))]
 mod linux;
-#[cfg(all(
-    test,
-    target_os = "linux",
-    any(target_arch = "x86_64", target_arch = "aarch64")
-))]
-mod tests;
 
 #[cfg(not(all(
     target_os = "linux",
     any(target_arch = "x86_64", target_arch = "aarch64")
 )))]
-#[allow(unused_imports, reason = "the loader is about to use it")]
 pub(crate) use elsewhere::{Mappings, Window};
 #[cfg(all(
     target_os = "linux",
     any(target_arch = "x86_64", target_arch = "aarch64")
 ))]
-#[allow(unused_imports, reason = "the loader is about to use it")]
 pub(crate) use linux::{Mappings, Window};
 
 use super::Checkpoint;
@@ -58,6 +40,6 @@ use super::Checkpoint;
 impl Checkpoint {
     /// Mappings of its files, for as long as it is read from: each is made when it is first asked for.
     pub(crate) fn map(&self) -> Mappings {
-        Mappings::new(self.shards.clone())
+        Mappings::new(self.shards.clone(), true)
     }
 }

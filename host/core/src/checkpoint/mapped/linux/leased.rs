@@ -75,9 +75,12 @@ unsafe impl Send for LeasedFile {}
 unsafe impl Sync for LeasedFile {}
 
 impl LeasedFile {
-    /// Whether a file may be mapped at all, by the file system that it is on.
+    /// Whether a file may be mapped at all, by the file system that it is on and by who else may
+    /// write there.
     pub(super) fn is_possible(file: &File) -> bool {
+        // Linux's own NFS server cuts a file for its clients without a word to leases.
         rustix::fs::fstatfs(file).is_ok_and(|of| FILE_SYSTEMS.contains(&(of.f_type as u64)))
+            && !fs::read_to_string("/proc/net/rpc/nfsd").is_ok_and(|text| serves(&text))
     }
 
     /// Maps a file, if it is as it was when it was opened and nobody else is about to write to it. Notices
@@ -85,6 +88,7 @@ impl LeasedFile {
     pub(super) fn new(
         shard: &Shard,
         kept: &Arc<Kept>,
+        locked: bool,
         watcher: Pid,
         process: Pid,
     ) -> Option<LeasedFile> {
@@ -113,12 +117,12 @@ impl LeasedFile {
             process,
         };
         shard.check_unchanged(file).ok()?;
-        leased.map(length)?;
+        leased.map(length, locked)?;
         leased.users = AtomicU64::new(0);
         Some(leased)
     }
 
-    fn map(&mut self, length: usize) -> Option<()> {
+    fn map(&mut self, length: usize, locked: bool) -> Option<()> {
         // SAFETY: a new mapping, wherever there is room.
         let address = unsafe {
             rustix::mm::mmap(
@@ -136,9 +140,13 @@ impl LeasedFile {
         self.blocks = Blocks::new(self.address.addr().get(), length);
         // A process that is forked has no windows, and shares the lease of this one.
         self.advise(0, length, Advice::LinuxDontFork)?;
-        // What is populated stays until it is released. This counts against `RLIMIT_MEMLOCK` in whole.
-        // SAFETY: the whole of a mapping that is ours.
-        unsafe { rustix::mm::mlock_with(address, length, MlockFlags::ONFAULT) }.ok()?;
+        // What is not in the cache is read ahead, as it is by reads.
+        self.advise(0, length, Advice::Sequential)?;
+        if locked {
+            // What is populated stays until it is released. This counts against `RLIMIT_MEMLOCK` in whole.
+            // SAFETY: the whole of a mapping that is ours.
+            unsafe { rustix::mm::mlock_with(address, length, MlockFlags::ONFAULT) }.ok()?;
+        }
         // Whether the system knows both.
         let first = length.min(self.page);
         self.advise(0, first, Advice::LinuxPopulateRead)?;
@@ -295,6 +303,13 @@ fn lease_for(file: &Metadata) -> c_int {
     }
 }
 
+/// Whether an NFS server has threads, by what the system says of it.
+fn serves(statistics: &str) -> bool {
+    let threads = statistics.lines().find_map(|line| line.strip_prefix("th "));
+    let number = threads.and_then(|threads| threads.split_whitespace().next());
+    number != Some("0")
+}
+
 /// How long the system waits for a lease; `None` where it does not say.
 fn patience() -> Option<Duration> {
     let text = fs::read_to_string("/proc/sys/fs/lease-break-time").ok()?;
@@ -337,5 +352,91 @@ pub(super) fn block_notices() -> bool {
             && libc::sigaddset(set.as_mut_ptr(), NOTICE) == 0
             && libc::sigaddset(set.as_mut_ptr(), libc::SIGIO) == 0
             && libc::pthread_sigmask(libc::SIG_BLOCK, set.as_ptr(), ptr::null_mut()) == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use super::super::tests::{alone, checkpoint, open_to_write};
+    use super::*;
+
+    #[test]
+    fn an_nfs_server_is_known_by_its_threads() {
+        let text = |threads| format!("rc 0 0 0\nio 0 0\nth {threads} 0 0.000\nra 0\n");
+        assert!(!serves(&text(0)));
+        assert!(serves(&text(8)));
+        assert!(serves(&text(10)));
+        // Who says nothing of them may have some.
+        assert!(serves("rc 0 0 0\n"));
+        assert!(serves(""));
+    }
+
+    /// A file that is not waited for long: as if the process had been stopped for longer than that.
+    #[test]
+    fn what_was_seen_for_longer_than_the_system_waits_counts_for_nothing() {
+        let _alone = alone();
+        for (directory, checkpoint) in checkpoint(1 << 20) {
+            let path = directory.path().join("model.safetensors");
+            let shard = &checkpoint.shards()[0];
+            let watcher = rustix::thread::gettid();
+            assert!(block_notices());
+            let take =
+                || LeasedFile::new(shard, shard.kept().unwrap(), true, watcher, getpid()).unwrap();
+
+            let leased = take();
+            let piece = leased.piece(9, 1000).unwrap();
+            let writing = || open_to_write(&path);
+            let error = writing().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::WouldBlock);
+            assert!(piece.holds(Instant::now()));
+            let long_ago = Instant::now().checked_sub(leased.patience).unwrap();
+            assert!(!piece.holds(long_ago));
+            // The mapping outlives its closing, the lease outlives the mapping.
+            assert!(leased.piece(9, 1000).is_none());
+            assert_eq!(writing().unwrap_err().kind(), ErrorKind::WouldBlock);
+            assert_eq!(piece.len(), 1000);
+            drop(piece);
+            writing().unwrap();
+            drop(leased);
+
+            // Without anybody who asked it is never too long.
+            let leased = take();
+            assert!(leased.piece(9, 1000).unwrap().holds(long_ago));
+            drop(leased);
+            // Nothing was written.
+            assert!(shard.check_unchanged(&shard.kept().unwrap().file).is_ok());
+        }
+    }
+
+    /// A process that is forked has neither windows nor a say over the lease.
+    #[test]
+    fn a_forked_process_has_no_windows_and_takes_none_away() {
+        let _alone = alone();
+        for (directory, checkpoint) in checkpoint(1 << 20) {
+            let path = directory.path().join("model.safetensors");
+            let mappings = checkpoint.map();
+            mappings.window(0, 9, 1000).unwrap().finish().unwrap();
+            // SAFETY: the child ends before it returns to the test.
+            let child = unsafe { libc::fork() };
+            if child == 0 {
+                let has_none = mappings.window(0, 9, 1000).is_none();
+                drop(mappings);
+                // SAFETY: ends the process.
+                unsafe { libc::_exit(i32::from(!has_none)) };
+            }
+            let mut status = 1;
+            // SAFETY: waits for a process of ours.
+            assert_eq!(unsafe { libc::waitpid(child, &raw mut status, 0) }, child);
+            assert_eq!(status, 0);
+            let window = mappings.window(0, 9, 1000).unwrap();
+            assert_eq!(
+                open_to_write(&path).unwrap_err().kind(),
+                ErrorKind::WouldBlock
+            );
+            assert_eq!(window.len(), 1000);
+            window.finish().unwrap();
+        }
     }
 }

@@ -1,5 +1,12 @@
 //! Which files are mapped, the windows into them, and the thread that looks after their leases.
 
+#[cfg(test)]
+mod benchmark;
+mod blocks;
+mod leased;
+#[cfg(test)]
+mod tests;
+
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
@@ -9,8 +16,8 @@ use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, getpid};
 
-use super::leased::{LeasedFile, Piece, block_notices};
 use crate::checkpoint::{CheckpointError, Shard};
+use leased::{LeasedFile, Piece, block_notices};
 
 /// How long whoever wants to write to a file is held up where no window is taken meanwhile.
 const LOOK_EVERY: Duration = Duration::from_millis(10);
@@ -20,6 +27,7 @@ const LOOK_EVERY: Duration = Duration::from_millis(10);
 #[derive(Debug)]
 pub(crate) struct Mappings {
     files: Arc<Files>,
+    locked: bool,
     watcher: OnceLock<Option<Watcher>>,
 }
 
@@ -42,7 +50,9 @@ struct Watcher {
 }
 
 impl Mappings {
-    pub(super) fn new(shards: Arc<[Shard]>) -> Mappings {
+    /// Without `locked` a page may be taken back between being read and being seen, when memory is short;
+    /// that it can be read a second time nobody promises.
+    pub(in crate::checkpoint::mapped) fn new(shards: Arc<[Shard]>, locked: bool) -> Mappings {
         let leased = shards.iter().map(|_| OnceLock::new()).collect();
         let process = getpid();
         Mappings {
@@ -51,6 +61,7 @@ impl Mappings {
                 leased,
                 process,
             }),
+            locked,
             watcher: OnceLock::new(),
         }
     }
@@ -88,7 +99,13 @@ impl Mappings {
             return None;
         }
         let watcher = self.watcher.get_or_init(|| Watcher::start(&self.files));
-        LeasedFile::new(shard, kept, watcher.as_ref()?.id, self.files.process)
+        LeasedFile::new(
+            shard,
+            kept,
+            self.locked,
+            watcher.as_ref()?.id,
+            self.files.process,
+        )
     }
 }
 
