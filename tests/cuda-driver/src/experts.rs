@@ -336,7 +336,7 @@ pub(crate) fn on_the_processor(
     let weights = operands.weights(experts * outputs, inputs, [15, 16])?;
     let weights = match quantized_of(bits, experts)? {
         (Quantized::Whole, _) => weights,
-        (_, tensors) => weights.as_plain(tensors, [MEAN_FLOATS, NESTED_FLOATS]),
+        (_, tensors) => weights.into_plain(tensors, [MEAN_FLOATS, NESTED_FLOATS]),
     };
     let stack = ExpertsMatrices::Stack {
         experts,

@@ -223,7 +223,7 @@ pub(crate) struct OwnedWeights {
 impl OwnedWeights {
     /// The same with f32 scales, of tensors that have each been quantized by itself: so far apart are their means, and
     /// at multiples of so much their nested scales begin.
-    pub(crate) fn as_plain(mut self, tensors: usize, [mean, begin]: [usize; 2]) -> OwnedWeights {
+    pub(crate) fn into_plain(mut self, tensors: usize, [mean, begin]: [usize; 2]) -> OwnedWeights {
         let Some(map) = self.map.take() else {
             return self;
         };
