@@ -63,6 +63,7 @@ fn print_launches(numbers: &[usize]) {
         block_size: BlockSize::DEFAULT,
         layout,
         activation,
+        apart: false,
         aligned: true,
     };
     let launches = layer.launches(Gpu {

@@ -1,7 +1,7 @@
 // What the kernels of experts share: how pairs of a token and an expert are dealt out to tiles, and what
 // becomes of sums.
 //
-// A stack of experts is one matrix W [experts * outputs, inputs], quantized as a whole. Pair
+// A stack of experts is one matrix W [experts * outputs, inputs], quantized as a whole or in parts. Pair
 // `token * choices + choice` is a row of what is computed. A tile of rows is of pairs of one expert.
 #pragma once
 
@@ -44,6 +44,12 @@ static __device__ __noinline__ float activate(u32 activation, float limit, float
     if (up < -limit) up = -limit;
     return (up + 1.0f) * (gate / (1.0f + expf(-1.702f * gate)));
 }
+
+// What recovers the scales of a row with double quantization. Blocks are counted from where W begins.
+struct Nested {
+    const float* absmax;
+    float mean;
+};
 
 // A product with experts: what the kernels' arguments say.
 template <class Float>
@@ -92,6 +98,22 @@ struct Experts {
     // The row of an expert's weights that is the gate of a result, or the other one.
     __device__ u32 gate_row(u32 result, u32 other) const {
         return (form & FORM_INTERLEAVED) != 0 ? 2 * result + other : other * (outputs / 2) + result;
+    }
+
+    // Whether each expert is a tensor that has been quantized by itself, or each half of its outputs, with double
+    // quantization: a multiple of 256 blocks. Each has a mean, at multiples of 16 bytes, and nested scales that
+    // begin at a multiple of 256 bytes.
+    __device__ bool halves_apart() const { return (form & 64u) != 0; }
+    __device__ bool apart() const { return (form & 96u) != 0; }
+
+    // With double quantization.
+    __device__ Nested nested_of(u32 expert, u32 row) const {
+        if (!apart()) return {weights.nested_absmax, *weights.offset};
+        const u32 rows = halves_apart() ? outputs / 2 : outputs;
+        const u32 tensor = halves_apart() ? 2 * expert + (row >= rows ? 1 : 0) : expert;
+        // Between the nested scales of one and those of the next is what they are short of 64.
+        const u32 gap = (64 - u32(u64(rows) * inputs >> (weights.block_bits + 8)) % 64) % 64;
+        return {weights.nested_absmax + u64(tensor) * gap, weights.offset[u64(tensor) * 4]};
     }
 
     __device__ float bias_of(u32 expert, u32 row) const {

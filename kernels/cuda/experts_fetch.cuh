@@ -102,10 +102,16 @@ struct WeightFetch {
         const Experts<Float>& product = walk.product;
         u8* to = slabs + slab * Shape::SLAB_BYTES;
         slab = slab + 1 == STAGES ? 0 : slab + 1;
-        const u64 first_row = u64(walk.rows.expert) * product.outputs;
-        const u32 tile = walk.place.result_tile;
+        const u32 expert = walk.rows.expert, tile = walk.place.result_tile;
+        const u64 first_row = u64(expert) * product.outputs;
         copy_slab<Shape>(product.weights, product.inputs, walk.place.unit / Shape::SLAB_UNITS * Shape::SLAB_GRANULES,
-                         vectors, to, [&](u32 row) { return first_row + weight_row(product, tile, row); });
+                         vectors, to, [&](u32 row) { return first_row + weight_row(product, tile, row); },
+                         [&](u32 row) { return product.nested_of(expert, weight_row(product, tile, row)).absmax; },
+                         [&](u32 row, u64 block) {
+                             if (!product.apart()) return product.weights.scale(block);
+                             Nested nested = product.nested_of(expert, weight_row(product, tile, row));
+                             return product.weights.scale(block, nested.absmax, nested.mean);
+                         });
     }
 };
 

@@ -44,8 +44,15 @@ __device__ void experts_general(const Experts<Float>& product) {
                     gates[r] = sum[r];
                     sum[r] = 0.0f;
                 }
-                add_products<Float>(sum, weights, values, elements, (u64(tile.expert) * outputs + weight_row) * inputs,
-                                    inputs, rows, [&](u32 r) { return rows_of_x[r]; });
+                Nested nested = {nullptr, 0.0f};
+                if (weights.nested_absmax != nullptr) nested = product.nested_of(tile.expert, weight_row);
+                add_products<Float>(
+                    sum, weights, values, elements, (u64(tile.expert) * outputs + weight_row) * inputs, inputs, rows,
+                    [&](u32 r) { return rows_of_x[r]; },
+                    [&](u64 block) {
+                        return nested.absmax == nullptr ? static_cast<const float*>(weights.scales)[block]
+                                                        : weights.scale(block, nested.absmax, nested.mean);
+                    });
                 add_lanes(sum);
 #pragma unroll
                 for (u32 r = 0; r < GENERAL_ROWS; r++) sum[r] = __fadd_rn(sum[r], add);

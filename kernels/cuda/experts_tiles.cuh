@@ -123,10 +123,11 @@ __device__ __forceinline__ void experts_tiles(const Experts<Float>& product, u8*
         for (u32 i = 0; i < LANES / 4; i++) entries[(i + lane) % (LANES / 4)] = make_uint4(pair, pair, pair, pair);
     }
     const bool nested = weights.nested_absmax != nullptr;
-    float offset = 0.0f;
+    // Of rows 0 and 8 of a lane.
+    float offset[2] = {0.0f, 0.0f};
     if (nested) {
         map[thread] = weights.map[thread];
-        offset = *weights.offset;
+        offset[0] = offset[1] = *weights.offset;
     }
     const bool follows = (product.form & FORM_FOLLOWS) != 0;
     if (!follows) wait_for_earlier_grids();
@@ -193,6 +194,13 @@ __device__ __forceinline__ void experts_tiles(const Experts<Float>& product, u8*
     KEEP(x_places[0]);
     KEEP(x_places[1]);
     for (u32 unit = begin; unit < end; unit++) {
+        if (product.apart() && (unit == begin || here.place.unit == 0)) {
+#pragma unroll
+            for (u32 half = 0; half < 2; half++) {
+                u32 row = WeightFetch<Float, Shape>::weight_row(product, here.place.result_tile, first_row + half * 8);
+                offset[half] = product.nested_of(here.rows.expert, row).mean;
+            }
+        }
         wait_for_copies<STAGES - 2>();
         __syncthreads();
         if (unit + STAGES - 1 < end) {

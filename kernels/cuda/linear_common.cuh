@@ -36,6 +36,12 @@ struct Weights {
         float value = map[static_cast<const u8*>(scales)[block]];
         return __fadd_rn(__fmul_rn(value, nested_absmax[block >> 8]), *offset);
     }
+
+    // The same with double quantization, of these nested scales and this mean.
+    __device__ float scale(u64 block, const float* nested, float mean) const {
+        float value = map[static_cast<const u8*>(scales)[block]];
+        return __fadd_rn(__fmul_rn(value, nested[block >> 8]), mean);
+    }
 };
 
 static __device__ Weights weights_of(const u8* codes, const void* scales, const float* nested_absmax,

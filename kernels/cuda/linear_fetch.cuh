@@ -64,10 +64,11 @@ static constexpr u32 COUNTER_BYTES = 16384;
 
 // Copies the scales of a tile's outputs from granule `begin` on. `vectors`: each granule has a block of
 // its own, and rows have a multiple of 4 of them; with double quantization they are 8 codes and a nested
-// absmax for each 4 of them then, else 8 f32. `row_of`: the row of W that an output of the tile is.
-template <class Shape, class RowOf>
+// absmax for each 4 of them then, else 8 f32. `row_of`: the row of W that an output of the tile is. `nested_of`:
+// where its nested scales are, by blocks of W. `scale_of`: the scale of one of its blocks.
+template <class Shape, class RowOf, class NestedOf, class ScaleOf>
 __device__ __forceinline__ void copy_slab(const Weights& weights, u32 inputs, u32 begin, bool vectors, u8* to,
-                                          RowOf row_of) {
+                                          RowOf row_of, NestedOf nested_of, ScaleOf scale_of) {
     constexpr u32 PIECES = Shape::SLAB_ROW / 16;
     const u32 granules = inputs / GRANULE;
     if (vectors && weights.nested_absmax != nullptr) {
@@ -75,7 +76,8 @@ __device__ __forceinline__ void copy_slab(const Weights& weights, u32 inputs, u3
         u64 block = row_of(threadIdx.x) * granules + begin;
         const u8* codes_of_absmax = static_cast<const u8*>(weights.scales) + block;
         u8* at = to + threadIdx.x * Shape::SLAB_ROW;
-        copy_async_4(at + 8, weights.nested_absmax + (block >> 8));
+        const float* nested = nested_of(threadIdx.x);
+        copy_async_4(at + 8, nested + (block >> 8));
         if (PIECES == 2 && granules % 8 == 0) {
             // Eight of a multiple of eight have one nested absmax.
             copy_async_8(at, codes_of_absmax);
@@ -83,7 +85,7 @@ __device__ __forceinline__ void copy_slab(const Weights& weights, u32 inputs, u3
             copy_async_4(at, codes_of_absmax);
             if (PIECES == 2 && begin + 4 < granules) {
                 copy_async_4(at + 4, codes_of_absmax + 4);
-                copy_async_4(at + 12, weights.nested_absmax + ((block + 4) >> 8));
+                copy_async_4(at + 12, nested + ((block + 4) >> 8));
             }
         }
         return;
@@ -104,7 +106,7 @@ __device__ __forceinline__ void copy_slab(const Weights& weights, u32 inputs, u3
                 } else if (weights.nested_absmax == nullptr) {
                     copy_async_4(scale, static_cast<const float*>(weights.scales) + block);
                 } else {
-                    *scale = weights.scale(block);
+                    *scale = scale_of(row, block);
                 }
             }
         } else {
@@ -156,7 +158,9 @@ struct Fetch {
         u8* to = slabs + slab * Shape::SLAB_BYTES;
         slab = slab + 1 == STAGES ? 0 : slab + 1;
         copy_slab<Shape>(weights, inputs, slice / Shape::SLAB_UNITS * Shape::SLAB_GRANULES, vectors, to,
-                         [&](u32 row) { return u64(tile) * Shape::OUTPUTS + min(row, last_row); });
+                         [&](u32 row) { return u64(tile) * Shape::OUTPUTS + min(row, last_row); },
+                         [&](u32) { return weights.nested_absmax; },
+                         [&](u32, u64 block) { return weights.scale(block); });
     }
 
     __device__ __forceinline__ void next() {

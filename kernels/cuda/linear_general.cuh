@@ -10,10 +10,11 @@ static constexpr int GENERAL_ROWS = 8;
 static constexpr int GENERAL_CHUNK = 8;
 
 // Adds a lane's products of an output's weights, which begin at element `first` of `elements`, and of
-// up to 8 rows of x, which `row_of` gives.
-template <class Float, class RowOf>
+// up to 8 rows of x, which `row_of` gives; `scale_of` gives the scale of a block.
+template <class Float, class RowOf, class ScaleOf>
 __device__ __forceinline__ void add_products(float (&sum)[GENERAL_ROWS], const Weights& weights, const float* values,
-                                             u64 elements, u64 first, u32 inputs, u32 rows, RowOf row_of) {
+                                             u64 elements, u64 first, u32 inputs, u32 rows, RowOf row_of,
+                                             ScaleOf scale_of) {
     u64 end = first + inputs;
     bool words = reinterpret_cast<u64>(weights.codes) % 4 == 0;
     for (u64 begin = first / GENERAL_CHUNK * GENERAL_CHUNK + threadIdx.x % LANES * GENERAL_CHUNK; begin < end;
@@ -27,7 +28,7 @@ __device__ __forceinline__ void add_products(float (&sum)[GENERAL_ROWS], const W
                 if (begin + 2 * i < elements) bytes |= u32(weights.codes[begin / 2 + i]) << 8 * i;
             }
         }
-        float scale = weights.scale(begin >> weights.block_bits);
+        float scale = scale_of(begin >> weights.block_bits);
 #pragma unroll
         for (int i = 0; i < GENERAL_CHUNK; i++) {
             u64 element = begin + i;
@@ -73,7 +74,8 @@ __device__ void linear_general(const Weights& weights, const typename Float::Bit
 
     float sum[GENERAL_ROWS] = {};
     add_products<Float>(sum, weights, values, u64(outputs) * inputs, output * inputs, inputs, rows - row,
-                        [&](u32 r) { return x + u64(row + r) * inputs; });
+                        [&](u32 r) { return x + u64(row + r) * inputs; },
+                        [&](u64 block) { return weights.scale(block); });
     add_lanes(sum);
 #pragma unroll
     for (int r = 0; r < GENERAL_ROWS; r++) {

@@ -6,11 +6,16 @@
 
 #if ARCHITECTURE >= 800
 
+static __device__ __forceinline__ float of_half(float offset, u32) { return offset; }
+static __device__ __forceinline__ float of_half(const float (&offset)[2], u32 half) { return offset[half]; }
+
 // The scales of a lane's outputs, those of rows 0 and 8 of each tile of 16. `in_slab`: the unit's first
-// granule there. `coded`: whether the slab has codes of scales, with their nested absmax, instead.
-template <class Shape, u32 OUTPUT_TILES>
+// granule there. `coded`: whether the slab has codes of scales, with their nested absmax, instead. `offset` is that of
+// all outputs, or those of rows 0 and 8.
+template <class Shape, u32 OUTPUT_TILES, class Offset>
 __device__ __forceinline__ void read_scales(float (&scale)[OUTPUT_TILES][2][Shape::GRANULES], const u8* scales,
-                                            u32 in_slab, bool coded, u32 inputs, const float* map, float offset) {
+                                            u32 in_slab, bool coded, u32 inputs, const float* map,
+                                            const Offset& offset) {
 #pragma unroll
     for (u32 r = 0; r < OUTPUT_TILES; r++) {
 #pragma unroll
@@ -22,7 +27,7 @@ __device__ __forceinline__ void read_scales(float (&scale)[OUTPUT_TILES][2][Shap
                 float absmax = *reinterpret_cast<const float*>(row + 8 + (inputs % 512 == 0 ? 0 : in_slab / 4 * 4));
 #pragma unroll
                 for (u32 i = 0; i < Shape::GRANULES; i++) {
-                    scale[r][half][i] = __fadd_rn(__fmul_rn(map[four >> i * 8 & 255u], absmax), offset);
+                    scale[r][half][i] = __fadd_rn(__fmul_rn(map[four >> i * 8 & 255u], absmax), of_half(offset, half));
                 }
             } else if (Shape::GRANULES == 4) {
                 float4 four = *reinterpret_cast<const float4*>(row + in_slab * 4);

@@ -438,6 +438,7 @@ fn matrix(stack: &Stack, expert: usize, rows: std::ops::Range<usize>) -> Stack {
             let of_nested = scales.start / 256..scales.end / 256;
             (codes[scales.clone()].to_vec(), nested[of_nested].to_vec())
         }),
+        apart: 0,
         bias: None,
     }
 }

@@ -194,7 +194,7 @@ impl From<TightfitDeviceExpertsOperands> for DeviceExpertsOperands {
 /// `*out` is for tightfit_experts_free, before the model is unloaded; otherwise it is NULL.
 /// TIGHTFIT_STATUS_USAGE for what is not loaded or not in 4 bits, for lengths that do not belong together, and
 /// for experts on a GPU that do not lie as stacks: plans lay experts with a tensor each out so where they are on
-/// one device, in one format and not double-quantized.
+/// one device and in one format, and of a multiple of 4096 elements, or 16384 if they are double-quantized.
 ///
 /// Where the weights are on a GPU, that is made ready once, as by tightfit_model_linear.
 ///

@@ -3,9 +3,15 @@
 
     pip install ./host/python transformers bitsandbytes accelerate peft
     python host/python/benches/generate.py [--shape qwen2.5-7b] [--device cuda:0] [--tokens N] [--variants stock,ours,...]
+    python host/python/benches/generate.py --variants stock-qlora,ours-qlora --rounds 5
+    python host/python/benches/generate.py --shape qwen3.5-35b-a3b --headers-only --device cuda:0:32GiB,cuda:1:32GiB \\
+        --variants ours
 
-The checkpoint has random weights and a real model's shape (`tightfit synth`). Each variant is a process of its own,
-so that one's memory is not the other's, and all are of one run on one machine:
+The checkpoint has random weights and a real model's shape (`tightfit synth`); with `--headers-only` it takes no disk, and
+all weights are zero. Several devices, or sizes, are for `device_map="auto"`: of a GPU with a size neither Tightfit nor
+torch takes more than that. `--rounds N` runs all variants N times, one after the other in each round, and prints medians
+of what they found. Each variant is a process of its own, so that one's memory is not the other's, and all are of one run
+on one machine:
 
     stock            generate, greedy, as bitsandbytes has it
     ours             the same with TightfitConfig
@@ -16,6 +22,8 @@ so that one's memory is not the other's, and all are of one run on one machine:
                      the same with the step compiled before it is captured
     stock-qlora      a step of QLoRA of 2 x 512 tokens: gradient checkpointing, LoRA of rank 16 on all linear layers
     ours-qlora       the same with TightfitConfig(purpose="qlora")
+    ours-qlora-experts
+                     the same with adapters on experts, too
 """
 
 from __future__ import annotations
@@ -23,10 +31,11 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import statistics
 import time
 from typing import Any
 
-from variants import checkpoint, run_each
+from variants import checkpoint, medians, run_each
 
 VARIANTS = [
     "stock",
@@ -43,46 +52,100 @@ PROMPT = 32
 MIB = 2**20
 
 
-def memory(device: Any) -> dict[str, int]:
-    """MiB of a device: torch's own figures, and what the driver says is gone."""
-    import torch
+class Devices:
+    """Where a model may be: `cuda:0`, `cpu`, or several and sizes, as in `cuda:0:32GiB,cuda:1:32GiB`."""
 
-    if device.type != "cuda":
-        return {}
-    free, total = torch.cuda.mem_get_info(device)
-    return {
-        "torch allocated": torch.cuda.memory_allocated(device) // MIB,
-        "torch reserved": torch.cuda.memory_reserved(device) // MIB,
-        "driver used": (total - free) // MIB,
-    }
+    def __init__(self, text: str) -> None:
+        import torch
+
+        self.specs = text.split(",")
+        self.names, self.sizes = [], {}
+        for spec in self.specs:
+            parts = spec.split(":")
+            name = ":".join(parts[:2]) if parts[0] == "cuda" else parts[0]
+            size = ":".join(parts[2:] if parts[0] == "cuda" else parts[1:])
+            # Simulated ones are host memory.
+            name = "cpu" if name == "sim" else name
+            self.names.append(name)
+            if size:
+                self.sizes[name] = size
+        self.first = torch.device(self.names[0])
+        self.is_one = len(self.specs) == 1 and not self.sizes
+
+    def gpus(self) -> list[Any]:
+        import torch
+
+        return [torch.device(name) for name in self.names if name.startswith("cuda")]
+
+    def memory(self) -> dict[str, dict[str, int]]:
+        """MiB of each GPU: torch's own figures, and what the driver says is gone."""
+        import torch
+
+        found = {}
+        for device in self.gpus():
+            free, total = torch.cuda.mem_get_info(device)
+            found[str(device)] = {
+                "torch allocated": torch.cuda.memory_allocated(device) // MIB,
+                "torch reserved": torch.cuda.memory_reserved(device) // MIB,
+                "driver used": (total - free) // MIB,
+            }
+        return found
+
+    def hold(self) -> None:
+        """Has torch take no more than what is left of the sizes."""
+        import torch
+        from accelerate.utils.modeling import convert_file_size_to_int
+
+        for device in self.gpus():
+            if size := self.sizes.get(str(device)):
+                free, total = torch.cuda.mem_get_info(device)
+                others = total - free - torch.cuda.memory_reserved(device)
+                left = max(convert_file_size_to_int(size) - others, 0)
+                torch.cuda.set_per_process_memory_fraction(min(left / total, 1.0), device)
+
+    def synchronize(self) -> None:
+        import torch
+
+        for device in self.gpus():
+            torch.cuda.synchronize(device)
 
 
-def load(path: str, device: Any, is_ours: bool, purpose: str) -> Any:
+def load(path: str, devices: Devices, is_ours: bool, how: str) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+    where: dict[str, Any] = {"device_map": {"": str(devices.first)} if devices.is_one else "auto"}
     if is_ours:
         from tightfit.transformers import TightfitConfig
 
-        config: Any = TightfitConfig(purpose=purpose, products=True, **options)
+        options["purpose"] = "qlora" if how.startswith("qlora") else "inference"
+        options["lora_experts"] = how.endswith("experts")
+        options["devices"] = None if devices.is_one else devices.specs
+        config: Any = TightfitConfig(products=True, **options)
     else:
         config = BitsAndBytesConfig(load_in_4bit=True, **options)
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.bfloat16, quantization_config=config, device_map={"": str(device)}
-    )
+        if devices.sizes:
+            where["max_memory"] = {
+                int(name.partition(":")[2]) if name.startswith("cuda") else name: size
+                for name, size in devices.sizes.items()
+            }
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=config, **where)
 
 
-def timed(device: Any, work: Any) -> tuple[float, Any]:
-    import torch
-
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def timed(devices: Devices, work: Any) -> tuple[float, Any]:
+    devices.synchronize()
     start = time.perf_counter()
     result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    devices.synchronize()
     return time.perf_counter() - start, result
+
+
+def some_tokens(model: Any, shape: list[int]) -> Any:
+    import torch
+
+    most = min(1000, model.config.get_text_config().vocab_size)
+    return torch.randint(0, most, shape, generator=torch.Generator("cpu").manual_seed(0))
 
 
 def generate(model: Any, ids: Any, tokens: int, **arguments: Any) -> Any:
@@ -153,14 +216,18 @@ class Graph:
         return torch.cat([self.prompt, *found], dim=1)
 
 
-def qlora(model: Any, device: Any) -> dict[str, Any]:
+def qlora(model: Any, devices: Devices, steps: int, has_experts: bool, shape: list[int]) -> dict[str, Any]:
     import peft
     import torch
 
+    device = devices.first
     model = peft.prepare_model_for_kbit_training(model)
-    model = peft.get_peft_model(model, peft.LoraConfig(r=16, target_modules="all-linear"))
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
-    ids = torch.randint(0, 1000, (2, 512), device=device, generator=torch.Generator(device).manual_seed(0))
+    stacks = ["gate_up_proj", "down_proj"] if has_experts else None
+    lora = peft.LoraConfig(r=16, target_modules="all-linear", target_parameters=stacks)
+    model = peft.get_peft_model(model, lora)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    ids = some_tokens(model, shape).to(device)
     model.train()
 
     def step() -> float:
@@ -171,18 +238,22 @@ def qlora(model: Any, device: Any) -> dict[str, Any]:
         optimizer.zero_grad()
         return float(loss)
 
-    losses = [step()]
-    seconds = []
-    for _ in range(5):
-        took, loss = timed(device, step)
+    # The first makes what the others find.
+    first, loss = timed(devices, step)
+    losses, seconds = [loss], []
+    for _ in range(steps):
+        took, loss = timed(devices, step)
         seconds.append(took)
         losses.append(loss)
     found: dict[str, Any] = {
-        "seconds a step": round(sorted(seconds)[2], 4),
+        "trained": sum(parameter.numel() for parameter in trained),
+        "seconds of the first step": round(first, 4),
+        "seconds a step": round(statistics.median(seconds), 4),
+        "fastest step": round(min(seconds), 4),
         "losses": [round(loss, 4) for loss in losses],
     }
-    if device.type == "cuda":
-        found["torch peak reserved"] = torch.cuda.max_memory_reserved(device) // MIB
+    for gpu in devices.gpus():
+        found[f"{gpu} torch peak reserved"] = torch.cuda.max_memory_reserved(gpu) // MIB
     return found
 
 
@@ -199,27 +270,34 @@ def kernels(decode: Any, tokens: int) -> dict[str, str]:
     return {name: f"{micros:.1f} us, {count:.1f}" for name, (micros, count) in found.items()}
 
 
-def run(variant: str, path: str, device_name: str, tokens: int, is_profiled: bool) -> dict[str, Any]:
+def run(variant: str, given: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    device = torch.device(device_name)
+    devices, tokens = Devices(given.device), given.tokens
     whose, _, how = variant.partition("-")
-    before = memory(device)
-    took, model = timed(device, lambda: load(path, device, whose == "ours", "qlora" if how == "qlora" else "inference"))
+    if how.endswith("graph") and len(devices.gpus()) != 1:
+        raise ValueError("a graph is of one GPU")
+    before = devices.memory()
+    devices.hold()
+    took, model = timed(devices, lambda: load(given.checkpoint, devices, whose == "ours", how))
+    devices.hold()
     found: dict[str, Any] = {"variant": variant, "seconds to load": round(took, 2), "before": before}
-    found["loaded"] = memory(device)
+    found["loaded"] = devices.memory()
+    if not devices.is_one:
+        places = getattr(model, "hf_device_map", None) or {"": str(devices.first)}
+        found["modules"] = {str(place): list(places.values()).count(place) for place in places.values()}
     if whose == "ours":
         found["tightfit"] = {
             name: {what: count // MIB for what, count in figures.items()}
             for name, figures in model.tightfit.figures().items()
         }
-    if how == "qlora":
-        found.update(qlora(model, device))
-        found["after"] = memory(device)
+    if how.startswith("qlora"):
+        shape = [int(length) for length in given.train.split("x")]
+        found.update(qlora(model, devices, given.steps, how.endswith("experts"), shape))
+        found["after"] = devices.memory()
         return found
     model.eval()
-    generator = torch.Generator("cpu").manual_seed(0)
-    ids = torch.randint(0, 1000, (1, PROMPT), generator=generator).to(device)
+    ids = some_tokens(model, [1, PROMPT]).to(devices.first)
     with torch.no_grad():
         found["logits"] = [round(value, 4) for value in model(input_ids=ids).logits[0, -1, :8].float().tolist()]
         if how.endswith("graph"):
@@ -229,18 +307,18 @@ def run(variant: str, path: str, device_name: str, tokens: int, is_profiled: boo
             decode = lambda: generate(model, ids, tokens, cache_implementation="static")  # noqa: E731
         else:
             decode = lambda: generate(model, ids, tokens)  # noqa: E731
-        found["seconds of the first"], _ = (round(timed(device, decode)[0], 2), None)
+        found["seconds of the first"], _ = (round(timed(devices, decode)[0], 2), None)
         if how == "compiled":
             decode()
         times = []
         for _ in range(3):
-            took, out = timed(device, decode)
+            took, out = timed(devices, decode)
             times.append(took)
-        if is_profiled:
+        if given.profile:
             found["kernels"] = kernels(decode, tokens)
     found["tokens/s"] = round(tokens / sorted(times)[1], 2)
     found["tokens"] = out[0, PROMPT : PROMPT + 16].tolist()
-    found["after"] = memory(device)
+    found["after"] = devices.memory()
     return found
 
 
@@ -249,21 +327,33 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen2.5-7b", help="a shape of `tightfit synth`")
+    parser.add_argument("--layers", type=int, help="only its first layers")
+    parser.add_argument("--headers-only", action="store_true", help="a checkpoint of zeros that takes no disk")
     parser.add_argument("--checkpoint", help="a directory that is used, or made and kept")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens")
+    parser.add_argument("--steps", type=int, default=5, help="steps of QLoRA that are timed, after one that is not")
+    parser.add_argument("--train", default="2x512", help="rows and tokens of a step of QLoRA")
     parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--rounds", type=int, default=1, help="how often each variant is run")
     parser.add_argument("--timeout", type=float, default=900, help="seconds of one variant at most")
     parser.add_argument("--profile", action="store_true", help="say which kernels take how long")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.variant:
-        print(json.dumps(run(given.variant, given.checkpoint, given.device, given.tokens, given.profile)))
+        print(json.dumps(run(given.variant, given)))
         return
-    with checkpoint(given.checkpoint, given.shape) as path:
+    synth = ["--headers-only"] * given.headers_only + ([] if given.layers is None else ["--layers", str(given.layers)])
+    with checkpoint(given.checkpoint, given.shape, synth) as path:
         arguments = ["--checkpoint", str(path), "--device", given.device, "--tokens", str(given.tokens)]
+        arguments += ["--steps", str(given.steps), "--train", given.train]
         arguments += ["--profile"] * given.profile
-        run_each(__file__, given.variants.split(","), arguments, given.timeout)
+        found = []
+        for _ in range(given.rounds):
+            found += run_each(__file__, given.variants.split(","), arguments, given.timeout)
+    if given.rounds > 1:
+        for line in medians(found):
+            print(json.dumps(line))
 
 
 if __name__ == "__main__":

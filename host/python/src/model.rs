@@ -175,8 +175,8 @@ impl Model {
 
     /// Several tensors of one shape as one `Weight` [tensors, ..], in place, if they lie one behind the other:
     /// the down projections of a layer's experts, or their gates and up projections in turn. Else None;
-    /// plans lay experts out so that are on one device, in one format, and not double-quantized, where the
-    /// bytes of their parts are multiples of 256.
+    /// plans lay experts out so that are on one device and in one format, where the bytes of their parts are
+    /// multiples of 256. Double-quantized ones have a mean each, and are no tensor together.
     fn stack(&self, py: Python<'_>, names: Vec<String>) -> PyResult<Option<Weight>> {
         let model = self.0.model().map_err(|failure| failure.raise(py))?;
         let indices = names.into_iter().map(|name| match model.tensor(&name) {

@@ -2,8 +2,8 @@
 //! that its router has chosen. Everything that depends on the choice is decided on the GPU, so that a
 //! graph of these launches can be replayed with other ones.
 //!
-//! A stack W [experts, outputs, inputs] is one flattened tensor that has been quantized as a whole, in the
-//! layout that [`super::linear`] reads. A token and one of its choices are a pair: pair
+//! A stack W [experts, outputs, inputs] is one flattened tensor that has been quantized as a whole, or part by
+//! part ([`Quantized`]), in the layout that [`super::linear`] reads. A token and one of its choices are a pair: pair
 //! `token * choices + choice`. The numbers of the chosen experts are ids [tokens, choices], i32, and their
 //! weights [tokens, choices], f32.
 //!
@@ -56,7 +56,7 @@ use super::{
         COUNTERS, Capability, Gpu, MachineCode, check_capability, check_length, grid, module_of,
     },
 };
-use crate::{Activation, BlockSize, FloatType, GateLayout, KernelError};
+use crate::{Activation, BlockSize, FloatType, GateLayout, KernelError, NESTED_BLOCK_SIZE};
 
 mod layer;
 mod workspace;
@@ -110,6 +110,8 @@ const INTERLEAVED: u32 = 2;
 const PARTS: u32 = 4;
 const ONE_TOKEN: u32 = 8;
 const FOLLOWS: u32 = 16;
+const EXPERTS_APART: u32 = 32;
+const HALVES_APART: u32 = 64;
 const ACTIVATION: u32 = 8;
 
 /// What is chosen from: the only lengths that a routing depends on.
@@ -198,6 +200,21 @@ pub enum RowsOfX {
     Pairs,
 }
 
+/// What of a stack has been quantized by itself. That makes a difference with double quantization only: each
+/// such tensor has its own mean, and nested scales of its own blocks. Its elements are a multiple of 256
+/// blocks, so that codes and scales are those of one matrix; the means lie 16 bytes apart, and the nested scales
+/// of each tensor begin at a multiple of 256 bytes from those of the first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Quantized {
+    /// The whole stack.
+    #[default]
+    Whole,
+    /// The outputs of each expert.
+    Experts,
+    /// Each half of the outputs of each expert: gates, and the other ones behind them.
+    Halves,
+}
+
 /// What becomes of a pair's products with its expert's weights. Biases have been added.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Form {
@@ -231,6 +248,8 @@ pub struct ExpertsProduct {
     pub block_size: BlockSize,
     /// What becomes of the products.
     pub form: Form,
+    /// What has been quantized by itself.
+    pub quantized: Quantized,
     /// Whether all pointers are multiples of 16. The fast kernels need that.
     pub aligned: bool,
     /// Whether the launch right before this one in the stream is a product with the same routing. With
@@ -330,7 +349,8 @@ impl ExpertsProduct {
     /// # Errors
     /// [`KernelError::ComputeCapability`] below 7.5, and [`KernelError::Launch`] as in
     /// [`Routing::launch`], if a length or the number of all experts' outputs is 2^32 or more, or if
-    /// there are more tokens than one launch can do.
+    /// there are more tokens than one launch can do; and [`KernelError::Shape`] if what has been quantized by
+    /// itself is no multiple of 256 blocks.
     pub fn launch(&self, gpu: Gpu) -> Result<ExpertsLaunch, KernelError> {
         check_capability(gpu.compute_capability)?;
         self.routing.check()?;
@@ -338,6 +358,7 @@ impl ExpertsProduct {
         for length in [all_outputs, self.inputs] {
             check_length("tightfit_experts", length)?;
         }
+        self.check_tensors()?;
         let launch = if self.is_fast(gpu.compute_capability) {
             self.launch_tiles(gpu)?
         } else {
@@ -357,6 +378,28 @@ impl ExpertsProduct {
             limit,
             ..launch
         })
+    }
+
+    fn check_tensors(&self) -> Result<(), KernelError> {
+        let rows = match self.quantized {
+            Quantized::Whole => return Ok(()),
+            Quantized::Experts => self.outputs(),
+            Quantized::Halves if self.outputs().is_multiple_of(2) => self.outputs() / 2,
+            Quantized::Halves => {
+                return Err(KernelError::Shape {
+                    problem: "outputs of two tensors have to be even",
+                    have: self.outputs(),
+                });
+            }
+        };
+        let elements = rows.saturating_mul(self.inputs);
+        match elements.is_multiple_of(NESTED_BLOCK_SIZE * self.block_size.elements()) {
+            true => Ok(()),
+            false => Err(KernelError::Shape {
+                problem: "the elements of a tensor of a stack have to be a multiple of 256 blocks",
+                have: elements,
+            }),
+        }
     }
 
     fn form_arguments(&self) -> (u32, f32) {
@@ -383,6 +426,11 @@ impl ExpertsProduct {
         if self.follows {
             form |= FOLLOWS;
         }
+        form |= match self.quantized {
+            Quantized::Whole => 0,
+            Quantized::Experts => EXPERTS_APART,
+            Quantized::Halves => HALVES_APART,
+        };
         (form, limit)
     }
 

@@ -8,7 +8,7 @@ use tightfit_kernels::cuda::{
 use tightfit_kernels::{DYNAMIC_MAP, FloatType};
 
 use crate::device::{Argument, Device};
-use crate::layers::{Dice, Layer, OFFSET, Stack, assert_near};
+use crate::layers::{Dice, Layer, Stack, assert_near};
 use crate::linear::{UNWRITTEN, buffer, number};
 use crate::values::{cast, elements, floats, to_bytes};
 
@@ -94,11 +94,13 @@ impl Product<'_> {
         } = *self;
         let mut codes = stack.codes.clone();
         let mut absmax = to_bytes(&stack.absmax);
-        let (mut nested_codes, mut nested) = match &stack.nested {
-            Some((codes, nested)) => (codes.clone(), to_bytes(nested)),
-            None => (vec![], vec![]),
+        let mut nested_codes = match &stack.nested {
+            Some((codes, _)) => codes.clone(),
+            None => vec![],
         };
-        let (mut offset, mut map) = (OFFSET.to_le_bytes(), to_bytes(&DYNAMIC_MAP));
+        let (offset, nested) = stack.means_and_nested();
+        let (mut offset, mut nested) = (to_bytes(&offset), to_bytes(&nested));
+        let mut map = to_bytes(&DYNAMIC_MAP);
         let mut x = x.to_vec();
         let mut bias = stack.bias.as_ref().map(|bias| elements(bias, float));
         let mut ids = ids_to_bytes(ids);
@@ -217,6 +219,7 @@ impl Case {
             block_size: self.layer.gate_up.format.block_size(),
             layout: self.layer.layout,
             activation: self.layer.activation,
+            apart: self.layer.gate_up.apart > 0,
             aligned: self.aligned,
         };
         let launches = layer.launches(Gpu {

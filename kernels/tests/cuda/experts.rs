@@ -1,7 +1,7 @@
 //! Layers of experts, against f64.
 
 use tightfit_kernels::cuda::{
-    experts::{ExpertsProduct, Form, Routing, RowsOfX},
+    experts::{ExpertsProduct, Form, Quantized, Routing, RowsOfX},
     linear::Gpu,
 };
 use tightfit_kernels::{Activation, BlockSize, FloatType, GateLayout, QuantType};
@@ -83,6 +83,45 @@ pub(crate) fn every_format(device: &mut dyn Device) {
         let layer = Layer::random(format, lengths, GateLayout::Halves, SILU, &mut dice);
         Case::random(layer, FloatType::Bf16, [tokens, 1], true, &mut dice)
             .check(device, &mut memory);
+    }
+}
+
+/// Tensors of their own, each with its mean and nested scales, of which some do not end at 256 bytes.
+pub(crate) fn experts_that_are_quantized_apart(device: &mut dyn Device) {
+    let mut dice = Dice(8);
+    let mut memory = Memory::default();
+    let double = Format {
+        double: true,
+        ..Format::NF4
+    };
+    for (block_size, lengths, tokens, float, old) in [
+        // One token, and tiles of 8, 16 and 64 rows; scales as vectors of 8 and of 4.
+        (64, [5, 512, 96], [1, 4], FloatType::Bf16, false),
+        (64, [4, 512, 128], [6, 2], FloatType::F16, false),
+        (64, [3, 256, 320], [20, 2], FloatType::Bf16, false),
+        (64, [2, 768, 64], [40, 2], FloatType::Bf16, false),
+        // Rows of other lengths, other blocks, and the general kernels.
+        (64, [3, 320, 256], [5, 2], FloatType::Bf16, false),
+        (128, [3, 256, 256], [9, 2], FloatType::Bf16, false),
+        (64, [3, 512, 64], [7, 2], FloatType::F32, false),
+        (64, [3, 512, 64], [1, 3], FloatType::Bf16, true),
+        // Nested scales of more than 256 bytes.
+        (64, [2, 2304, 512], [3, 1], FloatType::Bf16, false),
+    ] {
+        let format = Format {
+            block_size,
+            ..double
+        };
+        let layout = GateLayout::Halves;
+        let mut layer = Layer::random(format, lengths, layout, SILU, &mut dice);
+        layer.gate_up.quantize_apart(2);
+        layer.down.quantize_apart(1);
+        let case = Case {
+            multiprocessors: 3,
+            old,
+            ..Case::random(layer, float, tokens, true, &mut dice)
+        };
+        case.check(device, &mut memory);
     }
 }
 
@@ -232,6 +271,7 @@ pub(crate) fn products_without_activation(device: &mut dyn Device) {
             inputs,
             block_size: BlockSize::DEFAULT,
             form: Form::Plain,
+            quantized: Quantized::Whole,
             aligned: true,
             follows: false,
         };
@@ -306,6 +346,7 @@ pub(crate) fn huge_blocks_stay_in_their_rows(device: &mut dyn Device) {
             inputs,
             block_size: BlockSize::DEFAULT,
             form: Form::Plain,
+            quantized: Quantized::Whole,
             aligned: true,
             follows: false,
         };

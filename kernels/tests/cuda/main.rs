@@ -71,6 +71,7 @@ on_every_device! {
     transposed::many_rows_transposed,
     experts::layers_of_experts,
     experts::every_format,
+    experts::experts_that_are_quantized_apart,
     experts::whatever_lengths_and_alignments,
     experts::replays_with_other_ids,
     experts::tokens_by_themselves,

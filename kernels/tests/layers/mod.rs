@@ -71,6 +71,11 @@ impl Format {
 /// What absmax values are offset by with double quantization.
 pub(crate) const OFFSET: f32 = 0.1;
 
+/// That of a tensor of a stack.
+fn mean(tensor: usize) -> f32 {
+    OFFSET + 0.03 * tensor as f32
+}
+
 /// W [experts, outputs, inputs] and its bias.
 pub(crate) struct Stack {
     pub(crate) format: Format,
@@ -81,6 +86,8 @@ pub(crate) struct Stack {
     pub(crate) absmax: Vec<f32>,
     /// Of the absmax values, if they are double-quantized.
     pub(crate) nested: Option<(Vec<u8>, Vec<f32>)>,
+    /// Tensors of each expert that have been quantized by themselves, and have a mean each; 0 if all is one.
+    pub(crate) apart: usize,
     /// Values of the type of x.
     pub(crate) bias: Option<Vec<f32>>,
 }
@@ -121,8 +128,42 @@ impl Stack {
             codes,
             absmax,
             nested,
+            apart: 0,
             bias: None,
         }
+    }
+
+    /// Makes each expert so many tensors.
+    pub(crate) fn quantize_apart(&mut self, tensors: usize) {
+        self.apart = tensors;
+        let Some((codes, nested)) = &self.nested else {
+            return;
+        };
+        let of_tensor = self.absmax.len() / (self.experts * tensors).max(1);
+        assert!(of_tensor.is_multiple_of(NESTED_BLOCK_SIZE));
+        for (i, absmax) in self.absmax.iter_mut().enumerate() {
+            let value = DYNAMIC_MAP[usize::from(codes[i])];
+            *absmax = value * nested[i / NESTED_BLOCK_SIZE] + mean(i / of_tensor);
+        }
+    }
+
+    /// The means, and the nested scales, as kernels take them.
+    pub(crate) fn means_and_nested(&self) -> (Vec<f32>, Vec<f32>) {
+        let nested = match &self.nested {
+            Some((_, nested)) => nested.clone(),
+            None => vec![],
+        };
+        let tensors = self.experts * self.apart;
+        if tensors == 0 {
+            return (vec![OFFSET], nested);
+        }
+        let means = (0..tensors).flat_map(|tensor| [mean(tensor), f32::NAN, f32::NAN, f32::NAN]);
+        let mut padded = vec![];
+        for nested in nested.chunks(nested.len() / tensors) {
+            padded.extend_from_slice(nested);
+            padded.resize(padded.len().next_multiple_of(64), f32::NAN);
+        }
+        (means.collect(), padded)
     }
 
     pub(crate) fn view(&self) -> LinearWeights<'_> {

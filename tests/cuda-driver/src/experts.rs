@@ -1,7 +1,7 @@
 //! What the kernels for experts take, and how they have to be launched.
 
 use tightfit_kernels::cuda::experts::{
-    self, ExpertsLaunch, ExpertsProduct, Form, Routing, RowsOfX, combine,
+    self, ExpertsLaunch, ExpertsProduct, Form, Quantized, Routing, RowsOfX, combine,
 };
 use tightfit_kernels::{
     Activation, BlockSize, Choices, ExpertsMatrices, FloatType, GateLayout, Isa, Kernels,
@@ -20,6 +20,13 @@ const INTERLEAVED: u32 = 2;
 const PARTS: u32 = 4;
 const ONE_TOKEN: u32 = 8;
 const FOLLOWS: u32 = 16;
+const EXPERTS_APART: u32 = 32;
+const HALVES_APART: u32 = 64;
+
+/// Of tensors that have been quantized by themselves: what their means are apart, and their nested scales begin at
+/// multiples of, in f32.
+const MEAN_FLOATS: usize = 4;
+const NESTED_FLOATS: usize = 64;
 
 /// Where pairs and tiles begin in a routing.
 const PAIRS_BEGIN: usize = 16;
@@ -172,6 +179,16 @@ fn form_of(form: u32, limit: f32) -> Result<Form, String> {
     Ok(Form::Gated { layout, activation })
 }
 
+/// What has been quantized by itself, and how many tensors that makes.
+fn quantized_of(form: u32, experts: usize) -> Result<(Quantized, usize), String> {
+    match form & (EXPERTS_APART | HALVES_APART) {
+        0 => Ok((Quantized::Whole, 1)),
+        EXPERTS_APART => Ok((Quantized::Experts, experts)),
+        HALVES_APART => Ok((Quantized::Halves, 2 * experts)),
+        _ => Err(format!("both experts and halves are apart: {form}")),
+    }
+}
+
 fn product_arguments(
     kernel: &str,
     shape: Shape,
@@ -186,6 +203,7 @@ fn product_arguments(
     }
     let (bits, limit) = (parameters.u32(17), f32::from_bits(parameters.u32(18)));
     let form = form_of(bits, limit)?;
+    let (quantized, tensors) = quantized_of(bits, experts)?;
     let results = match form {
         Form::Gated { .. } => outputs / 2,
         Form::Plain | Form::Parts => outputs,
@@ -204,6 +222,7 @@ fn product_arguments(
         inputs,
         block_size,
         form,
+        quantized,
         aligned: pointers.iter().all(|pointer| pointer % 16 == 0),
         follows: bits & FOLLOWS != 0,
     };
@@ -220,6 +239,11 @@ fn product_arguments(
     if nulls != [nulls[0]; 3] {
         return Err("nested scales, offset and map are not there together".to_owned());
     }
+    if tensors > 1 && !is_double {
+        return Err("tensors have means of their own, and there are none".to_owned());
+    }
+    let of_tensor = (scales / tensors.max(1)).div_ceil(NESTED_BLOCK_SIZE);
+    let nested = of_tensor.next_multiple_of(NESTED_FLOATS) * tensors.saturating_sub(1) + of_tensor;
     use Access::{Read, Write};
     let read = |index, elements, width| memory(parameters, index, elements, width, Read);
     let optional = |index, elements, width| match parameters.u64(index) {
@@ -241,8 +265,8 @@ fn product_arguments(
     let mut passed = vec![
         read(0, packed_bytes(elements), 1)?,
         read(1, scales, if is_double { 1 } else { 4 })?,
-        optional(2, scales.div_ceil(NESTED_BLOCK_SIZE), 4)?,
-        optional(3, 1, 4)?,
+        optional(2, nested, 4)?,
+        optional(3, MEAN_FLOATS * tensors.saturating_sub(1) + 1, 4)?,
         optional(4, 256, 4)?,
         read(5, pairs / of_row.max(1) * inputs, float.bytes())?,
         optional(6, experts * outputs, float.bytes())?,
@@ -310,6 +334,10 @@ pub(crate) fn on_the_processor(
     };
     let (x, bias) = (wide(5)?, operands.bytes(6).map(|_| wide(6)).transpose()?);
     let weights = operands.weights(experts * outputs, inputs, [15, 16])?;
+    let weights = match quantized_of(bits, experts)? {
+        (Quantized::Whole, _) => weights,
+        (_, tensors) => weights.into_plain(tensors, [MEAN_FLOATS, NESTED_FLOATS]),
+    };
     let stack = ExpertsMatrices::Stack {
         experts,
         weights: weights.view(),

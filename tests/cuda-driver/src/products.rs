@@ -221,6 +221,25 @@ pub(crate) struct OwnedWeights {
 }
 
 impl OwnedWeights {
+    /// The same with f32 scales, of tensors that have each been quantized by itself: so far apart are their means, and
+    /// at multiples of so much their nested scales begin.
+    pub(crate) fn into_plain(mut self, tensors: usize, [mean, begin]: [usize; 2]) -> OwnedWeights {
+        let Some(map) = self.map.take() else {
+            return self;
+        };
+        let of_tensor = (self.scales.len() / tensors.max(1)).max(1);
+        let apart = of_tensor
+            .div_ceil(NESTED_BLOCK_SIZE)
+            .next_multiple_of(begin);
+        let scale = |(index, code): (usize, &u8)| {
+            let (tensor, block) = (index / of_tensor, index % of_tensor);
+            let nested = self.nested[tensor * apart + block / NESTED_BLOCK_SIZE];
+            map[usize::from(*code)] * nested + self.mean[tensor * mean]
+        };
+        self.absmax = self.scales.iter().enumerate().map(scale).collect();
+        self
+    }
+
     pub(crate) fn view(&self) -> LinearWeights<'_> {
         LinearWeights {
             quant_type: self.quant_type,

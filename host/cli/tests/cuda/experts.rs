@@ -93,12 +93,77 @@ pub(super) const LAYERS: &[Kind] = &[
         &[64, 128],
         nf4(64, false),
     ),
+    // The same with a mean each, and nested scales that do not end at a multiple of 256 bytes.
+    (
+        "double.experts.0.w1.weight",
+        "BF16",
+        2,
+        &[64, 256],
+        nf4(64, true),
+    ),
+    (
+        "double.experts.0.w2.weight",
+        "BF16",
+        2,
+        &[256, 64],
+        nf4(64, true),
+    ),
+    (
+        "double.experts.0.w3.weight",
+        "BF16",
+        2,
+        &[64, 256],
+        nf4(64, true),
+    ),
+    (
+        "double.experts.1.w1.weight",
+        "BF16",
+        2,
+        &[64, 256],
+        nf4(64, true),
+    ),
+    (
+        "double.experts.1.w2.weight",
+        "BF16",
+        2,
+        &[256, 64],
+        nf4(64, true),
+    ),
+    (
+        "double.experts.1.w3.weight",
+        "BF16",
+        2,
+        &[64, 256],
+        nf4(64, true),
+    ),
+    (
+        "double.experts.2.w1.weight",
+        "BF16",
+        2,
+        &[64, 256],
+        nf4(64, true),
+    ),
+    (
+        "double.experts.2.w2.weight",
+        "BF16",
+        2,
+        &[256, 64],
+        nf4(64, true),
+    ),
+    (
+        "double.experts.2.w3.weight",
+        "BF16",
+        2,
+        &[64, 256],
+        nf4(64, true),
+    ),
 ];
 
-const KINDS: [(&str, Activation); 3] = [
+const KINDS: [(&str, Activation); 4] = [
     ("fast", Activation::Silu),
     ("odd", Activation::Clamped { limit: 0.5 }),
     ("each.experts", Activation::Gelu),
+    ("double.experts", Activation::Silu),
 ];
 
 /// Ids of experts, some of which there are not.

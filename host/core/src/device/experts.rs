@@ -1,6 +1,8 @@
 //! How a workspace for experts is laid out: for the driver that uses it, and for plans, which reserve it.
 
-use tightfit_kernels::cuda::experts::{ExpertsProduct as StackProduct, Form, Routing, RowsOfX};
+use tightfit_kernels::cuda::experts::{
+    ExpertsProduct as StackProduct, Form, Quantized, Routing, RowsOfX,
+};
 use tightfit_kernels::cuda::linear::Gpu;
 
 use super::{ExpertsProduct, ExpertsWeights, MatrixOfStack, Product, ProductWeights};
@@ -38,6 +40,15 @@ fn routing_of(product: &ExpertsProduct, tokens: usize) -> Routing {
     }
 }
 
+/// What of a stack of so many experts has been quantized by itself.
+fn quantized(weights: &ProductWeights, experts: usize) -> Quantized {
+    match weights.nested {
+        Some(nested) if nested.tensors > 1 && nested.tensors > experts => Quantized::Halves,
+        Some(nested) if nested.tensors > 1 => Quantized::Experts,
+        _ => Quantized::Whole,
+    }
+}
+
 /// The product with the first stack of a layer or the only one, and that with the second.
 pub(crate) fn products(
     weights: &ExpertsWeights,
@@ -52,6 +63,7 @@ pub(crate) fn products(
         inputs: weights.inputs,
         block_size: weights.block_size,
         form,
+        quantized: quantized(weights, product.experts),
         aligned: true,
         follows: false,
     };
@@ -140,6 +152,7 @@ pub(crate) fn matrix(
         inputs: weights.inputs,
         block_size: weights.block_size,
         form: Form::Plain,
+        quantized: Quantized::Whole,
         aligned: true,
         follows: false,
     }

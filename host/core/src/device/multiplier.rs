@@ -49,6 +49,10 @@ pub struct NestedScales {
     pub map: u64,
     /// The mean that is added to each scale, among the constants.
     pub mean: u64,
+    /// How many tensors of one shape the matrix is, of which each has been quantized by itself. Their means
+    /// lie 16 bytes apart, and the nested scales of each begin at a multiple of 256 bytes from those of the
+    /// first; their codes and scales are those of one matrix.
+    pub tensors: usize,
 }
 
 /// What is multiplied: x [rows, inputs].

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use tightfit_kernels::DYNAMIC_MAP;
 
-use super::{Model, TailAllocation};
+use super::{Model, TailAllocation, Tensor};
 use crate::device::{DeviceBytes, DeviceError, Multiplier, Workspace};
 use crate::plan::{MEAN_BYTES, constants_bytes, is_multiplied};
 
@@ -56,7 +56,11 @@ impl Model {
         }
         let mut means = HashMap::new();
         let mut constants: Vec<u8> = DYNAMIC_MAP.iter().flat_map(|v| v.to_le_bytes()).collect();
-        for tensor in self.tensors().filter(|tensor| tensor.device() == device) {
+        // Where they lie: so the means of experts that lie as a stack are in its order.
+        let codes = |tensor: &Tensor<'_>| tensor.parts().first().map(|part| part.offset);
+        let mut tensors: Vec<_> = self.tensors().filter(|t| t.device() == device).collect();
+        tensors.sort_by_key(codes);
+        for tensor in tensors {
             if let Some(mean) = tensor.absmax_mean()
                 && is_multiplied(tensor.shape())
             {

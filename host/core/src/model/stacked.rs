@@ -9,8 +9,9 @@ use crate::plan::PartKind;
 ///
 /// Plans lay out so what a checkpoint has as `experts.0.gate_proj.weight`, `experts.0.up_proj.weight`,
 /// `experts.1.gate_proj.weight` and so on (Mixtral's `w1` and `w3` too), and apart from these the
-/// `down_proj` or `w2`: on one device, in one format other than double-quantized, and where the bytes of each
-/// part are a multiple of [`PART_ALIGNMENT`](crate::plan::PART_ALIGNMENT).
+/// `down_proj` or `w2`: on one device, in one format, and where the bytes of each part are a multiple of
+/// [`PART_ALIGNMENT`](crate::plan::PART_ALIGNMENT). Double-quantized ones lie so too, but are no tensor together: each
+/// has a mean. [`Model::experts`](super::Model::experts) computes with them.
 #[derive(Debug, Clone)]
 pub struct Stacked<'m> {
     tensors: Vec<Tensor<'m>>,

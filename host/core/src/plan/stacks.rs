@@ -4,8 +4,9 @@
 //! What a checkpoint has as `experts.0.gate_proj.weight`, `experts.0.up_proj.weight` and so on is then
 //! `gate_up_proj` [experts, 2 * intermediate, hidden] in memory, as transformers 5 has it, gates before the
 //! other rows of each expert. Nothing takes a byte more or less for it, so that policies need not know:
-//! only where parts are whole multiples of [`PART_ALIGNMENT`] there is nothing between them, and only such
-//! are laid out so. Double-quantized experts are not, which have a mean each.
+//! only where codes and scales are whole multiples of [`PART_ALIGNMENT`] there is nothing between them, and only such
+//! are laid out so. Of double-quantized experts, which have a mean each, the nested scales of each begin at
+//! such a multiple, whatever lies between them.
 
 use std::collections::HashMap;
 
@@ -161,14 +162,14 @@ impl Stack {
     }
 
     /// Whether it is laid out as one: all of it on one device and in one format, without anything between
-    /// its parts.
+    /// its codes or its scales.
     pub(super) fn is_one(&self, placements: &[Placement], sizes: &[Option<PartSizes>]) -> bool {
         let first = self.members[0];
         let Some(parts) = &sizes[first] else {
             return false;
         };
         let mut has_whole_parts = parts.iter().all(|(kind, bytes)| {
-            kind != PartKind::NestedAbsmax && bytes.is_multiple_of(PART_ALIGNMENT)
+            kind == PartKind::NestedAbsmax || bytes.is_multiple_of(PART_ALIGNMENT)
         });
         has_whole_parts &= placements[first].device.is_some();
         has_whole_parts

@@ -89,11 +89,11 @@ pub enum LinearError {
         need: Vec<u64>,
     },
     /// Experts on a GPU that are tensors of their own, and do not lie as a stack: plans lay them out so unless
-    /// they are double-quantized, on several devices, or in matrices of other than a multiple of 4096
-    /// elements.
+    /// they are on several devices, in several formats, or in matrices of other than a multiple of 4096
+    /// elements, or of 16384 if they are double-quantized.
     #[error(
         "the experts of '{tensor}' are tensors of their own in the memory of {device}: its kernels need them as \
-         stacks, [experts, outputs, inputs], and only experts on one device that are not double-quantized lie so"
+         stacks, [experts, outputs, inputs], and only large ones on one device and in one format lie so"
     )]
     NotStacked {
         /// The tensor of the first expert.

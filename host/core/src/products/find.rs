@@ -308,6 +308,7 @@ impl<'m> Matrix<'m> {
                 absmax: offset(PartKind::NestedAbsmax) + 4 * (block / NESTED_BLOCK_SIZE as u64),
                 map: 0,
                 mean,
+                tensors: 1,
             }),
             _ => None,
         };

@@ -1,6 +1,6 @@
 //! The launches of a whole layer.
 
-use super::{ExpertsLaunch, ExpertsProduct, Form, Routing, RowsOfX, combine};
+use super::{ExpertsLaunch, ExpertsProduct, Form, Quantized, Routing, RowsOfX, combine};
 use crate::{Activation, BlockSize, FloatType, GateLayout, KernelError, cuda::linear::Gpu};
 
 /// A whole layer: y = the sum over a token's choices of weight * (down * activation(gate, up) + bias).
@@ -20,6 +20,8 @@ pub struct ExpertsLayer {
     pub layout: GateLayout,
     /// What is made of them.
     pub activation: Activation,
+    /// Whether gates, up and down projections of each expert have been quantized by themselves: [`Quantized`].
+    pub apart: bool,
     /// Whether all pointers are multiples of 16.
     pub aligned: bool,
 }
@@ -61,6 +63,10 @@ impl ExpertsLayer {
 
     /// The products with both stacks.
     pub(super) fn products(&self) -> (ExpertsProduct, ExpertsProduct) {
+        let of = |quantized| match self.apart {
+            true => quantized,
+            false => Quantized::Whole,
+        };
         let gate_up = ExpertsProduct {
             routing: self.routing,
             float: self.float,
@@ -72,6 +78,7 @@ impl ExpertsLayer {
                 layout: self.layout,
                 activation: self.activation,
             },
+            quantized: of(Quantized::Halves),
             aligned: self.aligned,
             follows: false,
         };
@@ -80,6 +87,7 @@ impl ExpertsLayer {
             results: self.hidden,
             inputs: self.intermediate,
             form: Form::Parts,
+            quantized: of(Quantized::Experts),
             follows: true,
             ..gate_up
         };

@@ -21,6 +21,7 @@ fn layer(tokens: usize) -> ExpertsLayer {
         block_size: BlockSize::DEFAULT,
         layout: GateLayout::Halves,
         activation: Activation::Silu,
+        apart: false,
         aligned: true,
     }
 }
@@ -149,6 +150,7 @@ fn forms_are_the_bits_that_kernels_read() {
         inputs: 64,
         block_size: BlockSize::DEFAULT,
         form: Form::Plain,
+        quantized: Quantized::Whole,
         aligned: true,
         follows: false,
     };
@@ -173,6 +175,21 @@ fn forms_are_the_bits_that_kernels_read() {
     };
     assert_eq!(form(gated), (1 + 2 + 8 + (3 << 8), 7.0));
     assert_eq!((product.outputs(), gated.outputs()), (64, 128));
+    for (quantized, bit, results) in [(Quantized::Experts, 32, 256), (Quantized::Halves, 64, 512)] {
+        let apart = ExpertsProduct {
+            quantized,
+            results,
+            ..product
+        };
+        assert_eq!(form(apart), (bit, 0.0));
+        for results in [results / 2, results + 1] {
+            let launch = ExpertsProduct { results, ..apart }.launch(H100);
+            assert!(
+                matches!(launch, Err(KernelError::Shape { .. })),
+                "{launch:?}"
+            );
+        }
+    }
 }
 
 #[test]

@@ -139,6 +139,7 @@ mod tests {
                     block_size: BlockSize::DEFAULT,
                     layout: GateLayout::Halves,
                     activation: Activation::Silu,
+                    apart: false,
                     aligned: true,
                 };
                 let (mut most, mut most_routing) = (0, 0);
@@ -184,6 +185,7 @@ mod tests {
                         block_size: BlockSize::DEFAULT,
                         layout: GateLayout::Interleaved,
                         activation: Activation::Gelu,
+                        apart: false,
                         aligned: true,
                     };
                     let launches = layer.launches(gpu).unwrap();

@@ -1,13 +1,14 @@
 //! Finding the matrices of experts, in host memory or on a device.
 
-use tightfit_kernels::{blocks, packed_bytes};
+use tightfit_kernels::{NESTED_BLOCK_SIZE, blocks, packed_bytes};
 
 use super::super::find::{Matrix, OnDevice, Place, loaded};
 use super::super::on_device::device_name;
 use super::super::{Linear, LinearError};
 use super::ExpertsTensors;
-use crate::device::{Multiplier, ProductWeights};
+use crate::device::{Multiplier, NestedScales, ProductWeights};
 use crate::model::{Model, Tensor};
+use crate::plan::{MEAN_BYTES, PART_ALIGNMENT};
 
 /// The matrices of all experts, of one shape.
 #[derive(Clone)]
@@ -169,7 +170,7 @@ pub(super) fn multiplier<'m>(
 }
 
 /// Matrices of one shape as one whose outputs are those of all of them, if they lie one behind the other in
-/// a device's memory: their codes and, apart from these, their scales.
+/// a device's memory: their codes and, apart from these, their scales, their nested scales and their means.
 fn as_one<'m>(linears: &[Linear<'m>]) -> Option<OnDevice<'m>> {
     let on_device = |linear: &Linear<'m>| match linear.place {
         Place::Device(on_device) => Some(on_device),
@@ -182,16 +183,32 @@ fn as_one<'m>(linears: &[Linear<'m>]) -> Option<OnDevice<'m>> {
         weights,
     } = on_device(first)?;
     let elements = weights.outputs.checked_mul(weights.inputs)?;
-    // Each begins with a byte and a block.
-    let is_whole = elements.is_multiple_of(weights.block_size.elements());
-    if !is_whole || weights.nested.is_some() {
+    // Each begins with a byte and a block, and with a nested scale.
+    let (of_scale, scale_bytes) = match weights.nested {
+        Some(_) => (NESTED_BLOCK_SIZE, 1),
+        None => (1, 4),
+    };
+    if !elements.is_multiple_of(of_scale * weights.block_size.elements()) {
         return None;
     }
     let codes = packed_bytes(elements) as u64;
-    let absmax = 4 * blocks(elements, weights.block_size) as u64;
+    let scales = blocks(elements, weights.block_size) as u64;
+    let absmax = scale_bytes * scales;
+    let nested_bytes = (4 * scales / NESTED_BLOCK_SIZE as u64).next_multiple_of(PART_ALIGNMENT);
     for (number, linear) in linears.iter().enumerate() {
         let number = number as u64;
+        let nested = match weights.nested {
+            Some(nested) => Some(NestedScales {
+                absmax: nested
+                    .absmax
+                    .checked_add(number.checked_mul(nested_bytes)?)?,
+                mean: nested.mean.checked_add(number.checked_mul(MEAN_BYTES)?)?,
+                ..nested
+            }),
+            None => None,
+        };
         let expected = ProductWeights {
+            nested,
             codes: weights.codes.checked_add(number.checked_mul(codes)?)?,
             absmax: weights.absmax.checked_add(number.checked_mul(absmax)?)?,
             ..weights
@@ -204,6 +221,10 @@ fn as_one<'m>(linears: &[Linear<'m>]) -> Option<OnDevice<'m>> {
         multiplier,
         weights: ProductWeights {
             outputs: weights.outputs.checked_mul(linears.len())?,
+            nested: weights.nested.map(|nested| NestedScales {
+                tensors: linears.len(),
+                ..nested
+            }),
             ..weights
         },
     })

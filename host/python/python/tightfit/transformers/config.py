@@ -32,6 +32,7 @@ class Options:
     experts: str = "nf4"
     purpose: str = "inference"
     lora_rank: int = 16
+    lora_experts: bool = False
 
 
 class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
@@ -56,6 +57,8 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
             keeps free what LoRA, its gradients, AdamW's moments and the largest weight dequantized take, and with the
             setting ``context`` activations, too. The setting ``reserve`` is another amount instead.
         lora_rank: Rank of the adapters that ``qlora`` has room for.
+        lora_experts: Whether that is also for adapters on stacks of experts in 4 bits, as PEFT puts them there by
+            ``target_parameters``, and for some families by ``all-linear``.
         **kwargs: Those of ``BitsAndBytesConfig``; by default NF4 with bfloat16 for products, where that class takes
             FP4 and float32.
     """
@@ -74,6 +77,7 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
         experts: str = "nf4",
         purpose: str = "inference",
         lora_rank: int = 16,
+        lora_experts: bool = False,
         **kwargs: Any,
     ) -> None:
         from .._api import device_names
@@ -103,6 +107,7 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
             experts=experts,
             purpose=purpose,
             lora_rank=lora_rank,
+            lora_experts=lora_experts,
         )
 
     @property

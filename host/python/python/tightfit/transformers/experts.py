@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib.util
+import logging
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..ops import FLOATS, Product, SharedWorkspace, experts, linear, linear_transposed
 from ..torch import quant_state
+
+logger = logging.getLogger("tightfit.transformers")
 
 # The parameters that are stacks of matrices, one for each expert.
 LEAVES = ("gate_up_proj", "up_proj", "down_proj")
@@ -19,6 +23,10 @@ BESIDE = rf"\.({'|'.join(LEAVES)})\.(absmax|quant_map|nested_absmax|nested_quant
 
 # A stack is in 4 bits where each expert begins with a block.
 BLOCK = 64
+
+# Adapters of the matrices of a stack: what is added to them is ``scaling * left @ right``, of left [experts, rows, rank] and
+# right [experts, rank, columns].
+Adapters = Sequence[tuple[torch.Tensor, torch.Tensor, float]]
 
 
 def has_stacks(module: torch.nn.Module) -> bool:
@@ -73,6 +81,12 @@ class Stack4bit(torch.nn.Module):  # type: ignore[misc]
 
     def __len__(self) -> int:
         return int(self.shape[0])
+
+    @property
+    def device(self) -> torch.device:
+        """Where its codes are."""
+        device: torch.device = self.codes_0_0.device
+        return device
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, 4 bits"
@@ -257,20 +271,27 @@ class Experts4bit(torch.nn.Module):  # type: ignore[misc]
     base: type[torch.nn.Module]
     layer: Product | None
     compute_dtype: torch.dtype | None
+    # The class's parameters in its own order, those that are stacks now among them.
+    parameter_names: tuple[str, ...]
 
     def forward(
-        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+        self,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        adapters: Mapping[str, Adapters] | None = None,
     ) -> torch.Tensor:
+        """What the class computes, with ``adapters`` added to its stacks, by name."""
         dtype = self.compute_dtype or hidden_states.dtype
         x = hidden_states.to(dtype)
         layer = self.layer
         has_gradient = torch.is_grad_enabled() and (x.requires_grad or top_k_weights.requires_grad)
-        if layer is not None and not has_gradient and layer.device == x.device and dtype in FLOATS:
+        if layer is not None and not has_gradient and not adapters and layer.device == x.device and dtype in FLOATS:
             bias = down_bias = None
             if self.has_bias:
                 bias, down_bias = self.gate_up_proj_bias.to(dtype), self.down_proj_bias.to(dtype)
             return experts(layer, x, top_k_index, top_k_weights, bias, down_bias).to(hidden_states.dtype)
-        return _one_after_the_other(self, x, top_k_index, top_k_weights).to(hidden_states.dtype)
+        return _one_after_the_other(self, x, top_k_index, top_k_weights, adapters or {}).to(hidden_states.dtype)
 
     def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
@@ -288,10 +309,16 @@ def _kept(stack: Any) -> Any:
 
 
 def _one_after_the_other(
-    module: Any, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    module: Any,
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    adapters: Mapping[str, Adapters],
 ) -> torch.Tensor:
     """The experts that were chosen, one by one; each product has a gradient."""
-    up = module.gate_up_proj if module.has_gate else module.up_proj
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up = _Adapted(getattr(module, up_name), adapters.get(up_name, ()), x.dtype)
+    down = _Adapted(module.down_proj, adapters.get("down_proj", ()), x.dtype)
     up_bias = down_bias = None
     if module.has_bias:
         up_bias = module.gate_up_proj_bias if module.has_gate else module.up_proj_bias
@@ -305,15 +332,15 @@ def _one_after_the_other(
     for expert, count in zip(chosen.tolist(), counts.tolist(), strict=True):
         which = order[start : start + count]
         start += count
-        if not 0 <= expert < len(up):
+        if not 0 <= expert < len(module.down_proj):
             # Another process has it.
             continue
         tokens = which // choices
-        hidden = _multiplied(up, x[tokens], expert)
+        hidden = up.multiply(x[tokens], expert)
         if up_bias is not None:
             hidden = hidden + up_bias[expert].to(hidden.dtype)
         hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-        hidden = _multiplied(module.down_proj, hidden, expert)
+        hidden = down.multiply(hidden, expert)
         if down_bias is not None:
             hidden = hidden + down_bias[expert].to(hidden.dtype)
         if getattr(module, "has_post_expert_norm", False):
@@ -322,14 +349,39 @@ def _one_after_the_other(
     return y.to(x.dtype)
 
 
-def _multiplied(stack: Any, x: torch.Tensor, expert: int) -> torch.Tensor:
-    if isinstance(stack, Stack4bit):
-        return stack.multiply(x, expert)
-    raise TypeError("experts are in 4 bits all or not at all")
+class _Adapted:
+    """A stack with adapters, which are multiplied by themselves: what they add is never made dense."""
+
+    def __init__(self, stack: Any, adapters: Adapters, dtype: torch.dtype) -> None:
+        if not isinstance(stack, Stack4bit):
+            raise TypeError("experts are in 4 bits all or not at all")
+        self.stack = stack
+        # Taken apart once: the gradient of one index would be as large as the factors of all experts.
+        self.factors = [
+            (left.to(dtype).unbind(), right.to(dtype).unbind(), scaling) for left, right, scaling in adapters
+        ]
+
+    def multiply(self, x: torch.Tensor, expert: int) -> torch.Tensor:
+        y = self.stack.multiply(x, expert)
+        for left, right, scaling in self.factors:
+            if self.stack.transposed:
+                added = x @ left[expert] @ right[expert]
+            else:
+                added = x @ right[expert].t() @ left[expert].t()
+            y = y + (added * scaling).to(y.dtype)
+        return y
 
 
 @functools.cache
 def _class_of(base: Any) -> Any:
+    if importlib.util.find_spec("peft") is not None:
+        # Whoever has such a module may put adapters on it.
+        try:
+            from . import peft
+
+            peft.register()
+        except ImportError as error:
+            logger.warning("experts take no adapters, for PEFT cannot be imported: %s", error)
     return type(base.__name__, (Experts4bit, base), {"base": base, "__module__": base.__module__})
 
 
@@ -346,6 +398,7 @@ def put(module: Any, leaf: str, stack: Stack4bit, compute_dtype: torch.dtype | N
         module.__class__ = _class_of(base)
         module.layer = None
         module.compute_dtype = compute_dtype
+        module.parameter_names = tuple(module._parameters)
     delattr(module, leaf)
     module.add_module(leaf, stack)
     module._is_hf_initialized = stack._is_hf_initialized = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,16 +12,21 @@ from bitsandbytes.nn import Linear4bit
 _TRAINED = {"lora": 4, "gradients": 4, "optimizer": 8}
 
 
-def qlora(model: Any, head: Any, rank: int, settings: Mapping[str, Any]) -> dict[str, int]:
+def qlora(
+    model: Any, head: Any, rank: int, settings: Mapping[str, Any], stacks: Iterable[tuple[str, Any]] = ()
+) -> dict[str, int]:
     """Bytes that QLoRA takes beside the weights, by what for.
 
-    ``lora``, ``gradients`` and ``optimizer`` are of adapters of this rank on all linear layers in 4 bits. ``dense
-    weight`` is the largest of them dequantized, which the gradients of many rows are computed with. ``activations``,
-    where the settings have a ``context`` (and a ``batch``): what checkpoints of every layer keep, and what one
-    layer and the logits take while they are computed again, all in f32.
+    ``lora``, ``gradients`` and ``optimizer`` are of adapters of this rank on all linear layers in 4 bits, and on these
+    ``stacks`` of experts, by name with their shapes: of twice the rank where gates and up projections are one, as
+    PEFT has it for all linear layers. ``dense weight`` is the largest linear layer dequantized, which the gradients of
+    many rows are computed with. ``activations``, where the settings have a ``context`` (and a ``batch``): what
+    checkpoints of every layer keep, and what one layer and the logits take while they are computed again, all in f32.
     """
     linears = [module for module in model.modules() if isinstance(module, Linear4bit) and module is not head]
     elements = sum(rank * (module.in_features + module.out_features) for module in linears)
+    for key, (experts, rows, columns) in stacks:
+        elements += experts * rank * (2 if key.endswith("gate_up_proj") else 1) * (rows + columns)
     needs = {what: size * elements for what, size in _TRAINED.items()}
     needs["dense weight"] = max((2 * module.in_features * module.out_features for module in linears), default=0)
     context = settings.get("context")

@@ -219,8 +219,10 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         """The setting that leaves room for training."""
         if self.options.purpose != "qlora":
             return {}
-        head = model.get_output_embeddings()
-        self._headroom = purpose.qlora(model, head, self.options.lora_rank, self.options.settings)
+        head, options = model.get_output_embeddings(), self.options
+        keys = self._stacks if options.lora_experts else ()
+        stacks = [(key, model.get_parameter(key).shape) for key in keys]
+        self._headroom = purpose.qlora(model, head, options.lora_rank, options.settings, stacks)
         return {"reserve": sum(self._headroom.values())}
 
     def _formats(self, model: Any, checkpoint: Any, targets: Any) -> tuple[dict[str, str], list[str]]:

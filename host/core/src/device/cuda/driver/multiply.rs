@@ -20,6 +20,10 @@ use crate::device::{
 const COPIED: usize = 1 << 20;
 /// Values of the codes of scales, and their bytes.
 const MAP_BYTES: usize = 256 * 4;
+/// Of tensors that are a matrix together: what their means are apart, and what their nested scales begin at
+/// multiples of.
+const MEAN_BYTES: usize = 16;
+const PART_BYTES: usize = 256;
 
 /// The kernels for the weights in one piece of memory.
 #[derive(Debug)]
@@ -93,7 +97,16 @@ impl KernelMultiplier {
                 nested: [0; 3],
             });
         };
-        let nested_bytes = 4 * scales.div_ceil(NESTED_BLOCK_SIZE);
+        let tensors = double.tensors.max(1);
+        let of_tensor = 4 * (scales / tensors).div_ceil(NESTED_BLOCK_SIZE);
+        let nested_bytes = match tensors {
+            1 => of_tensor,
+            _ => of_tensor
+                .next_multiple_of(PART_BYTES)
+                .saturating_mul(tensors - 1)
+                .saturating_add(of_tensor),
+        };
+        let mean_bytes = MEAN_BYTES.saturating_mul(tensors - 1).saturating_add(4);
         let constants = self.constants.as_ref().ok_or_else(|| {
             unavailable(
                 self.weights.context().name(),
@@ -105,7 +118,7 @@ impl KernelMultiplier {
             absmax: self.weights.at(weights.absmax, scales)?,
             nested: [
                 self.weights.at(double.absmax, nested_bytes)?,
-                constants.at(double.mean, 4)?,
+                constants.at(double.mean, mean_bytes)?,
                 constants.at(double.map, MAP_BYTES)?,
             ],
         })

@@ -1,7 +1,9 @@
 //! Products in a queue, with matrices and with stacks of them.
 
 use cudarc::driver::sys::CUdeviceptr;
-use tightfit_kernels::cuda::experts::{ExpertsLaunch, ExpertsProduct, Form, Routing, RowsOfX};
+use tightfit_kernels::cuda::experts::{
+    ExpertsLaunch, ExpertsProduct, Form, Quantized, Routing, RowsOfX,
+};
 use tightfit_kernels::cuda::linear::{COUNTERS, Gpu, Linear};
 use tightfit_kernels::cuda::quant_type_argument;
 use tightfit_kernels::{KernelError, QuantType};
@@ -51,6 +53,7 @@ fn of_stack(product: &Product, shape: &MatrixShape, experts: usize) -> ExpertsPr
         inputs: shape.inputs,
         block_size: shape.block_size,
         form: Form::Plain,
+        quantized: Quantized::Whole,
         aligned: true,
         follows: false,
     }
