@@ -64,6 +64,9 @@ pub(crate) struct Block {
     pub(crate) nonfinite: bool,
 }
 
+/// Two codes of a block of zeros: zero times the reciprocal of zero is NaN, which is above no threshold.
+pub(crate) const ZEROS: u8 = 0;
+
 /// Quantizes one block. `packed` has one byte for every two elements, rounded up.
 pub(crate) fn quantize_block(
     source: &[u8],
@@ -102,6 +105,13 @@ fn quantize_elements<const BYTES: usize>(
     let values = || elements.iter().map(&read);
     // Infinities and NaN have the largest magnitudes as integers, so one maximum finds them too.
     let bits = values().fold(0, |max: i32, x| max.max((x.to_bits() & 0x7fff_ffff) as i32)) as u32;
+    if bits == 0 {
+        packed.fill(ZEROS);
+        return Block {
+            absmax: 0.0,
+            nonfinite: false,
+        };
+    }
     let plain = PLAIN_ABSMAX.contains(&bits);
     let nonfinite = bits >= f32::INFINITY.to_bits();
     let absmax = if plain {
@@ -194,6 +204,20 @@ mod tests {
                 [code(v) << 4 | code(v); GROUP / 2],
                 "{v}"
             );
+        }
+    }
+
+    #[test]
+    fn a_block_of_zeros_has_the_codes_of_zero_by_its_reciprocal() {
+        let zeros = [0.0, -0.0].map(|zero: f32| code(zero * (1.0 / 0.0_f32)));
+        assert_eq!(zeros, [ZEROS; 2]);
+        for length in [1, 2, 64, 65] {
+            let elements = (0..length).map(|n| if n % 3 == 1 { -0.0 } else { 0.0_f32 });
+            let source: Vec<u8> = elements.flat_map(f32::to_le_bytes).collect();
+            let mut packed = vec![0xff; length.div_ceil(2)];
+            let block = quantize_block(&source, FloatType::F32, length < 64, &mut packed);
+            assert_eq!((block.absmax.to_bits(), block.nonfinite), (0, false));
+            assert_eq!(packed, vec![ZEROS; length.div_ceil(2)]);
         }
     }
 

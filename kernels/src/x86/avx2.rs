@@ -88,6 +88,8 @@ macro_rules! block_loop {
                         for (chunk, out) in block.iter().zip(out) {
                             store128(out, encode(chunk, reciprocal));
                         }
+                    } else if absmax.to_bits() == 0 {
+                        out.as_flattened_mut().fill(quantize::ZEROS);
                     } else {
                         let (source, out) = (block.as_flattened(), out.as_flattened_mut());
                         let block = quantize::quantize_block(source, FLOAT, false, out);

@@ -108,6 +108,8 @@ macro_rules! block_loops {
                         for (chunk, out) in block.iter().zip(out) {
                             store256(out, encode(chunk, &scale, &scale));
                         }
+                    } else if absmax.to_bits() == 0 {
+                        out.as_flattened_mut().fill(quantize::ZEROS);
                     } else {
                         let source = block.as_flattened().as_flattened();
                         let out = out.as_flattened_mut();

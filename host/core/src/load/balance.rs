@@ -6,9 +6,10 @@
 //! processor and the bus are done at the same moment. So `auto` does not choose one but looks for
 //! that mixture, by the only figure that counts: the bytes that the load itself gets done in a second.
 //!
-//! It begins with the share that most machines end with: none for the GPU, because a processor quantizes
-//! from its page cache about as fast as it copies, or half where codes of another method have to be
-//! decoded. Then the share changes by a step after every few chunks: on in the same direction as long as
+//! With eight workers and more `auto` leaves floats to the processor, which quantizes from its page cache
+//! about as fast as it copies, where it has kernels in vectors. Otherwise it begins with the share that most
+//! machines end with: none for the GPU, or half where codes of another method have to be decoded, and
+//! without vectors. Then the share changes by a step after every few chunks: on in the same direction as long as
 //! the rate rises, back by half as much when it falls.
 //! Where one of them does everything, the other is tried again, less and less often.
 //! Chunks just after a step are not measured: they find the queues as they were before. The bytes
@@ -28,7 +29,8 @@ pub enum QuantizeOn {
     /// tensors go later, or, where there is too little of that, reserved for the time of the load
     /// beyond what was planned.
     Gpu,
-    /// On both, shared out by what the load measures; never with more memory than planned. Starts
+    /// On both, shared out by what the load measures; never with more memory than planned. Floats are
+    /// the processor's alone where there are eight workers or more, and it has vectors. Starts
     /// on the processor alone while the driver compiles the kernels, and stays there where they
     /// cannot be had.
     #[default]

@@ -11,10 +11,12 @@ mod balance;
 mod double;
 mod error;
 mod on_device;
+mod part;
 mod put;
 mod reading;
 mod reserve;
 mod run;
+mod scratch;
 mod source;
 mod work;
 

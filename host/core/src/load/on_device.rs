@@ -12,6 +12,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tightfit_kernels::Isa;
+
 use super::balance::{Balance, QuantizeOn, Side};
 use super::double::DeviceScratch;
 use super::put::is_remote;
@@ -27,6 +29,10 @@ use crate::types::Format;
 const RECORD: u64 = 16;
 /// Where the mean of scales is in it.
 const MEAN: u64 = 8;
+
+/// With so many the processor's vectors quantize floats faster than the bus brings them, by all that was
+/// measured: then `auto` leaves a device's kernels alone.
+const ENOUGH_WORKERS: usize = 8;
 
 /// The devices of a load, in the order of the plan.
 #[derive(Debug)]
@@ -249,6 +255,13 @@ impl OnDevice {
         if tensors.is_empty() {
             return Ok(None);
         }
+        // What another method has stored takes the processor longer to decode than to send.
+        let is_encoded = |tensor: &&usize| checkpoint.tensors()[**tensor].encoded.is_some();
+        let decodes = 2 * tensors.iter().filter(is_encoded).count() > tensors.len();
+        let is_slow = decodes || options.kernels.isa() == Isa::Portable;
+        if options.quantize_on == QuantizeOn::Auto && !is_slow && workers >= ENOUGH_WORKERS {
+            return Ok(None);
+        }
         let scales: Vec<u64> = planned
             .iter()
             .map(|tensor| tensor.scratch_bytes() / 4)
@@ -285,17 +298,7 @@ impl OnDevice {
         };
         quantizer.clear(0, layout.records)?;
         let balance = match options.quantize_on {
-            QuantizeOn::Auto => {
-                // What another method has stored takes the processor longer to decode than to send.
-                let is_encoded = |tensor: &&usize| checkpoint.tensors()[**tensor].encoded.is_some();
-                let encoded = tensors.iter().filter(is_encoded).count();
-                let share = if 2 * encoded > tensors.len() {
-                    0.5
-                } else {
-                    0.0
-                };
-                Some(Balance::new(workers, share))
-            }
+            QuantizeOn::Auto => Some(Balance::new(workers, if is_slow { 0.5 } else { 0.0 })),
             _ => {
                 quantizer.prepare()?;
                 None
