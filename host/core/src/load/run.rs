@@ -324,30 +324,37 @@ impl<'a, 'm> Run<'a, 'm> {
         let block_bytes = block_size.elements() * float.bytes();
         let step = slot.len() / block_bytes * block_bytes;
         let mut produce = |codes: &mut [u8], absmax: &mut [f32]| {
-            let start = Instant::now();
+            let begun = Instant::now();
             let window = match self.ways.choose() {
                 Way::Look => source.window(),
                 Way::Read => None,
             };
-            if let Some(window) = window {
-                let stats = kernels.quantize_nf4(&window, float, block_size, codes, absmax)?;
-                window.finish().map_err(LoadError::Checkpoint)?;
-                self.ways.record(Way::Look, source.bytes, start.elapsed());
-                return Ok(stats.nonfinite_blocks);
-            }
             let mut nonfinite_blocks = 0;
             for start in (0..source.bytes).step_by(step) {
                 self.options.cancel.check()?;
-                let slot = &mut slot[..step.min(source.bytes - start)];
-                source.read(start, slot, scratch)?;
-                let (first, elements) = (start / float.bytes(), slot.len() / float.bytes());
+                let length = step.min(source.bytes - start);
+                let piece = match &window {
+                    Some(window) => &window[start..][..length],
+                    None => {
+                        source.read(start, &mut slot[..length], scratch)?;
+                        &slot[..length]
+                    }
+                };
+                let (first, elements) = (start / float.bytes(), length / float.bytes());
                 let codes = &mut codes[packed_bytes(first)..][..packed_bytes(elements)];
                 let absmax =
                     &mut absmax[blocks(first, block_size)..][..blocks(elements, block_size)];
-                let stats = kernels.quantize_nf4(slot, float, block_size, codes, absmax)?;
+                let stats = kernels.quantize_nf4(piece, float, block_size, codes, absmax)?;
                 nonfinite_blocks += stats.nonfinite_blocks;
             }
-            self.ways.record(Way::Read, source.bytes, start.elapsed());
+            let way = match window {
+                None => Way::Read,
+                Some(window) => {
+                    window.finish().map_err(LoadError::Checkpoint)?;
+                    Way::Look
+                }
+            };
+            self.ways.record(way, source.bytes, begun.elapsed());
             Ok(nonfinite_blocks)
         };
         let count = blocks(piece.elements, block_size);
