@@ -211,7 +211,7 @@ mod tests {
     fn a_block_of_zeros_has_the_codes_of_zero_by_its_reciprocal() {
         let zeros = [0.0, -0.0].map(|zero: f32| code(zero * (1.0 / 0.0_f32)));
         assert_eq!(zeros, [ZEROS; 2]);
-        for length in [1, 2, 64, 65] {
+        for length in [1_usize, 2, 64, 65] {
             let elements = (0..length).map(|n| if n % 3 == 1 { -0.0 } else { 0.0_f32 });
             let source: Vec<u8> = elements.flat_map(f32::to_le_bytes).collect();
             let mut packed = vec![0xff; length.div_ceil(2)];

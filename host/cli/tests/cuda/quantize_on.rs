@@ -5,6 +5,7 @@ use tightfit::device::open_devices;
 use tightfit::load::{LoadError, QuantizeOn};
 use tightfit::model::Model;
 use tightfit::types::Format;
+use tightfit::{Isa, Kernels};
 use tightfit_tests::loading::contents;
 
 use super::{Driver, Kind, Kinds, MIB, in_small_pieces, nf4, stand_in};
@@ -140,7 +141,10 @@ fn auto_gives_both_their_share_once_the_kernels_are_there() {
     let devices = open_devices(&["cuda:0".parse().unwrap()]).unwrap();
     // Has them compiled.
     drop(kinds.load(&devices, QuantizeOn::Gpu, 1).unwrap());
-    let model = kinds.load(&devices, QuantizeOn::Auto, 3).unwrap();
+    // Without vectors the processor is not left alone with them, nor left the first.
+    let options = in_small_pieces(QuantizeOn::Auto, 3);
+    let options = options.with_kernels(Kernels::new(Isa::Portable).unwrap());
+    let model = kinds.load_with(&devices, &options).unwrap();
     assert!(contents(&model) == expected);
     let (by_host, by_device) = sides(&model);
     assert!(by_host > 0 && by_device > 0, "{by_host}, {by_device}");

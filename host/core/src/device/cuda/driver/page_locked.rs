@@ -114,16 +114,13 @@ impl Drop for Allocation {
         // (`Staging` sees to that).
         match &mut self.kind {
             Kind::Registered(mapping) => {
-                let unregister = || {
-                    // SAFETY: registered by us, and once.
-                    let code = unsafe { (api.cuMemHostUnregister)(memory) };
-                    context.check("cuMemHostUnregister", 0, code)
-                };
-                match twice(unregister) {
-                    // SAFETY: dropped here and nowhere else.
-                    Ok(()) => unsafe { ManuallyDrop::drop(mapping) },
-                    // Rather lost than mapped anew while the driver takes it for locked.
-                    Err(error) => tracing::warn!("{error}, buffers are not given back"),
+                // SAFETY: registered by us, and given back once.
+                let code = unsafe { (api.cuMemHostUnregister)(memory) };
+                context.check_release("cuMemHostUnregister", code);
+                if code == 0 {
+                    // SAFETY: dropped here and nowhere else. Otherwise it is rather lost than mapped
+                    // anew while the driver takes it for locked.
+                    unsafe { ManuallyDrop::drop(mapping) };
                 }
             }
             Kind::Allocated => {
