@@ -20,6 +20,7 @@ pub(crate) const NOT_INITIALIZED: u32 = 3;
 pub(crate) const NO_DEVICE: u32 = 100;
 pub(crate) const INVALID_DEVICE: u32 = 101;
 pub(crate) const INVALID_CONTEXT: u32 = 201;
+pub(crate) const NOT_READY: u32 = 600;
 pub(crate) const NOT_SUPPORTED: u32 = 801;
 pub(crate) const UNSUPPORTED_PTX_VERSION: u32 = 222;
 

@@ -4,7 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ffi::c_void;
 
-use crate::books::{Answer, Books, Kind, call};
+use crate::books::{Answer, Books, Kind, NOT_READY, call};
 use crate::kernels::{Access, Passed, Shape, run};
 
 /// Work that has not been carried out.
@@ -89,6 +89,8 @@ pub(crate) struct Event {
     device: usize,
     /// The stream, and the number of its last step before the point.
     recorded: Option<(u64, u64)>,
+    /// Whether it was asked for since: then it is past the next time.
+    is_asked: bool,
 }
 
 impl Work {
@@ -381,6 +383,7 @@ pub unsafe extern "C" fn cuEventCreate(out: *mut u64, _: u32) -> u32 {
         let event = Event {
             device,
             recorded: None,
+            is_asked: false,
         };
         books.events.insert(handle, event);
         // SAFETY: the caller's pointer to the result.
@@ -414,9 +417,30 @@ pub extern "C" fn cuEventRecord(event: u64, stream: u64) -> u32 {
         match (books.events.get_mut(&event), given) {
             (Some(event), Some(given)) if event.device == device => {
                 event.recorded = Some((stream, given));
+                event.is_asked = false;
                 Ok(())
             }
             _ => Err(books.fault("cuEventRecord of what does not belong together".to_owned())),
+        }
+    })
+}
+
+/// `cuEventQuery`.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuEventQuery(event: u64) -> u32 {
+    call("cuEventQuery", Kind::Takes, |books| {
+        let device = books.current("cuEventQuery")?;
+        match books.events.get_mut(&event) {
+            Some(event) if event.device == device => {
+                if let Some((stream, number)) = event.recorded {
+                    if !std::mem::replace(&mut event.is_asked, true) {
+                        return Err(NOT_READY);
+                    }
+                    books.carry_out(stream, number);
+                }
+                Ok(())
+            }
+            _ => Err(books.fault("cuEventQuery of what is not there".to_owned())),
         }
     })
 }

@@ -5,7 +5,7 @@ use tightfit::device::open_devices;
 use tightfit::load::{LoadError, QuantizeOn};
 use tightfit::model::Model;
 use tightfit::types::Format;
-use tightfit::{Isa, Kernels};
+use tightfit_kernels::{Isa, Kernels};
 use tightfit_tests::loading::contents;
 
 use super::{Driver, Kind, Kinds, MIB, in_small_pieces, nf4, stand_in};

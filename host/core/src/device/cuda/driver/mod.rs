@@ -42,6 +42,8 @@ pub(super) use transfer::Staging;
 
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 const OUT_OF_MEMORY: c_uint = 2;
+/// `CUDA_ERROR_NOT_READY`.
+const NOT_READY: c_uint = 600;
 /// `CUDA_ERROR_NOT_SUPPORTED`.
 const NOT_SUPPORTED: c_uint = 801;
 /// `CUDA_ERROR_NO_DEVICE`.
@@ -137,6 +139,7 @@ api! {
     cuEventCreate(*mut CUevent, c_uint);
     cuEventDestroy_v2(CUevent);
     cuEventRecord(CUevent, CUstream);
+    cuEventQuery(CUevent);
     cuEventSynchronize(CUevent);
     cuModuleLoadData(*mut CUmodule, *const c_void);
     cuModuleUnload(CUmodule);

@@ -117,7 +117,7 @@ impl Quantizer for KernelQuantizer {
         buffers: Box<dyn PageLocked>,
     ) -> Result<Box<dyn QuantizingWriter>, DeviceError> {
         let staging = Staging::new(&self.shared.results, buffers)?;
-        let started = Arc::new(Event::new(self.shared.results.context())?);
+        let started = Arc::new(Event::polled(self.shared.results.context())?);
         let mut all = self
             .shared
             .started

@@ -3,11 +3,12 @@
 use std::fmt;
 use std::ptr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use cudarc::driver::sys;
 use sys::{CUevent, CUevent_flags, CUstream, CUstream_flags};
 
-use super::{Context, twice};
+use super::{Context, NOT_READY, twice};
 use crate::device::DeviceError;
 
 /// Does what it is given one after the other, and waits for no other stream unless it is told to.
@@ -64,10 +65,14 @@ impl Drop for Stream {
     }
 }
 
+/// How long is slept between two questions about an event. A transfer of a buffer takes about as long.
+const POLL_EVERY: Duration = Duration::from_micros(20);
+
 /// A point in a stream that can be waited for.
 pub(super) struct Event {
     context: Arc<Context>,
     raw: CUevent,
+    is_polled: bool,
 }
 
 // SAFETY: an event is a handle; the driver lets any thread use it.
@@ -82,18 +87,30 @@ impl fmt::Debug for Event {
 }
 
 impl Event {
+    /// One for waits that may be long: whoever waits sleeps until the device interrupts, because others
+    /// need the core.
     pub(super) fn new(context: &Arc<Context>) -> Result<Event, DeviceError> {
+        let flags = CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32;
+        Event::with(context, flags, false)
+    }
+
+    /// One that is mostly past when it is waited for. It is asked for now and then: an interrupt for each
+    /// costs more than what they are waited for.
+    pub(super) fn polled(context: &Arc<Context>) -> Result<Event, DeviceError> {
+        Event::with(context, 0, true)
+    }
+
+    fn with(context: &Arc<Context>, flags: u32, is_polled: bool) -> Result<Event, DeviceError> {
         let _current = context.enter()?;
         let mut raw = ptr::null_mut();
-        // Whoever waits sleeps: other workers need the core.
-        let flags = CUevent_flags::CU_EVENT_DISABLE_TIMING as u32
-            | CUevent_flags::CU_EVENT_BLOCKING_SYNC as u32;
+        let flags = flags | CUevent_flags::CU_EVENT_DISABLE_TIMING as u32;
         // SAFETY: `raw` outlives the call; the context is current.
         let code = unsafe { (context.api.cuEventCreate)(&raw mut raw, flags) };
         context.check("cuEventCreate", 0, code)?;
         Ok(Event {
             context: Arc::clone(context),
             raw,
+            is_polled,
         })
     }
 
@@ -106,6 +123,14 @@ impl Event {
 
     pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
         let _current = self.context.enter()?;
+        while self.is_polled {
+            // SAFETY: as below.
+            let code = unsafe { (self.context.api.cuEventQuery)(self.raw) };
+            if code != NOT_READY {
+                return self.context.check("cuEventQuery", 0, code);
+            }
+            std::thread::sleep(POLL_EVERY);
+        }
         // SAFETY: the event is ours; its context is current.
         let code = unsafe { (self.context.api.cuEventSynchronize)(self.raw) };
         self.context.check("cuEventSynchronize", 0, code)

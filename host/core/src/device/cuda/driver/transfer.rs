@@ -52,7 +52,7 @@ impl Staging {
         let mut buffer = || {
             Ok::<_, DeviceError>(Buffer {
                 bytes: buffers.cut(bytes),
-                copied: Event::new(context)?,
+                copied: Event::polled(context)?,
                 state: State::Free,
             })
         };
