@@ -12,8 +12,11 @@ use crate::plan::PlannedTensor;
 use crate::types::{DType, Format};
 
 /// Bytes of a plain tensor that are read at once: it needs no staging, so that this only bounds
-/// how long a cancelled load goes on. Of what is quantized no more is done at once either.
-const LARGEST_CHUNK: usize = 4 << 20;
+/// how long a cancelled load goes on.
+const LARGEST_COPY: usize = 4 << 20;
+
+/// Bytes that are quantized or cast at once, as they are read.
+const LARGEST_CHUNK: usize = 8 << 20;
 
 /// A piece of one tensor.
 pub(super) struct Chunk<'m> {
@@ -325,6 +328,7 @@ impl<'m> Part<'m> {
             .iter()
             .any(|target| target.on_device().is_some());
         let most = match self.origin.kind {
+            Kind::Copy | Kind::WidenScales if !is_remote => LARGEST_COPY,
             _ if !is_remote => LARGEST_CHUNK,
             Kind::Copy | Kind::WidenScales => buffer_bytes,
             Kind::Cast { from, to } => buffer_bytes / to.bytes() * from.bytes(),

@@ -13,9 +13,9 @@ const SMALLEST_SLOT: u64 = 64 << 10;
 /// Larger slots would fall out of a core's second-level cache between being read and quantized.
 const LARGEST_SLOT: u64 = 512 << 10;
 
-/// Buffers for a device are better larger: each is a transfer and some calls of its driver. Beyond
-/// this there is nothing to gain, and page-locking them takes time.
-const LARGEST_BUFFER: u64 = 1 << 20;
+/// Buffers for a device are better larger: each is a transfer and some calls of its driver, which lets one
+/// thread in at a time. Beyond this there is little to gain, and page-locking them takes time.
+const LARGEST_BUFFER: u64 = 2 << 20;
 
 /// One slot per worker thread, in one allocation, and room for buffers that are taken elsewhere.
 #[derive(Debug)]
