@@ -1,6 +1,6 @@
 //! The stand-in's state, and what it holds against its user.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -76,6 +76,8 @@ static BOOKS: Mutex<Option<Books>> = Mutex::new(None);
 thread_local! {
     /// The thread's stack of contexts, by device.
     static CURRENT: RefCell<Vec<usize>> = const { RefCell::new(Vec::new()) };
+    /// `CU_STREAM_CAPTURE_MODE_GLOBAL`, or another.
+    static MODE: Cell<u32> = const { Cell::new(0) };
 }
 
 impl Books {
@@ -242,6 +244,11 @@ pub(crate) fn call(name: &'static str, kind: Kind, work: impl FnOnce(&mut Books)
 /// Makes a device's context current. Only what [`call`] runs may use it.
 pub(crate) fn push(device: usize) {
     CURRENT.with_borrow_mut(|stack| stack.push(device));
+}
+
+/// What a thread may do while streams are captured: sets it, and gives what it was. As [`push`].
+pub(crate) fn exchange_mode(mode: u32) -> u32 {
+    MODE.replace(mode)
 }
 
 /// The device whose context is current. As [`push`].

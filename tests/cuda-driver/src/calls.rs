@@ -3,7 +3,8 @@
 use std::ffi::{CStr, c_char};
 
 use crate::books::{
-    INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, Kind, NO_DEVICE, books, call, pop, push, top,
+    INVALID_CONTEXT, INVALID_DEVICE, INVALID_VALUE, Kind, NO_DEVICE, books, call, exchange_mode,
+    pop, push, top,
 };
 use crate::products::GPU;
 
@@ -145,6 +146,19 @@ pub extern "C" fn cuDevicePrimaryCtxRelease_v2(device: i32) -> u32 {
             _ => Err(books.fault("a context released that was not retained".to_owned())),
         },
     )
+}
+
+/// `cuThreadExchangeStreamCaptureMode`.
+///
+/// # Safety
+/// As the driver's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuThreadExchangeStreamCaptureMode(mode: *mut u32) -> u32 {
+    call("cuThreadExchangeStreamCaptureMode", Kind::GivesBack, |_| {
+        // SAFETY: the caller's pointer to the mode.
+        unsafe { mode.write(exchange_mode(mode.read())) };
+        Ok(())
+    })
 }
 
 /// `cuCtxGetCurrent`.

@@ -4,7 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ffi::c_void;
 
-use crate::books::{Answer, Books, Kind, NOT_READY, call};
+use crate::books::{Answer, Books, Kind, NOT_READY, call, exchange_mode};
 use crate::kernels::{Access, Passed, Shape, run};
 
 /// Work that has not been carried out.
@@ -425,11 +425,20 @@ pub extern "C" fn cuEventRecord(event: u64, stream: u64) -> u32 {
     })
 }
 
+/// `CU_STREAM_CAPTURE_MODE_RELAXED`.
+const RELAXED: u32 = 2;
+
 /// `cuEventQuery`.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventQuery(event: u64) -> u32 {
     call("cuEventQuery", Kind::Takes, |books| {
         let device = books.current("cuEventQuery")?;
+        // A driver lets nobody ask while anybody captures, but who says that he is not concerned.
+        let mode = exchange_mode(RELAXED);
+        exchange_mode(mode);
+        if mode != RELAXED {
+            return Err(books.fault("cuEventQuery that would end a capture".to_owned()));
+        }
         match books.events.get_mut(&event) {
             Some(event) if event.device == device => {
                 if let Some((stream, number)) = event.recorded {

@@ -26,6 +26,7 @@ const GIVES_BACK: &[&str] = &[
     "cuMemUnmap",
     "cuModuleUnload",
     "cuStreamDestroy",
+    "cuThreadExchangeStreamCaptureMode",
 ];
 
 const PARTS: [PartKind; 4] = [

@@ -1,6 +1,6 @@
 //! A device's primary context, which everything else of it lives in.
 
-use std::ffi::c_int;
+use std::ffi::{c_int, c_uint};
 use std::fmt;
 use std::marker::PhantomData;
 use std::ptr;
@@ -112,6 +112,23 @@ impl Context {
         })
     }
 
+    /// Allows this thread, until the result is dropped, what a driver forbids to all threads while any of them
+    /// records a graph, unless it is told that nothing of that is meant: asked for an event, it would
+    /// end the recording.
+    pub(super) fn beside_captures(&self) -> Result<BesideCaptures<'_>, DeviceError> {
+        /// `CU_STREAM_CAPTURE_MODE_RELAXED`.
+        const RELAXED: c_uint = 2;
+        let mut mode = RELAXED;
+        // SAFETY: `mode` outlives the call, which puts there what it was before.
+        let code = unsafe { (self.api.cuThreadExchangeStreamCaptureMode)(&raw mut mode) };
+        self.check("cuThreadExchangeStreamCaptureMode", 0, code)?;
+        Ok(BesideCaptures {
+            context: self,
+            before: mode,
+            _this_thread: PhantomData,
+        })
+    }
+
     /// Bytes that are free, and bytes in all.
     pub(in crate::device::cuda) fn memory(&self) -> Result<(u64, u64), DeviceError> {
         let _current = self.enter()?;
@@ -196,6 +213,23 @@ impl Drop for Context {
         // SAFETY: retained once by us, and what lives in it keeps `self` alive.
         let code = unsafe { (self.api.cuDevicePrimaryCtxRelease_v2)(self.device) };
         self.check_release("cuDevicePrimaryCtxRelease", code);
+    }
+}
+
+/// What other threads record is not this thread's concern.
+pub(super) struct BesideCaptures<'a> {
+    context: &'a Context,
+    before: c_uint,
+    _this_thread: PhantomData<*const ()>,
+}
+
+impl Drop for BesideCaptures<'_> {
+    fn drop(&mut self) {
+        let api = self.context.api;
+        // SAFETY: as above; it is a mode that the driver has given.
+        let code = unsafe { (api.cuThreadExchangeStreamCaptureMode)(&raw mut self.before) };
+        self.context
+            .check_release("cuThreadExchangeStreamCaptureMode", code);
     }
 }
 

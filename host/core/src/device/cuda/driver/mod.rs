@@ -140,6 +140,7 @@ api! {
     cuEventDestroy_v2(CUevent);
     cuEventRecord(CUevent, CUstream);
     cuEventQuery(CUevent);
+    cuThreadExchangeStreamCaptureMode(*mut c_uint);
     cuEventSynchronize(CUevent);
     cuModuleLoadData(*mut CUmodule, *const c_void);
     cuModuleUnload(CUmodule);

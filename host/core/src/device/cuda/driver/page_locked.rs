@@ -60,6 +60,7 @@ impl Allocation {
         }
         let memory = NonNull::from(&mut *mapping).cast::<u8>();
         let _current = context.enter()?;
+        let _beside = context.beside_captures()?;
         // SAFETY: the memory is mapped, and stays so until it is given back by the destructor.
         let code = unsafe {
             (context.api.cuMemHostRegister_v2)(
@@ -109,6 +110,7 @@ impl Drop for Allocation {
         let start = Instant::now();
         let (api, context) = (self.context.api, &self.context);
         let _current = twice(|| context.enter());
+        let _beside = context.beside_captures();
         let memory = self.memory.as_ptr().cast();
         // No piece is left, and no device reads it: a piece that one may be reading is not dropped
         // (`Staging` sees to that).

@@ -123,6 +123,10 @@ impl Event {
 
     pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
         let _current = self.context.enter()?;
+        let _beside = match self.is_polled {
+            true => Some(self.context.beside_captures()?),
+            false => None,
+        };
         while self.is_polled {
             // SAFETY: as below.
             let code = unsafe { (self.context.api.cuEventQuery)(self.raw) };
