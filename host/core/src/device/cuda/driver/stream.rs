@@ -121,19 +121,23 @@ impl Event {
         self.context.check("cuEventRecord", 0, code)
     }
 
-    pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
-        let _current = self.context.enter()?;
-        let _beside = match self.is_polled {
-            true => Some(self.context.beside_captures()?),
-            false => None,
-        };
-        while self.is_polled {
-            // SAFETY: as below.
+    /// Asks until it is past. The event's context is current.
+    fn poll(&self) -> Result<(), DeviceError> {
+        let _beside = self.context.beside_captures()?;
+        loop {
+            // SAFETY: the event is ours; its context is current.
             let code = unsafe { (self.context.api.cuEventQuery)(self.raw) };
             if code != NOT_READY {
                 return self.context.check("cuEventQuery", 0, code);
             }
             std::thread::sleep(POLL_EVERY);
+        }
+    }
+
+    pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
+        let _current = self.context.enter()?;
+        if self.is_polled {
+            return self.poll();
         }
         // SAFETY: the event is ours; its context is current.
         let code = unsafe { (self.context.api.cuEventSynchronize)(self.raw) };
