@@ -88,6 +88,7 @@ impl DeviceMemory {
         len: usize,
     ) -> Result<DeviceMemory, DeviceError> {
         let _current = context.enter()?;
+        let _beside = context.beside_captures()?;
         let mut address = 0;
         // SAFETY: `address` outlives the call; the context is current.
         let code = unsafe { (context.api.cuMemAlloc_v2)(&raw mut address, len) };
@@ -136,6 +137,7 @@ impl DeviceMemory {
     ) -> Result<(), DeviceError> {
         let mut from = self.at(offset, out.len())?;
         let _current = self.context.enter()?;
+        let _beside = self.context.beside_captures()?;
         for piece in out.chunks_mut(READ) {
             let target = piece.as_mut_ptr().cast::<c_void>();
             // SAFETY: `piece` is ours for the whole call, which returns when it is written; as many
@@ -178,6 +180,7 @@ impl Drop for DeviceMemory {
         let (api, context) = (self.context.api, &self.context);
         // Without a current context the driver refuses what needs one.
         let _current = twice(|| context.enter());
+        let _beside = context.beside_captures();
         match self.kind {
             Kind::Virtual { pages, mapped } => {
                 if mapped {

@@ -42,6 +42,7 @@ impl Stream {
 
     pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
         let _current = self.context.enter()?;
+        let _beside = self.context.beside_captures()?;
         // SAFETY: the stream is ours; its context is current.
         let code = unsafe { (self.context.api.cuStreamSynchronize)(self.raw) };
         self.context.check("cuStreamSynchronize", 0, code)
@@ -121,9 +122,8 @@ impl Event {
         self.context.check("cuEventRecord", 0, code)
     }
 
-    /// Asks until it is past. The event's context is current.
+    /// Asks until it is past. The event's context is current, and graphs are others' concern.
     fn poll(&self) -> Result<(), DeviceError> {
-        let _beside = self.context.beside_captures()?;
         loop {
             // SAFETY: the event is ours; its context is current.
             let code = unsafe { (self.context.api.cuEventQuery)(self.raw) };
@@ -136,6 +136,7 @@ impl Event {
 
     pub(super) fn synchronize(&self) -> Result<(), DeviceError> {
         let _current = self.context.enter()?;
+        let _beside = self.context.beside_captures()?;
         if self.is_polled {
             return self.poll();
         }
