@@ -280,7 +280,8 @@ pub(crate) struct DemoOptions {
     pub(crate) placement: PlacementOptions,
     #[command(flatten)]
     pub(crate) engine: EngineOptions,
-    /// Where weights for GPUs are quantized: cpu, gpu, or auto, by what is measured while loading
+    /// Where weights for GPUs are quantized: cpu, gpu, or auto: 16 and 32 bits by the processor where there are
+    /// eight threads or more, else by what is measured while loading
     #[arg(long, value_name = "WHERE", default_value_t)]
     pub(crate) quantize_on: QuantizeOn,
     #[command(flatten)]
@@ -353,7 +354,8 @@ pub(crate) struct LoadOptions {
     pub(crate) placement: PlacementOptions,
     #[command(flatten)]
     pub(crate) engine: EngineOptions,
-    /// Where weights for GPUs are quantized: cpu, gpu, or auto, by what is measured while loading
+    /// Where weights for GPUs are quantized: cpu, gpu, or auto: 16 and 32 bits by the processor where there are
+    /// eight threads or more, else by what is measured while loading
     #[arg(long, value_name = "WHERE", default_value_t)]
     pub(crate) quantize_on: QuantizeOn,
     #[command(flatten)]

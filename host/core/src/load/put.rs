@@ -32,7 +32,7 @@ struct Current<'m> {
     device: usize,
     writer: DeviceWriter,
     /// Dropped last.
-    _attached: Option<Box<dyn Attached + 'm>>,
+    attached: Option<Box<dyn Attached + 'm>>,
 }
 
 #[derive(Debug)]
@@ -131,12 +131,15 @@ impl<'m> Writers<'_, 'm> {
     fn of(&mut self, device: usize) -> Result<&mut DeviceWriter, LoadError> {
         let current = match self.current.take() {
             Some(current) if current.device == device => current,
-            other => {
-                if let Some(Current { writer, .. }) = other {
-                    self.buffers = Some(writer.release().map_err(LoadError::Device)?);
-                }
+            Some(Current {
+                writer, attached, ..
+            }) => {
+                self.buffers = Some(writer.release().map_err(LoadError::Device)?);
+                // Before the thread is bound to another device: what is bound last is left first.
+                drop(attached);
                 self.open(device)?
             }
+            None => self.open(device)?,
         };
         Ok(&mut self.current.insert(current).writer)
     }
@@ -170,7 +173,7 @@ impl<'m> Writers<'_, 'm> {
             writer: writer.ok_or_else(|| LoadError::NoTransfer {
                 device: self.plan.devices[device].device.name.clone(),
             })?,
-            _attached: attached,
+            attached,
         })
     }
 
