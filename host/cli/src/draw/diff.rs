@@ -251,7 +251,8 @@ impl Comparison {
         text += &format!("\n{}", self.table());
         let (Some(moved), Some(formats)) = (&self.moved, &self.formats) else {
             if self.a.policy.is_some() && self.b.policy.is_some() {
-                text += "\nWhere plans cut tensors into slices, these are not compared one by one.\n";
+                text +=
+                    "\nWhere plans cut tensors into slices, these are not compared one by one.\n";
             }
             return text;
         };
