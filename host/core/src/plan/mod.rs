@@ -12,6 +12,7 @@ mod products;
 mod propose;
 #[cfg(test)]
 mod propose_tests;
+mod share;
 mod size;
 mod stacks;
 
