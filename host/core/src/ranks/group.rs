@@ -65,6 +65,8 @@ struct Shared {
     options: JoinOptions,
     /// To write to, by rank. Others than rank 0 have only that with rank 0.
     links: Vec<Option<Mutex<TcpStream>>>,
+    /// Held while rank 0 tells all others something.
+    speaking: Mutex<()>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -144,6 +146,7 @@ impl Group {
             size: world.size,
             options,
             links: links.collect(),
+            speaking: Mutex::new(()),
             state: Mutex::new(State {
                 told: Step::ALL.map(|_| nothing()),
                 trouble: None,
@@ -326,26 +329,40 @@ impl Shared {
         }
     }
 
-    /// Writes to one rank; one that takes nothing is lost.
-    fn send(&self, to: u32, bytes: &[u8]) {
+    /// Writes to one rank. Gives whether it takes anything.
+    fn write(&self, to: u32, bytes: &[u8]) -> bool {
         let Some(Some(link)) = self.links.get(to as usize) else {
-            return;
+            return true;
         };
-        let written = {
-            let mut stream = link.lock().unwrap_or_else(PoisonError::into_inner);
-            std::io::Write::write_all(&mut *stream, bytes)
-        };
-        if let Err(error) = written {
-            tracing::debug!("rank {to} takes no message: {error}");
-            self.end(RankError::Lost { rank: to }, None);
+        let mut stream = link.lock().unwrap_or_else(PoisonError::into_inner);
+        std::io::Write::write_all(&mut *stream, bytes).is_ok()
+    }
+
+    /// Tells rank 0.
+    fn send(&self, message: &Message) {
+        if !self.write(0, &message.bytes()) {
+            self.end(RankError::Lost { rank: 0 }, None);
         }
     }
 
-    /// Tells all other ranks, but one; only rank 0 has connections to several.
-    fn broadcast(&self, message: &Message, but: Option<u32>) {
-        let bytes = message.bytes();
-        for rank in (0..self.size).filter(|rank| Some(*rank) != but) {
-            self.send(rank, &bytes);
+    /// Tells all other ranks as rank 0: each message but those that are about itself. What is told at once
+    /// is not interrupted: a rank that has heard all may leave, and that is no news before all have.
+    fn broadcast(&self, messages: &[Message]) {
+        let mut lost = None;
+        {
+            let _alone = self.speaking.lock().unwrap_or_else(PoisonError::into_inner);
+            for message in messages {
+                let bytes = message.bytes();
+                let others = (0..self.size).filter(|&rank| rank != message.rank);
+                for rank in others {
+                    if !self.write(rank, &bytes) {
+                        lost.get_or_insert(rank);
+                    }
+                }
+            }
+        }
+        if let Some(rank) = lost {
+            self.end(RankError::Lost { rank }, None);
         }
     }
 
@@ -363,13 +380,13 @@ impl Shared {
         if self.rank > 0 {
             return;
         }
-        let (message, but) = match (message, &trouble) {
-            (Some(message), RankError::Failed { rank, .. }) => (message, Some(*rank)),
-            (_, RankError::Lost { rank }) => (Message::of(Kind::Lost, *rank), Some(*rank)),
-            (_, RankError::Late { rank, .. }) => (Message::of(Kind::Late, *rank), None),
-            _ => return,
+        let message = match (message, &trouble) {
+            (Some(message), _) => message,
+            (None, RankError::Lost { rank }) => Message::of(Kind::Lost, *rank),
+            (None, RankError::Late { rank, .. }) => Message::of(Kind::Late, *rank),
+            (None, _) => return,
         };
-        self.broadcast(&message, but);
+        self.broadcast(&[message]);
     }
 
     /// A rank cannot go on, whatever step others are at.
@@ -413,7 +430,7 @@ impl Shared {
         let about = message.rank;
         let is_known = match self.rank {
             0 => about == from,
-            own => about < self.size && (about != own || message.kind == Kind::Late),
+            own => about < self.size && about != own,
         };
         if !is_known {
             return Err("a message about a rank that it knows nothing of");
@@ -471,20 +488,21 @@ impl Shared {
         if let (Step::Load, Err(failure)) = (step, &own) {
             // The others need not wait for anybody.
             if self.rank > 0 {
-                self.send(0, &message.bytes());
+                self.send(&message);
             }
             self.fail(self.rank, failure.clone());
             return Err(self.state().trouble.clone().unwrap_or(RankError::Cancelled));
         }
         if self.rank > 0 {
-            self.send(0, &message.bytes());
+            self.send(&message);
         }
         let told = self.wait_for_all(step)?;
         if self.rank == 0 {
-            for (rank, told) in told.iter().enumerate() {
-                let rank = rank as u32;
-                self.broadcast(&Message::told(step, rank, told), Some(rank));
-            }
+            let messages = told.iter().enumerate();
+            let messages: Vec<Message> = messages
+                .map(|(rank, told)| Message::told(step, rank as u32, told))
+                .collect();
+            self.broadcast(&messages);
         }
         judge(told)
     }
