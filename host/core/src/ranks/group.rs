@@ -79,6 +79,8 @@ struct State {
     told: [Vec<Option<Told>>; Step::ALL.len()],
     /// What has put an end to it.
     trouble: Option<RankError>,
+    /// Whether rank 0 has not told all others of it yet.
+    is_news: bool,
     /// Used when there is trouble.
     tokens: Vec<CancelToken>,
     /// Threads that read.
@@ -150,6 +152,7 @@ impl Group {
             state: Mutex::new(State {
                 told: Step::ALL.map(|_| nothing()),
                 trouble: None,
+                is_news: false,
                 tokens: Vec::new(),
                 readers: 0,
                 over: false,
@@ -286,18 +289,10 @@ impl Drop for Group {
     /// What was told before is heard by the others.
     fn drop(&mut self) {
         let shared = &self.shared;
-        shared.state().over = true;
-        shared.end_connections(Shutdown::Write);
         let until = Instant::now() + FAREWELL;
-        let mut state = shared.state();
-        while state.readers > 0 {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                break;
-            }
-            state = shared.wait(state, left);
-        }
-        drop(state);
+        shared.wait_until(until, |state| !state.is_news).over = true;
+        shared.end_connections(Shutdown::Write);
+        drop(shared.wait_until(until, |state| state.readers == 0));
         shared.end_connections(Shutdown::Both);
     }
 }
@@ -319,6 +314,19 @@ impl Shared {
     fn wait<'a>(&self, state: MutexGuard<'a, State>, limit: Duration) -> MutexGuard<'a, State> {
         let waited = self.changed.wait_timeout(state, limit);
         waited.unwrap_or_else(PoisonError::into_inner).0
+    }
+
+    /// Waits until something holds, at most so long.
+    fn wait_until(&self, until: Instant, holds: fn(&State) -> bool) -> MutexGuard<'_, State> {
+        let mut state = self.state();
+        while !holds(&state) {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                break;
+            }
+            state = self.wait(state, left);
+        }
+        state
     }
 
     fn end_connections(&self, how: Shutdown) {
@@ -375,6 +383,7 @@ impl Shared {
             }
             state.trouble = Some(trouble.clone());
             state.tokens.iter().for_each(CancelToken::cancel);
+            state.is_news = self.rank == 0;
         }
         self.changed.notify_all();
         if self.rank > 0 {
@@ -384,9 +393,11 @@ impl Shared {
             (Some(message), _) => message,
             (None, RankError::Lost { rank }) => Message::of(Kind::Lost, *rank),
             (None, RankError::Late { rank, .. }) => Message::of(Kind::Late, *rank),
-            (None, _) => return,
+            (None, _) => Message::of(Kind::Lost, self.rank),
         };
         self.broadcast(&[message]);
+        self.state().is_news = false;
+        self.changed.notify_all();
     }
 
     /// A rank cannot go on, whatever step others are at.
