@@ -64,7 +64,15 @@ const LAYERS: [(&str, &[&str]); 21] = [
     ),
     (
         "ranks",
-        &["cancel", "text", "status", "device", "checkpoint", "plan"],
+        &[
+            "types",
+            "cancel",
+            "text",
+            "status",
+            "device",
+            "checkpoint",
+            "plan",
+        ],
     ),
     ("dlpack", &["types", "device", "plan", "model"]),
     ("products", &["types", "status", "device", "plan", "model"]),

@@ -64,6 +64,12 @@ pub(crate) enum Command {
     Policy(PolicyCommand),
     /// What devices there are
     Devices(DevicesOptions),
+    /// Print what completes commands and options in a shell
+    ///
+    /// For bash: tightfit completions bash > ~/.local/share/bash-completion/completions/tightfit
+    Completions(CompletionsOptions),
+    /// Write manual pages, one for each command
+    Man(ManOptions),
     /// Compile a policy for the process that started this one
     #[command(name = COMPILE, hide = true)]
     CompilePolicy,
@@ -85,9 +91,23 @@ impl Command {
                 PolicyCommand::Show { output, .. } | PolicyCommand::List { output },
             ) => output.json,
             Command::Devices(options) => options.output.json,
-            Command::CompilePolicy => false,
+            Command::Completions(_) | Command::Man(_) | Command::CompilePolicy => false,
         }
     }
+}
+
+/// `tightfit completions`.
+#[derive(Debug, Args)]
+pub(crate) struct CompletionsOptions {
+    /// Which shell
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// `tightfit man`.
+#[derive(Debug, Args)]
+pub(crate) struct ManOptions {
+    /// Where to: a directory, made if it is not there
+    pub(crate) directory: PathBuf,
 }
 
 /// What this program is started with to compile a policy.

@@ -35,6 +35,9 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Com
         let digest = PlanDigest::of(&checkpoint, &proposed.plan);
         ranks::check_digest(&options.placement.ranks, &digest)?;
     }
+    if options.save.is_some() {
+        save::check_plan(&proposed)?;
+    }
     let (model, mut report) = carry_out(
         &checkpoint,
         placed,
@@ -131,6 +134,6 @@ pub(crate) fn carry_out(
     let usage: Vec<_> = devices.iter().map(|device| device.usage()).collect();
     let report = Report::of_plan(checkpoint, &placed.proposed, options.staging_bytes)
         .with_revisions(&placed.revisions)
-        .with_load(checkpoint, model.stats(), &usage);
+        .with_load(&model, &usage);
     Ok((model, report))
 }

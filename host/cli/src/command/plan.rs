@@ -108,6 +108,7 @@ fn show(
     if options.placements {
         report = report.with_placements(checkpoint, &proposed.plan);
     }
+    let cut = proposed.plan.cut(&checkpoint).unwrap_or(None);
     if options.output.json {
         return output::print_json(&report);
     }
@@ -116,7 +117,7 @@ fn show(
     }
     output::print(&draw::plan(
         &report,
-        checkpoint.tensors(),
+        cut.as_ref().unwrap_or(&checkpoint).tensors(),
         &proposed.plan,
         output::bar_style(),
         output::columns(),
@@ -129,5 +130,8 @@ fn drawing(checkpoint: &Checkpoint, proposed: &Proposed) -> String {
         model: &checkpoint.path().display().to_string(),
         policy: &format!("{} {}", proposed.policy, proposed.version),
     };
-    svg(heading, checkpoint.tensors(), &proposed.plan)
+    // A plan that is not for it has been refused before.
+    let cut = proposed.plan.cut(checkpoint).unwrap_or(None);
+    let tensors = cut.as_ref().unwrap_or(checkpoint).tensors();
+    svg(heading, tensors, &proposed.plan)
 }

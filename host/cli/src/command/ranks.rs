@@ -126,7 +126,7 @@ impl Agreed {
             }
         };
         let (checkpoint, devices) = opened;
-        let share = proposed.plan.share(&checkpoint, &keep);
+        let share = proposed.plan.share(&keep);
         Ok(Agreed {
             world,
             group,

@@ -38,11 +38,15 @@ pub(super) struct Run<'a, 'm> {
     transfers: Transfers<'m>,
     mappings: Mappings,
     ways: Ways,
+    /// The same for slices that do not lie together.
+    gathering: Ways,
     stop: AtomicBool,
     error: Mutex<Option<LoadError>>,
     /// When the load began.
     start: Instant,
     bytes_read: AtomicU64,
+    /// Bytes that were read with others, and are of no use.
+    read_beside: AtomicU64,
     bytes_total: u64,
     finished: Mutex<Finished>,
 }
@@ -90,10 +94,12 @@ impl<'a, 'm> Run<'a, 'm> {
             transfers,
             mappings: checkpoint.map(),
             ways: Ways::new(options.threads),
+            gathering: Ways::new(options.threads),
             stop: AtomicBool::new(false),
             error: Mutex::new(None),
             start,
             bytes_read: AtomicU64::new(0),
+            read_beside: AtomicU64::new(0),
             bytes_total: placed.map(|(tensor, _)| tensor.source_bytes()).sum(),
             finished: Mutex::new(Finished {
                 absmax_means: vec![0.0; tensors.len()],
@@ -113,7 +119,8 @@ impl<'a, 'm> Run<'a, 'm> {
         }
         let finished = self.finished.into_inner();
         let finished = finished.unwrap_or_else(PoisonError::into_inner);
-        Ok((finished, self.bytes_read.into_inner()))
+        let bytes_read = self.bytes_read.into_inner() + self.read_beside.into_inner();
+        Ok((finished, bytes_read))
     }
 
     /// Works until nothing is left, something fails, or the user cancels. Workers have numbers,
@@ -224,12 +231,13 @@ impl<'a, 'm> Run<'a, 'm> {
         let source = Source {
             checkpoint: self.checkpoint,
             tensor: chunk.tensor,
-            encoded: tensor.encoded.is_some().then_some(tensor),
+            indirect: chunk.is_indirect.then_some(tensor),
             shard: chunk.shard,
             offset: chunk.offset,
             bytes: chunk.bytes,
             kernels: self.options.kernels,
             mappings: &self.mappings,
+            beside: &self.read_beside,
         };
         match chunk.task {
             // No staging of ours: what the processor cannot write is read into what is copied.
@@ -242,9 +250,12 @@ impl<'a, 'm> Run<'a, 'm> {
                 ))?;
                 put(&mut worker.writers, [data], |[data]| {
                     let first = chunk.offset / 4;
-                    self.checkpoint
-                        .read_absmax(tensor, quantized, first, data, worker.slot)
-                        .map_err(LoadError::Checkpoint)
+                    let read =
+                        self.checkpoint
+                            .read_absmax(tensor, quantized, first, data, worker.slot);
+                    let beside = read.map_err(LoadError::Checkpoint)?;
+                    self.read_beside.fetch_add(beside, Ordering::Relaxed);
+                    Ok(())
                 })?;
                 let until = |end| quantized.stored_bytes_until(end);
                 return Ok(until(chunk.offset + chunk.bytes as u64) - until(chunk.offset));
@@ -325,7 +336,11 @@ impl<'a, 'm> Run<'a, 'm> {
         let step = slot.len() / block_bytes * block_bytes;
         let mut produce = |codes: &mut [u8], absmax: &mut [f32]| {
             let begun = Instant::now();
-            let window = match self.ways.choose() {
+            let ways = match source.gather() {
+                None => &self.ways,
+                Some(_) => &self.gathering,
+            };
+            let window = match ways.choose() {
                 Way::Look => source.window(),
                 Way::Read => None,
             };
@@ -334,7 +349,7 @@ impl<'a, 'm> Run<'a, 'm> {
                 self.options.cancel.check()?;
                 let length = step.min(source.bytes - start);
                 let piece = match &window {
-                    Some(window) => &window[start..][..length],
+                    Some(window) => source.look(window, start, &mut slot[..length]),
                     None => {
                         source.read(start, &mut slot[..length], scratch)?;
                         &slot[..length]
@@ -354,7 +369,7 @@ impl<'a, 'm> Run<'a, 'm> {
                     Way::Look
                 }
             };
-            self.ways.record(way, source.bytes, begun.elapsed());
+            ways.record(way, source.bytes, begun.elapsed());
             Ok(nonfinite_blocks)
         };
         let count = blocks(piece.elements, block_size);

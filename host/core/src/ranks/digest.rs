@@ -11,6 +11,7 @@ use sha2::{Digest as _, Sha256};
 use crate::checkpoint::Checkpoint;
 use crate::device::DeviceKind;
 use crate::plan::{PartKind, Plan};
+use crate::types::Placement;
 
 /// A SHA-256 digest; it prints as 64 hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -146,6 +147,11 @@ impl Hash {
         self.number(number.unwrap_or(0));
     }
 
+    fn placement(&mut self, placement: Placement) {
+        self.option(placement.device.map(u64::from));
+        self.text(&placement.format.to_string());
+    }
+
     fn finish(self) -> Digest {
         Digest(self.0.finalize().into())
     }
@@ -170,6 +176,7 @@ fn of_checkpoint(checkpoint: &Checkpoint) -> Digest {
         for how in [
             tensor.quantized.as_ref().map(|how| format!("{how:?}")),
             tensor.encoded.as_ref().map(|how| format!("{how:?}")),
+            tensor.piece.as_ref().map(|how| format!("{how:?}")),
         ] {
             hash.number(how.is_some().into());
             hash.text(&how.unwrap_or_default());
@@ -214,10 +221,20 @@ fn of_placements(plan: &Plan) -> Digest {
         hash.number(planned.products);
         hash.number(planned.tensors);
     }
+    hash.index(plan.slices.len());
+    for slice in &plan.slices {
+        hash.number(slice.tensor.into());
+        hash.number(slice.dimension.into());
+        hash.index(slice.ranges.len());
+        for range in &slice.ranges {
+            hash.number(range.start);
+            hash.number(range.end);
+        }
+        hash.placement(slice.placement);
+    }
     hash.index(plan.tensors.len());
     for planned in &plan.tensors {
-        hash.option(planned.placement.device.map(u64::from));
-        hash.text(&planned.placement.format.to_string());
+        hash.placement(planned.placement);
         hash.index(planned.parts.len());
         for part in &planned.parts {
             hash.number(match part.kind {
@@ -240,7 +257,7 @@ mod tests {
     use super::*;
     use crate::device::DeviceInfo;
     use crate::testing::{Source, device, source, write_checkpoint};
-    use crate::types::{DType, Format, Placement};
+    use crate::types::{DType, Format, Slice};
 
     fn sources() -> Vec<Source> {
         vec![
@@ -374,6 +391,44 @@ mod tests {
             );
             assert_eq!(other.devices, seen[0].devices);
             assert_eq!(other.checkpoint, seen[0].checkpoint);
+            seen.push(other);
+        }
+    }
+
+    #[test]
+    fn every_field_of_a_slice_counts() {
+        let directory = tempfile::tempdir().unwrap();
+        let checkpoint = checkpoint(directory.path(), &sources());
+        let mut plan = plan(&checkpoint, &devices(), Format::NF4, 0);
+        let slice = |ranges: &[std::ops::Range<u64>]| Slice {
+            tensor: 0,
+            dimension: 0,
+            ranges: ranges.to_vec(),
+            placement: Placement {
+                device: Some(0),
+                format: Format::NF4,
+            },
+        };
+        let mut seen = vec![PlanDigest::of(&checkpoint, &plan).placements];
+        let first = slice(&[0..32, 40..64]);
+        let changed = |change: fn(&mut Slice)| {
+            let mut slice = first.clone();
+            change(&mut slice);
+            slice
+        };
+        for slices in [
+            vec![first.clone()],
+            vec![slice(&[0..32]), slice(&[40..64])],
+            vec![changed(|slice| slice.tensor = 1)],
+            vec![changed(|slice| slice.dimension = 1)],
+            vec![changed(|slice| slice.ranges[1].end = 63)],
+            vec![changed(|slice| slice.ranges[0].start = 1)],
+            vec![changed(|slice| slice.placement.device = Some(1))],
+            vec![changed(|slice| slice.placement.format = Format::Stored)],
+        ] {
+            plan.slices = slices;
+            let other = PlanDigest::of(&checkpoint, &plan).placements;
+            assert!(!seen.contains(&other), "{}", seen.len());
             seen.push(other);
         }
     }

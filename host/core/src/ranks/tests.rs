@@ -7,9 +7,12 @@ use std::time::{Duration, Instant};
 use super::message::{Hello, Kind, MAX_PAYLOAD, Message, Step};
 use super::*;
 use crate::cancel::CancelToken;
+use crate::checkpoint::Checkpoint;
 use crate::device::DeviceInfo;
+use crate::plan::Plan;
 use crate::status::Status;
-use crate::testing::device;
+use crate::testing::{device, source, write_checkpoint};
+use crate::types::{DType, Format, Placement};
 
 /// A world whose rank 0 listens already.
 struct Meeting {
@@ -493,4 +496,34 @@ fn waiting_is_cancelled() {
         drop(group);
         assert_eq!(host.join().unwrap(), Err(RankError::Lost { rank: 1 }));
     });
+}
+
+#[test]
+fn shares_of_all_ranks_are_the_plan() {
+    let directory = tempfile::tempdir().unwrap();
+    let names = ["a.weight", "b.weight", "c.weight", "d.weight", "e.weight"];
+    write_checkpoint(
+        directory.path(),
+        &names.map(|name| source(name, DType::Bf16, &[64, 64])),
+    );
+    let checkpoint = Checkpoint::open(directory.path()).unwrap();
+    let devices = ["0/sim:0", "1/sim:0", "1/cpu"].map(|name| device(name, 1 << 20, 4096));
+    let placements: Vec<Placement> = [Some(0), Some(2), Some(1), None, Some(2)]
+        .map(|device| Placement {
+            device,
+            format: Format::NF4_DOUBLE,
+        })
+        .into();
+    let plan = Plan::new(checkpoint.tensors(), &[], &devices, &placements, &[0; 3]).unwrap();
+    let shares = [[true, false, false], [false, true, true]].map(|keep| plan.share(&keep));
+    assert_eq!(shares[0].devices, plan.devices[..1]);
+    assert_eq!(shares[1].devices, plan.devices[1..]);
+    for (index, whole) in plan.tensors.iter().enumerate() {
+        let held = shares.iter().map(|share| &share.tensors[index]);
+        let held: Vec<_> = held
+            .filter(|part| part.placement.device.is_some())
+            .collect();
+        assert_eq!(held.len(), usize::from(whole.placement.device.is_some()));
+        assert!(held.iter().all(|held| held.parts == whole.parts));
+    }
 }
