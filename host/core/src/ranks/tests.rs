@@ -1,5 +1,6 @@
 //! Ranks as threads of one process, over the loopback interface.
 
+use std::collections::BTreeMap;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::time::{Duration, Instant};
@@ -526,4 +527,86 @@ fn shares_of_all_ranks_are_the_plan() {
         assert_eq!(held.len(), usize::from(whole.placement.device.is_some()));
         assert!(held.iter().all(|held| held.parts == whole.parts));
     }
+}
+
+/// What is stored of every tensor that a model has.
+fn stored(model: &Model) -> BTreeMap<String, Vec<Vec<u8>>> {
+    let parts = |tensor: Tensor<'_>| {
+        let kinds = tensor.parts().iter().map(|part| part.kind);
+        let bytes = kinds.map(|kind| tensor.read_part(kind).unwrap().unwrap());
+        (tensor.name().to_owned(), bytes.collect())
+    };
+    model.tensors().map(parts).collect()
+}
+
+#[test]
+fn all_that_ranks_load_is_what_one_process_loads() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("m");
+    write(Preset::Demo, &path, &SynthOptions::default()).unwrap();
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let size = 4;
+    // Layer by layer to one rank after the other, as for a pipeline; experts of a layer stay together.
+    let tensors = checkpoint.tensors();
+    let placements: Vec<Placement> = tensors
+        .iter()
+        .map(|tensor| {
+            let layer = layer_of(&tensor.name).map(|(_, layer)| layer);
+            Placement {
+                device: Some(layer.unwrap_or(0) % size),
+                format: match tensor.shape.len() == 2 && layer.is_some() {
+                    true => Format::NF4_DOUBLE,
+                    false => Format::Stored,
+                },
+            }
+        })
+        .collect();
+    let proposal = |placements: Vec<Placement>, devices: usize| Proposal {
+        placements,
+        headroom: vec![0; devices],
+        slices: Vec::new(),
+    };
+    let alone: Vec<Box<dyn Device>> = vec![Box::new(HostDevice::sim(0, 1 << 30))];
+    let on_one = placements.iter().map(|placement| Placement {
+        device: Some(0),
+        ..*placement
+    });
+    let proposed = proposal(on_one.collect(), 1);
+    let whole = Plan::of(&checkpoint, &[alone[0].info()], &proposed).unwrap();
+    let whole = load(&checkpoint, &whole, &alone, &LoadOptions::default()).unwrap();
+
+    let specs = WorldDevices::new(&["sim:1GiB".parse().unwrap()], size).unwrap();
+    let shares = Meeting::of(size).run(|rank, group| {
+        let group = group.unwrap();
+        // As a process of its own does.
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let devices = specs.open(rank, rank, size).unwrap();
+        let infos: Vec<DeviceInfo> = devices.iter().map(|device| device.info()).collect();
+        let told = group.devices(Ok(&infos)).unwrap();
+        let all = specs.gathered(&told).unwrap();
+        let all: Vec<DeviceInfo> = all.into_iter().map(|device| device.info).collect();
+        let proposed = proposal(placements.clone(), all.len());
+        let plan = Plan::of(&checkpoint, &all, &proposed).unwrap();
+        group
+            .agree(Ok(&PlanDigest::of(&checkpoint, &plan)))
+            .unwrap();
+        let share = plan.share(&specs.is_of(rank));
+        let reserved = Reserved::take(share, &devices).unwrap();
+        group.reserved(Ok(())).unwrap();
+        let model = load_reserved(&checkpoint, reserved, &LoadOptions::default()).unwrap();
+        group.loaded(Ok(())).unwrap();
+        let peak = devices[0].usage().reserved.peak;
+        assert_eq!(peak, plan.devices[rank as usize].size.reserved);
+        (model.stats().bytes_read, stored(&model))
+    });
+    let read: u64 = shares.iter().map(|(read, _)| read).sum();
+    assert_eq!(read, whole.stats().bytes_read);
+    let mut union = BTreeMap::new();
+    for (_, share) in shares {
+        assert!(!share.is_empty());
+        for (name, bytes) in share {
+            assert!(union.insert(name, bytes).is_none());
+        }
+    }
+    assert!(union == stored(&whole), "the bytes differ");
 }
