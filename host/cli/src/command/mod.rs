@@ -16,6 +16,7 @@ mod output;
 mod plan;
 mod policy;
 mod progress;
+mod ranks;
 mod run;
 mod save;
 mod session;
