@@ -129,10 +129,9 @@ impl Slice {
             return true;
         }
         (is_one || row.is_multiple_of(block_size))
-            && self
-                .ranges
-                .iter()
-                .all(|range| starts_block(range.start) && (starts_block(range.end) || is_end(range.end)))
+            && self.ranges.iter().all(|range| {
+                starts_block(range.start) && (starts_block(range.end) || is_end(range.end))
+            })
     }
 }
 
@@ -174,7 +173,9 @@ pub fn even_parts(length: u64, parts: usize, unit: u64) -> Vec<Range<u64>> {
     let (parts, units) = (parts as u64, length.div_ceil(unit));
     let (each, more) = (units / parts, units % parts);
     let start = |part: u64| length.min((part * each + part.min(more)).saturating_mul(unit));
-    (0..parts).map(|part| start(part)..start(part + 1)).collect()
+    (0..parts)
+        .map(|part| start(part)..start(part + 1))
+        .collect()
 }
 
 /// Cuts `length` into consecutive parts of one length, but for the last ones, which get what is left: less, or

@@ -47,9 +47,9 @@ pub use bindings::tightfit::host::models::{
 };
 pub use bindings::tightfit::host::nf4;
 pub use bindings::tightfit::host::output::write as output;
+pub use bindings::tightfit::host::sizing::{StoredSize, stored_bytes};
 pub use bindings::tightfit::host::sliced_models::Piece;
 pub use bindings::tightfit::host::slices::{Range as SliceRange, Slice};
-pub use bindings::tightfit::host::sizing::{StoredSize, stored_bytes};
 pub use bindings::tightfit::host::transformer;
 pub use bindings::tightfit::host::types::{
     Device, DeviceKind, Dtype, Format, Nf4Format, Placement, QuantType, Tensor,

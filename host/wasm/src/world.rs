@@ -291,8 +291,14 @@ mod tests {
         let newer = world.check_export("tightfit:host/slicer@0.2.0");
         assert!(newer.unwrap_err().to_string().contains("slicer@0.2.0"));
         let described = |names: &[&'static str]| world.component_type_of(names.iter().copied());
-        assert_eq!(described(&["memory", "tightfit:host/planner@0.1.0#plan"]), [1]);
-        let both = ["tightfit:host/planner@0.1.0#plan", "tightfit:host/slicer@0.1.4#plan-slices"];
+        assert_eq!(
+            described(&["memory", "tightfit:host/planner@0.1.0#plan"]),
+            [1]
+        );
+        let both = [
+            "tightfit:host/planner@0.1.0#plan",
+            "tightfit:host/slicer@0.1.4#plan-slices",
+        ];
         assert_eq!(described(&both), [2]);
         assert_eq!(described(&["tightfit:host/slicers@0.1.0#plan-slices"]), [1]);
         let missing = world.check_exports(["run", "tightfit:host/log@0.1.0"].into_iter());

@@ -24,8 +24,7 @@ use tightfit::policy::{Answer, Description, Policy, PolicyError, Request};
 use tightfit::status::Status;
 
 /// The policies that are part of the program.
-pub const BUILTIN_POLICIES: [&str; 5] =
-    ["auto", "packed", "huggingface", "map", "tensor-parallel"];
+pub const BUILTIN_POLICIES: [&str; 5] = ["auto", "packed", "huggingface", "map", "tensor-parallel"];
 
 static AUTO: &[u8] = include_bytes!("builtin/auto.wasm");
 static HUGGINGFACE: &[u8] = include_bytes!("builtin/huggingface.wasm");
@@ -207,7 +206,10 @@ fn function(
     interface: &ComponentInstance,
     name: &str,
 ) -> wasmtime::Result<ComponentFunc> {
-    match interface.get_export(pre.engine(), name).map(|export| export.ty) {
+    match interface
+        .get_export(pre.engine(), name)
+        .map(|export| export.ty)
+    {
         Some(ComponentItem::ComponentFunc(function)) => Ok(function),
         _ => bail!("it has no function {name}"),
     }

@@ -69,7 +69,10 @@ pub(crate) fn slices(
     is_ignored: impl Fn(usize) -> bool,
 ) -> Result<Vec<Slice>, BadSlices> {
     // One for each slice is counted with the slice.
-    let ranges: usize = given.iter().map(|slice| slice.ranges.len().max(1) - 1).sum();
+    let ranges: usize = given
+        .iter()
+        .map(|slice| slice.ranges.len().max(1) - 1)
+        .sum();
     if ranges > MOST_RANGES {
         return Err(BadSlices::Ranges(TooManyRanges { have: ranges }));
     }
@@ -78,7 +81,11 @@ pub(crate) fn slices(
         Ok(Slice {
             tensor: given.tensor,
             dimension: given.dimension,
-            ranges: given.ranges.iter().map(|range| range.start..range.end).collect(),
+            ranges: given
+                .ranges
+                .iter()
+                .map(|range| range.start..range.end)
+                .collect(),
             placement: placement(given.placement, index, tensors, &is_ignored)?,
         })
     };
@@ -91,9 +98,7 @@ pub(crate) const MOST_RANGES: usize = 1 << 18;
 
 /// Slices with more ranges than the host takes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "its slices have {have} ranges beyond one for each, there can be {MOST_RANGES}"
-)]
+#[error("its slices have {have} ranges beyond one for each, there can be {MOST_RANGES}")]
 pub struct TooManyRanges {
     /// How many there are.
     pub have: usize,
@@ -120,10 +125,9 @@ fn placement(
         Err(source) => {
             return Err(BadPlacement {
                 // There may be more placements than tensors.
-                tensor: tensors.get(index).map_or_else(
-                    || format!("number {index}"),
-                    |tensor| tensor.name.clone(),
-                ),
+                tensor: tensors
+                    .get(index)
+                    .map_or_else(|| format!("number {index}"), |tensor| tensor.name.clone()),
                 source,
             });
         }
@@ -161,8 +165,8 @@ pub(crate) fn wit_format(format: Format) -> types::Format {
 
 mod policy {
     use super::super::bindings::exports::tightfit::host::planner;
-    use super::super::bindings::tightfit::host::types;
     use super::super::bindings::slicing::exports::tightfit::host::slicer;
+    use super::super::bindings::tightfit::host::types;
     use super::{
         BadPlacement, BadSlices, placements, slices, wit_dtype, wit_format, wit_quant_type,
     };

@@ -18,8 +18,7 @@ const SLICER: &str = "tightfit:host/slicer@0.1.0";
 type Describe = TypedFunc<(), (wit::Description,)>;
 type Plan = TypedFunc<(wit::Request,), (Result<wit::Proposal, wit::Refusal>,)>;
 
-type PlanSlices =
-    TypedFunc<(wit::Request,), (Result<slicer::SlicedProposal, wit::Refusal>,)>;
+type PlanSlices = TypedFunc<(wit::Request,), (Result<slicer::SlicedProposal, wit::Refusal>,)>;
 
 /// The functions of an instantiated policy. Nothing is limited here: fuel, time and memory are what
 /// the host's store allows.
@@ -56,11 +55,9 @@ impl Planner {
         let (describe, plan) = (index("describe")?, index("plan")?);
         let plan_slices = match instance.get_export_index(&mut store, None, SLICER) {
             Some(interface) => {
-                let index =
-                    instance.get_export_index(&mut store, Some(&interface), "plan-slices");
-                let index = index.ok_or_else(|| {
-                    wasmtime::format_err!("{SLICER} has no function plan-slices")
-                })?;
+                let index = instance.get_export_index(&mut store, Some(&interface), "plan-slices");
+                let index = index
+                    .ok_or_else(|| wasmtime::format_err!("{SLICER} has no function plan-slices"))?;
                 Some(instance.get_typed_func(&mut store, index)?)
             }
             None => None,

@@ -60,8 +60,7 @@ use crate::stop::Stop;
 use bindings::tightfit::host::{
     buffers as wit_buffers, checkpoints as wit_checkpoints, devices as wit_devices, errors,
     linear as wit_linear, models as wit_models, nf4 as wit_nf4, output as wit_output,
-    sliced_models as wit_sliced_models,
-    transformer as wit_transformer,
+    sliced_models as wit_sliced_models, transformer as wit_transformer,
 };
 use checkpoints::Grants;
 use tightfit::cancel::CancelToken;

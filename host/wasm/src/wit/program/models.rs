@@ -94,8 +94,7 @@ impl Loader {
                 }
             }
         }
-        let bytes =
-            texts as u64 + TENSOR_BYTES * entries as u64 + RANGE_BYTES * ranges as u64;
+        let bytes = texts as u64 + TENSOR_BYTES * entries as u64 + RANGE_BYTES * ranges as u64;
         let size = ReservationSize {
             reserved: bytes,
             ..ReservationSize::default()
@@ -159,9 +158,7 @@ impl ProgramCtx {
         self.memory.trim();
         let infos = self.device_infos();
         // Cutting takes that memory already.
-        let kept = self
-            .models
-            .keep(checkpoint, &proposal.slices, &self.stop)?;
+        let kept = self.models.keep(checkpoint, &proposal.slices, &self.stop)?;
         // Planning and loading look at the clock themselves, and do not know why they are ended.
         let cancel = self.stop.token();
         let options = PlanOptions::default().with_cancel(cancel.clone());
