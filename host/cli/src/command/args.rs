@@ -443,6 +443,9 @@ pub(crate) struct LoadOptions {
     /// List every tensor's device, format and bytes
     #[arg(long)]
     pub(crate) placements: bool,
+    /// Draw what was reserved and written on each device over time, with the plan as a line
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) timeline: Option<PathBuf>,
     /// Write the quantized checkpoint too, to this directory
     #[arg(long, value_name = "DIR")]
     pub(crate) save: Option<PathBuf>,

@@ -22,6 +22,7 @@ mod save;
 mod session;
 mod stderr;
 mod synth;
+mod timeline;
 
 use std::ffi::OsString;
 use std::io;
