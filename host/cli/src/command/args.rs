@@ -194,7 +194,7 @@ pub(crate) struct RankOptions {
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) rendezvous: Option<Rendezvous>,
 
-    /// How long ranks are waited for that do not come or say nothing
+    /// How long ranks are waited for that do not come or say nothing, as while they download
     #[arg(
         long,
         value_name = "SECONDS",

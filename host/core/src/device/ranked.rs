@@ -426,7 +426,75 @@ fn host_share(local_size: u32) -> Box<dyn Device> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Devices as they can be named.
+    fn any_device() -> impl Strategy<Value = LocalSpec> {
+        let size = 0u64..1 << 50;
+        let some = prop::option::of(size.clone());
+        let cuda = (any::<u32>(), some.clone())
+            .prop_map(|(index, capacity)| LocalSpec::Device(DeviceSpec::Cuda { index, capacity }));
+        prop_oneof![
+            some.clone()
+                .prop_map(|capacity| LocalSpec::LocalCuda { capacity }),
+            some.prop_map(|capacity| LocalSpec::Device(DeviceSpec::Cpu { capacity })),
+            size.prop_map(|capacity| LocalSpec::Device(DeviceSpec::Sim { capacity })),
+            cuda,
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_device_is_read_as_it_is_shown(
+            rank in prop::option::of(any::<u32>()),
+            device in any_device(),
+        ) {
+            let spec = RankedSpec { rank, device };
+            prop_assert_eq!(spec.to_string().parse(), Ok(spec));
+        }
+
+        #[test]
+        fn any_text_is_a_device_or_an_error(text in "[0-9]{0,3}/?(cuda|cpu|sim)?:?[0-9]{0,2}:?[0-9A-Za-z]{0,5}") {
+            if let Ok(spec) = text.parse::<RankedSpec>() {
+                prop_assert_eq!(spec.to_string().parse(), Ok(spec));
+            }
+        }
+
+        #[test]
+        fn every_device_of_a_world_is_of_one_rank(
+            devices in prop::collection::vec((0u32..4, any_device()), 1..8),
+            are_ranked in any::<bool>(),
+        ) {
+            let spec = |(rank, device): &(u32, LocalSpec)| RankedSpec {
+                rank: are_ranked.then_some(*rank),
+                device: device.clone(),
+            };
+            let specs: Vec<RankedSpec> = devices.iter().map(spec).collect();
+            let world = WorldDevices::new(&specs, 4).unwrap();
+            let of: Vec<Vec<bool>> = (0..4).map(|rank| world.is_of(rank)).collect();
+            let count = if are_ranked { specs.len() } else { 4 * specs.len() };
+            for device in 0..count {
+                prop_assert_eq!(of.iter().filter(|of| of[device]).count(), 1);
+            }
+            match world.planned() {
+                Ok(planned) => {
+                    prop_assert_eq!(planned.len(), count);
+                    for (index, device) in planned.iter().enumerate() {
+                        prop_assert!(of[device.rank as usize][index]);
+                        let rank = format!("{}/", device.rank);
+                        prop_assert!(device.info.name.starts_with(&rank));
+                    }
+                }
+                Err(DeviceError::Unavailable { .. }) => prop_assert!(!world.are_sized()),
+                Err(error) => {
+                    let is_twice = matches!(error, DeviceError::NamedTwice { .. });
+                    prop_assert!(is_twice, "{}", error);
+                }
+            }
+        }
+    }
 
     fn specs(texts: &[&str]) -> Vec<RankedSpec> {
         texts.iter().map(|text| text.parse().unwrap()).collect()
