@@ -395,6 +395,10 @@ pub(crate) fn add_products_with(isa: Isa) -> AddProducts {
         Isa::Avx512 => crate::x86::avx512::add_products_if_available(),
         #[cfg(not(target_arch = "x86_64"))]
         Isa::Avx2 | Isa::Avx512 => add_products,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => crate::arm::neon::add_products,
+        #[cfg(not(target_arch = "aarch64"))]
+        Isa::Neon => add_products,
     }
 }
 
