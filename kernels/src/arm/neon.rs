@@ -5,7 +5,7 @@
 
 mod absmax;
 mod convert;
-mod linear;
+pub(crate) mod linear;
 mod memory;
 mod sources;
 

@@ -1,4 +1,6 @@
-//! Products of f32.
+//! Products. Of bf16 rows with the instruction for bf16 where there is one, of others as f32.
+
+pub(crate) mod bf16;
 
 use std::arch::aarch64::*;
 

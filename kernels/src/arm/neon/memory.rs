@@ -58,3 +58,24 @@ pub(super) fn store_fours(out: &mut [u8; 64], value: uint8x16x4_t) {
     // SAFETY: 64 bytes can be written, at any alignment.
     unsafe { vst4q_u8(out.as_mut_ptr(), value) }
 }
+
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn load_numbers(numbers: &[u16; 8]) -> uint16x8_t {
+    // SAFETY: 8 numbers of 2 bytes can be read.
+    unsafe { vld1q_u16(numbers.as_ptr()) }
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn store_numbers(out: &mut [u16; 8], value: uint64x2_t) {
+    // SAFETY: 8 numbers of 2 bytes can be written.
+    unsafe { vst1q_u16(out.as_mut_ptr(), vreinterpretq_u16_u64(value)) }
+}
+
+#[target_feature(enable = "neon")]
+#[inline]
+pub(super) fn store_f32(out: &mut [f32; 4], value: float32x4_t) {
+    // SAFETY: 4 values of 4 bytes can be written.
+    unsafe { vst1q_f32(out.as_mut_ptr(), value) }
+}
