@@ -7,6 +7,9 @@ from typing import Any
 
 _WITHOUT = "Tightfit loads a whole model in each process"
 
+# The version of transformers from which on what is cut is there to be seen before it is loaded.
+_NEEDED = "5.24"
+
 
 def refuse_sharding() -> None:
     """Refuses what shards every model of this process.
@@ -22,16 +25,25 @@ def refuse_sharding() -> None:
         raise ValueError(f"{_WITHOUT}: FSDP2 shards it")
 
 
-def refuse_parallel(model: Any) -> None:
-    """Refuses a model that is one process's share.
+def shared(model: Any) -> Any:
+    """How processes share a model, as transformers was asked: its ``DistributedConfig``; None where each has all of it.
 
     Raises:
-        ValueError: ``tp_plan`` or ``distributed_config`` was asked for.
+        ValueError: They share it in a way that Tightfit does not load for.
     """
     config = getattr(model.config, "distributed_config", None)
-    # Older versions note it on the model alone.
-    if config is not None or getattr(model, "_tp_size", None) is not None:
-        raise ValueError(f"{_WITHOUT}: leave tp_plan and distributed_config out")
+    if config is None:
+        # Older versions note it on the model alone.
+        if getattr(model, "_tp_size", None) is not None:
+            raise ValueError(f"this version of transformers cuts models another way: tp_plan needs {_NEEDED} or newer")
+        return None
+    if not hasattr(config, "pp_size"):
+        raise ValueError(f"this version of transformers cuts models another way: tp_plan needs {_NEEDED} or newer")
+    if config.dp_size > 1:
+        raise ValueError("fsdp_size and dp_replicate_size shard what is loaded whole: Tightfit loads for tp_size and pp_size")
+    if config.ep_size > 1:
+        raise ValueError("ep_size gives experts to processes whole: Tightfit cuts them for tp_size")
+    return config if config.tp_size > 1 or config.pp_size > 1 else None
 
 
 def _fsdp_version() -> int:
