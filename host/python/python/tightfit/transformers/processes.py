@@ -39,11 +39,13 @@ def shared(model: Any) -> Any:
         return None
     if not hasattr(config, "pp_size"):
         raise ValueError(f"this version of transformers cuts models another way: tp_plan needs {_NEEDED} or newer")
-    if config.dp_size > 1:
-        raise ValueError("fsdp_size and dp_replicate_size shard what is loaded whole: Tightfit loads for tp_size and pp_size")
+    if config.dp_replicate_size > 1:
+        raise ValueError("dp_replicate_size: Tightfit shards for fsdp_size, and has no replicas of that")
+    if config.fsdp_size > 1 and config.tp_size * config.pp_size > 1:
+        raise ValueError("fsdp_size with tp_size or pp_size: Tightfit shards a model one way")
     if config.ep_size > 1:
         raise ValueError("ep_size gives experts to processes whole: Tightfit cuts them for tp_size")
-    return config if config.tp_size > 1 or config.pp_size > 1 else None
+    return config if config.tp_size * config.pp_size * config.fsdp_size > 1 else None
 
 
 def _fsdp_version() -> int:

@@ -16,7 +16,7 @@ import tightfit
 
 from ..ops import ROWS, Product, SharedWorkspace
 from ..torch import DTYPES, params4bit, tensor
-from . import _caller, agreement, experts, mapping, placement, processes, purpose, stock, tensor_parallel
+from . import _caller, agreement, experts, fsdp, mapping, parts, placement, processes, purpose, stock, tensor_parallel
 from ._report import Report
 from .config import Options, TightfitConfig
 from .filling import AlreadyQuantized, converters
@@ -112,7 +112,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         self._shared: Any = None
         self._later: Any = None
         # The parts that this process has of tensors that it has not whole.
-        self._parts: dict[str, tensor_parallel.Part] = {}
+        self._parts: dict[str, parts.Part] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         super().validate_environment(*args, **kwargs)
@@ -183,6 +183,10 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         """Makes modules ready for being cut, which transformers does next."""
         if self._shared.tp_size > 1:
             tensor_parallel.keep_heads_whole(model, self._shared)
+        if self._shared.fsdp_size > 1:
+            fsdp.check(self.quantization_config, self._shared, self.dtype)
+            fsdp.pack(model, self.dtype)
+            return
         # Their forwards are wrapped then, and have to be ours before.
         for module in model.modules():
             if isinstance(module, Linear4bit):
@@ -230,8 +234,10 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         targets = mapping.targets(model, checkpoint, arguments.get("key_mapping"))
         formats, omit = self._formats(model, checkpoint, targets)
         if self._shared is not None:
-            self._parts = tensor_parallel.of_tensors(model, checkpoint, targets, formats)
-            checkpoint, names = tensor_parallel.cut(checkpoint, self._parts)
+            if self._stacks and self._shared.fsdp_size > 1:
+                raise ValueError("experts in 4 bits are not parameters that FSDP2 would shard")
+            self._parts = parts.of_tensors(model, checkpoint, targets, formats, lambda layer: fsdp.shard(layer).part)
+            checkpoint, names = parts.cut(checkpoint, self._parts)
             formats = {names[name]: format for name, format in formats.items()}
             omit = [names[name] for name in omit]
             targets = {names[name]: target for name, target in targets.items()}
@@ -289,7 +295,11 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._stacks = self._find_stacks(model, checkpoint, targets)
         keep = model._get_dtype_plan(self.dtype)
-        nf4 = "nf4+double" if self.quantization_config.bnb_4bit_use_double_quant else "nf4"
+        is_double = self.quantization_config.bnb_4bit_use_double_quant
+        if self._shared is not None and self._shared.fsdp_size > 1:
+            # What has scales of scales is known when all processes' scales are.
+            is_double = False
+        nf4 = "nf4+double" if is_double else "nf4"
         formats: dict[str, str] = {}
         omit = []
         for name, target in targets.items():
@@ -391,14 +401,14 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         assert self.loaded is not None
         if plain := self._plain_stacks.get(key):
             whole = self.loaded.stack(experts.stacked(plain))
-            shape = tensor_parallel.local_shape(self._model.get_parameter(key))
+            shape = parts.local_shape(self._model.get_parameter(key))
             return False if whole is None or shape.numel() != math.prod(whole.shape) else tensor(whole).view(shape)
         names = self._stacks.get(key)
         if names is None:
             return self._shared is not None and self._place_part(key)
         owner, _, leaf = key.rpartition(".")
         module = self._model.get_submodule(owner)
-        shape = list(tensor_parallel.local_shape(getattr(module, leaf)))
+        shape = list(parts.local_shape(getattr(module, leaf)))
         padding = self._parts[names[0][0]].padding if names[0][0] in self._parts else (0, 0)
         shape[-1] += sum(padding)
         dtype = self.dtype or torch.bfloat16
@@ -408,15 +418,25 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def _place_part(self, key: str) -> bool:
         """Puts this process's part of a weight in 4 bits where its parameter is: as it is, not as a ``DTensor``."""
+        assert self.loaded is not None
         name = self._names.get(key)
-        if name is None or (parameter := self._find(name)) is None:
+        if name is None or name not in self.loaded:
             return False
         module = self._model.get_submodule(key.rpartition(".")[0])
+        if self._shared.fsdp_size > 1:
+            fsdp.put(module, self.loaded[name])
+            return True
+        parameter = self._find(name)
         parameter._is_hf_initialized = True
         module.weight = parameter
         if name in self._parts:
             module.__dict__["padding"] = self._parts[name].padding
         return True
+
+    def _exchange_scales(self, model: Any) -> None:
+        assert self.loaded is not None
+        layers = ((model.get_submodule(owner), self.loaded[name]) for name, owner in self._linears.items())
+        fsdp.exchange_scales(layers, self.quantization_config.bnb_4bit_use_double_quant, self.dtype)
 
     def _use_products(self, model: Any) -> None:
         """Has layers multiply with Tightfit's kernels, where they shall."""
@@ -473,9 +493,11 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         if self._shared is None and self._wants_products(weight.device):
             OurLinear4bit.of(module)
         stored = weight.format == "stored"
-        return params4bit(
-            weight, module, None if stored else self.dtype, self.quantization_config.bnb_4bit_quant_storage
-        )
+        storage = self.quantization_config.bnb_4bit_quant_storage
+        if self._shared is not None and self._shared.pp_size > 1:
+            # transformers takes the type of what a stage receives from the stage's first parameter.
+            storage = self.dtype
+        return params4bit(weight, module, None if stored else self.dtype, storage)
 
     def _wants_products(self, device: str) -> bool:
         wanted = self.options.products
@@ -483,6 +505,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)
+        if self._shared is not None and self._shared.fsdp_size > 1:
+            self._exchange_scales(model)
         try:
             self._use_products(model)
         except tightfit.DeviceError as error:
