@@ -143,6 +143,7 @@ impl GoldenMaps {
                     offset: 0,
                     quantized: None,
                     encoded: None,
+                    piece: None,
                 };
                 found.push((tensor, name.clone()));
             }

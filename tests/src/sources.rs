@@ -91,6 +91,7 @@ pub fn load_as(
     let proposal = Proposal {
         placements: tensors.iter().map(place).collect(),
         headroom: vec![0; devices.len()],
+        slices: Vec::new(),
     };
     let plan = Plan::of(checkpoint, &infos, &proposal).unwrap_or_else(|error| panic!("{error}"));
     let model = load(checkpoint, &plan, devices, options).unwrap_or_else(|error| panic!("{error}"));

@@ -293,6 +293,7 @@ fn of_preset(preset: Preset) -> OnDisk {
             offset: 0,
             quantized: None,
             encoded: None,
+            piece: None,
         })
         .collect();
     OnDisk {

@@ -40,6 +40,7 @@ impl Policy for LayersInNf4 {
             proposal: Proposal {
                 placements: placements.collect(),
                 headroom: vec![0; request.devices.len()],
+                slices: Vec::new(),
             },
             fuel: None,
         })

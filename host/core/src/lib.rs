@@ -37,6 +37,7 @@
 //!             proposal: Proposal {
 //!                 placements: placements.collect(),
 //!                 headroom: vec![0; request.devices.len()],
+//!                 slices: Vec::new(),
 //!             },
 //!             fuel: None,
 //!         })
@@ -129,7 +130,7 @@ pub use plan::{Plan, PlanOptions, propose};
 pub use policy::Policy;
 pub use products::Linear;
 pub use progress::{Progress, ReportProgress};
-pub use types::{DType, Format, Placement};
+pub use types::{DType, Format, Placement, Slice};
 
 /// The arithmetic, of which [`LoadOptions::kernels`] and [`Tensor::to_floats`] speak: `Float`, `Kernels`,
 /// `KernelError`, and the crate `half`.

@@ -19,6 +19,7 @@ pub fn tensor(name: &str, dtype: DType, shape: &[u64]) -> TensorInfo {
         offset: 0,
         quantized: None,
         encoded: None,
+        piece: None,
     }
 }
 

@@ -1,6 +1,7 @@
 //! The words that every module speaks.
 
 use std::fmt;
+use std::ops::Range;
 use std::str::FromStr;
 
 use tightfit_common::sizes;
@@ -303,6 +304,21 @@ pub struct Placement {
     pub device: Option<u32>,
     /// How it is stored there.
     pub format: Format,
+}
+
+/// A part of a tensor that is placed like one: on several devices, each can have its own, or a copy.
+///
+/// What becomes of it says [`Checkpoint::cut`](crate::Checkpoint::cut).
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Slice {
+    /// Index of the tensor.
+    pub tensor: u32,
+    /// The dimension along which it is cut: 0 are the rows of a matrix, or the experts of a stack.
+    pub dimension: u32,
+    /// What it has along that dimension, in ascending order; `0..length` for a whole copy.
+    pub ranges: Vec<Range<u64>>,
+    /// Its device and format.
+    pub placement: Placement,
 }
 
 /// A number of bytes that prints as people read it: `5.45 GiB`, `64.0 MiB`, `512 B`.

@@ -61,6 +61,7 @@ fn tensor(u: &mut Unstructured<'_>, index: usize) -> Result<TensorInfo> {
         offset: 0,
         quantized,
         encoded: None,
+        piece: None,
     })
 }
 

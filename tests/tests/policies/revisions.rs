@@ -201,6 +201,7 @@ impl Policy for Filling {
             proposal: Proposal {
                 placements: request.tensors.iter().map(place).collect(),
                 headroom: vec![0; 2],
+                slices: Vec::new(),
             },
             fuel: None,
         })

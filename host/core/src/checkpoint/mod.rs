@@ -15,6 +15,7 @@ mod encoded;
 mod error;
 mod file;
 mod file_kind;
+mod gather;
 mod header;
 mod index;
 mod locate;
@@ -26,6 +27,7 @@ mod reading;
 mod remark;
 mod scales;
 mod shown;
+mod slices;
 #[cfg(test)]
 mod tests;
 mod text;
@@ -66,9 +68,12 @@ pub(crate) use python_json::{in_place, without_mark};
 pub use quantized::{Extent, Nested, Quantized};
 pub use remark::Remark;
 pub use scales::AbsmaxForm;
+pub(crate) use slices::{Came, order};
+pub use slices::{MAX_SLICE_RANGES, Piece, SliceError};
 pub use ties::Tie;
 pub(crate) use write::{HeaderError, header_text};
 
+use gather::Gather;
 use header::Header;
 use locate::Located;
 use reading::read_at;
@@ -106,6 +111,10 @@ pub struct TensorInfo {
     /// How it is encoded in the checkpoint, if another method has quantized it and it is decoded as it
     /// is read.
     pub encoded: Option<Box<Encoded>>,
+    /// What part of which tensor of the files it is, in a checkpoint that has been cut
+    /// ([`Checkpoint::cut`]). If its bytes do not follow each other, `offset` is the whole tensor's, and so
+    /// are the beginnings of its scales.
+    pub piece: Option<Box<Piece>>,
 }
 
 impl TensorInfo {
@@ -123,9 +132,25 @@ impl TensorInfo {
         self.bytes + scales + extra
     }
 
-    /// Returns its bytes in the file.
+    /// Returns its bytes in the file: from the first to the last, where they do not follow each other.
     pub fn range(&self) -> Range<u64> {
-        self.offset..self.offset + self.bytes
+        match self.gather() {
+            Some(gather) if self.encoded.is_none() => {
+                let span = gather.span(0, gather.len());
+                self.offset + span.start..self.offset + span.end
+            }
+            _ => self.offset..self.offset + self.bytes,
+        }
+    }
+
+    /// Whether it is decoded or gathered as it is read, so that places in it are none in the file.
+    pub(crate) fn is_indirect(&self) -> bool {
+        self.encoded.is_some() || self.gather().is_some()
+    }
+
+    /// Where its bytes lie among those of the tensor that it is a part of, unless they follow each other.
+    pub(crate) fn gather(&self) -> Option<&Gather> {
+        self.piece.as_ref()?.data.as_ref()
     }
 }
 
@@ -350,6 +375,7 @@ impl Checkpoint {
                     shape: tensor.shape,
                     quantized: None,
                     encoded: None,
+                    piece: None,
                 });
             }
             if shards.len() >= MAX_OPEN_SHARDS {

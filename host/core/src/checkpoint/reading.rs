@@ -2,6 +2,7 @@
 
 use tightfit_kernels::Kernels;
 
+use super::gather::Gather;
 use super::{
     Checkpoint, CheckpointError, Encoded, Quantized, ReadCodes, ReadFailure, Shard, TensorInfo,
     encoded, scales,
@@ -53,7 +54,7 @@ impl Checkpoint {
                 });
             }
         }
-        if info.encoded.is_none() {
+        if !info.is_indirect() {
             return self.read_at(info.shard, info.offset + start, buffer);
         }
         // Elements of 16 bits are decoded as a whole: the range that has these.
@@ -78,7 +79,8 @@ impl Checkpoint {
 
     /// Fills the buffer with elements of a tensor of this checkpoint, or of rows of one, from its byte
     /// `start` on, as they are decoded if it is encoded; then both are whole elements, and `scratch` is
-    /// what may be used meanwhile: some kilobytes at least.
+    /// what may be used meanwhile: some kilobytes at least. What does not lie together in the file is
+    /// gathered. Gives how many bytes were read beside what was asked for.
     pub(crate) fn read_elements(
         &self,
         tensor: &TensorInfo,
@@ -86,13 +88,74 @@ impl Checkpoint {
         buffer: &mut [u8],
         scratch: &mut [u8],
         kernels: Kernels,
-    ) -> Result<(), CheckpointError> {
-        match &tensor.encoded {
-            None => self.read_at(tensor.shard, tensor.offset + start, buffer),
-            Some(encoded) => self
-                .reading(tensor, encoded)
-                .read(start, buffer, scratch, kernels),
+    ) -> Result<u64, CheckpointError> {
+        match (&tensor.encoded, tensor.gather()) {
+            (None, None) => {
+                self.read_at(tensor.shard, tensor.offset + start, buffer)?;
+                Ok(0)
+            }
+            (None, Some(gather)) => self.read_gathered(tensor, gather, start, buffer, scratch),
+            (Some(encoded), None) => {
+                self.reading(tensor, encoded)
+                    .read(start, buffer, scratch, kernels)?;
+                Ok(0)
+            }
+            (Some(encoded), Some(gather)) => {
+                let reading = self.reading(tensor, encoded);
+                let each = tensor.dtype.bits() / 8;
+                let (first, count) = (start / each, buffer.len() as u64 / each);
+                let mut rest = buffer;
+                for segment in gather.segments(first, first + count) {
+                    let bytes = (each * (segment.end - segment.start)) as usize;
+                    let (piece, others) = rest.split_at_mut(bytes);
+                    reading.read(each * segment.start, piece, scratch, kernels)?;
+                    rest = others;
+                }
+                Ok(0)
+            }
         }
+    }
+
+    /// Fills the buffer with bytes of a tensor that do not lie together. Where they lie in many short runs,
+    /// what is between is read with them: that takes less time than a call for each.
+    fn read_gathered(
+        &self,
+        tensor: &TensorInfo,
+        gather: &Gather,
+        start: u64,
+        buffer: &mut [u8],
+        scratch: &mut [u8],
+    ) -> Result<u64, CheckpointError> {
+        let end = start + buffer.len() as u64;
+        let mut rest = buffer;
+        let read = |offset: u64, buffer: &mut [u8]| {
+            self.read_at(tensor.shard, tensor.offset + offset, buffer)
+        };
+        let strides = scratch.len() as u64 / gather.stride().max(1);
+        if strides == 0 || gather.shortest_run() >= SHORT_RUN {
+            for segment in gather.segments(start, end) {
+                let (piece, others) = rest.split_at_mut((segment.end - segment.start) as usize);
+                read(segment.start, piece)?;
+                rest = others;
+            }
+            return Ok(0);
+        }
+        let (mut next, mut beside) = (start, 0);
+        while next < end {
+            let until = end.min((next / gather.of_stride() + strides) * gather.of_stride());
+            let span = gather.span(next, until);
+            let spanned = &mut scratch[..(span.end - span.start) as usize];
+            read(span.start, spanned)?;
+            for segment in gather.segments(next, until) {
+                let within = &spanned[(segment.start - span.start) as usize..];
+                let (piece, others) = rest.split_at_mut((segment.end - segment.start) as usize);
+                piece.copy_from_slice(&within[..piece.len()]);
+                rest = others;
+            }
+            beside += (span.end - span.start) - (until - next);
+            next = until;
+        }
+        Ok(beside)
     }
 
     /// Fills the buffer with f32 scales of a quantized tensor of this checkpoint, in the order of its blocks
@@ -104,16 +167,52 @@ impl Checkpoint {
         first: u64,
         buffer: &mut [u8],
         scratch: &mut [u8],
-    ) -> Result<(), CheckpointError> {
+    ) -> Result<u64, CheckpointError> {
+        let cut = tensor
+            .piece
+            .as_ref()
+            .and_then(|piece| piece.scales.as_ref());
+        let form = quantized.absmax_form;
         let reading = scales::Reading {
             name: &tensor.name,
             shards: &self.shards,
             tensors: &self.tensors,
             shard: quantized.absmax.shard,
             offset: quantized.absmax.offset,
-            count: quantized.scales(),
+            count: cut.map_or_else(|| quantized.scales(), |(_, all)| *all),
         };
-        reading.read(quantized.absmax_form, first, buffer, scratch)
+        let Some((gather, _)) = cut else {
+            reading.read(form, first, buffer, scratch)?;
+            return Ok(0);
+        };
+        // What is between the scales that are wanted is read, too: they are few.
+        let (spanned, scratch) = scratch.split_at_mut(scratch.len() / 8 * 4);
+        let strides = spanned.len() as u64 / (4 * gather.stride()).max(1);
+        let end = first + buffer.len() as u64 / 4;
+        let (mut next, mut beside, mut rest) = (first, 0, buffer);
+        while next < end {
+            let until = match strides {
+                // A part of one run.
+                0 => gather
+                    .segments(next, end.min(next + spanned.len() as u64 / 4))
+                    .next()
+                    .map_or(end, |segment| next + (segment.end - segment.start)),
+                strides => end.min((next / gather.of_stride() + strides) * gather.of_stride()),
+            };
+            let span = gather.span(next, until);
+            let spanned = &mut spanned[..4 * (span.end - span.start) as usize];
+            reading.read(form, span.start, spanned, scratch)?;
+            for segment in gather.segments(next, until) {
+                let within = &spanned[4 * (segment.start - span.start) as usize..];
+                let bytes = 4 * (segment.end - segment.start) as usize;
+                let (piece, others) = rest.split_at_mut(bytes);
+                piece.copy_from_slice(&within[..bytes]);
+                rest = others;
+            }
+            beside += form.bytes_of((span.end - span.start) - (until - next));
+            next = until;
+        }
+        Ok(beside)
     }
 
     /// Fills the beginning of the buffer with codes and scales of an encoded tensor of this checkpoint,
@@ -128,6 +227,7 @@ impl Checkpoint {
     ) -> Result<Option<ReadCodes>, CheckpointError> {
         match &tensor.encoded {
             None => Ok(None),
+            Some(_) if tensor.gather().is_some() => Ok(None),
             Some(encoded) => self
                 .reading(tensor, encoded)
                 .read_codes(first, count, buffer),
@@ -146,6 +246,9 @@ impl Checkpoint {
 
 /// Bytes of codes and of elements that are held while an encoded tensor is read without a loader.
 const SCRATCH_BYTES: usize = 64 << 10;
+
+/// Runs of fewer bytes are read with what is between them.
+const SHORT_RUN: u64 = 512;
 
 /// Fills the buffer with the bytes of a file from `offset` on. `tensors` serve to name what lies
 /// there in an error.

@@ -55,6 +55,15 @@ impl AbsmaxForm {
         }
     }
 
+    /// Bytes that so many scales take in the file.
+    pub(super) fn bytes_of(self, scales: u64) -> u64 {
+        match self {
+            AbsmaxForm::AsUsed => 4 * scales,
+            AbsmaxForm::Bf16 | AbsmaxForm::Bf16Transposed { .. } => 2 * scales,
+            AbsmaxForm::RoundedDouble { .. } => scales,
+        }
+    }
+
     /// Bytes in the file beside the scales.
     pub(super) fn extra_bytes(self) -> u64 {
         match self {

@@ -141,6 +141,8 @@ pub fn load_reserved(
         elapsed,
     } = reserved;
     let plan = &plan;
+    let cut = plan.cut(checkpoint).map_err(|_| LoadError::OtherPlan)?;
+    let checkpoint = cut.as_ref().unwrap_or(checkpoint);
     if !plan.is_for(checkpoint.tensors()) {
         return Err(LoadError::OtherPlan);
     }
@@ -244,5 +246,7 @@ fn spawn<'scope, F: FnOnce() + Send + 'scope>(
     }
 }
 
+#[cfg(test)]
+mod slices_tests;
 #[cfg(test)]
 pub(crate) mod tests;

@@ -24,10 +24,13 @@ pub(super) struct Chunk<'m> {
     pub(super) tensor: usize,
     /// The file that holds it.
     pub(super) shard: usize,
-    /// Its first byte in the file; in the tensor or the scales, where these are decoded as they are read.
+    /// Its first byte in the file; in the tensor or the scales, where these are decoded or gathered as they
+    /// are read.
     pub(super) offset: u64,
     /// Its length in bytes, as it is read.
     pub(super) bytes: usize,
+    /// Whether it is decoded or gathered as it is read.
+    pub(super) is_indirect: bool,
     pub(super) task: Task<'m>,
 }
 
@@ -135,8 +138,8 @@ pub(super) struct Origin {
     pub(super) shard: usize,
     /// Where it begins in the file.
     pub(super) offset: u64,
-    /// Whether it is decoded as it is read.
-    pub(super) is_encoded: bool,
+    /// Whether it is decoded or gathered as it is read.
+    pub(super) is_indirect: bool,
     pub(super) kind: Kind,
 }
 
@@ -180,7 +183,7 @@ pub(super) fn add<'m>(
                 index,
                 shard: info.shard,
                 offset: info.offset,
-                is_encoded: info.encoded.is_some(),
+                is_indirect: info.is_indirect(),
                 kind,
             },
             // Parts of a tensor that is placed fit in memory, and this is at most 8 times as much.
@@ -196,16 +199,25 @@ pub(super) fn add<'m>(
         bytes: info.bytes,
     };
     let nested = quantized.nested.map(|nested| nested.absmax);
+    let are_gathered = info
+        .piece
+        .as_ref()
+        .is_some_and(|piece| piece.scales.is_some());
     let scales = match quantized.absmax_form {
-        AbsmaxForm::AsUsed => Kind::Copy,
+        AbsmaxForm::AsUsed if !are_gathered => Kind::Copy,
         _ => Kind::WidenScales,
     };
     let parts = [
-        (Some(codes), target.codes, Kind::Copy),
-        (Some(quantized.absmax), target.absmax, scales),
-        (nested, target.nested_absmax, Kind::Copy),
+        (Some(codes), target.codes, Kind::Copy, info.is_indirect()),
+        (
+            Some(quantized.absmax),
+            target.absmax,
+            scales,
+            scales == Kind::WidenScales,
+        ),
+        (nested, target.nested_absmax, Kind::Copy, false),
     ];
-    for (extent, data, kind) in parts {
+    for (extent, data, kind, is_indirect) in parts {
         let Some(extent) = extent else { continue };
         let bytes = match kind {
             // What is placed fits in memory.
@@ -217,7 +229,7 @@ pub(super) fn add<'m>(
                 index,
                 shard: extent.shard,
                 offset: extent.offset,
-                is_encoded: kind == Kind::WidenScales,
+                is_indirect,
                 kind,
             },
             bytes,
@@ -308,7 +320,7 @@ impl<'m> Part<'m> {
                 },
             }),
         };
-        let first = match origin.is_encoded {
+        let first = match origin.is_indirect {
             true => 0,
             false => origin.offset,
         };
@@ -317,6 +329,7 @@ impl<'m> Part<'m> {
             shard: origin.shard,
             offset: first + start as u64,
             bytes,
+            is_indirect: origin.is_indirect,
             task,
         })
     }

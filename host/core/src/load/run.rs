@@ -43,6 +43,8 @@ pub(super) struct Run<'a, 'm> {
     /// When the load began.
     start: Instant,
     bytes_read: AtomicU64,
+    /// Bytes that were read with others, and are of no use.
+    read_beside: AtomicU64,
     bytes_total: u64,
     finished: Mutex<Finished>,
 }
@@ -94,6 +96,7 @@ impl<'a, 'm> Run<'a, 'm> {
             error: Mutex::new(None),
             start,
             bytes_read: AtomicU64::new(0),
+            read_beside: AtomicU64::new(0),
             bytes_total: placed.map(|(tensor, _)| tensor.source_bytes()).sum(),
             finished: Mutex::new(Finished {
                 absmax_means: vec![0.0; tensors.len()],
@@ -113,7 +116,8 @@ impl<'a, 'm> Run<'a, 'm> {
         }
         let finished = self.finished.into_inner();
         let finished = finished.unwrap_or_else(PoisonError::into_inner);
-        Ok((finished, self.bytes_read.into_inner()))
+        let bytes_read = self.bytes_read.into_inner() + self.read_beside.into_inner();
+        Ok((finished, bytes_read))
     }
 
     /// Works until nothing is left, something fails, or the user cancels. Workers have numbers,
@@ -224,12 +228,13 @@ impl<'a, 'm> Run<'a, 'm> {
         let source = Source {
             checkpoint: self.checkpoint,
             tensor: chunk.tensor,
-            encoded: tensor.encoded.is_some().then_some(tensor),
+            indirect: chunk.is_indirect.then_some(tensor),
             shard: chunk.shard,
             offset: chunk.offset,
             bytes: chunk.bytes,
             kernels: self.options.kernels,
             mappings: &self.mappings,
+            beside: &self.read_beside,
         };
         match chunk.task {
             // No staging of ours: what the processor cannot write is read into what is copied.
@@ -242,9 +247,12 @@ impl<'a, 'm> Run<'a, 'm> {
                 ))?;
                 put(&mut worker.writers, [data], |[data]| {
                     let first = chunk.offset / 4;
-                    self.checkpoint
-                        .read_absmax(tensor, quantized, first, data, worker.slot)
-                        .map_err(LoadError::Checkpoint)
+                    let read =
+                        self.checkpoint
+                            .read_absmax(tensor, quantized, first, data, worker.slot);
+                    let beside = read.map_err(LoadError::Checkpoint)?;
+                    self.read_beside.fetch_add(beside, Ordering::Relaxed);
+                    Ok(())
                 })?;
                 let until = |end| quantized.stored_bytes_until(end);
                 return Ok(until(chunk.offset + chunk.bytes as u64) - until(chunk.offset));

@@ -1,4 +1,6 @@
-//! What a chunk is read from: the file's bytes, or what another method's codes are decoded to.
+//! What a chunk is read from: the file's bytes, those of a slice, or what another method's codes are decoded to.
+
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use tightfit_kernels::{FloatType, Kernels};
 
@@ -11,13 +13,15 @@ use crate::device::Staged;
 pub(super) struct Source<'a> {
     pub(super) checkpoint: &'a Checkpoint,
     pub(super) tensor: usize,
-    /// The tensor, if it is decoded as it is read: then the offset is that of decoded bytes.
-    pub(super) encoded: Option<&'a TensorInfo>,
+    /// The tensor, if it is decoded or gathered as it is read: then the offset is that of its bytes.
+    pub(super) indirect: Option<&'a TensorInfo>,
     pub(super) shard: usize,
     pub(super) offset: u64,
     pub(super) bytes: usize,
     pub(super) kernels: Kernels,
     pub(super) mappings: &'a Mappings,
+    /// Counts bytes that are read beside those of the chunk.
+    pub(super) beside: &'a AtomicU64,
 }
 
 impl Source<'_> {
@@ -32,7 +36,7 @@ impl Source<'_> {
 
     /// The chunk where the system's page cache has it. `None` where it has to be read.
     pub(super) fn window(&self) -> Option<Window<'_>> {
-        match self.encoded {
+        match self.indirect {
             None => self.mappings.window(self.shard, self.offset, self.bytes),
             Some(_) => None,
         }
@@ -46,12 +50,16 @@ impl Source<'_> {
         scratch: &mut [u8],
     ) -> Result<(), LoadError> {
         let offset = self.offset + start as u64;
-        let read = match self.encoded {
+        let read = match self.indirect {
             None => self.checkpoint.read_at(self.shard, offset, buffer),
             Some(tensor) => {
                 let kernels = self.kernels;
-                self.checkpoint
-                    .read_elements(tensor, offset, buffer, scratch, kernels)
+                let read = self
+                    .checkpoint
+                    .read_elements(tensor, offset, buffer, scratch, kernels);
+                read.map(|beside| {
+                    self.beside.fetch_add(beside, Ordering::Relaxed);
+                })
             }
         };
         read.map_err(LoadError::Checkpoint)
@@ -65,7 +73,7 @@ impl Source<'_> {
         buffer: &mut [u8],
         scratch: &mut [u8],
     ) -> Result<Staged, LoadError> {
-        if let Some(tensor) = self.encoded {
+        if let Some(tensor) = self.indirect {
             let each = float.bytes();
             let (first, count) = (self.offset / each as u64, self.bytes / each);
             let read = self.checkpoint.read_codes(tensor, first, count, buffer);
@@ -80,18 +88,18 @@ impl Source<'_> {
         Ok(Staged::Floats(float))
     }
 
-    /// Cuts a worker's slot into what is read at once and what it is decoded from, if it is.
+    /// Cuts a worker's slot into what is read at once and what it is decoded or gathered from, if it is.
     pub(super) fn cut<'s>(&self, slot: &'s mut [u8]) -> (&'s mut [u8], &'s mut [u8]) {
-        match self.encoded {
+        match self.indirect {
             None => (slot, &mut []),
-            // Elements of 16 bits, of codes of 8 and scales.
+            // Elements of 16 bits, of codes of 8 and scales; or what lies between short runs.
             Some(_) => slot.split_at_mut(slot.len() / 2),
         }
     }
 
     /// The part of the tensor's bytes in the checkpoint that is in the chunk: in sum all of them.
     pub(super) fn source_bytes(&self) -> u64 {
-        let Some(tensor) = self.encoded else {
+        let Some(tensor) = self.indirect.filter(|tensor| tensor.encoded.is_some()) else {
             return self.bytes as u64;
         };
         let (stored, decoded) = (tensor.source_bytes(), tensor.decoded_bytes());

@@ -86,7 +86,7 @@ impl<'m> Share<'m> {
         if first >= last {
             return self.push(tensor, false);
         }
-        if tensor.origin.kind == Kind::Copy && !tensor.origin.is_encoded {
+        if tensor.origin.kind == Kind::Copy && !tensor.origin.is_indirect {
             // A copy has as many bytes as what it is a copy of. These fit: they lie in the tensor.
             let before = tensor.cut((first - start) as usize);
             self.push(before, false);

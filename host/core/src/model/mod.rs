@@ -21,7 +21,7 @@ pub use tail::{TailAllocation, TailAllocator};
 use tightfit_kernels::{Float, FloatType, KernelError};
 
 use crate::cancel::{CancelToken, Cancelled, Watch};
-use crate::checkpoint::{Checkpoint, Quantized};
+use crate::checkpoint::{Checkpoint, Piece, Quantized};
 use crate::device::{DeviceAddress, DeviceBytes, DeviceError, Reservation};
 use crate::plan::{PartKind, Plan, PlannedPart, PlannedTensor};
 use crate::status::Status;
@@ -49,6 +49,7 @@ struct Stored {
     shape: Vec<u64>,
     /// How it was quantized in the checkpoint.
     quantized: Option<Box<Quantized>>,
+    piece: Option<Box<Piece>>,
     absmax_mean: f32,
 }
 
@@ -139,6 +140,8 @@ impl Model {
             .map(|device| device.tensors as usize)
             .sum();
         let mut by_name: HashMap<String, usize> = HashMap::with_capacity(loaded);
+        // Slices that are the only one of their tensor.
+        let mut alone: HashMap<&String, Option<usize>> = HashMap::new();
         let each = checkpoint.tensors().iter().zip(&plan.tensors);
         for (index, ((tensor, place), absmax_mean)) in each.zip(absmax_means).enumerate() {
             watch.item(2 * tensor.name.len())?;
@@ -147,20 +150,40 @@ impl Model {
                 dtype: tensor.dtype,
                 shape: tensor.shape.clone(),
                 quantized: tensor.quantized.clone(),
+                piece: tensor.piece.clone(),
                 absmax_mean,
             });
             if place.placement.device.is_some() {
                 by_name.insert(tensor.name.clone(), index);
+                if let Some(piece) = &tensor.piece {
+                    alone
+                        .entry(&piece.of)
+                        .and_modify(|alone| *alone = None)
+                        .or_insert(Some(index));
+                }
             }
             planned.push(place.clone());
         }
         let plan = Plan {
             devices: plan.devices.clone(),
             tensors: planned,
+            slices: plan.slices.clone(),
         };
         let loaded = |index: usize| plan.tensors[index].placement.device.is_some();
         for tie in checkpoint.ties().iter().filter(|tie| loaded(tie.tensor)) {
             by_name.entry(tie.alias.clone()).or_insert(tie.tensor);
+            let tensor = &checkpoint.tensors()[tie.tensor];
+            if let Some(piece) = &tensor.piece
+                && alone.get(&piece.of) == Some(&Some(tie.tensor))
+                && let Some(whole) = tie.alias.strip_suffix(&tensor.name[piece.of.len()..])
+            {
+                by_name.entry(whole.to_owned()).or_insert(tie.tensor);
+            }
+        }
+        for (name, index) in alone {
+            if let Some(index) = index {
+                by_name.entry(name.clone()).or_insert(index);
+            }
         }
         let memory: Vec<Option<Arc<dyn Reservation>>> = memory
             .into_iter()
@@ -199,7 +222,9 @@ impl Model {
         self.tails.get(device)?.as_ref()
     }
 
-    /// Returns the tensor with this name, also under its tied name. `None` for what was not loaded.
+    /// Returns the tensor with this name, also under its tied name. A slice has a name of its own
+    /// ([`Checkpoint::cut`]), and that of its tensor where it is the only one of it that was loaded. `None`
+    /// for what was not loaded.
     pub fn tensor(&self, name: &str) -> Option<Tensor<'_>> {
         self.by_name
             .get(name)
@@ -280,6 +305,11 @@ impl<'m> Tensor<'m> {
     /// Returns its key in the checkpoint.
     pub fn name(&self) -> &'m str {
         &self.stored().name
+    }
+
+    /// Returns what part of which tensor it is, if the plan has cut that into slices.
+    pub fn piece(&self) -> Option<&'m Piece> {
+        self.stored().piece.as_deref()
     }
 
     /// Type of the elements in the checkpoint.

@@ -4,6 +4,7 @@ use std::fmt;
 
 use super::{DevicePlan, SizeError};
 use crate::cancel::Cancelled;
+use crate::checkpoint::SliceError;
 use crate::types::Bytes;
 
 /// What a plan would put on one device.
@@ -88,6 +89,9 @@ pub enum BadPlan {
         /// Its other name.
         alias: String,
     },
+    /// A slice that there cannot be.
+    #[error("{0}")]
+    Slice(#[from] SliceError),
 }
 
 /// Why there is no plan.

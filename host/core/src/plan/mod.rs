@@ -28,11 +28,11 @@ pub use size::{
 };
 
 use crate::cancel::{CancelToken, Cancelled, Watch};
-use crate::checkpoint::{Checkpoint, TensorInfo, Tie};
+use crate::checkpoint::{self, Came, Checkpoint, SliceError, TensorInfo, Tie};
 use crate::device::DeviceInfo;
 use crate::memory::ReservationSize;
 use crate::policy::Proposal;
-use crate::types::{Format, Placement};
+use crate::types::{Format, Placement, Slice};
 use products::{ProductBytes, Wanted};
 
 /// Where one part of a tensor lies in its device's arena.
@@ -113,8 +113,11 @@ impl DevicePlan {
 pub struct Plan {
     /// One entry per device, in the order of the request.
     pub devices: Vec<DevicePlan>,
-    /// One entry per tensor of the checkpoint, in its order.
+    /// One entry per tensor of the checkpoint, in its order: of the one that [`Checkpoint::cut`] gives for
+    /// `slices`, if there are any.
     pub tensors: Vec<PlannedTensor>,
+    /// Parts of tensors that are placed by themselves.
+    pub slices: Vec<Slice>,
 }
 
 /// How a plan is made.
@@ -198,13 +201,104 @@ impl Plan {
         devices: &[DeviceInfo],
         proposal: &Proposal,
     ) -> Result<Plan, PlanError> {
-        Plan::new(
-            checkpoint.tensors(),
-            checkpoint.ties(),
-            devices,
-            &proposal.placements,
-            &proposal.headroom,
-        )
+        Plan::of_with(checkpoint, devices, proposal, &PlanOptions::default())
+    }
+
+    /// [`Plan::of`] with options, of which [`PlanOptions::formats`] are not looked at.
+    ///
+    /// # Errors
+    /// [`PlanError::Cancelled`], and as [`Plan::of`].
+    pub fn of_with(
+        checkpoint: &Checkpoint,
+        devices: &[DeviceInfo],
+        proposal: &Proposal,
+        options: &PlanOptions,
+    ) -> Result<Plan, PlanError> {
+        let Proposal {
+            placements,
+            headroom,
+            slices,
+        } = proposal;
+        let new = |checkpoint: &Checkpoint, placements: &[Placement]| {
+            let (tensors, ties) = (checkpoint.tensors(), checkpoint.ties());
+            Plan::new_with(tensors, ties, devices, placements, headroom, options)
+        };
+        if slices.is_empty() {
+            return new(checkpoint, placements);
+        }
+        let tensors = checkpoint.tensors();
+        if placements.len() != tensors.len() {
+            return Err(PlanError::Bad(BadPlan::PlacementCount {
+                need: tensors.len(),
+                have: placements.len(),
+            }));
+        }
+        let bad = |error: SliceError| PlanError::Bad(error.into());
+        let order = checkpoint::order(tensors.len(), slices).map_err(bad)?;
+        let also_whole = |slice: &&Slice| placements[slice.tensor as usize].device.is_some();
+        if let Some(slice) = slices.iter().find(also_whole) {
+            let tensor = tensors[slice.tensor as usize].name.clone();
+            return Err(bad(SliceError::AlsoWhole { tensor }));
+        }
+        let of = |came: Came| match came {
+            Came::Tensor(tensor) => placements[tensor],
+            Came::Slice(slice) => slices[slice].placement,
+        };
+        let placements: Vec<Placement> = order.into_iter().map(of).collect();
+        let cut = checkpoint.cut(slices).map_err(bad)?;
+        Ok(Plan {
+            slices: slices.clone(),
+            ..new(&cut, &placements)?
+        })
+    }
+
+    /// What one of several processes carries out: what is on the devices for which `keep` holds, as if
+    /// nothing else were loaded. Offsets and sizes are those of the whole plan, as are the numbers of tensors;
+    /// devices that are kept are numbered anew, in their order.
+    ///
+    /// # Panics
+    /// When `keep` does not have an entry for each device.
+    pub fn share(&self, keep: &[bool]) -> Plan {
+        assert_eq!(keep.len(), self.devices.len(), "one for each device");
+        let mut next = 0;
+        let numbers: Vec<Option<u32>> = keep
+            .iter()
+            .map(|&is_kept| {
+                let number = is_kept.then_some(next);
+                next += u32::from(is_kept);
+                number
+            })
+            .collect();
+        let moved = |placement: Placement| {
+            let device = placement.device.map(|device| numbers.get(device as usize));
+            Placement {
+                device: device.flatten().copied().flatten(),
+                ..placement
+            }
+        };
+        let kept = self.devices.iter().zip(keep);
+        Plan {
+            devices: kept
+                .filter(|(_, is_kept)| **is_kept)
+                .map(|(device, _)| device.clone())
+                .collect(),
+            tensors: self
+                .tensors
+                .iter()
+                .map(|tensor| {
+                    let placement = moved(tensor.placement);
+                    PlannedTensor {
+                        placement,
+                        parts: match placement.device {
+                            Some(_) => tensor.parts.clone(),
+                            None => Vec::new(),
+                        },
+                    }
+                })
+                .collect(),
+            // As they were: what they are called depends on the devices of all.
+            slices: self.slices.clone(),
+        }
     }
 
     /// Lays out `tensors` as `placements` say (one for each), leaving `headroom` bytes free on
@@ -222,6 +316,18 @@ impl Plan {
     ) -> Result<Plan, PlanError> {
         let options = PlanOptions::default();
         Plan::new_with(tensors, ties, devices, placements, headroom, &options)
+    }
+
+    /// Returns the checkpoint whose tensors are those of the plan, cut as the plan's slices say; `None` where it
+    /// has none, or the checkpoint is cut already.
+    ///
+    /// # Errors
+    /// [`SliceError`], which does not happen with the checkpoint that the plan was made for.
+    pub fn cut(&self, checkpoint: &Checkpoint) -> Result<Option<Checkpoint>, SliceError> {
+        match self.slices.is_empty() || checkpoint.is_cut() {
+            true => Ok(None),
+            false => checkpoint.cut(&self.slices).map(Some),
+        }
     }
 
     /// Returns whether the plan can have been made for these tensors: one entry for each, with the
@@ -308,6 +414,7 @@ impl Plan {
         let wanted = options.wanted();
         let products = product_bytes(tensors, devices, placements, &stacks, &wanted, &mut watch)?;
         let plan = Plan {
+            slices: Vec::new(),
             tensors: planned,
             devices: arenas
                 .iter()

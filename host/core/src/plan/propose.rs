@@ -308,31 +308,33 @@ pub(crate) fn propose_again(
     cancel.check()?;
     let mut answer = policy.plan(&request)?;
     cancel.check()?;
+    let mut formats = BTreeMap::new();
     for (tensor, format) in required_formats {
         // Too few placements are found below.
         if let Some(placement) = answer.proposal.placements.get_mut(tensor) {
             placement.format = format;
         }
+        formats.insert(tensor, format);
     }
-    let plan = Plan::new_with(
-        checkpoint.tensors(),
-        checkpoint.ties(),
-        devices,
-        &answer.proposal.placements,
-        &answer.proposal.headroom,
-        options,
-    )
-    .map_err(|error| match error {
-        PlanError::Bad(bad) => ProposeError::BadPlan {
-            policy: label.to_owned(),
-            bad,
-        },
-        source @ PlanError::DoesNotFit { .. } => ProposeError::DoesNotFit {
-            policy: label.to_owned(),
-            source,
-        },
-        PlanError::Cancelled => ProposeError::Cancelled,
-    })?;
+    for slice in &mut answer.proposal.slices {
+        if let Some(&format) = formats.get(&(slice.tensor as usize)) {
+            slice.placement.format = format;
+        }
+    }
+    let plan =
+        Plan::of_with(checkpoint, devices, &answer.proposal, options).map_err(
+            |error| match error {
+                PlanError::Bad(bad) => ProposeError::BadPlan {
+                    policy: label.to_owned(),
+                    bad,
+                },
+                source @ PlanError::DoesNotFit { .. } => ProposeError::DoesNotFit {
+                    policy: label.to_owned(),
+                    source,
+                },
+                PlanError::Cancelled => ProposeError::Cancelled,
+            },
+        )?;
     let value = |name: &str, default: &str| {
         settings
             .iter()

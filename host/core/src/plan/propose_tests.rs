@@ -36,6 +36,7 @@ impl Policy for AsRequired {
             proposal: Proposal {
                 placements,
                 headroom: vec![0],
+                slices: Vec::new(),
             },
             fuel: None,
         })

@@ -11,7 +11,7 @@ pub use error::PolicyError;
 
 use crate::checkpoint::{Checkpoint, TensorInfo, Tie};
 use crate::device::DeviceInfo;
-use crate::types::{Bytes, Format, Placement};
+use crate::types::{Bytes, Format, Placement, Slice};
 
 /// One setting that a policy understands.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -83,12 +83,14 @@ impl<'a> Request<'a> {
 }
 
 /// A policy's answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Proposal {
-    /// One entry per tensor of the request.
+    /// One entry per tensor of the request. One that has slices is placed nowhere here.
     pub placements: Vec<Placement>,
     /// Bytes to be left free on each device.
     pub headroom: Vec<u64>,
+    /// Parts of tensors that are placed by themselves, those of a tensor in their order.
+    pub slices: Vec<Slice>,
 }
 
 /// What kind of refusal it is.

@@ -51,6 +51,9 @@ pub enum SaveError {
     /// A kernel was called with lengths that do not belong together: a fault of ours.
     #[error("internal error: {0}")]
     Kernel(#[from] KernelError),
+    /// The plan cuts tensors, which a checkpoint has as a whole.
+    #[error("a plan that cuts tensors into slices cannot be saved: a checkpoint has whole tensors")]
+    Slices,
     /// Two tensors would be written under one name.
     #[error("two tensors would be written as '{name}'")]
     SameName {
@@ -160,6 +163,7 @@ impl From<&SaveError> for Status {
             | SaveError::Size(_)
             | SaveError::Kernel(_)
             | SaveError::OtherPlan
+            | SaveError::Slices
             | SaveError::Internal(_) => Status::Other,
             SaveError::Cancelled => Status::Interrupted,
         }

@@ -142,6 +142,9 @@ pub fn save(
     target: impl AsRef<Path>,
     options: &SaveOptions<'_>,
 ) -> Result<Saved, SaveError> {
+    if checkpoint.is_cut() {
+        return Err(SaveError::Slices);
+    }
     if placements.len() != checkpoint.tensors().len() {
         return Err(SaveError::OtherPlan);
     }
@@ -453,13 +456,11 @@ impl Writer<'_> {
                 None => self
                     .checkpoint
                     .read_at(extent.shard, extent.offset + start, piece)?,
-                Some(_) => self.checkpoint.read_elements(
-                    tensor,
-                    start,
-                    piece,
-                    &mut scratch,
-                    self.options.kernels,
-                )?,
+                Some(_) => {
+                    let kernels = self.options.kernels;
+                    self.checkpoint
+                        .read_elements(tensor, start, piece, &mut scratch, kernels)?;
+                }
             }
             match types {
                 None => file.write(weight, content, start, piece)?,

@@ -647,6 +647,7 @@ fn sums_of_sizes_that_need_more_than_64_bits_are_errors() {
         offset: 0,
         quantized: None,
         encoded: None,
+        piece: None,
     };
     let all = |dtype: DType, format: Format, elements: u64| {
         let weights: Vec<(TensorInfo, Format)> = (0..32)

@@ -211,6 +211,7 @@ mod policy {
         Ok(Proposal {
             placements: placements(given.placements, request.tensors, is_required)?,
             headroom: given.headroom,
+            slices: Vec::new(),
         })
     }
 

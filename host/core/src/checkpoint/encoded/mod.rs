@@ -200,6 +200,7 @@ impl TensorInfo {
             offset: self.offset + first * row_bytes,
             quantized: None,
             encoded,
+            piece: None,
         }
     }
 }

@@ -5,6 +5,7 @@ use tightfit_kernels::half::{bf16, f16};
 use tightfit_kernels::{Isa, Kernels, SourceCodes, SourceScale};
 
 use super::*;
+use crate::types::{Format, Placement, Slice};
 
 /// Tensors of a file: name, type, shape, bytes.
 #[derive(Debug, Default, Clone)]
@@ -645,6 +646,21 @@ proptest! {
                     }
                 }
             }
+        }
+        // Slices, along any dimension.
+        for (dimension, &length) in tensor.shape.iter().enumerate() {
+            let range = length / 3..length.min(length / 3 + 5);
+            let placement = Placement { device: None, format: Format::Stored };
+            let slice = Slice { tensor: 0, dimension: dimension as u32, ranges: vec![range.clone()], placement };
+            let cut = checkpoint.cut(&[slice]).unwrap();
+            let piece = &cut.tensors()[0];
+            let inner = 2 * tensor.shape[dimension + 1..].iter().product::<u64>();
+            let (stride, edges) = (length * inner, range.start * inner..range.end * inner);
+            let of_stride = |stride: &[u8]| stride[edges.start as usize..edges.end as usize].to_vec();
+            let part: Vec<u8> = want.chunks(stride as usize).flat_map(of_stride).collect();
+            let mut have = vec![0; piece.decoded_bytes() as usize];
+            cut.read_elements(piece, 0, &mut have, &mut vec![0; scratch], kernels).unwrap();
+            prop_assert!(have == part, "{} of {:?}", piece.name, tensor.shape);
         }
         // A part of its rows.
         let (columns, all) = (*tensor.shape.last().unwrap(), want.len() as u64 / 2);
