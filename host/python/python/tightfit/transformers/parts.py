@@ -154,27 +154,3 @@ def local_shape(parameter: Any) -> torch.Size:
     from torch.distributed.tensor import DTensor
 
     return parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
-
-
-def cut(checkpoint: Any, parts_of: dict[str, Part]) -> tuple[Any, dict[str, str]]:
-    # THROWAWAY
-    import tempfile
-
-    import safetensors
-    from safetensors.torch import save_file
-
-    import tightfit
-
-    names = {name: name for name in checkpoint}
-    tensors = {}
-    for file in checkpoint.files:
-        with safetensors.safe_open(file, "pt") as opened:
-            for name in opened.keys():
-                whole = opened.get_tensor(name)
-                if name in parts_of:
-                    part = parts_of[name]
-                    whole = torch.cat([whole.narrow(part.dimension, a, b - a) for a, b in part.ranges], part.dimension)
-                tensors[name] = whole.contiguous()
-    directory = tempfile.mkdtemp()
-    save_file(tensors, directory + "/model.safetensors")
-    return tightfit.open([directory + "/model.safetensors"]), names

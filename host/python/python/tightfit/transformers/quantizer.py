@@ -237,7 +237,10 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             if self._stacks and self._shared.fsdp_size > 1:
                 raise ValueError("experts in 4 bits are not parameters that FSDP2 would shard")
             self._parts = parts.of_tensors(model, checkpoint, targets, formats, lambda layer: fsdp.shard(layer).part)
-            checkpoint, names = parts.cut(checkpoint, self._parts)
+            whole = checkpoint
+            checkpoint = whole.cut([tightfit.Slice(name, part.dimension, part.ranges) for name, part in self._parts.items()])
+            # Each tensor is one still, in the same order.
+            names = dict(zip(whole, checkpoint, strict=True))
             formats = {names[name]: format for name, format in formats.items()}
             omit = [names[name] for name in omit]
             targets = {names[name]: target for name, target in targets.items()}
