@@ -53,7 +53,7 @@ def check(config: Any, shared: Any, dtype: torch.dtype | None) -> None:
         raise ValueError(
             f"FSDP2 shards parameters of one type: set bnb_4bit_quant_storage to the model's, {dtype} (it is {storage})"
         )
-    if shared.fsdp_mixed_precision and storage != torch.bfloat16:
+    if getattr(shared, "fsdp_mixed_precision", False) and storage != torch.bfloat16:
         raise ValueError(f"fsdp_mixed_precision would cast codes that are seen as {storage} to bfloat16")
 
 

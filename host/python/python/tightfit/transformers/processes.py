@@ -8,7 +8,7 @@ from typing import Any
 _WITHOUT = "Tightfit loads a whole model in each process"
 
 # The version of transformers from which on what is cut is there to be seen before it is loaded.
-_NEEDED = "5.24"
+_NEEDED = "5.16"
 
 
 def refuse_sharding() -> None:
@@ -39,12 +39,12 @@ def shared(model: Any) -> Any:
         return None
     if not hasattr(config, "pp_size"):
         raise ValueError(f"this version of transformers cuts models another way: tp_plan needs {_NEEDED} or newer")
-    if config.dp_replicate_size > 1:
+    if getattr(config, "dp_replicate_size", 1) > 1:
         raise ValueError("dp_replicate_size: Tightfit shards for fsdp_size, and has no replicas of that")
+    if getattr(config, "ep_size", 1) > 1 or config.enable_expert_parallel:
+        raise ValueError("ep_size gives whole experts to processes: Tightfit cuts all of them, for tp_size")
     if config.fsdp_size > 1 and config.tp_size * config.pp_size > 1:
         raise ValueError("fsdp_size with tp_size or pp_size: Tightfit shards a model one way")
-    if config.ep_size > 1:
-        raise ValueError("ep_size gives experts to processes whole: Tightfit cuts them for tp_size")
     return config if config.tp_size * config.pp_size * config.fsdp_size > 1 else None
 
 
