@@ -382,7 +382,7 @@ fn carry_out(
         .with_revisions(&placed.revisions);
     let model = load_reserved(&checkpoint.inner, placed.reserved, &options)?;
     let usage: Vec<Usage> = devices.inner.iter().map(|device| device.usage()).collect();
-    let report = base.with_load(&checkpoint.inner, model.stats(), &usage);
+    let report = base.with_load(&model, &usage);
     Ok(TightfitModel::new(
         Arc::clone(&checkpoint.inner),
         Arc::clone(&devices.inner),

@@ -136,7 +136,7 @@ impl Model {
     fn report<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
         let model = self.0.model().map_err(|failure| failure.raise(py))?;
         let report = Report::of_plan(&self.0.checkpoint, &self.0.proposed, DEFAULT_STAGING)
-            .with_load(&self.0.checkpoint, model.stats(), &self.usage());
+            .with_load(&model, &self.usage());
         let text = to_json(&report).map_err(|error| Failure::internal(error).raise(py))?;
         py.import("json")?.call_method1("loads", (text,))
     }

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 use tightfit::device::{DeviceInfo, DeviceKind};
 use tightfit::plan::{PlanOptions, Proposed, propose_with};
-use tightfit::save::{SaveOptions, Saved};
+use tightfit::save::{SaveError, SaveOptions, Saved};
 use tightfit::types::{Placement, parse_bytes};
 
 use crate::checkpoint::Checkpoint;
@@ -83,6 +83,9 @@ pub(crate) fn save<'py>(
         }
         if let Some(staging) = staging {
             options.staging_bytes = parse_bytes(&staging).map_err(Failure::usage)?;
+        }
+        if !proposed.plan.slices.is_empty() {
+            return Err(SaveError::Slices.into());
         }
         let placements: Vec<Placement> = proposed
             .plan

@@ -25,6 +25,9 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Com
     let (checkpoint, devices) = session::open_both(&options.model, specs, quiet, &cancel)?;
     let placed = session::reserve_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
     let proposed = placed.proposed.clone();
+    if options.save.is_some() {
+        save::check_plan(&proposed)?;
+    }
     let (model, mut report) = carry_out(
         &checkpoint,
         placed,
@@ -84,6 +87,6 @@ pub(crate) fn carry_out(
     let usage: Vec<_> = devices.iter().map(|device| device.usage()).collect();
     let report = Report::of_plan(checkpoint, &placed.proposed, options.staging_bytes)
         .with_revisions(&placed.revisions)
-        .with_load(checkpoint, model.stats(), &usage);
+        .with_load(&model, &usage);
     Ok((model, report))
 }

@@ -42,6 +42,7 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), CommandError> {
     if options.placements {
         report = report.with_placements(&checkpoint, &proposed.plan);
     }
+    let cut = proposed.plan.cut(&checkpoint).unwrap_or(None);
     if options.output.json {
         return output::print_json(&report);
     }
@@ -50,7 +51,7 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), CommandError> {
     }
     output::print(&draw::plan(
         &report,
-        checkpoint.tensors(),
+        cut.as_ref().unwrap_or(&checkpoint).tensors(),
         &proposed.plan,
         output::bar_style(),
         output::columns(),
@@ -63,5 +64,8 @@ fn drawing(checkpoint: &Checkpoint, proposed: &Proposed) -> String {
         model: &checkpoint.path().display().to_string(),
         policy: &format!("{} {}", proposed.policy, proposed.version),
     };
-    svg(heading, checkpoint.tensors(), &proposed.plan)
+    // A plan that is not for it has been refused before.
+    let cut = proposed.plan.cut(checkpoint).unwrap_or(None);
+    let tensors = cut.as_ref().unwrap_or(checkpoint).tensors();
+    svg(heading, tensors, &proposed.plan)
 }

@@ -8,7 +8,7 @@ use tightfit::Progress;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
 use tightfit::plan::Proposed;
-use tightfit::save::{SaveOptions, Saved, save};
+use tightfit::save::{SaveError, SaveOptions, Saved, save};
 use tightfit::text::printable;
 use tightfit::types::{Bytes, Placement};
 
@@ -105,6 +105,7 @@ pub(crate) fn write(
         .with_skipped_on_request(skip.is_some_and(|(_, value)| !value.is_empty()))
         .with_progress(&report)
         .with_cancel(cancel);
+    check_plan(proposed)?;
     let placements: Vec<Placement> = proposed
         .plan
         .tensors
@@ -133,4 +134,12 @@ pub(crate) fn write(
         ),
     }
     Ok(saved)
+}
+
+/// Refuses a plan that no checkpoint can be written for.
+pub(crate) fn check_plan(proposed: &Proposed) -> Result<(), CommandError> {
+    match proposed.plan.slices.is_empty() {
+        true => Ok(()),
+        false => Err(SaveError::Slices.into()),
+    }
 }

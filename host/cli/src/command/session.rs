@@ -215,6 +215,9 @@ pub(crate) fn reserve_with(
 /// Warns of tensors that the policy puts on no device. Second copies of tied parameters are none of
 /// them: their names resolve to the first.
 fn warn_of_unloaded(checkpoint: &Checkpoint, proposed: &Proposed) {
+    // A plan that is not for it has been refused before.
+    let cut = proposed.plan.cut(checkpoint).unwrap_or(None);
+    let checkpoint = cut.as_ref().unwrap_or(checkpoint);
     let ties = checkpoint.ties().iter();
     let copies: HashSet<usize> = ties.filter_map(|tie| tie.alias_tensor).collect();
     let tensors = proposed.plan.tensors.iter().enumerate();

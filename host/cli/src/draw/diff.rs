@@ -111,7 +111,9 @@ impl Comparison {
         b: Result<&Proposed, &ErrorReport>,
     ) -> Comparison {
         let plans = [a, b].map(|side| side.ok().map(|proposed| &proposed.plan));
-        let both = plans[0].zip(plans[1]);
+        // Slices of one are no tensors of the other.
+        let are_cut = plans.iter().flatten().any(|plan| !plan.slices.is_empty());
+        let both = plans[0].zip(plans[1]).filter(|_| !are_cut);
         let count = plans.iter().flatten().map(|plan| plan.devices.len()).max();
         Comparison {
             schema: 1,
@@ -248,6 +250,10 @@ impl Comparison {
         }
         text += &format!("\n{}", self.table());
         let (Some(moved), Some(formats)) = (&self.moved, &self.formats) else {
+            if self.a.policy.is_some() && self.b.policy.is_some() {
+                text +=
+                    "\nWhere plans cut tensors into slices, these are not compared one by one.\n";
+            }
             return text;
         };
         if moved.is_empty() && formats.is_empty() {

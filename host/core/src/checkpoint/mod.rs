@@ -73,7 +73,7 @@ pub use slices::{MAX_SLICE_RANGES, Piece, SliceError};
 pub use ties::Tie;
 pub(crate) use write::{HeaderError, header_text};
 
-use gather::Gather;
+pub(crate) use gather::Gather;
 use header::Header;
 use locate::Located;
 use reading::read_at;

@@ -38,6 +38,8 @@ pub(super) struct Run<'a, 'm> {
     transfers: Transfers<'m>,
     mappings: Mappings,
     ways: Ways,
+    /// The same for slices that do not lie together.
+    gathering: Ways,
     stop: AtomicBool,
     error: Mutex<Option<LoadError>>,
     /// When the load began.
@@ -92,6 +94,7 @@ impl<'a, 'm> Run<'a, 'm> {
             transfers,
             mappings: checkpoint.map(),
             ways: Ways::new(options.threads),
+            gathering: Ways::new(options.threads),
             stop: AtomicBool::new(false),
             error: Mutex::new(None),
             start,
@@ -333,7 +336,11 @@ impl<'a, 'm> Run<'a, 'm> {
         let step = slot.len() / block_bytes * block_bytes;
         let mut produce = |codes: &mut [u8], absmax: &mut [f32]| {
             let begun = Instant::now();
-            let window = match self.ways.choose() {
+            let ways = match source.gather() {
+                None => &self.ways,
+                Some(_) => &self.gathering,
+            };
+            let window = match ways.choose() {
                 Way::Look => source.window(),
                 Way::Read => None,
             };
@@ -342,7 +349,7 @@ impl<'a, 'm> Run<'a, 'm> {
                 self.options.cancel.check()?;
                 let length = step.min(source.bytes - start);
                 let piece = match &window {
-                    Some(window) => &window[start..][..length],
+                    Some(window) => source.look(window, start, &mut slot[..length]),
                     None => {
                         source.read(start, &mut slot[..length], scratch)?;
                         &slot[..length]
@@ -362,7 +369,7 @@ impl<'a, 'm> Run<'a, 'm> {
                     Way::Look
                 }
             };
-            self.ways.record(way, source.bytes, begun.elapsed());
+            ways.record(way, source.bytes, begun.elapsed());
             Ok(nonfinite_blocks)
         };
         let count = blocks(piece.elements, block_size);

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use tightfit_kernels::{FloatType, Kernels};
 
 use super::LoadError;
-use crate::checkpoint::{Checkpoint, Mappings, ReadCodes, TensorInfo, Window};
+use crate::checkpoint::{Checkpoint, Gather, Mappings, ReadCodes, TensorInfo, Window};
 use crate::device::Staged;
 
 /// Where a chunk is read from.
@@ -34,12 +34,47 @@ impl Source<'_> {
         }
     }
 
-    /// The chunk where the system's page cache has it. `None` where it has to be read.
+    /// Where the chunk's bytes lie, if it is of a slice whose bytes do not lie together in the file.
+    pub(super) fn gather(&self) -> Option<&Gather> {
+        let tensor = self.indirect.filter(|tensor| tensor.encoded.is_none());
+        tensor.and_then(TensorInfo::gather)
+    }
+
+    /// Where the system's page cache has the chunk, and of a slice what is between its runs. `None` where
+    /// it has to be read.
     pub(super) fn window(&self) -> Option<Window<'_>> {
-        match self.indirect {
-            None => self.mappings.window(self.shard, self.offset, self.bytes),
-            Some(_) => None,
+        let (offset, bytes) = match (self.indirect, self.gather()) {
+            (None, _) => (self.offset, self.bytes),
+            (Some(_), None) => return None,
+            (Some(tensor), Some(gather)) => {
+                let span = gather.span(self.offset, self.offset + self.bytes as u64);
+                (tensor.offset + span.start, (span.end - span.start) as usize)
+            }
+        };
+        self.mappings.window(self.shard, offset, bytes)
+    }
+
+    /// So many bytes from byte `start` of the chunk on, as its window has them; those of a slice are gathered
+    /// in `buffer`, which has as many.
+    pub(super) fn look<'b>(
+        &self,
+        window: &'b Window<'_>,
+        start: usize,
+        buffer: &'b mut [u8],
+    ) -> &'b [u8] {
+        let Some(gather) = self.gather() else {
+            return &window[start..][..buffer.len()];
+        };
+        let begin = gather.span(self.offset, self.offset + 1).start;
+        let first = self.offset + start as u64;
+        let mut rest = &mut *buffer;
+        for segment in gather.segments(first, first + rest.len() as u64) {
+            let within = &window[(segment.start - begin) as usize..];
+            let (piece, others) = rest.split_at_mut((segment.end - segment.start) as usize);
+            piece.copy_from_slice(&within[..piece.len()]);
+            rest = others;
         }
+        buffer
     }
 
     /// Reads from `start` bytes behind the chunk's first on. What is decoded is read through `scratch`.

@@ -74,7 +74,10 @@ impl Inspection {
         let mut experts = Share::default();
         let mut parameters: u64 = 0;
         let mut quantized_elements: u64 = 0;
-        for (tensor, planned) in checkpoint.tensors().iter().zip(&plan.tensors) {
+        // A plan that is not for it has been refused before.
+        let cut = plan.cut(checkpoint).unwrap_or(None);
+        let tensors = cut.as_ref().unwrap_or(checkpoint).tensors();
+        for (tensor, planned) in tensors.iter().zip(&plan.tensors) {
             let n = elements(&tensor.shape).unwrap_or(u64::MAX);
             parameters = parameters.saturating_add(n);
             let bytes = tensor.source_bytes();

@@ -7,10 +7,10 @@ use std::fmt;
 use serde::Serialize;
 
 use super::{Fill, fills};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Piece};
 use crate::load::Revision;
 use crate::memory::{Usage, peak_rss_bytes};
-use crate::model::LoadStats;
+use crate::model::Model;
 use crate::plan::{Plan, Proposed};
 use crate::text::printable;
 
@@ -235,6 +235,37 @@ pub struct PlacementReport {
     pub format: String,
     /// Bytes it takes.
     pub bytes: u64,
+    /// What part of which tensor it is, where the plan cuts that into slices.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slice: Option<SliceReport>,
+}
+
+/// What part of a tensor a slice is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct SliceReport {
+    /// The name of the whole tensor.
+    pub of: String,
+    /// The shape of the whole tensor.
+    pub shape: Vec<u64>,
+    /// The dimension along which it is cut.
+    pub dimension: usize,
+    /// What it has along that: beginning and end of each range.
+    pub ranges: Vec<[u64; 2]>,
+}
+
+impl From<&Piece> for SliceReport {
+    fn from(piece: &Piece) -> SliceReport {
+        SliceReport {
+            of: piece.of.clone(),
+            shape: piece.shape.clone(),
+            dimension: piece.dimension,
+            ranges: piece
+                .ranges
+                .iter()
+                .map(|range| [range.start, range.end])
+                .collect(),
+        }
+    }
 }
 
 impl From<&Proposed> for PolicyReport {
@@ -250,9 +281,17 @@ impl From<&Proposed> for PolicyReport {
     }
 }
 
+/// The checkpoint whose tensors are those of the plan, unless it is the same. A plan that is not for it has
+/// been refused before.
+fn cut(plan: &Plan, checkpoint: &Checkpoint) -> Option<Checkpoint> {
+    plan.cut(checkpoint).unwrap_or(None)
+}
+
 impl Report {
     /// Returns the report of a plan. `staging_bytes` is what a load may take.
     pub fn of_plan(checkpoint: &Checkpoint, proposed: &Proposed, staging_bytes: u64) -> Report {
+        let cut = cut(&proposed.plan, checkpoint);
+        let tensors = cut.as_ref().unwrap_or(checkpoint).tensors();
         Report {
             schema: 1,
             model: ModelReport {
@@ -269,7 +308,7 @@ impl Report {
                 .plan
                 .devices
                 .iter()
-                .zip(fills(checkpoint.tensors(), &proposed.plan))
+                .zip(fills(tensors, &proposed.plan))
                 .map(|(device, fill)| DeviceReport {
                     name: device.device.name.clone(),
                     capacity: device.device.capacity,
@@ -304,13 +343,9 @@ impl Report {
         self
     }
 
-    /// Adds what a load did. `usage` is that of each device, measured while the model is loaded.
-    pub fn with_load(
-        mut self,
-        checkpoint: &Checkpoint,
-        stats: &LoadStats,
-        usage: &[Usage],
-    ) -> Report {
+    /// Adds what loading the model did. `usage` is that of each device, measured while it is loaded.
+    pub fn with_load(mut self, model: &Model, usage: &[Usage]) -> Report {
+        let stats = model.stats();
         for (device, usage) in self.devices.iter_mut().zip(usage) {
             device.allocated = usage.requested.now;
             device.padded = usage.padded.now;
@@ -344,7 +379,10 @@ impl Report {
             nonfinite: stats
                 .nonfinite
                 .iter()
-                .map(|&(index, blocks)| (checkpoint.tensors()[index].name.clone(), blocks))
+                .filter_map(|&(index, blocks)| {
+                    let tensor = model.tensor_at(index)?;
+                    Some((tensor.name().to_owned(), blocks))
+                })
                 .collect(),
         });
         self
@@ -352,9 +390,10 @@ impl Report {
 
     /// Adds every tensor's placement.
     pub fn with_placements(mut self, checkpoint: &Checkpoint, plan: &Plan) -> Report {
+        let cut = cut(plan, checkpoint);
+        let tensors = cut.as_ref().unwrap_or(checkpoint).tensors();
         self.placements = Some(
-            checkpoint
-                .tensors()
+            tensors
                 .iter()
                 .zip(&plan.tensors)
                 .map(|(tensor, planned)| PlacementReport {
@@ -365,6 +404,7 @@ impl Report {
                         .map(|device| plan.devices[device as usize].device.name.clone()),
                     format: planned.placement.format.to_string(),
                     bytes: planned.requested(),
+                    slice: tensor.piece.as_deref().map(SliceReport::from),
                 })
                 .collect(),
         );
