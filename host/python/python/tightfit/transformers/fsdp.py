@@ -98,7 +98,10 @@ def put(module: Any, weight: Any) -> None:
 
 
 def exchange_scales(layers: Iterator[tuple[Any, Any]], nested: bool, dtype: torch.dtype) -> None:
-    """Gives all processes the scales of all rows. ``layers`` are modules with the weights of which they have parts."""
+    """Gives all processes the scales of all rows. ``layers`` are modules with the weights of which they have parts.
+
+    Those of weights that have been quantized in the checkpoint are f32, whatever they are there.
+    """
     import torch.distributed as dist
     from bitsandbytes.functional import QuantState, dequantize_blockwise, quantize_blockwise
 
@@ -118,7 +121,7 @@ def exchange_scales(layers: Iterator[tuple[Any, Any]], nested: bool, dtype: torc
             if not placement.is_replicate():
                 dist.all_reduce(everyone, group=mesh.get_group(index))
         offset = again = None
-        if nested:
+        if nested and weight.format != "stored":
             offset = everyone.mean()
             everyone, again = quantize_blockwise(everyone - offset, blocksize=256)
         module.quant_state = QuantState(

@@ -472,6 +472,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """What is saved: of experts in 4 bits what ``tightfit save`` writes."""
+        if self._shared is not None and not getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError("this is a part of a model: save the model from its files, with tightfit.save")
         stacks = {name: module for name, module in model.named_modules() if isinstance(module, experts.Stack4bit)}
         if not stacks:
             return super().get_state_dict_and_metadata(model)
