@@ -21,6 +21,7 @@ from __future__ import annotations
 from ._report import Report
 from .agreement import OtherProcessError
 from .config import TightfitConfig
+from .materializing import materialize
 from .register import install, installed, uninstall
 
-__all__ = ["OtherProcessError", "Report", "TightfitConfig", "install", "installed", "uninstall"]
+__all__ = ["OtherProcessError", "Report", "TightfitConfig", "install", "installed", "materialize", "uninstall"]

@@ -66,13 +66,14 @@ def parts(model: Any, packed: Callable[[Any], Part]) -> dict[str, Part]:
         if leaf == "weight" and isinstance(module, Linear4bit) and parameter.shape[1] == 1:
             found[name] = packed(module)
             continue
-        part = _part(name, parameter)
+        part = part_of(name, parameter)
         if part is not None:
             found[name] = part
     return found
 
 
-def _part(name: str, parameter: Any) -> Part | None:
+def part_of(name: str, parameter: Any) -> Part | None:
+    """The part of one that is a ``DTensor``; None where it is all of it."""
     cut = None
     for index, placement in enumerate(parameter.placements):
         if placement.is_replicate():

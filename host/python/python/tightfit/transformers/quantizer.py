@@ -16,7 +16,7 @@ import tightfit
 
 from ..ops import ROWS, Product, SharedWorkspace
 from ..torch import DTYPES, params4bit, tensor
-from . import _caller, agreement, experts, fsdp, mapping, parts, placement, processes, purpose, stock, tensor_parallel
+from . import _caller, agreement, experts, fsdp, mapping, materializing, parts, placement, processes, purpose, stock, tensor_parallel
 from ._report import Report
 from .config import Options, TightfitConfig
 from .filling import AlreadyQuantized, converters
@@ -111,6 +111,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         # How processes share the model, if they do, and what is loaded as soon as transformers has cut it.
         self._shared: Any = None
         self._later: Any = None
+        # What is not loaded before others have sharded it.
+        self._unfilled: Any = None
         # The parts that this process has of tensors that it has not whole.
         self._parts: dict[str, parts.Part] = {}
 
@@ -172,6 +174,13 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         assert checkpoint_files, "preprocess_model has handed over"
         self._own = mapping.own_converters(model)
         # Whatever is made here is made in its place, not on the device that models are sketched on.
+        if not self.options.materialize:
+            if self._shared is not None:
+                raise ValueError("distributed_config shards a model before it is loaded: leave materialize=False out")
+            opened = tightfit.open(checkpoint_files)
+            self._unfilled = materializing.Unfilled(self, model, opened, _caller.asked().get("key_mapping"))
+            self._unfilled.pack(model)
+            return
         if self._shared is None:
             with torch.device("cpu"):
                 self._load(model, device_map, checkpoint_files)
@@ -393,6 +402,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return _FORMATS.get(wanted, "stored")
 
     def get_weight_conversions(self) -> list[Any]:
+        if self._unfilled is not None:
+            return converters(self._own, self._find, lambda key: self._unfilled.place(self._model, key))
         return [] if self.loaded is None and self._later is None else converters(self._own, self._find, self._place)
 
     def _place(self, key: str) -> Any:
@@ -513,7 +524,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         if self._shared is not None and self._shared.fsdp_size > 1:
             self._exchange_scales(model)
         try:
-            self._use_products(model)
+            if self.loaded is not None:
+                self._use_products(model)
         except tightfit.DeviceError as error:
             # Of a GPU that is older than the kernels: bitsandbytes multiplies.
             logger.warning("products are bitsandbytes' own: %s", error)
@@ -525,6 +537,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         # Nothing to be reversed when it is saved.
         model._weight_conversions = [entry for entry in model._weight_conversions if not hasattr(entry, "find")]
+        if self._unfilled is not None:
+            model.__dict__["_tightfit_unfilled"], self._unfilled = self._unfilled, None
         # The model keeps what it needs.
         self.loaded = self._model = None
         return model
