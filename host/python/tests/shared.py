@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import tightfit
-from tightfit.transformers import OtherProcessError, TightfitConfig
+from tightfit.transformers import OtherProcessError, TightfitConfig, materialize
 from tightfit.transformers.experts import Stack4bit
 
 # A unit in the last place of bf16, of what is between 1 and 2.
@@ -154,6 +154,51 @@ class Checks:
             "peak": part.tightfit.memory[0].peak_reserved / whole.tightfit.memory[0].peak_reserved,
             "read": [model.tightfit._model.report()["load"]["bytes_read"] for model in (part, whole)],
         }
+
+    def qlora(self, name: str, source: str) -> dict[str, Any]:
+        """Adapters on a model that is loaded when it has been sharded, against the same in one process."""
+        import peft
+        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.tensor import distribute_tensor
+
+        path = self.models / name / source
+
+        def adapted(**options: Any) -> Any:
+            config = TightfitConfig(products=False, **options)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=config)
+            model = peft.prepare_model_for_kbit_training(self.ready(model), use_gradient_checkpointing=False)
+            return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
+
+        # What PEFT would cast is f32 at once.
+        whole = adapted(purpose="qlora")
+        part = adapted(materialize=False, bnb_4bit_quant_storage=torch.float32)
+        assert all(parameter.is_meta for parameter in part.parameters())
+        for layer in part.get_base_model().model.layers:
+            fully_shard(layer)
+        fully_shard(part)
+        materialize(part)
+        begins = {"lora_A": False, "lora_B": False}
+        for key, parameter in part.named_parameters():
+            local = parameter.to_local()
+            if not parameter.requires_grad:
+                continue
+            (which,) = [which for which in begins if which in key]
+            begins[which] |= bool(local.any())
+            values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key))) / 20
+            local.detach().copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements).to_local())
+            whole.get_parameter(key).data.copy_(values)
+        losses = []
+        for model in (whole, part):
+            model.train()
+            optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-2)
+            for _ in range(3):
+                loss = model(input_ids=self.tokens(name), labels=self.tokens(name)).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                losses.append(loss.item())
+        memory = [model.get_base_model().tightfit.memory[0].peak_reserved for model in (part, whole)]
+        return {"losses": [losses[:3], losses[3:]], "begins": begins, "peak": memory[0] / memory[1]}
 
     def refused(self, name: str, source: str) -> dict[str, Any]:
         """What all refuse though only one of them would, each in its own words."""

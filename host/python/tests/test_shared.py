@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -39,6 +40,8 @@ TWO = [
     "refused:llama:bf16",
     *TP_PLAN,
 ]
+if importlib.util.find_spec("peft") is not None:
+    TWO += ["qlora:llama:bf16", "qlora:qwen2_untied:nf4_dq"]
 FOUR = [f"tensor_parallel:{model}:bf16" for model in ("llama", "qwen2_tied", "mixtral", "qwen3_moe")]
 FOUR += ["tensor_parallel:llama:nf4_dq", "fsdp:llama:nf4"]
 
@@ -129,6 +132,16 @@ def test_fsdp_gets_shards_and_nobody_holds_the_whole(processes: str, request: py
         assert result["difference"] < (0.1 if name.endswith(":double") else 1e-4), (name, result)
         assert result["sharded"] and abs(result["share"] - share) < 0.02, (name, result)
         assert result["peak"] < share + 0.12, (name, result)
+
+
+@pytest.mark.skipif("qlora:llama:bf16" not in TWO, reason="there is no peft")
+def test_qlora_trains_shards_that_are_loaded_when_it_is_sharded(two: list[dict[str, Any]]) -> None:
+    for name, result in each(two, "qlora"):
+        whole, part = result["losses"]
+        assert whole[0] > whole[-1], (name, result)
+        assert part == pytest.approx(whole, rel=1e-3), (name, result)
+        assert result["begins"] == {"lora_A": True, "lora_B": False}, name
+        assert result["peak"] < 0.6, (name, result)
 
 
 def test_what_one_refuses_all_refuse(two: list[dict[str, Any]]) -> None:

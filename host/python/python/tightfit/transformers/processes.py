@@ -1,4 +1,4 @@
-"""What several processes would share of a model: refused, not guessed."""
+"""How several processes share a model: what Tightfit loads for, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _WITHOUT = "Tightfit loads a whole model in each process"
 _NEEDED = "5.16"
 
 
-def refuse_sharding() -> None:
-    """Refuses what shards every model of this process.
+def refuse_sharding(is_later: bool) -> None:
+    """Refuses what shards every model of this process. FSDP2 may, where it is before the model is loaded (`is_later`).
 
     Raises:
         ValueError: DeepSpeed's ZeRO-3 or FSDP2 is switched on.
@@ -21,8 +21,11 @@ def refuse_sharding() -> None:
 
     if is_deepspeed_zero3_enabled():
         raise ValueError(f"{_WITHOUT}: DeepSpeed's ZeRO-3 shards it while it is loaded (ZeRO-2 does not)")
-    if _fsdp_version() == 2:
-        raise ValueError(f"{_WITHOUT}: FSDP2 shards it")
+    if _fsdp_version() == 2 and not is_later:
+        raise ValueError(
+            f"{_WITHOUT}: FSDP2 would shard it afterwards. Load it with TightfitConfig(materialize=False), and call "
+            "tightfit.transformers.materialize(model) when it is sharded"
+        )
 
 
 def shared(model: Any) -> Any:

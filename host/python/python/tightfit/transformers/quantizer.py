@@ -118,7 +118,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         super().validate_environment(*args, **kwargs)
-        processes.refuse_sharding()
+        processes.refuse_sharding(not self.options.materialize)
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError("Tightfit has no place on disk: leave 'disk' out of the device map")
