@@ -8,7 +8,7 @@
 # toolchain and every dependency are pinned, and paths are mapped away.
 set -eu
 
-policies="auto huggingface map packed"
+policies="auto huggingface map packed tensor-parallel"
 
 check=false
 case "${1-}" in

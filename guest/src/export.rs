@@ -22,6 +22,14 @@ impl<P: Policy> Guest for Exported<P> {
     }
 }
 
+#[cfg(feature = "slices")]
+impl<P: Policy> crate::bindings::exports::tightfit::host::slicer::Guest for Exported<P> {
+    fn plan_slices(request: Request) -> Result<crate::SlicedProposal, Refusal> {
+        report_panics();
+        P::plan_slices(request)
+    }
+}
+
 /// A panic ends in a trap, which carries no text. The message goes to the log before that, where
 /// the host finds it.
 fn report_panics() {

@@ -34,6 +34,9 @@
 //! assert_eq!(request.tensors[0].bytes, 4096);
 //! ```
 //!
+//! A policy can also cut tensors, each device to get a part: with the feature `slices` it has
+//! a function `plan_slices` more, and helpers in the module `slices`.
+//!
 //! What most policies need is here too: [`names`] (which layer is a tensor of, what is it for),
 //! [`formats`] (what is quantized), [`sizing`] (what it takes on a device), [`partition`]
 //! (spreading a sequence over devices), [`tree`] (the modules that names stand for), [`settings`] and
@@ -58,6 +61,8 @@ pub mod names;
 pub mod partition;
 pub mod settings;
 pub mod sizing;
+#[cfg(feature = "slices")]
+pub mod slices;
 pub mod tree;
 mod types;
 
@@ -65,8 +70,12 @@ pub use bindings::exports::tightfit::host::planner::{
     Description, Failure as PreviousFailure, Proposal, Refusal, RefusalReason, Request,
     RequiredFormat, Setting, Tie,
 };
+#[cfg(feature = "slices")]
+pub use bindings::exports::tightfit::host::slicer::SlicedProposal;
 pub use bindings::tightfit::host::log::Level;
 pub use bindings::tightfit::host::sizing::StoredSize;
+#[cfg(feature = "slices")]
+pub use bindings::tightfit::host::slices::{Range as SliceRange, Slice};
 pub use bindings::tightfit::host::types::{
     Device, DeviceKind, Dtype, Error, ErrorCode, Format, Nf4Format, Placement, QuantType,
     Quantization, Tensor,
@@ -85,6 +94,16 @@ pub trait Policy {
     /// # Errors
     /// A [`Refusal`] when the policy cannot place this model on these devices.
     fn plan(request: Request) -> Result<Proposal, Refusal>;
+
+    /// Decides where every tensor goes, whole or in slices, and in which format. Hosts that know of slices
+    /// call this instead of `plan`, whose answer it is unless a policy has more to say.
+    ///
+    /// # Errors
+    /// As [`Policy::plan`].
+    #[cfg(feature = "slices")]
+    fn plan_slices(request: Request) -> Result<SlicedProposal, Refusal> {
+        Self::plan(request).map(SlicedProposal::from)
+    }
 }
 
 /// Exports a type that implements [`Policy`] as the policy of this crate, which must be a `cdylib`.

@@ -124,7 +124,7 @@ mod native {
 }
 
 /// Returns the bits of an element.
-pub(crate) fn bits(dtype: Dtype) -> u64 {
+pub fn bits(dtype: Dtype) -> u64 {
     match dtype {
         Dtype::F4 => 4,
         Dtype::F6E2m3 | Dtype::F6E3m2 => 6,

@@ -48,6 +48,8 @@ pub use bindings::tightfit::host::models::{
 pub use bindings::tightfit::host::nf4;
 pub use bindings::tightfit::host::output::write as output;
 pub use bindings::tightfit::host::sizing::{StoredSize, stored_bytes};
+pub use bindings::tightfit::host::sliced_models::Piece;
+pub use bindings::tightfit::host::slices::{Range as SliceRange, Slice};
 pub use bindings::tightfit::host::transformer;
 pub use bindings::tightfit::host::types::{
     Device, DeviceKind, Dtype, Format, Nf4Format, Placement, QuantType, Tensor,
@@ -108,6 +110,77 @@ impl Format {
         block_size: 64,
         double_quantized: false,
     });
+}
+
+impl From<std::ops::Range<u64>> for SliceRange {
+    fn from(range: std::ops::Range<u64>) -> SliceRange {
+        SliceRange {
+            start: range.start,
+            end: range.end,
+        }
+    }
+}
+
+impl Slice {
+    /// Returns the slice of the tensor with this number that has one range of a dimension.
+    pub fn new(
+        tensor: u32,
+        dimension: u32,
+        range: std::ops::Range<u64>,
+        placement: Placement,
+    ) -> Slice {
+        Slice {
+            tensor,
+            dimension,
+            ranges: vec![range.into()],
+            placement,
+        }
+    }
+}
+
+impl Model {
+    /// Loads a checkpoint as [`Model::load`] does, some tensors in slices, which are on no device in
+    /// `placements`. The model's tensors are numbered in checkpoint order, with the slices of a tensor, in the
+    /// order of the list, in its place.
+    ///
+    /// ```no_run
+    /// use tightfit_program::{Checkpoint, Error, Format, Model, Placement, Slice};
+    ///
+    /// /// The first half of the rows of every matrix.
+    /// fn half(name: &str) -> Result<Model, Error> {
+    ///     let checkpoint = Checkpoint::open(name)?;
+    ///     let here = Placement { device: Some(0), format: Format::NF4 };
+    ///     let nowhere = Placement { device: None, format: Format::Stored };
+    ///     let tensors = checkpoint.all_tensors();
+    ///     let mut slices = Vec::new();
+    ///     for (number, tensor) in (0..).zip(&tensors) {
+    ///         if let [rows, _] = tensor.shape[..] {
+    ///             slices.push(Slice::new(number, 0, 0..rows / 2, here));
+    ///         }
+    ///     }
+    ///     Model::load_slices(&checkpoint, &vec![nowhere; tensors.len()], &slices, &[0])
+    /// }
+    /// ```
+    ///
+    /// # Errors
+    /// As [`Model::load`], and [`Error::InvalidArgument`] for slices that there cannot be.
+    pub fn load_slices(
+        checkpoint: &Checkpoint,
+        placements: &[Placement],
+        slices: &[Slice],
+        headroom: &[u64],
+    ) -> Result<Model, Error> {
+        bindings::tightfit::host::sliced_models::load(checkpoint, placements, slices, headroom)
+    }
+
+    /// Returns which part of which tensor of the checkpoint the tensor with this number is; `None` if it was not
+    /// cut.
+    ///
+    /// # Errors
+    /// [`Error::InvalidArgument`] for what is not there or was not loaded.
+    pub fn piece(&self, tensor: u32) -> Result<Option<Piece>, Error> {
+        bindings::tightfit::host::sliced_models::get_piece(self, tensor)
+    }
 }
 
 impl Buffer {

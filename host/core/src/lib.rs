@@ -111,6 +111,7 @@ pub mod plan;
 pub mod policy;
 pub mod products;
 mod progress;
+pub mod ranks;
 pub mod report;
 pub mod save;
 pub mod status;

@@ -5,7 +5,7 @@ use std::path::Path;
 
 /// Every module, each with those that it may import beside itself. What is to the left of a module
 /// knows nothing of it.
-const LAYERS: [(&str, &[&str]); 20] = [
+const LAYERS: [(&str, &[&str]); 21] = [
     ("types", &[]),
     ("cancel", &[]),
     ("progress", &[]),
@@ -62,6 +62,18 @@ const LAYERS: [(&str, &[&str]); 20] = [
             "model",
         ],
     ),
+    (
+        "ranks",
+        &[
+            "types",
+            "cancel",
+            "text",
+            "status",
+            "device",
+            "checkpoint",
+            "plan",
+        ],
+    ),
     ("dlpack", &["types", "device", "plan", "model"]),
     ("products", &["types", "status", "device", "plan", "model"]),
     (
@@ -90,6 +102,7 @@ const LAYERS: [(&str, &[&str]); 20] = [
             "plan",
             "model",
             "load",
+            "ranks",
         ],
     ),
     ("testing", &["types", "checkpoint", "device"]),

@@ -21,10 +21,11 @@ pub(crate) fn described<'a>(
     bytes: &'a [u8],
     world: &World,
 ) -> Result<Cow<'a, [u8]>, BinaryReaderError> {
-    let component_type = world.component_type;
     if Parser::is_component(bytes) {
         return Ok(Cow::Borrowed(bytes));
     }
+    let names = export_names(bytes)?;
+    let component_type = world.component_type_of(names.iter().copied());
     let mut described = Vec::with_capacity(bytes.len() + component_type.len() + 64);
     for payload in Parser::new(0).parse_all(bytes) {
         let payload = payload?;
@@ -136,17 +137,24 @@ pub fn component_from_module(bytes: &[u8]) -> Result<Vec<u8>, GuestFailure> {
 
 /// Returns the world that a core module is made for, by what it exports.
 fn world(bytes: &[u8]) -> Result<&'static World, BinaryReaderError> {
-    if !Parser::is_component(bytes) {
-        for payload in Parser::new(0).parse_all(bytes) {
-            let Payload::ExportSection(exports) = payload? else {
-                continue;
-            };
+    let is_run = |name: &&str| name.starts_with("tightfit:host/run@");
+    Ok(
+        match !Parser::is_component(bytes) && export_names(bytes)?.iter().any(is_run) {
+            true => &World::PROGRAM,
+            false => &World::POLICY,
+        },
+    )
+}
+
+/// Returns the names of a core module's exports.
+fn export_names(module: &[u8]) -> Result<Vec<&str>, BinaryReaderError> {
+    let mut names = Vec::new();
+    for payload in Parser::new(0).parse_all(module) {
+        if let Payload::ExportSection(exports) = payload? {
             for export in exports {
-                if export?.name.starts_with("tightfit:host/run@") {
-                    return Ok(&World::PROGRAM);
-                }
+                names.push(export?.name);
             }
         }
     }
-    Ok(&World::POLICY)
+    Ok(names)
 }

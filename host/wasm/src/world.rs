@@ -15,10 +15,23 @@ pub(crate) struct World {
     pub(crate) exports: &'static [&'static str],
     /// The same as wit-component encodes it, with types and functions: for core modules.
     pub(crate) component_type: &'static [u8],
+    /// What it may export besides.
+    pub(crate) more: Option<More>,
+}
+
+/// An interface that a guest may export or not, and is asked through if it does.
+#[derive(Debug)]
+pub(crate) struct More {
+    pub(crate) export: &'static str,
+    /// The world with this export.
+    pub(crate) component_type: &'static [u8],
 }
 
 /// The interface that a policy exports.
 pub(crate) const PLANNER: &str = "tightfit:host/planner@0.1.0";
+
+/// The interface that a policy exports besides if it cuts tensors.
+pub(crate) const SLICER: &str = "tightfit:host/slicer@0.1.0";
 
 /// The interface that a program exports.
 pub(crate) const RUN: &str = "tightfit:host/run@0.1.0";
@@ -35,9 +48,14 @@ impl World {
             "tightfit:host/types@0.1.0",
             "tightfit:host/sizing@0.1.0",
             "tightfit:host/log@0.1.0",
+            "tightfit:host/slices@0.1.0",
         ],
         exports: &[PLANNER],
         component_type: bindings::COMPONENT_TYPE,
+        more: Some(More {
+            export: SLICER,
+            component_type: bindings::slicing::COMPONENT_TYPE,
+        }),
     };
 
     /// What a program may import and has to export.
@@ -53,12 +71,15 @@ impl World {
             "tightfit:host/nf4@0.1.0",
             "tightfit:host/checkpoints@0.1.0",
             "tightfit:host/models@0.1.0",
+            "tightfit:host/slices@0.1.0",
+            "tightfit:host/sliced-models@0.1.0",
             "tightfit:host/linear@0.1.0",
             "tightfit:host/transformer@0.1.0",
             "tightfit:host/output@0.1.0",
         ],
         exports: &[RUN],
         component_type: program::bindings::COMPONENT_TYPE,
+        more: None,
     };
 
     /// Returns how this host calls what a core module exports of another version that matches its own.
@@ -66,9 +87,29 @@ impl World {
         let (interface, rest) = name.split_once('@')?;
         let (version, function) = rest.split_once('#')?;
         let known = interface.strip_prefix("cabi_post_").unwrap_or(interface);
-        let want = find(self.exports, known)?;
+        let want = self.export_version(known)?;
         (version != want && is_compatible(version, want))
             .then(|| format!("{interface}@{want}#{function}"))
+    }
+
+    /// Returns the version of an interface that guests are asked through.
+    fn export_version(&self, interface: &str) -> Option<&'static str> {
+        let more = self.more.as_ref().map(|more| more.export);
+        find(self.exports, interface).or_else(|| find(more.as_slice(), interface))
+    }
+
+    /// Returns the world as a core module is described that exports functions of these names, as a
+    /// module has them: `tightfit:host/planner@0.1.0#plan`.
+    pub(crate) fn component_type_of<'a>(
+        &self,
+        mut names: impl Iterator<Item = &'a str>,
+    ) -> &'static [u8] {
+        match &self.more {
+            Some(more) if names.any(|name| split(name).0 == split(more.export).0) => {
+                more.component_type
+            }
+            _ => self.component_type,
+        }
     }
 }
 
@@ -100,7 +141,7 @@ impl World {
     /// Checks that an export of this name is no other version of what is asked for.
     pub(crate) fn check_export(&self, name: &str) -> Result<(), Mismatch> {
         let (interface, version) = split(name);
-        match find(self.exports, interface) {
+        match self.export_version(interface) {
             Some(want) if !is_compatible(version, want) => Err(Mismatch::ExportVersion {
                 export: name.to_owned(),
                 want: want.to_owned(),
@@ -187,7 +228,11 @@ mod tests {
         let world = World {
             imports: &["tightfit:host/log@0.1.0"],
             exports: &["tightfit:host/planner@0.1.0"],
-            component_type: &[],
+            component_type: &[1],
+            more: Some(More {
+                export: "tightfit:host/slicer@0.1.0",
+                component_type: &[2],
+            }),
         };
         let import = |name, wasi| world.check_import(name, wasi).unwrap_err().to_string();
         assert_eq!(
@@ -234,11 +279,28 @@ mod tests {
             ),
             ("tightfit:host/planner@0.1.0#plan", None),
             ("tightfit:host/planner@0.2.0#plan", None),
+            (
+                "tightfit:host/slicer@0.1.9#plan-slices",
+                Some("tightfit:host/slicer@0.1.0#plan-slices"),
+            ),
             ("something:else/here@0.1.9#plan", None),
             ("memory", None),
         ] {
             assert_eq!(world.export_here(name).as_deref(), here, "{name}");
         }
+        let newer = world.check_export("tightfit:host/slicer@0.2.0");
+        assert!(newer.unwrap_err().to_string().contains("slicer@0.2.0"));
+        let described = |names: &[&'static str]| world.component_type_of(names.iter().copied());
+        assert_eq!(
+            described(&["memory", "tightfit:host/planner@0.1.0#plan"]),
+            [1]
+        );
+        let both = [
+            "tightfit:host/planner@0.1.0#plan",
+            "tightfit:host/slicer@0.1.4#plan-slices",
+        ];
+        assert_eq!(described(&both), [2]);
+        assert_eq!(described(&["tightfit:host/slicers@0.1.0#plan-slices"]), [1]);
         let missing = world.check_exports(["run", "tightfit:host/log@0.1.0"].into_iter());
         assert_eq!(
             missing.unwrap_err(),

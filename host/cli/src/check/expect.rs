@@ -31,6 +31,8 @@ pub(super) struct Stated {
     pub(super) devices: BTreeMap<String, DeviceExpect>,
     pub(super) total: Option<TotalExpect>,
     pub(super) balance: Option<Balance>,
+    #[serde(default)]
+    pub(super) slices: BTreeMap<String, SliceExpect>,
 }
 
 impl Stated {
@@ -42,6 +44,7 @@ impl Stated {
             || !self.devices.is_empty()
             || self.total.is_some()
             || self.balance.is_some()
+            || !self.slices.is_empty()
     }
 }
 
@@ -59,7 +62,7 @@ impl TryFrom<Stated> for Expect {
             0 => Err("the scenario expects nothing".to_owned()),
             1 => Ok(Expect { stated }),
             _ => Err(
-                "a plan (fits = true, tensors, together, devices, total, balance), a refusal \
+                "a plan (fits = true, tensors, together, devices, total, balance, slices), a refusal \
                  (fits = false, refused) and a failure (fails) exclude each other"
                     .to_owned(),
             ),
@@ -292,6 +295,84 @@ pub(super) struct DeviceExpect {
     pub(super) headroom: Option<Range<Size>>,
     /// What is free beside the weights.
     pub(super) free: Option<Range<Size>>,
+}
+
+/// How the tensors are cut that a pattern matches, each of them.
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(try_from = "SliceKeys")]
+pub(super) struct SliceExpect {
+    /// How many match.
+    pub(super) count: Option<Range<Count>>,
+    /// How many slices each has; 0 of what is not cut.
+    pub(super) parts: Option<Range<Count>>,
+    pub(super) dimension: Option<u32>,
+    /// Whether each element is in one slice.
+    pub(super) complete: Option<bool>,
+    /// Whether each device has a slice that is all of it.
+    pub(super) copies: Option<bool>,
+    /// What the devices have whose name a pattern matches.
+    pub(super) ranges: BTreeMap<String, Vec<Extent>>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "kebab-case")]
+struct SliceKeys {
+    count: Option<Range<Count>>,
+    parts: Option<Range<Count>>,
+    dimension: Option<u32>,
+    complete: Option<bool>,
+    copies: Option<bool>,
+    #[serde(default)]
+    ranges: BTreeMap<String, OneOrMany<Parsed<Extent>>>,
+}
+
+impl TryFrom<SliceKeys> for SliceExpect {
+    type Error = &'static str;
+
+    fn try_from(keys: SliceKeys) -> Result<SliceExpect, &'static str> {
+        let extents = |OneOrMany(extents): OneOrMany<Parsed<Extent>>| {
+            extents.into_iter().map(|Parsed(extent)| extent).collect()
+        };
+        let ranges = keys.ranges.into_iter();
+        let expect = SliceExpect {
+            count: keys.count,
+            parts: keys.parts,
+            dimension: keys.dimension,
+            complete: keys.complete,
+            copies: keys.copies,
+            ranges: ranges.map(|(name, given)| (name, extents(given))).collect(),
+        };
+        let is_empty = expect.count.is_none()
+            && expect.parts.is_none()
+            && expect.dimension.is_none()
+            && expect.complete.is_none()
+            && expect.copies.is_none()
+            && expect.ranges.is_empty();
+        match is_empty {
+            true => Err("it expects nothing: give count, parts, dimension, complete, copies or ranges"),
+            false => Ok(expect),
+        }
+    }
+}
+
+/// A range of a dimension, written as slices are named: `0:1024`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Extent {
+    pub(super) start: u64,
+    pub(super) end: u64,
+}
+
+impl FromStr for Extent {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Extent, String> {
+        let number = |text: &str| text.trim().parse().ok();
+        let both = text.split_once(':');
+        both.and_then(|(start, end)| Some((number(start)?, number(end)?)))
+            .filter(|(start, end)| start < end)
+            .map(|(start, end)| Extent { start, end })
+            .ok_or_else(|| format!("'{text}' is not a range such as 0:1024"))
+    }
 }
 
 /// What all devices hold together.

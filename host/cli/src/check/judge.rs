@@ -9,8 +9,9 @@ use super::expect::{
     TotalExpect,
 };
 use super::outcome::Finding;
+use super::slices;
 use super::values::{OneOrMany, Parsed, Quantity, Range, Size, TextOr};
-use tightfit::checkpoint::Checkpoint;
+use tightfit::checkpoint::{Checkpoint, TensorInfo};
 use tightfit::plan::{DevicePlan, Plan, ProposeError};
 use tightfit::policy::{PolicyError, RefusalReason};
 use tightfit::types::Placement;
@@ -46,7 +47,9 @@ pub fn judge(
     if stated.fits == Some(true) {
         findings.push(Finding::new(true, "a plan", "a plan"));
     }
-    let names = Names::new(checkpoint, plan);
+    // Of the checkpoint that the plan was made for it can be cut.
+    let cut = plan.cut(checkpoint).ok().flatten();
+    let names = Names::new(cut.as_ref().unwrap_or(checkpoint), plan);
     for (pattern, expect) in &stated.tensors {
         findings.extend(names.tensors(pattern, expect));
     }
@@ -61,6 +64,9 @@ pub fn judge(
     }
     if let Some(expect) = &stated.balance {
         findings.extend(balance(plan, expect));
+    }
+    for (pattern, expect) in &stated.slices {
+        findings.extend(slices::judge(checkpoint, plan, pattern, expect));
     }
     findings
 }
@@ -152,6 +158,8 @@ struct Names<'a> {
     plan: &'a Plan,
     /// In checkpoint order, then the second names that the checkpoint does not store.
     placed: Vec<(&'a str, Placement)>,
+    /// What patterns match: the same names, but of slices those of their tensors.
+    whole: Vec<&'a str>,
 }
 
 impl<'a> Names<'a> {
@@ -176,13 +184,24 @@ impl<'a> Names<'a> {
                 (tensor.name.as_str(), placed)
             });
         let mut placed: Vec<_> = stored.collect();
+        let of = |tensor: &'a TensorInfo| match &tensor.piece {
+            Some(piece) => piece.of.as_str(),
+            None => tensor.name.as_str(),
+        };
+        let mut whole: Vec<&str> = checkpoint.tensors().iter().map(of).collect();
         let aliases = checkpoint.ties().iter();
-        placed.extend(
-            aliases
-                .filter(|tie| tie.alias_tensor.is_none())
-                .map(|tie| (tie.alias.as_str(), placement(tie.tensor))),
-        );
-        Names { plan, placed }
+        for tie in aliases.filter(|tie| tie.alias_tensor.is_none()) {
+            let alias = tie.alias.as_str();
+            placed.push((alias, placement(tie.tensor)));
+            let tensor = &checkpoint.tensors()[tie.tensor];
+            let suffix = tensor.name.len() - of(tensor).len();
+            whole.push(&alias[..alias.len() - suffix]);
+        }
+        Names {
+            plan,
+            placed,
+            whole,
+        }
     }
 
     fn device(&self, placement: &Placement) -> &'a str {
@@ -195,10 +214,10 @@ impl<'a> Names<'a> {
     /// What is expected of the tensors that a pattern matches.
     fn tensors(&self, pattern: &str, expect: &TensorExpect) -> Vec<Finding> {
         let patterns = Patterns::parse(pattern);
-        let matched: Vec<&(&str, Placement)> = self
-            .placed
-            .iter()
-            .filter(|(name, _)| patterns.matches(name))
+        let named = self.placed.iter().zip(&self.whole);
+        let matched: Vec<&(&str, Placement)> = named
+            .filter(|(_, name)| patterns.matches(name))
+            .map(|(placed, _)| placed)
             .collect();
         let mut findings = Vec::new();
         let of = |what: String| format!("tensors '{pattern}' {what}");

@@ -15,6 +15,7 @@ mod model;
 mod outcome;
 mod parse;
 mod run;
+mod slices;
 mod values;
 
 pub use error::{CheckError, RunError};

@@ -1,6 +1,6 @@
 //! Sizes as users type them.
 
-use tightfit::device::DeviceSpec;
+use tightfit::device::{DeviceSpec, LocalSpec, RankedSpec};
 use tightfit::types;
 
 /// Parses a size. A number without a unit that is less than 1 MiB is taken for
@@ -24,11 +24,32 @@ pub(crate) fn parse_bytes(text: &str) -> Result<u64, String> {
 /// Parses a device, whose size is one of [`parse_bytes`].
 pub(crate) fn parse_device(text: &str) -> Result<DeviceSpec, String> {
     let device: DeviceSpec = text.parse().map_err(|error| format!("{error}"))?;
-    let size = match device {
-        DeviceSpec::Cuda { capacity: None, .. } | DeviceSpec::Cpu { capacity: None } => None,
-        _ => text.rsplit(':').next(),
+    with_unit(text, size(&device)).map(|()| device)
+}
+
+/// Parses a device of one process or several, whose size is one of [`parse_bytes`].
+pub(crate) fn parse_ranked_device(text: &str) -> Result<RankedSpec, String> {
+    let spec: RankedSpec = text.parse().map_err(|error| format!("{error}"))?;
+    let size = match &spec.device {
+        LocalSpec::Device(device) => size(device),
+        LocalSpec::LocalCuda { capacity } => *capacity,
+        LocalSpec::Default => None,
     };
-    size.map(parse_bytes).transpose().map(|_| device)
+    with_unit(text, size).map(|()| spec)
+}
+
+/// The size that a device was given.
+fn size(device: &DeviceSpec) -> Option<u64> {
+    match device {
+        DeviceSpec::Cuda { capacity, .. } | DeviceSpec::Cpu { capacity } => *capacity,
+        DeviceSpec::Sim { capacity } => Some(*capacity),
+    }
+}
+
+/// Whether the size at the end of a device, if there is one, has its unit.
+fn with_unit(text: &str, size: Option<u64>) -> Result<(), String> {
+    let size = size.and_then(|_| text.rsplit(':').next());
+    size.map_or(Ok(()), |size| parse_bytes(size).map(|_| ()))
 }
 
 #[cfg(test)]
@@ -73,5 +94,11 @@ mod tests {
             assert!(parse_device(text).is_ok(), "{text}");
         }
         assert!(parse_device("gpu:0").is_err());
+        assert!(parse_ranked_device("1/sim:24").is_err());
+        for text in ["1/sim:24B", "cuda", "cuda:24GiB", "3/cuda:7", "cpu"] {
+            assert!(parse_ranked_device(text).is_ok(), "{text}");
+        }
+        // That is a GPU's number.
+        assert!(parse_device("cuda:24GiB").is_err());
     }
 }

@@ -7,14 +7,15 @@ use std::sync::{Arc, OnceLock};
 
 use clap::{Args, Parser, Subcommand};
 use tightfit::checkpoint::Dequantize;
-use tightfit::device::DeviceSpec;
+use tightfit::device::{DeviceSpec, RankedSpec};
 use tightfit::load::QuantizeOn;
+use tightfit::ranks::{Digest, Rendezvous};
 use tightfit::synth::Preset;
 use tightfit::types::Bytes;
 use tightfit_kernels::{Isa, KernelError, Kernels};
 use tightfit_wasm::sandbox::{self, Cache, CacheError, Compiler, CompilerProgram, Limits, Wasi};
 
-use crate::command::amount::{parse_bytes, parse_device};
+use crate::command::amount::{parse_bytes, parse_device, parse_ranked_device};
 use crate::command::error::CommandError;
 use crate::command::session;
 
@@ -63,6 +64,12 @@ pub(crate) enum Command {
     Policy(PolicyCommand),
     /// What devices there are
     Devices(DevicesOptions),
+    /// Print what completes commands and options in a shell
+    ///
+    /// For bash: tightfit completions bash > ~/.local/share/bash-completion/completions/tightfit
+    Completions(CompletionsOptions),
+    /// Write manual pages, one for each command
+    Man(ManOptions),
     /// Compile a policy for the process that started this one
     #[command(name = COMPILE, hide = true)]
     CompilePolicy,
@@ -84,9 +91,23 @@ impl Command {
                 PolicyCommand::Show { output, .. } | PolicyCommand::List { output },
             ) => output.json,
             Command::Devices(options) => options.output.json,
-            Command::CompilePolicy => false,
+            Command::Completions(_) | Command::Man(_) | Command::CompilePolicy => false,
         }
     }
+}
+
+/// `tightfit completions`.
+#[derive(Debug, Args)]
+pub(crate) struct CompletionsOptions {
+    /// Which shell
+    pub(crate) shell: clap_complete::Shell,
+}
+
+/// `tightfit man`.
+#[derive(Debug, Args)]
+pub(crate) struct ManOptions {
+    /// Where to: a directory, made if it is not there
+    pub(crate) directory: PathBuf,
 }
 
 /// What this program is started with to compile a policy.
@@ -139,6 +160,65 @@ pub(crate) struct PlacementOptions {
 
     #[command(flatten)]
     pub(crate) policy: PolicyOptions,
+}
+
+/// Where tensors go, of one process or several.
+#[derive(Debug, Clone, Default, Args)]
+pub(crate) struct RankedPlacementOptions {
+    /// A device: cuda:0, cuda:0:20GiB, sim:32GiB (simulated, in host memory), cpu, cpu:16GiB. Among
+    /// several processes 1/cuda:0 is of rank 1, cuda:0 one of every rank, and cuda the GPU with the number
+    /// that a rank has on its machine. Repeatable; by default all CUDA devices, of a rank that one, else cpu
+    #[arg(long = "device", value_name = "SPEC", value_parser = parse_ranked_device)]
+    pub(crate) devices: Vec<RankedSpec>,
+
+    #[command(flatten)]
+    pub(crate) policy: PolicyOptions,
+
+    #[command(flatten)]
+    pub(crate) ranks: RankOptions,
+}
+
+/// Several processes that load one model together.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct RankOptions {
+    /// Which of several processes this is, from 0 [default: as torchrun, Slurm, Open MPI or MPICH say]
+    #[arg(long, value_name = "R", requires = "world")]
+    pub(crate) rank: Option<u32>,
+
+    /// How many processes load the model together, each its share. 1: this one alone, whatever the
+    /// environment says
+    #[arg(long, value_name = "N")]
+    pub(crate) world: Option<u32>,
+
+    /// Where they meet: rank 0 listens there [default: MASTER_ADDR, the port after MASTER_PORT]
+    #[arg(long, value_name = "HOST:PORT")]
+    pub(crate) rendezvous: Option<Rendezvous>,
+
+    /// How long ranks are waited for that do not come or say nothing
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 60,
+        value_parser = clap::value_parser!(u64).range(1..=86_400),
+        hide_short_help = true
+    )]
+    pub(crate) rendezvous_timeout: u64,
+
+    /// Refuse any other plan than the one with this digest, which plan and load report
+    #[arg(long, value_name = "HEX")]
+    pub(crate) digest: Option<Digest>,
+}
+
+impl Default for RankOptions {
+    fn default() -> Self {
+        RankOptions {
+            rank: None,
+            world: None,
+            rendezvous: None,
+            rendezvous_timeout: 60,
+            digest: None,
+        }
+    }
 }
 
 /// Who decides.
@@ -323,7 +403,7 @@ pub(crate) struct PlanOptions {
     #[command(flatten)]
     pub(crate) model: ModelOptions,
     #[command(flatten)]
-    pub(crate) placement: PlacementOptions,
+    pub(crate) placement: RankedPlacementOptions,
     #[command(flatten)]
     pub(crate) output: OutputOptions,
     /// List every tensor's device, format and bytes
@@ -351,7 +431,7 @@ pub(crate) struct LoadOptions {
     #[command(flatten)]
     pub(crate) model: ModelOptions,
     #[command(flatten)]
-    pub(crate) placement: PlacementOptions,
+    pub(crate) placement: RankedPlacementOptions,
     #[command(flatten)]
     pub(crate) engine: EngineOptions,
     /// Where weights for GPUs are quantized: cpu, gpu, or auto: 16 and 32 bits by the processor where there are
@@ -363,6 +443,9 @@ pub(crate) struct LoadOptions {
     /// List every tensor's device, format and bytes
     #[arg(long)]
     pub(crate) placements: bool,
+    /// Draw what was reserved and written on each device over time, with the plan as a line
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) timeline: Option<PathBuf>,
     /// Write the quantized checkpoint too, to this directory
     #[arg(long, value_name = "DIR")]
     pub(crate) save: Option<PathBuf>,

@@ -61,15 +61,14 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Comm
         Bytes(planned),
     ))?;
 
-    let (loaded, report) = load::carry_out(
-        &checkpoint,
-        placed,
-        &devices,
-        &options.engine,
-        options.quantize_on,
+    let way = load::Way {
+        engine: &options.engine,
+        quantize_on: options.quantize_on,
         quiet,
+        recorder: None,
         cancel,
-    )?;
+    };
+    let (loaded, report) = load::carry_out(&checkpoint, placed, &devices, way)?;
     let peak: u64 = report
         .devices
         .iter()

@@ -6,11 +6,12 @@ use crate::check::CheckError;
 use crate::draw::Comparison;
 use crate::error_report::ErrorReport;
 use tightfit::checkpoint::CheckpointError;
-use tightfit::device::DeviceError;
+use tightfit::device::{DeviceError, RankedSpecError};
 use tightfit::hub::HubError;
 use tightfit::load::{LoadError, ReserveError};
 use tightfit::plan::ProposeError;
 use tightfit::policy::PolicyError;
+use tightfit::ranks::{RankError, WorldError};
 use tightfit::save::SaveError;
 use tightfit::status::Status;
 use tightfit::synth::SynthError;
@@ -62,6 +63,19 @@ pub(crate) enum CommandError {
     NoCompiler(std::io::Error),
     #[error("cannot compile for another process: {0}")]
     CompilePolicy(std::io::Error),
+    #[error(transparent)]
+    World(#[from] WorldError),
+    #[error(transparent)]
+    RankedSpec(#[from] RankedSpecError),
+    #[error(transparent)]
+    Ranks(#[from] RankError),
+    #[error("rank {rank}: {source}")]
+    OfRank {
+        rank: u32,
+        source: Box<CommandError>,
+    },
+    #[error("--save writes the whole checkpoint, which one process has to load: give --world 1")]
+    SaveOfShare,
     #[error("A: {}; B: {}", sentence(&.0.a.refusal), sentence(&.0.b.refusal))]
     BothRefuse(Box<Comparison>),
 }
@@ -84,6 +98,7 @@ impl CommandError {
                 Some(error)
             }
             CommandError::Place(ReserveError::Revised { source, .. }) => Some(source),
+            CommandError::OfRank { source, .. } => source.no_plan(),
             _ => None,
         }
     }
@@ -120,7 +135,11 @@ impl CommandError {
             CommandError::Device(error) => error.into(),
             CommandError::Synth(error) => error.into(),
             CommandError::Program(error) => error.into(),
-            CommandError::Kernel(_) => Status::Usage,
+            CommandError::World(error) => error.into(),
+            CommandError::RankedSpec(error) => error.into(),
+            CommandError::Ranks(error) => error.into(),
+            CommandError::OfRank { source, .. } => source.status(),
+            CommandError::Kernel(_) | CommandError::SaveOfShare => Status::Usage,
             CommandError::NobodysSetting { .. } | CommandError::BothToStdout { .. } => {
                 Status::Usage
             }
@@ -182,6 +201,12 @@ impl CommandError {
                 setting: Some(name.clone()),
                 ..report("bad-setting")
             },
+            CommandError::OfRank { source, .. } => ErrorReport {
+                message: self.to_string(),
+                ..source.report()
+            },
+            CommandError::Ranks(RankError::Cancelled) => report("interrupted"),
+            CommandError::Ranks(_) => report("rank"),
             CommandError::BothRefuse(comparison) => {
                 let first = comparison.a.error.clone();
                 ErrorReport {
@@ -193,7 +218,11 @@ impl CommandError {
             CommandError::Write { path, .. } => report("output").at(path),
             CommandError::Output(_) | CommandError::TemporaryDirectory(_) => report("output"),
             CommandError::Unexpected { .. } => report("unexpected"),
-            CommandError::Kernel(_) | CommandError::BothToStdout { .. } => report("usage"),
+            CommandError::Kernel(_)
+            | CommandError::BothToStdout { .. }
+            | CommandError::World(_)
+            | CommandError::RankedSpec(_)
+            | CommandError::SaveOfShare => report("usage"),
             CommandError::NoCompiler(_) | CommandError::CompilePolicy(_) => report("internal"),
         }
     }

@@ -4,14 +4,18 @@ use crate::draw;
 use tightfit::Progress;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::Checkpoint;
-use tightfit::device::Device;
+use tightfit::device::{Device, WorldDevices, open_devices};
 use tightfit::load::{self, QuantizeOn, ReservedPlan};
+use tightfit::memory::DEFAULT_STAGING;
 use tightfit::model::Model;
+use tightfit::ranks::{PlanDigest, World};
 use tightfit::report::Report;
 use tightfit::save::check_target;
 
 use crate::command::args::{EngineOptions, LoadOptions};
 use crate::command::error::CommandError;
+use crate::command::ranks::{self, Agreed, Place};
+use crate::command::timeline::Recorder;
 use crate::command::{output, progress, save, session};
 
 /// `tightfit load`.
@@ -21,22 +25,27 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Com
         check_target(directory, options.write.force)?;
     }
     let quiet = options.output.quiet;
-    let specs = &options.placement.devices;
-    let (checkpoint, devices) = session::open_both(&options.model, specs, quiet, &cancel)?;
+    if let Place::Rank(world) = Place::of(&options.placement.ranks, false)? {
+        return load_share(options, world, &cancel);
+    }
+    let specs = ranks::of_one_process(&options.placement)?;
+    let open = || open_devices(&specs);
+    let (checkpoint, devices) = session::open_both(&options.model, open, quiet, &cancel)?;
+    let recorder = options.timeline.as_ref().map(|_| Recorder::new());
     let placed = session::reserve_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
     let proposed = placed.proposed.clone();
+    if options.placement.ranks.digest.is_some() {
+        let digest = PlanDigest::of(&checkpoint, &proposed.plan);
+        ranks::check_digest(&options.placement.ranks, &digest)?;
+    }
     if options.save.is_some() {
         save::check_plan(&proposed)?;
     }
-    let (model, mut report) = carry_out(
-        &checkpoint,
-        placed,
-        &devices,
-        &options.engine,
-        options.quantize_on,
-        quiet,
-        cancel.clone(),
-    )?;
+    let way = Way {
+        recorder: recorder.as_ref(),
+        ..Way::of(options, &cancel)
+    };
+    let (model, mut report) = carry_out(&checkpoint, placed, &devices, way)?;
     if let Some(directory) = &options.save {
         save::write(
             &checkpoint,
@@ -51,12 +60,90 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Com
     if options.placements {
         report = report.with_placements(&checkpoint, model.plan());
     }
+    if draw_timeline(options, recorder.as_ref(), &model)? {
+        return Ok(());
+    }
+    print(&report, options)
+}
+
+/// Draws what was recorded. Gives whether that went to standard output.
+fn draw_timeline(
+    options: &LoadOptions,
+    recorder: Option<&Recorder>,
+    model: &Model,
+) -> Result<bool, CommandError> {
+    let Some((path, recorder)) = options.timeline.as_ref().zip(recorder) else {
+        return Ok(false);
+    };
+    let limit = options.engine.staging.unwrap_or(DEFAULT_STAGING);
+    let title = options.model.model.clone();
+    let drawing = recorder.finish(title, model.stats().staging_bytes, limit);
+    let drawing = draw::timeline(&drawing);
+    output::write("--timeline", path, &drawing, options.output.json)
+}
+
+/// Loads this rank's share.
+fn load_share(
+    options: &LoadOptions,
+    world: World,
+    cancel: &CancelToken,
+) -> Result<(), CommandError> {
+    if options.save.is_some() {
+        return Err(CommandError::SaveOfShare);
+    }
+    let quiet = options.output.quiet;
+    let open = |world: &World, devices: &WorldDevices| {
+        let open = || devices.open(world.rank, world.local_rank, world.local_size);
+        session::open_both(&options.model, open, quiet, cancel)
+    };
+    let agreed = Agreed::upon(world, true, &options.placement, open, cancel)?;
+    let checkpoint = &agreed.checkpoint;
+    let recorder = options.timeline.as_ref().map(|_| Recorder::new());
+    let (model, mut report) = agreed.load(cancel, |placed, devices| {
+        let way = Way {
+            recorder: recorder.as_ref(),
+            ..Way::of(options, cancel)
+        };
+        carry_out(checkpoint, placed, devices, way)
+    })?;
+    if options.placements {
+        report = report.with_placements(checkpoint, model.plan());
+    }
+    if draw_timeline(options, recorder.as_ref(), &model)? {
+        return Ok(());
+    }
+    print(&report, options)
+}
+
+fn print(report: &Report, options: &LoadOptions) -> Result<(), CommandError> {
     if options.output.json {
-        output::print_json(&report)
-    } else if quiet {
+        output::print_json(report)
+    } else if options.output.quiet {
         Ok(())
     } else {
-        output::print(&(draw::report(&report, output::columns()) + &draw::placements(&report)))
+        output::print(&(draw::report(report, output::columns()) + &draw::placements(report)))
+    }
+}
+
+/// How to load.
+pub(crate) struct Way<'a> {
+    pub(crate) engine: &'a EngineOptions,
+    pub(crate) quantize_on: QuantizeOn,
+    pub(crate) quiet: bool,
+    /// What watches it.
+    pub(crate) recorder: Option<&'a Recorder>,
+    pub(crate) cancel: CancelToken,
+}
+
+impl<'a> Way<'a> {
+    fn of(options: &'a LoadOptions, cancel: &CancelToken) -> Way<'a> {
+        Way {
+            engine: &options.engine,
+            quantize_on: options.quantize_on,
+            quiet: options.output.quiet,
+            recorder: None,
+            cancel: cancel.clone(),
+        }
     }
 }
 
@@ -65,22 +152,30 @@ pub(crate) fn carry_out(
     checkpoint: &Checkpoint,
     placed: ReservedPlan,
     devices: &[Box<dyn Device>],
-    engine: &EngineOptions,
-    quantize_on: QuantizeOn,
-    quiet: bool,
-    cancel: CancelToken,
+    way: Way<'_>,
 ) -> Result<(Model, Report), CommandError> {
-    let bar = progress::bytes("loading", quiet);
+    let Way {
+        engine, recorder, ..
+    } = way;
+    let bar = progress::bytes("loading", way.quiet);
     let defaults = load::LoadOptions::default();
-    let report = |progress: Progress| progress::show(&bar, progress);
+    if let Some(recorder) = recorder {
+        recorder.reserved(placed.reserved.plan(), devices);
+    }
+    let report = |progress: Progress| {
+        progress::show(&bar, progress);
+        if let Some(recorder) = recorder {
+            recorder.step(progress, devices);
+        }
+    };
     let options = load::LoadOptions::default()
         .with_threads(engine.threads.map_or(defaults.threads, usize::from))
         .with_staging_bytes(engine.staging.unwrap_or(defaults.staging_bytes))
         .with_strict(engine.strict)
-        .with_quantize_on(quantize_on)
+        .with_quantize_on(way.quantize_on)
         .with_kernels(engine.kernels()?)
         .with_progress(&report)
-        .with_cancel(cancel);
+        .with_cancel(way.cancel);
     let result = load::load_reserved(checkpoint, placed.reserved, &options);
     bar.finish_and_clear();
     let model = result?;

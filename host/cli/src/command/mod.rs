@@ -3,6 +3,7 @@
 mod amount;
 mod args;
 mod check;
+mod completions;
 mod demo;
 mod destination;
 mod diff;
@@ -15,11 +16,13 @@ mod output;
 mod plan;
 mod policy;
 mod progress;
+mod ranks;
 mod run;
 mod save;
 mod session;
 mod stderr;
 mod synth;
+mod timeline;
 
 use std::ffi::OsString;
 use std::io;
@@ -65,8 +68,12 @@ pub fn main_with(
 
 fn run(command: Command, verbose: bool) -> Result<(), CommandError> {
     // These leave nothing behind that an interrupt would have to tidy up.
-    if let Command::Inspect(_) | Command::Plan(_) | Command::Policy(_) | Command::Devices(_) =
-        command
+    if let Command::Inspect(_)
+    | Command::Plan(_)
+    | Command::Policy(_)
+    | Command::Devices(_)
+    | Command::Completions(_)
+    | Command::Man(_) = command
     {
         session::exit_on_interrupt();
     }
@@ -81,6 +88,8 @@ fn run(command: Command, verbose: bool) -> Result<(), CommandError> {
         Command::Check(options) => check::run(&options, verbose, &session::cancel_on_interrupt()),
         Command::Policy(command) => policy::run(&command),
         Command::Devices(options) => session::list_devices(&options),
+        Command::Completions(options) => completions::print(&options),
+        Command::Man(options) => completions::write_manual(&options),
         Command::CompilePolicy => {
             sandbox::compile_for_parent(io::stdin().lock(), io::stdout().lock())
                 .map_err(CommandError::CompilePolicy)

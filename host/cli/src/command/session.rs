@@ -7,7 +7,7 @@ use crate::draw::Table;
 use serde::Serialize;
 use tightfit::cancel::CancelToken;
 use tightfit::checkpoint::{self, Checkpoint, CheckpointError, OpenOptions};
-use tightfit::device::{Device, DeviceInfo, DeviceKind, DeviceSpec, open_devices};
+use tightfit::device::{Device, DeviceError, DeviceInfo, DeviceKind, open_devices};
 use tightfit::hub::{self, FetchOptions, FileProgress, Hub, HubError};
 use tightfit::load::{self, ReservedPlan};
 use tightfit::plan::{self, PlanOptions, Proposed};
@@ -66,24 +66,25 @@ pub(crate) fn open_checkpoint(
 /// Opens a checkpoint, and meanwhile the devices: a driver takes its time to start.
 ///
 /// # Errors
-/// As [`open_checkpoint`], then as [`open_devices`].
+/// As [`open_checkpoint`], then what `devices` gives.
 pub(crate) fn open_both(
     options: &ModelOptions,
-    specs: &[DeviceSpec],
+    devices: impl Fn() -> Result<Vec<Box<dyn Device>>, DeviceError> + Sync,
     quiet: bool,
     cancel: &CancelToken,
 ) -> Result<(Checkpoint, Vec<Box<dyn Device>>), CommandError> {
+    let open = &devices;
     std::thread::scope(|scope| {
         let devices = std::thread::Builder::new()
             .name("tightfit-devices".to_owned())
-            .spawn_scoped(scope, || open_devices(specs));
+            .spawn_scoped(scope, open);
         let checkpoint = open_checkpoint(options, quiet, cancel)?;
         let devices = match devices {
             Ok(opening) => opening
                 .join()
                 .unwrap_or_else(|panic| std::panic::resume_unwind(panic)),
             // The system has no more threads.
-            Err(_) => open_devices(specs),
+            Err(_) => open(),
         };
         Ok((checkpoint, devices?))
     })

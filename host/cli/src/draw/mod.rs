@@ -8,6 +8,7 @@ mod report;
 mod samples;
 mod svg;
 mod table;
+mod timeline;
 
 pub use bar::{BarStyle, bar};
 pub use diff::{Comparison, DeviceChange, FormatChange, Move, Side, Totals};
@@ -15,3 +16,4 @@ pub use places::map;
 pub use report::{placements, plan, report};
 pub use svg::{Heading, svg};
 pub use table::Table;
+pub use timeline::{Lane, Timeline, timeline};

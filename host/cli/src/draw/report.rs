@@ -40,6 +40,23 @@ pub fn report(report: &Report, width: usize) -> String {
         printable(&report.policy.version),
         report.policy.seconds,
     );
+    text.truncate(text.len() - 1);
+    if let Some(ranks) = &report.ranks {
+        text += &match ranks.rank {
+            Some(rank) => format!("rank {rank} of {}", ranks.world),
+            None => format!("{} ranks", ranks.world),
+        };
+        text += match ranks.agreed {
+            true => ", all with this plan",
+            false => "",
+        };
+        text += &match ranks.turned_away {
+            0 => "\n".to_owned(),
+            1 => "; 1 connection of somebody else was turned away\n".to_owned(),
+            many => format!("; {many} connections of somebody else were turned away\n"),
+        };
+    }
+    text += &format!("digest {}\n\n", report.digest);
     if let Some(method) = &model.quantization {
         text += &format!("{method}\n\n");
     }
@@ -85,12 +102,23 @@ pub fn report(report: &Report, width: usize) -> String {
     ];
     text += &table.within(width, &expendable).to_string();
     let allocated: u64 = report.devices.iter().map(|device| device.allocated).sum();
-    text += &format!(
-        "\n{} in the checkpoint, {} as stored ({:.2} x smaller)\n",
-        Bytes(model.source_bytes),
-        Bytes(allocated),
-        model.source_bytes as f64 / allocated.max(1) as f64,
-    );
+    let is_share = report
+        .ranks
+        .as_ref()
+        .is_some_and(|ranks| ranks.rank.is_some());
+    text += &match is_share {
+        true => format!(
+            "\n{} in the checkpoint, {} as stored of this rank\n",
+            Bytes(model.source_bytes),
+            Bytes(allocated),
+        ),
+        false => format!(
+            "\n{} in the checkpoint, {} as stored ({:.2} x smaller)\n",
+            Bytes(model.source_bytes),
+            Bytes(allocated),
+            model.source_bytes as f64 / allocated.max(1) as f64,
+        ),
+    };
     if let Some(load) = &report.load {
         text += &format!(
             "loaded in {:.2} s ({:.2} GB/s): {} tensors quantized, {} stored\n",

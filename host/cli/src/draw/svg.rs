@@ -54,17 +54,12 @@ pub fn svg(heading: Heading<'_>, tensors: &[TensorInfo], plan: &Plan) -> String 
     let shown = plan.devices.len().min(MOST_DEVICES);
     let height = 120.0 + PITCH * shown as f64;
     let width = WIDTH + 2.0 * MARGIN;
-    let mut out = format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
-         width=\"{width}\" height=\"{height}\" role=\"img\">\n<title>{title}</title>\n\
-         <style>{STYLE}</style>\n<rect class=\"page\" width=\"100%\" height=\"100%\"/>\n\
-         <text class=\"title\" x=\"{MARGIN}\" y=\"32\">{title}</text>\n",
-        title = escaped(&format!(
-            "{}, placed by {}",
-            short(heading.model),
-            short(heading.policy)
-        )),
+    let title = format!(
+        "{}, placed by {}",
+        short(heading.model),
+        short(heading.policy)
     );
+    let mut out = page_begin(&title, width, height, "");
     let segments = segments(tensors, plan);
     for (index, (device, fill)) in plan.devices.iter().zip(&fills).take(shown).enumerate() {
         let y = 56.0 + PITCH * index as f64;
@@ -108,6 +103,17 @@ pub fn svg(heading: Heading<'_>, tensors: &[TensorInfo], plan: &Plan) -> String 
     }
     legend(&mut out, y, &fills);
     out + "</svg>\n"
+}
+
+/// The beginning of a drawing of this size, with styles beside those that all have.
+pub(super) fn page_begin(title: &str, width: f64, height: f64, style: &str) -> String {
+    format!(
+        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {width} {height}\" \
+         width=\"{width}\" height=\"{height}\" role=\"img\">\n<title>{title}</title>\n\
+         <style>{STYLE}{style}</style>\n<rect class=\"page\" width=\"100%\" height=\"100%\"/>\n\
+         <text class=\"title\" x=\"{MARGIN}\" y=\"32\">{title}</text>\n",
+        title = escaped(title),
+    )
 }
 
 /// What is on a device besides tensors.
@@ -269,7 +275,7 @@ fn color(content: Content) -> &'static str {
 }
 
 /// Text as XML holds it: what is no character of XML is escaped as everywhere.
-fn escaped(text: &str) -> String {
+pub(super) fn escaped(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in printable(text).chars() {
         match c {

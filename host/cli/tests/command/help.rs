@@ -26,6 +26,8 @@ fn every_command_lists_its_options_and_exit_statuses() {
         &["policy", "show"],
         &["policy", "list"],
         &["devices"],
+        &["completions"],
+        &["man"],
     ] {
         let help = [&["help"], command].concat();
         let text = scratchpad.run(&help).succeeds().stdout;
@@ -133,4 +135,57 @@ fn an_amount_without_a_unit_is_asked_for_one() {
     scratchpad
         .run(&["devices", "--device", "sim:24B"])
         .succeeds();
+}
+
+#[test]
+fn shells_complete_what_there_is() {
+    let scratchpad = Scratchpad::new();
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let text = scratchpad.run(&["completions", shell]).succeeds().stdout;
+        for word in ["tightfit", "inspect", "device"] {
+            assert!(text.contains(word), "{shell} does not know {word}");
+        }
+        assert!(!text.contains("compile-policy"), "{shell}");
+    }
+    // What bash makes of it.
+    let script = scratchpad.path("completions.bash");
+    let text = scratchpad.run(&["completions", "bash"]).succeeds().stdout;
+    std::fs::write(&script, text).unwrap();
+    let asked = r#". "$0"; COMP_WORDS=(tightfit pl); COMP_CWORD=1; _tightfit tightfit pl tightfit; echo "${COMPREPLY[*]}""#;
+    let bash = Command::new("bash")
+        .arg("-c")
+        .arg(asked)
+        .arg(&script)
+        .output();
+    match bash {
+        Ok(output) => assert_eq!(String::from_utf8_lossy(&output.stdout).trim(), "plan"),
+        Err(error) => eprintln!("there is no bash: {error}"),
+    }
+    scratchpad
+        .run(&["completions", "dash"])
+        .fails(USAGE, &["dash", "bash"]);
+}
+
+#[test]
+fn every_command_has_a_manual_page() {
+    let scratchpad = Scratchpad::new();
+    let directory = scratchpad.path("man");
+    let path = directory.to_str().unwrap();
+    scratchpad.run(&["man", path]).succeeds();
+    let mut names: Vec<String> = std::fs::read_dir(&directory)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort_unstable();
+    for name in ["tightfit.1", "tightfit-load.1", "tightfit-policy-show.1"] {
+        assert!(names.iter().any(|known| known == name), "{names:?}");
+    }
+    assert!(
+        !names.iter().any(|name| name.contains("compile")),
+        "{names:?}"
+    );
+    let page = std::fs::read_to_string(directory.join("tightfit-load.1")).unwrap();
+    for word in [".TH tightfit-load 1", "\\-\\-device", "Exit status"] {
+        assert!(page.contains(word), "{word}: {page}");
+    }
 }

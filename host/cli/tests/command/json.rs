@@ -451,6 +451,7 @@ fn nothing_that_is_printed_can_control_a_terminal() {
     assert!(placements.any(|placement| placement["tensor"] == json!(name)));
     for (option, command) in [
         ("--svg", vec!["plan", &model, device]),
+        ("--timeline", vec!["load", &model, device]),
         ("--junit", vec!["check", &scenario]),
     ] {
         let outcome = scratchpad.run(&[&command[..], &[option, "file"]].concat());

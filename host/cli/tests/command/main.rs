@@ -14,6 +14,7 @@ mod policies;
 mod programs;
 #[cfg(target_os = "linux")]
 mod proportion;
+mod ranks;
 mod reports;
 mod saves;
 mod scenarios;

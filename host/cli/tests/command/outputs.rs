@@ -1,4 +1,5 @@
-//! Where files are written, whatever is named: `plan --svg FILE` and `check --junit FILE`.
+//! Where files are written, whatever is named: `plan --svg FILE`, `load --timeline FILE` and `check --junit
+//! FILE`.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
@@ -15,8 +16,9 @@ const OUTPUT: i32 = 1;
 const USAGE: i32 = 2;
 
 /// What is written, and how it begins and ends.
-const WRITERS: [(&str, &str, &str); 2] = [
+const WRITERS: [(&str, &str, &str); 3] = [
     ("--svg", "<svg ", "</svg>\n"),
+    ("--timeline", "<svg ", "</svg>\n"),
     ("--junit", "<?xml ", "</testsuites>\n"),
 ];
 
@@ -35,6 +37,7 @@ fn scratchpad() -> Scratchpad {
 fn arguments<'a>(option: &'a str, path: &'a str) -> Vec<&'a str> {
     match option {
         "--svg" => vec!["plan", "m", "--device=sim:1GiB", option, path],
+        "--timeline" => vec!["load", "m", "--device=sim:1GiB", option, path],
         _ => vec!["check", "s.toml", option, path],
     }
 }

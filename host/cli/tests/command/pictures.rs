@@ -61,6 +61,35 @@ fn what_fills_a_device_adds_up() {
 }
 
 #[test]
+fn a_timeline_ends_with_what_was_planned() {
+    let scratchpad = scratchpad_with_model();
+    let arguments = [
+        "load",
+        "model",
+        "--device",
+        "sim:1MiB",
+        "--device",
+        "sim:64MiB",
+    ];
+    let arguments = [
+        &arguments[..],
+        &["--threads", "2", "--json", "--timeline", "t.svg"],
+    ]
+    .concat();
+    let report = scratchpad.run(&arguments).succeeds().json();
+    let drawing = fs::read_to_string(scratchpad.path("t.svg")).unwrap();
+    for device in report["devices"].as_array().unwrap() {
+        let (name, reserved) = (device["name"].as_str().unwrap(), &device["reserved"]);
+        let lane =
+            format!("<g class=\"lane\" data-planned=\"{reserved}\" data-peak=\"{reserved}\">");
+        let lane = drawing.split(&lane).nth(1).expect("as planned");
+        assert!(lane.contains(&format!(">{name}: ")), "{drawing}");
+    }
+    assert_eq!(drawing.matches("class=\"lane\"").count(), 3, "{drawing}");
+    assert!(drawing.contains("staging: 64.0 MiB planned"), "{drawing}");
+}
+
+#[test]
 fn a_drawing_is_written_whole_or_not_at_all() {
     let scratchpad = scratchpad_with_model();
     scratchpad.run(&plan(&["--svg", "plan.svg"])).succeeds();

@@ -12,6 +12,7 @@ mod host_memory;
 mod multiplier;
 mod quantizer;
 mod queue;
+mod ranked;
 mod spec;
 mod writer;
 
@@ -33,6 +34,7 @@ pub use queue::{
     AbsmaxMean, AbsmaxQuantization, AbsmaxRecovery, Dequantization, MOST_WORK, MatrixShape,
     Operation, Quantization, Queue, QueuedDecode, QueuedProduct, QueuedScales, QueuedWeights,
 };
+pub use ranked::{LocalSpec, RankedDevice, RankedSpec, RankedSpecError, WorldDevices};
 pub use spec::{DeviceSpec, SpecError, open_devices, planned_devices};
 pub use writer::{Attached, PageLocked, Piece, WRITER_BUFFERS, Writer};
 

@@ -123,7 +123,7 @@ pub fn planned_devices(specs: &[DeviceSpec]) -> Result<Vec<DeviceInfo>, DeviceEr
 }
 
 /// What memory of an NVIDIA GPU is rounded up to.
-const CUDA_GRANULARITY: u64 = 2 << 20;
+pub(super) const CUDA_GRANULARITY: u64 = 2 << 20;
 
 /// The names of devices; simulated ones are numbered.
 fn names(specs: &[DeviceSpec]) -> Result<Vec<String>, DeviceError> {
@@ -151,7 +151,7 @@ fn sim_numbers(specs: &[DeviceSpec]) -> impl Iterator<Item = usize> {
     })
 }
 
-fn open(spec: &DeviceSpec, sim: usize) -> Result<Box<dyn Device>, DeviceError> {
+pub(super) fn open(spec: &DeviceSpec, sim: usize) -> Result<Box<dyn Device>, DeviceError> {
     Ok(match *spec {
         DeviceSpec::Sim { capacity } => Box::new(HostDevice::sim(sim, capacity)),
         DeviceSpec::Cpu { capacity } => Box::new(HostDevice::cpu(capacity)),
@@ -160,12 +160,12 @@ fn open(spec: &DeviceSpec, sim: usize) -> Result<Box<dyn Device>, DeviceError> {
 }
 
 #[cfg(feature = "cuda")]
-fn open_cuda(index: u32, capacity: Option<u64>) -> Result<Box<dyn Device>, DeviceError> {
+pub(super) fn open_cuda(index: u32, capacity: Option<u64>) -> Result<Box<dyn Device>, DeviceError> {
     Ok(Box::new(super::CudaDevice::open(index, capacity)?))
 }
 
 #[cfg(not(feature = "cuda"))]
-fn open_cuda(index: u32, _: Option<u64>) -> Result<Box<dyn Device>, DeviceError> {
+pub(super) fn open_cuda(index: u32, _: Option<u64>) -> Result<Box<dyn Device>, DeviceError> {
     Err(DeviceError::Unavailable {
         device: format!("cuda:{index}"),
         reason: "tightfit was built without its feature 'cuda'".to_owned(),
@@ -173,14 +173,21 @@ fn open_cuda(index: u32, _: Option<u64>) -> Result<Box<dyn Device>, DeviceError>
 }
 
 fn default_devices() -> Result<Vec<Box<dyn Device>>, DeviceError> {
+    match cuda_count() {
+        0 => Ok(vec![Box::new(HostDevice::cpu(None))]),
+        count => (0..count).map(|index| open_cuda(index, None)).collect(),
+    }
+}
+
+/// How many CUDA devices there are.
+pub(super) fn cuda_count() -> u32 {
     #[cfg(feature = "cuda")]
     match super::CudaDevice::count() {
-        Ok(0) => {}
-        Ok(count) => return (0..count).map(|index| open_cuda(index, None)).collect(),
+        Ok(count) => return count,
         // Most machines have no driver, and a broken one does not make the processor useless.
         Err(error) => tracing::info!("no CUDA devices: {error}"),
     }
-    Ok(vec![Box::new(HostDevice::cpu(None))])
+    0
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tightfit_kernels::{BlockSize, FloatType, blocks, packed_bytes};
+use tightfit_kernels::{BlockSize, FloatType, NESTED_BLOCK_SIZE, blocks, packed_bytes};
 
 use super::arena::{PartTargets, Target};
 use super::double::{DoubleState, Kept};
@@ -32,6 +32,29 @@ pub(super) struct Chunk<'m> {
     /// Whether it is decoded or gathered as it is read.
     pub(super) is_indirect: bool,
     pub(super) task: Task<'m>,
+}
+
+impl Chunk<'_> {
+    /// Bytes that it takes where it is stored.
+    pub(super) fn stored_bytes(&self) -> u64 {
+        let bytes = match &self.task {
+            Task::Copy { data } | Task::WidenScales { data } | Task::Cast { data, .. } => {
+                data.len()
+            }
+            Task::Quantize(piece) => {
+                let scales = match &piece.scales {
+                    Scales::Stored(absmax) => absmax.len(),
+                    Scales::Quantized { first, .. } => {
+                        let end = first + blocks(piece.elements, piece.block_size);
+                        let nested = |scales: usize| scales.div_ceil(NESTED_BLOCK_SIZE);
+                        end - first + 4 * (nested(end) - nested(*first))
+                    }
+                };
+                piece.codes.len() + scales
+            }
+        };
+        bytes as u64
+    }
 }
 
 /// What is to be done with a chunk, and where the result goes.

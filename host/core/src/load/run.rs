@@ -182,13 +182,16 @@ impl<'a, 'm> Run<'a, 'm> {
             && let Some(chunk) = part.next_chunk(self.queue.buffer_bytes())
         {
             self.options.cancel.check()?;
+            let device = self.plan.tensors[chunk.tensor].placement.device;
+            let written = chunk.stored_bytes();
             let bytes = self.carry_out(chunk, worker)?;
             let bytes_read = self.bytes_read.fetch_add(bytes, Ordering::Relaxed);
             if bytes_read == 0 {
                 tracing::debug!("first chunk is sent after {:.1?}", self.start.elapsed());
             }
             let bytes_done = bytes_read + bytes;
-            (self.options.progress)(Progress::new(bytes_done, self.bytes_total));
+            let progress = Progress::new(bytes_done, self.bytes_total);
+            (self.options.progress)(progress.with_written(device, written));
         }
         Ok(())
     }

@@ -297,6 +297,25 @@ fn a_cancelled_load_stops_and_gives_everything_back() {
 }
 
 #[test]
+fn what_progress_says_was_written_is_what_the_plan_has() {
+    let fixture = Fixture::new(&cases());
+    for (threads, staging_bytes) in [(1, 64 << 10), (4, 1 << 20)] {
+        let written = [AtomicU64::new(0), AtomicU64::new(0)];
+        let report = |progress: crate::Progress| {
+            let device = progress.device.unwrap() as usize;
+            written[device].fetch_add(progress.bytes_written, Ordering::Relaxed);
+        };
+        let options = LoadOptions::default()
+            .with_threads(threads)
+            .with_staging_bytes(staging_bytes)
+            .with_progress(&report);
+        drop(fixture.load(&options).unwrap());
+        let planned = fixture.plan.devices.iter().map(|plan| plan.size.requested);
+        assert!(planned.eq(written.map(AtomicU64::into_inner)));
+    }
+}
+
+#[test]
 fn a_file_cut_short_while_loading_is_an_error_and_not_a_signal() {
     let cases = cases();
     let fixture = Fixture::new(&cases);

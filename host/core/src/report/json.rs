@@ -12,6 +12,7 @@ use crate::load::Revision;
 use crate::memory::{Usage, peak_rss_bytes};
 use crate::model::Model;
 use crate::plan::{Plan, Proposed};
+use crate::ranks::PlanDigest;
 use crate::text::printable;
 
 /// What `plan` and `load` report.
@@ -23,7 +24,13 @@ pub struct Report {
     pub model: ModelReport,
     /// The policy that placed its tensors.
     pub policy: PolicyReport,
-    /// Every device, in the user's order.
+    /// The digest of the plan and of what it was made for: see [`PlanDigest`]. Among several ranks it is
+    /// that of the plan of all.
+    pub digest: String,
+    /// Which of several processes this is; absent where there is only one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ranks: Option<RanksReport>,
+    /// Every device, in the user's order; where this is a rank, only its own.
     pub devices: Vec<DeviceReport>,
     /// This process.
     pub host: HostReport,
@@ -146,6 +153,19 @@ pub struct PolicyReport {
     pub revisions: Vec<RevisionReport>,
     /// Seconds that planning took.
     pub seconds: f64,
+}
+
+/// One of several processes that load a model together.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct RanksReport {
+    /// Which it is, from 0; `null` where this is about all of them.
+    pub rank: Option<u32>,
+    /// How many there are.
+    pub world: u32,
+    /// Whether the others have said that they have the same plan.
+    pub agreed: bool,
+    /// Connections to rank 0 that were of none of them.
+    pub turned_away: u64,
 }
 
 /// A plan that was given up.
@@ -304,6 +324,8 @@ impl Report {
                 quantization: MethodReport::of(checkpoint),
             },
             policy: PolicyReport::from(proposed),
+            digest: PlanDigest::of(checkpoint, &proposed.plan).whole.to_string(),
+            ranks: None,
             devices: proposed
                 .plan
                 .devices
@@ -340,6 +362,14 @@ impl Report {
             available: revision.available,
         };
         self.policy.revisions = revisions.iter().map(report).collect();
+        self
+    }
+
+    /// Says that it is about what is of one of several processes, or about all of them, and whose plan that
+    /// is: `digest` is that of all.
+    pub fn with_ranks(mut self, ranks: RanksReport, digest: &PlanDigest) -> Report {
+        self.ranks = Some(ranks);
+        self.digest = digest.whole.to_string();
         self
     }
 

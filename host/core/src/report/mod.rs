@@ -11,7 +11,7 @@ pub use fill::{Content, Fill, fills};
 pub use inspect::Inspection;
 pub use json::{
     DeviceReport, HostReport, LoadReport, MethodReport, ModelReport, PlacementReport, PolicyReport,
-    QuantizedReport, Report, RevisionReport, SliceReport,
+    QuantizedReport, RanksReport, Report, RevisionReport, SliceReport,
 };
 
 pub use to_json::to_json;

@@ -5,8 +5,8 @@
 
 use std::path::Path;
 
-use wasmtime::component::types::ComponentItem;
-use wasmtime::component::{InstancePre, Linker};
+use wasmtime::component::types::{ComponentFunc, ComponentInstance, ComponentItem};
+use wasmtime::component::{ComponentExportIndex, Instance, InstancePre, Linker};
 use wasmtime::error::Context as _;
 use wasmtime::{Store, bail};
 
@@ -16,18 +16,21 @@ use crate::sandbox::{
 use crate::wit;
 use crate::wit::BadPlacement;
 use crate::wit::bindings::exports::tightfit::host::planner;
-use crate::wit::bindings::{self, PolicyPre};
-use crate::world::{PLANNER, World};
+use crate::wit::bindings::slicing::exports::tightfit::host::slicer;
+use crate::wit::bindings::{self, PolicyIndices};
+use crate::wit::convert::{BadSlices, MOST_RANGES};
+use crate::world::{PLANNER, SLICER, World};
 use tightfit::policy::{Answer, Description, Policy, PolicyError, Request};
 use tightfit::status::Status;
 
 /// The policies that are part of the program.
-pub const BUILTIN_POLICIES: [&str; 4] = ["auto", "packed", "huggingface", "map"];
+pub const BUILTIN_POLICIES: [&str; 5] = ["auto", "packed", "huggingface", "map", "tensor-parallel"];
 
 static AUTO: &[u8] = include_bytes!("builtin/auto.wasm");
 static HUGGINGFACE: &[u8] = include_bytes!("builtin/huggingface.wasm");
 static MAP: &[u8] = include_bytes!("builtin/map.wasm");
 static PACKED: &[u8] = include_bytes!("builtin/packed.wasm");
+static TENSOR_PARALLEL: &[u8] = include_bytes!("builtin/tensor-parallel.wasm");
 
 /// Checks a policy's bytes and returns what is made of them before they are compiled: what the fuzz
 /// target of it calls.
@@ -39,7 +42,29 @@ pub fn precheck_component(bytes: &[u8], limits: &Limits) -> Result<Vec<u8>, Gues
     checked_component(bytes, &World::POLICY, limits)
 }
 
-impl Linked for PolicyPre<State<()>> {
+/// A policy's exports: `planner`, and `slicer` where it has that.
+struct Exports {
+    pre: InstancePre<State<()>>,
+    indices: PolicyIndices,
+    /// The function `plan-slices`.
+    plan_slices: Option<ComponentExportIndex>,
+}
+
+/// An instance of a policy.
+struct Instantiated {
+    instance: Instance,
+    policy: bindings::Policy,
+}
+
+impl Exports {
+    fn instantiate(&self, store: &mut Store<State<()>>) -> wasmtime::Result<Instantiated> {
+        let instance = self.pre.instantiate(&mut *store)?;
+        let policy = self.indices.load(&mut *store, &instance)?;
+        Ok(Instantiated { instance, policy })
+    }
+}
+
+impl Linked for Exports {
     type Own = ();
 
     const WORLD: World = World::POLICY;
@@ -50,18 +75,28 @@ impl Linked for PolicyPre<State<()>> {
 
     fn new(pre: InstancePre<State<()>>) -> wasmtime::Result<Self> {
         check_planner(&pre)?;
-        PolicyPre::new(pre)
+        let is_slicer = check_slicer(&pre)?;
+        let component = pre.component();
+        let plan_slices = is_slicer.then(|| {
+            let interface = component.get_export_index(None, SLICER)?;
+            component.get_export_index(Some(&interface), PLAN_SLICES)
+        });
+        Ok(Exports {
+            indices: PolicyIndices::new(&pre)?,
+            plan_slices: plan_slices.flatten(),
+            pre,
+        })
     }
 
     fn instance_pre(&self) -> &InstancePre<State<()>> {
-        self.instance_pre()
+        &self.pre
     }
 }
 
 /// A compiled policy. Errors name it by its built-in name or its file, which hold before it has
 /// described itself.
 #[derive(Debug)]
-pub struct WasmPolicy(Guest<PolicyPre<State<()>>>);
+pub struct WasmPolicy(Guest<Exports>);
 
 impl WasmPolicy {
     /// Returns the built-in policy of this name, or the policy in the file of this name.
@@ -101,6 +136,7 @@ impl WasmPolicy {
             "huggingface" => HUGGINGFACE,
             "map" => MAP,
             "packed" => PACKED,
+            "tensor-parallel" => TENSOR_PARALLEL,
             _ => return None,
         };
         let options = options.into().with_compiler(Compiler::InProcess);
@@ -130,40 +166,89 @@ impl WasmPolicy {
     fn run<R>(
         &self,
         tensors: usize,
-        call: impl FnOnce(&bindings::Policy, &mut Store<State<()>>) -> wasmtime::Result<R>,
+        call: impl FnOnce(&Exports, &Instantiated, &mut Store<State<()>>) -> wasmtime::Result<R>,
     ) -> Result<(R, u64), PolicyError> {
         let fuel = self.0.limits().fuel_for(tensors);
-        let result = self.0.run((), fuel, false, |pre, store| {
+        let result = self.0.run((), fuel, false, |exports, store| {
             // Instantiation runs guest code too: everything is limited from here on.
-            let policy = pre.instantiate(&mut *store)?;
-            call(&policy, store)
+            let policy = exports.instantiate(store)?;
+            call(exports, &policy, store)
         });
         result.map_err(|failure| failed(self.0.label(), failure))
     }
 }
 
-/// Compares the types of the planner's functions, which the generated code does when it is asked.
-fn check_planner(pre: &InstancePre<State<()>>) -> wasmtime::Result<()> {
-    let (ty, engine) = (pre.component().component_type(), pre.engine());
-    let (interface, _) = PLANNER.split_once('@').unwrap_or((PLANNER, ""));
-    let planner = ty
-        .exports(engine)
-        .find(|(name, _)| name.split('@').next() == Some(interface));
-    let Some(ComponentItem::ComponentInstance(planner)) = planner.map(|(_, export)| export.ty)
-    else {
-        bail!("it is not an interface");
-    };
-    let function = |name: &str| match planner.get_export(engine, name).map(|export| export.ty) {
+/// What a policy answers through [`SLICER`].
+type Sliced = Result<slicer::SlicedProposal, planner::Refusal>;
+
+/// The function of [`SLICER`].
+const PLAN_SLICES: &str = "plan-slices";
+
+/// Finds an interface among the exports, of whatever version it is; `None` where there is none.
+fn exported(
+    pre: &InstancePre<State<()>>,
+    interface: &str,
+) -> wasmtime::Result<Option<ComponentInstance>> {
+    let interface = interface.split('@').next();
+    let ty = pre.component().component_type();
+    let export = ty
+        .exports(pre.engine())
+        .find(|(name, _)| name.split('@').next() == interface);
+    match export.map(|(_, export)| export.ty) {
+        Some(ComponentItem::ComponentInstance(instance)) => Ok(Some(instance)),
+        Some(_) => bail!("it is not an interface"),
+        None => Ok(None),
+    }
+}
+
+fn function(
+    pre: &InstancePre<State<()>>,
+    interface: &ComponentInstance,
+    name: &str,
+) -> wasmtime::Result<ComponentFunc> {
+    match interface
+        .get_export(pre.engine(), name)
+        .map(|export| export.ty)
+    {
         Some(ComponentItem::ComponentFunc(function)) => Ok(function),
         _ => bail!("it has no function {name}"),
+    }
+}
+
+/// Compares the types of the planner's functions, which the generated code does when it is asked.
+fn check_planner(pre: &InstancePre<State<()>>) -> wasmtime::Result<()> {
+    let Some(planner) = exported(pre, PLANNER)? else {
+        bail!("it is not an interface");
     };
+    let ty = pre.component().component_type();
     let types = ty.instance_type();
-    function("describe")?
+    function(pre, &planner, "describe")?
         .typecheck::<(), (planner::Description,)>(&types)
         .context("its function describe has another type")?;
-    function("plan")?
+    function(pre, &planner, "plan")?
         .typecheck::<(&planner::Request,), (Result<planner::Proposal, planner::Refusal>,)>(&types)
         .context("its function plan has another type")
+}
+
+/// The same for the slicer, which there need not be.
+fn check_slicer(pre: &InstancePre<State<()>>) -> wasmtime::Result<bool> {
+    let check = || {
+        let Some(slicer) = exported(pre, SLICER)? else {
+            return Ok(false);
+        };
+        let ty = pre.component().component_type();
+        function(pre, &slicer, PLAN_SLICES)?
+            .typecheck::<(&planner::Request,), (Sliced,)>(&ty.instance_type())
+            .context("its function plan-slices has another type")?;
+        Ok(true)
+    };
+    check().map_err(|error: wasmtime::Error| error.context(SLICER))
+}
+
+/// A policy's answer as it came.
+enum Proposed {
+    Whole(planner::Proposal),
+    Sliced(slicer::SlicedProposal),
 }
 
 fn failed(policy: &str, failure: GuestFailure) -> PolicyError {
@@ -176,8 +261,9 @@ fn failed(policy: &str, failure: GuestFailure) -> PolicyError {
 
 impl Policy for WasmPolicy {
     fn describe(&self) -> Result<Description, PolicyError> {
-        let (description, _) = self.run(0, |policy, store| {
-            policy.tightfit_host_planner().call_describe(store)
+        let (description, _) = self.run(0, |_, instantiated, store| {
+            let planner = instantiated.policy.tightfit_host_planner();
+            planner.call_describe(store)
         })?;
         let limits = self.0.limits();
         if description.settings.len() > limits.settings {
@@ -196,21 +282,43 @@ impl Policy for WasmPolicy {
 
     fn plan(&self, request: &Request<'_>) -> Result<Answer, PolicyError> {
         let converted = wit::convert::request(request);
-        let (answer, fuel) = self.run(request.tensors.len(), |policy, store| {
-            policy.tightfit_host_planner().call_plan(store, &converted)
+        let (answer, fuel) = self.run(request.tensors.len(), |exports, instantiated, store| {
+            let Some(plan_slices) = &exports.plan_slices else {
+                let planner = instantiated.policy.tightfit_host_planner();
+                let answer = planner.call_plan(store, &converted)?;
+                return Ok(answer.map(Proposed::Whole));
+            };
+            let plan_slices = instantiated
+                .instance
+                .get_typed_func::<(&planner::Request,), (Sliced,)>(&mut *store, plan_slices)?;
+            let (answer,) = plan_slices.call(store, (&converted,))?;
+            Ok(answer.map(Proposed::Sliced))
         })?;
-        match answer {
-            Ok(proposal) => match wit::convert::proposal(proposal, request) {
-                Ok(proposal) => Ok(Answer {
-                    proposal,
-                    fuel: Some(fuel),
-                }),
-                Err(BadPlacement { tensor, source }) => Err(PolicyError::BadAnswer {
+        let proposal = answer.map(|proposed| match proposed {
+            Proposed::Whole(proposal) => {
+                wit::convert::proposal(proposal, request).map_err(BadSlices::from)
+            }
+            Proposed::Sliced(proposal) => wit::convert::sliced_proposal(proposal, request),
+        });
+        match proposal {
+            Ok(Ok(proposal)) => Ok(Answer {
+                proposal,
+                fuel: Some(fuel),
+            }),
+            Ok(Err(BadSlices::Placement(BadPlacement { tensor, source }))) => {
+                Err(PolicyError::BadAnswer {
                     policy: self.0.label().to_owned(),
                     tensor,
                     problem: source.to_string(),
-                }),
-            },
+                })
+            }
+            Ok(Err(BadSlices::Ranges(_))) => {
+                let failure = GuestFailure::TooMany {
+                    what: "ranges of slices",
+                    limit: MOST_RANGES,
+                };
+                Err(failed(self.0.label(), failure))
+            }
             Err(refusal) => Err(PolicyError::Refused {
                 policy: self.0.label().to_owned(),
                 refusal: wit::convert::refusal(refusal, self.0.limits().text_bytes),

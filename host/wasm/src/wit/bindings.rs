@@ -6,3 +6,18 @@ wasmtime::component::bindgen!({
     world: "policy",
     include_component_type: true,
 });
+
+/// The same for the world `slicing-policy`: of it only `slicer` and the interface `slices` are used, the rest
+/// is that of `policy`.
+pub mod slicing {
+    wasmtime::component::bindgen!({
+        path: "wit",
+        world: "slicing-policy",
+        include_component_type: true,
+        with: {
+            "tightfit:host/types": crate::wit::bindings::tightfit::host::types,
+            "tightfit:host/sizing": crate::wit::bindings::tightfit::host::sizing,
+            "tightfit:host/log": crate::wit::bindings::tightfit::host::log,
+        },
+    });
+}

@@ -2,9 +2,10 @@
 
 pub(crate) use policy::*;
 
+use super::bindings::slicing::tightfit::host::slices as wit_slices;
 use super::bindings::tightfit::host::types;
 use tightfit::checkpoint::TensorInfo;
-use tightfit::types::{BlockSize, DType, Format, IllegalBlockSize, Placement, QuantType};
+use tightfit::types::{BlockSize, DType, Format, IllegalBlockSize, Placement, QuantType, Slice};
 
 /// A placement that no plan can have: its format has a block size that does not exist.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -57,27 +58,84 @@ pub(crate) fn placements(
 ) -> Result<Vec<Placement>, BadPlacement> {
     let given = given.into_iter().enumerate();
     given
-        .map(|(index, given)| {
-            let format = match format(given.format) {
-                Ok(format) => format,
-                Err(_) if given.device.is_none() || is_ignored(index) => Format::Stored,
-                Err(source) => {
-                    return Err(BadPlacement {
-                        // There may be more placements than tensors.
-                        tensor: tensors.get(index).map_or_else(
-                            || format!("number {index}"),
-                            |tensor| tensor.name.clone(),
-                        ),
-                        source,
-                    });
-                }
-            };
-            Ok(Placement {
-                device: given.device,
-                format,
-            })
-        })
+        .map(|(index, given)| placement(given, index, tensors, &is_ignored))
         .collect()
+}
+
+/// Slices as a guest gives them. The formats of slices of tensors that are `ignored` do not count.
+pub(crate) fn slices(
+    given: Vec<wit_slices::Slice>,
+    tensors: &[TensorInfo],
+    is_ignored: impl Fn(usize) -> bool,
+) -> Result<Vec<Slice>, BadSlices> {
+    // One for each slice is counted with the slice.
+    let ranges: usize = given
+        .iter()
+        .map(|slice| slice.ranges.len().max(1) - 1)
+        .sum();
+    if ranges > MOST_RANGES {
+        return Err(BadSlices::Ranges(TooManyRanges { have: ranges }));
+    }
+    let slice = |given: wit_slices::Slice| {
+        let index = given.tensor as usize;
+        Ok(Slice {
+            tensor: given.tensor,
+            dimension: given.dimension,
+            ranges: given
+                .ranges
+                .iter()
+                .map(|range| range.start..range.end)
+                .collect(),
+            placement: placement(given.placement, index, tensors, &is_ignored)?,
+        })
+    };
+    given.into_iter().map(slice).collect()
+}
+
+/// Ranges that a guest's slices have in all, beyond one for each: for each of them the host keeps some hundred
+/// bytes, ten times what it is in the guest.
+pub(crate) const MOST_RANGES: usize = 1 << 18;
+
+/// Slices with more ranges than the host takes.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("its slices have {have} ranges beyond one for each, there can be {MOST_RANGES}")]
+pub struct TooManyRanges {
+    /// How many there are.
+    pub have: usize,
+}
+
+/// Why a guest's slices are none.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum BadSlices {
+    #[error(transparent)]
+    Placement(#[from] BadPlacement),
+    #[error(transparent)]
+    Ranges(TooManyRanges),
+}
+
+fn placement(
+    given: types::Placement,
+    index: usize,
+    tensors: &[TensorInfo],
+    is_ignored: &impl Fn(usize) -> bool,
+) -> Result<Placement, BadPlacement> {
+    let format = match format(given.format) {
+        Ok(format) => format,
+        Err(_) if given.device.is_none() || is_ignored(index) => Format::Stored,
+        Err(source) => {
+            return Err(BadPlacement {
+                // There may be more placements than tensors.
+                tensor: tensors
+                    .get(index)
+                    .map_or_else(|| format!("number {index}"), |tensor| tensor.name.clone()),
+                source,
+            });
+        }
+    };
+    Ok(Placement {
+        device: given.device,
+        format,
+    })
 }
 
 pub(crate) fn format(format: types::Format) -> Result<Format, IllegalBlockSize> {
@@ -107,8 +165,11 @@ pub(crate) fn wit_format(format: Format) -> types::Format {
 
 mod policy {
     use super::super::bindings::exports::tightfit::host::planner;
+    use super::super::bindings::slicing::exports::tightfit::host::slicer;
     use super::super::bindings::tightfit::host::types;
-    use super::{BadPlacement, placements, wit_dtype, wit_format, wit_quant_type};
+    use super::{
+        BadPlacement, BadSlices, placements, slices, wit_dtype, wit_format, wit_quant_type,
+    };
     use tightfit::checkpoint::{TensorInfo, Tie};
     use tightfit::device::{DeviceInfo, DeviceKind};
     use tightfit::policy::{Description, Proposal, Refusal, RefusalReason, Request, Setting};
@@ -201,18 +262,33 @@ mod policy {
         given: planner::Proposal,
         request: &Request<'_>,
     ) -> Result<Proposal, BadPlacement> {
-        let required = request.required_formats;
-        // Whatever is answered for these is replaced.
-        let is_required = |tensor: usize| {
-            required
-                .binary_search_by_key(&tensor, |&(index, _)| index)
-                .is_ok()
-        };
         Ok(Proposal {
-            placements: placements(given.placements, request.tensors, is_required)?,
+            placements: placements(given.placements, request.tensors, is_required(request))?,
             headroom: given.headroom,
             slices: Vec::new(),
         })
+    }
+
+    /// The answer to this request of a policy that cuts tensors.
+    pub(crate) fn sliced_proposal(
+        given: slicer::SlicedProposal,
+        request: &Request<'_>,
+    ) -> Result<Proposal, BadSlices> {
+        Ok(Proposal {
+            placements: placements(given.placements, request.tensors, is_required(request))?,
+            headroom: given.headroom,
+            slices: slices(given.slices, request.tensors, is_required(request))?,
+        })
+    }
+
+    /// Whatever format is answered for these is replaced.
+    fn is_required(request: &Request<'_>) -> impl Fn(usize) -> bool {
+        let required = request.required_formats;
+        move |tensor| {
+            required
+                .binary_search_by_key(&tensor, |&(index, _)| index)
+                .is_ok()
+        }
     }
 
     /// Of the message at most `limit` bytes are kept.

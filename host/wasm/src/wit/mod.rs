@@ -70,11 +70,12 @@ pub(crate) mod messages;
 mod planner;
 pub mod program;
 
-pub use convert::BadPlacement;
+pub use convert::{BadPlacement, TooManyRanges};
 pub use planner::Planner;
 
 use wasmtime::component::{HasData, Linker};
 
+use bindings::slicing::tightfit::host::slices;
 use bindings::tightfit::host::{log, sizing, types};
 #[cfg(feature = "compile")]
 use messages::Messages;
@@ -169,14 +170,15 @@ pub trait TightfitView: Send {
     fn tightfit(&mut self) -> &mut TightfitCtx;
 }
 
-/// Adds the interfaces that a policy imports (`types`, `sizing`, `log`) to a linker.
+/// Adds the interfaces that a policy imports (`types`, `sizing`, `log`, `slices`) to a linker.
 ///
 /// # Errors
 /// When the linker has one of them already.
 pub fn add_to_linker<T: TightfitView + 'static>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
     types::add_to_linker::<T, HasTightfit>(linker, T::tightfit)?;
     sizing::add_to_linker::<T, HasTightfit>(linker, T::tightfit)?;
-    log::add_to_linker::<T, HasTightfit>(linker, T::tightfit)
+    log::add_to_linker::<T, HasTightfit>(linker, T::tightfit)?;
+    slices::add_to_linker::<T, HasTightfit>(linker, T::tightfit)
 }
 
 /// How a single interface is told where in a store's data the context is, for linkers that are to
@@ -199,6 +201,8 @@ impl HasData for HasTightfit {
 }
 
 impl types::Host for TightfitCtx {}
+
+impl slices::Host for TightfitCtx {}
 
 impl sizing::Host for TightfitCtx {
     fn stored_bytes(

@@ -4,14 +4,21 @@ use wasmtime::AsContextMut;
 use wasmtime::component::{Instance, TypedFunc};
 
 use super::bindings::exports::tightfit::host::planner as wit;
+use super::bindings::slicing::exports::tightfit::host::slicer;
+use super::convert::BadSlices;
 use super::{TEXT_LIMIT, convert};
 use tightfit::policy::{Description, Proposal, Refusal, Request};
 
 /// The interface as components name it.
 const INTERFACE: &str = "tightfit:host/planner@0.1.0";
 
+/// The one that policies have besides if they cut tensors.
+const SLICER: &str = "tightfit:host/slicer@0.1.0";
+
 type Describe = TypedFunc<(), (wit::Description,)>;
 type Plan = TypedFunc<(wit::Request,), (Result<wit::Proposal, wit::Refusal>,)>;
+
+type PlanSlices = TypedFunc<(wit::Request,), (Result<slicer::SlicedProposal, wit::Refusal>,)>;
 
 /// The functions of an instantiated policy. Nothing is limited here: fuel, time and memory are what
 /// the host's store allows.
@@ -22,6 +29,7 @@ type Plan = TypedFunc<(wit::Request,), (Result<wit::Proposal, wit::Refusal>,)>;
 pub struct Planner {
     describe: Describe,
     plan: Plan,
+    plan_slices: Option<PlanSlices>,
 }
 
 impl std::fmt::Debug for Planner {
@@ -45,9 +53,19 @@ impl Planner {
                 .ok_or_else(|| wasmtime::format_err!("{INTERFACE} has no function {name}"))
         };
         let (describe, plan) = (index("describe")?, index("plan")?);
+        let plan_slices = match instance.get_export_index(&mut store, None, SLICER) {
+            Some(interface) => {
+                let index = instance.get_export_index(&mut store, Some(&interface), "plan-slices");
+                let index = index
+                    .ok_or_else(|| wasmtime::format_err!("{SLICER} has no function plan-slices"))?;
+                Some(instance.get_typed_func(&mut store, index)?)
+            }
+            None => None,
+        };
         Ok(Planner {
             describe: instance.get_typed_func(&mut store, describe)?,
             plan: instance.get_typed_func(&mut store, plan)?,
+            plan_slices,
         })
     }
 
@@ -60,16 +78,22 @@ impl Planner {
         Ok(convert::description(description, TEXT_LIMIT))
     }
 
-    /// Asks where every tensor goes.
+    /// Asks where every tensor goes, a policy that cuts tensors also which parts.
     ///
     /// # Errors
-    /// When it traps, or the store is asynchronous, and a [`BadPlacement`](super::BadPlacement).
+    /// When it traps, or the store is asynchronous, and a [`BadPlacement`](super::BadPlacement) or
+    /// [`TooManyRanges`](super::TooManyRanges).
     pub fn plan(
         &self,
         store: impl AsContextMut,
         request: &Request<'_>,
     ) -> wasmtime::Result<Result<Proposal, Refusal>> {
-        let (answer,) = self.plan.call(store, (convert::request(request),))?;
+        let converted_request = convert::request(request);
+        if let Some(plan_slices) = &self.plan_slices {
+            let (answer,) = plan_slices.call(store, (converted_request,))?;
+            return sliced(answer, request);
+        }
+        let (answer,) = self.plan.call(store, (converted_request,))?;
         converted(answer, request)
     }
 }
@@ -91,18 +115,36 @@ impl Planner {
     /// [`Planner::plan`] in an asynchronous store.
     ///
     /// # Errors
-    /// When it traps, and a [`BadPlacement`](super::BadPlacement).
+    /// When it traps, and a [`BadPlacement`](super::BadPlacement) or
+    /// [`TooManyRanges`](super::TooManyRanges).
     pub async fn plan_async(
         &self,
         store: impl AsContextMut<Data: Send>,
         request: &Request<'_>,
     ) -> wasmtime::Result<Result<Proposal, Refusal>> {
-        let (answer,) = self
-            .plan
-            .call_async(store, (convert::request(request),))
-            .await?;
+        let converted_request = convert::request(request);
+        if let Some(plan_slices) = &self.plan_slices {
+            let (answer,) = plan_slices.call_async(store, (converted_request,)).await?;
+            return sliced(answer, request);
+        }
+        let (answer,) = self.plan.call_async(store, (converted_request,)).await?;
         converted(answer, request)
     }
+}
+
+fn sliced(
+    answer: Result<slicer::SlicedProposal, wit::Refusal>,
+    request: &Request<'_>,
+) -> wasmtime::Result<Result<Proposal, Refusal>> {
+    Ok(match answer {
+        Ok(proposal) => Ok(convert::sliced_proposal(proposal, request).map_err(
+            |error| match error {
+                BadSlices::Placement(error) => wasmtime::Error::from(error),
+                BadSlices::Ranges(error) => error.into(),
+            },
+        )?),
+        Err(refusal) => Err(convert::refusal(refusal, TEXT_LIMIT)),
+    })
 }
 
 fn converted(

@@ -12,6 +12,7 @@ wasmtime::component::bindgen!({
         "tightfit:host/types": crate::wit::bindings::tightfit::host::types,
         "tightfit:host/sizing": crate::wit::bindings::tightfit::host::sizing,
         "tightfit:host/log": crate::wit::bindings::tightfit::host::log,
+        "tightfit:host/slices": crate::wit::bindings::slicing::tightfit::host::slices,
         "tightfit:host/buffers.buffer": super::Buffer,
         "tightfit:host/checkpoints.checkpoint": super::OpenCheckpoint,
         "tightfit:host/models.model": super::LoadedModel,

@@ -31,6 +31,7 @@ mod models;
 mod nf4;
 mod output;
 mod run;
+mod sliced;
 #[cfg(test)]
 mod tests;
 mod transformer;
@@ -59,7 +60,7 @@ use crate::stop::Stop;
 use bindings::tightfit::host::{
     buffers as wit_buffers, checkpoints as wit_checkpoints, devices as wit_devices, errors,
     linear as wit_linear, models as wit_models, nf4 as wit_nf4, output as wit_output,
-    transformer as wit_transformer,
+    sliced_models as wit_sliced_models, transformer as wit_transformer,
 };
 use checkpoints::Grants;
 use tightfit::cancel::CancelToken;
@@ -178,7 +179,7 @@ pub trait ProgramView: TightfitView {
 }
 
 /// Adds everything that a program imports to a linker, including what policies import (`types`,
-/// `sizing`, `log`).
+/// `sizing`, `log`, `slices`).
 ///
 /// # Errors
 /// When the linker has one of the interfaces already.
@@ -192,6 +193,7 @@ pub fn add_program_to_linker<T: ProgramView + 'static>(
     wit_nf4::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
     wit_checkpoints::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
     wit_models::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
+    wit_sliced_models::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
     wit_linear::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
     wit_transformer::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)?;
     wit_output::add_to_linker::<T, HasProgram>(linker, T::tightfit_program)

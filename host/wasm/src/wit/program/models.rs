@@ -20,11 +20,15 @@ use tightfit::load::{LoadError, LoadOptions, Reserved, load_reserved};
 use tightfit::memory::{DEFAULT_STAGING, Ledger, LedgerEntry, ReservationSize};
 use tightfit::model::{Model, Tensor};
 use tightfit::plan::{PartKind, Plan, PlanError, PlanOptions};
-use tightfit::types::{Bytes, Placement};
+use tightfit::policy::Proposal;
+use tightfit::types::{Bytes, Slice};
 
 /// What the host keeps in its own memory for each tensor of a loaded model, at most, in bytes; names
 /// and shapes come on top.
 const TENSOR_BYTES: u64 = 512;
+
+/// The same for each range of a slice, which is in its name too.
+const RANGE_BYTES: u64 = 320;
 
 /// Tensors that are gone through between two looks at the clock.
 const CHECKED_TENSORS: usize = 4096;
@@ -50,10 +54,11 @@ impl Loader {
         }
     }
 
-    /// Enters what the host will keep of a model.
+    /// Enters what the host will keep of a model that has these slices of some tensors.
     pub(super) fn keep(
         &self,
         checkpoint: &Checkpoint,
+        slices: &[Slice],
         stop: &Stop,
     ) -> Result<LedgerEntry, CallError> {
         let mut texts: usize = checkpoint.ties().iter().map(|tie| tie.alias.len()).sum();
@@ -65,8 +70,31 @@ impl Loader {
                 .map(|tensor| 2 * tensor.name.len() + 8 * tensor.shape.len());
             texts += kept.sum::<usize>();
         }
-        let entries = checkpoint.tensors().len() + checkpoint.ties().len();
-        let bytes = texts as u64 + TENSOR_BYTES * entries as u64;
+        let mut entries = checkpoint.tensors().len() + checkpoint.ties().len();
+        let mut ranges = 0;
+        if !slices.is_empty() {
+            let mut aliases = vec![(0, 0); checkpoint.tensors().len()];
+            for tie in checkpoint.ties() {
+                let (number, length) = &mut aliases[tie.tensor];
+                *number += 1;
+                *length += tie.alias.len();
+            }
+            for slices in slices.chunks(CHECKED_TENSORS) {
+                stop.check()?;
+                for slice in slices {
+                    // What is not there is refused soon.
+                    let index = slice.tensor as usize;
+                    let Some(tensor) = checkpoint.tensors().get(index) else {
+                        continue;
+                    };
+                    let (number, length) = aliases[index];
+                    entries += 1 + number;
+                    texts += 4 * tensor.name.len() + 16 * tensor.shape.len() + length;
+                    ranges += (1 + number) * slice.ranges.len();
+                }
+            }
+        }
+        let bytes = texts as u64 + TENSOR_BYTES * entries as u64 + RANGE_BYTES * ranges as u64;
         let size = ReservationSize {
             reserved: bytes,
             ..ReservationSize::default()
@@ -125,22 +153,21 @@ impl ProgramCtx {
     pub(super) fn load(
         &self,
         checkpoint: &Checkpoint,
-        placements: &[Placement],
-        headroom: &[u64],
+        proposal: &Proposal,
     ) -> Result<LoadedModel, CallError> {
         self.memory.trim();
         let infos = self.device_infos();
-        let (tensors, ties) = (checkpoint.tensors(), checkpoint.ties());
+        // Cutting takes that memory already.
+        let kept = self.models.keep(checkpoint, &proposal.slices, &self.stop)?;
         // Planning and loading look at the clock themselves, and do not know why they are ended.
         let cancel = self.stop.token();
         let options = PlanOptions::default().with_cancel(cancel.clone());
-        let plan = Plan::new_with(tensors, ties, &infos, placements, headroom, &options);
+        let plan = Plan::of_with(checkpoint, &infos, proposal, &options);
         let plan = match plan {
             Err(PlanError::Cancelled) => return Err(self.stop.reason().into()),
             other => other?,
         };
         self.memory.check(&plan)?;
-        let kept = self.models.keep(checkpoint, &self.stop)?;
         self.stop.check()?;
         let reserved = Reserved::take(plan, &self.devices)?;
         let mut entries = self.memory.enter(reserved.plan())?;
@@ -204,7 +231,12 @@ impl models::HostModel for ProgramCtxView<'_> {
         let OpenCheckpoint(checkpoint) = table.get(&checkpoint)?;
         let placements = convert::placements(placements, checkpoint.tensors(), |_| false)
             .map_err(CallError::invalid)?;
-        let model = context.load(checkpoint, &placements, &headroom)?;
+        let proposal = Proposal {
+            placements,
+            headroom,
+            slices: Vec::new(),
+        };
+        let model = context.load(checkpoint, &proposal)?;
         Ok(table.push(model)?)
     }
 

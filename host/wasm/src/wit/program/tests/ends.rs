@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use tightfit::policy::Proposal;
+
 use super::*;
 use types::{Format, Placement};
 use wit_checkpoints::Host as _;
@@ -17,6 +19,14 @@ fn cause<E: std::error::Error + Copy + Send + Sync + 'static, T: std::fmt::Debug
     match result {
         Err(CallError::Trap(trap)) => *trap.downcast_ref::<E>().expect("it has this cause"),
         other => panic!("it did not trap: {other:?}"),
+    }
+}
+
+fn whole(placements: &[tightfit::types::Placement]) -> Proposal {
+    Proposal {
+        placements: placements.to_vec(),
+        headroom: vec![0, 0],
+        slices: Vec::new(),
     }
 }
 
@@ -129,7 +139,7 @@ fn a_load_that_is_cancelled_takes_nothing() {
         device: Some(0),
         format: tightfit::types::Format::Stored,
     };
-    let result = program.context.load(&checkpoint, &[placement; 4], &[0, 0]);
+    let result = program.context.load(&checkpoint, &whole(&[placement; 4]));
     assert_eq!(cause::<Stopped, _>(result), Stopped::Cancelled);
     assert_eq!(program.context.reserved().peak, 0);
     assert_eq!(devices[0].usage().reserved.peak, 0);
@@ -166,7 +176,7 @@ fn a_deadline_ends_opening_and_planning_in_the_middle() {
     let placements = vec![placement; TENSORS];
     program.context.set_deadline(Instant::now());
     // Not at the start of the calls, where they would not have been begun.
-    let result = program.context.load(&checkpoint, &placements, &[0, 0]);
+    let result = program.context.load(&checkpoint, &whole(&placements));
     assert_eq!(cause::<Stopped, _>(result), Stopped::Deadline);
     let mut program = with_model(directory.path(), 16 * MIB);
     program.context.set_deadline(Instant::now());

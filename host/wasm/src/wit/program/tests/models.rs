@@ -275,7 +275,7 @@ fn what_the_host_keeps_of_models_is_bounded() {
     let loader = super::super::models::Loader::new();
     let mut kept = Vec::new();
     let error = loop {
-        match loader.keep(&checkpoint, &Stop::default()) {
+        match loader.keep(&checkpoint, &[], &Stop::default()) {
             Ok(entry) => kept.push(entry),
             Err(error) => break error,
         }
@@ -286,5 +286,5 @@ fn what_the_host_keeps_of_models_is_bounded() {
         errors::Error::Unsupported(_)
     ));
     kept.pop();
-    kept.push(done(loader.keep(&checkpoint, &Stop::default())));
+    kept.push(done(loader.keep(&checkpoint, &[], &Stop::default())));
 }
