@@ -101,8 +101,10 @@ impl Slice {
     ) -> impl Iterator<Item = Slice> {
         let length = tensor.shape.first().copied().unwrap_or(0);
         let devices = if length == 0 { 0 } else { devices };
-        (0..devices)
-            .map(move |device| Slice::new(number, 0, [0..length], Placement::on(device, format)))
+        (0..devices).map(move |device| {
+            let all = std::iter::once(0..length);
+            Slice::new(number, 0, all, Placement::on(device, format))
+        })
     }
 
     /// Returns the shape that the slice of a tensor of this shape has.
@@ -206,6 +208,10 @@ pub fn equal_parts(length: u64, parts: usize) -> Vec<Range<u64>> {
 }
 
 #[cfg(test)]
+#[expect(
+    clippy::single_range_in_vec_init,
+    reason = "a list of ranges can have one"
+)]
 mod tests {
     use super::*;
     use crate::Dtype;
@@ -240,7 +246,9 @@ mod tests {
         let slice = |dimension, ranges: &[Range<u64>]| {
             Slice::new(0, dimension, ranges.to_vec(), Placement::on(0, Format::NF4))
         };
-        let cases: &[(&[u64], usize, &[Range<u64>], bool)] = &[
+        /// A shape, along which dimension it is cut, what is cut out, and whether that keeps blocks.
+        type Case<'a> = (&'a [u64], usize, &'a [Range<u64>], bool);
+        let cases: &[Case<'_>] = &[
             (&[8, 64], 0, &[1..3], true),
             (&[8, 32], 0, &[2..4], true),
             (&[8, 32], 0, &[1..3], false),

@@ -159,7 +159,7 @@ fn plan(settings: &Settings<'_>, request: &Request) -> Result<Plan, Refusal> {
     if !known.is_known {
         let of = match name {
             Some(name) => format!("of `{}`", plan::shown(name)),
-            None => "of this model, whose config.json names no `model_type`".into(),
+            None => "of this model, whose config.json names no `model_type`,".into(),
         };
         log(
             Level::Warn,

@@ -110,7 +110,7 @@ pub(super) fn judge(
             };
             there
                 .next()
-                .is_some_and(|first| is_same(first) && there.all(|slice| is_same(slice)))
+                .is_some_and(|first| is_same(first) && there.all(is_same))
         };
         each(
             format!("are {} on {device}", text(extents)),

@@ -446,8 +446,8 @@ balance = { within = 0 }
     let up = "model.layers.0.mlp.up_proj.weight, model.layers.1.mlp.up_proj.weight, \
               model.layers.2.mlp.up_proj.weight";
     for line in [
-        "expected: slices of 'mlp.up_proj' are of 4 tensors",
-        "expected: slices of 'mlp.up_proj' are 3 of each",
+        "expected: slices of 'mlp.up_proj' are of exactly 4 tensors",
+        "expected: slices of 'mlp.up_proj' are exactly 3 of each",
         "found:    2 slices for 3 (of 3 in all)",
         "expected: slices of 'mlp.up_proj' are along dimension 1",
         "found:    dimension 0 for 3 (of 3 in all)",
