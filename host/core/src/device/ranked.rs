@@ -303,11 +303,8 @@ impl WorldDevices {
             }
         });
         let opened: Vec<Box<dyn Device>> = opened.collect::<Result<_, _>>()?;
-        let ranked = |device: &Box<dyn Device>| RankedDevice {
-            rank,
-            info: device.info(),
-        };
-        each_once(opened.iter().map(ranked).collect())?;
+        let infos = opened.iter().map(|device| device.info());
+        each_once(infos.map(|info| RankedDevice { rank, info }).collect())?;
         Ok(opened)
     }
 
