@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 use tightfit::checkpoint::{self, Dequantize, OpenOptions};
 use tightfit::hub::{self, FetchOptions, FileProgress, Hub};
-use tightfit::types::QuantType;
+use tightfit::types::{Format, Placement, QuantType};
 
 use crate::failure::Failure;
 use crate::work::{self, Counter};
@@ -42,6 +42,67 @@ pub(crate) struct TensorInfo {
     /// The file that it is in.
     #[pyo3(get)]
     file: PathBuf,
+    /// What part of which tensor it is, in a checkpoint that has been cut; else None.
+    #[pyo3(get)]
+    slice: Option<Slice>,
+}
+
+/// A part of a tensor: what it has along one dimension.
+#[pyclass(frozen, eq, hash, from_py_object, module = "tightfit")]
+#[derive(Clone, PartialEq, Eq, Hash)]
+pub(crate) struct Slice {
+    /// The tensor's name.
+    #[pyo3(get)]
+    tensor: String,
+    /// The dimension along which it is cut: 0 are the rows of a matrix, or the experts of a stack.
+    #[pyo3(get)]
+    dimension: u32,
+    /// Indices along it, from the first of each pair to before the second.
+    #[pyo3(get)]
+    ranges: Vec<(u64, u64)>,
+}
+
+#[pymethods]
+impl Slice {
+    #[new]
+    fn new(tensor: String, dimension: u32, ranges: Vec<(u64, u64)>) -> Slice {
+        Slice {
+            tensor,
+            dimension,
+            ranges,
+        }
+    }
+
+    fn __repr__(&self) -> String {
+        format!(
+            "Slice({:?}, {}, {:?})",
+            self.tensor, self.dimension, self.ranges
+        )
+    }
+}
+
+impl From<&checkpoint::Piece> for Slice {
+    fn from(piece: &checkpoint::Piece) -> Slice {
+        let ranges = piece.ranges.iter();
+        Slice {
+            tensor: piece.of.clone(),
+            // Tensors have few dimensions.
+            dimension: u32::try_from(piece.dimension).unwrap_or(u32::MAX),
+            ranges: ranges.map(|range| (range.start, range.end)).collect(),
+        }
+    }
+}
+
+/// The tensor of this name; or the only part that there is of it, where it has been cut.
+pub(crate) fn find_part(checkpoint: &tightfit::Checkpoint, name: &str) -> Option<usize> {
+    checkpoint.find(name).or_else(|| {
+        let is_of = |tensor: &checkpoint::TensorInfo| {
+            tensor.piece.as_ref().is_some_and(|piece| piece.of == name)
+        };
+        let mut parts = (0..).zip(checkpoint.tensors());
+        let (only, _) = parts.find(|(_, tensor)| is_of(tensor))?;
+        parts.all(|(_, tensor)| !is_of(tensor)).then_some(only)
+    })
 }
 
 #[pymethods]
@@ -79,6 +140,7 @@ impl Checkpoint {
             bytes: tensor.source_bytes(),
             quantized: how,
             file: self.inner.shards()[tensor.shard].path().to_owned(),
+            slice: tensor.piece.as_deref().map(Slice::from),
         }
     }
 }
@@ -133,6 +195,36 @@ impl Checkpoint {
             .collect()
     }
 
+    /// The same checkpoint with every tensor of which there are slices replaced by these, which are tensors of
+    /// their own from then on: named ``NAME[0:1024]`` or ``NAME[:, 0:1024]``, or as the tensor where that is all
+    /// of it, and found by the tensor's name where it has one only. What is quantized while it is loaded has the
+    /// blocks of the whole where the cut is between them.
+    fn cut(&self, py: Python<'_>, slices: Vec<Slice>) -> PyResult<Checkpoint> {
+        let cut = || {
+            let place = |slice: Slice| {
+                let index = self.inner.find(&slice.tensor).ok_or_else(|| {
+                    Failure::usage(format_args!("slices: there is no tensor '{}'", slice.tensor))
+                })?;
+                let ranges = slice.ranges.into_iter();
+                Ok(tightfit::types::Slice {
+                    // A checkpoint has a million tensors at most.
+                    tensor: u32::try_from(index).unwrap_or(u32::MAX),
+                    dimension: slice.dimension,
+                    ranges: ranges.map(|(start, end)| start..end).collect(),
+                    placement: Placement {
+                        device: None,
+                        format: Format::Stored,
+                    },
+                })
+            };
+            let slices = slices.into_iter().map(place);
+            let slices: Vec<_> = slices.collect::<Result<_, Failure>>()?;
+            self.inner.cut(&slices).map_err(Failure::usage)
+        };
+        let inner = Arc::new(cut().map_err(|failure| failure.raise(py))?);
+        Ok(Checkpoint { inner })
+    }
+
     /// Every tensor, file by file and in a file by offset.
     fn tensors(&self) -> Vec<TensorInfo> {
         (0..self.inner.tensors().len())
@@ -184,11 +276,11 @@ impl Checkpoint {
     }
 
     fn __contains__(&self, name: &str) -> bool {
-        self.inner.find(name).is_some()
+        find_part(&self.inner, name).is_some()
     }
 
     fn __getitem__(&self, name: String) -> PyResult<TensorInfo> {
-        match self.inner.find(&name) {
+        match find_part(&self.inner, &name) {
             Some(index) => Ok(self.info(index)),
             None => Err(PyKeyError::new_err(name)),
         }

@@ -29,7 +29,7 @@ mod _native {
     use super::{Bound, PyModule, PyModuleMethods, PyResult};
 
     #[pymodule_export]
-    use crate::checkpoint::{Checkpoint, TensorInfo, open};
+    use crate::checkpoint::{Checkpoint, Slice, TensorInfo, open};
     #[pymodule_export]
     use crate::command::{compile_guest, main};
     #[pymodule_export]

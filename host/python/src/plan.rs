@@ -13,7 +13,7 @@ use tightfit::report::{Report, to_json};
 use tightfit::types::{Bytes, Format};
 use tightfit_cli::draw::{self, BarStyle, Heading};
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Slice, find_part};
 use crate::failure::Failure;
 use crate::{command, policies, work};
 
@@ -88,6 +88,9 @@ pub(crate) struct PlannedTensor {
     /// Bytes of all its parts.
     #[pyo3(get)]
     bytes: u64,
+    /// What part of which tensor it is, where that has been cut; else None.
+    #[pyo3(get)]
+    slice: Option<Slice>,
 }
 
 #[pymethods]
@@ -130,6 +133,7 @@ impl Plan {
             }),
             format: planned.placement.format.to_string(),
             bytes: planned.requested(),
+            slice: tensor.piece.as_deref().map(Slice::from),
         }
     }
 }
@@ -270,11 +274,11 @@ impl Plan {
     }
 
     fn __contains__(&self, name: &str) -> bool {
-        self.checkpoint.find(name).is_some()
+        find_part(&self.checkpoint, name).is_some()
     }
 
     fn __getitem__(&self, name: String) -> PyResult<PlannedTensor> {
-        match self.checkpoint.find(&name) {
+        match find_part(&self.checkpoint, &name) {
             Some(index) => Ok(self.tensor(index)),
             None => Err(PyKeyError::new_err(name)),
         }
@@ -293,8 +297,7 @@ pub(crate) fn formats(
     formats: &HashMap<String, String>,
 ) -> Result<Vec<(usize, Format)>, Failure> {
     let fixed = |(name, format): (&String, &String)| {
-        let index = checkpoint
-            .find(name)
+        let index = find_part(checkpoint, name)
             .ok_or_else(|| Failure::usage(format_args!("formats: there is no tensor '{name}'")))?;
         Ok((index, format.parse().map_err(Failure::usage)?))
     };
@@ -311,8 +314,7 @@ pub(crate) fn without(
     }
     let mut keep = vec![true; checkpoint.tensors().len()];
     for name in omit {
-        let index = checkpoint
-            .find(name)
+        let index = find_part(checkpoint, name)
             .ok_or_else(|| Failure::usage(format_args!("omit: there is no tensor '{name}'")))?;
         keep[index] = false;
     }

@@ -286,26 +286,26 @@ impl WorldDevices {
         local_rank: u32,
         local_size: u32,
     ) -> Result<Vec<Box<dyn Device>>, DeviceError> {
-        let mut sims = Sims::default();
         let own = self.devices.iter().filter(|(of, _)| *of == rank);
-        let opened = own.map(|(_, device)| {
-            let sim = sims.next(rank, device);
-            match device {
-                LocalSpec::Device(DeviceSpec::Cpu { capacity: None }) => Ok(host_share(local_size)),
-                LocalSpec::Device(device) => spec::open(device, sim),
-                LocalSpec::LocalCuda { capacity } => {
-                    spec::open_cuda(local_cuda(local_rank)?, *capacity)
-                }
-                LocalSpec::Default => match spec::cuda_count() {
-                    0 => Ok(host_share(local_size)),
-                    _ => spec::open_cuda(local_cuda(local_rank)?, None),
-                },
-            }
+        let cuda = |capacity: Option<u64>| {
+            let index = local_cuda(local_rank)?;
+            Ok(DeviceSpec::Cuda { index, capacity })
+        };
+        let specs = own.map(|(_, device)| match device {
+            LocalSpec::Device(DeviceSpec::Cpu { capacity: None }) => Ok(host_share(local_size)),
+            LocalSpec::Device(device) => Ok(device.clone()),
+            LocalSpec::LocalCuda { capacity } => cuda(*capacity),
+            LocalSpec::Default => match spec::cuda_count() {
+                0 => Ok(host_share(local_size)),
+                _ => cuda(None),
+            },
         });
-        let opened: Vec<Box<dyn Device>> = opened.collect::<Result<_, _>>()?;
-        let infos = opened.iter().map(|device| device.info());
-        each_once(infos.map(|info| RankedDevice { rank, info }).collect())?;
-        Ok(opened)
+        let specs: Vec<DeviceSpec> = specs.collect::<Result<_, DeviceError>>()?;
+        match specs.is_empty() {
+            // Not all that there are.
+            true => Ok(Vec::new()),
+            false => spec::open_devices(&specs),
+        }
     }
 
     /// Puts together what every rank has said of its own devices, in their order.
@@ -414,11 +414,11 @@ fn local_cuda(local_rank: u32) -> Result<u32, DeviceError> {
 }
 
 /// An even share of the host memory that is free now.
-fn host_share(local_size: u32) -> Box<dyn Device> {
+fn host_share(local_size: u32) -> DeviceSpec {
     let free = HostDevice::cpu(None).info().available;
     let share = free / u64::from(local_size.max(1));
-    let share = share - share % HostDevice::GRANULARITY;
-    Box::new(HostDevice::cpu(Some(share)))
+    let capacity = Some(share - share % HostDevice::GRANULARITY);
+    DeviceSpec::Cpu { capacity }
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Union
 
 from . import _native
-from ._native import Checkpoint, Model, Plan
+from ._native import Checkpoint, Model, Plan, Slice
 from ._progress import Progress, reporting
 
 Path = Union[str, "os.PathLike[str]"]
@@ -59,6 +59,7 @@ def plan(
     double_quant: bool | None = None,
     formats: Mapping[str, str] | None = None,
     omit: Iterable[str] = (),
+    slices: Iterable[Slice] = (),
     limits: Mapping[str, Setting] | None = None,
     rows: int = 0,
     experts_per_token: int = 0,
@@ -72,13 +73,15 @@ def plan(
         devices: ``"cuda:0"``, ``"cuda:0:20GiB"``, ``"cpu"``, ``"sim:32GiB"`` (an accelerator that is simulated in
             host memory), a ``torch.device``, or several; by default all GPUs, else host memory. One with a size need not be
             there to be planned for.
-        policy: ``auto``, ``packed``, ``huggingface``, ``map``, or a ``.wasm`` file.
+        policy: ``auto``, ``packed``, ``huggingface``, ``map``, ``tensor-parallel``, or a ``.wasm`` file.
         settings: The policy's settings, as ``--set`` of the command: ``context``, ``batch``, ``reserve``, ``skip``,
             ``experts``, ``format:PATTERN``, ...
         double_quant: Whether scales are quantized too: the setting ``double-quant``.
         formats: Formats of tensors by name, whatever the policy says: ``stored``, ``nf4``, ``nf4+double``,
             ``bf16``, ``f16``, ``f32``.
         omit: Names of tensors that are left out, as if the checkpoint did not have them.
+        slices: Parts of tensors that are planned for in their place, as ``Checkpoint.cut`` has it: for one of several
+            processes that share a model. ``formats`` and ``omit`` then mean the parts.
         limits: What a policy may use, as ``--policy-limit`` of the command.
         rows: Rows of the largest product with 4-bit weights for which workspace is reserved.
         experts_per_token: Experts that a router chooses for a token, whose workspace that is too; by default as many as
@@ -92,6 +95,8 @@ def plan(
         PolicyError: The policy failed.
     """
     checkpoint = source if isinstance(source, Checkpoint) else open(source)
+    if parts := list(slices):
+        checkpoint = checkpoint.cut(parts)
     given = _texts(settings)
     if double_quant is not None:
         given.append(("double-quant", _text(double_quant)))

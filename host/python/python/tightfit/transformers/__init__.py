@@ -19,7 +19,9 @@ tensors that are in their place already. All of that goes through transformers' 
 from __future__ import annotations
 
 from ._report import Report
+from .agreement import OtherProcessError
 from .config import TightfitConfig
+from .materializing import materialize
 from .register import install, installed, uninstall
 
-__all__ = ["Report", "TightfitConfig", "install", "installed", "uninstall"]
+__all__ = ["OtherProcessError", "Report", "TightfitConfig", "install", "installed", "materialize", "uninstall"]

@@ -33,6 +33,7 @@ class Options:
     purpose: str = "inference"
     lora_rank: int = 16
     lora_experts: bool = False
+    materialize: bool = True
 
 
 class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
@@ -59,6 +60,8 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
         lora_rank: Rank of the adapters that ``qlora`` has room for.
         lora_experts: Whether that is also for adapters on stacks of experts in 4 bits, as PEFT puts them there by
             ``target_parameters``, and for some families by ``all-linear``.
+        materialize: False leaves all parameters on the meta device, for ``tightfit.transformers.materialize`` to load when
+            the model has been given adapters and been sharded by FSDP2.
         **kwargs: Those of ``BitsAndBytesConfig``; by default NF4 with bfloat16 for products, where that class takes
             FP4 and float32.
     """
@@ -78,6 +81,7 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
         purpose: str = "inference",
         lora_rank: int = 16,
         lora_experts: bool = False,
+        materialize: bool = True,
         **kwargs: Any,
     ) -> None:
         from .._api import device_names
@@ -108,6 +112,7 @@ class TightfitConfig(BitsAndBytesConfig):  # type: ignore[misc]
             purpose=purpose,
             lora_rank=lora_rank,
             lora_experts=lora_experts,
+            materialize=materialize,
         )
 
     @property

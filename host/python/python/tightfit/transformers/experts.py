@@ -46,10 +46,20 @@ class Stack4bit(torch.nn.Module):  # type: ignore[misc]
         names: The checkpoint's names: for each half those of the experts, or that of the stack.
         is_fused: Whether the checkpoint has the stack as one tensor.
         is_whole: Whether it is one in memory.
+        padding: Of a part of a stack: columns before and behind those of its input, which make whole blocks.
     """
 
-    def __init__(self, loaded: Any, names: list[list[str]], shape: Any, dtype: torch.dtype, transposed: bool) -> None:
+    def __init__(
+        self,
+        loaded: Any,
+        names: list[list[str]],
+        shape: Any,
+        dtype: torch.dtype,
+        transposed: bool,
+        padding: tuple[int, int] = (0, 0),
+    ) -> None:
         super().__init__()
+        self.padding = padding
         self.shape, self.dtype, self.names = torch.Size(shape), dtype, names
         self.transposed = transposed
         self.is_fused = len(names) == 1 and len(names[0]) == 1 and len(loaded[names[0][0]].shape) == 3
@@ -182,6 +192,8 @@ class Stack4bit(torch.nn.Module):  # type: ignore[misc]
 
     def multiply(self, x: torch.Tensor, expert: int) -> torch.Tensor:
         """``x @ W.T`` with one expert's matrix, or ``x @ W`` where stacks lie transposed; with a gradient for x."""
+        if self.padding != (0, 0):
+            x = torch.nn.functional.pad(x, self.padding)
         halves = [self._multiply(x, half, expert) for half in range(len(self.names))]
         return halves[0] if len(halves) == 1 else torch.cat(halves, dim=-1)
 
@@ -282,6 +294,10 @@ class Experts4bit(torch.nn.Module):  # type: ignore[misc]
         adapters: Mapping[str, Adapters] | None = None,
     ) -> torch.Tensor:
         """What the class computes, with ``adapters`` added to its stacks, by name."""
+        if not isinstance(self.down_proj, Stack4bit):
+            # It was to be in 4 bits, and could not.
+            output: torch.Tensor = self.base.forward(self, hidden_states, top_k_index, top_k_weights)
+            return output
         dtype = self.compute_dtype or hidden_states.dtype
         x = hidden_states.to(dtype)
         layer = self.layer
@@ -391,14 +407,19 @@ def _new(base: Any) -> torch.nn.Module:
     return module
 
 
-def put(module: Any, leaf: str, stack: Stack4bit, compute_dtype: torch.dtype | None) -> None:
-    """Puts a stack where its parameter was."""
+def adopt(module: Any, compute_dtype: torch.dtype | None) -> None:
+    """Gives a module of experts the forward that is for stacks in 4 bits, which are yet to be put there."""
     if not isinstance(module, Experts4bit):
         base: Any = type(module)
         module.__class__ = _class_of(base)
         module.layer = None
         module.compute_dtype = compute_dtype
         module.parameter_names = tuple(module._parameters)
+
+
+def put(module: Any, leaf: str, stack: Stack4bit, compute_dtype: torch.dtype | None) -> None:
+    """Puts a stack where its parameter was."""
+    adopt(module, compute_dtype)
     delattr(module, leaf)
     module.add_module(leaf, stack)
     module._is_hf_initialized = stack._is_hf_initialized = True
@@ -411,7 +432,7 @@ def use_products(module: Any, shared: Callable[[str], SharedWorkspace | None]) -
         name = stack.names[0][0]
         stack._kept.shared = shared(stack._kept.loaded[name].device)
         stack._kept.is_used = True
-    module.layer = _layer(module, shared)
+    module.layer = _layer(module, shared) if stacks else None
 
 
 def _layer(module: Any, shared: Callable[[str], SharedWorkspace | None]) -> Product | None:
@@ -423,6 +444,8 @@ def _layer(module: Any, shared: Callable[[str], SharedWorkspace | None]) -> Prod
         return None
     activation, limit, interleaved = gate
     up, down = module.gate_up_proj, module.down_proj
+    if down.padding != (0, 0):
+        return None
     try:
         native = up._kept.loaded.experts(up.names, down.names[0], activation, limit, interleaved)
     except tightfit.UsageError:

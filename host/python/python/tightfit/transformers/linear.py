@@ -18,14 +18,19 @@ class Linear4bit(bitsandbytes.nn.Linear4bit):  # type: ignore[misc]
     """
 
     product: Product | None
+    # Columns before and behind those of its input, which make whole blocks of a part of a weight.
+    padding: tuple[int, int]
 
     @staticmethod
     def of(module: torch.nn.Module) -> None:
         """Makes a layer one of these, which has no product yet."""
         module.__class__ = Linear4bit
         module.__dict__["product"] = None
+        module.__dict__["padding"] = (0, 0)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.padding != (0, 0):
+            x = torch.nn.functional.pad(x, self.padding)
         product = self.product
         dtype = self.compute_dtype or x.dtype
         if product is None or x.device != product.device or dtype not in FLOATS:

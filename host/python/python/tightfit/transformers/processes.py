@@ -1,4 +1,4 @@
-"""What several processes would share of a model: refused, not guessed."""
+"""How several processes share a model: what Tightfit loads for, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 _WITHOUT = "Tightfit loads a whole model in each process"
 
+# The version of transformers from which on what is cut is there to be seen before it is loaded.
+_NEEDED = "5.16"
 
-def refuse_sharding() -> None:
-    """Refuses what shards every model of this process.
+
+def refuse_sharding(is_later: bool) -> None:
+    """Refuses what shards every model of this process. FSDP2 may, where it is before the model is loaded (`is_later`).
 
     Raises:
         ValueError: DeepSpeed's ZeRO-3 or FSDP2 is switched on.
@@ -18,20 +21,34 @@ def refuse_sharding() -> None:
 
     if is_deepspeed_zero3_enabled():
         raise ValueError(f"{_WITHOUT}: DeepSpeed's ZeRO-3 shards it while it is loaded (ZeRO-2 does not)")
-    if _fsdp_version() == 2:
-        raise ValueError(f"{_WITHOUT}: FSDP2 shards it")
+    if _fsdp_version() == 2 and not is_later:
+        raise ValueError(
+            f"{_WITHOUT}: FSDP2 would shard it afterwards. Load it with TightfitConfig(materialize=False), and call "
+            "tightfit.transformers.materialize(model) when it is sharded"
+        )
 
 
-def refuse_parallel(model: Any) -> None:
-    """Refuses a model that is one process's share.
+def shared(model: Any) -> Any:
+    """How processes share a model, as transformers was asked: its ``DistributedConfig``; None where each has all of it.
 
     Raises:
-        ValueError: ``tp_plan`` or ``distributed_config`` was asked for.
+        ValueError: They share it in a way that Tightfit does not load for.
     """
     config = getattr(model.config, "distributed_config", None)
-    # Older versions note it on the model alone.
-    if config is not None or getattr(model, "_tp_size", None) is not None:
-        raise ValueError(f"{_WITHOUT}: leave tp_plan and distributed_config out")
+    if config is None:
+        # Older versions note it on the model alone.
+        if getattr(model, "_tp_size", None) is not None:
+            raise ValueError(f"this version of transformers cuts models another way: tp_plan needs {_NEEDED} or newer")
+        return None
+    if not hasattr(config, "pp_size"):
+        raise ValueError(f"this version of transformers cuts models another way: tp_plan needs {_NEEDED} or newer")
+    if getattr(config, "dp_replicate_size", 1) > 1:
+        raise ValueError("dp_replicate_size: Tightfit shards for fsdp_size, and has no replicas of that")
+    if getattr(config, "ep_size", 1) > 1 or config.enable_expert_parallel:
+        raise ValueError("ep_size gives whole experts to processes: Tightfit cuts all of them, for tp_size")
+    if config.fsdp_size > 1 and config.tp_size * config.pp_size > 1:
+        raise ValueError("fsdp_size with tp_size or pp_size: Tightfit shards a model one way")
+    return config if config.tp_size * config.pp_size * config.fsdp_size > 1 else None
 
 
 def _fsdp_version() -> int:

@@ -16,7 +16,7 @@ import tightfit
 
 from ..ops import ROWS, Product, SharedWorkspace
 from ..torch import DTYPES, params4bit, tensor
-from . import _caller, experts, mapping, placement, processes, purpose, stock
+from . import _caller, agreement, experts, fsdp, mapping, materializing, parts, placement, processes, purpose, stock, tensor_parallel
 from ._report import Report
 from .config import Options, TightfitConfig
 from .filling import AlreadyQuantized, converters
@@ -100,16 +100,25 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         self._filled_map: dict[str, Any] | None = None
         self._asked_map = ""
         self._linears: dict[str, str] = {}
+        # And the other way round, by parameter.
+        self._names: dict[str, str] = {}
         # Names of the tensors of stacks of experts by halves, by parameter.
         self._stacks: dict[str, list[list[str]]] = {}
         # The same of those that are not in 4 bits, and that transformers would copy together.
         self._plain_stacks: dict[str, list[list[str]]] = {}
         self._skipped: dict[str, str] = {}
         self._headroom: dict[str, int] = {}
+        # How processes share the model, if they do, and what is loaded as soon as transformers has cut it.
+        self._shared: Any = None
+        self._later: Any = None
+        # What is not loaded before others have sharded it.
+        self._unfilled: Any = None
+        # The parts that this process has of tensors that it has not whole.
+        self._parts: dict[str, parts.Part] = {}
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         super().validate_environment(*args, **kwargs)
-        processes.refuse_sharding()
+        processes.refuse_sharding(not self.options.materialize)
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError("Tightfit has no place on disk: leave 'disk' out of the device map")
@@ -129,7 +138,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         # Older versions say so only after our load; this is what they ask first then.
-        processes.refuse_parallel(model)
+        processes.shared(model)
         # Of these the shape in memory is another than the model's.
         return bool(super().param_needs_quantization(model, param_name, **kwargs))
 
@@ -144,7 +153,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return True
 
     def preprocess_model(self, model: Any, dtype: Any = None, **kwargs: Any) -> None:
-        processes.refuse_parallel(model)
+        self._shared = processes.shared(model)
         if reason := stock.why(kwargs.get("checkpoint_files")):
             filled, asked = self._filled_map, self._asked_map
             stock.hand_over(self, self._pre_quantized, reason)
@@ -165,23 +174,96 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         assert checkpoint_files, "preprocess_model has handed over"
         self._own = mapping.own_converters(model)
         # Whatever is made here is made in its place, not on the device that models are sketched on.
+        if not self.options.materialize:
+            if self._shared is not None:
+                raise ValueError("distributed_config shards a model before it is loaded: leave materialize=False out")
+            opened = tightfit.open(checkpoint_files)
+            self._unfilled = materializing.Unfilled(self, model, opened, _caller.asked().get("key_mapping"))
+            self._unfilled.pack(model)
+            return
+        if self._shared is None:
+            with torch.device("cpu"):
+                self._load(model, device_map, checkpoint_files)
+            return
+        self._prepare_parts(model)
+        self._later = device_map, checkpoint_files
+
+    def _prepare_parts(self, model: Any) -> None:
+        """Makes modules ready for being cut, which transformers does next."""
+        if self._shared.tp_size > 1:
+            tensor_parallel.keep_heads_whole(model, self._shared)
+        if self._shared.fsdp_size > 1:
+            fsdp.check(self.quantization_config, self._shared, self.dtype)
+            fsdp.pack(model, self.dtype)
+            return
+        # Their forwards are wrapped then, and have to be ours before.
+        for module in model.modules():
+            if isinstance(module, Linear4bit):
+                OurLinear4bit.of(module)
+                module._hf_quantized_needs_local_tp = True
+            elif self.options.experts != "stored" and experts.has_stacks(module):
+                experts.adopt(module, self.quantization_config.bnb_4bit_compute_dtype)
+
+    def _load_parts(self) -> None:
+        """Loads this process's part, once transformers has cut the model."""
+        if self._later is None:
+            return
+        (device_map, files), self._later = self._later, None
         with torch.device("cpu"):
-            self._load(model, device_map, checkpoint_files)
+            self._load(self._model, device_map, files)
 
     def _load(self, model: Any, device_map: Any, files: list[str]) -> None:
-        checkpoint = tightfit.open(files)
+        if self._shared is None:
+            plan, targets = self._plan(model, device_map, tightfit.open(files))
+            self.loaded = self._carry_out(plan)
+        else:
+            # Nothing is reserved before all of them can load, and know that they load the same.
+            checkpoint = agreement.together(lambda: tightfit.open(files), lambda opened: self._digest(model, opened))
+            plan, targets = agreement.together(lambda: self._plan(model, device_map, checkpoint))
+            self.loaded = agreement.together(lambda: self._carry_out(plan))
+        loaded = self.loaded
+        if self._stacks and any(loaded[name].quant_type for halves in self._stacks.values() for name in halves[0][:1]):
+            # Of stacks in 4 bits transformers takes what lies beside the codes for weights of their own.
+            ignored = model._keys_to_ignore_on_load_unexpected
+            # A list in older versions.
+            kind = set if isinstance(ignored, set) else list
+            model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), experts.BESIDE])
+        if self._filled_map is not None:
+            self._filled_map.update(placement.device_map(model, self.loaded, targets))
+
+    def _digest(self, model: Any, checkpoint: Any) -> str:
+        """What processes that share a model have to have in common."""
+        options = self.options
+        mine = [options.policy, options.settings, options.experts, options.purpose, options.strict]
+        return agreement.digest(checkpoint, [mine, self.quantization_config.to_dict(), self._shared.to_dict()])
+
+    def _plan(self, model: Any, device_map: Any, checkpoint: Any) -> tuple[tightfit.Plan, Any]:
+        """The plan, and where each tensor goes."""
         arguments = _caller.asked()
         targets = mapping.targets(model, checkpoint, arguments.get("key_mapping"))
         formats, omit = self._formats(model, checkpoint, targets)
+        if self._shared is not None:
+            if self._stacks and self._shared.fsdp_size > 1:
+                raise ValueError("experts in 4 bits are not parameters that FSDP2 would shard")
+            self._parts = parts.of_tensors(model, checkpoint, targets, formats, lambda layer: fsdp.shard(layer).part)
+            whole = checkpoint
+            checkpoint = whole.cut([tightfit.Slice(name, part.dimension, part.ranges) for name, part in self._parts.items()])
+            # Each tensor is one still, in the same order.
+            names = dict(zip(whole, checkpoint, strict=True))
+            formats = {names[name]: format for name, format in formats.items()}
+            omit = [names[name] for name in omit]
+            targets = {names[name]: target for name, target in targets.items()}
         options, config = self.options, self.quantization_config
         self._choices = _experts_per_token(model.config.get_text_config())
         limits = None
         # As for transformers it is nothing beside a map, or without one.
         if self._filled_map is not None and (max_memory := arguments.get("max_memory")):
             limits = placement.limited(max_memory, config.llm_int8_enable_fp32_cpu_offload)
-        devices, policy, settings = placement.asked_of(
-            options, None if device_map is self._filled_map else device_map, targets, limits
-        )
+        given = None if device_map is self._filled_map else device_map
+        if given is not None and not isinstance(given, dict):
+            # A process that shares a model has a device of its own.
+            given = {"": given}
+        devices, policy, settings = placement.asked_of(options, given, targets, limits)
         plan = tightfit.plan(
             checkpoint,
             devices,
@@ -196,7 +278,11 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         )
         logger.info("%s", plan)
         logger.info("products are computed in %s", config.bnb_4bit_compute_dtype)
-        self.loaded = tightfit.load(
+        return plan, targets
+
+    def _carry_out(self, plan: tightfit.Plan) -> tightfit.Model:
+        options = self.options
+        return tightfit.load(
             plan,
             threads=options.threads,
             staging=options.staging,
@@ -204,16 +290,6 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             quantize_on=options.quantize_on,
             progress=options.progress,
         )
-        if self._stacks and any(
-            checkpoint[name].quantized for halves in self._stacks.values() for name in halves[0][:1]
-        ):
-            # Of stacks in 4 bits transformers takes what lies beside the codes for weights of their own.
-            ignored = model._keys_to_ignore_on_load_unexpected
-            # A list in older versions.
-            kind = set if isinstance(ignored, set) else list
-            model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), experts.BESIDE])
-        if self._filled_map is not None:
-            self._filled_map.update(placement.device_map(model, self.loaded, targets))
 
     def _reserve(self, model: Any) -> dict[str, int]:
         """The setting that leaves room for training."""
@@ -231,7 +307,11 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self._stacks = self._find_stacks(model, checkpoint, targets)
         keep = model._get_dtype_plan(self.dtype)
-        nf4 = "nf4+double" if self.quantization_config.bnb_4bit_use_double_quant else "nf4"
+        is_double = self.quantization_config.bnb_4bit_use_double_quant
+        if self._shared is not None and self._shared.fsdp_size > 1:
+            # What has scales of scales is known when all processes' scales are.
+            is_double = False
+        nf4 = "nf4+double" if is_double else "nf4"
         formats: dict[str, str] = {}
         omit = []
         for name, target in targets.items():
@@ -246,6 +326,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             module = model.get_submodule(owner) if owner else model
             if isinstance(module, Linear4bit) and leaf == "weight" and not target.operations:
                 self._linears[name] = owner
+                self._names[target.key] = name
                 formats[name] = "stored" if info.quantized in ("nf4", "fp4") else nf4
                 continue
             if info.quantized in ("nf4", "fp4"):
@@ -321,28 +402,55 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         return _FORMATS.get(wanted, "stored")
 
     def get_weight_conversions(self) -> list[Any]:
-        return [] if self.loaded is None else converters(self._own, self._find, self._place)
+        if self._unfilled is not None:
+            return converters(self._own, self._find, lambda key: self._unfilled.place(self._model, key))
+        return [] if self.loaded is None and self._later is None else converters(self._own, self._find, self._place)
 
     def _place(self, key: str) -> Any:
         """Puts a stack of experts where its parameter is, if this is one.
 
         Of one that is not in 4 bits it gives the tensor, if it is one in memory; False for everything else.
         """
+        self._load_parts()
         assert self.loaded is not None
         if plain := self._plain_stacks.get(key):
             whole = self.loaded.stack(experts.stacked(plain))
-            shape = self._model.get_parameter(key).shape
+            shape = parts.local_shape(self._model.get_parameter(key))
             return False if whole is None or shape.numel() != math.prod(whole.shape) else tensor(whole).view(shape)
         names = self._stacks.get(key)
         if names is None:
-            return False
+            return self._shared is not None and self._place_part(key)
         owner, _, leaf = key.rpartition(".")
         module = self._model.get_submodule(owner)
-        stack = experts.Stack4bit(
-            self.loaded, names, getattr(module, leaf).shape, self.dtype or torch.bfloat16, module.is_transposed
-        )
+        shape = list(parts.local_shape(getattr(module, leaf)))
+        padding = self._parts[names[0][0]].padding if names[0][0] in self._parts else (0, 0)
+        shape[-1] += sum(padding)
+        dtype = self.dtype or torch.bfloat16
+        stack = experts.Stack4bit(self.loaded, names, shape, dtype, module.is_transposed, padding)
         experts.put(module, leaf, stack, self.quantization_config.bnb_4bit_compute_dtype)
         return True
+
+    def _place_part(self, key: str) -> bool:
+        """Puts this process's part of a weight in 4 bits where its parameter is: as it is, not as a ``DTensor``."""
+        assert self.loaded is not None
+        name = self._names.get(key)
+        if name is None or name not in self.loaded:
+            return False
+        module = self._model.get_submodule(key.rpartition(".")[0])
+        if self._shared.fsdp_size > 1:
+            fsdp.put(module, self.loaded[name])
+            return True
+        parameter = self._find(name)
+        parameter._is_hf_initialized = True
+        module.weight = parameter
+        if name in self._parts:
+            module.__dict__["padding"] = self._parts[name].padding
+        return True
+
+    def _exchange_scales(self, model: Any) -> None:
+        assert self.loaded is not None
+        layers = ((model.get_submodule(owner), self.loaded[name]) for name, owner in self._linears.items())
+        fsdp.exchange_scales(layers, self.quantization_config.bnb_4bit_use_double_quant, self.dtype)
 
     def _use_products(self, model: Any) -> None:
         """Has layers multiply with Tightfit's kernels, where they shall."""
@@ -359,7 +467,7 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         for name, owner in self._linears.items():
             module = model.get_submodule(owner)
             weight = self.loaded[name] if name in self.loaded else None
-            if weight is None or not isinstance(module, OurLinear4bit):
+            if weight is None or not isinstance(module, OurLinear4bit) or not self._wants_products(weight.device):
                 continue
             native = self.loaded.linear(name)
             state = module.weight.quant_state
@@ -375,6 +483,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: Any) -> Any:
         """What is saved: of experts in 4 bits what ``tightfit save`` writes."""
+        if self._shared is not None and not getattr(model, "_hf_peft_config_loaded", False):
+            raise ValueError("this is a part of a model: save the model from its files, with tightfit.save")
         stacks = {name: module for name, module in model.named_modules() if isinstance(module, experts.Stack4bit)}
         if not stacks:
             return super().get_state_dict_and_metadata(model)
@@ -396,18 +506,26 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
             return tensor(weight)
         module = self._model.get_submodule(owner)
         module._is_hf_initialized = True
-        wanted = self.options.products
-        if _is_faster(weight.device) if wanted is None else wanted:
+        if self._shared is None and self._wants_products(weight.device):
             OurLinear4bit.of(module)
         stored = weight.format == "stored"
-        return params4bit(
-            weight, module, None if stored else self.dtype, self.quantization_config.bnb_4bit_quant_storage
-        )
+        storage = self.quantization_config.bnb_4bit_quant_storage
+        if self._shared is not None and self._shared.pp_size > 1:
+            # transformers takes the type of what a stage receives from the stage's first parameter.
+            storage = self.dtype
+        return params4bit(weight, module, None if stored else self.dtype, storage)
+
+    def _wants_products(self, device: str) -> bool:
+        wanted = self.options.products
+        return _is_faster(device) if wanted is None else wanted
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model = super()._process_model_after_weight_loading(model, **kwargs)
+        if self._shared is not None and self._shared.fsdp_size > 1:
+            self._exchange_scales(model)
         try:
-            self._use_products(model)
+            if self.loaded is not None:
+                self._use_products(model)
         except tightfit.DeviceError as error:
             # Of a GPU that is older than the kernels: bitsandbytes multiplies.
             logger.warning("products are bitsandbytes' own: %s", error)
@@ -419,6 +537,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         model.quantization_method = QuantizationMethod.BITS_AND_BYTES
         # Nothing to be reversed when it is saved.
         model._weight_conversions = [entry for entry in model._weight_conversions if not hasattr(entry, "find")]
+        if self._unfilled is not None:
+            model.__dict__["_tightfit_unfilled"], self._unfilled = self._unfilled, None
         # The model keeps what it needs.
         self.loaded = self._model = None
         return model
