@@ -108,7 +108,7 @@ fn show(
     if options.placements {
         report = report.with_placements(checkpoint, &proposed.plan);
     }
-    let cut = proposed.plan.cut(&checkpoint).unwrap_or(None);
+    let cut = proposed.plan.cut(checkpoint).unwrap_or(None);
     if options.output.json {
         return output::print_json(&report);
     }
@@ -117,7 +117,7 @@ fn show(
     }
     output::print(&draw::plan(
         &report,
-        cut.as_ref().unwrap_or(&checkpoint).tensors(),
+        cut.as_ref().unwrap_or(checkpoint).tensors(),
         &proposed.plan,
         output::bar_style(),
         output::columns(),

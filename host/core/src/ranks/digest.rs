@@ -400,17 +400,17 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let checkpoint = checkpoint(directory.path(), &sources());
         let mut plan = plan(&checkpoint, &devices(), Format::NF4, 0);
-        let slice = |ranges: &[std::ops::Range<u64>]| Slice {
+        let slice = |ranges: &[(u64, u64)]| Slice {
             tensor: 0,
             dimension: 0,
-            ranges: ranges.to_vec(),
+            ranges: ranges.iter().map(|&(start, end)| start..end).collect(),
             placement: Placement {
                 device: Some(0),
                 format: Format::NF4,
             },
         };
         let mut seen = vec![PlanDigest::of(&checkpoint, &plan).placements];
-        let first = slice(&[0..32, 40..64]);
+        let first = slice(&[(0, 32), (40, 64)]);
         let changed = |change: fn(&mut Slice)| {
             let mut slice = first.clone();
             change(&mut slice);
@@ -418,7 +418,7 @@ mod tests {
         };
         for slices in [
             vec![first.clone()],
-            vec![slice(&[0..32]), slice(&[40..64])],
+            vec![slice(&[(0, 32)]), slice(&[(40, 64)])],
             vec![changed(|slice| slice.tensor = 1)],
             vec![changed(|slice| slice.dimension = 1)],
             vec![changed(|slice| slice.ranges[1].end = 63)],

@@ -211,7 +211,7 @@ impl Group {
             devices_bytes(devices).map_err(|error| Failure::new(Status::Usage, &error))
         });
         let told = self.shared.exchange(Step::Devices, own)?;
-        each(&told, |bytes| devices_of(bytes))
+        each(&told, devices_of)
     }
 
     /// Tells the digest of this rank's plan, or why it has none, and finds out whether all have the same.
@@ -221,7 +221,7 @@ impl Group {
     /// [`RankError`].
     pub fn agree(&self, own: Result<&PlanDigest, Failure>) -> Result<(), RankError> {
         let told = self.shared.exchange(Step::Plan, own.map(digest_bytes))?;
-        let told = each(&told, |bytes| digest_of(bytes))?;
+        let told = each(&told, digest_of)?;
         let Some((first, others)) = told.split_first() else {
             return Ok(());
         };
