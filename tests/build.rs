@@ -11,6 +11,7 @@ fn main() -> ExitCode {
         "build.rs",
         "guests/src",
         "guests/program",
+        "guests/slices",
         "guests/Cargo.toml",
         "guests/Cargo.lock",
         "../guest/program",
@@ -61,9 +62,13 @@ fn target_is_installed() -> Result<(), String> {
 }
 
 /// Gives the modules with the variables that tests find them by.
-fn build_all() -> Result<[(&'static str, PathBuf); 4], String> {
+fn build_all() -> Result<[(&'static str, PathBuf); 5], String> {
     let tests = path_from_environment("CARGO_MANIFEST_DIR")?;
-    let guests = build(&tests.join("guests"), "guests", &["--workspace"])?;
+    let guests = tests.join("guests");
+    // By itself: its feature of the SDK would hold for the others too.
+    let slices = build(&guests, "slices", &["--package", "hostile-slices"])?;
+    let without = ["--workspace", "--exclude", "hostile-slices"];
+    let guests = build(&guests, "guests", &without)?;
     // Where a guest's author would build it.
     let examples = build(
         &tests,
@@ -72,6 +77,7 @@ fn build_all() -> Result<[(&'static str, PathBuf); 4], String> {
     )?;
     Ok([
         ("HOSTILE_POLICY", guests.join("hostile.wasm")),
+        ("HOSTILE_SLICES", slices.join("hostile_slices.wasm")),
         ("HOSTILE_PROGRAM", guests.join("hostile_program.wasm")),
         ("LOAD_AND_CHECK", examples.join("load_and_check.wasm")),
         ("GENERATE", examples.join("generate.wasm")),

@@ -5,36 +5,42 @@
 //!
 //! ```
 //! use tightfit_guest::slices::{even_parts, nowhere};
-//! use tightfit_guest::{
-//!     Device, Dtype, Format, Placement, Refusal, Request, Slice, SlicedProposal, Tensor,
-//! };
+//! use tightfit_guest::{Description, Format, Placement, Policy, Proposal, policy};
+//! use tightfit_guest::{Refusal, Request, Slice, SlicedProposal};
 //!
-//! /// The rows of every matrix over all devices, of everything else a copy for each.
-//! fn by_rows(request: &Request) -> SlicedProposal {
-//!     let devices = request.devices.len();
-//!     let mut slices = Vec::new();
-//!     for (t, tensor) in request.tensors.iter().enumerate() {
-//!         match tensor.shape[..] {
-//!             [rows, _] => {
-//!                 for (device, part) in even_parts(rows, devices, 1).into_iter().enumerate() {
-//!                     let there = Placement::on(device, Format::NF4);
-//!                     slices.push(Slice::new(t, 0, [part], there));
-//!                 }
-//!             }
-//!             _ => slices.extend(Slice::copies(t, tensor, devices, Format::Stored)),
-//!         }
+//! struct Rows;
+//! policy!(Rows);
+//! impl Policy for Rows {
+//!     fn describe() -> Description {
+//!         Description::new("rows", "1.0.0", &[])
 //!     }
-//!     SlicedProposal {
-//!         placements: nowhere(request),
-//!         headroom: vec![0; devices],
-//!         slices,
+//!     fn plan(_: Request) -> Result<Proposal, Refusal> {
+//!         Err(Refusal::unsupported("this host does not cut tensors"))
+//!     }
+//!     fn plan_slices(request: Request) -> Result<SlicedProposal, Refusal> {
+//!         let (devices, mut slices) = (request.devices.len(), vec![]);
+//!         for (t, tensor) in request.tensors.iter().enumerate() {
+//!             match tensor.shape[..] {
+//!                 [rows, _] => {
+//!                     let parts = even_parts(rows, devices, 1).into_iter().enumerate();
+//!                     slices.extend(parts.map(|(device, part)| {
+//!                         Slice::new(t, 0, [part], Placement::on(device, Format::Stored))
+//!                     }));
+//!                 }
+//!                 _ => slices.extend(Slice::copies(t, tensor, devices, Format::Stored)),
+//!             }
+//!         }
+//!         let (placements, headroom) = (nowhere(&request), vec![0; devices]);
+//!         Ok(SlicedProposal { placements, headroom, slices })
 //!     }
 //! }
-//!
-//! let tensors = vec![Tensor::new("up_proj.weight", Dtype::Bf16, &[128, 64])];
-//! let devices = vec![Device::new("sim:0", 1 << 20), Device::new("sim:1", 1 << 20)];
-//! let slices = by_rows(&Request::new(tensors, devices)).slices;
-//! assert_eq!((slices[1].ranges[0].start, slices[1].ranges[0].end), (64, 128));
+//! # use tightfit_guest::{Device, Dtype, Tensor};
+//! # fn main() {
+//! # let tensors = vec![Tensor::new("up_proj.weight", Dtype::Bf16, &[128, 64])];
+//! # let devices = vec![Device::new("sim:0", 1 << 20), Device::new("sim:1", 1 << 20)];
+//! # let slices = Rows::plan_slices(Request::new(tensors, devices)).unwrap().slices;
+//! # assert_eq!((slices[1].ranges[0].start, slices[1].ranges[0].end), (64, 128));
+//! # }
 //! ```
 
 use std::ops::Range;

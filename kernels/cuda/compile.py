@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compiles the kernels with NVRTC. build.sh calls it; it needs no CUDA toolkit and no GPU.
 
-    compile.py NVRTC_WHEEL DIRECTORY
+    compile.py NVRTC_WHEEL DIRECTORY [OPTION...]
 
 NVRTC_WHEEL is the wheel of nvidia-cuda-nvrtc-cu12, a zip file with the two shared libraries. The
 results go to the directory, and their names to standard output. Those whose name ends in `.zlib` are
@@ -51,7 +51,7 @@ RESULTS = [
 ]
 
 
-def main(wheel, out):
+def main(wheel, out, *more):
     directory = Path(__file__).resolve().parent
     with tempfile.TemporaryDirectory() as libraries:
         with zipfile.ZipFile(wheel) as archive:
@@ -64,7 +64,7 @@ def main(wheel, out):
             ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
         nvrtc = ctypes.CDLL(str(next(Path(libraries).glob("libnvrtc.so*"))))
         for name, source, architecture, options in RESULTS:
-            options = [f"--gpu-architecture={architecture}", *options]
+            options = [f"--gpu-architecture={architecture}", *options, *more]
             result = compile_source(nvrtc, directory, source, options)
             if name.endswith(".zlib"):
                 result = zlib.compress(result, 9)
@@ -123,6 +123,6 @@ def content(path):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--same"] and len(sys.argv) == 4:
         sys.exit(content(sys.argv[2]) != content(sys.argv[3]))
-    if len(sys.argv) != 3:
+    if len(sys.argv) < 3:
         sys.exit(__doc__)
     main(*sys.argv[1:])

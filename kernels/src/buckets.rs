@@ -7,8 +7,10 @@
 //! `(entry + place) >> bits`. Both tables are computed when compiling, from the functions they
 //! stand for, and compiling fails if a bucket holds two steps.
 
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+use crate::NF4_THRESHOLDS;
 use crate::double;
-#[cfg(any(test, target_arch = "x86_64"))]
+#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
 use crate::quantize;
 
 /// One entry: `base` and the step of a function over `0..1 << bits`, found by bisection.
@@ -50,11 +52,11 @@ macro_rules! entry {
 /// counted from 1023 below the absmax, eight octaves, where every code is 7. `position` runs
 /// through 0..1024 for positive `x`; for negative ones through 1024..2048, ascending with `x`, not
 /// with its magnitude. A bucket is 32 positions, a quarter of an octave.
-#[cfg(any(test, target_arch = "x86_64"))]
+#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
 #[repr(align(64))]
 pub(crate) struct Bf16Buckets([[u16; 64]; 128]);
 
-#[cfg(any(test, target_arch = "x86_64"))]
+#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
 impl Bf16Buckets {
     /// How far below the absmax positions begin, in bit patterns.
     pub(crate) const REACH: u16 = 1023;
@@ -102,6 +104,78 @@ impl Bf16Buckets {
             significand += 1;
         }
         Bf16Buckets(entries)
+    }
+}
+
+/// Buckets of elements that have been divided by the absmax: from -1 to 1 there are 31 of width 1/15,
+/// each centred on a multiple of it, and no two NF4 thresholds fall in the same one. No threshold is
+/// within 1e-3 of the border of a bucket, so that rounding does not matter in finding it.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) struct LinearBuckets {
+    /// The threshold in each, or infinity.
+    pub(crate) thresholds: [f32; 32],
+    /// How many thresholds lie below each.
+    pub(crate) bases: [i32; 32],
+}
+
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+impl LinearBuckets {
+    pub(crate) const PER_ONE: f32 = 15.0;
+
+    /// Adding this leaves the number of the bucket, plus 16, in the low bits of the sum.
+    pub(crate) const ROUND: f32 = 12_582_912.0 + 16.0;
+
+    pub(crate) const TABLE: LinearBuckets = LinearBuckets::new();
+
+    const fn new() -> LinearBuckets {
+        let (mut thresholds, mut bases) = ([f32::INFINITY; 32], [0; 32]);
+        let mut code = 0;
+        let mut bucket = 0;
+        while bucket < 32 {
+            bases[bucket] = code;
+            let end = (bucket as f32 - 16.0 + 0.5) / Self::PER_ONE;
+            if (code as usize) < NF4_THRESHOLDS.len() && NF4_THRESHOLDS[code as usize] < end {
+                let threshold = NF4_THRESHOLDS[code as usize];
+                let begin = (bucket as f32 - 16.0 - 0.5) / Self::PER_ONE;
+                assert!(
+                    threshold > begin + 1e-3 && threshold < end - 1e-3,
+                    "a threshold on the border of a bucket"
+                );
+                thresholds[bucket] = threshold;
+                code += 1;
+            }
+            bucket += 1;
+        }
+        assert!(code == 15, "two thresholds in a bucket");
+        LinearBuckets { thresholds, bases }
+    }
+
+    #[cfg(target_arch = "aarch64")]
+    pub(crate) const fn bases_as_bytes(&self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        let mut bucket = 0;
+        while bucket < 32 {
+            bytes[bucket] = self.bases[bucket] as u8;
+            bucket += 1;
+        }
+        bytes
+    }
+
+    /// The first bytes of all thresholds, little-endian, then their second bytes, and so on.
+    #[cfg(target_arch = "aarch64")]
+    pub(crate) const fn thresholds_by_byte(&self) -> [[u8; 32]; 4] {
+        let mut bytes = [[0; 32]; 4];
+        let mut bucket = 0;
+        while bucket < 32 {
+            let threshold = self.thresholds[bucket].to_le_bytes();
+            let mut byte = 0;
+            while byte < 4 {
+                bytes[byte][bucket] = threshold[byte];
+                byte += 1;
+            }
+            bucket += 1;
+        }
+        bytes
     }
 }
 

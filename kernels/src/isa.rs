@@ -11,11 +11,13 @@ pub enum Isa {
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ and VL, and AVX2 and F16C.
     Avx512,
+    /// 64-bit Arm, with the NEON instructions that all such processors have.
+    Neon,
 }
 
 impl Isa {
-    /// Every instruction set, slowest first.
-    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    /// Every instruction set; of those that one machine can have, slowest first.
+    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Neon];
 
     /// Returns the fastest instruction set of this machine.
     pub fn detect() -> Isa {
@@ -44,6 +46,7 @@ impl Isa {
             }
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 => false,
+            Isa::Neon => cfg!(target_arch = "aarch64"),
         }
     }
 }
@@ -54,6 +57,7 @@ impl fmt::Display for Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Neon => "neon",
         })
     }
 }

@@ -20,6 +20,11 @@ macro_rules! dispatch {
             Isa::Avx512 => unsafe { crate::x86::avx512::$function($($argument),*) },
             #[cfg(not(target_arch = "x86_64"))]
             Isa::Avx2 | Isa::Avx512 => unreachable!("never available on this architecture"),
+            // SAFETY: as above.
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => unsafe { crate::arm::neon::$function($($argument),*) },
+            #[cfg(not(target_arch = "aarch64"))]
+            Isa::Neon => unreachable!("never available on this architecture"),
         }
     };
 }

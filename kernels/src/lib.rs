@@ -3,7 +3,8 @@
 //! Weights are quantized block by block to 4-bit codes and one `f32` scale (absmax) per block, and
 //! the scales can themselves be quantized to 8 bits (double quantization). The bytes are those that
 //! bitsandbytes' CUDA kernels give, including for blocks with zeros, subnormals, infinities and
-//! NaN, whichever instruction set computes them: portable Rust, AVX2 or AVX-512.
+//! NaN, whichever instruction set computes them: portable Rust, AVX2, AVX-512 or
+//! NEON.
 //!
 //! Products with such weights, [`Kernels::linear`], take them as they lie, and so do layers of experts,
 //! [`Kernels::experts`]. Weights that other methods
@@ -27,6 +28,8 @@
 //! ```
 #![deny(missing_docs)]
 
+#[cfg(target_arch = "aarch64")]
+mod arm;
 mod buckets;
 pub mod cuda;
 pub mod decoder;

@@ -3,12 +3,14 @@
 //! Outputs are dealt out to threads. A thread takes four outputs and a segment of the inputs at a
 //! time: it decodes the weights into a buffer that stays in the first-level cache, and multiplies
 //! them with every row of x. Rows of bf16 are multiplied otherwise where the processor has
-//! instructions for them: `x86/avx512/linear/bf16.rs`. Either way each result is the sum of
+//! instructions for them: `x86/avx512/linear/bf16.rs` and `arm/neon/linear/bf16.rs`. Either way each result is the sum of
 //! its segments in their order, and a segment's sum does not depend on other rows or outputs, nor on
 //! the number of threads.
 
 use std::{num::NonZeroUsize, ops::Range};
 
+#[cfg(target_arch = "aarch64")]
+use crate::arm::neon::linear::bf16;
 #[cfg(target_arch = "x86_64")]
 use crate::x86::avx512::linear::bf16;
 use crate::{
@@ -104,7 +106,7 @@ impl LinearWeights<'_> {
 
     /// Writes the scales that inputs from `first` on have, of `run` each, where each of these lies in
     /// one block.
-    #[cfg(target_arch = "x86_64")]
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     pub(crate) fn read_scales(&self, first: usize, run: usize, out: &mut [f32]) {
         let size = self.block_size.elements();
         if size == run {
@@ -230,12 +232,23 @@ impl Kernels {
     }
 }
 
+/// Codes lose less in bf16 if they are all multiplied with the same number first, which sums are
+/// divided by. FP4's become exact; for NF4 it is the number for which the sum of the squares of what
+/// rounding loses is least.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) const fn code_factor(quant_type: QuantType) -> f32 {
+    match quant_type {
+        QuantType::Nf4 => 1.437_006,
+        QuantType::Fp4 => 3.0,
+    }
+}
+
 /// x as the kernels read it.
 enum Prepared {
     /// f32, row by row.
     Widened(Vec<f32>),
-    /// Pairs of bf16, row by row.
-    #[cfg(target_arch = "x86_64")]
+    /// Pairs of bf16, or of rows of them, as the instructions take them.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     Pairs(Vec<bf16::Unit>),
 }
 
@@ -255,8 +268,8 @@ impl<'a> Product<'a> {
         rows: usize,
         x: &[u8],
     ) -> Product<'a> {
-        #[cfg(target_arch = "x86_64")]
-        if kernels.isa() == Isa::Avx512
+        #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+        if matches!(kernels.isa(), Isa::Avx512 | Isa::Neon)
             && float == FloatType::Bf16
             && let Some(pairs) = bf16::pairs_if_possible(weights, rows, x)
         {
@@ -284,7 +297,7 @@ impl<'a> Product<'a> {
                 let add = add_products_with(self.kernels.isa());
                 self.widened_sums(x, outputs, &mut sums, add);
             }
-            #[cfg(target_arch = "x86_64")]
+            #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
             Prepared::Pairs(x) => {
                 // SAFETY: rows are only made pairs for a processor that has the instructions.
                 unsafe { bf16::sums_of_pairs(self.weights, self.rows, x, outputs, &mut sums) };
@@ -395,6 +408,10 @@ pub(crate) fn add_products_with(isa: Isa) -> AddProducts {
         Isa::Avx512 => crate::x86::avx512::add_products_if_available(),
         #[cfg(not(target_arch = "x86_64"))]
         Isa::Avx2 | Isa::Avx512 => add_products,
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => crate::arm::neon::add_products,
+        #[cfg(not(target_arch = "aarch64"))]
+        Isa::Neon => add_products,
     }
 }
 

@@ -16,6 +16,24 @@ use crate::{FloatType, NF4_THRESHOLDS, float};
 /// - 2^126 and less: the reciprocal is a normal number.
 pub(crate) const PLAIN_ABSMAX: RangeInclusive<u32> = 0x0d80_0000..=0x7e80_0000;
 
+/// By vector kernels blocks are taken in groups: first the absmax of each, then the reciprocals together, then the
+/// codes. One block after the other, the codes would wait for the long way from its elements to its
+/// reciprocal, and fill the processor's queues with waiting instructions, so that the next block
+/// could not be started either.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) const GROUP_BLOCKS: usize = 16;
+
+/// How many blocks of this many bytes to take together: the second pass shall find them in the
+/// first-level cache.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(crate) const fn group_blocks(block_bytes: usize) -> usize {
+    match 4096 / block_bytes {
+        0 => 1,
+        1..GROUP_BLOCKS => 4096 / block_bytes,
+        _ => GROUP_BLOCKS,
+    }
+}
+
 /// Zero, with its sign, for a subnormal; anything else as it is.
 pub(crate) const fn flush(x: f32) -> f32 {
     if x.is_subnormal() {
@@ -32,7 +50,9 @@ pub(crate) const fn flush(x: f32) -> f32 {
 /// are NaN: absmax is then 0.0, and -`f32::MAX` for a full block.
 pub(crate) fn absmax(block: impl Iterator<Item = f32>, partial: bool) -> f32 {
     block.fold(if partial { 0.0 } else { f32::MIN }, |max, x| {
-        max.max(flush(x).abs())
+        // `f32::max` gives NaN for a signalling one on some processors.
+        let magnitude = flush(x).abs();
+        if magnitude > max { magnitude } else { max }
     })
 }
 
@@ -43,7 +63,7 @@ pub(crate) const fn reciprocal(absmax: f32) -> f32 {
 
 /// The code of an element that has been divided by the absmax: how many thresholds lie strictly
 /// below it.
-#[cfg(any(test, target_arch = "x86_64"))]
+#[cfg(any(test, target_arch = "x86_64", target_arch = "aarch64"))]
 pub(crate) const fn code(v: f32) -> u8 {
     // The number of thresholds below `v` is found in four steps; NaN is above none of them.
     let mut code = 0;

@@ -126,7 +126,8 @@ impl Transposed<'_> {
     /// The sums of some inputs, for each row those of all of these inputs.
     fn sums(&self, panel: Range<usize>) -> Vec<f32> {
         let add: AddScaled = match self.kernels.isa() {
-            Isa::Portable => add_scaled,
+            // What is portable is compiled with NEON where there is NEON.
+            Isa::Portable | Isa::Neon => add_scaled,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => crate::x86::avx2::add_scaled_if_available(),
             #[cfg(target_arch = "x86_64")]

@@ -10,6 +10,16 @@ use wasmparser::{Parser, Payload};
 /// The module built from `guests/`. What its `plan` does is said by the setting `behavior`.
 pub const HOSTILE: &[u8] = include_bytes!(env!("HOSTILE_POLICY"));
 
+/// The module built from `guests/slices`, which cuts tensors. What its `plan-slices` does is said by the setting
+/// `behavior`.
+pub const HOSTILE_SLICES: &[u8] = include_bytes!(env!("HOSTILE_SLICES"));
+
+/// That policy with the default limits, compiled once.
+pub fn hostile_slices() -> &'static WasmPolicy {
+    static POLICY: OnceLock<WasmPolicy> = OnceLock::new();
+    POLICY.get_or_init(|| compile(HOSTILE_SLICES, Limits::default()))
+}
+
 /// Compiles a policy that is well-formed.
 pub fn compile(bytes: &[u8], limits: Limits) -> WasmPolicy {
     WasmPolicy::new("test.wasm", bytes, limits).unwrap_or_else(|error| panic!("{error}"))

@@ -76,7 +76,7 @@
 //!
 //! Data flows one way: [`checkpoint`] -> [`policy`] -> [`plan`] -> [`load`](mod@load) -> [`model`] ->
 //! [`report`]. What a program usually needs is at the root. [`hub`] downloads models by their id,
-//! [`save`] writes checkpoints in 4 bits, [`dlpack`] lends tensors to other libraries, [`products`] computes with
+//! [`ranks`] has several processes load one model together, [`save`] writes checkpoints in 4 bits, [`dlpack`] lends tensors to other libraries, [`products`] computes with
 //! them, and [`synth`] writes checkpoints of real models' shapes for tests.
 //!
 //! # Conventions

@@ -12,10 +12,9 @@ mod sources;
 use std::arch::x86_64::*;
 
 use self::memory::*;
-use super::{GROUP_BLOCKS, group_blocks};
 use crate::{
     FloatType, NF4_THRESHOLDS, float,
-    quantize::{self, PLAIN_ABSMAX},
+    quantize::{self, GROUP_BLOCKS, PLAIN_ABSMAX, group_blocks},
 };
 
 pub(crate) use self::{

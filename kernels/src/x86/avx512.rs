@@ -12,12 +12,11 @@ mod sources;
 use std::arch::x86_64::*;
 
 use self::memory::*;
-use super::{GROUP_BLOCKS, group_blocks};
 use crate::{
-    FloatType, NF4_THRESHOLDS,
-    buckets::Bf16Buckets,
+    FloatType,
+    buckets::{Bf16Buckets, LinearBuckets},
     float,
-    quantize::{self, PLAIN_ABSMAX},
+    quantize::{self, GROUP_BLOCKS, PLAIN_ABSMAX, group_blocks},
 };
 
 pub(crate) use self::{
@@ -305,48 +304,16 @@ mod f32 {
 /// What is needed of a plain absmax in `f32` arithmetic.
 struct Scale {
     reciprocal: __m512,
-    /// The reciprocal times [`LINEAR`].
+    /// The reciprocal times [`LinearBuckets::PER_ONE`].
     buckets: __m512,
 }
-
-/// From -1 to 1 there are 31 buckets of width 1/15, each centred on a multiple of it, and no two
-/// thresholds fall in the same one. No threshold is within 1e-3 of the border of a bucket, so that
-/// rounding does not matter in finding it.
-const LINEAR: f32 = 15.0;
-
-/// Adding this leaves the number of the bucket, plus 16, in the low bits of the sum.
-const ROUND: f32 = 12_582_912.0 + 16.0;
-
-/// For every bucket its threshold, or infinity, and how many thresholds lie below it.
-const LINEAR_BUCKETS: ([f32; 32], [i32; 32]) = {
-    let (mut thresholds, mut bases) = ([f32::INFINITY; 32], [0; 32]);
-    let mut code = 0;
-    let mut bucket = 0;
-    while bucket < 32 {
-        bases[bucket] = code;
-        let end = (bucket as f32 - 16.0 + 0.5) / LINEAR;
-        if (code as usize) < NF4_THRESHOLDS.len() && NF4_THRESHOLDS[code as usize] < end {
-            let threshold = NF4_THRESHOLDS[code as usize];
-            let begin = (bucket as f32 - 16.0 - 0.5) / LINEAR;
-            assert!(
-                threshold > begin + 1e-3 && threshold < end - 1e-3,
-                "a threshold on the border of a bucket"
-            );
-            thresholds[bucket] = threshold;
-            code += 1;
-        }
-        bucket += 1;
-    }
-    assert!(code == 15, "two thresholds in a bucket");
-    (thresholds, bases)
-};
 
 #[target_feature(enable = "avx512bw,avx512dq,avx512vl")]
 #[inline]
 fn scale(_absmax: f32, reciprocal: f32) -> Scale {
     Scale {
         reciprocal: _mm512_set1_ps(reciprocal),
-        buckets: _mm512_set1_ps(reciprocal * LINEAR),
+        buckets: _mm512_set1_ps(reciprocal * LinearBuckets::PER_ONE),
     }
 }
 
@@ -355,10 +322,14 @@ fn scale(_absmax: f32, reciprocal: f32) -> Scale {
 #[inline]
 fn codes(x: __m512, scale: &Scale) -> __m512i {
     let (thresholds, bases) = (
-        LINEAR_BUCKETS.0.as_chunks::<16>().0,
-        LINEAR_BUCKETS.1.as_chunks::<16>().0,
+        LinearBuckets::TABLE.thresholds.as_chunks::<16>().0,
+        LinearBuckets::TABLE.bases.as_chunks::<16>().0,
     );
-    let bucket = _mm512_castps_si512(_mm512_fmadd_ps(x, scale.buckets, _mm512_set1_ps(ROUND)));
+    let bucket = _mm512_castps_si512(_mm512_fmadd_ps(
+        x,
+        scale.buckets,
+        _mm512_set1_ps(LinearBuckets::ROUND),
+    ));
     let threshold = _mm512_permutex2var_ps(
         load512_f32(&thresholds[0]),
         bucket,

@@ -10,6 +10,10 @@ use crate::products::GPU;
 
 /// `CU_DEVICE_ATTRIBUTE_VIRTUAL_MEMORY_MANAGEMENT_SUPPORTED`.
 const VIRTUAL_MEMORY: u32 = 102;
+/// `CU_DEVICE_ATTRIBUTE_INTEGRATED`.
+const INTEGRATED: u32 = 18;
+/// `CU_DEVICE_ATTRIBUTE_NUMA_CONFIG`, which drivers of CUDA 12.2 and later have.
+const NUMA_CONFIG: u32 = 130;
 /// `CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT`.
 const MULTIPROCESSORS: u32 = 16;
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR`, and `_MINOR`.
@@ -104,6 +108,9 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(out: *mut i32, attribute: u32, _: 
         let value = match attribute {
             VIRTUAL_MEMORY => u32::from(books.setup.virtual_memory),
             MULTIPROCESSORS => GPU.multiprocessors,
+            INTEGRATED => u32::from(books.setup.integrated),
+            NUMA_CONFIG if books.setup.version >= 12_020 => u32::from(books.setup.numa_node),
+            NUMA_CONFIG => return Err(INVALID_VALUE),
             _ if attribute == CAPABILITY[0] => major,
             _ if attribute == CAPABILITY[1] => minor,
             _ => return Err(books.fault(format!("cuDeviceGetAttribute of {attribute}"))),

@@ -27,6 +27,10 @@ pub struct Setup {
     pub refuses_modules: bool,
     /// Which CUDA the driver is of, as it says so: 12030 for 12.3.
     pub version: i32,
+    /// Whether devices have no memory of their own.
+    pub integrated: bool,
+    /// Whether their memory is a node of the host's.
+    pub numa_node: bool,
     /// Where the books go when the process ends; empty for nowhere.
     pub report: String,
 }
@@ -44,6 +48,8 @@ impl Default for Setup {
             stolen: 0,
             refuses_modules: false,
             version: 12_030,
+            integrated: false,
+            numa_node: false,
             report: String::new(),
         }
     }
@@ -54,7 +60,7 @@ impl fmt::Display for Setup {
         let devices: Vec<String> = self.devices.iter().map(u64::to_string).collect();
         write!(
             f,
-            "{};{};{};{};{};{};{};{};{};{};{}",
+            "{};{};{};{};{};{};{};{};{};{};{};{};{}",
             devices.join(","),
             self.virtual_memory,
             self.granularity,
@@ -65,6 +71,8 @@ impl fmt::Display for Setup {
             self.stolen,
             self.refuses_modules,
             self.version,
+            self.integrated,
+            self.numa_node,
             self.report,
         )
     }
@@ -74,7 +82,7 @@ impl FromStr for Setup {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Setup, String> {
-        let mut fields = text.splitn(11, ';');
+        let mut fields = text.splitn(13, ';');
         let mut next = || {
             fields
                 .next()
@@ -100,6 +108,8 @@ impl FromStr for Setup {
             stolen: read(next()?)?,
             refuses_modules: read(next()?)?,
             version: read(next()?)?,
+            integrated: read(next()?)?,
+            numa_node: read(next()?)?,
             report: next()?.to_owned(),
         })
     }

@@ -18,6 +18,7 @@ use safetensors::tensor::TensorView;
 use tempfile::TempDir;
 use tightfit::device::{Device, HostDevice};
 use tightfit_wasm::wit::program::bindings::tightfit::host::buffers::{HostBuffer as _, Place};
+use tightfit_wasm::wit::program::bindings::tightfit::host::sliced_models;
 use tightfit_wasm::wit::program::{
     Buffer, CallError, LoadedModel, OpenCheckpoint, ProgramCtx, ProgramCtxView, output,
 };
@@ -261,11 +262,19 @@ impl Program<'_> {
 
     fn call(&mut self) {
         self.forged = false;
-        match self.input.byte() % 50 {
+        match self.input.byte() % 52 {
             call @ 0..=26 => self.call_memory(call),
             call @ 27..=34 => self.call_linear(call - 27),
             call @ 35..=46 => self.call_transformer(call - 35),
             47 => self.several_buffers(),
+            50 => self.load_slices(),
+            51 => {
+                let (model, tensor) = (self.model(), self.input.index());
+                let result = sliced_models::Host::get_piece(&mut self.view(), model, tensor);
+                if let Some(Some(piece)) = self.done(result) {
+                    assert!(!piece.ranges.is_empty());
+                }
+            }
             _ => self.look_beside_weights(),
         }
     }

@@ -6,7 +6,7 @@ use std::hint::black_box;
 
 use tightfit_guest::sizing::Sizer;
 use tightfit_guest::{
-    Dtype, Description, Format, Level, Nf4Format, Placement, Policy, Proposal, Refusal, Request,
+    Description, Dtype, Format, Level, Nf4Format, Placement, Policy, Proposal, Refusal, Request,
     Setting, Tensor, log, policy,
 };
 

@@ -9,6 +9,7 @@ mod limits;
 mod modules;
 mod parts;
 mod revisions;
+mod slices;
 mod traps;
 mod worlds;
 

@@ -9,5 +9,6 @@ mod linear;
 mod models;
 mod modules;
 mod neighbours;
+mod slices;
 mod stopped;
 mod transformer;

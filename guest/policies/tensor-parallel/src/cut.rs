@@ -55,7 +55,7 @@ impl<'a> Noted<'a> {
     }
 }
 
-/// Cuts every tensor as its style says.
+/// Cuts every tensor as its style says; tables of embeddings as `embeddings` does, if that is given.
 ///
 /// # Errors
 /// A refusal where a tensor cannot be cut so, and where none is.
@@ -63,6 +63,7 @@ pub(crate) fn cut(
     request: &Request,
     kinds: &[TensorKind],
     formats: &[Format],
+    embeddings: Option<Style>,
     plan: &mut Plan,
 ) -> Result<Parts, Refusal> {
     let devices = request.devices.len();
@@ -86,7 +87,13 @@ pub(crate) fn cut(
             continue;
         }
         let name = style_name(request, t, kinds[t]);
-        let (found, is_stacked) = cutter.style(plan, &in_memory, name);
+        let (mut found, is_stacked) = cutter.style(plan, &in_memory, name);
+        if let (Some(style), TensorKind::Embedding) = (embeddings, kinds[t]) {
+            found = Some(Found {
+                style,
+                is_of_module: true,
+            });
+        }
         let fate = match found.filter(|found| found.style != Style::Replicate) {
             Some(_) if transposed[t] => {
                 return Err(Refusal::unsupported(format!(

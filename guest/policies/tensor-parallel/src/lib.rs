@@ -28,12 +28,16 @@ use tightfit_guest::{
 };
 
 use plan::Plan;
+use styles::Style;
 
 /// The setting with a plan.
 const PLAN: &str = "plan";
 
 /// The setting that says whether experts are given whole.
 const EXPERT_PARALLEL: &str = "expert-parallel";
+
+/// The setting that says whether the table of embeddings is cut.
+const EMBEDDINGS: &str = "embeddings";
 
 const SPECS: &[Spec] = &[
     Spec {
@@ -47,6 +51,12 @@ const SPECS: &[Spec] = &[
         default: "auto",
         help: "Whether each expert is whole on one device (true), or a part of it on every device (false); auto \
                is as the architecture has it.",
+    },
+    Spec {
+        name: EMBEDDINGS,
+        default: "auto",
+        help: "Whether the table of embeddings is cut by its entries (cut), or on every device (replicated); auto \
+               is as the plan has it.",
     },
     formats::SKIP,
     formats::EXPERTS,
@@ -83,6 +93,11 @@ impl Policy for TensorParallel {
         let settings = Settings::new(SPECS, &request);
         let formats = Formats::read(&settings)?;
         let reserve = settings.bytes(RESERVE.name)?;
+        let embeddings = match settings.choice(EMBEDDINGS, &["auto", "cut", "replicated"])? {
+            "cut" => Some(Style::Entries),
+            "replicated" => Some(Style::Replicate),
+            _ => None,
+        };
         let mut plan = plan(&settings, &request)?;
         if request.devices.is_empty() {
             return Err(Refusal::unsupported(
@@ -94,7 +109,7 @@ impl Policy for TensorParallel {
         }
         let kinds = formats::kinds(&request);
         let formats = formats.choose(&request, &kinds);
-        let parts = cut::cut(&request, &kinds, &formats, &mut plan)?;
+        let parts = cut::cut(&request, &kinds, &formats, embeddings, &mut plan)?;
         let headroom = room::headroom(&request, &parts, &formats, reserve)?;
         for (level, note) in &parts.notes {
             log(*level, note);

@@ -209,6 +209,24 @@ fn stacks_of_gate_and_up_are_cut_in_both_halves() {
 }
 
 #[test]
+fn tables_are_cut_or_copied_as_the_user_says() {
+    let table = "model.embed_tokens.weight";
+    let cut = Held::Cut(0, vec![32_064; 4]);
+    for (how, held) in [
+        ("auto", Held::Everywhere),
+        ("replicated", Held::Everywhere),
+        ("cut", cut),
+    ] {
+        let request = llama(4).set("embeddings", how);
+        assert_eq!(of(&request, &plan(&request), table), held, "{how}");
+    }
+    let request = gpt_oss(4).set("embeddings", "replicated");
+    assert_eq!(of(&request, &plan(&request), table), Held::Everywhere);
+    let refusal = refused(&llama(4).set("embeddings", "both"));
+    assert_eq!(refusal.reason, RefusalReason::BadSetting);
+}
+
+#[test]
 fn experts_of_gpt_oss_are_whole_and_its_attention_is_not_cut() {
     let request = gpt_oss(4);
     let proposal = plan(&request);

@@ -349,7 +349,9 @@ impl TryFrom<SliceKeys> for SliceExpect {
             && expect.copies.is_none()
             && expect.ranges.is_empty();
         match is_empty {
-            true => Err("it expects nothing: give count, parts, dimension, complete, copies or ranges"),
+            true => {
+                Err("it expects nothing: give count, parts, dimension, complete, copies or ranges")
+            }
             false => Ok(expect),
         }
     }

@@ -50,9 +50,10 @@ pub(super) fn judge(
         }
         return findings;
     }
-    let mut each = |wanted: String, holds: &dyn Fn(&Cut<'_>) -> bool, show: &dyn Fn(&Cut<'_>) -> String| {
-        findings.push(of_each(of(wanted), &matched, holds, show));
-    };
+    let mut each =
+        |wanted: String, holds: &dyn Fn(&Cut<'_>) -> bool, show: &dyn Fn(&Cut<'_>) -> String| {
+            findings.push(of_each(of(wanted), &matched, holds, show));
+        };
     if let Some(range) = &expect.parts {
         each(
             format!("are {range} of each"),
@@ -99,14 +100,23 @@ pub(super) fn judge(
             texts.collect::<Vec<_>>().join("+")
         };
         let holds = |cut: &Cut<'_>| {
-            let mut there = cut.slices.iter().filter(|slice| glob(device, name(slice, plan)));
+            let mut there = cut
+                .slices
+                .iter()
+                .filter(|slice| glob(device, name(slice, plan)));
             let is_same = |slice: &&Slice| {
                 let wanted = extents.iter().map(|extent| extent.start..extent.end);
                 slice.ranges.iter().cloned().eq(wanted)
             };
-            there.next().is_some_and(|first| is_same(first) && there.all(|slice| is_same(slice)))
+            there
+                .next()
+                .is_some_and(|first| is_same(first) && there.all(|slice| is_same(slice)))
         };
-        each(format!("are {} on {device}", text(extents)), &holds, &|cut| shown(cut, plan));
+        each(
+            format!("are {} on {device}", text(extents)),
+            &holds,
+            &|cut| shown(cut, plan),
+        );
     }
     findings
 }
@@ -134,7 +144,9 @@ fn of_each(
     }
     let more = counts.len().saturating_sub(MOST_SHOWN);
     let shown = counts.iter().take(MOST_SHOWN);
-    let shown: Vec<String> = shown.map(|(text, count)| format!("{text} for {count}")).collect();
+    let shown: Vec<String> = shown
+        .map(|(text, count)| format!("{text} for {count}"))
+        .collect();
     let mut found = shown.join(", ");
     if more > 0 {
         found += &format!(" and {more} others");
@@ -143,7 +155,12 @@ fn of_each(
         return Finding::new(true, wanted, found);
     }
     let names: Vec<&str> = judged.iter().map(|cut| cut.tensor.name.as_str()).collect();
-    Finding::new(false, wanted, format!("{found} (of {} in all)", matched.len())).with_tensors(&names)
+    Finding::new(
+        false,
+        wanted,
+        format!("{found} (of {} in all)", matched.len()),
+    )
+    .with_tensors(&names)
 }
 
 /// How often slices have a tensor's elements.
@@ -172,7 +189,11 @@ fn coverage(cut: &Cut<'_>) -> Coverage {
     let Some(first) = cut.slices.first() else {
         return Coverage::NotCut;
     };
-    if cut.slices.iter().any(|slice| slice.dimension != first.dimension) {
+    if cut
+        .slices
+        .iter()
+        .any(|slice| slice.dimension != first.dimension)
+    {
         return Coverage::Mixed;
     }
     let length = cut.tensor.shape.get(first.dimension as usize).copied();
@@ -197,16 +218,24 @@ fn has_copies(cut: &Cut<'_>, plan: &Plan) -> bool {
     let is_whole = |slice: &Slice| {
         let length = cut.tensor.shape.get(slice.dimension as usize).copied();
         slice.ranges.first().map(|range| range.start) == Some(0)
-            && slice.ranges.windows(2).all(|pair| pair[0].end == pair[1].start)
+            && slice
+                .ranges
+                .windows(2)
+                .all(|pair| pair[0].end == pair[1].start)
             && slice.ranges.last().map(|range| range.end) == length
     };
     let with_copy = cut.slices.iter().filter(|slice| is_whole(slice));
-    let on: BTreeSet<u32> = with_copy.filter_map(|slice| slice.placement.device).collect();
+    let on: BTreeSet<u32> = with_copy
+        .filter_map(|slice| slice.placement.device)
+        .collect();
     on.len() == plan.devices.len()
 }
 
 fn name<'a>(slice: &Slice, plan: &'a Plan) -> &'a str {
-    let device = slice.placement.device.and_then(|device| plan.devices.get(device as usize));
+    let device = slice
+        .placement
+        .device
+        .and_then(|device| plan.devices.get(device as usize));
     device.map_or("not loaded", |device| device.device.name.as_str())
 }
 
@@ -218,7 +247,11 @@ fn shown(cut: &Cut<'_>, plan: &Plan) -> String {
     let one = |slice: &&Slice| {
         let ranges = slice.ranges.iter().take(MOST_SHOWN);
         let ranges: Vec<String> = ranges.map(|r| format!("{}:{}", r.start, r.end)).collect();
-        let more = if slice.ranges.len() > MOST_SHOWN { "+..." } else { "" };
+        let more = if slice.ranges.len() > MOST_SHOWN {
+            "+..."
+        } else {
+            ""
+        };
         format!("{}{more} on {}", ranges.join("+"), name(slice, plan))
     };
     let some = cut.slices.iter().take(MOST_SHOWN);

@@ -194,7 +194,7 @@ pub(crate) struct RankOptions {
     #[arg(long, value_name = "HOST:PORT")]
     pub(crate) rendezvous: Option<Rendezvous>,
 
-    /// How long ranks are waited for that do not come or say nothing
+    /// How long ranks are waited for that do not come or say nothing, as while they download
     #[arg(
         long,
         value_name = "SECONDS",
@@ -342,7 +342,7 @@ pub(crate) struct EngineOptions {
     #[arg(long)]
     pub(crate) strict: bool,
 
-    /// Quantize with this instruction set (portable, avx2, avx512) instead of the best one
+    /// Quantize with this instruction set (portable, avx2, avx512, neon) instead of the best one
     #[arg(long, value_name = "ISA", value_parser = isa, hide_short_help = true)]
     pub(crate) isa: Option<Isa>,
 }
@@ -624,8 +624,8 @@ fn presets() -> impl clap::builder::TypedValueParser<Value = Preset> {
 }
 
 fn isa(text: &str) -> Result<Isa, String> {
-    [Isa::Portable, Isa::Avx2, Isa::Avx512]
+    Isa::ALL
         .into_iter()
         .find(|isa| isa.to_string() == text)
-        .ok_or_else(|| "it is portable, avx2 or avx512".to_owned())
+        .ok_or_else(|| "it is portable, avx2, avx512 or neon".to_owned())
 }

@@ -22,7 +22,8 @@ Exit status:
   3    the checkpoint is invalid, unreadable or not to be had
   4    the model does not fit on the devices, or the policy refuses it
   5    the policy or the program itself failed: a trap, a limit, a bad plan
-  6    a device failed, is not there, or has less memory than it said; or this machine cannot run policies
+  6    a device failed, is not there, or has less memory than it said; or this machine cannot run
+       policies; or another process that loads with this one has ended, says nothing, or is not there
   130  interrupted, by SIGINT (Ctrl-C), SIGTERM or SIGHUP, and tidied up; inspect, plan, policy and
        devices have nothing to tidy up, and end by the signal itself
 With --json an error is printed as JSON too; host/cli/JSON.md describes what is printed.";

@@ -99,7 +99,7 @@ fn load_share(
     let agreed = Agreed::upon(world, true, &options.placement, open, cancel)?;
     let checkpoint = &agreed.checkpoint;
     let recorder = options.timeline.as_ref().map(|_| Recorder::new());
-    let (model, mut report) = agreed.load(cancel, |placed, devices| {
+    let (model, mut report) = agreed.load(|placed, devices| {
         let way = Way {
             recorder: recorder.as_ref(),
             ..Way::of(options, cancel)

@@ -92,7 +92,10 @@ impl Agreed {
                 let join = JoinOptions::default()
                     .with_timeout(Duration::from_secs(options.ranks.rendezvous_timeout))
                     .with_cancel(cancel.clone());
-                Some(Group::join(&world, address, &join)?)
+                let group = Group::join(&world, address, &join)?;
+                // Whatever this rank is at, it is for nothing when another has ended.
+                group.cancel_on_loss(cancel);
+                Some(group)
             }
             _ => None,
         };
@@ -161,7 +164,6 @@ impl Agreed {
     /// cannot load its part, or ends, this is given up too.
     pub(crate) fn load(
         &self,
-        cancel: &CancelToken,
         carry_out: impl FnOnce(
             ReservedPlan,
             &[Box<dyn Device>],
@@ -172,7 +174,6 @@ impl Agreed {
         let reserved = match &self.group {
             None => reserved?,
             Some(group) => {
-                group.cancel_on_loss(cancel);
                 let (reserved, ()) =
                     together(&self.world, reserved, |own| group.reserved(own.map(|_| ())))?;
                 reserved

@@ -176,15 +176,59 @@ fn four_processes_load_each_its_share() {
 }
 
 #[test]
+fn slices_of_one_tensor_go_to_all_ranks() {
+    let scratchpad = scratchpad();
+    let config = scratchpad.path("m/config.json");
+    let mut with_heads: Value = serde_json::from_slice(&fs::read(&config).unwrap()).unwrap();
+    with_heads["num_attention_heads"] = json!(8);
+    with_heads["num_key_value_heads"] = json!(8);
+    fs::write(&config, with_heads.to_string()).unwrap();
+    let devices = [
+        "m",
+        "--device",
+        "sim:8MiB",
+        "--policy",
+        "tensor-parallel",
+        "--placements",
+        "--json",
+    ];
+    let plan = scratchpad
+        .run(&[&["plan", "--world", "4"], &devices[..]].concat())
+        .succeeds();
+    let plan = report(&plan);
+    let outcomes = run(&scratchpad, 4, &[&["load"], &devices[..]].concat());
+    let mut union = BTreeMap::new();
+    for (rank, outcome) in outcomes.into_iter().enumerate() {
+        let report = report(&outcome.succeeds());
+        assert_eq!(report["digest"], plan["digest"]);
+        assert_eq!(
+            report["devices"][0]["peak_reserved"],
+            plan["devices"][rank]["reserved"]
+        );
+        let source = report["model"]["source_bytes"].as_f64().unwrap();
+        // A quarter, and what all have.
+        let read = report["load"]["bytes_read"].as_f64().unwrap();
+        assert!(read < 0.30 * source, "{read} of {source}");
+        let mine = loaded(&report);
+        assert!(mine.keys().any(|tensor| tensor.contains('[')), "{mine:#?}");
+        for (tensor, what) in mine {
+            let twice = union.insert(tensor.clone(), what);
+            assert!(twice.is_none(), "{tensor} is there twice");
+        }
+    }
+    assert_eq!(union, loaded(&plan));
+}
+
+#[test]
 fn ranks_may_have_devices_of_their_own() {
     let scratchpad = scratchpad();
     let devices = [
         "--device",
         "1/sim:4MiB",
         "--device",
-        "0/cpu:4MiB",
+        "0/sim:4MiB",
         "--device",
-        "1/cpu:4MiB",
+        "1/sim:4MiB",
     ];
     let ranks = run(
         &scratchpad,
@@ -199,7 +243,7 @@ fn ranks_may_have_devices_of_their_own() {
             .collect()
     };
     let devices: Vec<_> = ranks.into_iter().map(devices).collect();
-    assert_eq!(devices, [vec!["0/cpu"], vec!["1/sim:0", "1/cpu"]]);
+    assert_eq!(devices, [vec!["0/sim:0"], vec!["1/sim:0", "1/sim:1"]]);
     for (devices, part) in [
         (
             ["--device", "0/cpu:1GiB", "--device", "cpu:1GiB"],
@@ -263,11 +307,12 @@ fn what_one_rank_lacks_ends_all_before_anything_is_reserved() {
         let outcome = outcome.fails(CHECKPOINT, &[sentence]);
         assert_eq!(outcome.json()["error"]["kind"], "rank");
     }
-    let outcomes = load("missing");
+    let outcomes = load("./missing");
     let first = outcomes[0].stderr.clone();
     for (rank, outcome) in outcomes.into_iter().enumerate() {
         assert_eq!(outcome.stderr, first);
         let outcome = outcome.fails(CHECKPOINT, &["rank 2: ", "missing"]);
+        // Who lacks it says which file.
         let kind = if rank == 2 { "checkpoint" } else { "rank" };
         assert_eq!(outcome.json()["error"]["kind"], kind);
     }

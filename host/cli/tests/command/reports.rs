@@ -110,7 +110,10 @@ fn plan_says_where_everything_would_go() {
         .json();
     has_the_promised_form(&report);
     let top: Vec<&str> = shape(&report).into_iter().map(|(name, _)| name).collect();
-    assert_eq!(top, ["devices", "host", "model", "policy", "schema"]);
+    assert_eq!(
+        top,
+        ["devices", "digest", "host", "model", "policy", "schema"]
+    );
     assert_eq!(report["model"]["path"], "model");
     assert_eq!(report["model"]["architecture"], "LlamaForCausalLM");
     assert_eq!(report["model"]["tensors"], 18);

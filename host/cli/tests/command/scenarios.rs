@@ -406,3 +406,79 @@ fn the_examples_of_the_reference_make_sense() {
         assert_eq!(report["ok"], cases, "{report:#}");
     }
 }
+
+#[test]
+fn slices_that_are_not_as_expected_are_named() {
+    let scratchpad = scratchpad_with(
+        r#"
+[defaults]
+policy = "tensor-parallel"
+devices = [{ spec = "sim:1GiB", count = 2 }]
+[defaults.model]
+layers = 3
+tensors = [
+    { name = "model.layers.{}.mlp.up_proj.weight", shape = [256, 128] },
+    { name = "model.layers.{}.mlp.down_proj.weight", shape = [128, 256] },
+    { name = "model.norm.weight", shape = [128] },
+]
+
+[[scenario]]
+name = "wrong"
+[scenario.expect.slices]
+"mlp.up_proj" = { count = 4, parts = 3, dimension = 1, complete = false, copies = true, ranges = { "sim:1" = "0:128" } }
+"mlp.down_proj" = { ranges = { "sim:2" = "0:128" } }
+"model.norm" = { complete = true, copies = false }
+"nowhere" = { parts = 0 }
+
+[[scenario]]
+name = "right"
+[scenario.expect]
+balance = { within = 0 }
+[scenario.expect.tensors]
+"mlp.up_proj" = { count = 6, format = "nf4" }
+[scenario.expect.slices]
+"mlp.up_proj" = { count = 3, parts = 2, dimension = 0, complete = true, copies = false, ranges = { "sim:1" = "128:256" } }
+"model.norm" = { parts = 2, complete = false, copies = true, ranges = { "*" = ["0:128"] } }
+"#,
+    );
+    let outcome = scratchpad.run(&["check", "s.toml"]);
+    assert_eq!(outcome.status, Some(FAILED), "{outcome:#?}");
+    let up = "model.layers.0.mlp.up_proj.weight, model.layers.1.mlp.up_proj.weight, \
+              model.layers.2.mlp.up_proj.weight";
+    for line in [
+        "expected: slices of 'mlp.up_proj' are of 4 tensors",
+        "expected: slices of 'mlp.up_proj' are 3 of each",
+        "found:    2 slices for 3 (of 3 in all)",
+        "expected: slices of 'mlp.up_proj' are along dimension 1",
+        "found:    dimension 0 for 3 (of 3 in all)",
+        "expected: slices of 'mlp.up_proj' do not have each element once",
+        "found:    each once for 3 (of 3 in all)",
+        "expected: slices of 'mlp.up_proj' are a whole copy on each device",
+        "expected: slices of 'mlp.up_proj' are 0:128 on sim:1",
+        "found:    0:128 on sim:0, 128:256 on sim:1 for 3 (of 3 in all)",
+        "expected: slices of 'mlp.down_proj' are 0:128 on sim:2",
+        "expected: slices of 'model.norm' have each element once",
+        "found:    some in several slices for 1 (of 1 in all)",
+        "expected: slices of 'model.norm' are not a whole copy on each device",
+        "expected: slices of 'nowhere' are there",
+        up,
+        "ok      s.toml: right",
+    ] {
+        assert!(outcome.stdout.contains(line), "{line}: {outcome:#?}");
+    }
+    for (wrong, says) in [
+        ("{ }", "it expects nothing"),
+        (
+            "{ ranges = { \"sim:0\" = \"8:8\" } }",
+            "'8:8' is not a range",
+        ),
+        ("{ part = 2 }", "unknown field `part`"),
+    ] {
+        let text = format!(
+            "[[scenario]]\nname = \"x\"\nmodel = {{ preset = \"demo\" }}\ndevices = [\"sim:1GiB\"]\n\
+             [scenario.expect.slices]\n\"mlp\" = {wrong}\n"
+        );
+        let outcome = scratchpad_with(&text).run(&["check", "s.toml"]);
+        outcome.fails(USAGE, &[says]);
+    }
+}

@@ -2,7 +2,9 @@
 
 use cuda_stand_in::control::Setup;
 use tightfit::checkpoint::Checkpoint;
-use tightfit::device::{Device, DeviceError, open_devices};
+use tightfit::device::{
+    Device, DeviceError, DeviceInfo, DeviceSpec, open_devices, planned_devices,
+};
 use tightfit::load::{
     LoadError, LoadOptions, QuantizeOn, ReserveError, Revision, load, load_reserved, reserve,
 };
@@ -31,6 +33,48 @@ fn a_device_says_what_the_driver_says_and_no_more_than_the_user_allows() {
     let more = open(&["cuda:0:9999GiB"])[0].info();
     assert_eq!(more.capacity, all.capacity);
     driver.clean_report("info");
+}
+
+#[test]
+fn memory_that_a_gpu_shares_with_the_host_counts_once() {
+    // More than any host has: all that is free is the GPU's.
+    let plain = Setup {
+        devices: vec![1 << 50],
+        ..Setup::default()
+    };
+    let old = 12_010;
+    for (integrated, numa_node, version, is_shared) in [
+        (false, false, plain.version, false),
+        (true, false, plain.version, true),
+        (false, true, plain.version, true),
+        (false, false, old, false),
+        (true, false, old, true),
+    ] {
+        let setup = Setup {
+            integrated,
+            numa_node,
+            version,
+            ..plain.clone()
+        };
+        let Some(driver) = stand_in("GPUs of a kind", &setup) else {
+            return;
+        };
+        for specs in [["cuda:0", "cpu"], ["cpu", "cuda:0"], ["cpu:1MiB", "cuda:0"]] {
+            let opened: Vec<DeviceInfo> = open(&specs).iter().map(|device| device.info()).collect();
+            let specs = specs.map(|spec| spec.parse().unwrap());
+            let planned = planned_devices(&specs).unwrap();
+            let is_sized =
+                |spec: &DeviceSpec| matches!(spec, DeviceSpec::Cpu { capacity: Some(_) });
+            for (infos, is_told) in [(opened, false), (planned, specs.iter().any(is_sized))] {
+                for info in infos {
+                    // A plan is for what it is told, whatever this machine has.
+                    let is_none = info.name == "cpu" && is_shared && !is_told;
+                    assert_eq!(info.available == 0, is_none, "{setup:?}: {info:?}");
+                }
+            }
+        }
+        driver.report().is_clean("shared");
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! Devices whose memory is the host's: `cpu`, and `sim`, an accelerator to plan and test with.
 
+use std::fmt;
 use std::sync::Arc;
 
 use memmap2::MmapMut;
@@ -18,6 +19,14 @@ pub struct HostDevice {
     kind: DeviceKind,
     capacity: u64,
     ledger: Arc<Ledger>,
+    /// Devices whose memory is taken from the host's.
+    beside: Vec<Arc<dyn OfHostMemory>>,
+}
+
+/// A device whose free memory the host's system counts as free, too.
+pub(super) trait OfHostMemory: Send + Sync + fmt::Debug {
+    /// Bytes that the device may still take.
+    fn available(&self) -> u64;
 }
 
 impl HostDevice {
@@ -32,6 +41,7 @@ impl HostDevice {
             kind: DeviceKind::Cpu,
             capacity: capacity.unwrap_or(total),
             ledger: Arc::default(),
+            beside: Vec::new(),
         }
     }
 
@@ -42,7 +52,20 @@ impl HostDevice {
             kind: DeviceKind::Sim,
             capacity,
             ledger: Arc::default(),
+            beside: Vec::new(),
         }
+    }
+
+    /// Leaves to other devices what they may take.
+    pub(super) fn beside(self, beside: Vec<Arc<dyn OfHostMemory>>) -> HostDevice {
+        HostDevice { beside, ..self }
+    }
+
+    /// Bytes of the host that are free, and that no other device counts as its own.
+    fn host_available(&self) -> u64 {
+        let others = self.beside.iter().map(|device| device.available());
+        let others = others.fold(0, u64::saturating_add);
+        HostMemory::now().available.saturating_sub(others)
     }
 
     fn out_of_memory(&self, need: u64, have: u64) -> DeviceError {
@@ -65,7 +88,7 @@ impl Device for HostDevice {
             capacity: self.capacity,
             // A simulated device is planned for as if it were there, whatever this machine has.
             available: match self.kind {
-                DeviceKind::Cpu => free.min(HostMemory::now().available),
+                DeviceKind::Cpu => free.min(self.host_available()),
                 DeviceKind::Sim | DeviceKind::Cuda => free,
             },
             granularity: PAGE,
@@ -73,7 +96,7 @@ impl Device for HostDevice {
     }
 
     fn reserve(&self, size: ReservationSize) -> Result<Box<dyn Reservation>, DeviceError> {
-        let host = HostMemory::now().available;
+        let host = self.host_available();
         if size.reserved > host {
             return Err(self.out_of_memory(size.reserved, host));
         }
@@ -176,6 +199,33 @@ mod tests {
         let usage = sim.usage();
         assert_eq!(usage.reserved.now, 0);
         assert_eq!(usage.reserved.peak, 10 * PAGE);
+    }
+
+    #[test]
+    fn what_another_device_may_take_is_left_to_it() {
+        #[derive(Debug)]
+        struct Takes(u64);
+        impl OfHostMemory for Takes {
+            fn available(&self) -> u64 {
+                self.0
+            }
+        }
+        let total = HostMemory::now().total;
+        let cpu = |takes: &[u64]| {
+            let beside = takes.iter().map(|&bytes| Arc::new(Takes(bytes)) as Arc<_>);
+            HostDevice::cpu(None).beside(beside.collect())
+        };
+        assert!(cpu(&[]).info().available > 0);
+        assert!(cpu(&[total / 4, total / 2]).info().available <= total / 4);
+        for takes in [&[total][..], &[u64::MAX, 1]] {
+            let cpu = cpu(takes);
+            assert_eq!(cpu.info().available, 0);
+            let error = cpu.reserve(size(1)).unwrap_err();
+            assert!(
+                matches!(error, DeviceError::OutOfMemory { have: 0, .. }),
+                "{error}"
+            );
+        }
     }
 
     #[test]

@@ -286,29 +286,26 @@ impl WorldDevices {
         local_rank: u32,
         local_size: u32,
     ) -> Result<Vec<Box<dyn Device>>, DeviceError> {
-        let mut sims = Sims::default();
         let own = self.devices.iter().filter(|(of, _)| *of == rank);
-        let opened = own.map(|(_, device)| {
-            let sim = sims.next(rank, device);
-            match device {
-                LocalSpec::Device(DeviceSpec::Cpu { capacity: None }) => Ok(host_share(local_size)),
-                LocalSpec::Device(device) => spec::open(device, sim),
-                LocalSpec::LocalCuda { capacity } => {
-                    spec::open_cuda(local_cuda(local_rank)?, *capacity)
-                }
-                LocalSpec::Default => match spec::cuda_count() {
-                    0 => Ok(host_share(local_size)),
-                    _ => spec::open_cuda(local_cuda(local_rank)?, None),
-                },
-            }
-        });
-        let opened: Vec<Box<dyn Device>> = opened.collect::<Result<_, _>>()?;
-        let ranked = |device: &Box<dyn Device>| RankedDevice {
-            rank,
-            info: device.info(),
+        let cuda = |capacity: Option<u64>| {
+            let index = local_cuda(local_rank)?;
+            Ok(DeviceSpec::Cuda { index, capacity })
         };
-        each_once(opened.iter().map(ranked).collect())?;
-        Ok(opened)
+        let specs = own.map(|(_, device)| match device {
+            LocalSpec::Device(DeviceSpec::Cpu { capacity: None }) => Ok(host_share(local_size)),
+            LocalSpec::Device(device) => Ok(device.clone()),
+            LocalSpec::LocalCuda { capacity } => cuda(*capacity),
+            LocalSpec::Default => match spec::cuda_count() {
+                0 => Ok(host_share(local_size)),
+                _ => cuda(None),
+            },
+        });
+        let specs: Vec<DeviceSpec> = specs.collect::<Result<_, DeviceError>>()?;
+        match specs.is_empty() {
+            // Not all that there are.
+            true => Ok(Vec::new()),
+            false => spec::open_devices(&specs),
+        }
     }
 
     /// Puts together what every rank has said of its own devices, in their order.
@@ -417,16 +414,84 @@ fn local_cuda(local_rank: u32) -> Result<u32, DeviceError> {
 }
 
 /// An even share of the host memory that is free now.
-fn host_share(local_size: u32) -> Box<dyn Device> {
+fn host_share(local_size: u32) -> DeviceSpec {
     let free = HostDevice::cpu(None).info().available;
     let share = free / u64::from(local_size.max(1));
-    let share = share - share % HostDevice::GRANULARITY;
-    Box::new(HostDevice::cpu(Some(share)))
+    let capacity = Some(share - share % HostDevice::GRANULARITY);
+    DeviceSpec::Cpu { capacity }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    /// Devices as they can be named.
+    fn any_device() -> impl Strategy<Value = LocalSpec> {
+        let size = 0u64..1 << 50;
+        let some = prop::option::of(size.clone());
+        let cuda = (any::<u32>(), some.clone())
+            .prop_map(|(index, capacity)| LocalSpec::Device(DeviceSpec::Cuda { index, capacity }));
+        prop_oneof![
+            some.clone()
+                .prop_map(|capacity| LocalSpec::LocalCuda { capacity }),
+            some.prop_map(|capacity| LocalSpec::Device(DeviceSpec::Cpu { capacity })),
+            size.prop_map(|capacity| LocalSpec::Device(DeviceSpec::Sim { capacity })),
+            cuda,
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn a_device_is_read_as_it_is_shown(
+            rank in prop::option::of(any::<u32>()),
+            device in any_device(),
+        ) {
+            let spec = RankedSpec { rank, device };
+            prop_assert_eq!(spec.to_string().parse(), Ok(spec));
+        }
+
+        #[test]
+        fn any_text_is_a_device_or_an_error(text in "[0-9]{0,3}/?(cuda|cpu|sim)?:?[0-9]{0,2}:?[0-9A-Za-z]{0,5}") {
+            if let Ok(spec) = text.parse::<RankedSpec>() {
+                prop_assert_eq!(spec.to_string().parse(), Ok(spec));
+            }
+        }
+
+        #[test]
+        fn every_device_of_a_world_is_of_one_rank(
+            devices in prop::collection::vec((0u32..4, any_device()), 1..8),
+            are_ranked in any::<bool>(),
+        ) {
+            let spec = |(rank, device): &(u32, LocalSpec)| RankedSpec {
+                rank: are_ranked.then_some(*rank),
+                device: device.clone(),
+            };
+            let specs: Vec<RankedSpec> = devices.iter().map(spec).collect();
+            let world = WorldDevices::new(&specs, 4).unwrap();
+            let of: Vec<Vec<bool>> = (0..4).map(|rank| world.is_of(rank)).collect();
+            let count = if are_ranked { specs.len() } else { 4 * specs.len() };
+            for device in 0..count {
+                prop_assert_eq!(of.iter().filter(|of| of[device]).count(), 1);
+            }
+            match world.planned() {
+                Ok(planned) => {
+                    prop_assert_eq!(planned.len(), count);
+                    for (index, device) in planned.iter().enumerate() {
+                        prop_assert!(of[device.rank as usize][index]);
+                        let rank = format!("{}/", device.rank);
+                        prop_assert!(device.info.name.starts_with(&rank));
+                    }
+                }
+                Err(DeviceError::Unavailable { .. }) => prop_assert!(!world.are_sized()),
+                Err(error) => {
+                    let is_twice = matches!(error, DeviceError::NamedTwice { .. });
+                    prop_assert!(is_twice, "{}", error);
+                }
+            }
+        }
+    }
 
     fn specs(texts: &[&str]) -> Vec<RankedSpec> {
         texts.iter().map(|text| text.parse().unwrap()).collect()

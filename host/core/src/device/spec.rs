@@ -1,7 +1,9 @@
 //! Devices as users name them: `cuda:0`, `cuda:0:20GiB`, `sim:32GiB`, `cpu`, `cpu:16GiB`.
 
 use std::str::FromStr;
+use std::sync::Arc;
 
+use super::host::OfHostMemory;
 use super::{Device, DeviceError, DeviceInfo, DeviceKind, HostDevice};
 use crate::types::parse_bytes;
 
@@ -69,7 +71,8 @@ impl FromStr for DeviceSpec {
 }
 
 /// Opens devices in the given order; without any, all CUDA devices, and where there are none, the
-/// host's memory.
+/// host's memory. What a GPU may take of the host's memory, because it has none of its own or has lent it to the
+/// system, is not counted for `cpu` again.
 ///
 /// # Errors
 /// [`DeviceError::Unavailable`] for a device that is not there, [`DeviceError::NamedTwice`], and
@@ -79,8 +82,41 @@ pub fn open_devices(specs: &[DeviceSpec]) -> Result<Vec<Box<dyn Device>>, Device
         return default_devices();
     }
     names(specs)?;
-    let specs = specs.iter().zip(sim_numbers(specs));
-    specs.map(|(spec, sim)| open(spec, sim)).collect()
+    let mut shared = Shared::beside_cpu(specs);
+    let opened = specs.iter().zip(sim_numbers(specs));
+    let opened = opened.map(|(spec, sim)| open(spec, sim, &mut shared));
+    let mut devices = opened.collect::<Result<Vec<_>, _>>()?;
+    if let Some((index, cpu)) = shared.cpu(specs) {
+        devices[index] = Box::new(cpu);
+    }
+    Ok(devices)
+}
+
+/// Devices that share the host's memory, where it is asked for, too: it counts once, as theirs.
+struct Shared {
+    /// Not looked for where there is nothing to share with.
+    devices: Option<Vec<Arc<dyn OfHostMemory>>>,
+}
+
+impl Shared {
+    fn beside_cpu(specs: &[DeviceSpec]) -> Shared {
+        let is_cpu = |spec: &DeviceSpec| matches!(spec, DeviceSpec::Cpu { .. });
+        Shared {
+            devices: specs.iter().any(is_cpu).then(Vec::new),
+        }
+    }
+
+    /// The host's memory without what these devices may take, and where it is among all; `None` where
+    /// there are no such devices.
+    fn cpu(self, specs: &[DeviceSpec]) -> Option<(usize, HostDevice)> {
+        let shared = self.devices.filter(|devices| !devices.is_empty())?;
+        let cpu = |(index, spec): (usize, &DeviceSpec)| match *spec {
+            DeviceSpec::Cpu { capacity } => Some((index, capacity)),
+            _ => None,
+        };
+        let (index, capacity) = specs.iter().enumerate().find_map(cpu)?;
+        Some((index, HostDevice::cpu(capacity).beside(shared)))
+    }
 }
 
 /// Returns what a plan has to know of devices that need not be there, in the given order. One that
@@ -96,6 +132,7 @@ pub fn planned_devices(specs: &[DeviceSpec]) -> Result<Vec<DeviceInfo>, DeviceEr
     }
     let names = names(specs)?;
     let sims = sim_numbers(specs);
+    let mut shared = Shared::beside_cpu(specs);
     let planned = specs
         .iter()
         .zip(names)
@@ -109,7 +146,7 @@ pub fn planned_devices(specs: &[DeviceSpec]) -> Result<Vec<DeviceInfo>, DeviceEr
                     capacity: Some(capacity),
                     ..
                 } => (DeviceKind::Cuda, capacity, CUDA_GRANULARITY),
-                _ => return Ok(open(spec, sim)?.info()),
+                _ => return Ok(open(spec, sim, &mut shared)?.info()),
             };
             Ok(DeviceInfo {
                 name,
@@ -119,7 +156,13 @@ pub fn planned_devices(specs: &[DeviceSpec]) -> Result<Vec<DeviceInfo>, DeviceEr
                 granularity,
             })
         });
-    planned.collect()
+    let mut planned = planned.collect::<Result<Vec<_>, _>>()?;
+    if let Some((index, cpu)) = shared.cpu(specs)
+        && matches!(specs[index], DeviceSpec::Cpu { capacity: None })
+    {
+        planned[index] = cpu.info();
+    }
+    Ok(planned)
 }
 
 /// What memory of an NVIDIA GPU is rounded up to.
@@ -151,21 +194,33 @@ fn sim_numbers(specs: &[DeviceSpec]) -> impl Iterator<Item = usize> {
     })
 }
 
-pub(super) fn open(spec: &DeviceSpec, sim: usize) -> Result<Box<dyn Device>, DeviceError> {
+fn open(
+    spec: &DeviceSpec,
+    sim: usize,
+    shared: &mut Shared,
+) -> Result<Box<dyn Device>, DeviceError> {
     Ok(match *spec {
         DeviceSpec::Sim { capacity } => Box::new(HostDevice::sim(sim, capacity)),
         DeviceSpec::Cpu { capacity } => Box::new(HostDevice::cpu(capacity)),
-        DeviceSpec::Cuda { index, capacity } => open_cuda(index, capacity)?,
+        DeviceSpec::Cuda { index, capacity } => open_cuda(index, capacity, shared)?,
     })
 }
 
 #[cfg(feature = "cuda")]
-pub(super) fn open_cuda(index: u32, capacity: Option<u64>) -> Result<Box<dyn Device>, DeviceError> {
-    Ok(Box::new(super::CudaDevice::open(index, capacity)?))
+fn open_cuda(
+    index: u32,
+    capacity: Option<u64>,
+    shared: &mut Shared,
+) -> Result<Box<dyn Device>, DeviceError> {
+    let device = super::CudaDevice::open(index, capacity)?;
+    if let Some(shared) = &mut shared.devices {
+        shared.extend(device.of_host_memory()?);
+    }
+    Ok(Box::new(device))
 }
 
 #[cfg(not(feature = "cuda"))]
-pub(super) fn open_cuda(index: u32, _: Option<u64>) -> Result<Box<dyn Device>, DeviceError> {
+fn open_cuda(index: u32, _: Option<u64>, _: &mut Shared) -> Result<Box<dyn Device>, DeviceError> {
     Err(DeviceError::Unavailable {
         device: format!("cuda:{index}"),
         reason: "tightfit was built without its feature 'cuda'".to_owned(),
@@ -175,7 +230,11 @@ pub(super) fn open_cuda(index: u32, _: Option<u64>) -> Result<Box<dyn Device>, D
 fn default_devices() -> Result<Vec<Box<dyn Device>>, DeviceError> {
     match cuda_count() {
         0 => Ok(vec![Box::new(HostDevice::cpu(None))]),
-        count => (0..count).map(|index| open_cuda(index, None)).collect(),
+        count => {
+            let mut shared = Shared::beside_cpu(&[]);
+            let devices = (0..count).map(|index| open_cuda(index, None, &mut shared));
+            devices.collect()
+        }
     }
 }
 

@@ -62,6 +62,12 @@ impl Hello {
         bytes
     }
 
+    /// Whether this may be the beginning of one: of another protocol's it is not waited for the end.
+    pub(super) fn may_begin_with(said: &[u8]) -> bool {
+        let length = said.len().min(MAGIC.len());
+        said[..length] == MAGIC[..length]
+    }
+
     /// Reads one; of another protocol it is none.
     pub(super) fn read(bytes: &[u8; HELLO_BYTES]) -> Option<Hello> {
         let (magic, rest) = bytes.split_first_chunk()?;
@@ -446,7 +452,10 @@ mod tests {
         other.version[0] ^= 1;
         assert_eq!(other.judge(4), Answer::OtherVersion);
         let mut bytes = hello.bytes();
+        assert!((0..=bytes.len()).all(|end| Hello::may_begin_with(&bytes[..end])));
+        assert!(!Hello::may_begin_with(b"t "));
         bytes[15] = b'2';
+        assert!(Hello::may_begin_with(&bytes[..15]) && !Hello::may_begin_with(&bytes));
         assert_eq!(Hello::read(&bytes), None);
         for answer in Answer::ALL {
             assert_eq!(Answer::read(&answer.bytes()), Some(answer));

@@ -89,7 +89,12 @@ impl Unknown {
         while self.have < HELLO_BYTES {
             match self.stream.read(&mut self.said[self.have..]) {
                 Ok(0) => return Heard::Nonsense,
-                Ok(more) => self.have += more,
+                Ok(more) => {
+                    self.have += more;
+                    if !Hello::may_begin_with(&self.said[..self.have]) {
+                        return Heard::Nonsense;
+                    }
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                     return match Instant::now() < self.until {
@@ -179,10 +184,12 @@ pub(super) fn gather(
             break;
         }
         if Instant::now() >= until {
+            turned_away += unknown.len() as u64;
             return Err(absent(links, address, options, turned_away));
         }
         std::thread::sleep(PAUSE);
     }
+    turned_away += unknown.len() as u64;
     for stream in links.iter_mut().flatten() {
         // One that is gone again is noticed by whoever reads from it.
         let _ = settle(stream);

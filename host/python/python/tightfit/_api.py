@@ -73,7 +73,7 @@ def plan(
         devices: ``"cuda:0"``, ``"cuda:0:20GiB"``, ``"cpu"``, ``"sim:32GiB"`` (an accelerator that is simulated in
             host memory), a ``torch.device``, or several; by default all GPUs, else host memory. One with a size need not be
             there to be planned for.
-        policy: ``auto``, ``packed``, ``huggingface``, ``map``, or a ``.wasm`` file.
+        policy: ``auto``, ``packed``, ``huggingface``, ``map``, ``tensor-parallel``, or a ``.wasm`` file.
         settings: The policy's settings, as ``--set`` of the command: ``context``, ``batch``, ``reserve``, ``skip``,
             ``experts``, ``format:PATTERN``, ...
         double_quant: Whether scales are quantized too: the setting ``double-quant``.

@@ -1,11 +1,13 @@
 //! Calls of the interfaces that have memory, files and 4-bit numbers.
 
+use tightfit_wasm::wit::bindings::slicing::tightfit::host::slices;
 use tightfit_wasm::wit::bindings::tightfit::host::types;
 use tightfit_wasm::wit::program::CallError;
 use tightfit_wasm::wit::program::bindings::tightfit::host::buffers::HostBuffer;
 use tightfit_wasm::wit::program::bindings::tightfit::host::checkpoints::HostCheckpoint;
 use tightfit_wasm::wit::program::bindings::tightfit::host::models::HostModel;
 use tightfit_wasm::wit::program::bindings::tightfit::host::nf4::Host as _;
+use tightfit_wasm::wit::program::bindings::tightfit::host::sliced_models;
 use wasmtime::component::Resource;
 
 use super::{Program, TENSORS, TOKENIZER};
@@ -194,6 +196,40 @@ impl Program<'_> {
             .read_companion(again, name.to_owned(), start, bytes);
         if let Some(read) = self.done(result) {
             assert_eq!(read, TOKENIZER[start as usize..][..bytes as usize]);
+        }
+    }
+
+    pub(super) fn load_slices(&mut self) {
+        let open = self.checkpoint();
+        let slices = (0..self.input.byte() % 8).map(|_| slices::Slice {
+            tensor: self.input.index(),
+            dimension: u32::from(self.input.byte() % 4),
+            ranges: (0..self.input.byte() % 4)
+                .map(|_| slices::Range {
+                    start: self.input.length().into(),
+                    end: self.input.length().into(),
+                })
+                .collect(),
+            placement: types::Placement {
+                device: match self.input.byte() {
+                    0..=20 => None,
+                    250..=255 => Some(self.input.index()),
+                    device => Some(u32::from(device % 2)),
+                },
+                format: self.input.format(),
+            },
+        });
+        let slices = slices.collect();
+        let nowhere = types::Placement {
+            device: None,
+            format: types::Format::Stored,
+        };
+        let placements = vec![nowhere; TENSORS];
+        let headroom = vec![0, 0];
+        let view = &mut self.view();
+        let result = sliced_models::Host::load(view, open, placements, slices, headroom);
+        if let Some(model) = self.done(result) {
+            self.models.push(model.rep());
         }
     }
 

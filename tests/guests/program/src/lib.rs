@@ -5,11 +5,12 @@ mod handles;
 mod linear;
 mod memory;
 mod models;
+mod slices;
 mod transformer;
 
 use std::hint::black_box;
 
-use tightfit_program::{Program, Error, GaveUp, Level, program, log};
+use tightfit_program::{Error, GaveUp, Level, Program, log, program};
 
 struct Hostile;
 
@@ -23,6 +24,7 @@ impl Program for Hostile {
         let (behavior, rest) = arguments.split_first().ok_or("what shall I do?")?;
         let answered = memory::misbehave(behavior, rest)
             .or_else(|| models::misbehave(behavior, rest))
+            .or_else(|| slices::misbehave(behavior, rest))
             .or_else(|| linear::misbehave(behavior, rest))
             .or_else(|| transformer::misbehave(behavior, rest))
             .or_else(|| handles::misbehave(behavior));

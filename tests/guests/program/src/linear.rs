@@ -11,10 +11,15 @@ use crate::{Answer, models, number};
 pub(crate) fn misbehave(behavior: &str, rest: &[String]) -> Option<Answer> {
     Some(match behavior {
         "multiply" => multiply_all(number(rest) as u32),
-        "weight" => weight_of(&rest[0], number(&rest[1..]), [2, 3].map(|n| number(&rest[n..]))),
+        "weight" => weight_of(
+            &rest[0],
+            number(&rest[1..]),
+            [2, 3].map(|n| number(&rest[n..])),
+        ),
         "weight-between-devices" => {
             let (codes, absmax) = (Buffer::allocate(0, 4096), Buffer::allocate(1, 4096));
-            codes.and_then(|codes| from_codes(&[8, 64], 64, (&codes, 0), (&absmax?, 0)))
+            codes
+                .and_then(|codes| from_codes(&[8, 64], 64, (&codes, 0), (&absmax?, 0)))
                 .map(|_| "made".into())
         }
         "operand" => operand(&rest[0], number(&rest[1..])),
@@ -55,7 +60,9 @@ pub(crate) fn misbehave(behavior: &str, rest: &[String]) -> Option<Answer> {
 /// Numbers that differ, the same on every run.
 fn numbers(count: u64, step: u64) -> Vec<u8> {
     let number = |index: u64| ((index * step) % 1009) as f32 / 500.0 - 1.0;
-    (0..count).flat_map(|index| number(index).to_le_bytes()).collect()
+    (0..count)
+        .flat_map(|index| number(index).to_le_bytes())
+        .collect()
 }
 
 fn from_codes(
@@ -98,7 +105,14 @@ impl Setup {
         let codes = Buffer::allocate(0, elements / 2)?;
         let absmax = Buffer::allocate(0, elements / 16)?;
         let (f32, at) = (Dtype::F32, 0);
-        nf4::quantize(&source.at(at), f32, elements, 64, &codes.at(at), &absmax.at(at))?;
+        nf4::quantize(
+            &source.at(at),
+            f32,
+            elements,
+            64,
+            &codes.at(at),
+            &absmax.at(at),
+        )?;
         let matrix = [OUTPUTS, INPUTS];
         let shape: Vec<u64> = experts.into_iter().chain(matrix).collect();
         Ok(Setup {
@@ -145,7 +159,10 @@ fn by_hand(it: &Setup, row: usize, expert: u64) -> Result<Vec<f32>, Error> {
     let first = (expert * OUTPUTS) as usize;
     let output = |output: usize| {
         let row = &weights[(first + output) * inputs..][..inputs];
-        let products = row.iter().zip(x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+        let products = row
+            .iter()
+            .zip(x)
+            .map(|(w, x)| f64::from(*w) * f64::from(*x));
         products.sum::<f64>() as f32
     };
     Ok((0..OUTPUTS as usize).map(output).collect())
@@ -174,8 +191,15 @@ fn multiply_all(seed: u32) -> Answer {
         let outputs = OUTPUTS as usize;
         let have = &y[row * outputs..][..outputs];
         worst = worst.max(largest_difference(have, &expected));
-        let sums: Vec<f32> = expected.iter().zip(&y).map(|(one, two)| one + two).collect();
-        worst = worst.max(largest_difference(&second[row * outputs..][..outputs], &sums));
+        let sums: Vec<f32> = expected
+            .iter()
+            .zip(&y)
+            .map(|(one, two)| one + two)
+            .collect();
+        worst = worst.max(largest_difference(
+            &second[row * outputs..][..outputs],
+            &sums,
+        ));
     }
     // Each row by itself, to the bit.
     let alone = Buffer::allocate(0, 4 * OUTPUTS)?;
@@ -190,13 +214,20 @@ fn multiply_all(seed: u32) -> Answer {
     let ids: Vec<u32> = (0..rows).map(|row| (row * 3 + seed) % 4).collect();
     let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
     let experts = Buffer::of(0, &bytes)?;
-    multiply(&[many.product(rows).with_experts(experts.at(0)).with_bias(many.small.at(0))])?;
+    multiply(&[many
+        .product(rows)
+        .with_experts(experts.at(0))
+        .with_bias(many.small.at(0))])?;
     let (y, bias) = (many.y()?, floats(&many.small)?);
     for (row, id) in ids.into_iter().enumerate() {
         let expected = by_hand(&many, row, id.into())?;
         let outputs = OUTPUTS as usize;
         let bias = &bias[id as usize * outputs..][..outputs];
-        let sums: Vec<f32> = expected.iter().zip(bias).map(|(one, two)| one + two).collect();
+        let sums: Vec<f32> = expected
+            .iter()
+            .zip(bias)
+            .map(|(one, two)| one + two)
+            .collect();
         worst = worst.max(largest_difference(&y[row * outputs..][..outputs], &sums));
     }
     Ok(format!("{} {same} {}", worst < 1e-4, many.weight.device()))
@@ -204,9 +235,17 @@ fn multiply_all(seed: u32) -> Answer {
 
 /// A weight of any shape, from buffers of 8 KiB each.
 fn weight_of(shape: &str, block: u64, [codes_at, absmax_at]: [u64; 2]) -> Answer {
-    let shape: Vec<u64> = shape.split(',').filter_map(|length| length.parse().ok()).collect();
+    let shape: Vec<u64> = shape
+        .split(',')
+        .filter_map(|length| length.parse().ok())
+        .collect();
     let (codes, absmax) = (Buffer::allocate(0, 8192)?, Buffer::allocate(0, 8192)?);
-    let weight = from_codes(&shape, block as u32, (&codes, codes_at), (&absmax, absmax_at))?;
+    let weight = from_codes(
+        &shape,
+        block as u32,
+        (&codes, codes_at),
+        (&absmax, absmax_at),
+    )?;
     Ok(format!("{:?}", weight.shape()))
 }
 
@@ -329,7 +368,13 @@ fn free_and_multiply() -> Answer {
     let others: Result<Vec<Buffer>, Error> =
         (0..16).map(|_| Buffer::of(0, &[0xff; 8192])).collect();
     let others = others?;
-    multiply(&[Product::new(&weight, x.at(0), ROWS as u32, Dtype::F32, y.at(0))])?;
+    multiply(&[Product::new(
+        &weight,
+        x.at(0),
+        ROWS as u32,
+        Dtype::F32,
+        y.at(0),
+    )])?;
     let same = floats(&y)? == before;
     drop((weight, others));
     Ok(format!("{same} {} {}", all == kept, kept > held()?))
@@ -471,7 +516,10 @@ fn quantize_all() -> Answer {
 fn quantize_in(bytes: u64) -> Answer {
     let count = 4096u64;
     let source = Buffer::of(0, &numbers(count, 7919))?;
-    let (codes, absmax) = (Buffer::allocate(0, count / 2)?, Buffer::allocate(0, count / 16)?);
+    let (codes, absmax) = (
+        Buffer::allocate(0, count / 2)?,
+        Buffer::allocate(0, count / 16)?,
+    );
     let mut rest = Vec::new();
     let mut piece = bytes;
     while piece >= 256 {
@@ -484,7 +532,14 @@ fn quantize_in(bytes: u64) -> Answer {
         }
     }
     let (f32, at) = (Dtype::F32, 0);
-    nf4::quantize(&source.at(at), f32, count, 64, &codes.at(at), &absmax.at(at))?;
+    nf4::quantize(
+        &source.at(at),
+        f32,
+        count,
+        64,
+        &codes.at(at),
+        &absmax.at(at),
+    )?;
     let given = [codes.read(0, count / 2)?, absmax.read(0, count / 16)?].concat();
     Ok(format!("{:x}", digest(&given)))
 }
@@ -529,7 +584,10 @@ fn scratch(taken: u64) -> Answer {
         Buffer::allocate(0, elements / 16)?,
     );
     let weight = from_codes(&[outputs, inputs], 64, (&codes, 0), (&absmax, 0))?;
-    let (x, y) = (Buffer::allocate(0, 2 * inputs)?, Buffer::allocate(0, 2 * outputs)?);
+    let (x, y) = (
+        Buffer::allocate(0, 2 * inputs)?,
+        Buffer::allocate(0, 2 * outputs)?,
+    );
     let told = weight.scratch_bytes(1);
     let before = get_usage(0)?.requested.now;
     multiply(&[Product::new(&weight, x.at(0), 1, Dtype::Bf16, y.at(0))])?;

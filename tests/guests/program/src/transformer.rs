@@ -7,9 +7,7 @@ use tightfit_program::transformer::{
     Activation, Cache, Faults, HeadNorms, Heads, Norm, Parameter, Rotary, Visible, add, attend,
     combine, dense, gate, gather, rms_norm, rotate, route, take_faults, top,
 };
-use tightfit_program::{
-    Buffer, Checkpoint, Dtype, Error, Format, Model, Place, Placement, output,
-};
+use tightfit_program::{Buffer, Checkpoint, Dtype, Error, Format, Model, Place, Placement, output};
 
 use crate::{Answer, number};
 
@@ -85,7 +83,9 @@ impl Given {
 /// One call, valid but for what is changed.
 fn step(operation: &str, changes: &[String]) -> Answer {
     let given = Given::new(changes);
-    let buffers = (0..10).map(|_| Buffer::allocate(0, BYTES)).collect::<Result<Vec<_>, _>>()?;
+    let buffers = (0..10)
+        .map(|_| Buffer::allocate(0, BYTES))
+        .collect::<Result<Vec<_>, _>>()?;
     let elsewhere = Buffer::allocate(1, BYTES)?;
     // Places by number: in buffers of their own, unless they are said to be in another one's.
     let at = |number: u64| {
@@ -150,7 +150,16 @@ fn step(operation: &str, changes: &[String]) -> Answer {
                 frequencies: at(5),
                 scaling: 1.0,
             };
-            rotate(heads, &norms, &rotary, &at(6), &at(0), &at(1), &at(2), &cache)?;
+            rotate(
+                heads,
+                &norms,
+                &rotary,
+                &at(6),
+                &at(0),
+                &at(1),
+                &at(2),
+                &cache,
+            )?;
         }
         "attend" => {
             let visible = match given.is("visible", 0) {
@@ -187,7 +196,9 @@ fn words(words: &[u32]) -> Result<Buffer, Error> {
 }
 
 fn list(text: &str) -> Vec<u32> {
-    text.split(',').map(|word| word.parse().expect("tests give numbers")).collect()
+    text.split(',')
+        .map(|word| word.parse().expect("tests give numbers"))
+        .collect()
 }
 
 /// Rows of the model's table, for ids whatever they are.
@@ -195,7 +206,10 @@ fn ids(text: &str) -> Answer {
     let model = load()?;
     let ids = list(text);
     let y = Buffer::of(0, &vec![0xee; 64 * ids.len()])?;
-    let table = Parameter { model: &model, tensor: 0 };
+    let table = Parameter {
+        model: &model,
+        tensor: 0,
+    };
     gather(&table, &words(&ids)?.at(0), ids.len() as u32, &y.at(0))?;
     let faults = show(take_faults(0)?);
     let rows = y.read(0, y.length())?;
@@ -238,22 +252,46 @@ fn positions(text: &str) -> Answer {
     };
     let positions = words(&positions)?;
     let at = positions.at(0);
-    rotate(heads, &norms, &rotary, &at, &q.at(0), &k.at(0), &v.at(0), &cache())?;
+    rotate(
+        heads,
+        &norms,
+        &rotary,
+        &at,
+        &q.at(0),
+        &k.at(0),
+        &v.at(0),
+        &cache(),
+    )?;
     let first = show(take_faults(0)?);
     let written = values.read(0, values.length())?;
-    let written = written.chunks(32).map(|row| row.iter().any(|byte| *byte != 0));
+    let written = written
+        .chunks(32)
+        .map(|row| row.iter().any(|byte| *byte != 0));
     let written: Vec<bool> = written.collect();
-    attend(heads, &cache(), &at, Visible::Causal, 4, 1.0, &q.at(0), &y.at(0))?;
+    attend(
+        heads,
+        &cache(),
+        &at,
+        Visible::Causal,
+        4,
+        1.0,
+        &q.at(0),
+        &y.at(0),
+    )?;
     let second = show(take_faults(0)?);
-    let finite = y.read(0, y.length())?.chunks(4).all(|bytes| {
-        f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]).is_finite()
-    });
+    let finite = y
+        .read(0, y.length())?
+        .chunks(4)
+        .all(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]).is_finite());
     Ok(format!("{first} {written:?} {second} {finite}"))
 }
 
 fn faults_are_taken_once() -> Answer {
     let model = load()?;
-    let table = Parameter { model: &model, tensor: 0 };
+    let table = Parameter {
+        model: &model,
+        tensor: 0,
+    };
     let (ids, y) = (words(&[64])?, Buffer::allocate(0, 64)?);
     gather(&table, &ids.at(0), 1, &y.at(0))?;
     let faults = [take_faults(0)?, take_faults(0)?, take_faults(1)?];
@@ -281,7 +319,16 @@ fn cache_reads_as_zeros() -> Answer {
     };
     let positions = words(&[255])?;
     let visible = Visible::Causal;
-    attend(heads, &cache, &positions.at(0), visible, 256, 1.0, &q.at(0), &y.at(0))?;
+    attend(
+        heads,
+        &cache,
+        &positions.at(0),
+        visible,
+        256,
+        1.0,
+        &q.at(0),
+        &y.at(0),
+    )?;
     let bytes = y.read(0, 8192)?;
     Ok(bytes.iter().all(|byte| *byte == 0).to_string())
 }
@@ -327,7 +374,16 @@ impl Long {
         };
         let (positions, visible) = (self.positions.at(0), Visible::Causal);
         let (q, y) = (self.q.at(0), self.y.at(0));
-        attend(self.heads, &cache, &positions, visible, Long::CAPACITY, 1.0, &q, &y)
+        attend(
+            self.heads,
+            &cache,
+            &positions,
+            visible,
+            Long::CAPACITY,
+            1.0,
+            &q,
+            &y,
+        )
     }
 }
 
@@ -346,9 +402,15 @@ fn attend_long() -> Answer {
 
 fn dense_long() -> Answer {
     let model = load()?;
-    let weight = Parameter { model: &model, tensor: 0 };
+    let weight = Parameter {
+        model: &model,
+        tensor: 0,
+    };
     let rows = 1 << 18;
-    let (x, y) = (Buffer::allocate(0, rows * 64)?, Buffer::allocate(0, rows * 128)?);
+    let (x, y) = (
+        Buffer::allocate(0, rows * 64)?,
+        Buffer::allocate(0, rows * 128)?,
+    );
     loop {
         dense(&weight, &x.at(0), rows as u32, None, &y.at(0))?;
         black_box(&y);
@@ -378,7 +440,10 @@ fn honest() -> Answer {
     let numbers = |scale: f32| (0..8).flat_map(move |i| (i as f32 * scale).to_le_bytes());
     let bytes = |scale| numbers(scale).collect::<Vec<u8>>();
     let (x, more) = (Buffer::of(0, &bytes(1.0))?, Buffer::of(0, &bytes(-3.0))?);
-    let weight = Buffer::of(0, &(0..8).flat_map(|_| 1f32.to_le_bytes()).collect::<Vec<u8>>())?;
+    let weight = Buffer::of(
+        0,
+        &(0..8).flat_map(|_| 1f32.to_le_bytes()).collect::<Vec<u8>>(),
+    )?;
     let [y, ids, values] = [(); 3].map(|()| Buffer::allocate(0, 32));
     let (y, ids, values) = (y?, ids?, values?);
     let norm = Norm {

@@ -6,6 +6,7 @@ mod driver;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::host::OfHostMemory;
 use super::{
     Attached, Device, DeviceAddress, DeviceBytes, DeviceError, DeviceInfo, DeviceKind, Multiplier,
     PageLocked, Piece, Quantizer, Queue, Reservation, WRITER_BUFFERS, Workspace, Writer,
@@ -88,6 +89,30 @@ impl CudaDevice {
                 failure: None,
             }),
         })
+    }
+}
+
+impl CudaDevice {
+    /// The device as one whose free memory is the host's too, if it is.
+    ///
+    /// # Errors
+    /// [`DeviceError::Driver`] when the driver refuses to say.
+    pub(super) fn of_host_memory(&self) -> Result<Option<Arc<dyn OfHostMemory>>, DeviceError> {
+        let shares = self.gpu.context.shares_host_memory()?;
+        Ok(shares.then(|| Arc::clone(&self.gpu) as Arc<dyn OfHostMemory>))
+    }
+}
+
+impl OfHostMemory for Gpu {
+    fn available(&self) -> u64 {
+        let rest = self
+            .capacity()
+            .saturating_sub(self.ledger.usage().reserved.now);
+        match self.context.memory() {
+            Ok((free, _)) => free.min(rest),
+            // The next reservation of the device says so.
+            Err(_) => rest,
+        }
     }
 }
 

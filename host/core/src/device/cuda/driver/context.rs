@@ -8,7 +8,7 @@ use std::ptr;
 use cudarc::driver::sys;
 use sys::{CUcontext, CUdevice, CUdevice_attribute, CUmemAllocationProp};
 
-use super::{Api, unavailable};
+use super::{Api, INVALID_VALUE, unavailable};
 use crate::device::{Attached, DeviceError};
 
 /// A device and its primary context: the one that the CUDA runtime and other libraries use, so that
@@ -160,6 +160,28 @@ impl Context {
 
     pub(super) fn multiprocessors(&self) -> Result<u32, DeviceError> {
         self.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+    }
+
+    /// Whether what is free on the device is counted by the host's system as free, too: where the device has no
+    /// memory of its own, or has lent it as a node of the host's.
+    pub(in crate::device::cuda) fn shares_host_memory(&self) -> Result<bool, DeviceError> {
+        /// `CU_DEVICE_ATTRIBUTE_NUMA_CONFIG`, of CUDA 12.2.
+        const NUMA_CONFIG: u32 = 130;
+        /// `CU_DEVICE_NUMA_CONFIG_NUMA_NODE`.
+        const NUMA_NODE: c_int = 1;
+        if self.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_INTEGRATED)? != 0 {
+            return Ok(true);
+        }
+        let mut value = 0;
+        // SAFETY: `value` outlives the call.
+        let code =
+            unsafe { (self.api.cuDeviceGetAttribute)(&raw mut value, NUMA_CONFIG, self.device) };
+        // Drivers that do not know of it know of no such devices.
+        if code == INVALID_VALUE {
+            return Ok(false);
+        }
+        self.check("cuDeviceGetAttribute", 0, code)?;
+        Ok(value == NUMA_NODE)
     }
 
     /// What virtual memory is a multiple of; `None` where the device has none.

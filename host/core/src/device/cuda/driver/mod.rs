@@ -40,6 +40,8 @@ pub(super) use queue::{CudaQueue, Kept};
 use tiles::EncodeTiled;
 pub(super) use transfer::Staging;
 
+/// `CUDA_ERROR_INVALID_VALUE`.
+const INVALID_VALUE: c_uint = 1;
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 const OUT_OF_MEMORY: c_uint = 2;
 /// `CUDA_ERROR_NOT_READY`.

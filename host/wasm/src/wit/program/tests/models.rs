@@ -285,6 +285,26 @@ fn what_the_host_keeps_of_models_is_bounded() {
         told::<()>(Err(error)),
         errors::Error::Unsupported(_)
     ));
-    kept.pop();
+    // A slice is kept as a tensor is, and each of its ranges.
+    kept.clear();
+    let slice = |ranges: usize| tightfit::types::Slice {
+        tensor: 0,
+        dimension: 0,
+        ranges: vec![0..1; ranges],
+        placement: tightfit::types::Placement {
+            device: None,
+            format: tightfit::types::Format::Stored,
+        },
+    };
+    let told = |slices: &[tightfit::types::Slice]| {
+        told(loader.keep(&checkpoint, slices, &Stop::default()))
+    };
+    let many = told(&vec![slice(1); 2_000_000]);
+    assert!(matches!(many, errors::Error::Unsupported(_)));
+    let long = told(&vec![slice(1000); 4000]);
+    assert!(matches!(long, errors::Error::Unsupported(_)));
+    let few = loader.keep(&checkpoint, &vec![slice(2); 1000], &Stop::default());
+    kept.push(done(few));
+    kept.clear();
     kept.push(done(loader.keep(&checkpoint, &[], &Stop::default())));
 }

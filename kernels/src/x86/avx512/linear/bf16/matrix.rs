@@ -3,17 +3,9 @@
 use std::{arch::x86_64::*, ops::Range};
 
 use super::{LANES, UNIT};
-use crate::{LinearWeights, NESTED_BLOCK_SIZE, QuantType, Scales, float, x86::avx512::memory::*};
-
-/// Codes lose less in bf16 if they are all multiplied with the same number first, which sums are
-/// divided by. FP4's become exact; for NF4 it is the number for which the sum of the squares of what
-/// rounding loses is least.
-const fn code_factor(quant_type: QuantType) -> f32 {
-    match quant_type {
-        QuantType::Nf4 => 1.437_006,
-        QuantType::Fp4 => 3.0,
-    }
-}
+use crate::{
+    LinearWeights, NESTED_BLOCK_SIZE, Scales, float, linear::code_factor, x86::avx512::memory::*,
+};
 
 /// Weights as they are read here.
 pub(super) struct Matrix<'a> {
