@@ -15,7 +15,8 @@ use tightfit_cli::draw::{self, BarStyle, Heading};
 
 use crate::checkpoint::{Checkpoint, Slice, find_part};
 use crate::failure::Failure;
-use crate::{command, policies, work};
+use crate::policies::{self, ByWholeNames};
+use crate::{command, work};
 
 /// Columns of a plan that is printed.
 const COLUMNS: usize = 100;
@@ -353,7 +354,7 @@ pub(crate) fn plan(
             .with_reserved_headroom(reserve_headroom)
             .with_cancel(cancel.clone());
         let infos = planned_devices(&devices)?;
-        let proposed = propose_with(&checkpoint, &*policy, &infos, &settings, &options)
+        let proposed = propose_with(&checkpoint, &ByWholeNames(&*policy), &infos, &settings, &options)
             .map_err(|error| Failure::from(error).on(&infos))?;
         Ok(Plan {
             checkpoint,

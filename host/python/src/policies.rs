@@ -7,8 +7,52 @@ use tightfit_wasm::policy::{BUILTIN_POLICIES, WasmPolicy};
 use tightfit_wasm::sandbox::{Cache, Compiler, CompilerProgram, Limits, SandboxOptions};
 
 use tightfit::cancel::CancelToken;
+use tightfit::checkpoint::TensorInfo;
+use tightfit::policy::{Answer, Description, Policy, PolicyError, Request};
 
 use crate::failure::Failure;
+
+/// Asks a policy about parts of tensors by the tensors' names, where it has one part of each: rules for
+/// formats and device maps go by names.
+pub(crate) struct ByWholeNames<'p>(pub(crate) &'p dyn Policy);
+
+impl Policy for ByWholeNames<'_> {
+    fn describe(&self) -> Result<Description, PolicyError> {
+        self.0.describe()
+    }
+
+    fn label(&self) -> Option<&str> {
+        self.0.label()
+    }
+
+    fn plan(&self, request: &Request<'_>) -> Result<Answer, PolicyError> {
+        let mut times: HashMap<&str, usize> = HashMap::new();
+        for tensor in request.tensors {
+            *times.entry(whole_name(tensor)).or_default() += 1;
+        }
+        if request.tensors.iter().all(|tensor| tensor.piece.is_none()) {
+            return self.0.plan(request);
+        }
+        let renamed = |tensor: &TensorInfo| {
+            let mut renamed = tensor.clone();
+            let name = whole_name(tensor);
+            if times.get(name) == Some(&1) {
+                name.clone_into(&mut renamed.name);
+            }
+            renamed
+        };
+        let tensors: Vec<TensorInfo> = request.tensors.iter().map(renamed).collect();
+        self.0.plan(&Request {
+            tensors: &tensors,
+            ..*request
+        })
+    }
+}
+
+fn whole_name(tensor: &TensorInfo) -> &str {
+    let piece = tensor.piece.as_deref();
+    piece.map_or(&tensor.name, |piece| &piece.of)
+}
 
 /// Opens a policy by its built-in name or its file, with these limits in place of the usual ones.
 pub(crate) fn open(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +31,10 @@ class Checks:
     def __init__(self, models: Path) -> None:
         self.models = models
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
 
     def load(self, path: Path, dtype: Any = torch.float32, shared: Any = None, **options: Any) -> Any:
-        arguments = {} if shared is None else {"distributed_config": DistributedConfig(**shared)}
+        arguments = {"distributed_config": DistributedConfig(**shared)} if shared else {"device_map": {"": self.device}}
         options.setdefault("bnb_4bit_compute_dtype", dtype)
         return self.ready(
             AutoModelForCausalLM.from_pretrained(
@@ -48,7 +50,7 @@ class Checks:
         return model
 
     def tokens(self, name: str) -> Any:
-        return load_file(self.models / name / "expected.safetensors")["input_ids"]
+        return load_file(self.models / name / "expected.safetensors")["input_ids"].to(self.device)
 
     def difference(self, model: Any, whole: Any, name: str) -> float:
         """The largest of the differences between logits, in units in the last place of bf16."""
@@ -106,6 +108,25 @@ class Checks:
         whole, part = (self.load(path, torch.bfloat16, shared) for shared in (None, {"tp_size": self.world}))
         return {"difference": self.difference(part, whole, name)}
 
+    def stored_experts(self, name: str, source: str) -> dict[str, Any]:
+        path = self.models / name / source
+        options = {"experts": "stored"}
+        whole, part = self.load(path, **options), self.load(path, shared={"tp_size": self.world}, **options)
+        planned = [part.tightfit.plan.bytes, whole.tightfit.plan.bytes]
+        return {"difference": self.difference(part, whole, name), "planned": planned}
+
+    def generate(self, name: str, source: str, how: str) -> dict[str, Any]:
+        path = self.models / name / source
+        answers = []
+        for shared in (None, {how: self.world}):
+            model = self.load(path, shared=shared)
+            given = self.tokens(name)[:1, :5]
+            answer = model.generate(
+                given, attention_mask=torch.ones_like(given), max_new_tokens=8, min_new_tokens=8, do_sample=False
+            )
+            answers.append(answer[0].tolist())
+        return {"answers": answers}
+
     def as_tp_plan(self, name: str, source: str) -> dict[str, Any]:
         """The argument of older versions, which newer ones take too."""
         path = self.models / name / source
@@ -122,7 +143,7 @@ class Checks:
         for shared in (None, {"tp_size": self.world}):
             model = self.load(path, shared=shared)
             torch.manual_seed(0)
-            embedded = torch.randn(1, 5, model.config.hidden_size, requires_grad=True)
+            embedded = torch.randn(1, 5, model.config.hidden_size, requires_grad=True, device=self.device)
             model(inputs_embeds=embedded, use_cache=False).logits.square().mean().backward()
             gradients.append(embedded.grad)
         return {"equal": torch.allclose(*gradients, rtol=1e-3, atol=1e-7), "some": bool(gradients[0].any())}
@@ -165,7 +186,10 @@ class Checks:
 
         def adapted(**options: Any) -> Any:
             config = TightfitConfig(products=False, **options)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16, quantization_config=config)
+            placed = {"device_map": {"": self.device}} if config.options.materialize else {}
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=torch.bfloat16, quantization_config=config, **placed
+            )
             model = peft.prepare_model_for_kbit_training(self.ready(model), use_gradient_checkpointing=False)
             return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear"))
 
@@ -185,6 +209,7 @@ class Checks:
             (which,) = [which for which in begins if which in key]
             begins[which] |= bool(local.any())
             values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(key))) / 20
+            values = values.to(self.device)
             local.detach().copy_(distribute_tensor(values, parameter.device_mesh, parameter.placements).to_local())
             whole.get_parameter(key).data.copy_(values)
         losses = []
@@ -233,7 +258,9 @@ def main() -> None:
     models, output, *names = sys.argv[1:]
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     checks = Checks(Path(models))
     found = {}
     for name in names:

@@ -26,6 +26,10 @@ def test_from_pretrained_runs() -> None:
 @pytest.fixture
 def python_with_ray(tmp_path: Path) -> str:
     """An interpreter that has Ray beside what this one has."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("bitsandbytes")
+    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 16):
+        pytest.skip("this version of transformers cuts models another way")
     if importlib.util.find_spec("ray") is not None:
         return sys.executable
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
@@ -51,10 +55,6 @@ def python_with_ray(tmp_path: Path) -> str:
 
 
 def test_actors_of_ray_share_a_model(python_with_ray: str, golden_models: Path) -> None:
-    transformers = pytest.importorskip("transformers")
-    pytest.importorskip("bitsandbytes")
-    if tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 16):
-        pytest.skip("this version of transformers cuts models another way")
     ended = subprocess.run(
         [python_with_ray, str(EXAMPLES / "ray_actors.py"), str(golden_models / "qwen2_tied" / "bf16")],
         capture_output=True,

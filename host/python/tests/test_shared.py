@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("bitsandbytes")
 
@@ -30,6 +30,10 @@ TWO = [
     "tensor_parallel:qwen3_5_moe:bf16",
     "products:llama:bf16",
     "products:mixtral:bf16",
+    "stored_experts:mixtral:bf16",
+    "stored_experts:qwen3_5_moe:bf16",
+    "generate:llama:bf16:tp_size",
+    "generate:llama:bf16:pp_size",
     "in_bfloat16:llama:nf4",
     "gradient:llama:bf16",
     "pipeline:qwen2_untied:nf4",
@@ -46,25 +50,28 @@ FOUR = [f"tensor_parallel:{model}:bf16" for model in ("llama", "qwen2_tied", "mi
 FOUR += ["tensor_parallel:llama:nf4_dq", "fsdp:llama:nf4"]
 
 
-def run(processes: int, models: Path, output: Path, checks: list[str]) -> list[dict[str, Any]]:
+ON_GPUS = ["tensor_parallel:llama:bf16", "tensor_parallel:mixtral:bf16", "fsdp:llama:bf16", "pipeline:mixtral:bf16"]
+ON_GPUS += [check for check in TWO if check.startswith(("gradient", "generate", "qlora"))]
+
+
+def run(processes: int, models: Path, output: Path, checks: list[str], **environment: str) -> list[dict[str, Any]]:
     """What each process found."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [str(Path(__file__).parent / "shared.py"), str(models), str(output), *checks]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=600, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-20000:]
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
 @pytest.fixture(scope="module")
 def two(golden_models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(2, golden_models, tmp_path_factory.mktemp("two"), TWO)
+    return run(2, golden_models, tmp_path_factory.mktemp("two"), TWO, CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.fixture(scope="module")
 def four(golden_models: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run(4, golden_models, tmp_path_factory.mktemp("four"), FOUR)
+    return run(4, golden_models, tmp_path_factory.mktemp("four"), FOUR, CUDA_VISIBLE_DEVICES="")
 
 
 def each(found: list[dict[str, Any]], check: str) -> list[tuple[str, dict[str, Any]]]:
@@ -98,6 +105,18 @@ def test_a_process_reads_its_part(two: list[dict[str, Any]]) -> None:
 def test_products_are_tightfits(two: list[dict[str, Any]]) -> None:
     for name, result in each(two, "products"):
         assert result["products"] and result["difference"] < 0.05, (name, result)
+
+
+def test_experts_may_stay_as_they_are(two: list[dict[str, Any]]) -> None:
+    for name, result in each(two, "stored_experts"):
+        part, whole = result["planned"]
+        assert result["difference"] < 0.05 and part < 0.6 * whole, (name, result)
+
+
+def test_all_generate_the_same(two: list[dict[str, Any]]) -> None:
+    for name, result in each(two, "generate"):
+        whole, part = result["answers"]
+        assert part == whole and len(whole) == 13, (name, result)
 
 
 def test_in_bfloat16_it_differs_by_rounding(two: list[dict[str, Any]]) -> None:
@@ -154,3 +173,18 @@ def test_what_one_refuses_all_refuse(two: list[dict[str, Any]]) -> None:
         assert told["both"][0] == "RuntimeError" or "one way" in told["both"][1]
         assert told["model"][0] == "UsageError" and "another model" in told["model"][1]
         assert told["save"][0] == "ValueError" and "part" in told["save"][1]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_gpus(golden_models: Path, tmp_path: Path) -> None:
+    found = run(2, golden_models, tmp_path, ON_GPUS)
+    for of_rank in found:
+        for name, result in of_rank.items():
+            assert result.get("difference", 0) < 0.5, (name, result)
+            assert result.get("peak", 0) in ([True], 0) or result["peak"] < 0.7, (name, result)
+    for name, result in each(found, "generate"):
+        whole, part = result["answers"]
+        assert part == whole, (name, result)
+    for name, result in each(found, "qlora"):
+        whole, part = result["losses"]
+        assert part == pytest.approx(whole, rel=1e-2), (name, result)

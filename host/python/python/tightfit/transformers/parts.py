@@ -7,7 +7,9 @@ that one process alone would have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +17,8 @@ import torch
 from bitsandbytes.nn import Linear4bit
 
 from .mapping import Target
+
+logger = logging.getLogger("tightfit.transformers")
 
 # Elements that share a scale; blocks follow each other through the rows.
 BLOCK = 64
@@ -37,6 +41,15 @@ class Part:
         """What of it is in a tensor that is the indices from ``start`` on of this one, along a dimension of its own."""
         cut = [(max(first, start) - start, min(end, start + length) - start) for first, end in self.ranges]
         return Part(dimension, tuple((first, end) for first, end in cut if first < end), length)
+
+    def is_in_blocks(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of this shape is cut between blocks only: then a part has the blocks of the whole."""
+        inner = math.prod(shape[self.dimension + 1 :])
+        edges = [edge for each in self.ranges for edge in each]
+        if self.dimension > 0:
+            # Each of what the dimensions before count begins with a block.
+            edges.append(self.length)
+        return all(edge * inner % BLOCK == 0 or edge == self.length and self.dimension == 0 for edge in edges)
 
     def in_blocks(self) -> Part:
         """The same from where a block begins to where one ends, for columns of a weight in 4 bits."""
@@ -123,6 +136,7 @@ def of_tensors(
         if target is not None:
             halves[target.key] = max(halves.get(target.key, 1), target.half + 1)
     found = {}
+    torn = []
     for name, target in targets.items():
         part = None if target is None else of_parameters.get(target.key)
         if target is None or part is None:
@@ -146,7 +160,17 @@ def of_tensors(
         is_quantized = formats[name].startswith("nf4") or info.quantized in ("nf4", "fp4")
         if is_quantized and cut.dimension == len(info.shape) - 1:
             cut = cut.in_blocks()
+        if is_quantized and not cut.is_in_blocks(info.shape):
+            torn.append(name)
         found[name] = cut
+    if torn:
+        logger.warning(
+            "%d weights are cut within blocks of %d, %s first: parts have blocks of their own, and logits differ from "
+            "those of one process by how weights are rounded",
+            len(torn),
+            BLOCK,
+            torn[0],
+        )
     return found
 
 

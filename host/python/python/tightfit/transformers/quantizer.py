@@ -177,6 +177,8 @@ class TightfitHfQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
         if not self.options.materialize:
             if self._shared is not None:
                 raise ValueError("distributed_config shards a model before it is loaded: leave materialize=False out")
+            if self._filled_map is not None:
+                raise ValueError("materialize=False puts nothing on devices: leave device_map out")
             opened = tightfit.open(checkpoint_files)
             self._unfilled = materializing.Unfilled(self, model, opened, _caller.asked().get("key_mapping"))
             self._unfilled.pack(model)
