@@ -14,7 +14,14 @@ use crate::command::help;
 /// Prints what a shell reads.
 pub(crate) fn print(options: &CompletionsOptions) -> Result<(), CommandError> {
     let mut text = Vec::new();
-    clap_complete::generate(options.shell, &mut help::command(), "tightfit", &mut text);
+    let command = help::command();
+    // What is hidden would be completed by some shells.
+    let shown = command.get_subcommands().filter(|one| !one.is_hide_set());
+    let mut shown = Command::new("tightfit")
+        .version(env!("CARGO_PKG_VERSION"))
+        .subcommands(shown.cloned())
+        .args(command.get_arguments().cloned());
+    clap_complete::generate(options.shell, &mut shown, "tightfit", &mut text);
     // Not as help is printed, whose control characters are escaped.
     Destination::Stdout
         .write(&text)

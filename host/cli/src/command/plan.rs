@@ -96,7 +96,8 @@ fn show(
         .devices
         .iter()
         .filter(|plan| plan.device.kind == DeviceKind::Cuda && plan.size.reserved > 0);
-    let buffers = gpus.count() * WRITER_BUFFERS;
+    // Of whichever GPU a worker writes to.
+    let buffers = gpus.count().min(1) * WRITER_BUFFERS;
     StagingRing::new(staging, 1, buffers).map_err(LoadError::Staging)?;
     if let Some(path) = &options.svg {
         let drawing = drawing(checkpoint, proposed);

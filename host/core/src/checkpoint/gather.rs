@@ -86,10 +86,10 @@ impl Gather {
         let mut runs = Vec::with_capacity(self.runs.len());
         // Whole strides need no edges within.
         if let Some(all) = self.contiguous() {
-            let runs =
-                [edge_of(all.start, block, self.whole)?..edge_of(all.end, block, self.whole)?];
+            let edge = |number| edge_of(number, block, self.whole);
+            let run = edge(all.start)?..edge(all.end)?;
             let blocks = self.whole.div_ceil(block);
-            return Some(Gather::new(blocks, runs, blocks));
+            return Some(Gather::new(blocks, Some(run), blocks));
         }
         for run in &self.runs {
             runs.push(edge(run.start)?..edge(run.end)?);
@@ -205,7 +205,7 @@ mod tests {
             let start = start.min(columns - 1);
             let end = (start + length).min(columns);
             let whole = rows * columns;
-            let gather = Gather::new(columns, [start..end], whole);
+            let gather = Gather::new(columns, Some(start..end), whole);
             let all: Vec<u64> = gather.segments(0, gather.len()).flatten().collect();
             // By hand: the blocks of these elements have no others.
             let mut blocks: Vec<u64> = all.iter().map(|at| at / block).collect();

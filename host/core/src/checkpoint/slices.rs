@@ -408,7 +408,6 @@ fn merged(ranges: &[Range<u64>]) -> Vec<Range<u64>> {
 
 /// What is left of a quantization, and where its scales lie unless they follow each other. `None` where a
 /// block is cut.
-#[expect(clippy::type_complexity, reason = "it is taken apart at once")]
 fn cut_quantized(
     quantized: &Quantized,
     gather: &Gather,

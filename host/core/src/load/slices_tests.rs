@@ -1,4 +1,8 @@
 //! Slices of tensors against the tensors that they are of.
+#![expect(
+    clippy::single_range_in_vec_init,
+    reason = "a range is what is meant, not its numbers"
+)]
 
 use std::ops::Range;
 
