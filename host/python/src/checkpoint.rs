@@ -203,7 +203,10 @@ impl Checkpoint {
         let cut = || {
             let place = |slice: Slice| {
                 let index = self.inner.find(&slice.tensor).ok_or_else(|| {
-                    Failure::usage(format_args!("slices: there is no tensor '{}'", slice.tensor))
+                    Failure::usage(format_args!(
+                        "slices: there is no tensor '{}'",
+                        slice.tensor
+                    ))
                 })?;
                 let ranges = slice.ranges.into_iter();
                 Ok(tightfit::types::Slice {

@@ -354,8 +354,14 @@ pub(crate) fn plan(
             .with_reserved_headroom(reserve_headroom)
             .with_cancel(cancel.clone());
         let infos = planned_devices(&devices)?;
-        let proposed = propose_with(&checkpoint, &ByWholeNames(&*policy), &infos, &settings, &options)
-            .map_err(|error| Failure::from(error).on(&infos))?;
+        let proposed = propose_with(
+            &checkpoint,
+            &ByWholeNames(&*policy),
+            &infos,
+            &settings,
+            &options,
+        )
+        .map_err(|error| Failure::from(error).on(&infos))?;
         Ok(Plan {
             checkpoint,
             proposed: Arc::new(proposed),
