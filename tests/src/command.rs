@@ -255,14 +255,25 @@ impl Running {
     }
 }
 
-/// Bytes that a process has read from files so far.
+/// Bytes that a process has read from files so far, without those that it has looked at in the page cache.
 #[cfg(target_os = "linux")]
 pub fn bytes_read(process: u32) -> u64 {
+    count_of(process, "rchar: ")
+}
+
+/// Bytes that a process has written to files so far.
+#[cfg(target_os = "linux")]
+pub fn bytes_written(process: u32) -> u64 {
+    count_of(process, "wchar: ")
+}
+
+#[cfg(target_os = "linux")]
+fn count_of(process: u32, name: &str) -> u64 {
     let Ok(text) = fs::read_to_string(format!("/proc/{process}/io")) else {
         return 0;
     };
     text.lines()
-        .find_map(|line| line.strip_prefix("rchar: "))
+        .find_map(|line| line.strip_prefix(name))
         .map_or(0, |count| count.parse().unwrap())
 }
 

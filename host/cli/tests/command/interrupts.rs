@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use tightfit::checkpoint::Checkpoint;
-use tightfit_tests::command::{Scratchpad, bytes_read};
+use tightfit_tests::command::{Scratchpad, bytes_read, bytes_written};
 use tightfit_tests::guests::{HOSTILE, Handwritten};
 use tightfit_tests::models;
 use tightfit_tests::saving::{files, names};
@@ -182,16 +182,14 @@ fn a_save_that_is_killed_leaves_nothing_under_its_name_or_everything() {
     scratchpad.run(&save("whole")).succeeds();
     let whole = files(&scratchpad.path("whole"));
     assert!(whole.len() > 3, "{} files", whole.len());
-    let source = fs::metadata(scratchpad.path("m/model.safetensors"))
-        .unwrap()
-        .len();
+    let written: usize = whole.values().map(Vec::len).sum();
     let mut killed = 0;
     for moment in 0..MOMENTS {
         let out = scratchpad.path("out");
-        // The last are when everything has been read: files are written, moved, named.
-        let begun = source * moment / (MOMENTS - 2);
+        // The last are when everything has been written: files are moved, named.
+        let begun = written as u64 * moment / (MOMENTS - 2);
         let mut running = scratchpad.start(&save("out"));
-        killed += u64::from(running.kill_when(|process| bytes_read(process) >= begun));
+        killed += u64::from(running.kill_when(|process| bytes_written(process) >= begun));
         running.finish();
         if out.exists() {
             assert!(files(&out) == whole, "killed after {begun} bytes");

@@ -86,7 +86,7 @@ fn a_timeline_ends_with_what_was_planned() {
         assert!(lane.contains(&format!(">{name}: ")), "{drawing}");
     }
     assert_eq!(drawing.matches("class=\"lane\"").count(), 3, "{drawing}");
-    assert!(drawing.contains("staging: 64.0 MiB planned"), "{drawing}");
+    assert!(drawing.contains("staging: 64.00 MiB planned"), "{drawing}");
 }
 
 #[test]
