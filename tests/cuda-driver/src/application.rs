@@ -48,7 +48,7 @@ impl Application {
             context,
             stream,
         };
-        application.within(|driver| {
+        application.apart(|driver| {
             // Without the flag for streams that do not wait for the default one.
             call!(driver, cuStreamCreate(&raw mut stream => *mut *mut c_void, 0 => c_uint));
         });
@@ -56,6 +56,7 @@ impl Application {
         application
     }
 
+    /// In its context.
     fn within<T>(&self, work: impl FnOnce(&Library) -> T) -> T {
         let driver = &self.driver;
         let mut popped = ptr::null_mut();
@@ -65,6 +66,19 @@ impl Application {
         result
     }
 
+    /// The same for what waits or allocates: without ending what other threads capture, as other tests do on a
+    /// real driver.
+    fn apart<T>(&self, work: impl FnOnce(&Library) -> T) -> T {
+        const RELAXED: c_uint = 2;
+        self.within(|driver| {
+            let mut mode = RELAXED;
+            call!(driver, cuThreadExchangeStreamCaptureMode(&raw mut mode => *mut c_uint));
+            let result = work(driver);
+            call!(driver, cuThreadExchangeStreamCaptureMode(&raw mut mode => *mut c_uint));
+            result
+        })
+    }
+
     /// Its stream, a `CUstream`.
     pub fn stream(&self) -> *mut c_void {
         self.stream
@@ -72,7 +86,7 @@ impl Application {
 
     /// Waits for its stream.
     pub fn synchronize(&self) {
-        self.within(|driver| call!(driver, cuStreamSynchronize(self.stream => *mut c_void)));
+        self.apart(|driver| call!(driver, cuStreamSynchronize(self.stream => *mut c_void)));
     }
 
     /// Its device, as launches depend on it.
@@ -100,7 +114,7 @@ impl Application {
     pub fn kernel(&self, image: &[u8], name: &CStr, shared_bytes: u32) -> Kernel<'_> {
         const MAX_DYNAMIC_SHARED: c_uint = 8;
         let (mut module, mut function) = (ptr::null_mut(), ptr::null_mut());
-        self.within(|driver| {
+        self.apart(|driver| {
             call!(
                 driver,
                 cuModuleLoadData(
@@ -154,6 +168,8 @@ impl Application {
                 driver,
                 cuStreamEndCapture(stream => *mut c_void, &raw mut graph => *mut *mut c_void)
             );
+        });
+        self.apart(|driver| {
             call!(
                 driver,
                 cuGraphInstantiateWithFlags(
@@ -173,7 +189,7 @@ impl Application {
     /// Copies bytes to an address, and waits.
     pub fn put(&self, address: u64, bytes: &[u8]) {
         let mut locked = ptr::null_mut();
-        self.within(|driver| {
+        self.apart(|driver| {
             call!(
                 driver,
                 cuMemHostAlloc(&raw mut locked => *mut *mut c_void, bytes.len().max(1) => usize, 0 => c_uint)
@@ -191,13 +207,13 @@ impl Application {
             );
         });
         self.synchronize();
-        self.within(|driver| call!(driver, cuMemFreeHost(locked => *mut c_void)));
+        self.apart(|driver| call!(driver, cuMemFreeHost(locked => *mut c_void)));
     }
 
     /// Copies bytes from an address.
     pub fn get(&self, address: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0u8; len];
-        self.within(|driver| {
+        self.apart(|driver| {
             call!(
                 driver,
                 cuMemcpyDtoH_v2(bytes.as_mut_ptr().cast() => *mut c_void, address => u64, len => usize)
@@ -267,7 +283,7 @@ impl Kernel<'_> {
 impl Drop for Kernel<'_> {
     fn drop(&mut self) {
         self.application
-            .within(|driver| call!(driver, cuModuleUnload(self.module => *mut c_void)));
+            .apart(|driver| call!(driver, cuModuleUnload(self.module => *mut c_void)));
     }
 }
 
@@ -291,7 +307,7 @@ impl Graph<'_> {
 
 impl Drop for Graph<'_> {
     fn drop(&mut self) {
-        self.application.within(|driver| {
+        self.application.apart(|driver| {
             call!(driver, cuGraphExecDestroy(self.executable => *mut c_void));
         });
     }
@@ -299,7 +315,7 @@ impl Drop for Graph<'_> {
 
 impl Drop for Application {
     fn drop(&mut self) {
-        self.within(|driver| call!(driver, cuStreamDestroy_v2(self.stream => *mut c_void)));
+        self.apart(|driver| call!(driver, cuStreamDestroy_v2(self.stream => *mut c_void)));
         call!(self.driver, cuDevicePrimaryCtxRelease_v2(self.device => c_int));
     }
 }
