@@ -8,6 +8,10 @@ use super::LoadError;
 use crate::checkpoint::{Checkpoint, Gather, Mappings, ReadCodes, TensorInfo, Window};
 use crate::device::Staged;
 
+/// Most bytes of a file that are looked at for one chunk: a narrow slice lies all over its tensor, and what is
+/// looked at is locked in memory meanwhile.
+const MOST_SPANNED: u64 = 64 << 20;
+
 /// Where a chunk is read from.
 #[derive(Clone, Copy)]
 pub(super) struct Source<'a> {
@@ -48,6 +52,9 @@ impl Source<'_> {
             (Some(_), None) => return None,
             (Some(tensor), Some(gather)) => {
                 let span = gather.span(self.offset, self.offset + self.bytes as u64);
+                if span.end - span.start > MOST_SPANNED {
+                    return None;
+                }
                 (tensor.offset + span.start, (span.end - span.start) as usize)
             }
         };
