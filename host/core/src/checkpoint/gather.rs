@@ -77,28 +77,21 @@ impl Gather {
     /// The blocks of so many elements that these are; `None` where one is cut. The last of the whole may be
     /// shorter.
     pub(super) fn in_blocks(&self, block: u64) -> Option<Gather> {
-        let is_one_stride = self.whole <= self.stride;
-        let edge = |number: u64| match number.is_multiple_of(block) {
-            true => Some(number / block),
-            false if is_one_stride && number == self.whole => Some(number.div_ceil(block)),
-            false => None,
+        let edge = |number: u64| {
+            let is_edge = number.is_multiple_of(block) || number == self.whole;
+            is_edge.then(|| number.div_ceil(block))
         };
-        let mut runs = Vec::with_capacity(self.runs.len());
+        let blocks = self.whole.div_ceil(block);
         // Whole strides need no edges within.
         if let Some(all) = self.contiguous() {
-            let edge = |number| edge_of(number, block, self.whole);
             let run = edge(all.start)?..edge(all.end)?;
-            let blocks = self.whole.div_ceil(block);
             return Some(Gather::new(blocks, Some(run), blocks));
         }
+        let mut runs = Vec::with_capacity(self.runs.len());
         for run in &self.runs {
             runs.push(edge(run.start)?..edge(run.end)?);
         }
-        Some(Gather::new(
-            edge(self.stride)?,
-            runs,
-            self.whole.div_ceil(block),
-        ))
+        Some(Gather::new(edge(self.stride)?, runs, blocks))
     }
 
     /// Where numbers `start..end` of these lie in the whole, in order.
@@ -128,6 +121,25 @@ impl Gather {
         }
     }
 
+    /// Copies numbers `start..end` to `out`, of `each` bytes each, from bytes of the whole that begin with
+    /// number `first` and have them all.
+    pub(crate) fn copy(
+        &self,
+        Range { start, end }: Range<u64>,
+        each: u64,
+        (first, bytes): (u64, &[u8]),
+        out: &mut [u8],
+    ) {
+        let mut rest = out;
+        for segment in self.segments(start, end) {
+            let within = &bytes[(each * (segment.start - first)) as usize..];
+            let length = (each * (segment.end - segment.start)) as usize;
+            let (piece, others) = rest.split_at_mut(length);
+            piece.copy_from_slice(&within[..length]);
+            rest = others;
+        }
+    }
+
     /// How many follow each other at least, but at both ends.
     pub(crate) fn shortest_run(&self) -> u64 {
         let runs = self.runs.iter().map(|run| run.end - run.start);
@@ -142,13 +154,6 @@ impl Gather {
     /// How many there are of one stride.
     pub(crate) fn of_stride(&self) -> u64 {
         self.each
-    }
-}
-
-fn edge_of(number: u64, block: u64, whole: u64) -> Option<u64> {
-    match number.is_multiple_of(block) || number == whole {
-        true => Some(number.div_ceil(block)),
-        false => None,
     }
 }
 

@@ -271,10 +271,16 @@ impl Checkpoint {
             };
             ties.iter().filter_map(tie).collect()
         };
+        let (ties, untied) = (moved(&self.ties), moved(&self.untied));
+        self.derived(tensors, ties, untied)
+    }
+
+    /// The same checkpoint with other tensors of its files, and ties of these.
+    fn derived(&self, tensors: Vec<TensorInfo>, ties: Vec<Tie>, untied: Vec<Tie>) -> Checkpoint {
         Checkpoint {
             config: self.config.clone(),
-            ties: moved(&self.ties),
-            untied: moved(&self.untied),
+            ties,
+            untied,
             metadata: self.metadata.clone(),
             remarks: self.remarks.clone(),
             quantization: self.quantization.clone(),

@@ -146,12 +146,9 @@ impl Checkpoint {
             let span = gather.span(next, until);
             let spanned = &mut scratch[..(span.end - span.start) as usize];
             read(span.start, spanned)?;
-            for segment in gather.segments(next, until) {
-                let within = &spanned[(segment.start - span.start) as usize..];
-                let (piece, others) = rest.split_at_mut((segment.end - segment.start) as usize);
-                piece.copy_from_slice(&within[..piece.len()]);
-                rest = others;
-            }
+            let (piece, others) = rest.split_at_mut((until - next) as usize);
+            gather.copy(next..until, 1, (span.start, spanned), piece);
+            rest = others;
             beside += (span.end - span.start) - (until - next);
             next = until;
         }
@@ -202,13 +199,9 @@ impl Checkpoint {
             let span = gather.span(next, until);
             let spanned = &mut spanned[..4 * (span.end - span.start) as usize];
             reading.read(form, span.start, spanned, scratch)?;
-            for segment in gather.segments(next, until) {
-                let within = &spanned[4 * (segment.start - span.start) as usize..];
-                let bytes = 4 * (segment.end - segment.start) as usize;
-                let (piece, others) = rest.split_at_mut(bytes);
-                piece.copy_from_slice(&within[..bytes]);
-                rest = others;
-            }
+            let (piece, others) = rest.split_at_mut(4 * (until - next) as usize);
+            gather.copy(next..until, 4, (span.start, spanned), piece);
+            rest = others;
             beside += form.bytes_of((span.end - span.start) - (until - next));
             next = until;
         }

@@ -275,16 +275,8 @@ impl Checkpoint {
                 })
                 .collect()
         };
-        Ok(Checkpoint {
-            config: self.config.clone(),
-            ties: moved(&self.ties),
-            untied: moved(&self.untied),
-            metadata: self.metadata.clone(),
-            remarks: self.remarks.clone(),
-            quantization: self.quantization.clone(),
-            encoded: self.encoded,
-            ..self.view(tensors)
-        })
+        let (ties, untied) = (moved(&self.ties), moved(&self.untied));
+        Ok(self.derived(tensors, ties, untied))
     }
 
     /// Whether some of its tensors are parts of others.

@@ -74,13 +74,8 @@ impl Source<'_> {
         };
         let begin = gather.span(self.offset, self.offset + 1).start;
         let first = self.offset + start as u64;
-        let mut rest = &mut *buffer;
-        for segment in gather.segments(first, first + rest.len() as u64) {
-            let within = &window[(segment.start - begin) as usize..];
-            let (piece, others) = rest.split_at_mut((segment.end - segment.start) as usize);
-            piece.copy_from_slice(&within[..piece.len()]);
-            rest = others;
-        }
+        let end = first + buffer.len() as u64;
+        gather.copy(first..end, 1, (begin, window), buffer);
         buffer
     }
 
