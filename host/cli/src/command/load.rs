@@ -8,7 +8,7 @@ use tightfit::device::{Device, WorldDevices, open_devices};
 use tightfit::load::{self, QuantizeOn, ReservedPlan};
 use tightfit::memory::DEFAULT_STAGING;
 use tightfit::model::Model;
-use tightfit::ranks::{PlanDigest, World};
+use tightfit::ranks::World;
 use tightfit::report::Report;
 use tightfit::save::check_target;
 
@@ -34,10 +34,7 @@ pub(crate) fn load(options: &LoadOptions, cancel: CancelToken) -> Result<(), Com
     let recorder = options.timeline.as_ref().map(|_| Recorder::new());
     let placed = session::reserve_with(&options.placement.policy, &checkpoint, &devices, &cancel)?;
     let proposed = placed.proposed.clone();
-    if options.placement.ranks.digest.is_some() {
-        let digest = PlanDigest::of(&checkpoint, &proposed.plan);
-        ranks::check_digest(&options.placement.ranks, &digest)?;
-    }
+    ranks::check_plan(&options.placement.ranks, &checkpoint, &proposed.plan)?;
     if options.save.is_some() {
         save::check_plan(&proposed)?;
     }

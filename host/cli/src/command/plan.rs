@@ -43,8 +43,7 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), CommandError> {
         return diff::run(&checkpoint, &devices, [a, b], policy, &options.output);
     }
     let proposed = session::propose_with(policy, &checkpoint, &devices, &CancelToken::new())?;
-    let digest = PlanDigest::of(&checkpoint, &proposed.plan);
-    ranks::check_digest(asked, &digest)?;
+    ranks::check_plan(asked, &checkpoint, &proposed.plan)?;
     let outside = |report: Report| match world {
         None => report,
         Some(world) => {
@@ -54,7 +53,7 @@ pub(crate) fn run(options: &PlanOptions) -> Result<(), CommandError> {
                 agreed: false,
                 turned_away: 0,
             };
-            report.with_ranks(ranks, &digest)
+            report.with_ranks(ranks, &PlanDigest::of(&checkpoint, &proposed.plan))
         }
     };
     show(options, &checkpoint, &proposed, staging, outside)
@@ -109,13 +108,13 @@ fn show(
     if options.placements {
         report = report.with_placements(checkpoint, &proposed.plan);
     }
-    let cut = proposed.plan.cut(checkpoint).unwrap_or(None);
     if options.output.json {
         return output::print_json(&report);
     }
     if options.output.quiet {
         return Ok(());
     }
+    let cut = proposed.plan.cut(checkpoint).unwrap_or(None);
     output::print(&draw::plan(
         &report,
         cut.as_ref().unwrap_or(checkpoint).tensors(),

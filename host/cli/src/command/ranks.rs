@@ -46,8 +46,19 @@ impl Place {
     }
 }
 
-/// Refuses a plan that is not the one asked for.
-pub(crate) fn check_digest(options: &RankOptions, digest: &PlanDigest) -> Result<(), RankError> {
+/// Refuses a plan that is not the one asked for, if one was.
+pub(crate) fn check_plan(
+    options: &RankOptions,
+    checkpoint: &Checkpoint,
+    plan: &Plan,
+) -> Result<(), RankError> {
+    match options.digest {
+        Some(_) => check_digest(options, &PlanDigest::of(checkpoint, plan)),
+        None => Ok(()),
+    }
+}
+
+fn check_digest(options: &RankOptions, digest: &PlanDigest) -> Result<(), RankError> {
     match options.digest {
         Some(need) if need != digest.whole => Err(RankError::NotTheDigest {
             need,
