@@ -47,6 +47,8 @@ pub(crate) struct Books {
     pub(crate) graphs: HashMap<u64, Graph>,
     /// Names of the calls, in order.
     pub(crate) calls: Vec<&'static str>,
+    /// Those that [`Setup::fail_at`] counts.
+    counted: u64,
     /// The kernels that were launched, in order.
     pub(crate) launches: Vec<&'static str>,
     pub(crate) faults: Vec<String>,
@@ -103,6 +105,7 @@ impl Books {
             modules: Modules::default(),
             graphs: HashMap::new(),
             calls: Vec::new(),
+            counted: 0,
             launches: Vec::new(),
             faults: Vec::new(),
             host_peak: 0,
@@ -220,11 +223,15 @@ pub(crate) fn call(name: &'static str, kind: Kind, work: impl FnOnce(&mut Books)
         return NOT_INITIALIZED;
     };
     books.calls.push(name);
-    let number = books.calls.len() as u64;
+    let setup = &books.setup;
+    let counts = setup.fail_on.is_none_or(|device| top() == Some(device))
+        && (setup.fail_call.is_empty() || setup.fail_call == name);
+    books.counted += u64::from(counts);
+    let number = books.counted;
     let failing = books
         .setup
         .fail_at
-        .is_some_and(|at| number == at || (books.setup.for_good && number > at));
+        .is_some_and(|at| counts && (number == at || (books.setup.for_good && number > at)));
     if failing && (kind == Kind::Takes || books.setup.for_good) {
         return books.setup.error;
     }
