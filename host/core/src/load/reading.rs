@@ -15,8 +15,8 @@ pub(super) enum Way {
     Read,
 }
 
-/// One in so many chunks at most, and at least, goes the slower way. Between them it is as often as takes a hundredth
-/// more time than never: with many workers to map can take ten times as long as to read, for all share one table of pages.
+/// One chunk in 32 to 512 goes the slower way: in so many as takes a hundredth more time than none. With many workers
+/// to map can take ten times as long as to read, for all share one table of pages.
 const TRIED_AGAIN: (u64, u64) = (32, 512);
 
 /// What a chunk of so many bytes counts against all before it, which smaller ones do by their size. Where it takes
