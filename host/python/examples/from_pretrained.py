@@ -32,12 +32,14 @@ print(plan)
 assert plan.devices[0].reserved == plan.bytes
 
 # %% The model, as ever but for one argument. On a machine with GPUs it is on them, else on the host.
+# ANCHOR: load
 config = tightfit.transformers.TightfitConfig(settings={"context": 4096})
 model = AutoModelForCausalLM.from_pretrained(
     source, dtype=torch.bfloat16, quantization_config=config, device_map="auto"
 )
 for memory in model.tightfit.memory:
     print(f"{memory.name}: {memory.reserved:,} bytes reserved, as planned")
+# ANCHOR_END: load
 
 # %% What it saves, transformers opens without Tightfit.
 saved = Path(work.name) / "saved"

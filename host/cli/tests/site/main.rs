@@ -1,0 +1,177 @@
+//! The site: its links lead somewhere, and what it shows is so. `site/README.md` says what is done with which block.
+#![cfg(unix)]
+
+mod book;
+mod reference;
+mod session;
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::Path;
+
+use book::{Block, Book, blocks, directive, headings, is_external, links, repository};
+use tightfit_tests::command::tightfit;
+
+/// Blocks that are not run, by page and first line, with the reason.
+const NOT_RUN: &[(&str, &str, &str)] = &[];
+
+fn book() -> Book {
+    Book::read(&tightfit()).unwrap_or_else(|error| panic!("{error}"))
+}
+
+#[test]
+fn every_link_leads_somewhere() {
+    let book = book();
+    let mut wrong = Vec::new();
+    for (path, page) in &book.pages {
+        for (_, target) in links(&page.text).unwrap() {
+            if is_external(&target) {
+                continue;
+            }
+            let (file, anchor) = target.split_once('#').unwrap_or((&target, ""));
+            let file = match file {
+                "" => Some(path.clone()),
+                file => resolve(path, file),
+            };
+            let leads_to = file.as_ref().and_then(|file| book.pages.get(file));
+            let known = |page: &book::Page| headings(&page.text).iter().any(|id| id == anchor);
+            if !leads_to.is_some_and(|page| anchor.is_empty() || known(page)) {
+                wrong.push(format!("{}: {target}", path.display()));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "these lead nowhere: {wrong:#?}");
+}
+
+fn resolve(from: &Path, target: &str) -> Option<std::path::PathBuf> {
+    let mut path = from.parent()?.to_owned();
+    for part in target.split('/') {
+        match part {
+            ".." => {
+                path.pop().then_some(())?;
+            }
+            part => path.push(part),
+        }
+    }
+    Some(path)
+}
+
+#[test]
+fn every_page_is_in_the_summary() {
+    let book = book();
+    let summary = &book.pages[Path::new("SUMMARY.md")].text;
+    let listed: BTreeSet<String> = links(summary)
+        .unwrap()
+        .into_iter()
+        .map(|(_, target)| target)
+        .collect();
+    let pages = book.pages.keys().map(|path| path.display().to_string());
+    let pages: BTreeSet<String> = pages.filter(|path| path != "SUMMARY.md").collect();
+    assert_eq!(listed, pages);
+}
+
+/// What is done with a block.
+enum Kind {
+    /// It is run, or written into a file.
+    Done,
+    /// It is shown only.
+    Shown,
+}
+
+/// Decides it; an error where nobody would notice that it does not hold.
+fn kind(page: &str, block: &Block) -> Result<Kind, String> {
+    let first = block.text.lines().next().unwrap_or_default();
+    let lines: Vec<&str> = block.text.lines().collect();
+    let included = match lines[..] {
+        [line] => directive(line)
+            .filter(|(name, _)| *name == "include")
+            .map(|(_, file)| file),
+        _ => None,
+    };
+    if NOT_RUN
+        .iter()
+        .any(|(path, line, _)| *path == page && *line == first)
+    {
+        return Ok(Kind::Shown);
+    }
+    let language = block.info[0].as_str();
+    match (language, included) {
+        _ if session::file(block).is_some() => Ok(Kind::Done),
+        ("console" | "sh", None) => Ok(Kind::Done),
+        (_, Some(file)) => is_tested(page, language, file).map(|()| Kind::Shown),
+        _ => Err("it is neither run nor included, nor listed in NOT_RUN".to_owned()),
+    }
+}
+
+/// Whether code that is included is compiled and run by a test: where that is, it is named.
+fn is_tested(page: &str, language: &str, file: &str) -> Result<(), String> {
+    let path = resolve(
+        &Path::new(book::SOURCES).join(page),
+        file.split(':').next().unwrap_or(file),
+    );
+    let path = path
+        .ok_or("it leads out of the repository")?
+        .display()
+        .to_string();
+    // The reference shows what is compiled anyway.
+    if page.starts_with("reference/") {
+        return Ok(());
+    }
+    let tests = match language {
+        "rust" if path.starts_with("guest/examples/") => "tests/src/foreign.rs",
+        "rust" => "tests/tests/examples.rs",
+        "c" => "host/c/tests/programs.rs",
+        "python" => "host/python/tests/test_example.py",
+        _ => return Ok(()),
+    };
+    let name = match language {
+        "rust" if path.starts_with("guest/examples/") => path.split('/').nth(2),
+        _ => path.split('/').next_back(),
+    };
+    let name = name.ok_or("it has no name")?;
+    let text = fs::read_to_string(repository().join(tests))
+        .map_err(|error| format!("{tests}: {error}"))?;
+    match text.contains(name) {
+        true => Ok(()),
+        false => Err(format!("{tests} does not run {name}")),
+    }
+}
+
+#[test]
+fn what_the_pages_show_is_so() {
+    let book = book();
+    let command = tightfit();
+    let mut wrong = Vec::new();
+    let (mut run, mut unused) = (0, NOT_RUN.to_vec());
+    for (path, page) in &book.pages {
+        let name = path.display().to_string();
+        let expanded = blocks(&page.text);
+        let mut done = Vec::new();
+        for block in blocks(&page.source) {
+            let first = block.text.lines().next().unwrap_or_default();
+            unused.retain(|(page, line, _)| (*page, *line) != (&*name, first));
+            match kind(&name, &block) {
+                Ok(Kind::Shown) => {}
+                Ok(Kind::Done) => done.push(block),
+                Err(error) => wrong.push(format!("{name}:{}: {error}", block.line)),
+            }
+        }
+        // What a file is written with may be included.
+        for block in &mut done {
+            if directive(block.text.trim()).is_some() {
+                let whole = expanded.iter().find(|whole| whole.info == block.info);
+                block.text = whole.expect("it is there, expanded").text.clone();
+            }
+        }
+        run += done.len();
+        if let Err(error) = session::run(&command, path, &done) {
+            wrong.push(error);
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(
+        unused.is_empty(),
+        "NOT_RUN lists what is not there: {unused:#?}"
+    );
+    assert!(run > 0, "no page shows a command");
+}
