@@ -2,6 +2,7 @@
 //!
 //!     cargo run --release --example first_load -- MODEL DEVICE
 
+// ANCHOR: uses
 use std::error::Error;
 use std::io::Write;
 use std::path::Path;
@@ -9,6 +10,7 @@ use std::path::Path;
 use tightfit::types::Bytes;
 use tightfit::{Checkpoint, LoadOptions, load_reserved, open_devices, reserve};
 use tightfit_wasm::{Limits, WasmPolicy};
+// ANCHOR_END: uses
 
 // ANCHOR: load
 pub(crate) fn run(model: &Path, device: &str, out: &mut dyn Write) -> Result<(), Box<dyn Error>> {

@@ -13,7 +13,33 @@ use book::{Block, Book, blocks, directive, headings, is_external, links, reposit
 use tightfit_tests::command::tightfit;
 
 /// Blocks that are not run, by page and first line, with the reason.
-const NOT_RUN: &[(&str, &str, &str)] = &[];
+const NOT_RUN: &[(&str, &str, &str)] = &[
+    (
+        "start/application.md",
+        "cargo new first-load",
+        "wasmtime is compiled for minutes; tests/tests/examples.rs compiles and runs the program",
+    ),
+    (
+        "start/application.md",
+        "cargo build --release -p tightfit-c",
+        "cargo has built it for host/c/tests/programs.rs",
+    ),
+    (
+        "start/application.md",
+        "cc -I host/c/include host/c/examples/first_load.c -L target/release -ltightfit_c -o first_load",
+        "host/c/tests/programs.rs compiles and runs it in two ways",
+    ),
+    (
+        "how-to/ranks.md",
+        "torchrun --no-python --nproc-per-node 4 tightfit load model",
+        "it takes torch, Slurm and GPUs; launchers' variables are tested in host/cli/tests/command/ranks.rs",
+    ),
+    (
+        "how-to/python.md",
+        "pip install ./host/python",
+        "it compiles wasmtime; .ci/run python builds and installs the package",
+    ),
+];
 
 fn book() -> Book {
     Book::read(&tightfit()).unwrap_or_else(|error| panic!("{error}"))
@@ -137,41 +163,100 @@ fn is_tested(page: &str, language: &str, file: &str) -> Result<(), String> {
     }
 }
 
-#[test]
-fn what_the_pages_show_is_so() {
+/// A test for each page that shows commands.
+macro_rules! pages {
+    ($($test:ident: $page:literal,)*) => {
+        const PAGES: &[&str] = &[$($page),*];
+
+        mod what_is_shown_is_so_in {
+            $(#[test]
+            fn $test() {
+                super::is_so($page);
+            })*
+        }
+    };
+}
+
+pages! {
+    start_model: "start/model.md",
+    start_application: "start/application.md",
+    start_policy: "start/policy.md",
+    how_to_small_card: "how-to/small-card.md",
+    how_to_several_cards: "how-to/several-cards.md",
+    how_to_formats: "how-to/formats.md",
+    how_to_ranks: "how-to/ranks.md",
+    how_to_save: "how-to/save.md",
+    how_to_look: "how-to/look.md",
+    how_to_check: "how-to/check.md",
+    explain_sandbox: "explain/sandbox.md",
+    compare: "compare.md",
+}
+
+#[track_caller]
+fn is_so(page: &str) {
     let book = book();
-    let command = tightfit();
+    let page_of = &book.pages[Path::new(page)];
+    let mut done = Vec::new();
+    for block in blocks(&page_of.source) {
+        if matches!(kind(page, &block), Ok(Kind::Done)) {
+            done.push(block);
+        }
+    }
+    // What a file is written with may be included.
+    let expanded = blocks(&page_of.text);
+    for block in &mut done {
+        if directive(block.text.trim()).is_some() {
+            let whole = expanded.iter().find(|whole| whole.info == block.info);
+            block.text = whole.expect("it is there, expanded").text.clone();
+        }
+    }
+    assert!(!done.is_empty(), "{page} shows no command");
+    if let Err(error) = session::run(&tightfit(), Path::new(page), &done) {
+        panic!("{error}");
+    }
+}
+
+#[test]
+fn nothing_is_shown_that_no_test_looks_at() {
     let mut wrong = Vec::new();
-    let (mut run, mut unused) = (0, NOT_RUN.to_vec());
-    for (path, page) in &book.pages {
+    let mut unused = NOT_RUN.to_vec();
+    for (path, page) in &book().pages {
         let name = path.display().to_string();
-        let expanded = blocks(&page.text);
-        let mut done = Vec::new();
         for block in blocks(&page.source) {
             let first = block.text.lines().next().unwrap_or_default();
             unused.retain(|(page, line, _)| (*page, *line) != (&*name, first));
             match kind(&name, &block) {
-                Ok(Kind::Shown) => {}
-                Ok(Kind::Done) => done.push(block),
+                Ok(Kind::Done) if !PAGES.contains(&&*name) => {
+                    wrong.push(format!("{name} has commands and no test"));
+                }
+                Ok(_) => {}
                 Err(error) => wrong.push(format!("{name}:{}: {error}", block.line)),
             }
         }
-        // What a file is written with may be included.
-        for block in &mut done {
-            if directive(block.text.trim()).is_some() {
-                let whole = expanded.iter().find(|whole| whole.info == block.info);
-                block.text = whole.expect("it is there, expanded").text.clone();
-            }
-        }
-        run += done.len();
-        if let Err(error) = session::run(&command, path, &done) {
-            wrong.push(error);
-        }
     }
-    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    assert!(wrong.is_empty(), "{wrong:#?}");
     assert!(
         unused.is_empty(),
         "NOT_RUN lists what is not there: {unused:#?}"
     );
-    assert!(run > 0, "no page shows a command");
+}
+
+/// What a comparison claims was measured, word for word.
+#[test]
+fn figures_of_the_comparison_are_in_the_measurements() {
+    let measured = fs::read_to_string(repository().join("BENCHMARKS.md")).unwrap();
+    let figures = |text: &str| -> BTreeSet<String> {
+        let pieces = text.split(|c: char| !c.is_ascii_digit() && !".,".contains(c));
+        let trimmed = pieces.map(|piece| piece.trim_matches(['.', ',']).to_owned());
+        trimmed.filter(|piece| !piece.is_empty()).collect()
+    };
+    let known = figures(&measured);
+    let page = &book().pages[Path::new("compare.md")].source;
+    let rows = page
+        .lines()
+        .filter(|line| line.starts_with("| ") && line.contains(char::is_numeric));
+    let shown: BTreeSet<String> = rows.flat_map(figures).collect();
+    assert!(shown.len() > 20, "{shown:?}");
+    let unknown: Vec<&String> = shown.difference(&known).collect();
+    assert!(unknown.is_empty(), "not in BENCHMARKS.md: {unknown:?}");
 }

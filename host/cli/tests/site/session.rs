@@ -2,6 +2,7 @@
 
 use std::fmt::Write as _;
 use std::fs;
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -11,6 +12,14 @@ use super::book::{Block, repository};
 
 /// What the site has people depend on, and where it lies here.
 const PACKAGES: &[(&str, &str)] = &[("tightfit-guest", "guest")];
+
+/// Where processes on the site meet.
+const ADDRESS: &str = "127.0.0.1:29671";
+
+/// An address at which nobody listens.
+fn free_address() -> std::io::Result<String> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.to_string())
+}
 
 /// Runs blocks of one page, in order. `command` is `tightfit`. Gives what did not hold.
 pub(crate) fn run(command: &Path, page: &Path, blocks: &[Block]) -> Result<(), String> {
@@ -22,7 +31,9 @@ pub(crate) fn run(command: &Path, page: &Path, blocks: &[Block]) -> Result<(), S
     };
     let (work, home, bin, out) = (place("work")?, place("home")?, place("bin")?, place("out")?);
     std::os::unix::fs::symlink(command, bin.join("tightfit")).map_err(|error| error.to_string())?;
-    let (script, steps) = script(blocks);
+    let (mut script, steps) = script(blocks);
+    // Others may run the same page on this machine.
+    script = script.replace(ADDRESS, &free_address().map_err(|error| error.to_string())?);
     fs::write(directory.path().join("script"), script).map_err(|error| error.to_string())?;
     let mut shell = Command::new("sh");
     shell
@@ -87,7 +98,8 @@ pub(crate) fn run(command: &Path, page: &Path, blocks: &[Block]) -> Result<(), S
             let expected = step.expected.as_deref().unwrap_or_default();
             let _ = writeln!(
                 errors,
-                "{at}\nthe page shows:\n{expected}\nit printed:\n{printed}"
+                "{at}\nthe page shows:\n{expected}\nit printed:\n{}",
+                beginning(&printed)
             );
         }
     }
@@ -95,6 +107,12 @@ pub(crate) fn run(command: &Path, page: &Path, blocks: &[Block]) -> Result<(), S
         true => Ok(()),
         false => Err(errors + &String::from_utf8_lossy(&output.stderr)),
     }
+}
+
+/// What a person looks at.
+fn beginning(text: &str) -> String {
+    let lines: Vec<&str> = text.lines().take(40).collect();
+    lines.join("\n")
 }
 
 /// A command and what it is to print, where the page shows that.
