@@ -43,11 +43,10 @@ fn write(command: &Path, directory: &Path) -> Result<(), String> {
             fs::create_dir_all(path.parent().expect("it is below src"))?;
             fs::write(path, &page.text)?;
         }
-        fs::copy(
-            repository().join("site/book.toml"),
-            directory.join("book.toml"),
-        )
-        .map(drop)
+        for name in ["book.toml", "site.css"] {
+            fs::copy(repository().join("site").join(name), directory.join(name))?;
+        }
+        Ok(())
     };
     write().map_err(|error: std::io::Error| format!("{}: {error}", directory.display()))
 }

@@ -12,11 +12,14 @@ import sys
 import tempfile
 from pathlib import Path
 
+# ANCHOR: imports
 import torch
 from transformers import AutoModelForCausalLM
 
 import tightfit
 import tightfit.transformers
+
+# ANCHOR_END: imports
 
 work = tempfile.TemporaryDirectory()
 if len(sys.argv) > 1:

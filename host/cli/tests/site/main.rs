@@ -107,13 +107,13 @@ enum Kind {
 /// Decides it; an error where nobody would notice that it does not hold.
 fn kind(page: &str, block: &Block) -> Result<Kind, String> {
     let first = block.text.lines().next().unwrap_or_default();
-    let lines: Vec<&str> = block.text.lines().collect();
-    let included = match lines[..] {
-        [line] => directive(line)
-            .filter(|(name, _)| *name == "include")
-            .map(|(_, file)| file),
-        _ => None,
-    };
+    let included: Vec<&str> = block
+        .text
+        .lines()
+        .filter_map(|line| directive(line).filter(|(name, _)| *name == "include"))
+        .map(|(_, file)| file)
+        .collect();
+    let is_included = !included.is_empty() && included.len() == block.text.lines().count();
     if NOT_RUN
         .iter()
         .any(|(path, line, _)| *path == page && *line == first)
@@ -121,10 +121,14 @@ fn kind(page: &str, block: &Block) -> Result<Kind, String> {
         return Ok(Kind::Shown);
     }
     let language = block.info[0].as_str();
-    match (language, included) {
+    match language {
         _ if session::file(block).is_some() => Ok(Kind::Done),
-        ("console" | "sh", None) => Ok(Kind::Done),
-        (_, Some(file)) => is_tested(page, language, file).map(|()| Kind::Shown),
+        "console" | "sh" => Ok(Kind::Done),
+        _ if is_included => {
+            let mut files = included.iter();
+            files.try_for_each(|file| is_tested(page, language, file))?;
+            Ok(Kind::Shown)
+        }
         _ => Err("it is neither run nor included, nor listed in NOT_RUN".to_owned()),
     }
 }
