@@ -168,23 +168,49 @@ impl Writer<'_> {
             let up = "../".repeat(self.page.components().count() - 1);
             return Ok(format!("{up}{}{anchor}", page.display()));
         }
-        let kind = match fs::metadata(self.root.join(&path)) {
-            Ok(there) if there.is_dir() => "tree",
-            Ok(_) => "blob",
-            Err(error) => return Err(format!("link to {}: {error}", path.display())),
+        let kind = match lead_to(self.root, &path, &anchor)? {
+            true => "tree",
+            false => "blob",
         };
-        if !anchor.is_empty() && path.extension().is_some_and(|extension| extension == "md") {
-            let text =
-                fs::read_to_string(self.root.join(&path)).map_err(|error| error.to_string())?;
-            if !headings(&text).contains(&anchor[1..].to_owned()) {
-                return Err(format!("{} has no heading {anchor}", path.display()));
-            }
-        }
         Ok(format!(
             "{REPOSITORY}/{kind}/main/{}{anchor}",
             path.display()
         ))
     }
+}
+
+/// Makes sure that a path in the repository, and a heading in it, is there. Gives whether it is a directory.
+fn lead_to(root: &Path, path: &Path, anchor: &str) -> Result<bool, String> {
+    let there = fs::metadata(root.join(path))
+        .map_err(|error| format!("link to {}: {error}", path.display()))?;
+    let is_text = path.extension().is_some_and(|extension| extension == "md");
+    if let Some(id) = anchor.strip_prefix('#').filter(|_| is_text) {
+        let text = fs::read_to_string(root.join(path)).map_err(|error| error.to_string())?;
+        if !headings(&text).iter().any(|heading| heading == id) {
+            return Err(format!("{} has no heading {anchor}", path.display()));
+        }
+    }
+    Ok(there.is_dir())
+}
+
+/// Makes sure that all links of a document of the repository lead somewhere.
+pub(crate) fn check_document(document: &Path) -> Result<(), String> {
+    let root = repository();
+    let text = fs::read_to_string(root.join(document)).map_err(|error| error.to_string())?;
+    for (_, target) in links(&text)? {
+        if is_external(&target) {
+            continue;
+        }
+        let (path, anchor) = match target.find('#') {
+            Some(at) => target.split_at(at),
+            None => (&*target, ""),
+        };
+        match path {
+            "" => lead_to(&root, document, anchor)?,
+            path => lead_to(&root, &resolve(document, path)?, anchor)?,
+        };
+    }
+    Ok(())
 }
 
 /// Whether a link leads out of the repository.

@@ -69,6 +69,43 @@ fn every_link_leads_somewhere() {
     assert!(wrong.is_empty(), "these lead nowhere: {wrong:#?}");
 }
 
+/// What people read who have the repository before them.
+const DOCUMENTS: &[&str] = &[
+    "ARCHITECTURE.md",
+    "BENCHMARKS.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "README.md",
+    "RELEASING.md",
+    "SECURITY.md",
+    "fuzz/README.md",
+    "guest/README.md",
+    "guest/SCENARIOS.md",
+    "guest/examples/c/README.md",
+    "guest/examples/javascript/README.md",
+    "guest/examples/python/README.md",
+    "host/cli/JSON.md",
+    "host/python/README.md",
+    "site/README.md",
+    "tests/golden/README.md",
+    "tests/golden/quant/README.md",
+    "tests/versions/README.md",
+    "wit/README.md",
+    "wit/REFERENCE.md",
+];
+
+#[test]
+fn every_link_of_a_document_leads_somewhere() {
+    let wrong: Vec<String> = DOCUMENTS
+        .iter()
+        .filter_map(|name| {
+            let error = book::check_document(Path::new(name)).err()?;
+            Some(format!("{name}: {error}"))
+        })
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
 fn resolve(from: &Path, target: &str) -> Option<std::path::PathBuf> {
     let mut path = from.parent()?.to_owned();
     for part in target.split('/') {

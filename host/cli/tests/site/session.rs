@@ -140,7 +140,13 @@ fn script(blocks: &[Block]) -> (String, Vec<Step>) {
                     text = text.replace(&format!("{named}{theirs}"), &format!("{named}{ours}"));
                 }
                 let end = "END-OF-FILE";
-                let command = format!("cat > '{file}' <<'{end}'\n{}\n{end}", text.trim_end());
+                let text = text.trim_end();
+                let mut command = format!("cat > '{file}' <<'{end}'\n{text}\n{end}");
+                if file == "Cargo.toml" {
+                    // The same versions as here, which are there already.
+                    let lock = repository().join("Cargo.lock");
+                    command += &format!("\ncp '{}' .", lock.display());
+                }
                 vec![Step {
                     line: block.line,
                     command,
