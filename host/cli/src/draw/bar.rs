@@ -181,7 +181,8 @@ mod tests {
             format!(
                 "\x1b[1mx\\u{{1b}}[2J{plain}  2 B\n\
                  [{blue}{cells}{plain}{dim}{free}{plain}]\n\
-                 \x20 {blue}#{plain} linear layers 1 B  {dim}.{plain} free 1 B\n",
+                 \x20 {blue}#{plain} linear layers 1 B\n\
+                 \x20 {dim}.{plain} free 1 B\n",
                 cells = "#".repeat(14),
                 free = ".".repeat(14),
             )
