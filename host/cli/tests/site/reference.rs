@@ -10,6 +10,7 @@ use serde_json::Value;
 pub(crate) fn generate(what: &str, command: &Path) -> Result<String, String> {
     match what {
         "commands" => commands(command),
+        "drawing" => drawing(command),
         "policies" => policies(command),
         "schema" => schema(),
         _ => Err(format!("nothing is known of how to generate {what}")),
@@ -18,8 +19,14 @@ pub(crate) fn generate(what: &str, command: &Path) -> Result<String, String> {
 
 /// What the command prints.
 fn ask(command: &Path, arguments: &[&str]) -> Result<String, String> {
-    let output = Command::new(command)
+    ask_in(Path::new("."), command, arguments)
+}
+
+fn ask_in(directory: &Path, command: &Path, arguments: &[&str]) -> Result<String, String> {
+    let command = command.canonicalize().unwrap_or(command.to_owned());
+    let output = Command::new(&command)
         .args(arguments)
+        .current_dir(directory)
         .env("NO_COLOR", "1")
         .output();
     let output = output.map_err(|error| format!("{}: {error}", command.display()))?;
@@ -71,6 +78,32 @@ fn subcommands(help: &str) -> Vec<&str> {
     let lines = list.lines().take_while(|line| !line.is_empty());
     let names = lines.filter_map(|line| line.split_whitespace().next());
     names.filter(|&name| name != "help").collect()
+}
+
+/// A plan for two cards as `--svg` draws it, as a picture in the page.
+fn drawing(command: &Path) -> Result<String, String> {
+    let directory = tempfile::tempdir().map_err(|error| error.to_string())?;
+    let ask = |arguments: &str| -> Result<String, String> {
+        let arguments: Vec<&str> = arguments.split(' ').collect();
+        ask_in(directory.path(), command, &arguments)
+    };
+    ask("synth qwen3-30b-a3b model --headers-only --quiet")?;
+    let plan = "plan model --device sim:12GiB --device sim:12GiB --set context=32768 --svg -";
+    let svg = ask(plan)?;
+    let mut address = String::new();
+    for byte in svg.bytes() {
+        match byte {
+            b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' => {
+                address.push(byte.into())
+            }
+            _ => {
+                let _ = write!(address, "%{byte:02X}");
+            }
+        }
+    }
+    Ok(format!(
+        "<img alt=\"A bar for each of two cards, and what their bytes are for\" src=\"data:image/svg+xml,{address}\">"
+    ))
 }
 
 fn policies(command: &Path) -> Result<String, String> {
