@@ -12,6 +12,7 @@ pub(crate) fn generate(what: &str, command: &Path) -> Result<String, String> {
         "commands" => commands(command),
         "drawing" => drawing(command),
         "policies" => policies(command),
+        "python" => python(),
         "schema" => schema(),
         _ => Err(format!("nothing is known of how to generate {what}")),
     }
@@ -112,6 +113,30 @@ fn policies(command: &Path) -> Result<String, String> {
         page += &block(name, &ask(command, &["policy", "show", name])?);
     }
     Ok(page)
+}
+
+/// The functions of the Python package: how they are called and what is said of them.
+fn python() -> Result<String, String> {
+    let source = include_str!("../../../python/python/tightfit/_api.py");
+    let package = include_str!("../../../python/python/tightfit/__init__.py");
+    let public = package
+        .lines()
+        .find_map(|line| line.strip_prefix("from ._api import "))
+        .ok_or("the Python package has no functions")?;
+    let mut shown = String::new();
+    for function in source.split("\n\n\ndef ").skip(1) {
+        let mut pieces = function.splitn(3, "\"\"\"");
+        let (head, said) = pieces.next().zip(pieces.next()).unwrap_or_default();
+        let name = head.split('(').next().unwrap_or_default();
+        if !public.split(", ").any(|known| known == name) {
+            continue;
+        }
+        let _ = writeln!(shown, "def {head}\"\"\"{said}\"\"\"\n\n");
+    }
+    match shown.is_empty() {
+        true => Err("no function of the Python package was found".to_owned()),
+        false => Ok(format!("```python\n{}\n```\n", shown.trim_end())),
+    }
 }
 
 /// The schema's definitions as lists of fields.
