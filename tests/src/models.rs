@@ -8,6 +8,11 @@ use tightfit::synth::{self, Model, SynthOptions, Tensor};
 
 /// A decoder with random weights. A layer has 16 x `hidden`² parameters.
 pub fn write_decoder(directory: &Path, layers: u64, hidden: u64) {
+    write_decoder_with(directory, layers, hidden, 4 * hidden);
+}
+
+/// The same whose MLPs have so many columns.
+pub fn write_decoder_with(directory: &Path, layers: u64, hidden: u64, intermediate: u64) {
     let mut tensors = vec![Tensor::new("model.embed_tokens.weight", &[1000, hidden])];
     for layer in 0..layers {
         for (name, shape) in [
@@ -15,9 +20,9 @@ pub fn write_decoder(directory: &Path, layers: u64, hidden: u64) {
             ("self_attn.k_proj.weight", &[hidden, hidden]),
             ("self_attn.v_proj.weight", &[hidden, hidden]),
             ("self_attn.o_proj.weight", &[hidden, hidden]),
-            ("mlp.gate_proj.weight", &[4 * hidden, hidden]),
-            ("mlp.up_proj.weight", &[4 * hidden, hidden]),
-            ("mlp.down_proj.weight", &[hidden, 4 * hidden]),
+            ("mlp.gate_proj.weight", &[intermediate, hidden]),
+            ("mlp.up_proj.weight", &[intermediate, hidden]),
+            ("mlp.down_proj.weight", &[hidden, intermediate]),
             ("input_layernorm.weight", &[hidden]),
         ] {
             tensors.push(Tensor::new(format!("model.layers.{layer}.{name}"), shape));
