@@ -38,8 +38,10 @@ mod options;
 mod parts;
 #[cfg(feature = "compile")]
 mod precheck;
+#[cfg(all(windows, feature = "compile"))]
+mod job;
 #[cfg(feature = "compile")]
-#[cfg_attr(not(unix), path = "private_nowhere.rs")]
+#[cfg_attr(windows, path = "private_windows/mod.rs")]
 mod private;
 #[cfg(feature = "compile")]
 mod run;
