@@ -460,6 +460,7 @@ fn an_interrupted_download_is_resumed_by_the_next_run() {
     }
 }
 
+#[cfg(unix)]
 #[test]
 fn an_interrupt_ends_a_download_that_can_be_resumed() {
     let mut behavior = single();
@@ -753,6 +754,7 @@ fn a_list_that_drips_is_given_up() {
         .fails(3, &["/revision/main", "bytes came in 1 s"]);
 }
 
+#[cfg(unix)]
 #[test]
 fn a_silent_server_is_given_up_and_an_interrupt_does_not_wait_for_it() {
     let mut behavior = single();

@@ -1,4 +1,4 @@
-//! What Windows tells of an open file, and the standard library does not pass on.
+//! What Windows tells of an open file and of memory, and the standard library does not pass on.
 //!
 //! There are no directory handles that files are opened from there. So a file is opened by its path, and
 //! then asked which one it has become.
@@ -10,10 +10,17 @@ use std::os::windows::ffi::OsStringExt;
 use std::os::windows::io::AsRawHandle;
 use std::path::PathBuf;
 
+use std::ptr::{null, null_mut};
+
 use windows_sys::Win32::Storage::FileSystem::{
     BY_HANDLE_FILE_INFORMATION, GetFileInformationByHandle, GetFinalPathNameByHandleW,
     VOLUME_NAME_DOS,
 };
+use windows_sys::Win32::System::IO::DeviceIoControl;
+use windows_sys::Win32::System::SystemInformation::{GlobalMemoryStatusEx, MEMORYSTATUSEX};
+
+/// `FSCTL_SET_SPARSE`.
+const SET_SPARSE: u32 = 0x9_00c4;
 
 /// Most characters of a path, with its zero: the system has none that are longer.
 const MOST_CHARACTERS: usize = 32_768;
@@ -75,6 +82,44 @@ pub(crate) fn identity_of(file: &File) -> io::Result<Identity> {
     })
 }
 
+/// Has a file take room on the disk only for what is written to it, where the file system can.
+pub(crate) fn make_sparse(file: &File) -> io::Result<()> {
+    let mut answered = 0;
+    // SAFETY: the handle is open as long as the file is borrowed; this call takes no bytes and gives none,
+    // and `answered` outlives it.
+    #[allow(unsafe_code)]
+    let answer = unsafe {
+        DeviceIoControl(
+            file.as_raw_handle(),
+            SET_SPARSE,
+            null(),
+            0,
+            null_mut(),
+            0,
+            &raw mut answered,
+            null_mut(),
+        )
+    };
+    match answer {
+        0 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
+    }
+}
+
+/// Returns the bytes of memory that this machine has, and those that are free and that the system would
+/// still promise to this process.
+pub(crate) fn memory() -> Option<(u64, u64)> {
+    let mut status = MEMORYSTATUSEX {
+        dwLength: size_of::<MEMORYSTATUSEX>() as u32,
+        ..MEMORYSTATUSEX::default()
+    };
+    // SAFETY: the structure says how long it is, and outlives the call.
+    #[allow(unsafe_code)]
+    let answer = unsafe { GlobalMemoryStatusEx(&raw mut status) };
+    let available = status.ullAvailPhys.min(status.ullAvailPageFile);
+    (answer != 0).then_some((status.ullTotalPhys, available))
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -103,6 +148,22 @@ mod tests {
         fs::write(at.join("a"), "").unwrap();
         let file = File::open(at.join("a")).unwrap();
         assert_eq!(path_of(&file).unwrap(), at.join("a"));
+    }
+
+    #[test]
+    fn memory_is_what_a_machine_has() {
+        let (total, available) = memory().unwrap();
+        assert!(available > 1 << 20 && available <= total && total < 1 << 50);
+    }
+
+    #[test]
+    fn a_sparse_file_may_be_longer_than_the_disk() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("a");
+        let file = File::create(&path).unwrap();
+        make_sparse(&file).unwrap();
+        file.set_len(8 << 40).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), 8 << 40);
     }
 
     #[test]

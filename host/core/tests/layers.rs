@@ -13,14 +13,21 @@ const LAYERS: [(&str, &[&str]); 22] = [
     ("windows", &[]),
     ("status", &[]),
     ("memory", &["types"]),
-    ("device", &["types", "status", "memory"]),
+    ("device", &["types", "status", "memory", "windows"]),
     (
         "checkpoint",
         &["types", "cancel", "text", "status", "windows"],
     ),
     (
         "synth",
-        &["types", "cancel", "progress", "status", "checkpoint"],
+        &[
+            "types",
+            "cancel",
+            "progress",
+            "status",
+            "checkpoint",
+            "windows",
+        ],
     ),
     (
         "hub",

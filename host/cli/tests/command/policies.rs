@@ -12,6 +12,7 @@ use tightfit_tests::models;
 const USAGE: i32 = 2;
 const DOES_NOT_FIT: i32 = 4;
 const POLICY: i32 = 5;
+#[cfg(unix)]
 const DEVICE: i32 = 6;
 
 /// With an awkward model and the hostile policy.
@@ -599,6 +600,7 @@ fn a_policy_whose_messages_nobody_reads_does_not_outstay_its_deadline() {
     }
 }
 
+#[cfg(unix)]
 #[test]
 fn a_policy_makes_do_with_little_address_space_and_says_what_is_missing() {
     let scratchpad = hostile_place();

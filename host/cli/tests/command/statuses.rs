@@ -5,6 +5,7 @@ use std::fs;
 use tightfit_tests::command::Scratchpad;
 use tightfit_tests::models;
 
+#[cfg(unix)]
 const OUTPUT: i32 = 1;
 const USAGE: i32 = 2;
 const CHECKPOINT: i32 = 3;

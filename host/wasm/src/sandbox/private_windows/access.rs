@@ -5,8 +5,8 @@
 /// stand for whoever owns the file, or makes one in the directory.
 const TRUSTED: [&str; 4] = ["SY", "BA", "OW", "CO"];
 
-/// Returns the text for a directory that is this user's alone, and so is what is made in it. Whoever
-/// administers the machine is kept, as everywhere in a profile.
+/// Returns the text for a directory or a file that is this user's alone, and so is what is made in it.
+/// Whoever administers the machine is kept, as everywhere in a profile.
 pub(super) fn private(user: &str) -> String {
     format!("O:{user}D:P(A;OICI;FA;;;{user})(A;OICI;FA;;;SY)(A;OICI;FA;;;BA)")
 }

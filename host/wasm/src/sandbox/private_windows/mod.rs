@@ -132,7 +132,7 @@ impl PrivateDirectory {
         let unfinished = self.path.join(unfinished);
         // Left by a process of the same number that did not end well.
         let _ = fs::remove_file(&unfinished);
-        let mut file = File::create_new(&unfinished)?;
+        let mut file = security::make_file(&unfinished, &access::private(&self.user))?;
         let written = parts.iter().try_for_each(|part| file.write_all(part));
         // Closed, so that whoever replaces it in turn is not held up.
         drop(file);
@@ -300,7 +300,7 @@ mod tests {
             "{error}"
         );
         // A file that was made elsewhere keeps who may touch it.
-        File::create(path.join("file")).unwrap();
+        security::make_file(&path.join("file"), &open_to_all).unwrap();
         let private = PrivateDirectory::open(&directory.path().join("private")).unwrap();
         fs::rename(path.join("file"), private.path.join("file")).unwrap();
         let error = private.read("file", 1).unwrap_err();

@@ -8,7 +8,7 @@ use std::os::windows::io::{AsRawHandle, FromRawHandle, OwnedHandle};
 use std::path::Path;
 use std::ptr::null_mut;
 
-use windows_sys::Win32::Foundation::LocalFree;
+use windows_sys::Win32::Foundation::{INVALID_HANDLE_VALUE, LocalFree};
 use windows_sys::Win32::Security::Authorization::{
     ConvertSecurityDescriptorToStringSecurityDescriptorW, ConvertSidToStringSidW,
     ConvertStringSecurityDescriptorToSecurityDescriptorW, GetSecurityInfo, SDDL_REVISION_1,
@@ -18,7 +18,10 @@ use windows_sys::Win32::Security::{
     DACL_SECURITY_INFORMATION, GetTokenInformation, OWNER_SECURITY_INFORMATION,
     PSECURITY_DESCRIPTOR, SECURITY_ATTRIBUTES, TOKEN_QUERY, TOKEN_USER, TokenUser,
 };
-use windows_sys::Win32::Storage::FileSystem::CreateDirectoryW;
+use windows_sys::Win32::Storage::FileSystem::{
+    CREATE_NEW, CreateDirectoryW, CreateFileW, FILE_ATTRIBUTE_NORMAL, FILE_GENERIC_WRITE,
+    FILE_SHARE_DELETE, FILE_SHARE_READ,
+};
 use windows_sys::Win32::System::Threading::{GetCurrentProcess, OpenProcessToken};
 use windows_sys::core::BOOL;
 
@@ -160,15 +163,54 @@ pub(super) fn of_file(file: &File) -> io::Result<String> {
     }
 }
 
+/// A description as functions take it that make something.
+struct Attributes {
+    attributes: SECURITY_ATTRIBUTES,
+    _descriptor: Descriptor,
+}
+
+impl Attributes {
+    fn parse(sddl: &str) -> io::Result<Attributes> {
+        let descriptor = Descriptor::parse(sddl)?;
+        let attributes = SECURITY_ATTRIBUTES {
+            nLength: size_of::<SECURITY_ATTRIBUTES>() as u32,
+            lpSecurityDescriptor: descriptor.0.0,
+            bInheritHandle: 0,
+        };
+        Ok(Attributes {
+            attributes,
+            _descriptor: descriptor,
+        })
+    }
+}
+
 /// Makes a directory with which only these may do something, from the beginning on.
 pub(super) fn make_directory(path: &Path, sddl: &str) -> io::Result<()> {
-    let descriptor = Descriptor::parse(sddl)?;
-    let attributes = SECURITY_ATTRIBUTES {
-        nLength: size_of::<SECURITY_ATTRIBUTES>() as u32,
-        lpSecurityDescriptor: descriptor.0.0,
-        bInheritHandle: 0,
-    };
+    let attributes = Attributes::parse(sddl)?;
     let path = wide(path.as_os_str().encode_wide());
     // SAFETY: the path ends in a zero, and the attributes and what they point to outlive the call.
-    done(unsafe { CreateDirectoryW(path.as_ptr(), &raw const attributes) })
+    done(unsafe { CreateDirectoryW(path.as_ptr(), &raw const attributes.attributes) })
+}
+
+/// Makes a file in the same way, and opens it to be written.
+pub(super) fn make_file(path: &Path, sddl: &str) -> io::Result<File> {
+    let attributes = Attributes::parse(sddl)?;
+    let path = wide(path.as_os_str().encode_wide());
+    // SAFETY: as above.
+    let handle = unsafe {
+        CreateFileW(
+            path.as_ptr(),
+            FILE_GENERIC_WRITE,
+            FILE_SHARE_READ | FILE_SHARE_DELETE,
+            &raw const attributes.attributes,
+            CREATE_NEW,
+            FILE_ATTRIBUTE_NORMAL,
+            null_mut(),
+        )
+    };
+    match handle {
+        INVALID_HANDLE_VALUE => Err(io::Error::last_os_error()),
+        // SAFETY: opened just now, and nobody else's.
+        handle => Ok(unsafe { File::from_raw_handle(handle) }),
+    }
 }
