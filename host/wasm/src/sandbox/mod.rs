@@ -28,6 +28,8 @@ mod file;
 mod guest;
 #[cfg(feature = "compile")]
 mod instances;
+#[cfg(all(windows, feature = "compile"))]
+mod job;
 #[cfg(feature = "compile")]
 mod limiter;
 #[cfg(feature = "compile")]
@@ -38,8 +40,6 @@ mod options;
 mod parts;
 #[cfg(feature = "compile")]
 mod precheck;
-#[cfg(all(windows, feature = "compile"))]
-mod job;
 #[cfg(feature = "compile")]
 #[cfg_attr(windows, path = "private_windows/mod.rs")]
 mod private;

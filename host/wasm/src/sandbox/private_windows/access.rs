@@ -92,7 +92,10 @@ mod tests {
             ("O:SYD:P(A;;FA;;;SY)(A;OICIIO;0x1200a9;;;AU)", "(AU)"),
             ("O:SYD:(OA;;FR;;;BU)", "(BU)"),
             ("O:SYD:(A;;FR;;;S-1-5-21-1-2-3-10011)", "others"),
-            ("O:SYD:(XA;;FX;;;WD;(@User.Title==\"PM\"))", "not understood"),
+            (
+                "O:SYD:(XA;;FX;;;WD;(@User.Title==\"PM\"))",
+                "not understood",
+            ),
             ("O:SYD:(A;;FA;;;SY", "not understood"),
             ("O:SYD:(A;;FA;;SY)", "not understood"),
             ("O:SYD:()", "not understood"),

@@ -225,8 +225,14 @@ impl Api {
 /// Opens the library and finds our functions in it; the reason where that cannot be done.
 fn load() -> Result<Api, String> {
     let Some(library) = library::library() else {
-        let name = if cfg!(windows) { "nvcuda.dll" } else { "libcuda" };
-        return Err(format!("there is no NVIDIA driver ({name}) on this machine"));
+        let name = if cfg!(windows) {
+            "nvcuda.dll"
+        } else {
+            "libcuda"
+        };
+        return Err(format!(
+            "there is no NVIDIA driver ({name}) on this machine"
+        ));
     };
     Api::look_up(library).map_err(|missing| {
         format!("the NVIDIA driver is too old: it lacks {missing} (drivers for CUDA 10.2 and later have it)")
