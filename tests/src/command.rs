@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+#[cfg(unix)]
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
@@ -78,8 +79,7 @@ impl Scratchpad {
         command
             .current_dir(self.path(""))
             .env_clear()
-            .env("HOME", self.directory.path().join("home"))
-            .env("TMPDIR", self.temporary())
+            .envs(self.places())
             // No test may ask the real hub.
             .env("HF_HUB_OFFLINE", "1")
             // Without `--device` tests mean the processor, also on a machine with GPUs.
@@ -89,6 +89,22 @@ impl Scratchpad {
             .stdout(Stdio::piped())
             .stderr(Stdio::piped());
         command
+    }
+
+    /// What says where home and temporary files are.
+    fn places(&self) -> Vec<(&'static str, PathBuf)> {
+        let home = self.directory.path().join("home");
+        if cfg!(windows) {
+            // Without the last, nothing is random.
+            let system = std::env::var_os("SystemRoot").expect("Windows sets it");
+            return vec![
+                ("LOCALAPPDATA", home.join("AppData").join("Local")),
+                ("USERPROFILE", home),
+                ("TMP", self.temporary()),
+                ("SystemRoot", system.into()),
+            ];
+        }
+        vec![("HOME", home), ("TMPDIR", self.temporary())]
     }
 
     /// Runs it to its end.
@@ -162,16 +178,23 @@ impl Running {
 
     /// Waits until `begun` holds, looking often, and sends what Ctrl-C sends. Gives false, with
     /// nothing sent, when the command has ended before.
+    #[cfg(unix)]
     pub fn interrupt_when(&mut self, begun: impl Fn(u32) -> bool) -> bool {
         self.signal_when(Signal::INT, begun)
     }
 
     /// The same with the signal that cannot be caught.
     pub fn kill_when(&mut self, begun: impl Fn(u32) -> bool) -> bool {
-        self.signal_when(Signal::KILL, begun)
+        self.has_begun(begun) && self.child.kill().is_ok()
     }
 
+    #[cfg(unix)]
     fn signal_when(&mut self, signal: Signal, begun: impl Fn(u32) -> bool) -> bool {
+        self.has_begun(begun) && kill_process(Pid::from_child(&self.child), signal).is_ok()
+    }
+
+    /// Waits until `begun` holds; false when the command has ended before.
+    fn has_begun(&mut self, begun: impl Fn(u32) -> bool) -> bool {
         while !begun(self.child.id()) {
             if self
                 .child
@@ -183,7 +206,7 @@ impl Running {
             }
             std::thread::sleep(Duration::from_millis(1));
         }
-        kill_process(Pid::from_child(&self.child), signal).is_ok()
+        true
     }
 
     /// The next line that it writes to standard error.

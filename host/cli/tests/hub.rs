@@ -124,11 +124,16 @@ fn a_sharded_model_is_downloaded_once_and_loaded_from_the_cache_then() {
     let entry = scratchpad.path(ENTRY);
     assert_eq!(fs::read_to_string(entry.join("refs/main")).unwrap(), COMMIT);
     let snapshot = entry.join("snapshots").join(COMMIT);
-    assert!(
-        fs::read_link(snapshot.join("config.json"))
-            .unwrap()
-            .starts_with("../../blobs")
-    );
+    let config = snapshot.join("config.json");
+    match fs::read_link(&config) {
+        Ok(target) => assert!(target.starts_with("../../blobs")),
+        // Where the system has no links, the file is there itself, and only there.
+        Err(_) if cfg!(windows) => {
+            assert!(config.is_file());
+            assert_eq!(fs::read_dir(entry.join("blobs")).unwrap().count(), 0);
+        }
+        Err(error) => panic!("{error}"),
+    }
 }
 
 #[test]
@@ -460,6 +465,7 @@ fn an_interrupted_download_is_resumed_by_the_next_run() {
     }
 }
 
+#[cfg(unix)]
 #[test]
 fn an_interrupt_ends_a_download_that_can_be_resumed() {
     let mut behavior = single();
@@ -753,6 +759,7 @@ fn a_list_that_drips_is_given_up() {
         .fails(3, &["/revision/main", "bytes came in 1 s"]);
 }
 
+#[cfg(unix)]
 #[test]
 fn a_silent_server_is_given_up_and_an_interrupt_does_not_wait_for_it() {
     let mut behavior = single();

@@ -94,7 +94,8 @@
 //! | `hub` | [`hub`] | |
 // Denied and not forbidden: a GPU's driver is a C library that `device::cuda::driver` calls, `dlpack::abi`
 // is called back by C, and `products::on_device` (of experts too) takes a caller's pointers, for which `device::multiplier`
-// declares what calls the driver; `checkpoint::mapped::linux` shows a file's mapping. No other module may.
+// declares what calls the driver; `checkpoint::mapped::linux` shows a file's mapping, and `windows` asks the
+// system about an open file. No other module may.
 #![deny(unsafe_code)]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
@@ -121,6 +122,8 @@ pub mod synth;
 pub mod testing;
 pub mod text;
 pub mod types;
+#[cfg(windows)]
+mod windows;
 
 pub use cancel::CancelToken;
 pub use checkpoint::Checkpoint;

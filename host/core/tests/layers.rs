@@ -5,20 +5,34 @@ use std::path::Path;
 
 /// Every module, each with those that it may import beside itself. What is to the left of a module
 /// knows nothing of it.
-const LAYERS: [(&str, &[&str]); 21] = [
+const LAYERS: [(&str, &[&str]); 22] = [
     ("types", &[]),
     ("cancel", &[]),
     ("progress", &[]),
     ("text", &[]),
+    ("windows", &[]),
     ("status", &[]),
     ("memory", &["types"]),
-    ("device", &["types", "status", "memory"]),
-    ("checkpoint", &["types", "cancel", "text", "status"]),
+    ("device", &["types", "status", "memory", "windows"]),
+    (
+        "checkpoint",
+        &["types", "cancel", "text", "status", "windows"],
+    ),
     (
         "synth",
-        &["types", "cancel", "progress", "status", "checkpoint"],
+        &[
+            "types",
+            "cancel",
+            "progress",
+            "status",
+            "checkpoint",
+            "windows",
+        ],
     ),
-    ("hub", &["cancel", "text", "status", "checkpoint"]),
+    (
+        "hub",
+        &["cancel", "text", "status", "checkpoint", "windows"],
+    ),
     (
         "policy",
         &["types", "text", "status", "device", "checkpoint"],

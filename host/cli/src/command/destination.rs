@@ -150,7 +150,12 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     // As other programs make files; by default only their owner may read temporary ones.
     #[cfg(unix)]
     builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-    let mut file = match builder.tempfile_in(parent(path)) {
+    // Those are marked on Windows, so that the system may keep them in memory, and stay so.
+    #[cfg(windows)]
+    let made = builder.make_in(parent(path), |path| File::create_new(path));
+    #[cfg(not(windows))]
+    let made = builder.tempfile_in(parent(path));
+    let mut file = match made {
         Ok(file) => file,
         // A file that may be written, in a directory that may not.
         Err(_) if old.is_some() => return write_in_place(path, bytes),
@@ -163,11 +168,12 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     }
     file.write_all(bytes)?;
     file.as_file().sync_all()?;
-    match file.persist(path) {
-        Ok(_) => Ok(()),
-        // Something else is mounted there, for example.
+    // Closed, and not by `persist`, which knows no long paths on Windows.
+    match fs::rename(file.into_temp_path(), path) {
+        Ok(()) => Ok(()),
+        // Something else is mounted there, or has it open, for example.
         Err(_) if old.is_some() => write_in_place(path, bytes),
-        Err(error) => Err(error.error),
+        Err(error) => Err(error),
     }
 }
 

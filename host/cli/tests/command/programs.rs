@@ -1,6 +1,7 @@
 //! `tightfit run`.
 
 use std::fs;
+#[cfg(unix)]
 use std::time::Duration;
 
 use tightfit_tests::command::Scratchpad;
@@ -108,6 +109,8 @@ fn an_answer_cannot_control_the_terminal() {
     );
 }
 
+// Elsewhere nobody asks whether somebody reads.
+#[cfg(unix)]
 #[test]
 fn what_a_program_logs_is_heard_while_it_runs_and_does_not_hold_it() {
     let scratchpad = scratchpad();

@@ -313,8 +313,9 @@ fn a_directory_that_is_there_is_replaced_only_by_force() {
     }
     assert_eq!(names(&scratchpad.path("full")), ["mine".to_owned()].into());
     assert_eq!(fs::read_to_string(scratchpad.path("file")).unwrap(), "text");
-    // The last is the model itself.
-    for target in ["full", "file", "m"] {
+    // The last is the model itself, which Windows does not let go of while it is read.
+    let targets = ["full", "file", "m"].into_iter();
+    for target in targets.filter(|target| !cfg!(windows) || *target != "m") {
         let save = ["save", "m", target, "--force", "--quiet"];
         scratchpad.run(&save).succeeds();
         assert!(files(&scratchpad.path(target)) == expected, "{target}");

@@ -45,7 +45,7 @@ impl CacheEnvironment {
             hf_hub_cache: path("HF_HUB_CACHE").or_else(|| path("HUGGINGFACE_HUB_CACHE")),
             hf_home: path("HF_HOME"),
             xdg_cache_home: path("XDG_CACHE_HOME"),
-            home: path("HOME").or_else(|| path("USERPROFILE")),
+            home: home(cfg!(windows), path),
         }
     }
 
@@ -77,6 +77,19 @@ impl CacheEnvironment {
             _ => path.to_path_buf(),
         }
     }
+}
+
+/// The home directory, as Python and so huggingface_hub finds it: on Windows `HOME` is what some shells
+/// set, and not asked.
+fn home(is_windows: bool, path: impl Fn(&str) -> Option<PathBuf>) -> Option<PathBuf> {
+    if !is_windows {
+        return path("HOME");
+    }
+    path("USERPROFILE").or_else(|| {
+        let mut home = path("HOMEDRIVE").unwrap_or_default().into_os_string();
+        home.push(path("HOMEPATH")?);
+        Some(home.into())
+    })
 }
 
 /// Returns the path of a model: the name itself where it exists, else what the local Hugging Face
@@ -336,12 +349,29 @@ mod tests {
         let environment = CacheEnvironment::from_variables(|name| match name {
             "HUGGINGFACE_HUB_CACHE" => Some("/old".into()),
             "HF_HOME" => Some("".into()),
-            "HOME" => Some("/home/u".into()),
+            "HOME" if !cfg!(windows) => Some("/home/u".into()),
+            "USERPROFILE" if cfg!(windows) => Some("/home/u".into()),
             _ => None,
         });
         assert_eq!(environment.hf_hub_cache, Some("/old".into()));
         assert_eq!(environment.hf_home, None);
         assert_eq!(environment.home, Some("/home/u".into()));
+    }
+
+    #[test]
+    fn the_home_directory_is_that_of_the_system() {
+        let home = |is_windows: bool, set: &[(&str, &str)]| {
+            super::home(is_windows, |name| {
+                let found = set.iter().find(|(n, _)| *n == name)?;
+                Some(found.1.into())
+            })
+        };
+        let both = [("HOME", "/c/Users/u"), ("USERPROFILE", r"C:\Users\u")];
+        assert_eq!(home(false, &both), Some("/c/Users/u".into()));
+        assert_eq!(home(true, &both), Some(r"C:\Users\u".into()));
+        assert_eq!(home(true, &both[..1]), None);
+        let parts = [("HOMEDRIVE", "H:"), ("HOMEPATH", r"\u")];
+        assert_eq!(home(true, &parts), Some(r"H:\u".into()));
     }
 
     #[test]
@@ -473,7 +503,9 @@ mod tests {
             resolve_with("/no/such/path", &environment),
             Err(CheckpointError::NotFound { .. })
         ));
-        for model in ["", "a/b/c", "a/..", "org/na me", "org/x--y", "a\u{1b}[2J"] {
+        // On Windows the second is the directory that we are in.
+        let upwards = if cfg!(windows) { "a/b/../c" } else { "a/.." };
+        for model in ["", "a/b/c", upwards, "org/na me", "org/x--y", "a\u{1b}[2J"] {
             assert!(
                 matches!(
                     resolve_with(model, &environment),

@@ -35,7 +35,7 @@ pub(crate) struct Directory {
 struct AllowedDirectory {
     /// Without links.
     path: PathBuf,
-    #[cfg_attr(not(unix), expect(dead_code, reason = "files are opened by path"))]
+    #[cfg_attr(windows, expect(dead_code, reason = "files are opened by path"))]
     handle: handle::Handle,
 }
 
@@ -312,16 +312,16 @@ mod handle {
     }
 }
 
-#[cfg(not(unix))]
+#[cfg(windows)]
 mod handle {
     use std::fs::{self, File};
     use std::io;
     use std::path::Path;
 
     use super::AllowedDirectory;
+    use crate::windows;
 
-    /// There is nothing that files are opened from: they are opened by their paths, and what changes
-    /// on the way after it was looked at is not noticed.
+    /// There is nothing that files are opened from: they are opened by their paths.
     #[derive(Debug)]
     pub(super) struct Handle;
 
@@ -342,6 +342,22 @@ mod handle {
             return Ok(None);
         }
         let file = File::open(&path)?;
-        Ok(file.metadata()?.is_file().then_some(file))
+        if !file.metadata()?.is_file() {
+            return Ok(None);
+        }
+        is_at(&file, &path)?;
+        Ok(Some(file))
+    }
+
+    /// Refuses a file that has not been opened where it was looked for: something on the way has become
+    /// a link meanwhile.
+    pub(super) fn is_at(file: &File, path: &Path) -> io::Result<()> {
+        match windows::path_of(file)? == *path {
+            true => Ok(()),
+            false => Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                "it was exchanged while it was opened",
+            )),
+        }
     }
 }

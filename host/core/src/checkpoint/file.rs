@@ -83,25 +83,28 @@ pub(super) struct State {
 }
 
 impl State {
-    pub(super) fn of(metadata: &fs::Metadata) -> State {
-        State {
+    pub(super) fn of(file: &File) -> io::Result<State> {
+        let metadata = file.metadata()?;
+        Ok(State {
             length: metadata.len(),
             modified: metadata.modified().ok(),
-            identity: identity(metadata),
-        }
+            identity: identity(file, &metadata),
+        })
     }
 }
 
-/// Device and inode, where the system has them.
+/// Device and inode.
 #[cfg(unix)]
-fn identity(metadata: &fs::Metadata) -> Option<(u64, u64)> {
+fn identity(_: &File, metadata: &fs::Metadata) -> Option<(u64, u64)> {
     use std::os::unix::fs::MetadataExt;
     Some((metadata.dev(), metadata.ino()))
 }
 
-#[cfg(not(unix))]
-fn identity(_: &fs::Metadata) -> Option<(u64, u64)> {
-    None
+/// The same as Windows calls it; not every file system there has it.
+#[cfg(windows)]
+fn identity(file: &File, _: &fs::Metadata) -> Option<(u64, u64)> {
+    let identity = crate::windows::identity_of(file).ok()?;
+    Some(identity.number)
 }
 
 /// Why a positioned read gave less than was asked for.
@@ -132,13 +135,11 @@ impl Shard {
             });
         }
         let file = source.open()?;
-        let metadata = file
-            .metadata()
-            .map_err(io_error("read the size of", &path))?;
+        let state = State::of(&file).map_err(io_error("read the size of", &path))?;
         Ok(Shard {
             path,
             source,
-            state: State::of(&metadata),
+            state,
             file: Some(Arc::new(Kept {
                 file,
                 leased: AtomicBool::new(false),
@@ -208,13 +209,11 @@ impl Shard {
 
     /// Refuses a file that is not as it was when the checkpoint was opened.
     pub(super) fn check_unchanged(&self, file: &File) -> Result<(), CheckpointError> {
-        let metadata = file
-            .metadata()
-            .map_err(io_error("read the size of", &self.path))?;
-        if State::of(&metadata) != self.state {
-            return Err(self.changed());
+        match State::of(file) {
+            Ok(state) if state == self.state => Ok(()),
+            Ok(_) => Err(self.changed()),
+            Err(error) => Err(io_error("read the size of", &self.path)(error)),
         }
-        Ok(())
     }
 
     pub(super) fn changed(&self) -> CheckpointError {
@@ -362,7 +361,8 @@ pub(crate) fn io_error(
     }
 }
 
-/// Whether the text names a file in a directory and nothing outside of it, on any system.
+/// Whether the text names a file in a directory and nothing outside of it, on any system, and on this one
+/// no device.
 pub(crate) fn is_plain_file_name(name: &str) -> bool {
     !name.is_empty()
         && name.len() <= 255
@@ -370,4 +370,92 @@ pub(crate) fn is_plain_file_name(name: &str) -> bool {
         && name != ".."
         && !name.contains(['/', '\\', ':'])
         && !name.chars().any(char::is_control)
+        && !(cfg!(windows) && is_special_on_windows(name))
+}
+
+/// Whether Windows may open a device under this name, or a file of another name, or has no such names.
+fn is_special_on_windows(name: &str) -> bool {
+    // Of a device whatever stands behind it: NUL.json is NUL.
+    let device = name.split('.').next().unwrap_or_default();
+    let device = device.trim_end_matches(' ').to_uppercase();
+    let is_numbered = |kind: &str| {
+        let number = device.strip_prefix(kind).map(|number| number.chars());
+        number.is_some_and(|mut number| {
+            let digit = |c: char| c.is_ascii_digit() || ['\u{b9}', '\u{b2}', '\u{b3}'].contains(&c);
+            number.next().is_some_and(digit) && number.next().is_none()
+        })
+    };
+    ["CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$", "CLOCK$"].contains(&&*device)
+        || is_numbered("COM")
+        || is_numbered("LPT")
+        // What stands at the end is left out where a file is opened.
+        || name.ends_with(['.', ' '])
+        || name.contains(['<', '>', '"', '|', '?', '*'])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_mean_something_else_on_windows_are_known() {
+        for name in [
+            "CON",
+            "nul",
+            "aux.json",
+            "NUL.tar.gz",
+            "con .json",
+            "CONIN$",
+            "com1",
+            "COM0.txt",
+            "lpt9.model",
+            "COM\u{b9}",
+            "model.safetensors.",
+            "model.safetensors ",
+            "...",
+            "a?b",
+            "a*",
+            "<a>",
+            "a|b",
+            "\"a\"",
+        ] {
+            assert!(is_special_on_windows(name), "{name}");
+            assert_eq!(is_plain_file_name(name), !cfg!(windows), "{name}");
+        }
+        for name in [
+            "model.safetensors",
+            "model-00001-of-00002.safetensors",
+            "console.json",
+            "null.json",
+            "com.json",
+            "com10.json",
+            "auxiliary",
+            "my.nul",
+            ".nul",
+            "a b.json",
+            "1_Pooling",
+            "\u{e9}.json",
+        ] {
+            assert!(!is_special_on_windows(name), "{name}");
+            assert!(is_plain_file_name(name), "{name}");
+        }
+        for name in [
+            "",
+            ".",
+            "..",
+            "../a",
+            "a/b",
+            "a\\b",
+            "C:a",
+            "C:\\a",
+            "\\\\host\\share",
+            "\\\\?\\a",
+            "a:stream",
+            "model.safetensors::$DATA",
+            "a\u{1b}",
+            "a\0",
+        ] {
+            assert!(!is_plain_file_name(name), "{name:?}");
+        }
+    }
 }

@@ -1,5 +1,6 @@
 //! How much memory this process may still take, as the operating system tells it.
 
+#[cfg(not(windows))]
 use std::fs;
 
 /// Total and available memory in bytes.
@@ -10,17 +11,29 @@ pub(super) struct HostMemory {
 }
 
 impl HostMemory {
-    /// Reads `/proc/meminfo` and the control group's limit (version 2); where neither can be read,
-    /// memory counts as unlimited and the operating system has the last word.
+    /// What counts where nobody tells: the operating system has the last word.
+    const UNLIMITED: HostMemory = HostMemory {
+        total: i64::MAX as u64,
+        available: i64::MAX as u64,
+    };
+
+    /// Asks the system for what is free, and may be promised to this process.
+    #[cfg(windows)]
     pub(super) fn now() -> HostMemory {
-        let unlimited = HostMemory {
-            total: i64::MAX as u64,
-            available: i64::MAX as u64,
-        };
+        crate::windows::memory().map_or(HostMemory::UNLIMITED, |(total, available)| HostMemory {
+            total,
+            available,
+        })
+    }
+
+    /// Reads `/proc/meminfo` and the control group's limit (version 2); where neither can be read,
+    /// memory counts as unlimited.
+    #[cfg(not(windows))]
+    pub(super) fn now() -> HostMemory {
         let machine = fs::read_to_string("/proc/meminfo")
             .ok()
             .and_then(|text| parse_meminfo(&text))
-            .unwrap_or(unlimited);
+            .unwrap_or(HostMemory::UNLIMITED);
         let number = |file: &str| {
             fs::read_to_string(format!("/sys/fs/cgroup/{file}"))
                 .ok()?
@@ -48,6 +61,7 @@ impl HostMemory {
     }
 }
 
+#[cfg(not(windows))]
 fn parse_meminfo(text: &str) -> Option<HostMemory> {
     Some(HostMemory {
         total: field(text, "MemTotal:")?.checked_mul(1024)?,
@@ -56,6 +70,7 @@ fn parse_meminfo(text: &str) -> Option<HostMemory> {
 }
 
 /// The number after `name` at the start of a line.
+#[cfg(not(windows))]
 fn field(text: &str, name: &str) -> Option<u64> {
     text.lines()
         .find_map(|line| line.strip_prefix(name))?
@@ -65,7 +80,7 @@ fn field(text: &str, name: &str) -> Option<u64> {
         .ok()
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(windows)))]
 mod tests {
     use super::*;
 

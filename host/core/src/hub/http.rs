@@ -14,7 +14,7 @@ use super::pace::{Pace, TooSlow};
 use super::watchdog::Watchdog;
 use super::{FIRST_WAIT, Hub, HubError, RETRIES};
 use crate::cancel::CancelToken;
-use crate::checkpoint::shown;
+use crate::checkpoint::{is_plain_file_name, shown};
 
 const CONNECT: Duration = Duration::from_secs(10);
 /// Redirects that are followed for one request.
@@ -443,7 +443,7 @@ fn about(url: &str, response: &Response<Body>) -> Result<About, HubError> {
     };
     let etag = etag.trim_start_matches("W/").trim_matches('"');
     let is_word = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
-    if etag.is_empty() || etag.len() > 128 || !etag.bytes().all(is_word) {
+    if etag.len() > 128 || !etag.bytes().all(is_word) || !is_plain_file_name(etag) {
         return Err(bad(format!("its etag is '{}'", shown(etag))));
     }
     match first(["x-linked-size", "content-length"]).map(str::parse) {

@@ -9,6 +9,8 @@ use std::path::{Path, PathBuf};
 
 use super::HubError;
 use super::error::io_error;
+#[cfg(windows)]
+use crate::windows;
 
 /// A model at a commit.
 pub(super) struct Entry {
@@ -48,26 +50,28 @@ impl Entry {
         self.path.join("blobs").join(format!("{etag}.part"))
     }
 
-    /// Opens the partial file, for one process at a time.
-    pub(super) fn open_part(&self, etag: &str) -> Result<Part, HubError> {
+    /// Opens the partial file of what will have this name, for one process at a time.
+    pub(super) fn open_part(&self, etag: &str, name: &str) -> Result<Part, HubError> {
         self.make_directory(Path::new("blobs"))?;
         let path = self.part(etag);
         let file = open_or_create(&path)?;
+        #[cfg(windows)]
+        is_in(&file, &self.path)?;
         match file.try_lock() {
             // Some network file systems have no locks; a digest or a length will tell.
             Ok(()) | Err(TryLockError::Error(_)) => {}
             Err(TryLockError::WouldBlock) => return Ok(Part::Busy),
         }
         // Looked at under the lock: whoever held it before may have finished meanwhile.
-        if self.blob(etag).is_file() {
+        if self.blob(etag).is_file() || self.snapshot().join(name).is_file() {
             let _ = fs::remove_file(&path);
             return Ok(Part::Complete);
         }
         Ok(Part::Ours(file))
     }
 
-    /// Gives a complete blob its name in the snapshot.
-    pub(super) fn link(&self, etag: &str, name: &str) -> Result<(), HubError> {
+    /// Gives a complete blob its name in the snapshot. A new one has no other.
+    pub(super) fn link(&self, etag: &str, name: &str, is_new: bool) -> Result<(), HubError> {
         let pointer = self.snapshot().join(name);
         self.make_parent(&pointer)?;
         // What is there leads nowhere, or the file would not have been asked for.
@@ -78,7 +82,11 @@ impl Entry {
             Ok(_) => return Ok(()),
             Err(_) => {}
         }
-        point(&pointer, &self.blob(etag), etag).map_err(io_error("write", &pointer))
+        match point(&pointer, &self.blob(etag), etag, is_new) {
+            // Another process was faster.
+            Err(_) if pointer.is_file() => Ok(()),
+            result => result.map_err(io_error("write", &pointer)),
+        }
     }
 
     /// Makes the directory of a path in the entry.
@@ -117,12 +125,22 @@ impl Entry {
         let directory = self.make_parent(&path)?;
         // At once, so that nobody reads half of it.
         let write = || {
-            let mut file = tempfile::NamedTempFile::new_in(directory)?;
+            let mut file = temporary_in(directory)?;
             file.write_all(commit.as_bytes())?;
-            file.persist(&path)?;
-            Ok(())
+            // Not by `persist`, which knows no long paths on Windows.
+            fs::rename(file.into_temp_path(), &path)
         };
         write().map_err(io_error("write", &path))
+    }
+}
+
+/// Makes a file beside the one that it will be.
+fn temporary_in(directory: &Path) -> io::Result<tempfile::NamedTempFile> {
+    let builder = tempfile::Builder::new();
+    match cfg!(windows) {
+        // The crate's own are marked there, so that the system may keep them in memory, and stay so.
+        true => builder.make_in(directory, |path| File::create_new(path)),
+        false => builder.tempfile_in(directory),
     }
 }
 
@@ -142,52 +160,84 @@ fn open_or_create(path: &Path) -> Result<File, HubError> {
         let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY;
         options.custom_flags(flags.bits() as i32);
     }
+    #[cfg(windows)]
+    {
+        use std::os::windows::fs::OpenOptionsExt;
+        use windows_sys::Win32::Storage::FileSystem::FILE_FLAG_OPEN_REPARSE_POINT;
+        options.custom_flags(FILE_FLAG_OPEN_REPARSE_POINT);
+    }
     let file = options.open(path).map_err(io_error("open", path))?;
     let metadata = file.metadata().map_err(io_error("open", path))?;
-    match metadata.is_file() && has_one_name(&metadata) {
+    match metadata.is_file() && has_one_name(&file, &metadata) {
         true => Ok(file),
         false => Err(leads_out()),
     }
 }
 
 #[cfg(unix)]
-fn has_one_name(metadata: &fs::Metadata) -> bool {
+fn has_one_name(_: &File, metadata: &fs::Metadata) -> bool {
     use std::os::unix::fs::MetadataExt;
     metadata.nlink() == 1
 }
 
-#[cfg(not(unix))]
-fn has_one_name(_: &fs::Metadata) -> bool {
-    true
+#[cfg(windows)]
+fn has_one_name(file: &File, _: &fs::Metadata) -> bool {
+    // Where the file system does not tell, it has none of several names.
+    windows::identity_of(file).map_or(true, |identity| identity.names <= 1)
+}
+
+/// Refuses a file that does not lie in the entry: what is above it has become a link while it was opened.
+#[cfg(windows)]
+fn is_in(file: &File, entry: &Path) -> Result<(), HubError> {
+    let at = windows::path_of(file).map_err(io_error("open", entry))?;
+    let entry = fs::canonicalize(entry).map_err(io_error("open", entry))?;
+    match at.starts_with(entry) {
+        true => Ok(()),
+        false => Err(HubError::LeadsOut { path: at }),
+    }
 }
 
 #[cfg(unix)]
-fn point(pointer: &Path, _: &Path, etag: &str) -> std::io::Result<()> {
+fn point(pointer: &Path, _: &Path, etag: &str, _: bool) -> io::Result<()> {
     // Relative, as other tools have it, so that the cache can be moved.
     let target = Path::new("..").join("..").join("blobs").join(etag);
     std::os::unix::fs::symlink(target, pointer)
 }
 
-#[cfg(not(unix))]
-fn point(pointer: &Path, blob: &Path, _: &str) -> std::io::Result<()> {
-    // Links need a privilege; other tools move the file then, too.
-    fs::rename(blob, pointer)
+/// Links need a privilege, or the developer mode. Where they cannot be had, other tools too move what is
+/// new, and copy what other snapshots may have links to.
+#[cfg(windows)]
+fn point(pointer: &Path, blob: &Path, etag: &str, is_new: bool) -> io::Result<()> {
+    let target = Path::new("..").join("..").join("blobs").join(etag);
+    if std::os::windows::fs::symlink_file(target, pointer).is_ok() && pointer.is_file() {
+        return Ok(());
+    }
+    if is_new && fs::rename(blob, pointer).is_ok() {
+        return Ok(());
+    }
+    // At once, so that nobody reads half of it.
+    let directory = pointer.parent().unwrap_or(pointer);
+    let copy = temporary_in(directory)?.into_temp_path();
+    fs::copy(blob, &copy)?;
+    fs::rename(&copy, pointer)
 }
 
-#[cfg(all(test, unix))]
+#[cfg(test)]
 mod tests {
-    use std::os::unix::fs::symlink;
-
     use tempfile::TempDir;
 
     use super::*;
 
     const COMMIT: &str = "0123456789012345678901234567890123456789";
+    const NAME: &str = "model.safetensors";
+
+    /// Links a path in a cache entry to something of the user's.
+    type MakeLink = fn(&Path, &Path) -> io::Result<()>;
 
     /// A cache entry in which a path is a link to something of the user's, and whether writing what
     /// a download writes is refused. What it leads to stays as it was.
     #[track_caller]
-    fn is_refused(link: &str, is_hard: bool) {
+    fn is_refused(link: &str, make: MakeLink) {
         let directory = TempDir::new().unwrap();
         let mine = directory.path().join("mine");
         fs::create_dir(&mine).unwrap();
@@ -201,14 +251,11 @@ mod tests {
         } else {
             mine.clone()
         };
-        match is_hard {
-            true => fs::hard_link(&target, &at).unwrap(),
-            false => symlink(&target, &at).unwrap(),
-        }
+        make(&target, &at).unwrap();
         let entry = Entry::new(path, COMMIT);
         let written = || -> Result<(), HubError> {
-            entry.open_part("etag")?;
-            entry.link("etag", "onnx/model.safetensors")?;
+            entry.open_part("etag", NAME)?;
+            entry.link("etag", "onnx/model.safetensors", true)?;
             entry.refer("pr/1", COMMIT)
         };
         let result = written();
@@ -228,6 +275,7 @@ mod tests {
         );
     }
 
+    #[cfg(unix)]
     #[test]
     fn nothing_is_written_through_a_link_in_the_cache() {
         for link in [
@@ -239,9 +287,13 @@ mod tests {
             "refs",
             "refs/pr",
         ] {
-            is_refused(link, false);
+            is_refused(link, |target, at| std::os::unix::fs::symlink(target, at));
         }
-        is_refused("blobs/etag.part", true);
+    }
+
+    #[test]
+    fn nothing_is_written_into_a_file_of_two_names() {
+        is_refused("blobs/etag.part", |target, at| fs::hard_link(target, at));
     }
 
     #[test]
@@ -249,13 +301,64 @@ mod tests {
         let directory = TempDir::new().unwrap();
         let entry = Entry::new(directory.path().join("models--org--name"), COMMIT);
         for _ in 0..2 {
-            let Part::Ours(mut file) = entry.open_part("etag").unwrap() else {
+            let Part::Ours(mut file) = entry.open_part("etag", NAME).unwrap() else {
                 panic!("it is nobody else's");
             };
             file.write_all(b"part").unwrap();
+            assert!(matches!(entry.open_part("etag", NAME).unwrap(), Part::Busy));
         }
         assert_eq!(fs::read(entry.part("etag")).unwrap(), b"part");
-        entry.link("etag", "onnx/model.safetensors").unwrap();
-        entry.refer("pr/1", COMMIT).unwrap();
+    }
+
+    /// Writes a blob as a download does: into the partial file, renamed while that is open and locked.
+    fn write_blob(entry: &Entry, etag: &str, name: &str) {
+        let Part::Ours(mut file) = entry.open_part(etag, name).unwrap() else {
+            panic!("it is nobody else's");
+        };
+        file.write_all(b"bytes").unwrap();
+        fs::rename(entry.part(etag), entry.blob(etag)).unwrap();
+    }
+
+    #[test]
+    fn a_blob_is_read_under_its_name_whether_the_system_has_links_or_not() {
+        let directory = TempDir::new().unwrap();
+        let entry = Entry::new(directory.path().join("models--org--name"), COMMIT);
+        for (is_new, name) in [(true, NAME), (false, "config.json")] {
+            write_blob(&entry, name, name);
+            entry.link(name, name, is_new).unwrap();
+            let path = entry.snapshot().join(name);
+            assert_eq!(fs::read(&path).unwrap(), b"bytes", "{name}");
+            // Other snapshots may lead to what is not new.
+            assert!(is_new || entry.blob(name).is_file(), "{name}");
+            // Whoever waited for it has nothing left to do.
+            let again = entry.open_part(name, name).unwrap();
+            assert!(matches!(again, Part::Complete), "{name}");
+            entry.link(name, name, false).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), b"bytes", "{name}");
+            assert!(!entry.part(name).exists(), "{name}");
+        }
+    }
+
+    #[test]
+    fn an_entry_may_lie_deep() {
+        let directory = TempDir::new().unwrap();
+        let mut deep = directory.path().to_owned();
+        for _ in 0..4 {
+            deep.push("d".repeat(100));
+        }
+        let entry = Entry::new(deep.join("models--org--name"), COMMIT);
+        // Wine 8 tells of no path that is longer than 260 characters, which is asked for here.
+        fs::create_dir_all(&deep).unwrap();
+        if !cfg!(windows) || fs::canonicalize(&deep).is_ok() {
+            write_blob(&entry, "etag", NAME);
+            entry.link("etag", NAME, true).unwrap();
+            assert_eq!(fs::read(entry.snapshot().join(NAME)).unwrap(), b"bytes");
+        }
+        // Written, and replaced.
+        let reference = entry.path.join("refs").join("pr").join("1");
+        for commit in ["9876543210987654321098765432109876543210", COMMIT] {
+            entry.refer("pr/1", commit).unwrap();
+            assert_eq!(fs::read_to_string(&reference).unwrap(), commit);
+        }
     }
 }

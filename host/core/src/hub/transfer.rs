@@ -40,9 +40,9 @@ impl Transfer<'_> {
                 limit,
             });
         }
-        loop {
-            match self.entry.open_part(&about.etag)? {
-                Part::Complete => break,
+        let is_new = loop {
+            match self.entry.open_part(&about.etag, self.name)? {
+                Part::Complete => break false,
                 Part::Busy => self.client.pause(POLL)?,
                 Part::Ours(mut file) => {
                     self.fill(&mut file, &about)?;
@@ -51,11 +51,11 @@ impl Transfer<'_> {
                     file.sync_all().map_err(io_error("write", &part))?;
                     // Renamed before the lock goes with the file.
                     fs::rename(&part, &blob).map_err(io_error("rename", &part))?;
-                    break;
+                    break true;
                 }
             }
-        }
-        self.entry.link(&about.etag, self.name)
+        };
+        self.entry.link(&about.etag, self.name, is_new)
     }
 
     /// Brings the partial file to its full length.

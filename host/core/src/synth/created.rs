@@ -32,7 +32,11 @@ impl Created {
                 }
                 Some(Err(error)) => return Err(io_error("list", directory)(error)),
             },
-            Err(error) if error.kind() == ErrorKind::NotADirectory => {
+            // Windows has other errors for that.
+            Err(error)
+                if error.kind() == ErrorKind::NotADirectory
+                    || (cfg!(windows) && directory.ancestors().any(Path::is_file)) =>
+            {
                 return Err(SynthError::NotADirectory {
                     path: directory.into(),
                 });

@@ -123,6 +123,9 @@ pub fn write_model(
                 let (path, mut file) = created.file(&shard.file)?;
                 file.write_all(&shard.header)
                     .map_err(io_error("write", &path))?;
+                // On other systems files are.
+                #[cfg(windows)]
+                let _ = crate::windows::make_sparse(&file);
                 file.set_len(shard.length)
                     .map_err(io_error("extend", &path))?;
                 progress.add(shard.length)?;

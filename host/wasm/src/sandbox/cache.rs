@@ -86,13 +86,17 @@ impl Cache {
     }
 
     /// Returns where this user's programs keep it: `$XDG_CACHE_HOME/tightfit/compiled`, or
-    /// `~/.cache/tightfit/compiled`. `None` where there is no home.
+    /// `~/.cache/tightfit/compiled`, on Windows `%LOCALAPPDATA%\tightfit\compiled`. `None` where there
+    /// is no home.
     pub fn default_path() -> Option<PathBuf> {
         let absolute = |path: PathBuf| path.is_absolute().then_some(path);
-        std::env::var_os("XDG_CACHE_HOME")
-            .and_then(|path| absolute(path.into()))
-            .or_else(|| Some(absolute(std::env::home_dir()?)?.join(".cache")))
-            .map(|cache| cache.join("tightfit/compiled"))
+        let named = |name| absolute(std::env::var_os(name)?.into());
+        let home = || absolute(std::env::home_dir()?);
+        let cache = named("XDG_CACHE_HOME").or_else(|| match cfg!(windows) {
+            true => named("LOCALAPPDATA").or_else(|| Some(home()?.join("AppData").join("Local"))),
+            false => Some(home()?.join(".cache")),
+        });
+        Some(cache?.join("tightfit").join("compiled"))
     }
 
     /// Returns the id of what this engine makes of these bytes.

@@ -250,9 +250,18 @@ fn talk(
     // An interrupt at the terminal is for the parent.
     #[cfg(unix)]
     std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    #[cfg(windows)]
+    {
+        use std::os::windows::process::CommandExt;
+        use windows_sys::Win32::System::Threading::{CREATE_NEW_PROCESS_GROUP, CREATE_NO_WINDOW};
+        command.creation_flags(CREATE_NEW_PROCESS_GROUP | CREATE_NO_WINDOW);
+    }
     let mut child = command.spawn()?;
     let pipes = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let kept = Kept(child);
+    // Before it is told anything.
+    #[cfg(windows)]
+    let _job = super::job::Job::of(&kept.0, order.memory, order.seconds)?;
     let (Some(mut input), Some(mut output), Some(mut errors)) = pipes else {
         return Err(io::Error::other("no pipes to it"));
     };
@@ -365,8 +374,8 @@ fn limit_process(order: &Order) -> io::Result<()> {
     Ok(())
 }
 
-/// Only the parent's clock limits it.
-#[cfg(not(unix))]
+/// The parent has done so.
+#[cfg(windows)]
 fn limit_process(_: &Order) -> io::Result<()> {
     Ok(())
 }

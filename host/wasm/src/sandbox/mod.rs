@@ -28,6 +28,8 @@ mod file;
 mod guest;
 #[cfg(feature = "compile")]
 mod instances;
+#[cfg(all(windows, feature = "compile"))]
+mod job;
 #[cfg(feature = "compile")]
 mod limiter;
 #[cfg(feature = "compile")]
@@ -39,7 +41,7 @@ mod parts;
 #[cfg(feature = "compile")]
 mod precheck;
 #[cfg(feature = "compile")]
-#[cfg_attr(not(unix), path = "private_nowhere.rs")]
+#[cfg_attr(windows, path = "private_windows/mod.rs")]
 mod private;
 #[cfg(feature = "compile")]
 mod run;

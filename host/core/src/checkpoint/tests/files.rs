@@ -457,7 +457,12 @@ fn file_replaced_after_it_was_opened() {
     other[length - 4..].fill(0xff);
     fs::write(&path, other).unwrap();
     let mut bytes = [9; 4];
-    // The open file is still the one that was checked.
-    checkpoint.read_tensor(0, 0, &mut bytes).unwrap();
-    assert_eq!(bytes, [0, 1, 2, 3]);
+    // The open file is still the one that was checked, or the system has taken it for the other.
+    match checkpoint.read_tensor(0, 0, &mut bytes) {
+        Err(CheckpointError::Changed { .. }) if cfg!(windows) => {}
+        read => {
+            read.unwrap();
+            assert_eq!(bytes, [0, 1, 2, 3]);
+        }
+    }
 }

@@ -8,6 +8,7 @@ mod context;
 mod experts;
 mod kernels;
 mod launch;
+mod library;
 mod memory;
 mod multiply;
 mod overlap;
@@ -22,6 +23,7 @@ use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_ulonglong, c_void};
 use std::sync::OnceLock;
 
 use cudarc::driver::sys;
+use libloading::Library;
 use sys::{
     CUcontext, CUdevice, CUdeviceptr, CUevent, CUfunction, CUmemAccessDesc, CUmemAllocationProp,
     CUmemGenericAllocationHandle, CUmodule, CUstream,
@@ -71,10 +73,7 @@ macro_rules! api {
 
         impl Api {
             /// All functions, or the name of one that the library lacks.
-            fn look_up() -> Result<Api, &'static str> {
-                // SAFETY: opens the library by its well-known name, and runs what it runs when it
-                // is opened. The caller has found out that it can be opened.
-                let library = unsafe { sys::culib() };
+            fn look_up(library: &'static Library) -> Result<Api, &'static str> {
                 Ok(Api {
                     $($name: {
                         // SAFETY: the signature is the one in NVIDIA's cuda.h for this name, with
@@ -228,11 +227,17 @@ impl Api {
 
 /// Opens the library and finds our functions in it; the reason where that cannot be done.
 fn load() -> Result<Api, String> {
-    // SAFETY: opens and closes the library by its well-known name.
-    if !unsafe { sys::is_culib_present() } {
-        return Err("there is no NVIDIA driver (libcuda) on this machine".to_owned());
-    }
-    Api::look_up().map_err(|missing| {
+    let Some(library) = library::library() else {
+        let name = if cfg!(windows) {
+            "nvcuda.dll"
+        } else {
+            "libcuda"
+        };
+        return Err(format!(
+            "there is no NVIDIA driver ({name}) on this machine"
+        ));
+    };
+    Api::look_up(library).map_err(|missing| {
         format!("the NVIDIA driver is too old: it lacks {missing} (drivers for CUDA 10.2 and later have it)")
     })
 }
