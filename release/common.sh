@@ -1,0 +1,56 @@
+# Read by the scripts beside it, from the root of the clone.
+# shellcheck shell=bash disable=SC2034
+
+# That of manylinux2014 wheels, and the oldest that Rust's library runs with.
+RELEASE_GLIBC=2.17
+# Together, so that what they share is compiled once.
+packages=(tightfit-cli tightfit-c)
+target_dir=${CARGO_TARGET_DIR:-$PWD/target}
+version=$(sed -n '/^\[workspace.package\]/,/^\[/s/^version = "\(.*\)"/\1/p' Cargo.toml)
+repository=$(sed -n 's/^repository = "\(.*\)"/\1/p' Cargo.toml)
+# Before 1.0 a change of the minor version may break.
+abi=${version%.*}
+# Neither the day nor the place of packing is in what is packed.
+SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct)}
+export SOURCE_DATE_EPOCH LC_ALL=C TZ=UTC PYTHONDONTWRITEBYTECODE=1
+
+fail() {
+    echo "$0: $1" >&2
+    exit 1
+}
+
+# needs COMMAND WHERE-FROM
+needs() {
+    command -v "$1" >/dev/null || fail "there is no $1: $2"
+}
+
+# Adds to what every rustc is given. Not RUSTFLAGS: there may be blanks in paths.
+rustflags() {
+    local flag
+    for flag in "$@"; do
+        CARGO_ENCODED_RUSTFLAGS=${CARGO_ENCODED_RUSTFLAGS:+$CARGO_ENCODED_RUSTFLAGS$'\x1f'}$flag
+    done
+    export CARGO_ENCODED_RUSTFLAGS
+}
+
+# Leaves paths of this machine, and what its user has set, out of what is compiled.
+reproducible() {
+    local home=${CARGO_HOME:-$HOME/.cargo} sysroot registry
+    unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CFLAGS
+    export CARGO_INCREMENTAL=0
+    sysroot=$(rustc --print sysroot)
+    # Of several that match, the last one counts.
+    remap "$PWD" /tightfit
+    remap "$target_dir" /tightfit/target
+    remap "$home" /cargo
+    for registry in "$home"/registry/src/*; do
+        remap "$registry" /cargo/registry
+    done
+    # Where the sources of Rust's library are installed, rustc names those.
+    remap "$sysroot/lib/rustlib/src/rust" "/rustc/$(rustc -vV | sed -n 's/^commit-hash: //p')"
+}
+
+remap() {
+    rustflags "--remap-path-prefix=$1=$2"
+    export CFLAGS="${CFLAGS-} -ffile-prefix-map=$1=$2"
+}
