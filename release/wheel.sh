@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Makes the wheel for one target, for all versions of Python that the package supports.
+#
+#     release/wheel.sh TARGET OUT
+set -euo pipefail
+cd "$(dirname "$0")/.."
+# shellcheck source=release/common.sh
+. release/common.sh
+
+target=$1
+out=$2
+needs maturin "pip install -r release/requirements.txt"
+rustup target add "$target"
+cargo fetch --locked
+reproducible
+maturin build --profile dist --locked --target "$target" --zig --compatibility "manylinux_${RELEASE_GLIBC/./_}" \
+    --manifest-path host/python/Cargo.toml --out "$out"
