@@ -4,7 +4,8 @@
 #
 #     release/check.sh ARCHIVE
 #
-# With WORKSPACE=1 it was made of what tests compile, which needs this system's libraries and names its paths.
+# With TIGHTFIT_UNIFIED=1 it was made of what tests compile, which needs this system's libraries and names its
+# paths.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=release/common.sh
@@ -16,8 +17,8 @@ trap 'rm -rf "$work"' EXIT
 
 main() {
     unpack
-    python3 release/verify.py "$unpacked"
-    if [ -z "${WORKSPACE-}" ]; then
+    python3 release/verify.py "$unpacked" "$archive"
+    if [ -z "${TIGHTFIT_UNIFIED-}" ]; then
         nothing_of_this_machine
     fi
     case $unpacked in
@@ -65,14 +66,14 @@ nothing_of_this_machine() {
 
 linux() {
     local file newest allowed='libc|libm|libdl|libpthread|librt|libutil|ld-linux-[a-z0-9-]*'
-    [ -z "${WORKSPACE-}" ] || allowed+='|libgcc_s'
+    [ -z "${TIGHTFIT_UNIFIED-}" ] || allowed+='|libgcc_s'
     for file in "$unpacked/bin/tightfit" "$unpacked/lib/libtightfit_c.so"; do
         if readelf -d "$file" | sed -n 's/.*(NEEDED).*\[\(.*\)\]/\1/p' | grep -vE "^($allowed)\.so\.[0-9]+$"; then
             fail "$file needs a library that not every system has"
         fi
         newest=$(readelf --dyn-syms -W "$file" | grep -o 'GLIBC_[0-9.]*' | sort -uV | tail -n 1)
         echo "$(basename "$file") needs $newest"
-        if [ -z "${WORKSPACE-}" ] &&
+        if [ -z "${TIGHTFIT_UNIFIED-}" ] &&
             [ "$(printf '%s\n' "GLIBC_$RELEASE_GLIBC" "$newest" | sort -V | tail -n 1)" != "GLIBC_$RELEASE_GLIBC" ]; then
             fail "$file needs a newer glibc than $RELEASE_GLIBC"
         fi

@@ -4,8 +4,8 @@
 #     release/pack.sh TARGET COMPILED OUT [COMMAND]
 #
 # COMPILED is the folder where cargo has put the command and the C library, OUT is for the archive. COMMAND is
-# a `tightfit` that runs here, to write completions and manual pages; by default the compiled one. With WORKSPACE=1
-# the whole workspace was compiled at once, which is what tests do.
+# a `tightfit` that runs here, to write completions and manual pages; by default the compiled one. With
+# TIGHTFIT_UNIFIED=1 the whole workspace was compiled at once, as for tests.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=release/common.sh
@@ -40,7 +40,7 @@ main() {
     for_shells "${4:-$stage/bin/tightfit}"
     python3 release/describe.py "$target" "${packages[@]}" \
         --sbom "$doc/tightfit.cdx.json" --licences "$doc/LICENSES-THIRD-PARTY.txt" \
-        "${runtimes[@]}" ${WORKSPACE:+--workspace}
+        "${runtimes[@]}" ${TIGHTFIT_UNIFIED:+--workspace}
     cp "$doc/tightfit.cdx.json" "$out/$name.cdx.json"
     python3 release/archive.py "$stage" "$out/$name$suffix"
     echo "$out/$name$suffix"

@@ -1,18 +1,20 @@
 """Compares what an unpacked archive says about its crates with what was linked.
 
-    python3 release/verify.py DIRECTORY
+    python3 release/verify.py DIRECTORY ARCHIVE
 
 The static C library has an object of every crate: those must be exactly the ones that the SBOM says it needs.
-The other binaries name the packages in whose code they may panic: the SBOM must have these too.
+The other binaries name the packages in whose code they may panic: the SBOM must have these too. And `cargo
+binstall` must find the archive, and the command in it.
 """
 
 import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
-from crates import cargo
+from crates import ROOT, cargo
 
 # With what it is made of that is no crate of the registry's; its other crates have namesakes there.
 RUST_LIBRARY = {
@@ -73,11 +75,32 @@ def main() -> None:
         if f"{one['name']} {one['version']}" not in owners:
             problems.append(f"no licence is there for {one['name']} {one['version']}")
 
+    problems += binstall(directory, Path(sys.argv[2]))
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
         sys.exit(1)
     print(f"{len(components)} components, {len(objects)} crates in the library, {len(panicking)} named in binaries")
+
+
+def binstall(directory: Path, archive: Path) -> list[str]:
+    """What keeps cargo-binstall from installing the command from an archive."""
+    package = tomllib.loads((ROOT / "host/cli/Cargo.toml").read_text())["package"]["metadata"]["binstall"]
+    name, version = re.fullmatch(r"(tightfit-(\d+\.\d+\.\d+))-.*", directory.name).groups()
+    target = directory.name.removeprefix(f"{name}-")
+    package = {**package, **package["overrides"].get(target, {})}
+    suffix = {"tgz": ".tar.gz", "zip": ".zip"}[package["pkg-fmt"]]
+    values = {
+        "repo": "", "version": version, "target": target, "archive-suffix": suffix, "bin": "tightfit",
+        "binary-ext": ".exe" if "windows" in target else "",
+    }  # fmt: skip
+    url, command = (re.sub(r"\{ ([a-z-]+) \}", lambda found: values[found[1]], package[key]) for key in ("pkg-url", "bin-dir"))
+    problems = []
+    if url != f"/releases/download/v{version}/{archive.name}":
+        problems.append(f"cargo binstall looks for {url}, and this is {archive.name}")
+    if not (directory.parent / command).is_file():
+        problems.append(f"cargo binstall looks for {command}, which is not there")
+    return problems
 
 
 def library_names() -> dict[tuple[str, str], str]:
