@@ -54,3 +54,14 @@ remap() {
     rustflags "--remap-path-prefix=$1=$2"
     export CFLAGS="${CFLAGS-} -ffile-prefix-map=$1=$2"
 }
+
+# What zig links into programs: `runtimes` is for describe.py.
+runtimes_of_zig() {
+    local python directory licence
+    needs cargo-zigbuild "pip install -r release/requirements.txt"
+    python=$(dirname "$(command -v cargo-zigbuild)")/python3
+    directory=$("$python" -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')
+    licence=$directory/lib/libunwind/LICENSE.TXT
+    runtimes=(--runtime zig-compiler-rt "$("$python" -m ziglang version)" MIT "$directory/LICENSE"
+        --runtime zig-libunwind "$("$python" -m ziglang version)" "Apache-2.0 WITH LLVM-exception" "$licence")
+}

@@ -66,20 +66,8 @@ linux() {
     runtimes=()
     # What unwinds the stack comes from somewhere.
     if ! readelf -d "$stage/bin/tightfit" | grep -q 'NEEDED.*libgcc_s'; then
-        local zig
-        zig=$(python_of cargo-zigbuild -c 'import os, ziglang; print(os.path.dirname(ziglang.__file__))')
-        cat "$zig/LICENSE" "$zig/lib/libunwind/LICENSE.TXT" >"$work/zig"
-        runtimes=(--runtime zig-runtime "$(python_of cargo-zigbuild -m ziglang version)"
-            "MIT AND Apache-2.0 WITH LLVM-exception" "$work/zig")
+        runtimes_of_zig
     fi
-}
-
-# The Python for which a command is installed.
-python_of() {
-    local command
-    command=$(command -v "$1") || fail "there is no $1: pip install -r release/requirements.txt"
-    shift
-    "$(dirname "$command")/python3" "$@"
 }
 
 windows() {

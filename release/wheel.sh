@@ -10,6 +10,12 @@ cd "$(dirname "$0")/.."
 target=$1
 out=$2
 needs maturin "pip install -r release/requirements.txt"
+# The wheel holds what is linked into it, so also its licences.
+trap 'rm -f host/python/LICENSE*' EXIT
+cp LICENSE-APACHE LICENSE-MIT host/python/
+runtimes_of_zig
+python3 release/describe.py "$target" tightfit-python --sbom /dev/null \
+    --licences host/python/LICENSES-THIRD-PARTY.txt "${runtimes[@]}"
 rustup target add "$target"
 cargo fetch --locked
 reproducible
