@@ -6,7 +6,7 @@
 # ROOT is a system of its own, for example of `debootstrap --variant=minbase bookworm ROOT`; without it, a folder
 # with nothing but the C library: this system's, or under QEMU that of Debian's libc6-arm64-cross. An archive for
 # Windows runs under Wine. CC compiles the program in C, for the system's C library: for an older one
-# CC='python-zig cc -target x86_64-linux-gnu.2.17'.
+# CC='python-zig cc -target x86_64-linux-gnu.2.17 -lunwind'.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=release/common.sh
@@ -109,7 +109,7 @@ program() {
     fi
     read -ra static <<<"$(sed -n 's/^Libs.private: //p' "$unpacked/lib/pkgconfig/tightfit.pc")"
     for link in -ltightfit_c "$unpacked/lib/libtightfit_c.a"; do
-        "${command[@]}" -std=c11 -I "$unpacked/include" "$unpacked/share/doc/tightfit/examples/load.c" \
+        "${command[@]}" -std=c11 -static-libgcc -I "$unpacked/include" "$unpacked/share/doc/tightfit/examples/load.c" \
             -L "$unpacked/lib" "$link" "${static[@]}" -o "$unpacked/bin/example.exe"
         run "${tightfit%/*}/example.exe" "$models/demo" auto "$tensor" sim:1GiB
     done
