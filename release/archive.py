@@ -32,22 +32,25 @@ def entries(directory: Path) -> list[Path]:
 
 def write_tar(directory: Path, archive: Path, when: int) -> None:
     """Writes a tar file compressed by gzip, whose header has no time and no name."""
-    with archive.open("wb") as raw, gzip.GzipFile("", "wb", LEVEL, raw, mtime=0) as packed:
-        with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for path in entries(directory):
-                entry = tar.gettarinfo(path, path.relative_to(directory.parent).as_posix())
-                # Two names of one file would be a link or a copy, as it happens to be here.
-                if entry.islnk():
-                    entry.type, entry.linkname, entry.size = tarfile.REGTYPE, "", path.stat().st_size
-                entry.uid = entry.gid = 0
-                entry.uname = entry.gname = ""
-                entry.mtime = when
-                entry.mode = 0o777 if entry.issym() else mode(path)
-                if entry.isreg():
-                    with path.open("rb") as file:
-                        tar.addfile(entry, file)
-                else:
-                    tar.addfile(entry)
+    with (
+        archive.open("wb") as raw,
+        gzip.GzipFile("", "wb", LEVEL, raw, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+    ):
+        for path in entries(directory):
+            entry = tar.gettarinfo(path, path.relative_to(directory.parent).as_posix())
+            # Two names of one file would be a link or a copy, as it happens to be here.
+            if entry.islnk():
+                entry.type, entry.linkname, entry.size = tarfile.REGTYPE, "", path.stat().st_size
+            entry.uid = entry.gid = 0
+            entry.uname = entry.gname = ""
+            entry.mtime = when
+            entry.mode = 0o777 if entry.issym() else mode(path)
+            if entry.isreg():
+                with path.open("rb") as file:
+                    tar.addfile(entry, file)
+            else:
+                tar.addfile(entry)
 
 
 def write_zip(directory: Path, archive: Path, when: int) -> None:

@@ -70,9 +70,7 @@ def licences(crates: list[Crate], runtimes: list[Runtime]) -> str:
         found = texts_of(crate)
         if not found and crate.licence == WITHOUT_NAMES:
             shared = shared or next(
-                texts_of(other)
-                for other in crates
-                if other.licence == WITHOUT_NAMES and len(texts_of(other)) == 1
+                texts_of(other) for other in crates if other.licence == WITHOUT_NAMES and len(texts_of(other)) == 1
             )
             found = shared
         if not found:
@@ -84,8 +82,8 @@ def licences(crates: list[Crate], runtimes: list[Runtime]) -> str:
     for runtime in runtimes:
         texts.setdefault(same(runtime.text), (runtime.text, []))[1].append(f"{runtime.name} {runtime.version}")
     lines = ["What is in this release, and under which licences:", ""]
-    for one in [*crates, *runtimes]:
-        lines.append(f"  {one.name} {one.version}: {one.licence}")
+    lines += [f"  {crate.name} {crate.version}: {crate.licence}" for crate in crates]
+    lines += [f"  {runtime.name} {runtime.version}: {runtime.licence}" for runtime in runtimes]
     for text, owners in texts.values():
         lines += ["", "=" * 80, *wrapped(owners), "=" * 80, "", text]
     return "\n".join(lines) + "\n"

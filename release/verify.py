@@ -26,7 +26,9 @@ RUST_LIBRARY = {
 WITHOUT_OBJECTS = {"cpufeatures"}
 # Of Rust's code; C code gives others.
 RUST_OBJECT = re.compile(r"(?P<crate>[A-Za-z_]\w*)(-[0-9a-f]{16})?\..*\.rcgu\.o")
-PANICS = re.compile(rb"(?:/cargo/registry|/registry/src/[^/\0]+)[/\\]([A-Za-z][A-Za-z0-9_-]*?)-(\d[0-9A-Za-z.+-]*)[/\\]")
+PANICS = re.compile(
+    rb"(?:/cargo/registry|/registry/src/[^/\0]+)[/\\]([A-Za-z][A-Za-z0-9_-]*?)-(\d[0-9A-Za-z.+-]*)[/\\]"
+)
 
 
 def main() -> None:
@@ -51,7 +53,9 @@ def main() -> None:
         if (name := names[one["name"], one["version"]]) not in said:
             said.add(name)
             waiting.extend(needs[reference])
-    members = subprocess.run(["ar", "t", directory / "lib/libtightfit_c.a"], check=True, stdout=subprocess.PIPE, text=True)
+    members = subprocess.run(
+        ["ar", "t", directory / "lib/libtightfit_c.a"], check=True, stdout=subprocess.PIPE, text=True
+    )
     objects = {found["crate"] for line in members.stdout.splitlines() if (found := RUST_OBJECT.fullmatch(line))}
     if not objects:
         problems.append("there is no Rust in the static library")
@@ -88,15 +92,17 @@ def main() -> None:
 def binstall(directory: Path, archive: Path) -> list[str]:
     """What keeps cargo-binstall from installing the command from an archive."""
     package = tomllib.loads((ROOT / "host/cli/Cargo.toml").read_text())["package"]["metadata"]["binstall"]
-    name, version = re.fullmatch(r"(tightfit-(\d+\.\d+\.\d+))-.*", directory.name).groups()
-    target = directory.name.removeprefix(f"{name}-")
+    version = tomllib.loads((ROOT / "Cargo.toml").read_text())["workspace"]["package"]["version"]
+    target = directory.name.removeprefix(f"tightfit-{version}-")
     package = {**package, **package["overrides"].get(target, {})}
     suffix = {"tgz": ".tar.gz", "zip": ".zip"}[package["pkg-fmt"]]
     values = {
         "repo": "", "version": version, "target": target, "archive-suffix": suffix, "bin": "tightfit",
         "binary-ext": ".exe" if "windows" in target else "",
     }  # fmt: skip
-    url, command = (re.sub(r"\{ ([a-z-]+) \}", lambda found: values[found[1]], package[key]) for key in ("pkg-url", "bin-dir"))
+    url, command = (
+        re.sub(r"\{ ([a-z-]+) \}", lambda found: values[found[1]], package[key]) for key in ("pkg-url", "bin-dir")
+    )
     problems = []
     if url != f"/releases/download/v{version}/{archive.name}":
         problems.append(f"cargo binstall looks for {url}, and this is {archive.name}")
