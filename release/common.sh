@@ -37,7 +37,7 @@ rustflags() {
 reproducible() {
     local home=${CARGO_HOME:-$HOME/.cargo} sysroot registry
     unset RUSTFLAGS CARGO_ENCODED_RUSTFLAGS CFLAGS
-    export CARGO_INCREMENTAL=0
+    export CARGO_INCREMENTAL=0 CC_SHELL_ESCAPED_FLAGS=1
     sysroot=$(rustc --print sysroot)
     # Of several that match, the last one counts.
     remap "$PWD" /tightfit
@@ -52,7 +52,8 @@ reproducible() {
 
 remap() {
     rustflags "--remap-path-prefix=$1=$2"
-    export CFLAGS="${CFLAGS-} -ffile-prefix-map=$1=$2"
+    CFLAGS="${CFLAGS-} $(printf %q "-ffile-prefix-map=$1=$2")"
+    export CFLAGS
 }
 
 # What zig links into programs: `runtimes` is for describe.py.
