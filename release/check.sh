@@ -86,7 +86,7 @@ linux() {
 
 windows() {
     local file
-    local system='kernel32|ntdll|ws2_32|userenv|bcrypt|bcryptprimitives|advapi32|shell32|ole32|msvcrt'
+    local system='kernel32|ntdll|ws2_32|userenv|bcrypt|bcryptprimitives|advapi32|shell32|ole32|combase|msvcrt'
     system+='|api-ms-win-[a-z0-9-]*'
     for file in "$unpacked/bin/tightfit.exe" "$unpacked/bin/tightfit_c.dll"; do
         if x86_64-w64-mingw32-objdump -p "$file" | sed -n 's/.*DLL Name: //p' | grep -viE "^($system)\.dll$"; then
@@ -98,33 +98,36 @@ windows() {
 # The example, found as packages are: by pkg-config and by CMake, linked to either library.
 c_programs() {
     local run=() compiler=cc model=$work/model example=$unpacked/share/doc/tightfit/examples/load.c
-    local cmake=(-DCMAKE_BUILD_TYPE=Release)
+    local cmake=(-DCMAKE_BUILD_TYPE=Release) definitions=()
     case $unpacked in
+    *-windows-*)
+        compiler=x86_64-w64-mingw32-gcc
+        run=(wine)
+        # msvcrt does not know the formats of C11.
+        definitions=(-D__USE_MINGW_ANSI_STDIO=1)
+        cmake+=(-DCMAKE_SYSTEM_NAME=Windows "-DCMAKE_C_FLAGS=${definitions[0]}")
+        ;;
     *-"$(uname -m)"-*) ;;
     *-aarch64-*)
         compiler=aarch64-linux-gnu-gcc
         run=(qemu-aarch64-static -L /usr/aarch64-linux-gnu)
         cmake+=(-DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64)
         ;;
-    *-windows-*)
-        compiler=x86_64-w64-mingw32-gcc
-        run=(wine)
-        cmake+=(-DCMAKE_SYSTEM_NAME=Windows)
-        ;;
     esac
     if ! command -v "$compiler" >/dev/null || ! command -v "${run[0]:-true}" >/dev/null; then
-        echo "not compiled: the C example, without $compiler or ${run[0]-}"
+        echo "not compiled: the C example, without $compiler, or what runs its programs here"
         return
     fi
+    [[ $unpacked != *-windows-* ]] || own_wine "$work/wine"
     make_model
     if command -v pkg-config >/dev/null; then
         local flags
         export PKG_CONFIG_PATH=$unpacked/lib/pkgconfig PKG_CONFIG_LIBDIR=
         [ "$(pkg-config --modversion tightfit)" = "$version" ] || fail "pkg-config says another version"
         read -ra flags < <(pkg-config --cflags --libs tightfit)
-        "$compiler" -std=c11 -o "$work/shared" "$example" "${flags[@]}"
+        "$compiler" -std=c11 "${definitions[@]}" -o "$work/shared" "$example" "${flags[@]}"
         read -ra flags < <(pkg-config --static --cflags --libs tightfit)
-        "$compiler" -std=c11 -o "$work/static" "$example" "${flags[@]/-ltightfit_c/-l:libtightfit_c.a}"
+        "$compiler" -std=c11 "${definitions[@]}" -o "$work/static" "$example" "${flags[@]/-ltightfit_c/-l:libtightfit_c.a}"
         loads "$work/shared" && loads "$work/static"
     else
         echo "not checked: pkg-config, which is not there"
@@ -164,9 +167,12 @@ END
 
 loads() {
     local program=$1 printed
-    [ -e "$program" ] || program=$program.exe
-    printed=$(LD_LIBRARY_PATH=$unpacked/lib QEMU_LD_PREFIX=/usr/aarch64-linux-gnu WINEDEBUG=-all \
-        WINEPATH=$unpacked/bin "${run[@]}" "$program" "$model" auto a.weight sim:1MiB) ||
+    # Windows looks for libraries beside the program.
+    if [[ $unpacked == *-windows-* ]]; then
+        cp "$program.exe" "$unpacked/bin/"
+        program=$unpacked/bin/${program##*/}.exe
+    fi
+    printed=$(LD_LIBRARY_PATH=$unpacked/lib timeout 300 "${run[@]}" "$program" "$model" auto a.weight sim:1MiB </dev/null) ||
         fail "$program ended with $?"
     # Ones come back as they were.
     grep -q '^4096 elements, sum 4096' <<<"$printed" || fail "$program says: $printed"

@@ -66,3 +66,15 @@ runtimes_of_zig() {
     runtimes=(--runtime zig-compiler-rt "$("$python" -m ziglang version)" MIT "$directory/LICENSE"
         --runtime zig-libunwind "$("$python" -m ziglang version)" "Apache-2.0 WITH LLVM-exception" "$licence")
 }
+
+# A Windows of its own in a folder, for `wine`.
+own_wine() {
+    local stand_in=.ci/wine/bcryptprimitives.c libraries=$1/drive_c/windows/system32
+    needs wine "apt-get install wine64"
+    export WINEPREFIX=$1 WINEARCH=win64 WINEDEBUG=-all
+    timeout 300 wine wineboot --init </dev/null >/dev/null 2>&1
+    # Where Rust's library takes random numbers from: wine 8 does not have it.
+    if [ ! -e "$libraries/bcryptprimitives.dll" ] && [ -e "$stand_in" ]; then
+        x86_64-w64-mingw32-gcc -O2 -shared -o "$libraries/bcryptprimitives.dll" "$stand_in" -ladvapi32
+    fi
+}

@@ -76,7 +76,7 @@ windows() {
     cp "$compiled/libtightfit_c.dll.a" "$lib/"
     cmake_shared="IMPORTED_LOCATION \"\${_tightfit_prefix}/bin/tightfit_c.dll\"\n    "
     cmake_shared+="IMPORTED_IMPLIB \"\${_tightfit_prefix}/lib/libtightfit_c.dll.a\""
-    system=(ws2_32 userenv ntdll kernel32)
+    system=(advapi32 bcrypt ntdll userenv ws2_32 kernel32)
     local gcc
     gcc=$(x86_64-w64-mingw32-gcc -dumpversion)
     # Debian's files, which name all authors.
