@@ -28,11 +28,7 @@ main() {
     *-windows-gnu) windows ;;
     *) fail "there are no releases for $target" ;;
     esac
-    cp "$compiled/libtightfit_c.a" "$lib/"
-    # Debugging information of Rust's library, half of it.
-    sysroot=$(rustc --print sysroot)
-    LD_LIBRARY_PATH=$sysroot/lib "$sysroot/lib/rustlib/$(rustc --print host-tuple)/bin/rust-objcopy" \
-        --strip-debug "$lib/libtightfit_c.a"
+    static_library
     cp host/c/include/tightfit.h "$stage/include/"
     cp host/c/examples/load.c "$doc/examples/"
     cp README.md CHANGELOG.md SECURITY.md LICENSE-APACHE LICENSE-MIT "$doc/"
@@ -44,6 +40,30 @@ main() {
     cp "$doc/tightfit.cdx.json" "$out/$name.cdx.json"
     python3 release/archive.py "$stage" "$out/$name$suffix"
     echo "$out/$name$suffix"
+}
+
+# Without the debugging information of Rust's library, which is half of it. What objects of one crate share is
+# named after a hash, which comments in generated sources change, with the paths in them; here, after its place.
+static_library() {
+    local sysroot file=$lib/libtightfit_c.a
+    cp "$compiled/libtightfit_c.a" "$file"
+    names_in "$file" | awk '
+        match($1, /[.]llvm[.][0-9]+/) && !($1 in known) && !/^ [.]rela[.]/ {
+            hash = substr($1, RSTART, RLENGTH)
+            if (!(hash in place)) place[hash] = ++places
+            renamed = $1 "=" substr($1, 1, RSTART - 1) ".shared." place[hash] substr($1, RSTART + RLENGTH)
+            print /^ / ? "--rename-section=" renamed : "--redefine-sym=" renamed
+            known[$1] = 1
+        }' >"$work/renamed"
+    sysroot=$(rustc --print sysroot)
+    LD_LIBRARY_PATH=$sysroot/lib "$sysroot/lib/rustlib/$(rustc --print host-tuple)/bin/rust-objcopy" \
+        --strip-debug "@$work/renamed" "$file"
+}
+
+# Of symbols, then of sections, which bear their names with ELF: those begin with a blank.
+names_in() {
+    nm -p "$1" 2>/dev/null | awk '{ print $NF }'
+    [[ $target != *-linux-* ]] || readelf -SW "$1" | grep -o ' \.[^ ]*'
 }
 
 linux() {
