@@ -16,6 +16,9 @@ cp LICENSE-APACHE LICENSE-MIT host/python/
 runtimes_of_zig
 python3 release/describe.py "$target" tightfit-python --sbom /dev/null \
     --licences host/python/LICENSES-THIRD-PARTY.txt "${runtimes[@]}"
+# Another linker: what is compiled for archives would be compiled again, every time.
+target_dir=$target_dir/wheels
+export CARGO_TARGET_DIR=$target_dir
 rustup target add "$target"
 cargo fetch --locked
 reproducible
