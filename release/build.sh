@@ -4,7 +4,7 @@
 #
 #     release/build.sh [--out DIR] [TARGET ...]
 #
-# By default into target/release-archives and for all targets. It takes, beside Rust from rustup:
+# DIR is a new or an empty folder; by default target/release-archives, anew. Without TARGET for all. It takes, beside Rust from rustup:
 #
 #     pip install -r release/requirements.txt
 #     apt-get install gcc-mingw-w64-x86-64           # for Windows
@@ -19,7 +19,11 @@ out=$target_dir/release-archives
 if [ "${1-}" = --out ]; then
     mkdir -p "$2"
     out=$(realpath "$2")
+    [ -z "$(ls -A "$out")" ] || fail "$out is not empty"
     shift 2
+else
+    rm -rf "$out"
+    mkdir -p "$out"
 fi
 host=$(rustc --print host-tuple)
 if [ $# = 0 ]; then
@@ -29,8 +33,6 @@ fi
 if [ -n "$(git status --porcelain)" ]; then
     echo "$0: there are changes that are not in a commit, so nobody else can make these archives" >&2
 fi
-rm -rf "$out"
-mkdir -p "$out"
 # A command that runs here writes the completions and manual pages of all.
 release/compile.sh "$host"
 for target in "$@"; do
