@@ -4,7 +4,8 @@
 #
 #     release/build.sh [--out DIR] [TARGET ...]
 #
-# DIR is a new or an empty folder; by default target/release-archives, anew. Without TARGET for all. It takes, beside Rust from rustup:
+# DIR is a new or an empty folder, by default target/release-archives, anew. Without TARGET for all. It takes, beside
+# Rust from rustup:
 #
 #     pip install -r release/requirements.txt
 #     apt-get install gcc-mingw-w64-x86-64           # for Windows

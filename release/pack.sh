@@ -30,7 +30,7 @@ main() {
     esac
     static_library
     cp host/c/include/tightfit.h "$stage/include/"
-    cp host/c/examples/load.c "$doc/examples/"
+    cp host/c/examples/*.c "$doc/examples/"
     cp README.md CHANGELOG.md SECURITY.md LICENSE-APACHE LICENSE-MIT "$doc/"
     for_linkers
     for_shells "${4:-$stage/bin/tightfit}"

@@ -150,6 +150,24 @@ fn the_example_prints_what_the_library_says() {
 }
 
 #[test]
+fn the_first_load_takes_what_was_planned() {
+    let golden = GoldenModel::unpack("llama");
+    let path = golden.path("bf16");
+    let path = path.to_str().unwrap();
+    let planned = Planned::new(Path::new(path), &[DEVICE], DOUBLE_QUANT);
+    let bytes = planned.plan.devices[0].size.reserved;
+    for (printed, _) in run("examples/first_load.c", &[path, DEVICE], 0) {
+        let expected =
+            format!("planned {bytes} bytes\nat most {bytes} bytes\n{TENSOR} in nf4+double");
+        assert!(printed.starts_with(&expected), "{printed}");
+    }
+    for (printed, said) in run("examples/first_load.c", &[path, "sim:1KiB"], 4) {
+        assert_eq!(printed, "");
+        assert!(said.contains("are missing"), "{said}");
+    }
+}
+
+#[test]
 fn the_example_ends_with_the_class_of_the_error_and_says_what_it_is() {
     for (_, printed) in run("examples/load.c", &["/nowhere", "auto", TENSOR, DEVICE], 3) {
         assert!(printed.contains("/nowhere"), "{printed}");

@@ -224,6 +224,7 @@ impl Plan {
             BarStyle::default(),
             COLUMNS,
         )
+        .to_string()
     }
 
     fn __repr__(&self) -> String {

@@ -23,6 +23,16 @@ def test_from_pretrained_runs() -> None:
     assert "bytes reserved, as planned" in ended.stdout
 
 
+def test_lora_learns() -> None:
+    for package in ("transformers", "bitsandbytes", "peft"):
+        pytest.importorskip(package)
+    path = EXAMPLES / "lora.py"
+    ended = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=600)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    losses = [float(loss) for loss in re.findall(r"loss ([0-9.]+)", ended.stdout)]
+    assert len(losses) == 3 and losses[2] < losses[0], ended.stdout
+
+
 @pytest.fixture
 def python_with_ray(tmp_path: Path) -> str:
     """An interpreter that has Ray beside what this one has."""

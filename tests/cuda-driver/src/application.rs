@@ -1,7 +1,7 @@
 //! An application of its own: what somebody does who runs kernels beside Tightfit's, on the stand-in or a
 //! real driver.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_void};
 use std::ptr;
 
 use libloading::Library;
@@ -140,7 +140,6 @@ impl Application {
                     )
                 );
             }
-            call!(driver, cuCtxSynchronize());
         });
         // SAFETY: the signature is that in NVIDIA's cuda.h; the library is kept as long as the pointer.
         let launch = unsafe { self.driver.get::<Launch>(b"cuLaunchKernel\0") };
@@ -210,15 +209,36 @@ impl Application {
         self.apart(|driver| call!(driver, cuMemFreeHost(locked => *mut c_void)));
     }
 
-    /// Copies bytes from an address.
+    /// Sets bytes at an address, sometime.
+    pub fn set(&self, address: u64, value: u8, len: usize) {
+        self.within(|driver| {
+            call!(
+                driver,
+                cuMemsetD8Async(
+                    address => u64,
+                    value => c_uchar,
+                    len => usize,
+                    self.stream => *mut c_void
+                )
+            );
+        });
+    }
+
+    /// Copies bytes from an address. Not in the default stream, for which those wait that other tests capture.
     pub fn get(&self, address: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0u8; len];
         self.apart(|driver| {
             call!(
                 driver,
-                cuMemcpyDtoH_v2(bytes.as_mut_ptr().cast() => *mut c_void, address => u64, len => usize)
+                cuMemcpyDtoHAsync_v2(
+                    bytes.as_mut_ptr().cast() => *mut c_void,
+                    address => u64,
+                    len => usize,
+                    self.stream => *mut c_void
+                )
             );
         });
+        self.synchronize();
         bytes
     }
 }

@@ -4,7 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::graphs::{Graph, WHILE_CAPTURING};
+use crate::graphs::Graph;
 use crate::host::HostMemory;
 use crate::memory::{Pages, Range};
 use crate::modules::Modules;
@@ -22,6 +22,7 @@ pub(crate) const INVALID_DEVICE: u32 = 101;
 pub(crate) const INVALID_CONTEXT: u32 = 201;
 pub(crate) const NOT_READY: u32 = 600;
 pub(crate) const NOT_SUPPORTED: u32 = 801;
+pub(crate) const CAPTURE_IMPLICIT: u32 = 906;
 pub(crate) const UNSUPPORTED_PTX_VERSION: u32 = 222;
 
 /// Addresses of devices start here: no host memory can, so that the processor cannot use them.
@@ -46,6 +47,8 @@ pub(crate) struct Books {
     pub(crate) graphs: HashMap<u64, Graph>,
     /// Names of the calls, in order.
     pub(crate) calls: Vec<&'static str>,
+    /// Those that [`Setup::fail_at`] counts.
+    counted: u64,
     /// The kernels that were launched, in order.
     pub(crate) launches: Vec<&'static str>,
     pub(crate) faults: Vec<String>,
@@ -102,6 +105,7 @@ impl Books {
             modules: Modules::default(),
             graphs: HashMap::new(),
             calls: Vec::new(),
+            counted: 0,
             launches: Vec::new(),
             faults: Vec::new(),
             host_peak: 0,
@@ -219,11 +223,15 @@ pub(crate) fn call(name: &'static str, kind: Kind, work: impl FnOnce(&mut Books)
         return NOT_INITIALIZED;
     };
     books.calls.push(name);
-    let number = books.calls.len() as u64;
+    let setup = &books.setup;
+    let counts = setup.fail_on.is_none_or(|device| top() == Some(device))
+        && (setup.fail_call.is_empty() || setup.fail_call == name);
+    books.counted += u64::from(counts);
+    let number = books.counted;
     let failing = books
         .setup
         .fail_at
-        .is_some_and(|at| number == at || (books.setup.for_good && number > at));
+        .is_some_and(|at| counts && (number == at || (books.setup.for_good && number > at)));
     if failing && (kind == Kind::Takes || books.setup.for_good) {
         return books.setup.error;
     }
@@ -231,8 +239,8 @@ pub(crate) fn call(name: &'static str, kind: Kind, work: impl FnOnce(&mut Books)
         books.fault(format!("{name} before cuInit"));
         return NOT_INITIALIZED;
     }
-    if books.is_capturing() && !WHILE_CAPTURING.contains(&name) {
-        return books.fault(format!("{name} while a stream is captured"));
+    if let Some(why) = books.ends_captures(name) {
+        return books.fault(format!("{name} {why}"));
     }
     match work(books) {
         Ok(()) if failing => books.setup.error,
@@ -249,6 +257,11 @@ pub(crate) fn push(device: usize) {
 /// What a thread may do while streams are captured: sets it, and gives what it was. As [`push`].
 pub(crate) fn exchange_mode(mode: u32) -> u32 {
     MODE.replace(mode)
+}
+
+/// What [`exchange_mode`] has set last.
+pub(crate) fn mode() -> u32 {
+    MODE.get()
 }
 
 /// The device whose context is current. As [`push`].

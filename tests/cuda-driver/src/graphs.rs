@@ -1,11 +1,17 @@
 //! Streams that are captured, and graphs of what they were given. What allocates or waits must not be
 //! called meanwhile.
 
-use crate::books::{Books, Kind, call};
+use std::thread;
+
+use crate::books::{Books, CAPTURE_IMPLICIT, Kind, call, mode};
 use crate::streams::Work;
 
-/// What may be called while a stream is captured: what gives work to streams, and changes the context.
-pub(crate) const WHILE_CAPTURING: [&str; 12] = [
+/// `CU_STREAM_CAPTURE_MODE_RELAXED`.
+const RELAXED: u32 = 2;
+
+/// What a thread may call while it captures a stream: what gives work to streams, and changes the context. A driver
+/// would allow more to who asks for it, which would have no place in a graph.
+const WHILE_CAPTURING: [&str; 12] = [
     "cuInit",
     "cuCtxGetCurrent",
     "cuCtxPushCurrent",
@@ -20,6 +26,33 @@ pub(crate) const WHILE_CAPTURING: [&str; 12] = [
     "cuTensorMapEncodeTiled",
 ];
 
+/// What ends nobody's capture in whatever mode it is called, as measured with drivers of CUDA 13.0. What else there is
+/// asks for [`RELAXED`].
+const BESIDE_CAPTURES: [&str; 22] = [
+    "cuDeviceGet",
+    "cuDeviceGetAttribute",
+    "cuDeviceGetCount",
+    "cuDevicePrimaryCtxRelease",
+    "cuDevicePrimaryCtxRetain",
+    "cuDriverGetVersion",
+    "cuEventCreate",
+    "cuEventDestroy",
+    "cuEventRecord",
+    "cuFuncSetAttribute",
+    "cuGraphLaunch",
+    "cuMemGetAllocationGranularity",
+    "cuMemGetInfo",
+    "cuMemcpyDtoHAsync",
+    "cuMemcpyHtoDAsync",
+    "cuModuleGetFunction",
+    "cuModuleLoadData",
+    "cuStreamCreate",
+    "cuStreamDestroy",
+    "cuStreamIsCapturing",
+    "cuStreamWaitEvent",
+    "cuThreadExchangeStreamCaptureMode",
+];
+
 /// Work that can be given to a stream again.
 #[derive(Debug)]
 pub(crate) struct Graph {
@@ -30,8 +63,28 @@ pub(crate) struct Graph {
 }
 
 impl Books {
-    pub(crate) fn is_capturing(&self) -> bool {
-        self.streams.values().any(|stream| stream.is_captured())
+    /// Why a call must not be made while this or another thread captures what it does.
+    pub(crate) fn ends_captures(&self, name: &str) -> Option<&'static str> {
+        let mut by = self
+            .streams
+            .values()
+            .filter_map(|stream| stream.captured_by());
+        let first = by.next()?;
+        let this = thread::current().id();
+        if WHILE_CAPTURING.contains(&name) {
+            return None;
+        }
+        if first == this || by.any(|thread| thread == this) {
+            return Some("while a stream is captured");
+        }
+        let is_allowed = mode() == RELAXED || BESIDE_CAPTURES.contains(&name);
+        (!is_allowed).then_some("that would end what another thread captures")
+    }
+
+    /// Whether the default stream of a device cannot be used, because a stream that waits for it is captured.
+    pub(crate) fn default_stream_is_barred(&self, device: usize) -> bool {
+        let mut streams = self.streams.values();
+        streams.any(|stream| stream.device == device && stream.bars_default())
     }
 
     fn drop_graph(&mut self, name: &str, handle: u64, is_executable: bool) -> Result<(), u32> {
@@ -56,6 +109,26 @@ pub extern "C" fn cuStreamBeginCapture_v2(stream: u64, _: u32) -> u32 {
             true => Ok(()),
             false => Err(books.fault("cuStreamBeginCapture of what cannot be".to_owned())),
         }
+    })
+}
+
+/// `cuStreamIsCapturing`, of the default stream.
+///
+/// # Safety
+/// As the driver's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamIsCapturing(stream: u64, out: *mut u32) -> u32 {
+    call("cuStreamIsCapturing", Kind::Takes, |books| {
+        let device = books.current("cuStreamIsCapturing")?;
+        if stream != 0 {
+            return Err(books.fault("cuStreamIsCapturing of other than the default one".to_owned()));
+        }
+        if books.default_stream_is_barred(device) {
+            return Err(CAPTURE_IMPLICIT);
+        }
+        // SAFETY: the caller's pointer to the result.
+        unsafe { out.write(0) };
+        Ok(())
     })
 }
 

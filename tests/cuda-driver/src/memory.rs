@@ -3,6 +3,7 @@
 use std::ffi::c_void;
 
 use crate::books::{Answer, Books, INVALID_DEVICE, INVALID_VALUE, Kind, OUT_OF_MEMORY, call};
+use crate::streams::Work;
 
 /// Reserved addresses.
 #[derive(Debug)]
@@ -390,7 +391,10 @@ pub unsafe extern "C" fn cuMemGetAllocationGranularity(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, len: usize) -> u32 {
     call("cuMemcpyDtoH", Kind::Takes, |books| {
-        books.current("cuMemcpyDtoH")?;
+        let device = books.current("cuMemcpyDtoH")?;
+        if books.default_stream_is_barred(device) {
+            return Err(books.fault("cuMemcpyDtoH that would end a capture".to_owned()));
+        }
         if books.is_used(from, from.saturating_add(len as u64)) {
             books.fault("cuMemcpyDtoH of what is still being worked on".to_owned());
         }
@@ -399,5 +403,29 @@ pub unsafe extern "C" fn cuMemcpyDtoH_v2(to: *mut c_void, from: u64, len: usize)
         // SAFETY: the caller's memory of `len` bytes; ours lie elsewhere.
         unsafe { to.cast::<u8>().copy_from(bytes.as_ptr(), len) };
         Ok(())
+    })
+}
+
+/// `cuMemcpyDtoHAsync_v2`.
+///
+/// # Safety
+/// As the driver's.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
+    to: *mut c_void,
+    from: u64,
+    len: usize,
+    stream: u64,
+) -> u32 {
+    call("cuMemcpyDtoHAsync", Kind::Takes, |books| {
+        let device = books.current("cuMemcpyDtoHAsync")?;
+        books.find("cuMemcpyDtoHAsync", from, len)?;
+        let to = to.expose_provenance();
+        books.give(
+            "cuMemcpyDtoHAsync",
+            device,
+            stream,
+            Work::Fetch { to, from, len },
+        )
     })
 }

@@ -1,6 +1,6 @@
 //! Modules and their functions, and launches of these.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 use std::ffi::{CStr, c_char, c_void};
 
 use tightfit_kernels::cuda::{self, KERNELS, PTX, decoder, experts, linear};
@@ -24,8 +24,6 @@ pub(crate) struct Modules {
     pub(crate) loaded: HashMap<u64, usize>,
     /// What is in each, by handle.
     contents: HashMap<u64, Contents>,
-    /// Those whose data is still on its way to the device, by handle.
-    arriving: HashSet<u64>,
     /// Module and kernel, by handle.
     functions: HashMap<u64, (u64, &'static str)>,
     /// Dynamic shared memory that has been asked for, by function.
@@ -84,21 +82,11 @@ pub unsafe extern "C" fn cuModuleLoadData(out: *mut u64, image: *const c_void) -
         }
         let handle = books.handle();
         books.modules.loaded.insert(handle, device);
-        books.modules.arriving.insert(handle);
         books.modules.contents.insert(handle, contents);
         // SAFETY: the caller's pointer to the result.
         unsafe { out.write(handle) };
         Ok(())
     })
-}
-
-impl Modules {
-    /// Notes that whatever was on its way to a device is there.
-    pub(crate) fn have_arrived(&mut self, device: usize) {
-        let loaded = &self.loaded;
-        self.arriving
-            .retain(|module| loaded.get(module) != Some(&device));
-    }
 }
 
 /// `cuModuleUnload`.
@@ -116,7 +104,6 @@ pub extern "C" fn cuModuleUnload(module: u64) -> u32 {
         if books.runs(module) {
             books.fault("cuModuleUnload while its kernels run".to_owned());
         }
-        books.modules.arriving.remove(&module);
         let functions = &mut books.modules.functions;
         functions.retain(|_, (of, _)| *of != module);
         let functions = &books.modules.functions;
@@ -297,9 +284,6 @@ unsafe fn launch(
     };
     if books.modules.loaded.get(&module) != Some(&device) {
         return Err(books.fault(format!("{kernel} launched under another context")));
-    }
-    if books.modules.arriving.contains(&module) {
-        books.fault(format!("{kernel} launched before its module has arrived"));
     }
     let asked = books.modules.shared.get(&function).copied();
     if shared > asked.unwrap_or(UNASKED_SHARED) {

@@ -15,6 +15,10 @@ pub struct Setup {
     pub granularity: u64,
     /// Which call fails, counted from 1, and all after it if `for_good`.
     pub fail_at: Option<u64>,
+    /// Which calls are counted for that: those made while this device's context is current. All, if there is none.
+    pub fail_on: Option<usize>,
+    /// And those of this name. All, if it is empty.
+    pub fail_call: String,
     /// With this error.
     pub error: u32,
     /// Whether all later calls fail, too.
@@ -42,6 +46,8 @@ impl Default for Setup {
             virtual_memory: true,
             granularity: 2 << 20,
             fail_at: None,
+            fail_on: None,
+            fail_call: String::new(),
             error: 719,
             for_good: false,
             hidden: 0,
@@ -60,11 +66,13 @@ impl fmt::Display for Setup {
         let devices: Vec<String> = self.devices.iter().map(u64::to_string).collect();
         write!(
             f,
-            "{};{};{};{};{};{};{};{};{};{};{};{};{}",
+            "{};{};{};{};{};{};{};{};{};{};{};{};{};{};{}",
             devices.join(","),
             self.virtual_memory,
             self.granularity,
             self.fail_at.unwrap_or(0),
+            self.fail_on.map_or(0, |device| device + 1),
+            self.fail_call,
             self.error,
             self.for_good,
             self.hidden,
@@ -82,7 +90,7 @@ impl FromStr for Setup {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Setup, String> {
-        let mut fields = text.splitn(13, ';');
+        let mut fields = text.splitn(15, ';');
         let mut next = || {
             fields
                 .next()
@@ -102,6 +110,8 @@ impl FromStr for Setup {
             virtual_memory: read(next()?)?,
             granularity: read(next()?)?,
             fail_at: Some(read(next()?)?).filter(|&at| at > 0),
+            fail_on: read::<usize>(next()?)?.checked_sub(1),
+            fail_call: next()?.to_owned(),
             error: read(next()?)?,
             for_good: read(next()?)?,
             hidden: read(next()?)?,

@@ -3,38 +3,56 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::ffi::c_void;
+use std::thread::{self, ThreadId};
 
-use crate::books::{Answer, Books, Kind, NOT_READY, call, exchange_mode};
+use crate::books::{Answer, Books, Kind, NOT_READY, call};
 use crate::kernels::{Access, Passed, Shape, run};
 
 /// Work that has not been carried out.
 #[derive(Debug)]
 pub(crate) struct Stream {
-    device: usize,
+    pub(crate) device: usize,
+    /// Whether it waits for the default stream, and that one for it.
+    waits_for_default: bool,
     waiting: VecDeque<Step>,
     /// How much was ever given to it.
     given: u64,
-    /// What it is given while it is captured.
-    captured: Option<Vec<Work>>,
+    captured: Option<Capture>,
+}
+
+/// What a stream is given while it is captured.
+#[derive(Debug)]
+struct Capture {
+    by: ThreadId,
+    works: Vec<Work>,
 }
 
 impl Stream {
-    pub(crate) fn is_captured(&self) -> bool {
-        self.captured.is_some()
+    /// The thread that captures it.
+    pub(crate) fn captured_by(&self) -> Option<ThreadId> {
+        self.captured.as_ref().map(|capture| capture.by)
+    }
+
+    /// Whether use of the default stream would end its capture.
+    pub(crate) fn bars_default(&self) -> bool {
+        self.captured.is_some() && self.waits_for_default
     }
 
     /// Says whether it can be captured from here on.
     pub(crate) fn begin_capture(&mut self, device: usize) -> bool {
-        if self.is_captured() || self.device != device {
+        if self.captured.is_some() || self.device != device {
             return false;
         }
-        self.captured = Some(Vec::new());
+        self.captured = Some(Capture {
+            by: thread::current().id(),
+            works: Vec::new(),
+        });
         true
     }
 
     /// What it was given since.
     pub(crate) fn end_capture(&mut self) -> Option<Vec<Work>> {
-        self.captured.take()
+        self.captured.take().map(|capture| capture.works)
     }
 }
 
@@ -52,6 +70,12 @@ pub(crate) enum Work {
         from: usize,
         /// What was there when the copy was asked for.
         bytes: Vec<u8>,
+    },
+    /// To host memory.
+    Fetch {
+        to: usize,
+        from: u64,
+        len: usize,
     },
     Set {
         at: u64,
@@ -99,6 +123,9 @@ impl Work {
         let write = |start: u64, len: usize| vec![(start, start + len as u64, Access::Write)];
         match self {
             Work::Copy { to, bytes, .. } => write(*to, bytes.len()),
+            Work::Fetch { from, len, .. } => {
+                vec![(*from, *from + *len as u64, Access::Read)]
+            }
             Work::Set { at, len, .. } => write(*at, *len),
             Work::Fill { at, count, .. } => write(*at, 4 * count),
             Work::Move { to, from, len } => {
@@ -173,7 +200,7 @@ impl Books {
         }
         let captured = self.streams.get_mut(&stream);
         if let Some(captured) = captured.and_then(|stream| stream.captured.as_mut()) {
-            captured.push(work);
+            captured.works.push(work);
             return Ok(());
         }
         let mut waited = HashMap::new();
@@ -224,6 +251,7 @@ impl Books {
             };
             match step.work {
                 Work::Copy { to, from, bytes } => self.copy(to, from, &bytes),
+                Work::Fetch { to, from, len } => self.fetch(to, from, len),
                 Work::Set { at, value, len } => {
                     if let Some(memory) = self.memory_mut("a memset", at, len) {
                         memory.fill(value);
@@ -270,6 +298,14 @@ impl Books {
         }
     }
 
+    fn fetch(&mut self, to: usize, from: u64, len: usize) {
+        if let Some(memory) = self.memory_mut("a copy", from, len) {
+            let to = std::ptr::with_exposed_provenance_mut::<u8>(to);
+            // SAFETY: the caller's memory, which it keeps until the stream is done; ours lies elsewhere.
+            unsafe { to.copy_from(memory.as_ptr(), len) };
+        }
+    }
+
     fn launch(&mut self, kernel: &str, shape: Shape, passed: &[Passed]) {
         let places: Vec<(u64, usize)> = passed.iter().filter_map(Passed::memory).collect();
         let mut memory = Vec::with_capacity(places.len());
@@ -302,12 +338,13 @@ impl Books {
 /// # Safety
 /// As the driver's.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamCreate(out: *mut u64, _: u32) -> u32 {
+pub unsafe extern "C" fn cuStreamCreate(out: *mut u64, flags: u32) -> u32 {
     call("cuStreamCreate", Kind::Takes, |books| {
         let device = books.current("cuStreamCreate")?;
         let handle = books.handle();
         let stream = Stream {
             device,
+            waits_for_default: flags == 0,
             waiting: VecDeque::new(),
             given: 0,
             captured: None,
@@ -351,22 +388,6 @@ pub extern "C" fn cuStreamSynchronize(stream: u64) -> u32 {
             return Err(books.fault("cuStreamSynchronize of what is not there".to_owned()));
         }
         books.carry_out(stream, u64::MAX);
-        Ok(())
-    })
-}
-
-/// `cuCtxSynchronize`.
-#[unsafe(no_mangle)]
-pub extern "C" fn cuCtxSynchronize() -> u32 {
-    call("cuCtxSynchronize", Kind::Takes, |books| {
-        let device = books.current("cuCtxSynchronize")?;
-        let streams = books.streams.iter();
-        let of_context = streams.filter(|(_, stream)| stream.device == device);
-        let of_context: Vec<u64> = of_context.map(|(&handle, _)| handle).collect();
-        for stream in of_context {
-            books.carry_out(stream, u64::MAX);
-        }
-        books.modules.have_arrived(device);
         Ok(())
     })
 }
@@ -425,20 +446,11 @@ pub extern "C" fn cuEventRecord(event: u64, stream: u64) -> u32 {
     })
 }
 
-/// `CU_STREAM_CAPTURE_MODE_RELAXED`.
-const RELAXED: u32 = 2;
-
 /// `cuEventQuery`.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventQuery(event: u64) -> u32 {
     call("cuEventQuery", Kind::Takes, |books| {
         let device = books.current("cuEventQuery")?;
-        // A driver lets nobody ask while anybody captures, but who says that he is not concerned.
-        let mode = exchange_mode(RELAXED);
-        exchange_mode(mode);
-        if mode != RELAXED {
-            return Err(books.fault("cuEventQuery that would end a capture".to_owned()));
-        }
         match books.events.get_mut(&event) {
             Some(event) if event.device == device => {
                 if let Some((stream, number)) = event.recorded {

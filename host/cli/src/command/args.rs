@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, ColorChoice, Parser, Subcommand};
 use tightfit::checkpoint::Dequantize;
 use tightfit::device::{DeviceSpec, RankedSpec};
 use tightfit::load::QuantizeOn;
@@ -32,6 +32,17 @@ pub(crate) struct Arguments {
     /// Show everything that policies log, not only warnings; and what holds in a check
     #[arg(long, short, global = true)]
     pub(crate) verbose: bool,
+
+    /// When plans, loads and messages are in color: auto (on a terminal, unless NO_COLOR is set), always, or
+    /// never
+    #[arg(
+        long,
+        global = true,
+        value_name = "WHEN",
+        default_value = "auto",
+        hide_possible_values = true
+    )]
+    color: ColorChoice,
 }
 
 #[derive(Debug, Subcommand)]

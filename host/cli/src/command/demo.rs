@@ -84,8 +84,8 @@ pub(crate) fn run(options: &DemoOptions, cancel: CancelToken) -> Result<(), Comm
     ))?;
     if options.output.json {
         output::print_json(&report)?;
-    } else {
-        say(draw::report(&report, output::columns()))?;
+    } else if !quiet {
+        output::print_text(&draw::report(&report, output::columns()))?;
     }
     drop(loaded);
     let left: u64 = devices

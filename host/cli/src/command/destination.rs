@@ -73,18 +73,21 @@ impl Destination {
         match self {
             Destination::Stdout => {
                 let mut stdout = io::stdout().lock();
-                let written = stdout.write_all(bytes).and_then(|()| stdout.flush());
-                // A reader that has gone away (`... | head`) is no error.
-                written.or_else(|error| match error.kind() {
-                    io::ErrorKind::BrokenPipe => Ok(()),
-                    _ => Err(error),
-                })
+                unless_unread(stdout.write_all(bytes).and_then(|()| stdout.flush()))
             }
             Destination::Stderr => io::stderr().lock().write_all(bytes),
             Destination::File(path) => replace(path, bytes),
             Destination::Other(path) => write_in_place(path, bytes),
         }
     }
+}
+
+/// What came of writing to standard output: a reader that has gone away (`... | head`) is no error.
+pub(crate) fn unless_unread(written: io::Result<()>) -> io::Result<()> {
+    written.or_else(|error| match error.kind() {
+        io::ErrorKind::BrokenPipe => Ok(()),
+        _ => Err(error),
+    })
 }
 
 /// A stream of this process by one of the names that it has.

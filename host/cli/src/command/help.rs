@@ -4,14 +4,15 @@ use std::ffi::OsString;
 use std::io;
 
 use crate::error_report::ErrorReport;
+use anstream::ColorChoice;
 use clap::error::ErrorKind;
 use clap::{Command, CommandFactory, FromArgMatches};
 use tightfit::status::Status;
-use tightfit::text::printable_lines;
 
 use crate::command::args::Arguments;
 use crate::command::error::CommandError;
-use crate::command::output;
+use crate::command::{output, stderr};
+use crate::draw::paint;
 
 /// What stands below the help of every command.
 const STATUSES: &str = "\
@@ -53,6 +54,8 @@ pub(crate) fn command() -> Command {
 /// What was typed; or, when that was help or nonsense, the status to end with: it has been printed.
 pub(crate) fn arguments(typed: Vec<OsString>) -> Result<Arguments, u8> {
     let json = asks_for_json(&typed);
+    // Before anything is printed, help and what is wrong with the arguments too.
+    color(&typed).write_global();
     let matches = command().try_get_matches_from(typed);
     matches
         .and_then(|mut matches| Arguments::from_arg_matches_mut(&mut matches))
@@ -61,8 +64,32 @@ pub(crate) fn arguments(typed: Vec<OsString>) -> Result<Arguments, u8> {
 
 /// Whether `--json` is among the arguments, where these cannot be understood as a whole.
 fn asks_for_json(typed: &[OsString]) -> bool {
-    let options = typed.iter().take_while(|argument| *argument != "--");
-    options.into_iter().any(|argument| argument == "--json")
+    options(typed).any(|argument| argument == "--json")
+}
+
+/// What `--color` says among them; of one that cannot be understood, nothing.
+fn color(typed: &[OsString]) -> ColorChoice {
+    let mut options = options(typed).peekable();
+    let mut choice = ColorChoice::Auto;
+    while let Some(option) = options.next() {
+        let value = match option.to_str() {
+            Some("--color") => options.peek().and_then(|value| value.to_str()),
+            Some(option) => option.strip_prefix("--color="),
+            None => None,
+        };
+        match value {
+            Some("always") => choice = ColorChoice::Always,
+            Some("never") => choice = ColorChoice::Never,
+            Some("auto") => choice = ColorChoice::Auto,
+            _ => {}
+        }
+    }
+    choice
+}
+
+/// Arguments that are not for a program that is run.
+fn options(typed: &[OsString]) -> impl Iterator<Item = &OsString> {
+    typed.iter().take_while(|argument| *argument != "--")
 }
 
 /// Prints help to stdout, what is wrong to stderr. Names and values that were typed are repeated in
@@ -71,8 +98,12 @@ fn print(error: &clap::Error, json: bool) -> u8 {
     let rendered = error.render();
     if error.use_stderr() {
         let text = rendered.to_string();
-        // Nothing is left to be done when even stderr is gone.
-        let _ = io::Write::write_all(&mut io::stderr().lock(), printable_lines(&text).as_bytes());
+        match text.split_once(':') {
+            Some((begin @ "error", rest)) => {
+                stderr::write_painted(paint::ERROR, &format!("{begin}:"), rest);
+            }
+            _ => stderr::write(&text),
+        }
         if json {
             let sentence = text.trim_start_matches("error: ");
             let sentence = sentence.split("\n\n").next().unwrap_or(sentence);
@@ -82,7 +113,7 @@ fn print(error: &clap::Error, json: bool) -> u8 {
         return Status::Usage as u8;
     }
     // Help repeats nothing that was typed, so that it may keep its styles.
-    let styled = anstream::AutoStream::choice(&io::stdout()) != anstream::ColorChoice::Never;
+    let styled = anstream::AutoStream::choice(&io::stdout()) != ColorChoice::Never;
     let printed = match error.kind() {
         ErrorKind::DisplayHelp if styled => {
             let text = rendered.ansi().to_string();
@@ -108,6 +139,22 @@ mod tests {
     #[test]
     fn the_definitions_are_consistent() {
         command().debug_assert();
+    }
+
+    #[test]
+    fn color_is_what_was_said_last() {
+        let color = |arguments: &[&str]| {
+            let typed: Vec<OsString> = arguments.iter().map(|&argument| argument.into()).collect();
+            color(&typed)
+        };
+        assert_eq!(color(&["tightfit", "plan", "m"]), ColorChoice::Auto);
+        assert_eq!(color(&["t", "--color", "never"]), ColorChoice::Never);
+        assert_eq!(color(&["t", "--color=always", "x"]), ColorChoice::Always);
+        let twice = ["t", "--color=always", "--color", "never"];
+        assert_eq!(color(&twice), ColorChoice::Never);
+        let of_a_program = ["t", "run", "--", "--color=always"];
+        assert_eq!(color(&of_a_program), ColorChoice::Auto);
+        assert_eq!(color(&["t", "--color", "red"]), ColorChoice::Auto);
     }
 
     #[test]

@@ -118,7 +118,8 @@ fn print(report: &Report, options: &LoadOptions) -> Result<(), CommandError> {
     } else if options.output.quiet {
         Ok(())
     } else {
-        output::print(&(draw::report(report, output::columns()) + &draw::placements(report)))
+        output::print_text(&draw::report(report, output::columns()))?;
+        output::print(&draw::placements(report))
     }
 }
 

@@ -9,6 +9,7 @@ use tracing::subscriber::{Interest, Subscriber};
 use tracing::{Event, Level, Metadata};
 
 use crate::command::stderr;
+use crate::draw::paint;
 
 /// Prints our own events and those of policies; all of them, or from warnings on.
 struct Printer {
@@ -52,8 +53,14 @@ impl Subscriber for Printer {
             "tightfit::guest" => "policy",
             _ => "tightfit",
         };
-        let level = event.metadata().level().as_str().to_ascii_lowercase();
-        stderr::write(&format!("{who}: {level}: {}\n", printable(&message.0)));
+        let level = *event.metadata().level();
+        let style = match level {
+            Level::ERROR => paint::ERROR,
+            Level::WARN => paint::WARNING,
+            _ => paint::ASIDE,
+        };
+        let begin = format!("{who}: {}:", level.as_str().to_ascii_lowercase());
+        stderr::write_painted(style, &begin, &format!(" {}\n", printable(&message.0)));
     }
 
     fn enter(&self, _: &Id) {}

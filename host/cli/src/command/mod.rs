@@ -48,7 +48,10 @@ pub fn main_with(
     arguments: impl IntoIterator<Item = OsString>,
     compiler: Option<CompilerProgram>,
 ) -> u8 {
-    let Arguments { command, verbose } = match help::arguments(arguments.into_iter().collect()) {
+    let arguments = help::arguments(arguments.into_iter().collect());
+    let Arguments {
+        command, verbose, ..
+    } = match arguments {
         Ok(arguments) => arguments,
         Err(status) => return status,
     };

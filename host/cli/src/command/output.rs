@@ -1,16 +1,17 @@
 //! Results to stdout, errors to stderr.
 
-use std::io::{self, IsTerminal};
+use std::io::{self, IsTerminal, Write};
 
 use std::path::Path;
 
-use crate::draw::{BarStyle, Comparison};
+use crate::draw::{BarStyle, Comparison, Text, paint};
 use crate::error_report::ErrorReport;
+use anstream::{AutoStream, ColorChoice};
 use serde::Serialize;
 use tightfit::report::to_json;
 use tightfit::text::{printable, printable_lines};
 
-use crate::command::destination::Destination;
+use crate::command::destination::{self, Destination};
 use crate::command::error::CommandError;
 use crate::command::stderr;
 
@@ -21,6 +22,19 @@ pub(crate) fn print(text: &str) -> Result<(), CommandError> {
     let text = printable_lines(text);
     let written = Destination::Stdout.write(text.as_bytes());
     written.map_err(CommandError::Output)
+}
+
+/// Prints a result, in color where standard output shows colors.
+pub(crate) fn print_text(text: &Text) -> Result<(), CommandError> {
+    let choice = AutoStream::choice(&io::stdout());
+    if choice == ColorChoice::Never {
+        return print(&text.to_string());
+    }
+    let mut stdout = AutoStream::new(io::stdout().lock(), choice);
+    let written = stdout
+        .write_all(text.ansi().as_bytes())
+        .and_then(|()| stdout.flush());
+    destination::unless_unread(written).map_err(CommandError::Output)
 }
 
 /// What every `--json` prints: a result or an error, beside the version of the form.
@@ -144,7 +158,11 @@ pub(crate) fn error(failure: &CommandError) {
     if let Some((option, limit)) = failure.limit() {
         text += &format!(" - if you trust it, change that with {option} {limit}=VALUE");
     }
-    stderr::write(&format!("tightfit: {}\n", printable(&text)));
+    stderr::write_painted(
+        paint::ERROR,
+        "tightfit:",
+        &format!(" {}\n", printable(&text)),
+    );
 }
 
 #[cfg(test)]

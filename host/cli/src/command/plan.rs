@@ -115,7 +115,7 @@ fn show(
         return Ok(());
     }
     let cut = proposed.plan.cut(checkpoint).unwrap_or(None);
-    output::print(&draw::plan(
+    output::print_text(&draw::plan(
         &report,
         cut.as_ref().unwrap_or(checkpoint).tensors(),
         &proposed.plan,

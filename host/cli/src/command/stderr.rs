@@ -4,15 +4,30 @@
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use anstream::AutoStream;
+use anstyle::Style;
+use tightfit::text::printable_lines;
+
 /// Messages that were left out since the last that was written.
 static LEFT_OUT: AtomicU64 = AtomicU64::new(0);
 
 /// Bytes that a pipe takes without waiting when it says that it takes any.
 const PIECE: usize = 512;
 
+/// Writes whole lines of which `begin` has a style, where stderr shows colors. What else a terminal obeys is escaped
+/// in both.
+pub(crate) fn write_painted(style: Style, begin: &str, rest: &str) {
+    let (begin, rest) = (printable_lines(begin), printable_lines(rest));
+    write_raw(&format!("{style}{begin}{style:#}{rest}"));
+}
+
 /// Writes whole lines. Once nobody has read for a while, what comes is left out until somebody does.
 pub(crate) fn write(lines: &str) {
-    let mut stderr = io::stderr().lock();
+    write_raw(&printable_lines(lines));
+}
+
+fn write_raw(lines: &str) {
+    let mut stderr = AutoStream::auto(io::stderr().lock());
     let left_out = LEFT_OUT.load(Ordering::Relaxed);
     let note = match left_out {
         0 => String::new(),

@@ -1,10 +1,10 @@
 //! Bars of text.
 
-use std::fmt::Write;
-
 use tightfit::report::{Content, Fill};
 use tightfit::text::printable;
 use tightfit::types::Bytes;
+
+use super::paint::{self, Text};
 
 /// How bars are drawn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,7 +29,7 @@ impl Default for BarStyle {
 const LEAST_WIDTH: usize = 30;
 
 /// One device as a bar with its legend.
-pub fn bar(name: &str, capacity: u64, fill: &Fill, style: BarStyle) -> String {
+pub fn bar(name: &str, capacity: u64, fill: &Fill, style: BarStyle) -> Text {
     let width = style.width.max(LEAST_WIDTH);
     let parts: Vec<(Content, u64)> = fill
         .parts()
@@ -37,27 +37,38 @@ pub fn bar(name: &str, capacity: u64, fill: &Fill, style: BarStyle) -> String {
         .filter(|&(_, bytes)| bytes > 0)
         .collect();
     let bytes: Vec<u64> = parts.iter().map(|&(_, bytes)| bytes).collect();
-    let mut text = format!("{}  {}\n[", printable(name), Bytes(capacity));
+    let mut text = Text::default();
+    text.paint(paint::HEAD, printable(name));
+    text.push(format!("  {}\n[", Bytes(capacity)));
     let cells = cells(&bytes, width - 2);
     for (&(content, _), cells) in parts.iter().zip(cells) {
-        text.extend(std::iter::repeat_n(symbol(content, style.unicode), cells));
+        let mark = symbol(content, style.unicode);
+        let cells: String = std::iter::repeat_n(mark, cells).collect();
+        text.paint(paint::style(content), cells);
     }
-    text += "]\n";
-    let mut line = String::new();
+    text.push("]\n");
+    let mut column = 0;
     for (content, bytes) in parts {
         let mark = symbol(content, style.unicode);
-        let entry = format!("{mark} {} {}", content.name(), Bytes(bytes));
-        if !line.is_empty() && 4 + line.chars().count() + entry.chars().count() > width {
-            let _ = writeln!(text, "  {line}");
-            line.clear();
+        let entry = format!(" {} {}", content.name(), Bytes(bytes));
+        let length = 1 + entry.chars().count();
+        match column {
+            0 => text.push("  "),
+            _ if 4 + column + length > width => {
+                text.push("\n  ");
+                column = 0;
+            }
+            _ => {
+                text.push("  ");
+                column += 2;
+            }
         }
-        if !line.is_empty() {
-            line += "  ";
-        }
-        line += &entry;
+        column += length;
+        text.paint(paint::style(content), mark);
+        text.push(entry);
     }
-    if !line.is_empty() {
-        let _ = writeln!(text, "  {line}");
+    if column > 0 {
+        text.push("\n");
     }
     text
 }
@@ -130,7 +141,7 @@ mod tests {
         };
         let text = bar("sim:0", 64 << 20, &fill, BarStyle::default());
         assert_eq!(
-            text,
+            text.to_string(),
             "sim:0  64.00 MiB\n\
              [E###########################ssss+++++++++.................]\n\
              \x20 E embeddings 1 B  # linear layers 30.00 MiB\n\
@@ -145,6 +156,7 @@ mod tests {
                 unicode: true,
             },
         );
+        let blocks = blocks.to_string();
         assert!(blocks.starts_with("a\\u{1b}[2Jb  "), "{blocks}");
         let line = blocks.lines().nth(1).unwrap();
         assert_eq!(line.chars().count(), LEAST_WIDTH);
@@ -152,9 +164,35 @@ mod tests {
     }
 
     #[test]
+    fn cells_and_marks_have_the_color_of_their_content() {
+        let fill = Fill {
+            linear: 1,
+            free: 1,
+            ..Fill::default()
+        };
+        let style = BarStyle {
+            width: 30,
+            unicode: false,
+        };
+        let text = bar("x\x1b[2J", 2, &fill, style);
+        let (blue, dim, plain) = ("\x1b[38;5;25m", "\x1b[2m", "\x1b[0m");
+        assert_eq!(
+            text.ansi(),
+            format!(
+                "\x1b[1mx\\u{{1b}}[2J{plain}  2 B\n\
+                 [{blue}{cells}{plain}{dim}{free}{plain}]\n\
+                 \x20 {blue}#{plain} linear layers 1 B\n\
+                 \x20 {dim}.{plain} free 1 B\n",
+                cells = "#".repeat(14),
+                free = ".".repeat(14),
+            )
+        );
+    }
+
+    #[test]
     fn a_device_without_memory_has_an_empty_bar() {
         let text = bar("sim:0", 0, &Fill::default(), BarStyle::default());
-        assert_eq!(text, "sim:0  0 B\n[]\n");
+        assert_eq!(text.to_string(), "sim:0  0 B\n[]\n");
     }
 
     proptest! {

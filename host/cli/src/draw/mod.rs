@@ -2,6 +2,7 @@
 
 mod bar;
 mod diff;
+pub(crate) mod paint;
 mod places;
 mod report;
 #[cfg(test)]
@@ -12,6 +13,7 @@ mod timeline;
 
 pub use bar::{BarStyle, bar};
 pub use diff::{Comparison, DeviceChange, FormatChange, Move, Side, Totals};
+pub use paint::Text;
 pub use places::map;
 pub use report::{placements, plan, report};
 pub use svg::{Heading, svg};

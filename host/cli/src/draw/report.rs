@@ -2,10 +2,11 @@
 
 use tightfit::checkpoint::TensorInfo;
 use tightfit::plan::Plan;
-use tightfit::report::Report;
+use tightfit::report::{LoadReport, Report};
 use tightfit::text::printable;
 use tightfit::types::Bytes;
 
+use super::paint::{self, Text};
 use super::{BarStyle, Table, bar, map};
 
 /// Returns a plan as text: its report, what fills each device, and where the layers are.
@@ -15,17 +16,40 @@ pub fn plan(
     plan: &Plan,
     style: BarStyle,
     width: usize,
-) -> String {
-    let mut text = self::report(report, width) + "\n";
+) -> Text {
+    let mut text = self::report(report, width);
+    text.push("\n");
     for device in &report.devices {
-        text += &bar(&device.name, device.capacity, &device.fill, style);
+        text.append(bar(&device.name, device.capacity, &device.fill, style));
     }
-    text + &format!("\n{}", map(tensors, plan)) + &placements(report)
+    text.push(format!("\n{}", map(tensors, plan)));
+    text.push(placements(report));
+    text
 }
 
 /// Returns a report of a plan or a load as text with lines of at most `width` characters where that can
 /// be, without a list of placements.
-pub fn report(report: &Report, width: usize) -> String {
+pub fn report(report: &Report, width: usize) -> Text {
+    let mut text = Text::default();
+    text.push(beginning(report));
+    let table = devices(report, width);
+    let (heads, rows) = table.split_once('\n').unwrap_or((&table, ""));
+    text.paint(paint::HEAD, heads);
+    text.push(format!("\n{rows}"));
+    text.push(stored(report));
+    if let Some(load) = &report.load {
+        text.push(loaded(load));
+        if let Some(warning) = nonfinite(load) {
+            text.paint(paint::WARNING, "warning:");
+            text.push(warning);
+        }
+        text.push(host(report));
+    }
+    text
+}
+
+/// What was planned, by whom, and what became of it.
+fn beginning(report: &Report) -> String {
     let model = &report.model;
     let mut text = format!(
         "{}{}: {} tensors, {}\npolicy {} {}, {:.3} s\n\n",
@@ -68,6 +92,11 @@ pub fn report(report: &Report, width: usize) -> String {
             Bytes(revision.needed),
         );
     }
+    text
+}
+
+/// A line for each device below one of heads.
+fn devices(report: &Report, width: usize) -> String {
     let mut table = Table::new([
         "device",
         "tensors",
@@ -100,13 +129,18 @@ pub fn report(report: &Report, width: usize) -> String {
         "capacity",
         "reserved",
     ];
-    text += &table.within(width, &expendable).to_string();
+    table.within(width, &expendable).to_string()
+}
+
+/// How much smaller it has become.
+fn stored(report: &Report) -> String {
+    let model = &report.model;
     let allocated: u64 = report.devices.iter().map(|device| device.allocated).sum();
     let is_share = report
         .ranks
         .as_ref()
         .is_some_and(|ranks| ranks.rank.is_some());
-    text += &match is_share {
+    match is_share {
         true => format!(
             "\n{} in the checkpoint, {} as stored of this rank\n",
             Bytes(model.source_bytes),
@@ -118,46 +152,56 @@ pub fn report(report: &Report, width: usize) -> String {
             Bytes(allocated),
             model.source_bytes as f64 / allocated.max(1) as f64,
         ),
-    };
-    if let Some(load) = &report.load {
-        text += &format!(
-            "loaded in {:.2} s ({:.2} GB/s): {} tensors quantized, {} stored\n",
-            load.seconds,
-            load.bytes_read as f64 / 1e9 / load.seconds.max(1e-9),
-            load.quantized,
-            load.stored,
-        );
-        for (device, bytes) in &load.quantized_on {
-            if bytes.by_device > 0 {
-                text += &format!(
-                    "quantized for {}: {} by the GPU, {} by the processor\n",
-                    printable(device),
-                    Bytes(bytes.by_device),
-                    Bytes(bytes.by_host),
-                );
-            }
-        }
-        if load.nonfinite_blocks > 0 {
+    }
+}
+
+/// What was done, and where.
+fn loaded(load: &LoadReport) -> String {
+    let mut text = format!(
+        "loaded in {:.2} s ({:.2} GB/s): {} tensors quantized, {} stored\n",
+        load.seconds,
+        load.bytes_read as f64 / 1e9 / load.seconds.max(1e-9),
+        load.quantized,
+        load.stored,
+    );
+    for (device, bytes) in &load.quantized_on {
+        if bytes.by_device > 0 {
             text += &format!(
-                "warning: {} blocks with infinities or NaN, in {}\n",
-                load.nonfinite_blocks,
-                load.nonfinite
-                    .keys()
-                    .map(|name| printable(name))
-                    .collect::<Vec<_>>()
-                    .join(", "),
+                "quantized for {}: {} by the GPU, {} by the processor\n",
+                printable(device),
+                Bytes(bytes.by_device),
+                Bytes(bytes.by_host),
             );
         }
-        text += &format!("host: staging {}", Bytes(report.host.staging_bytes));
-        if report.host.scratch_bytes > 0 {
-            text += &format!(", scratch {}", Bytes(report.host.scratch_bytes));
-        }
-        if let Some(peak) = report.host.peak_rss_bytes {
-            text += &format!(", peak resident {}", Bytes(peak));
-        }
-        text += "\n";
     }
     text
+}
+
+/// What a warning says, if there is something to warn of.
+fn nonfinite(load: &LoadReport) -> Option<String> {
+    (load.nonfinite_blocks > 0).then(|| {
+        format!(
+            " {} blocks with infinities or NaN, in {}\n",
+            load.nonfinite_blocks,
+            load.nonfinite
+                .keys()
+                .map(|name| printable(name))
+                .collect::<Vec<_>>()
+                .join(", "),
+        )
+    })
+}
+
+/// What the load took of the host.
+fn host(report: &Report) -> String {
+    let mut text = format!("host: staging {}", Bytes(report.host.staging_bytes));
+    if report.host.scratch_bytes > 0 {
+        text += &format!(", scratch {}", Bytes(report.host.scratch_bytes));
+    }
+    if let Some(peak) = report.host.peak_rss_bytes {
+        text += &format!(", peak resident {}", Bytes(peak));
+    }
+    text + "\n"
 }
 
 /// Returns the list of placements, where the report has one; otherwise nothing.

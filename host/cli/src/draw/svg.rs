@@ -6,6 +6,7 @@ use std::fmt::Write;
 
 use tightfit_common::names::{layer_of, module_of, side_branch_of};
 
+use super::paint;
 use super::places::{Names, short};
 use tightfit::checkpoint::TensorInfo;
 use tightfit::plan::Plan;
@@ -258,20 +259,10 @@ fn legend(out: &mut String, y: f64, fills: &[Fill]) {
     }
 }
 
-/// Told apart on white and on black, and by people who see few colors (after Okabe and Ito).
-fn color(content: Content) -> &'static str {
-    match content {
-        Content::Embeddings => "#e69f00",
-        Content::Linear => "#0072b2",
-        Content::Experts => "#009e73",
-        Content::Other => "#8c6bb1",
-        Content::OutputHead => "#d55e00",
-        Content::Scales => "#56b4e9",
-        Content::Padding => "#999999",
-        Content::Headroom => "#c9b458",
-        Content::InUse => "#6e7781",
-        Content::Free => "#eaeef2",
-    }
+/// As SVG writes it.
+fn color(content: Content) -> String {
+    let [red, green, blue] = paint::color(content);
+    format!("#{red:02x}{green:02x}{blue:02x}")
 }
 
 /// Text as XML holds it: what is no character of XML is escaped as everywhere.

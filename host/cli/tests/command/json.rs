@@ -71,6 +71,17 @@ fn every_result_has_the_documented_form() {
             "report",
             &["plan", "m", device, "--placements", "--set", "reserve=1MiB"],
         ),
+        (
+            "report",
+            &[
+                "plan",
+                "m",
+                "--world=2",
+                "--device=cuda:1GiB",
+                "--policy=tensor-parallel",
+                "--placements",
+            ],
+        ),
         ("report", &["load", "m", device, "--placements"]),
         ("report", &["load", "nan", device]),
         ("report", &["demo"]),

@@ -1,5 +1,6 @@
 //! The command `tightfit`, run as users run it.
 
+mod colors;
 mod formats;
 #[cfg(unix)]
 mod help;

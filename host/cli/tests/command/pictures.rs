@@ -276,3 +276,24 @@ fn what_cannot_be_compared_is_a_usage_error() {
         scratchpad.run(&plan(more)).fails(USAGE, &[words]);
     }
 }
+
+#[test]
+fn parts_of_tensors_count_as_what_they_are_of() {
+    let scratchpad = Scratchpad::new();
+    models::write_decoder(&scratchpad.path("m"), 2, 64);
+    let fills = |more: &[&str]| {
+        let outcome = scratchpad.run(&[&["plan", "m", "--json"], more].concat());
+        outcome.succeeds().json()["devices"].clone()
+    };
+    let whole = fills(&["--device", "sim:1GiB"]);
+    let cut = fills(&[
+        "--world=2",
+        "--device=cuda:1GiB",
+        "--policy=tensor-parallel",
+    ]);
+    for content in ["linear", "scales"] {
+        let of = |devices: &Value, index: usize| devices[index]["fill"][content].as_u64().unwrap();
+        assert!(of(&whole, 0) > 0);
+        assert_eq!(of(&cut, 0) + of(&cut, 1), of(&whole, 0), "{content}: {cut}");
+    }
+}

@@ -1,6 +1,7 @@
 //! The command, with a driver, without one, and with bad ones.
 
 use std::fs;
+use std::net::TcpListener;
 use std::path::PathBuf;
 
 use cuda_stand_in::control::{FUNCTIONS, Report, Setup, VARIABLE, install};
@@ -212,4 +213,58 @@ fn who_has_quantized_is_reported() {
     scratchpad
         .run(&["load", model, "--quantize-on", "elsewhere"])
         .fails(2, &["--quantize-on", "cpu, gpu and auto"]);
+}
+
+#[test]
+fn one_of_eight_ranks_whose_gpu_fails_ends_all() {
+    if is_left_out("calls that fail") {
+        return;
+    }
+    let directory = decoder(8);
+    let model = directory.path().to_str().unwrap();
+    let run = |broken: Option<usize>| {
+        let address = TcpListener::bind("127.0.0.1:0").unwrap().local_addr();
+        let address = address.unwrap().to_string();
+        let ranks = (0..8).map(|rank| {
+            let setup = Setup {
+                devices: vec![64 * MIB; 8],
+                // While all shares are written.
+                fail_at: (broken == Some(rank)).then_some(2),
+                fail_on: Some(rank),
+                fail_call: "cuMemcpyHtoDAsync".to_owned(),
+                ..Setup::default()
+            };
+            let (scratchpad, books) = with_stand_in(&setup, None);
+            let place = format!("--rank {rank} --world 8 --rendezvous {address}");
+            let load = ["load", model, "--threads", "1", "--quiet", "--json"];
+            let all: Vec<&str> = load.into_iter().chain(place.split(' ')).collect();
+            (scratchpad.start(&all), scratchpad, books)
+        });
+        let ranks: Vec<_> = ranks.collect();
+        let ended = ranks
+            .into_iter()
+            .enumerate()
+            .map(|(rank, (process, _scratchpad, books))| {
+                let outcome = process.finish();
+                let books = Report::read(&fs::read_to_string(books).unwrap());
+                books.is_clean(&format!("rank {rank}"));
+                (outcome, books)
+            });
+        ended.collect::<Vec<_>>()
+    };
+    for (rank, (outcome, books)) in run(None).into_iter().enumerate() {
+        let report = outcome.succeeds().json();
+        let device = &report["devices"][0];
+        assert_eq!(device["name"], format!("{rank}/cuda:{rank}"));
+        assert_eq!(device["peak_reserved"], books.peaks[rank], "{rank}");
+        assert!(books.peaks[rank] > MIB, "{rank}");
+        let elsewhere: u64 = books.peaks.iter().sum();
+        assert_eq!(elsewhere, books.peaks[rank], "{rank}");
+    }
+    for (rank, (outcome, _)) in run(Some(5)).into_iter().enumerate() {
+        match rank {
+            5 => outcome.fails(6, &["cuda:5", "CUDA_ERROR_LAUNCH_FAILED"]),
+            _ => outcome.fails(6, &["rank 5"]),
+        };
+    }
 }

@@ -159,6 +159,53 @@ fn fail_every_call_of(setup: &Setup, load: Load<'_>) {
     }
 }
 
+#[test]
+fn one_of_eight_devices_that_fails_ends_the_load_and_all_is_given_back() {
+    if is_left_out("calls that fail") {
+        return;
+    }
+    let kinds = Kinds::new(Kinds::ALL);
+    let setup = Setup {
+        devices: vec![64 * MIB; 8],
+        ..Setup::default()
+    };
+    let names: Vec<String> = (0..8).map(|index| format!("cuda:{index}")).collect();
+    let specs: Vec<_> = names.iter().map(|name| name.parse().unwrap()).collect();
+    let run = |setup: &Setup, quantize_on| {
+        let stand_in = StandIn::start(setup);
+        let devices = open_devices(&specs).unwrap();
+        let load = Load {
+            kinds: &kinds,
+            quantize_on,
+            workers: 8,
+        };
+        let result = load_and_read(load, &devices);
+        for device in &devices {
+            assert_eq!(device.usage().reserved.now, 0);
+        }
+        drop(devices);
+        stand_in.report().is_clean("one of eight");
+        result
+    };
+    for quantize_on in PLACES {
+        run(&setup, quantize_on).unwrap();
+        for (device, name) in names.iter().enumerate() {
+            // While all are reserved from, and while all are written to.
+            for call in ["cuMemCreate", "cuMemcpyHtoDAsync"] {
+                let setup = Setup {
+                    fail_at: Some(1),
+                    fail_on: Some(device),
+                    fail_call: call.to_owned(),
+                    ..setup.clone()
+                };
+                let error = run(&setup, quantize_on).unwrap_err();
+                let names_it = error.contains(name.as_str()) && error.contains(call);
+                assert!(names_it, "{name}, {call}, {quantize_on}: {error}");
+            }
+        }
+    }
+}
+
 /// Loads, and computes products in both ways. Gives the results.
 fn run_with_products(kinds: &Kinds) -> Result<Vec<Vec<u8>>, String> {
     let specs = ["cuda:0".parse().unwrap()];

@@ -1,12 +1,16 @@
 //! Products captured into graphs, which are replayed with other operands and another routing in the same
 //! memory.
 
+use std::thread;
+
 use cuda_stand_in::application::Application;
 use tightfit::device::DeviceOperands;
 use tightfit::kernels::half::bf16;
 use tightfit::kernels::{Activation, FloatType};
+use tightfit::load::QuantizeOn;
 use tightfit::plan::PlanOptions;
 use tightfit::products::WorkspaceOptions;
+use tightfit_tests::loading::contents;
 
 use super::experts::{LAYERS, Placed};
 use super::memory::open;
@@ -81,6 +85,39 @@ fn a_captured_product_is_replayed_with_other_operands() {
     drop(workspace);
     drop((model, application, devices));
     driver.clean_report("graphs");
+}
+
+#[test]
+fn a_capture_outlives_what_other_threads_do() {
+    let kinds = Kinds::new(Kinds::ALL);
+    let driver = Driver::start(1);
+    let devices = open(&["cuda:0"]);
+    let application = Application::start(0);
+    let options = PlanOptions::default().with_reserved_headroom(true);
+    let model = loaded(&kinds, &devices, &options, MIB);
+    let memory = model.tail(0).unwrap().allocate(64).unwrap();
+    let at = memory.address().unwrap().pointer;
+    let need = kinds.on_the_processor();
+    for quantize_on in [QuantizeOn::Gpu, QuantizeOn::Cpu] {
+        // From what opens a device and has its kernels loaded to what gives all of it back.
+        let other = || {
+            let devices = open(&["cuda:0"]);
+            let model = kinds.load(&devices, quantize_on, 2).unwrap();
+            assert!(contents(&model) == need);
+        };
+        let graph = application.capture(|| {
+            application.set(at, 7, 64);
+            thread::scope(|scope| scope.spawn(other).join()).unwrap();
+            application.set(at, 9, 32);
+        });
+        application.put(at, &[0; 64]);
+        graph.replay();
+        let have = application.get(at, 64);
+        assert_eq!((&have[..32], &have[32..]), (&[9; 32][..], &[7; 32][..]));
+    }
+    drop(memory);
+    drop((model, application, devices));
+    driver.clean_report("what others do");
 }
 
 #[test]

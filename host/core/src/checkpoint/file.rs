@@ -177,6 +177,15 @@ impl Shard {
             buffer.copy_from_slice(&beginning.bytes[offset as usize..end as usize]);
             return Ok(());
         }
+        self.read_pieces(std::iter::once((offset, buffer)))
+    }
+
+    /// Fills buffers, each from the bytes at the offset before it. That the file is the one that was opened is asked
+    /// once.
+    pub(crate) fn read_pieces<'b>(
+        &self,
+        pieces: impl Iterator<Item = (u64, &'b mut [u8])>,
+    ) -> Result<(), ReadFailure> {
         let reopened;
         let file = match &self.file {
             Some(kept) => &kept.file,
@@ -185,13 +194,15 @@ impl Shard {
                 &reopened
             }
         };
-        let read = read_full(file, offset, buffer)
-            .map_err(io_error("read", &self.path))
-            .map_err(ReadFailure::Other)?;
-        if read < buffer.len() {
-            return Err(ReadFailure::CutShort(offset.saturating_add(read as u64)));
+        for (offset, buffer) in pieces {
+            let read = read_full(file, offset, buffer)
+                .map_err(io_error("read", &self.path))
+                .map_err(ReadFailure::Other)?;
+            if read < buffer.len() {
+                return Err(ReadFailure::CutShort(offset.saturating_add(read as u64)));
+            }
         }
-        // After the read, so that no write can come between the check and the bytes.
+        // After the reads, so that no write can come between the check and the bytes.
         self.check_unchanged(file).map_err(ReadFailure::Other)
     }
 

@@ -146,6 +146,14 @@ impl Gather {
         runs.min().unwrap_or(0)
     }
 
+    /// The most that are between two runs.
+    pub(crate) fn longest_gap(&self) -> u64 {
+        let between = self.runs.windows(2).map(|pair| pair[1].start - pair[0].end);
+        let around = self.runs.first().zip(self.runs.last());
+        let around = around.map(|(first, last)| self.stride - last.end + first.start);
+        between.chain(around).max().unwrap_or(0)
+    }
+
     /// From a run to the same one of what follows.
     pub(crate) fn stride(&self) -> u64 {
         self.stride
@@ -188,6 +196,8 @@ mod tests {
             let (start, end) = (place(from.min(to)), place(from.max(to)));
             let have: Vec<u64> = gather.segments(start as u64, end as u64).flatten().collect();
             prop_assert_eq!(&have[..], &all[start..end]);
+            let mut between = all.windows(2).map(|pair| pair[1] - pair[0] - 1);
+            prop_assert!(between.all(|gap| gap <= gather.longest_gap()));
             if start < end {
                 prop_assert_eq!(gather.span(start as u64, end as u64), all[start]..all[end - 1] + 1);
             }

@@ -1,5 +1,8 @@
 //! What is read of an opened checkpoint: bytes of its files, and elements, codes and scales of its tensors.
 
+use std::mem;
+use std::ops::Range;
+
 use tightfit_kernels::Kernels;
 
 use super::gather::Gather;
@@ -128,16 +131,16 @@ impl Checkpoint {
     ) -> Result<u64, CheckpointError> {
         let end = start + buffer.len() as u64;
         let mut rest = buffer;
-        let read = |offset: u64, buffer: &mut [u8]| {
-            self.read_at(tensor.shard, tensor.offset + offset, buffer)
-        };
         let strides = scratch.len() as u64 / gather.stride().max(1);
-        if strides == 0 || gather.shortest_run() >= SHORT_RUN {
-            for segment in gather.segments(start, end) {
-                let (piece, others) = rest.split_at_mut((segment.end - segment.start) as usize);
-                read(segment.start, piece)?;
+        let is_apart = gather.shortest_run() >= SHORT_RUN && gather.longest_gap() > SHORT_GAP;
+        if strides == 0 || is_apart {
+            let pieces = gather.segments(start, end).map(|segment| {
+                let length = (segment.end - segment.start) as usize;
+                let (piece, others) = mem::take(&mut rest).split_at_mut(length);
                 rest = others;
-            }
+                (tensor.offset + segment.start, piece)
+            });
+            read_pieces(&self.shards, &self.tensors, tensor.shard, pieces)?;
             return Ok(0);
         }
         let (mut next, mut beside) = (start, 0);
@@ -145,7 +148,7 @@ impl Checkpoint {
             let until = end.min((next / gather.of_stride() + strides) * gather.of_stride());
             let span = gather.span(next, until);
             let spanned = &mut scratch[..(span.end - span.start) as usize];
-            read(span.start, spanned)?;
+            self.read_at(tensor.shard, tensor.offset + span.start, spanned)?;
             let (piece, others) = rest.split_at_mut((until - next) as usize);
             gather.copy(next..until, 1, (span.start, spanned), piece);
             rest = others;
@@ -242,6 +245,9 @@ const SCRATCH_BYTES: usize = 64 << 10;
 
 /// Runs of fewer bytes are read with what is between them.
 const SHORT_RUN: u64 = 512;
+/// And all that have no more between them: of a file in pages of 4 KiB at least a part of that is read anyway, and a call takes
+/// longer than to copy it.
+const SHORT_GAP: u64 = 4 << 10;
 
 /// Fills the buffer with the bytes of a file from `offset` on. `tensors` serve to name what lies
 /// there in an error.
@@ -252,24 +258,48 @@ pub(super) fn read_at(
     offset: u64,
     buffer: &mut [u8],
 ) -> Result<(), CheckpointError> {
-    let file = &shards[shard];
-    match file.read_at(offset, buffer) {
-        Ok(()) => Ok(()),
-        Err(ReadFailure::Other(error)) => Err(error),
-        Err(ReadFailure::CutShort(have)) => {
-            let holds = |tensor: &&TensorInfo| tensor.shard == shard && tensor.range().end > offset;
-            // The scales of quantized weights lie wherever they lie: no order to search by.
-            let tensor = tensors
-                .iter()
-                .filter(holds)
-                .min_by_key(|tensor| tensor.offset);
-            Err(CheckpointError::CutShort {
-                path: file.path().into(),
-                tensor: tensor.map_or_else(|| "header".into(), |tensor| tensor.name.clone()),
-                start: offset,
-                end: offset.saturating_add(buffer.len() as u64),
-                have,
-            })
-        }
+    let end = offset.saturating_add(buffer.len() as u64);
+    let read = shards[shard].read_at(offset, buffer);
+    read.map_err(|failure| failed(shards, tensors, shard, offset..end, failure))
+}
+
+/// The same for several buffers, each with its offset.
+fn read_pieces<'b>(
+    shards: &[Shard],
+    tensors: &[TensorInfo],
+    shard: usize,
+    pieces: impl Iterator<Item = (u64, &'b mut [u8])>,
+) -> Result<(), CheckpointError> {
+    let mut last = 0..0;
+    let pieces = pieces.inspect(|(offset, buffer)| {
+        last = *offset..offset.saturating_add(buffer.len() as u64);
+    });
+    let read = shards[shard].read_pieces(pieces);
+    read.map_err(|failure| failed(shards, tensors, shard, last, failure))
+}
+
+fn failed(
+    shards: &[Shard],
+    tensors: &[TensorInfo],
+    shard: usize,
+    range: Range<u64>,
+    failure: ReadFailure,
+) -> CheckpointError {
+    let have = match failure {
+        ReadFailure::Other(error) => return error,
+        ReadFailure::CutShort(have) => have,
+    };
+    let holds = |tensor: &&TensorInfo| tensor.shard == shard && tensor.range().end > range.start;
+    // The scales of quantized weights lie wherever they lie: no order to search by.
+    let tensor = tensors
+        .iter()
+        .filter(holds)
+        .min_by_key(|tensor| tensor.offset);
+    CheckpointError::CutShort {
+        path: shards[shard].path().into(),
+        tensor: tensor.map_or_else(|| "header".into(), |tensor| tensor.name.clone()),
+        start: range.start,
+        end: range.end,
+        have,
     }
 }

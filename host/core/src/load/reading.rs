@@ -15,8 +15,9 @@ pub(super) enum Way {
     Read,
 }
 
-/// One in so many chunks goes the slower way.
-const TRIED_AGAIN: u64 = 32;
+/// One chunk in 32 to 512 goes the slower way: in so many as takes a hundredth more time than none. With many workers
+/// to map can take ten times as long as to read, for all share one table of pages.
+const TRIED_AGAIN: (u64, u64) = (32, 512);
 
 /// What a chunk of so many bytes counts against all before it, which smaller ones do by their size. Where it takes
 /// less than they did it counts more: what is slower is tried seldom, and shall not have to wait for its turns.
@@ -82,15 +83,19 @@ impl Ways {
     /// How to do the next chunk.
     pub(super) fn choose(&self) -> Way {
         let number = self.begun.fetch_add(1, Ordering::Relaxed);
-        let (better, other) = match (self.look.each(), self.read.each()) {
-            (Some(look), Some(read)) if look > read => (Way::Read, Way::Look),
-            _ => (Way::Look, Way::Read),
+        if number < self.first {
+            return [Way::Look, Way::Read][(number % 2) as usize];
+        }
+        let (better, other, every) = match (self.look.each(), self.read.each()) {
+            (Some(look), Some(read)) if look > read => (Way::Read, Way::Look, every(look / read)),
+            (Some(look), Some(read)) => (Way::Look, Way::Read, every(read / look)),
+            _ => (Way::Look, Way::Read, TRIED_AGAIN.0),
         };
-        let is_other = match number < self.first {
-            true => return [Way::Look, Way::Read][(number % 2) as usize],
-            false => number.is_multiple_of(TRIED_AGAIN),
-        };
-        if is_other { other } else { better }
+        if number.is_multiple_of(every) {
+            other
+        } else {
+            better
+        }
     }
 
     /// Notes what a chunk of so many bytes has taken.
@@ -100,6 +105,13 @@ impl Ways {
             Way::Read => self.read.add(bytes as u64, took),
         }
     }
+}
+
+/// One in how many chunks goes a way that takes so many times as long as the other.
+fn every(slower: f64) -> u64 {
+    let (least, most) = TRIED_AGAIN;
+    // Saturates, and what is no number is zero.
+    ((100.0 * (slower - 1.0)) as u64).clamp(least, most)
 }
 
 #[cfg(test)]
@@ -125,6 +137,30 @@ mod tests {
         assert!((0.96..1.0).contains(&share), "{share}");
         let share = looked_at(150, 100);
         assert!((0.0..0.04).contains(&share) && share > 0.0, "{share}");
+    }
+
+    #[test]
+    fn the_slower_way_costs_a_hundredth() {
+        for slower in [100, 110, 150, 250, 400, 580] {
+            for is_look in [false, true] {
+                let ways = Ways::new(16);
+                let (look, read) = if is_look {
+                    (slower, 100)
+                } else {
+                    (100, slower)
+                };
+                let mut all = 0;
+                let chunks = 100_000;
+                for chunk in 0..64 + chunks {
+                    let way = ways.choose();
+                    let took = if way == Way::Look { look } else { read };
+                    all += if chunk < 64 { 0 } else { took };
+                    ways.record(way, 4 << 20, Duration::from_micros(took));
+                }
+                let more = all as f64 / (100 * chunks) as f64;
+                assert!((1.0..1.0101).contains(&more), "{slower}, {is_look}: {more}");
+            }
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
-use tightfit_kernels::FloatType;
+use tightfit_kernels::{FloatType, Kernels};
 
 use super::tests::nf4;
 use super::*;
@@ -480,4 +480,51 @@ fn slices_that_there_cannot_be_are_refused() {
         );
     }
     assert!(saved.cut(&[slice(a, 0, &[2..4])]).is_ok());
+}
+
+/// What is read for the columns of a matrix: with what is between them where that is a page or less.
+#[test]
+fn gaps_of_a_page_are_read_and_longer_ones_are_not() {
+    for (columns, runs, gaps) in [
+        (128, 0..64, 64),
+        (512, 0..256, 256),
+        (4096, 1024..2048, 3072),
+        (4096, 2048..4096, 2048),
+        (4608, 0..2304, 2304),
+    ] {
+        let rows = 8;
+        let directory = TempDir::new().unwrap();
+        let whole = source("m", DType::Bf16, &[rows, columns]);
+        write_checkpoint(directory.path(), std::slice::from_ref(&whole));
+        let checkpoint = Checkpoint::open(directory.path()).unwrap();
+        let slice = Slice {
+            tensor: 0,
+            dimension: 1,
+            ranges: vec![runs.clone()],
+            placement: Placement {
+                device: Some(0),
+                format: Format::Stored,
+            },
+        };
+        let cut = checkpoint.cut(&[slice]).unwrap();
+        let part = cut
+            .tensors()
+            .iter()
+            .find(|tensor| tensor.is_indirect())
+            .unwrap();
+        let need = select(
+            &whole.bytes,
+            2,
+            &whole.shape,
+            (1, std::slice::from_ref(&runs)),
+        );
+        let mut have = vec![0; need.len()];
+        let mut scratch = vec![0; 256 << 10];
+        let beside = cut.read_elements(part, 0, &mut have, &mut scratch, Kernels::detect());
+        assert!(have == need, "{columns}, {runs:?}");
+        // Not what is after the last of them.
+        let between = 2 * gaps * (rows - 1);
+        let need = if 2 * gaps <= 4096 { between } else { 0 };
+        assert_eq!(beside.unwrap(), need, "{columns}, {runs:?}");
+    }
 }

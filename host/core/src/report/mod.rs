@@ -21,7 +21,11 @@ use tightfit_common::names::{TensorKind, kind_of};
 use crate::checkpoint::TensorInfo;
 
 /// Returns what a tensor is for. Packed elements count as what they stand for: this is about a model's
-/// parts, not about what could be quantized.
+/// parts, not about what could be quantized. A part of a tensor is for what the whole is for.
 pub fn purpose(tensor: &TensorInfo) -> TensorKind {
-    kind_of(&tensor.name, tensor.shape.len(), true)
+    let (name, shape) = match &tensor.piece {
+        Some(piece) => (&piece.of, &piece.shape),
+        None => (&tensor.name, &tensor.shape),
+    };
+    kind_of(name, shape.len(), true)
 }

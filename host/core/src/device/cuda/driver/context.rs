@@ -8,7 +8,7 @@ use std::ptr;
 use cudarc::driver::sys;
 use sys::{CUcontext, CUdevice, CUdevice_attribute, CUmemAllocationProp};
 
-use super::{Api, INVALID_VALUE, unavailable};
+use super::{Api, CAPTURE_IMPLICIT, INVALID_VALUE, unavailable};
 use crate::device::{Attached, DeviceError};
 
 /// A device and its primary context: the one that the CUDA runtime and other libraries use, so that
@@ -127,6 +127,19 @@ impl Context {
             before: mode,
             _this_thread: PhantomData,
         })
+    }
+
+    /// Whether somebody records a stream that waits for the default one. To use that one would end the recording, and is
+    /// refused. The context is current.
+    pub(super) fn default_stream_is_barred(&self) -> Result<bool, DeviceError> {
+        let mut status = 0;
+        // SAFETY: `status` outlives the call. The stream is the default one.
+        let code = unsafe { (self.api.cuStreamIsCapturing)(ptr::null_mut(), &raw mut status) };
+        if code == CAPTURE_IMPLICIT {
+            return Ok(true);
+        }
+        self.check("cuStreamIsCapturing", 0, code)?;
+        Ok(false)
     }
 
     /// Bytes that are free, and bytes in all.

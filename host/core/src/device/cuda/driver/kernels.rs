@@ -252,6 +252,7 @@ impl Module {
         let overlaps =
             !matches!(contents, Contents::Quantizing) && overlap::is_possible(context, capability)?;
         let _current = context.enter()?;
+        let _beside = context.beside_captures()?;
         let mut raw = ptr::null_mut();
         // SAFETY: `raw` outlives the call, and the image is machine code, which says how long it is, or
         // text that ends in a zero, as PTX is passed. The context is current.
@@ -274,11 +275,8 @@ impl Module {
             }
             module.functions.push((kernel, function));
         }
-        // The kernels' tables may still be on their way to the device, and our streams wait for no
-        // other stream, whoever launches next.
-        // SAFETY: takes no pointers; the context is current.
-        let code = unsafe { (context.api.cuCtxSynchronize)() };
-        context.check("cuCtxSynchronize", 0, code)?;
+        // The kernels' tables are on the device by now: `cuModuleLoadData` waits for that itself. To wait for the
+        // context would end graphs that other threads record, in whatever mode.
         Ok(module)
     }
 }
@@ -306,6 +304,7 @@ fn look_up(context: &Context, module: CUmodule, name: &CStr) -> Result<CUfunctio
 impl Drop for Module {
     fn drop(&mut self) {
         let _current = twice(|| self.context.enter());
+        let _beside = self.context.beside_captures();
         // SAFETY: loaded by us and unloaded once; whoever launches its kernels waits for them
         // before giving up the `KernelModule` that own it.
         let code = unsafe { (self.context.api.cuModuleUnload)(self.raw) };

@@ -42,6 +42,7 @@ impl DeviceMemory {
     ) -> Result<DeviceMemory, DeviceError> {
         let api = context.api;
         let _current = context.enter()?;
+        let _beside = context.beside_captures()?;
         let mut address = 0;
         // SAFETY: `address` outlives the call.
         let code = unsafe { (api.cuMemAddressReserve)(&raw mut address, len, 0, 0, 0) };
@@ -129,7 +130,8 @@ impl DeviceMemory {
         Ok(self.address + offset)
     }
 
-    /// Copies `out.len()` bytes from `offset`.
+    /// Copies `out.len()` bytes from `offset`, after what the default stream was given, unless a stream that waits for
+    /// that one is recorded by somebody.
     pub(in crate::device::cuda) fn read(
         &self,
         offset: u64,
@@ -138,6 +140,9 @@ impl DeviceMemory {
         let mut from = self.at(offset, out.len())?;
         let _current = self.context.enter()?;
         let _beside = self.context.beside_captures()?;
+        if self.context.default_stream_is_barred()? {
+            return self.read_apart(from, out);
+        }
         for piece in out.chunks_mut(READ) {
             let target = piece.as_mut_ptr().cast::<c_void>();
             // SAFETY: `piece` is ours for the whole call, which returns when it is written; as many
@@ -145,6 +150,24 @@ impl DeviceMemory {
             let code = unsafe { (self.context.api.cuMemcpyDtoH_v2)(target, from, piece.len()) };
             self.context
                 .check("cuMemcpyDtoH", piece.len() as u64, code)?;
+            from += piece.len() as u64;
+        }
+        Ok(())
+    }
+
+    /// The same in a stream that waits for no other. As many bytes at `from` lie inside; the context is current.
+    fn read_apart(&self, mut from: CUdeviceptr, out: &mut [u8]) -> Result<(), DeviceError> {
+        let context = &self.context;
+        let stream = Stream::new(context)?;
+        for piece in out.chunks_mut(READ) {
+            let target = piece.as_mut_ptr().cast::<c_void>();
+            // SAFETY: `piece` is ours until the stream is done, below; as many bytes at `from` lie inside this
+            // memory.
+            let code = unsafe {
+                (context.api.cuMemcpyDtoHAsync_v2)(target, from, piece.len(), stream.raw)
+            };
+            let result = context.check("cuMemcpyDtoHAsync", piece.len() as u64, code);
+            finish(&stream, result)?;
             from += piece.len() as u64;
         }
         Ok(())
@@ -165,14 +188,18 @@ impl DeviceMemory {
         let _current = context.enter()?;
         // SAFETY: the bytes lie inside this memory, which is kept until the stream is done, below.
         let code = unsafe { (context.api.cuMemsetD8Async)(address, 0, len, stream.raw) };
-        context.check("cuMemsetD8Async", len as u64, code)?;
-        stream.synchronize().inspect_err(|_| {
-            // Once more before the stream is given up: an error that passes is no end of its work.
-            if let Err(error) = stream.synchronize() {
-                tracing::warn!("{error}");
-            }
-        })
+        finish(&stream, context.check("cuMemsetD8Async", len as u64, code))
     }
+}
+
+/// Waits for a stream that is then given up, whether or not it took what it was given last.
+fn finish(stream: &Stream, given: Result<(), DeviceError>) -> Result<(), DeviceError> {
+    given.and(stream.synchronize()).inspect_err(|_| {
+        // Once more: an error that passes is no end of its work.
+        if let Err(error) = stream.synchronize() {
+            tracing::warn!("{error}");
+        }
+    })
 }
 
 impl Drop for DeviceMemory {

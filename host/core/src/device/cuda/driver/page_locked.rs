@@ -83,6 +83,7 @@ impl Allocation {
 
     fn allocate(context: &Arc<Context>, len: usize) -> Result<Allocation, DeviceError> {
         let _current = context.enter()?;
+        let _beside = context.beside_captures()?;
         let mut memory = ptr::null_mut();
         // SAFETY: `memory` outlives the call; the context is current.
         let code = unsafe {
