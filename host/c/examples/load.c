@@ -1,6 +1,7 @@
 /* Opens a model, plans it, loads it with progress, and prints statistics and a tensor.
  *
- *     cc -I host/c/include load.c -L target/release -ltightfit_c -o load
+ *     cc -I host/c/include load.c -L target/release -ltightfit_c -o load      in a clone
+ *     cc load.c $(pkg-config --cflags --libs tightfit) -o load                with a release
  *     ./load MODEL POLICY TENSOR DEVICE...
  */
 #include <inttypes.h>
