@@ -41,7 +41,6 @@ mod parts;
 #[cfg(feature = "compile")]
 mod precheck;
 #[cfg(feature = "compile")]
-#[cfg_attr(windows, path = "private_windows/mod.rs")]
 mod private;
 #[cfg(feature = "compile")]
 mod run;

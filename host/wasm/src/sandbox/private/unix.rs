@@ -1,12 +1,11 @@
-//! A directory that belongs to this user alone, and files in it by plain names.
+//! By handles of directories and modes.
 //!
-//! It is opened once and checked then; files are opened in what was opened, whatever becomes of its
+//! The directory is opened once and checked then; files are opened in what was opened, whatever becomes of its
 //! path. Nothing here follows a symbolic link.
 
 use std::fs::File;
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::path::Path;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use rustix::fs::{
@@ -15,28 +14,15 @@ use rustix::fs::{
 use rustix::io::Errno;
 use rustix::process::geteuid;
 
+use super::{Entry, PrivateError, is_left, is_unfinished, name_of_unfinished};
+
 /// Not `Mode`, whose width differs from system to system.
 const OTHERS_MAY_NOT: u32 = 0o700;
 
-/// How unfinished files are called. Those of processes that are gone are removed after a while.
-const UNFINISHED: &str = "unfinished-";
-const LONG_AGO: Duration = Duration::from_secs(3600);
-
 /// An open directory.
 #[derive(Debug)]
-pub(super) struct PrivateDirectory {
+pub(in super::super) struct PrivateDirectory {
     directory: File,
-}
-
-/// Why a directory or a file in it is not used.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum PrivateError {
-    /// It is not what it should be, or not this user's alone.
-    #[error("{0}")]
-    NotPrivate(String),
-    /// The file system says no.
-    #[error(transparent)]
-    Io(#[from] io::Error),
 }
 
 impl From<Errno> for PrivateError {
@@ -45,21 +31,13 @@ impl From<Errno> for PrivateError {
     }
 }
 
-/// What is in the directory.
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) name: String,
-    pub(super) bytes: u64,
-    pub(super) used: SystemTime,
-}
-
 impl PrivateDirectory {
     /// Makes it, with those above it, where it is not there.
     ///
     /// # Errors
     /// When it is no directory or a symbolic link, belongs to another user, or others may do
     /// something with it.
-    pub(super) fn open(path: &Path) -> Result<PrivateDirectory, PrivateError> {
+    pub(in super::super) fn open(path: &Path) -> Result<PrivateDirectory, PrivateError> {
         use std::os::unix::fs::DirBuilderExt;
         std::fs::DirBuilder::new()
             .recursive(true)
@@ -79,42 +57,8 @@ impl PrivateDirectory {
         })
     }
 
-    /// Returns what a file holds, up to `limit` bytes. `None` where there is none.
-    ///
-    /// # Errors
-    /// When it is another user's, others may do something with it, or it is longer.
-    pub(super) fn read(&self, name: &str, limit: u64) -> Result<Option<Vec<u8>>, PrivateError> {
-        let Some((file, length)) = self.open_file(name)? else {
-            return Ok(None);
-        };
-        if length > limit {
-            let problem = format!("it takes {length} bytes, at most {limit} are read");
-            return Err(PrivateError::NotPrivate(problem));
-        }
-        let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
-        file.take(limit).read_to_end(&mut bytes)?;
-        Ok(Some(bytes))
-    }
-
-    /// Returns the first bytes of a file, at most `limit` of them. `None` where there is none.
-    ///
-    /// # Errors
-    /// When it is another user's, or others may do something with it.
-    pub(super) fn read_start(
-        &self,
-        name: &str,
-        limit: u64,
-    ) -> Result<Option<Vec<u8>>, PrivateError> {
-        let Some((file, _)) = self.open_file(name)? else {
-            return Ok(None);
-        };
-        let mut bytes = Vec::new();
-        file.take(limit).read_to_end(&mut bytes)?;
-        Ok(Some(bytes))
-    }
-
     /// Returns a file that is this user's alone, and its length.
-    fn open_file(&self, name: &str) -> Result<Option<(File, u64)>, PrivateError> {
+    pub(super) fn open_file(&self, name: &str) -> Result<Option<(File, u64)>, PrivateError> {
         // Not blocking, should it be a pipe.
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = match openat(&self.directory, name, flags, Mode::empty()) {
@@ -129,10 +73,13 @@ impl PrivateDirectory {
 
     /// Writes a file that appears when it is complete. Where there is one of this name already, it
     /// is replaced or, when `keep`, stays.
-    pub(super) fn write(&self, name: &str, parts: &[&[u8]], keep: bool) -> io::Result<()> {
-        static NUMBER: AtomicU64 = AtomicU64::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let unfinished = format!("{UNFINISHED}{}-{number}", std::process::id());
+    pub(in super::super) fn write(
+        &self,
+        name: &str,
+        parts: &[&[u8]],
+        keep: bool,
+    ) -> io::Result<()> {
+        let unfinished = name_of_unfinished();
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         // Left by a process of the same number that did not end well.
         let _ = unlinkat(&self.directory, &unfinished, AtFlags::empty());
@@ -157,7 +104,7 @@ impl PrivateDirectory {
     }
 
     /// Removes a file, if it is there.
-    pub(super) fn remove(&self, name: &str) -> io::Result<()> {
+    pub(in super::super) fn remove(&self, name: &str) -> io::Result<()> {
         match unlinkat(&self.directory, name, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => Ok(()),
             Err(error) => Err(error.into()),
@@ -165,7 +112,7 @@ impl PrivateDirectory {
     }
 
     /// Notes that a file has been of use.
-    pub(super) fn touch(&self, name: &str) -> io::Result<()> {
+    pub(in super::super) fn touch(&self, name: &str) -> io::Result<()> {
         let now = rustix::fs::Timespec {
             tv_sec: 0,
             tv_nsec: rustix::fs::UTIME_NOW,
@@ -180,7 +127,7 @@ impl PrivateDirectory {
 
     /// Returns the files, without those that are being written. Removes what has been left
     /// unfinished.
-    pub(super) fn entries(&self) -> io::Result<Vec<Entry>> {
+    pub(in super::super) fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = Vec::new();
         for entry in Dir::read_from(&self.directory)? {
             let entry = entry?;
@@ -198,8 +145,8 @@ impl PrivateDirectory {
             let seconds = u64::try_from(stat.st_mtime).unwrap_or(0);
             let nanoseconds = u32::try_from(stat.st_mtime_nsec).unwrap_or(0);
             let used = SystemTime::UNIX_EPOCH + Duration::new(seconds, nanoseconds);
-            if name.starts_with(UNFINISHED) {
-                if used.elapsed().is_ok_and(|age| age > LONG_AGO) {
+            if is_unfinished(name) {
+                if is_left(used) {
                     self.remove(name)?;
                 }
                 continue;

@@ -1,4 +1,4 @@
-//! A directory that belongs to this user alone, and files in it by plain names, on Windows.
+//! By lists of access, on Windows.
 //!
 //! There are no directory handles to open files from. So each file is asked, once it is open, whom it
 //! belongs to and who may do something with it. Nothing here follows a link in the directory.
@@ -7,45 +7,23 @@ mod access;
 mod security;
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Write};
 use std::os::windows::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use windows_sys::Win32::Storage::FileSystem::{
     FILE_FLAG_BACKUP_SEMANTICS, FILE_FLAG_OPEN_REPARSE_POINT, FILE_WRITE_ATTRIBUTES,
 };
 
-/// How unfinished files are called. Those of processes that are gone are removed after a while.
-const UNFINISHED: &str = "unfinished-";
-const LONG_AGO: Duration = Duration::from_secs(3600);
+use super::{Entry, PrivateError, is_left, is_unfinished, name_of_unfinished};
 
 /// A directory that was checked.
 #[derive(Debug)]
-pub(super) struct PrivateDirectory {
+pub(in super::super) struct PrivateDirectory {
     /// Without links.
     path: PathBuf,
     user: String,
-}
-
-/// Why a directory or a file in it is not used.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum PrivateError {
-    /// It is not what it should be, or not this user's alone.
-    #[error("{0}")]
-    NotPrivate(String),
-    /// The file system says no.
-    #[error(transparent)]
-    Io(#[from] io::Error),
-}
-
-/// What is in the directory.
-#[derive(Debug)]
-pub(super) struct Entry {
-    pub(super) name: String,
-    pub(super) bytes: u64,
-    pub(super) used: SystemTime,
 }
 
 impl PrivateDirectory {
@@ -53,7 +31,7 @@ impl PrivateDirectory {
     ///
     /// # Errors
     /// When it is no directory or a link, belongs to another user, or others may do something with it.
-    pub(super) fn open(path: &Path) -> Result<PrivateDirectory, PrivateError> {
+    pub(in super::super) fn open(path: &Path) -> Result<PrivateDirectory, PrivateError> {
         let user = security::user()?;
         if let Err(error) = fs::symlink_metadata(path) {
             if error.kind() != ErrorKind::NotFound {
@@ -71,42 +49,8 @@ impl PrivateDirectory {
         Ok(PrivateDirectory { path, user })
     }
 
-    /// Returns what a file holds, up to `limit` bytes. `None` where there is none.
-    ///
-    /// # Errors
-    /// When it is another user's, others may do something with it, or it is longer.
-    pub(super) fn read(&self, name: &str, limit: u64) -> Result<Option<Vec<u8>>, PrivateError> {
-        let Some((file, length)) = self.open_file(name)? else {
-            return Ok(None);
-        };
-        if length > limit {
-            let problem = format!("it takes {length} bytes, at most {limit} are read");
-            return Err(PrivateError::NotPrivate(problem));
-        }
-        let mut bytes = Vec::with_capacity(usize::try_from(length).unwrap_or(0));
-        file.take(limit).read_to_end(&mut bytes)?;
-        Ok(Some(bytes))
-    }
-
-    /// Returns the first bytes of a file, at most `limit` of them. `None` where there is none.
-    ///
-    /// # Errors
-    /// When it is another user's, or others may do something with it.
-    pub(super) fn read_start(
-        &self,
-        name: &str,
-        limit: u64,
-    ) -> Result<Option<Vec<u8>>, PrivateError> {
-        let Some((file, _)) = self.open_file(name)? else {
-            return Ok(None);
-        };
-        let mut bytes = Vec::new();
-        file.take(limit).read_to_end(&mut bytes)?;
-        Ok(Some(bytes))
-    }
-
     /// Returns a file that is this user's alone, and its length.
-    fn open_file(&self, name: &str) -> Result<Option<(File, u64)>, PrivateError> {
+    pub(super) fn open_file(&self, name: &str) -> Result<Option<(File, u64)>, PrivateError> {
         let file = match options(FILE_FLAG_BACKUP_SEMANTICS)
             .read(true)
             .open(self.path.join(name))
@@ -125,11 +69,13 @@ impl PrivateDirectory {
 
     /// Writes a file that appears when it is complete. Where there is one of this name already, it
     /// is replaced or, when `keep`, stays.
-    pub(super) fn write(&self, name: &str, parts: &[&[u8]], keep: bool) -> io::Result<()> {
-        static NUMBER: AtomicU64 = AtomicU64::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let unfinished = format!("{UNFINISHED}{}-{number}", std::process::id());
-        let unfinished = self.path.join(unfinished);
+    pub(in super::super) fn write(
+        &self,
+        name: &str,
+        parts: &[&[u8]],
+        keep: bool,
+    ) -> io::Result<()> {
+        let unfinished = self.path.join(name_of_unfinished());
         // Left by a process of the same number that did not end well.
         let _ = fs::remove_file(&unfinished);
         let mut file = security::make_file(&unfinished, &access::private(&self.user))?;
@@ -151,7 +97,7 @@ impl PrivateDirectory {
     }
 
     /// Removes a file, if it is there.
-    pub(super) fn remove(&self, name: &str) -> io::Result<()> {
+    pub(in super::super) fn remove(&self, name: &str) -> io::Result<()> {
         match fs::remove_file(self.path.join(name)) {
             Err(error) if error.kind() != ErrorKind::NotFound => Err(error),
             _ => Ok(()),
@@ -159,7 +105,7 @@ impl PrivateDirectory {
     }
 
     /// Notes that a file has been of use.
-    pub(super) fn touch(&self, name: &str) -> io::Result<()> {
+    pub(in super::super) fn touch(&self, name: &str) -> io::Result<()> {
         let mut options = options(0);
         let file = options.access_mode(FILE_WRITE_ATTRIBUTES);
         file.open(self.path.join(name))?
@@ -168,7 +114,7 @@ impl PrivateDirectory {
 
     /// Returns the files, without those that are being written. Removes what has been left
     /// unfinished.
-    pub(super) fn entries(&self) -> io::Result<Vec<Entry>> {
+    pub(in super::super) fn entries(&self) -> io::Result<Vec<Entry>> {
         let mut entries = Vec::new();
         for entry in fs::read_dir(&self.path)? {
             let entry = entry?;
@@ -183,8 +129,8 @@ impl PrivateDirectory {
                 continue;
             }
             let used = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-            if name.starts_with(UNFINISHED) {
-                if used.elapsed().is_ok_and(|age| age > LONG_AGO) {
+            if is_unfinished(&name) {
+                if is_left(used) {
                     self.remove(&name)?;
                 }
                 continue;
@@ -232,58 +178,6 @@ fn check(file: &File, user: &str) -> Result<(), PrivateError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn what_is_made_is_private_and_found_again() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("a").join("b");
-        let private = PrivateDirectory::open(&path).unwrap();
-        private.write("file", &[b"some", b"thing"], false).unwrap();
-        for private in [private, PrivateDirectory::open(&path).unwrap()] {
-            assert_eq!(private.read("file", 9).unwrap().unwrap(), b"something");
-            assert_eq!(private.read_start("file", 4).unwrap().unwrap(), b"some");
-            assert!(private.read("other", 9).unwrap().is_none());
-            let error = private.read("file", 8).unwrap_err();
-            assert!(error.to_string().contains("9 bytes"), "{error}");
-        }
-    }
-
-    #[test]
-    fn a_file_is_replaced_or_kept() {
-        let directory = tempfile::tempdir().unwrap();
-        let private = PrivateDirectory::open(&directory.path().join("a")).unwrap();
-        private.write("file", &[b"1"], true).unwrap();
-        private.write("file", &[b"2"], true).unwrap();
-        assert_eq!(private.read("file", 9).unwrap().unwrap(), b"1");
-        private.write("file", &[b"3"], false).unwrap();
-        assert_eq!(private.read("file", 9).unwrap().unwrap(), b"3");
-        let names: Vec<String> = private
-            .entries()
-            .unwrap()
-            .into_iter()
-            .map(|entry| entry.name)
-            .collect();
-        assert_eq!(names, ["file"]);
-        private.remove("file").unwrap();
-        private.remove("file").unwrap();
-        assert!(private.entries().unwrap().is_empty());
-    }
-
-    #[test]
-    fn what_was_of_use_is_younger() {
-        let directory = tempfile::tempdir().unwrap();
-        let private = PrivateDirectory::open(&directory.path().join("a")).unwrap();
-        private.write("file", &[b"1"], false).unwrap();
-        let long_ago = SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 30);
-        let path = private.path.join("file");
-        let file = File::options().write(true).open(&path).unwrap();
-        file.set_modified(long_ago).unwrap();
-        drop(file);
-        assert_eq!(private.entries().unwrap()[0].used, long_ago);
-        private.touch("file").unwrap();
-        let age = private.entries().unwrap()[0].used.elapsed();
-        assert!(age.is_ok_and(|age| age < Duration::from_secs(600)));
-    }
 
     #[test]
     fn what_others_may_touch_is_not_used() {
