@@ -161,6 +161,21 @@ impl Scratchpad {
     }
 }
 
+/// Wine starts nothing at times on a busy machine (`ERROR_INTERNAL_ERROR`).
+fn spawn(command: &mut Command) -> std::io::Result<Child> {
+    const INTERNAL_ERROR: i32 = 1359;
+    let tries = if cfg!(windows) { 5 } else { 0 };
+    for _ in 0..tries {
+        match command.spawn() {
+            Err(error) if error.raw_os_error() == Some(INTERNAL_ERROR) => {
+                std::thread::sleep(std::time::Duration::from_secs(1));
+            }
+            started => return started,
+        }
+    }
+    command.spawn()
+}
+
 /// The command while it runs.
 #[derive(Debug)]
 pub struct Running {
@@ -172,7 +187,7 @@ impl Running {
     fn new<S: AsRef<OsStr>>(mut command: Command, arguments: &[S]) -> Running {
         Running {
             typed: arguments.iter().map(|a| a.as_ref().to_owned()).collect(),
-            child: command.spawn().expect("the command starts"),
+            child: spawn(&mut command).expect("the command starts"),
         }
     }
 

@@ -99,6 +99,8 @@ fn errors_and_warnings_are_told_apart() {
     run(&scratchpad, &["plan", "m", "--color=red"], &[]).fails(2, &["red", "always"]);
 }
 
+/// On Windows no file has such a name.
+#[cfg(unix)]
 #[test]
 fn names_cannot_color_anything() {
     let evil = "\x1b[31m\u{9b}32m";
